@@ -1,0 +1,44 @@
+"""Megabytes: reading a budget, writing a size. 1 MB = 2**20 bytes, as in the BitStack paper's tables."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from . import limits
+from .errors import UsageError
+
+MB = 2**20
+
+Budget = int | float | str | Decimal
+
+
+def budget_bytes(mb: Budget) -> int:
+    """Return a budget of `mb` megabytes in whole bytes, rounded down; exact for decimals ("62.3", Decimal, 62.3).
+
+    Raises
+    ------
+    UsageError
+        `mb` is not a positive, finite number.
+    """
+    refusal = UsageError(f"a budget is a positive number of MB (1 MB = 2**20 bytes), such as 3000 or 62.5; found {mb!r}.")
+    if isinstance(mb, bool) or not isinstance(mb, (int, float, str, Decimal)):
+        raise refusal
+    try:
+        # repr of a float is the decimal its author wrote: 62.3 means 62.3, not 62.2999999999999971578...
+        value = Decimal(repr(mb) if isinstance(mb, float) else mb)
+    except InvalidOperation:
+        raise refusal from None
+    if not value.is_finite() or value <= 0:
+        raise refusal
+    if value >= limits.MAX_FILE_LENGTH:
+        return limits.MAX_FILE_LENGTH
+    if value < Decimal("1e-9"):
+        return 0  # less than a byte; spelt out because Fraction("1e-999999999") would fill the memory
+    return int(Fraction(value) * MB)
+
+
+def mb_ceil(size: int) -> str:
+    """Return `size` bytes in MB with two decimals, rounded up, so that the printed number works as a budget."""
+    hundredths = -(-size * 100 // MB)
+    return f"{hundredths // 100}.{hundredths % 100:02d}"

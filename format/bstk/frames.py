@@ -1,0 +1,139 @@
+"""One chunk's bytes: exactly one zstd frame, with its content size and checksum, without a dictionary (RFC 8878)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import zstandard
+
+from . import limits
+from .errors import DamagedError, ResourceError, UsageError
+
+DEFAULT_LEVEL = 3
+"""zstd's own default. Sign bits do not compress at any level; factors shrink about 8 % at all of them."""
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_SHORT_BLOCK = 1024
+
+
+class Frame(NamedTuple):
+    """A compressed chunk.
+
+    Attributes
+    ----------
+    stored : bytes
+        The frame as it stands in the file.
+    raw_length : int
+        Bytes before compression.
+    digest : bytes
+        SHA-256 of `stored`, 32 bytes.
+    """
+
+    stored: bytes
+    raw_length: int
+    digest: bytes
+
+    @property
+    def stored_length(self) -> int:
+        """Bytes of the frame."""
+        return len(self.stored)
+
+
+def most_raw(stored_length: int) -> int:
+    """Return the largest raw length a frame of `stored_length` bytes may have."""
+    return min(limits.MAX_RAW_LENGTH, limits.EXPANSION_SLACK + limits.MAX_EXPANSION * stored_length)
+
+
+def pack(raw: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL) -> Frame:
+    """Compress one chunk. Equal input gives equal output (with the same zstd library).
+
+    Parameters
+    ----------
+    raw : bytes-like, C-contiguous
+        1 to 2**31 bytes.
+    level : int
+        zstd level, 1 to 19; above 19 zstd would need a window larger than readers must support.
+
+    Raises
+    ------
+    UsageError
+        `raw` is empty or too large, or `level` is out of range.
+    """
+    view = memoryview(raw).cast("B")
+    if not 1 <= view.nbytes <= limits.MAX_RAW_LENGTH:
+        raise UsageError(f"a chunk holds 1 to {limits.MAX_RAW_LENGTH} bytes, found {view.nbytes}.")
+    if not 1 <= level <= 19:
+        raise UsageError(f"a zstd level is 1 to 19 here, found {level}.")
+    compressor = zstandard.ZstdCompressor(
+        level=level, write_checksum=True, write_content_size=True, write_dict_id=False, threads=0
+    )
+    stored = compressor.compress(view)
+    if view.nbytes > most_raw(len(stored)):
+        stored = _pack_short(compressor, view)
+    return Frame(stored, view.nbytes, hashlib.sha256(stored).digest())
+
+
+def check(stored: bytes, raw_length: int) -> None:
+    """Check the head of a frame without decoding it.
+
+    The decoder takes the declared size at its word and allocates it, so the declaration is compared with the index first.
+
+    Raises
+    ------
+    DamagedError
+        It is not one zstd frame as the format asks for, or it declares another raw length than `raw_length`.
+    """
+    # Skippable frames and the formats of zstd before 1.0 have other magic numbers.
+    if stored[:4] != _MAGIC:
+        raise DamagedError("it does not start with a zstd frame.")
+    try:
+        head = zstandard.get_frame_parameters(stored)
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"its zstd frame cannot be read: {error}.") from error
+    if head.content_size != raw_length:
+        raise DamagedError(f"its zstd frame declares {head.content_size} raw bytes, the index {raw_length}.")
+    if not head.has_checksum:
+        raise DamagedError("its zstd frame has no checksum.")
+    if head.dict_id:
+        raise DamagedError(f"its zstd frame needs dictionary {head.dict_id}; dictionaries are not allowed.")
+    if head.window_size > limits.MAX_WINDOW_LENGTH:
+        raise DamagedError(
+            f"its zstd window has {head.window_size} bytes; at most {limits.MAX_WINDOW_LENGTH} are allowed."
+        )
+
+
+def unpack(stored: bytes, raw_length: int) -> bytes:
+    """Decode one chunk.
+
+    Raises
+    ------
+    DamagedError
+        It is not exactly one valid frame of `raw_length` raw bytes.
+    ResourceError
+        There is no memory for `raw_length` bytes.
+    """
+    check(stored, raw_length)
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"its zstd frame does not decode: {error}.") from error
+    except MemoryError as error:
+        raise ResourceError(f"no memory for the {raw_length} bytes of one chunk.") from error
+    if len(raw) != raw_length:
+        raise DamagedError(f"its zstd frame decodes to {len(raw)} bytes, the index says {raw_length}.")
+    return raw
+
+
+def _pack_short(compressor: zstandard.ZstdCompressor, view: memoryview) -> bytes:
+    """Compress data that shrinks more than the format lets it (a large matrix of zeros) in short blocks.
+
+    zstd turns each block of equal bytes into four, so the length of a block bounds the expansion.
+    """
+    writer = compressor.compressobj(size=view.nbytes)
+    parts = []
+    for start in range(0, view.nbytes, _SHORT_BLOCK):
+        parts.append(writer.compress(view[start : start + _SHORT_BLOCK]))
+        parts.append(writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    parts.append(writer.flush())
+    return b"".join(parts)

@@ -1,0 +1,228 @@
+"""The index, one record of 128 bytes for each chunk, and the names table it points into."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from . import dtypes, frames, kinds, limits
+from .errors import DamagedError
+from .names import check_name
+
+# name id, kind, level | offset, stored, raw | shape | dtype, ndim, rank, flags | importance, error | reserved | digest
+_RECORD = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
+_NAME_HEAD = struct.Struct("<I")
+_TRANSPOSED = 1
+_RESERVED = bytes(24)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk of a file, as its index describes it.
+
+    Attributes
+    ----------
+    name : str
+        What it is a part of: a file name, or a parameter of the model, perhaps with a slice.
+    kind : Kind
+        `bstk.FILE`, `bstk.TENSOR` or `bstk.SIGN`.
+    level : int
+        Which block of its name's stack it is, from 0.
+    offset, stored_length : int
+        Where its frame stands in the file, in bytes.
+    raw_length : int
+        Bytes it decodes to.
+    shape : tuple of int
+        Shape of the matrix or tensor; () for a file.
+    dtype : str
+        Element type ("f16"), of the factors in a block; "none" for a file.
+    rank : int
+        Rank of a block; 0 for what is no block.
+    transposed : bool
+        The matrix is stored transposed relative to the model's parameter.
+    importance : float
+        What the writer ordered the blocks by; larger is earlier.
+    error : float
+        Relative error of the linear that remains after this block.
+    digest : bytes
+        SHA-256 of the stored bytes.
+    """
+
+    name: str
+    kind: kinds.Kind
+    level: int
+    offset: int
+    stored_length: int
+    raw_length: int
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    transposed: bool
+    importance: float
+    error: float
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after its last."""
+        return self.offset + self.stored_length
+
+    @property
+    def is_weight(self) -> bool:
+        """It counts as memory."""
+        return self.kind.is_weight
+
+    @property
+    def is_block(self) -> bool:
+        """It is a block of a linear's stack."""
+        return self.kind.is_block
+
+    def describe(self) -> str:
+        """Return how messages call it."""
+        level = f" level {self.level}" if self.is_block else ""
+        return f"{self.kind} {self.name!r}{level} at offset {self.offset}"
+
+
+def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
+    """Return the bytes of the index and of the names table. Checks nothing: the writer parses what it got."""
+    ids: dict[str, int] = {}
+    records, names = [], []
+    for chunk in chunks:
+        if chunk.name not in ids:
+            ids[chunk.name] = len(ids)
+            name = chunk.name.encode("utf-8")
+            names.append(_NAME_HEAD.pack(len(name)) + name)
+        shape = (*chunk.shape, 0, 0, 0, 0)[: limits.MAX_NDIM]
+        records.append(
+            _RECORD.pack(
+                ids[chunk.name], chunk.kind.code, chunk.level,
+                chunk.offset, chunk.stored_length, chunk.raw_length,
+                *shape,
+                dtypes.BY_NAME[chunk.dtype].code, len(chunk.shape), chunk.rank, _TRANSPOSED * chunk.transposed,
+                chunk.importance, chunk.error,
+                _RESERVED, chunk.digest,
+            )  # fmt: skip
+        )
+    return b"".join(records), b"".join(names)
+
+
+def parse_names(data: bytes) -> list[str]:
+    """Parse the names table.
+
+    Raises
+    ------
+    DamagedError
+        It does not split into valid, distinct names.
+    """
+    names: list[str] = []
+    position = 0
+    while position < len(data):
+        if len(data) - position < _NAME_HEAD.size:
+            raise DamagedError(f"names table: {len(data) - position} bytes are left over after name {len(names)}.")
+        (length,) = _NAME_HEAD.unpack_from(data, position)
+        position += _NAME_HEAD.size
+        if not 1 <= length <= min(limits.MAX_NAME_LENGTH, len(data) - position):
+            raise DamagedError(
+                f"names table: name {len(names)} has length {length}; allowed: 1 to {limits.MAX_NAME_LENGTH}, within the table."
+            )
+        try:
+            name = data[position : position + length].decode("utf-8")
+            check_name(name)
+        except ValueError as error:
+            raise DamagedError(f"names table: name {len(names)}: {error}.") from error
+        names.append(name)
+        position += length
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DamagedError(f"names table: {twice!r} appears twice.")
+    return names
+
+
+def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
+    """Parse the records of the index and check each by itself; `stacks.check` looks at what they say together.
+
+    Parameters
+    ----------
+    data : bytes
+        The index.
+    names : sequence of str
+        The names table.
+    start : int
+        Offset of the first chunk.
+
+    Raises
+    ------
+    DamagedError
+        A record breaks a rule.
+    """
+    chunks: list[Chunk] = []
+    used = 0
+    offset = start
+    for number, fields in enumerate(_RECORD.iter_unpack(data)):
+        (
+            name_id, kind_code, level, found_offset, stored_length, raw_length, *dimensions,
+            dtype_code, ndim, rank, flags, importance, error, reserved, digest,
+        ) = fields  # fmt: skip
+        try:
+            # In order of first use, so that there is one way to write a table and no name is left unused.
+            _require(name_id <= used and name_id < len(names), "name id", name_id, f"at most {min(used, len(names) - 1)}")
+            used = max(used, name_id + 1)
+            _require(kind_code in kinds.BY_CODE, "kind", kind_code, "a kind this version or a flag of the file declares")
+            _require(dtype_code in dtypes.BY_CODE, "dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
+            _require(found_offset == offset, "offset", found_offset, f"{offset}, the end of what stands before it")
+            _require(1 <= stored_length <= limits.MAX_FILE_LENGTH, "stored length", stored_length, "1 and more")
+            most = frames.most_raw(stored_length)
+            _require(1 <= raw_length <= most, "raw length", raw_length, f"1 to {most} for {stored_length} stored bytes")
+            _require(flags & ~_TRANSPOSED == 0, "flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
+            _require(reserved == _RESERVED, "reserved bytes", reserved.hex(), "zeros")
+            shape = _shape(dimensions, ndim)
+            kind, dtype = kinds.BY_CODE[kind_code], dtypes.BY_CODE[dtype_code].name
+            chunk = Chunk(
+                names[name_id], kind, level, offset, stored_length, raw_length, shape, dtype, rank,
+                bool(flags & _TRANSPOSED), importance, error, digest,
+            )  # fmt: skip
+            check_chunk(chunk)
+        except ValueError as problem:
+            raise DamagedError(f"index record {number}: {problem}. The file was written wrongly.") from problem
+        chunks.append(chunk)
+        offset = chunk.end
+    if used != len(names):
+        raise DamagedError(f"names table: it has {len(names)} names, of which the index uses {used}.")
+    return chunks
+
+
+def check_chunk(chunk: Chunk) -> None:
+    """Check what a chunk says of itself, whether read from a file or about to be written.
+
+    Raises
+    ------
+    ValueError
+        It contradicts its kind.
+    """
+    kind = chunk.kind
+    determined = kind.rule(chunk.shape, chunk.dtype, chunk.rank)
+    if determined is not None:
+        _require(chunk.raw_length == determined, "raw length", chunk.raw_length, f"{determined}, as its shape has it")
+    _require(kind.is_block or chunk.level == 0, "level", chunk.level, f"0 for a {kind}")
+    _require(
+        not chunk.transposed or len(chunk.shape) == 2, "transposed flag", 1, "0 for what does not have two dimensions"
+    )
+    _require(math.isfinite(chunk.importance), "importance", chunk.importance, "a finite number")
+    _require(math.isfinite(chunk.error) and chunk.error >= 0, "error", chunk.error, "a finite number, 0 or more")
+    if kind is kinds.FILE:
+        check_name(chunk.name, file=True)
+
+
+def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
+    _require(ndim <= limits.MAX_NDIM, "number of dimensions", ndim, f"0 to {limits.MAX_NDIM}")
+    _require(not any(dimensions[ndim:]), "shape", list(dimensions), f"zeros after the first {ndim}")
+    for length in dimensions[:ndim]:
+        _require(1 <= length <= limits.MAX_DIMENSION, "dimension", length, f"1 to {limits.MAX_DIMENSION}")
+    return tuple(dimensions[:ndim])
+
+
+def _require(condition: bool, what: str, found: object, allowed: object) -> None:
+    if not condition:
+        raise ValueError(f"{what} is {found}; allowed: {allowed}")

@@ -1,0 +1,41 @@
+"""The bounds of the format, in one place; the same table stands in ``SPEC.md``, section "Limits".
+
+Each exists so that a reader can refuse a hostile file before it allocates anything on the file's word.
+"""
+
+MAX_FILE_LENGTH = 2**48
+"""Bytes of a complete file. Leaves sums of lengths far from 64-bit overflow in readers that have no big integers."""
+
+MAX_CHUNKS = 2**21
+"""Chunks of a complete file: 70,000 linears (a mixture of experts with a trillion parameters) of 16 blocks, doubled."""
+
+MAX_NAME_LENGTH = 1024
+"""UTF-8 bytes of one name."""
+
+MAX_NAMES_LENGTH = 2**27
+"""Bytes of the names table."""
+
+MAX_METADATA_LENGTH = 2**22
+"""Bytes of the metadata; anything larger belongs in a chunk."""
+
+MAX_METADATA_DEPTH = 32
+"""Nesting of objects and arrays in the metadata, the top-level object being the first level."""
+
+MAX_NDIM = 4
+"""Dimensions of a tensor: the record has room for four."""
+
+MAX_DIMENSION = 2**31 - 1
+"""Length of one dimension: fits a signed 32-bit integer, which numeric libraries still use for shapes."""
+
+MAX_RAW_LENGTH = 2**31
+"""Bytes of one decoded chunk. A larger parameter is written as several row ranges."""
+
+EXPANSION_SLACK = 2**20
+MAX_EXPANSION = 1024
+"""A chunk of s stored bytes decodes to at most ``EXPANSION_SLACK + MAX_EXPANSION * s`` bytes.
+
+zstd alone would let 64 KiB ask for 2 GiB.
+"""
+
+MAX_WINDOW_LENGTH = 2**23
+"""Bytes of a zstd window: what RFC 8878 asks every decoder to support."""

@@ -1,0 +1,368 @@
+"""Opening a ``.bstk`` file: preamble, then tables, each checked before it is believed, then chunks on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from . import frames, index, kinds, metadata, preamble, sniff, stacks
+from .budget import Budget, budget_bytes, mb_ceil
+from .errors import (
+    BudgetError,
+    DamagedError,
+    NotBstkError,
+    PartialError,
+    PartialWarning,
+    TruncatedError,
+    located,
+)
+from .index import Chunk
+from .sources import Source, as_source, read_exactly
+
+
+class Cut(NamedTuple):
+    """A prefix of a file.
+
+    Attributes
+    ----------
+    chunks : int
+        How many chunks it keeps.
+    file_bytes : int
+        Length of the file.
+    memory_bytes : int
+        Raw bytes of its weights, which is what they take in memory.
+    """
+
+    chunks: int
+    file_bytes: int
+    memory_bytes: int
+
+
+def open(
+    what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source, strict: bool = False
+) -> Reader:
+    """Open a ``.bstk`` file for reading.
+
+    Parameters
+    ----------
+    what : path, bytes, or a source
+        A source has ``name``, ``length``, ``read(offset, length)`` and ``close()``.
+    strict : bool
+        Refuse a partial file instead of warning about it.
+
+    Returns
+    -------
+    Reader
+        A context manager; close it when done.
+
+    Raises
+    ------
+    NotBstkError, UnsupportedVersionError
+        It is something else, or from a newer version.
+    TruncatedError
+        It ends before its smallest model does.
+    DamagedError
+        A check failed.
+    PartialError
+        It is partial and `strict` is set.
+    OSError
+        It cannot be read.
+
+    Warns
+    -----
+    PartialWarning
+        It is partial: unsealed, and shorter than the complete file.
+    """
+    source = as_source(what)
+    try:
+        reader = Reader(source)
+        if reader.state == "partial":
+            if strict:
+                raise PartialError(f"{source.name}: {reader.partial_message()}")
+            warnings.warn(f"{source.name}: {reader.partial_message()}", PartialWarning, stacklevel=2)
+    except BaseException:
+        source.close()
+        raise
+    return reader
+
+
+class Reader:
+    """An open ``.bstk`` file; `bstk.open` makes one. Reading chunks is thread-safe.
+
+    Attributes
+    ----------
+    source : Source
+        Where the bytes come from.
+    preamble : bstk.preamble.Preamble
+        The preamble, parsed.
+    metadata : dict
+        The metadata.
+    all_chunks : tuple of Chunk
+        Every chunk of the complete file.
+    chunks : tuple of Chunk
+        Those that stand wholly in this file, a prefix of `all_chunks`.
+    root : bytes
+        32 bytes that authenticate the file and every cut of it.
+    state : str
+        "whole": all of the complete file. "sealed": cut on purpose, at the seal. "partial": shorter than the complete
+        file and not sealed, so nobody can tell whether that was meant.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        with located(source.name):
+            self.preamble = _read_preamble(source)
+            _check_length(self.preamble, source.length)
+            tables = read_exactly(source, preamble.LENGTH, self.preamble.header_length - preamble.LENGTH, "header")
+            self.all_chunks, self.metadata = parse_tables(self.preamble, tables)
+        self.root = self.preamble.root()
+        self._ends = [chunk.end for chunk in self.all_chunks]
+        self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
+        if self.preamble.seal:
+            self.state = "sealed"
+        else:
+            self.state = "whole" if source.length == self.preamble.full_length else "partial"
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<bstk.Reader {self.source.name!r}: {self.state}, {self.length} of {self.full_length} bytes, "
+            f"{len(self.chunks)} of {len(self.all_chunks)} chunks>"
+        )
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+    @property
+    def length(self) -> int:
+        """Bytes of this file."""
+        return self.source.length
+
+    @property
+    def full_length(self) -> int:
+        """Bytes of the complete file."""
+        return self.preamble.full_length
+
+    @property
+    def smallest_length(self) -> int:
+        """Bytes of the smallest model's file."""
+        return self.preamble.smallest_length
+
+    @property
+    def seal(self) -> int:
+        """Length the file is sealed at, or 0."""
+        return self.preamble.seal
+
+    @property
+    def base_count(self) -> int:
+        """Chunks of the smallest model."""
+        return self.preamble.base_count
+
+    @property
+    def memory_bytes(self) -> int:
+        """Raw bytes of the weights in this file."""
+        return self._memory[len(self.chunks) - 1]
+
+    @property
+    def blocks(self) -> tuple[Chunk, ...]:
+        """The blocks after the smallest model that this file has, in the order of the universal stack."""
+        return tuple(chunk for chunk in self.chunks[self.base_count :] if chunk.is_block)
+
+    @cached_property
+    def files(self) -> Mapping[str, Chunk]:
+        """The embedded files by name."""
+        return MappingProxyType({chunk.name: chunk for chunk in self.chunks if chunk.kind is kinds.FILE})
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all chunks, in order of first appearance."""
+        return tuple(self._stacks)
+
+    def stack(self, name: str) -> list[Chunk]:
+        """Return the chunks of `name` that this file has, by level.
+
+        Raises
+        ------
+        KeyError
+            There is no such name.
+        """
+        return list(self._stacks[name])
+
+    def file(self, name: str) -> bytes:
+        """Return an embedded file.
+
+        Raises
+        ------
+        KeyError
+            There is no such file.
+        DamagedError
+            It does not match its digest, or does not decode.
+        """
+        return self.read(self.files[name])
+
+    def read(self, chunk: Chunk) -> bytes:
+        """Return the raw bytes of a chunk, after checking its digest.
+
+        Raises
+        ------
+        DamagedError
+            The chunk does not match its digest, does not decode, or is not wholly in this file.
+        OSError
+            The source cannot be read.
+        """
+        with located(f"{self.source.name}: {chunk.describe()}"):
+            try:
+                stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
+                if hashlib.sha256(stored).digest() != chunk.digest:
+                    raise DamagedError("its SHA-256 does not match the index. Copy or download the file again.")
+                return frames.unpack(stored, chunk.raw_length)
+            except DamagedError as error:
+                error.chunk = chunk
+                raise
+
+    def fit(self, mb: Budget | None = None) -> Cut:
+        """Return the largest cut of this file within `mb` megabytes (2**20 bytes), as a file and as weights in memory.
+
+        Parameters
+        ----------
+        mb : int, float, str, Decimal or None
+            The budget; decimals are exact. None for everything in this file.
+
+        Raises
+        ------
+        UsageError
+            `mb` is not a positive number.
+        BudgetError
+            The smallest model does not fit.
+        """
+        if mb is None:
+            return self._cut(len(self.chunks))
+        budget = budget_bytes(mb)
+        count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget), len(self.chunks))
+        if count < self.base_count:
+            smallest = self._cut(self.base_count)
+            needed = max(smallest.file_bytes, smallest.memory_bytes)
+            raise BudgetError(
+                f"{self.source.name}: {mb} MB is below the smallest model, which takes {mb_ceil(smallest.file_bytes)} MB "
+                f"as a file and {mb_ceil(smallest.memory_bytes)} MB of weights in memory. "
+                f"The smallest budget is {mb_ceil(needed)} MB.",
+                needed,
+            )
+        return self._cut(count)
+
+    def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
+        """Check the digest of every chunk in this file and decode it. Preamble and tables were checked by opening.
+
+        Parameters
+        ----------
+        progress : callable or None
+            Called with each chunk after it has passed.
+
+        Raises
+        ------
+        DamagedError
+            A chunk is damaged; ``error.chunk`` is the first such.
+        """
+        for chunk in self.chunks:
+            self.read(chunk)
+            if progress is not None:
+                progress(chunk)
+
+    def partial_message(self) -> str:
+        """Return what to tell the user about a partial file."""
+        return (
+            f"the file is partial: {self.length} of {self.full_length} bytes, not sealed. It is a valid smaller model, with "
+            f"{len(self.chunks)} of {len(self.all_chunks)} chunks. If a transfer was cut short, repeat it; if the cut "
+            "was meant, seal it with bstack truncate."
+        )
+
+    def _cut(self, count: int) -> Cut:
+        return Cut(count, self._ends[count - 1], self._memory[count - 1])
+
+    @cached_property
+    def _memory(self) -> list[int]:
+        return list(accumulate(chunk.raw_length if chunk.is_weight else 0 for chunk in self.all_chunks))
+
+    @cached_property
+    def _stacks(self) -> Mapping[str, list[Chunk]]:
+        by_name: dict[str, list[Chunk]] = {}
+        for chunk in self.chunks:
+            by_name.setdefault(chunk.name, []).append(chunk)
+        return by_name
+
+
+def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, ...], dict[str, Any]]:
+    """Check and parse what stands between the preamble and the first chunk.
+
+    Parameters
+    ----------
+    head : Preamble
+        The parsed preamble.
+    tables : bytes
+        Index, names and metadata.
+
+    Returns
+    -------
+    chunks, metadata
+
+    Raises
+    ------
+    DamagedError
+        A digest does not match, or a rule is broken.
+    """
+    names_start = head.index_length
+    metadata_start = names_start + head.names_length
+    parts = {
+        "index": (tables[:names_start], head.index_digest),
+        "names table": (tables[names_start:metadata_start], head.names_digest),
+        "metadata": (tables[metadata_start:], head.metadata_digest),
+    }
+    for what, (data, digest) in parts.items():
+        if hashlib.sha256(data).digest() != digest:
+            raise DamagedError(f"the {what} is damaged: its SHA-256 does not match. Copy or download the file again.")
+    names = index.parse_names(parts["names table"][0])
+    chunks = index.parse(parts["index"][0], names, head.header_length)
+    stacks.check(chunks, head)
+    return tuple(chunks), metadata.parse(parts["metadata"][0])
+
+
+def _read_preamble(source: Source) -> preamble.Preamble:
+    head = source.read(0, preamble.LENGTH)
+    if not head or not preamble.MAGIC.startswith(head[:8]):
+        raise NotBstkError(sniff.describe(source.read(0, sniff.HEAD)))
+    if len(head) < preamble.LENGTH:
+        raise TruncatedError(
+            f"the file ends after {len(head)} bytes, within its preamble of {preamble.LENGTH}. Copy or download it again."
+        )
+    return preamble.parse(head)
+
+
+def _check_length(head: preamble.Preamble, length: int) -> None:
+    if head.seal and length != head.seal:
+        raise DamagedError(
+            f"the file was sealed at {head.seal} bytes and has {length}. "
+            "Something cut or extended it afterwards; copy or download it again."
+        )
+    if length > head.full_length:
+        raise DamagedError(
+            f"the file has {length} bytes, {length - head.full_length} more than the {head.full_length} it was written "
+            "with. Something was appended; copy or download it again."
+        )
+    if length < head.smallest_length:
+        raise TruncatedError(
+            f"the file ends after {length} bytes, before its smallest model does: that takes {head.smallest_length} of the "
+            f"{head.full_length} bytes of the complete file. Copy or download at least the first {head.smallest_length}."
+        )

@@ -1,0 +1,110 @@
+"""Where the bytes of a file come from.
+
+A source is anything with ``name`` (for messages), ``length`` (bytes), ``read(offset, length) -> bytes`` and ``close()``.
+`read` may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Protocol, runtime_checkable
+
+from .errors import DamagedError
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to bytes."""
+
+    name: str
+    length: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the `length` bytes at `offset`; fewer only where the source ends."""
+
+    def close(self) -> None:
+        """Let go of what the source holds."""
+
+
+class BytesSource:
+    """A file held in memory."""
+
+    def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>"):
+        self._data = memoryview(data).cast("B")
+        self.name = name
+        self.length = self._data.nbytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self._data[offset : offset + length])
+
+    def close(self) -> None:
+        self._data.release()
+
+
+class FileSource:
+    """A file on disk. The length is the one it had when it was opened.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened, or is a directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.name = os.fspath(path)
+        self._file = open(path, "rb", buffering=0)
+        self._lock = threading.Lock()
+        self.length = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        if length > self.length - offset:
+            length = max(0, self.length - offset)
+        # One read may return less than asked (Linux stops at 2 GiB), so loop until the end. A lock around seek and
+        # read, rather than pread, because Windows has no pread.
+        parts = []
+        with self._lock:
+            self._file.seek(offset)
+            while length:
+                part = self._file.read(length)
+                if not part:
+                    break
+                parts.append(part)
+                length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source) -> Source:
+    """Return `what` as a source: a path is opened, bytes are wrapped, a source is passed through.
+
+    Raises
+    ------
+    TypeError
+        `what` is none of these.
+    OSError
+        The file cannot be opened.
+    """
+    if isinstance(what, (str, os.PathLike)):
+        return FileSource(what)
+    if isinstance(what, (bytes, bytearray, memoryview)):
+        return BytesSource(what)
+    if isinstance(what, Source):
+        return what
+    raise TypeError(
+        f"cannot read a .bstk file from {type(what).__name__}: give a path, bytes, or an object with "
+        "name, length, read(offset, length) and close()"
+    )
+
+
+def read_exactly(source: Source, offset: int, length: int, what: str) -> bytes:
+    """Return exactly `length` bytes at `offset`, or raise DamagedError: a source that returns less has changed meanwhile."""
+    data = source.read(offset, length)
+    if len(data) != length:
+        raise DamagedError(
+            f"{what}: asked for {length} bytes at offset {offset}, got {len(data)}. "
+            "The file became shorter after it was opened; open it again."
+        )
+    return data

@@ -1,0 +1,187 @@
+"""Writing a complete ``.bstk`` file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import dtypes, frames, index, kinds, limits, metadata as metadata_module, preamble, reader
+from .errors import DamagedError, UsageError, located, writing
+from .files import replacing
+from .index import Chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One chunk to write.
+
+    Attributes
+    ----------
+    name, kind, level, shape, dtype, rank, transposed, importance, error
+        As in `bstk.Chunk`.
+    raw_length, stored_length, digest
+        As in the `bstk.Frame` it comes from.
+    stored : bytes or callable
+        The frame, or a function that returns it, called once when its turn comes, so that a large file can be written
+        from parts on disk with little memory.
+    """
+
+    name: str
+    kind: kinds.Kind
+    raw_length: int
+    stored_length: int
+    digest: bytes
+    stored: bytes | Callable[[], bytes] = field(repr=False)
+    level: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = "none"
+    rank: int = 0
+    transposed: bool = False
+    importance: float = 0.0
+    error: float = 0.0
+
+
+def write(
+    path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int
+) -> None:
+    """Write a complete, unsealed file; it replaces what is at `path` when it is all there, and not before.
+
+    Equal arguments give equal bytes.
+
+    Parameters
+    ----------
+    path : path
+        Where to.
+    metadata : dict
+        Plain JSON values.
+    chunks : iterable of Entry
+        In file order. The first `base_count` are the smallest model: all files, all tensors, block 0 of every linear.
+    base_count : int
+        How many chunks the smallest model has.
+
+    Raises
+    ------
+    UsageError
+        The chunks break a rule of the format (the message names the chunk), or an entry's bytes are not what it says.
+    ResourceError, OutputError
+        The file cannot be written. What was at `path` is still there.
+    """
+    entries = list(chunks)
+    shown = os.fspath(path)
+    with located(shown):
+        head, tables = build_header(metadata, entries, base_count)
+    with replacing(path) as (sink, temporary):
+        with writing(shown):
+            sink.write(head.to_bytes())
+            sink.write(tables)
+        for entry in entries:
+            stored = entry.stored() if callable(entry.stored) else entry.stored
+            with located(shown):
+                _check_stored(entry, stored)
+            with writing(shown):
+                sink.write(stored)
+        # What a reader will make of it, before it takes the place of anything.
+        reader.open(temporary, strict=True).close()
+
+
+def build_header(
+    metadata: dict[str, Any], entries: Sequence[Entry], base_count: int
+) -> tuple[preamble.Preamble, bytes]:
+    """Return the preamble and the tables (index, names, metadata) of a complete file, checked as a reader checks them.
+
+    Raises
+    ------
+    UsageError
+        The entries break a rule of the format.
+    """
+    if not 1 <= base_count <= len(entries) <= limits.MAX_CHUNKS:
+        raise UsageError(
+            f"a file has 1 to {limits.MAX_CHUNKS} chunks, of which at least one and at most all are its smallest model; "
+            f"found {len(entries)} and base_count {base_count}."
+        )
+    for entry in entries:
+        _check_types(entry)
+    metadata_bytes = metadata_module.dump(metadata)
+    names_length = sum(4 + len(name.encode()) for name in {entry.name for entry in entries})
+    offset = preamble.LENGTH + preamble.RECORD_LENGTH * len(entries) + names_length + len(metadata_bytes)
+    chunks, features = [], 0
+    for entry in entries:
+        chunk = Chunk(
+            name=entry.name,
+            kind=entry.kind,
+            level=entry.level,
+            offset=offset,
+            stored_length=entry.stored_length,
+            raw_length=entry.raw_length,
+            shape=tuple(entry.shape),
+            dtype=entry.dtype,
+            rank=entry.rank,
+            transposed=entry.transposed,
+            importance=float(entry.importance),
+            error=float(entry.error),
+            digest=entry.digest,
+        )
+        chunks.append(chunk)
+        offset = chunk.end
+        features |= entry.kind.feature
+    index_bytes, names_bytes = index.dump(chunks)
+    head = preamble.Preamble(
+        full_length=offset,
+        smallest_length=chunks[base_count - 1].end,
+        chunk_count=len(chunks),
+        base_count=base_count,
+        names_length=len(names_bytes),
+        metadata_length=len(metadata_bytes),
+        index_digest=hashlib.sha256(index_bytes).digest(),
+        names_digest=hashlib.sha256(names_bytes).digest(),
+        metadata_digest=hashlib.sha256(metadata_bytes).digest(),
+        incompatible=features,
+    )
+    tables = index_bytes + names_bytes + metadata_bytes
+    try:
+        preamble.parse(head.to_bytes())
+        reader.parse_tables(head, tables)
+    except DamagedError as error:
+        raise UsageError(f"cannot write this: {error.args[0]}") from error
+    return head, tables
+
+
+def _check_types(entry: Entry) -> None:
+    """Check what the binary record would refuse or silently change; all other rules are the reader's, applied after."""
+    where = f"chunk {entry.name!r} level {entry.level}"
+    numbers = {
+        "level": (entry.level, 0xFFFF),
+        "rank": (entry.rank, 0xFFFF),
+        "raw_length": (entry.raw_length, limits.MAX_RAW_LENGTH),
+        "stored_length": (entry.stored_length, limits.MAX_FILE_LENGTH),
+        **{f"shape[{i}]": (length, limits.MAX_DIMENSION) for i, length in enumerate(entry.shape)},
+    }
+    for what, (value, most) in numbers.items():
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise UsageError(f"{where}: {what} is {value!r}; allowed: a whole number, 0 to {most}.")
+    if len(entry.shape) > limits.MAX_NDIM:
+        raise UsageError(f"{where}: {len(entry.shape)} dimensions; allowed: at most {limits.MAX_NDIM}.")
+    if entry.dtype not in dtypes.BY_NAME:
+        raise UsageError(f"{where}: dtype {entry.dtype!r}; allowed: {', '.join(dtypes.BY_NAME)}.")
+    if len(entry.digest) != 32:
+        raise UsageError(f"{where}: the digest has {len(entry.digest)} bytes; allowed: the 32 of SHA-256.")
+    try:
+        if len(entry.name.encode("utf-8")) > limits.MAX_NAME_LENGTH:
+            raise UsageError(f"{where}: the name is longer than {limits.MAX_NAME_LENGTH} bytes.")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: the name is not Unicode text.") from error
+
+
+def _check_stored(entry: Entry, stored: bytes) -> None:
+    where = f"chunk {entry.name!r} level {entry.level}"
+    if len(stored) != entry.stored_length:
+        raise UsageError(f"{where}: {len(stored)} stored bytes came where {entry.stored_length} were announced.")
+    if hashlib.sha256(stored).digest() != entry.digest:
+        raise UsageError(f"{where}: its stored bytes are not those its digest was made of.")
+    try:
+        frames.check(stored, entry.raw_length)
+    except DamagedError as error:
+        raise UsageError(f"{where}: {error.args[0]}") from error

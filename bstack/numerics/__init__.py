@@ -1,0 +1,1 @@
+"""Low-rank approximation, error measures, refits: arrays in, arrays out. No files, no models."""

@@ -1,0 +1,1 @@
+"""Importance of blocks -> the universal stack."""

@@ -1,0 +1,195 @@
+"""How much the model's output distribution minds an error in each output of each linear.
+
+For a small error d in one linear's output y, the Kullback-Leibler divergence of the model's next-token
+distribution grows by about 1/2 d^T F d, F = E[g g^T] the Fisher information and g the gradient of the log
+probability of a token drawn from the model itself. Kept is the diagonal of F, averaged over calibration tokens:
+one number per output. One backward pass gives it for all linears; layers are loaded one at a time, backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bstack.calibration.products import Operand, ProductWatch
+from bstack.calibration.stream import LayerCall, LayerStream
+from bstack.errors import UnsupportedModelError
+from bstack.models.skeleton import Skeleton
+
+__all__ = ["Sensitivity", "layer_parameters", "output_sensitivity"]
+
+
+def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
+    """The loaded parameters of a layer that could be linears: those of two or three dimensions, by full name."""
+    return {
+        name: tensor
+        for name in skeleton.layer_names(index)
+        if (tensor := skeleton.parameter(name)).dim() in (2, 3) and tensor.is_floating_point()
+    }
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Diagonal Fisher information, averaged over tokens, in nats^2 per squared unit.
+
+    Attributes
+    ----------
+    outputs : dict of str to torch.Tensor
+        By linear name (see `Operand`), float32, shape (outputs,). The head is under its parameter's name.
+    embedding : torch.Tensor
+        Of the first layer's input, which is what an error in a token's embedding reaches; float32, shape (width,).
+    """
+
+    outputs: dict[str, torch.Tensor]
+    embedding: torch.Tensor
+
+
+def output_sensitivity(
+    skeleton: Skeleton,
+    batches: Sequence[torch.Tensor],
+    *,
+    seed: int,
+    scratch: Path,
+    progress: Callable[[], None] = lambda: None,
+) -> Sensitivity:
+    """Estimate the diagonal Fisher information of every linear's outputs.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        The model, nothing loaded.
+    batches : sequence of torch.Tensor
+        Token ids, int64, shape (sequences, length).
+    seed : int
+        Of the draw of tokens from the model's distribution.
+    scratch : Path
+        An existing folder for the layers' inputs, so that memory does not grow with the number of layers.
+    progress : callable
+        Called after each of the 2 x layers steps.
+    """
+    squares = _Squares()
+    calls = _LayerInputs(scratch)
+    with skeleton.loaded(skeleton.outer_names):
+        gradients = _forward(skeleton, batches, seed, calls, squares, progress)
+        for index in reversed(range(len(skeleton.layers))):
+            with skeleton.loaded(skeleton.layer_names(index)):
+                gradients = _backward(skeleton, index, calls.read(index), gradients, squares)
+            progress()
+    tokens = sum(batch.numel() for batch in batches)
+    embedding = sum(g.float().square().reshape(-1, g.shape[-1]).sum(0) for g in gradients) / tokens
+    return Sensitivity({name: total / tokens for name, total in squares.sums.items()}, embedding)
+
+
+class _LayerInputs:
+    """The arguments of every layer call, on disk: one file a layer, read back once."""
+
+    def __init__(self, scratch: Path):
+        self._scratch = scratch
+
+    def write(self, index: int, calls: list[LayerCall]) -> None:
+        torch.save([(call.args, call.kwargs) for call in calls], self._path(index))
+
+    def read(self, index: int) -> list[LayerCall]:
+        # Written by this very run a moment ago; keyword arguments may be objects of any class.
+        stored = torch.load(self._path(index), weights_only=False)
+        self._path(index).unlink()
+        return [LayerCall(args, kwargs) for args, kwargs in stored]
+
+    def _path(self, index: int) -> Path:
+        return self._scratch / f"inputs-{index}.pt"
+
+
+class _Squares:
+    """Sums of squared output gradients, by linear; the callback of ProductWatch."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def report(self, operand: Operand, _inputs: torch.Tensor, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._add(operand.name, gradient))
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        total = gradient.detach().float().square().reshape(-1, gradient.shape[-1]).sum(0)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+
+def _forward(
+    skeleton: Skeleton,
+    batches: Sequence[torch.Tensor],
+    seed: int,
+    inputs: _LayerInputs,
+    squares: _Squares,
+    progress: Callable[[], None],
+) -> list[torch.Tensor]:
+    """Run all layers, keep their inputs, and return the gradient at the last layer's output for each batch."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves: list[torch.Tensor] = []
+    head = {skeleton.output_name: skeleton.parameter(skeleton.output_name)}
+
+    def start_gradient(output: Any) -> Any:
+        torch.set_grad_enabled(True)  # of this batch's thread only
+        leaf = _hidden(output).detach().requires_grad_()
+        leaves.append(leaf)
+        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        with ProductWatch(head, squares.report):
+            logits = skeleton.model(input_ids=ids, use_cache=False).logits
+        log_probabilities = logits.float().log_softmax(-1).reshape(-1, logits.shape[-1])
+        with torch.no_grad():
+            drawn = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
+        # The sum, not the mean: each position's token is a draw of its own.
+        (-log_probabilities.gather(1, drawn).sum()).backward()
+        return leaves[-1].grad
+
+    with LayerStream(skeleton, batches, run=run, after_layers=start_gradient) as stream:
+        for index, _ in stream.steps():
+            with skeleton.loaded(skeleton.layer_names(index)):
+                inputs.write(index, stream.calls())
+                for number in range(len(batches)):
+                    with torch.no_grad():
+                        stream.run(index, number)
+            progress()
+        return stream.results
+
+
+def _backward(
+    skeleton: Skeleton,
+    index: int,
+    calls: list[LayerCall],
+    gradients: list[torch.Tensor],
+    squares: _Squares,
+) -> list[torch.Tensor]:
+    """Carry the gradients from a layer's output to its input."""
+    layer = skeleton.layers[index][1]
+    watch = ProductWatch(layer_parameters(skeleton, index), squares.report)
+    before: list[torch.Tensor] = []
+    for call, gradient in zip(calls, gradients, strict=True):
+        hidden, rebuild = _take_hidden(call, gradient.shape)
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad(), watch:
+            output = _hidden(rebuild(layer, leaf))
+        output.backward(gradient)
+        before.append(leaf.grad)
+    return before
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _take_hidden(
+    call: LayerCall, shape: torch.Size
+) -> tuple[torch.Tensor, Callable[[torch.nn.Module, torch.Tensor], Any]]:
+    """Find the running hidden state among a layer's arguments; also return how to call the layer with another."""
+    if call.args:
+        return call.args[0], lambda layer, leaf: layer(leaf, *call.args[1:], **call.kwargs)
+    for key, value in call.kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape:
+            return value, lambda layer, leaf: layer(**{**call.kwargs, key: leaf})
+    raise UnsupportedModelError(f"A repeated layer was called without a hidden state: {sorted(call.kwargs)}.")

@@ -1,0 +1,97 @@
+"""Second moments of the inputs of a layer's linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from bstack.calibration.products import Operand, ProductWatch
+from bstack.calibration.stream import LayerStream
+
+__all__ = ["InputStatistics", "MomentTable", "gather"]
+
+
+@dataclass
+class InputStatistics:
+    """What calibration says about one distinct input.
+
+    Attributes
+    ----------
+    moment : torch.Tensor
+        X^T X summed over the tokens, float32, shape (inputs, inputs).
+    tokens : int
+        Number of rows of X.
+    """
+
+    moment: torch.Tensor
+    tokens: int = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add tokens; `inputs` has shape (..., inputs)."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self.moment.addmm_(rows.t(), rows)
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class MomentTable:
+    """Statistics of all linears of a layer; linears that read the same input share one entry.
+
+    Attributes
+    ----------
+    operands : dict of str to Operand
+        Every linear that was seen, by name, in the order in which the layer used them.
+    """
+
+    operands: dict[str, Operand] = field(default_factory=dict)
+    _leaders: dict[str, str] = field(default_factory=dict)
+    _statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    _seen: dict[tuple, tuple[torch.Tensor, str]] = field(default_factory=dict)
+
+    def start_batch(self) -> None:
+        """Forget which tensors were met: their memory may be reused by the next batch."""
+        self._seen.clear()
+
+    def report(self, operand: Operand, inputs: torch.Tensor, _output: torch.Tensor) -> None:
+        """Take note of one product (the callback of ProductWatch)."""
+        self.operands.setdefault(operand.name, operand)
+        key = (inputs.data_ptr(), inputs.shape, inputs.stride())
+        # The tensor is kept with its key, so that no other can get its address within the batch.
+        _, leader = self._seen.setdefault(key, (inputs, operand.name))
+        if leader == operand.name:
+            if operand.name not in self._statistics:
+                width = inputs.shape[-1]
+                self._statistics[operand.name] = InputStatistics(torch.zeros(width, width))
+            self._statistics[operand.name].add(inputs)
+        self._leaders.setdefault(operand.name, leader)
+
+    def leader(self, name: str) -> str:
+        """Name of the first linear that read the same input; equal names share statistics."""
+        return self._leaders[name]
+
+    def statistics(self, name: str) -> InputStatistics:
+        """The statistics of a linear's input."""
+        return self._statistics[self._leaders[name]]
+
+
+def gather(stream: LayerStream, index: int, parameters: dict[str, torch.Tensor]) -> MomentTable:
+    """Run every batch through the current layer and collect second moments of what its linears read.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        In front of layer `index`, whose weights are loaded.
+    index : int
+        The layer.
+    parameters : dict of str to torch.Tensor
+        The layer's parameters of two and three dimensions, by full name.
+    """
+    table = MomentTable()
+    watch = ProductWatch(parameters, table.report)
+    for number in range(len(stream.calls())):
+        table.start_batch()
+        with torch.no_grad(), watch:
+            stream.run(index, number)
+    table.start_batch()
+    return table

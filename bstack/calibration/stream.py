@@ -1,0 +1,192 @@
+"""Run a model of any architecture layer by layer, every batch through one layer before the next is loaded.
+
+A model's forward pass decides what each layer receives (masks, rotary tables, shared states), and every
+architecture does it differently. So no pass is imitated here: each batch runs the model's own forward in a
+thread of its own, which stops at the entrance of every layer until the layer's weights are there. One thread
+runs at a time, so the result does not depend on scheduling.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bstack.models.skeleton import Skeleton
+
+__all__ = ["LayerCall", "LayerStream"]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments with which the model called a layer for one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_NOT_RUN = object()
+
+
+class _Stopped(BaseException):
+    """Unwinds a batch's thread when the stream is closed early; not an error."""
+
+
+class _Batch:
+    """One batch's forward pass, in a thread that yields at each layer."""
+
+    def __init__(self, run: Callable[[], Any]):
+        self._run = run
+        self._go = threading.Event()
+        self._back = threading.Event()
+        self._stop = False
+        self.call: LayerCall | None = None
+        self.output: Any = _NOT_RUN
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        self._wait()
+        try:
+            if not self._stop:
+                with torch.no_grad():
+                    self.result = self._run()
+        except _Stopped:
+            pass
+        except BaseException as error:  # handed to the caller of step(), which raises it
+            self.error = error
+        self.call = None
+        self._back.set()
+
+    def _wait(self) -> None:
+        self._go.wait()
+        self._go.clear()
+
+    def at_layer(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in the batch's thread at the entrance of a layer."""
+        self.call = LayerCall(args, kwargs)
+        self._back.set()
+        self._wait()
+        if self._stop:
+            raise _Stopped
+        self.call = None
+        output, self.output = self.output, _NOT_RUN
+        return forward(*args, **kwargs) if output is _NOT_RUN else output
+
+    def step(self) -> None:
+        """Let the thread run to the entrance of the next layer, or to the end."""
+        self._back.clear()
+        self._go.set()
+        self._back.wait()
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._stop = True
+            self._go.set()
+            self._thread.join()
+
+
+class LayerStream:
+    """All batches of a calibration run, side by side in front of the same layer.
+
+    Use as a context manager; the parameters outside the layers must be loaded for its whole length.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        The model; its layers' weights are loaded by the caller, one layer at a time.
+    batches : sequence of torch.Tensor
+        Token ids, int64, shape (sequences, length) each.
+    run : callable, optional
+        What each batch's thread runs, given its token ids; by default the model without its head. It runs under
+        `torch.no_grad`.
+    after_layers : callable, optional
+        Called in the batch's thread with the last layer's output; what it returns goes on to the rest of the model.
+
+    Attributes
+    ----------
+    results : list
+        After the last layer: what `run` returned for each batch.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[torch.Tensor],
+        *,
+        run: Callable[[torch.Tensor], Any] | None = None,
+        after_layers: Callable[[Any], Any] = lambda output: output,
+    ):
+        self._skeleton = skeleton
+        self._inputs = batches
+        self._run = run or self._base_model
+        self._after_layers = after_layers
+        self._current: _Batch | None = None
+        self._forwards: list[Callable[..., Any]] = []
+        self._batches: list[_Batch] = []
+
+    def __enter__(self) -> LayerStream:
+        for index, (_, layer) in enumerate(self._skeleton.layers):
+            self._forwards.append(layer.forward)
+            layer.forward = self._stopping(index, layer.forward)
+        self._batches = [_Batch(lambda ids=ids: self._run(ids)) for ids in self._inputs]
+        try:
+            self._advance()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for batch in self._batches:
+            batch.close()
+        for _, layer in self._skeleton.layers:
+            layer.__dict__.pop("forward", None)
+
+    def _base_model(self, ids: torch.Tensor) -> Any:
+        return self._skeleton.model.base_model(input_ids=ids, use_cache=False)
+
+    def _stopping(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        last = index == len(self._skeleton.layers) - 1
+
+        def stop_then_run(*args: Any, **kwargs: Any) -> Any:
+            output = self._current.at_layer(forward, args, kwargs)
+            return self._after_layers(output) if last else output
+
+        return stop_then_run
+
+    def _advance(self) -> None:
+        for batch in self._batches:
+            self._current = batch
+            batch.step()
+
+    def steps(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield each layer's index and module; on resumption every batch passes through it.
+
+        The caller loads the layer's weights before it asks for the next step. Batches for which `run` was called
+        pass on with the output of that run.
+        """
+        for index, (_, layer) in enumerate(self._skeleton.layers):
+            yield index, layer
+            self._advance()
+
+    def calls(self) -> list[LayerCall]:
+        """What each batch is about to call the current layer with."""
+        return [batch.call for batch in self._batches]
+
+    def run(self, index: int, number: int) -> None:
+        """Run batch `number` through the current layer `index` now, and keep the output for the next step."""
+        batch = self._batches[number]
+        batch.output = self._forwards[index](*batch.call.args, **batch.call.kwargs)
+
+    @property
+    def results(self) -> list[Any]:
+        return [batch.result for batch in self._batches]

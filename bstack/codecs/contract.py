@@ -1,0 +1,82 @@
+"""What every codec promises.
+
+A codec turns a matrix into an ordered list of blocks, each of which lowers the error that the earlier ones left.
+It knows arrays, not files, models or names. One codec a file; the registry in `bstack.codecs` finds them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+__all__ = ["Block", "Codec"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as it leaves the encoder.
+
+    Attributes
+    ----------
+    payload : bytes
+        The block's bytes as its chunk kind lays them out (format/SPEC.md).
+    kind : int
+        The chunk kind of the container.
+    rank : int
+        The rank field of the chunk.
+    row_errors : torch.Tensor
+        Squared output error that remains after this block, per output row, float32, shape (outputs,).
+    """
+
+    payload: bytes
+    kind: int
+    rank: int
+    row_errors: torch.Tensor
+
+
+class Codec(ABC):
+    """Encode a matrix into blocks, and rebuild it from the first few of them.
+
+    An instance holds the encoder's settings; rebuilding needs none, everything is in the blocks.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[int, ...]]
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain JSON values, recorded in the file."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, moment: torch.Tensor) -> Iterator[Block]:
+        """Yield the blocks of a matrix, most significant first, at least one.
+
+        Parameters
+        ----------
+        weight : torch.Tensor
+            W, float32, shape (outputs, inputs).
+        moment : torch.Tensor
+            H = X^T X of the matrix's input, float32, shape (inputs, inputs), symmetric, not negative.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def rebuild(payloads: Sequence[bytes], kinds: Sequence[int], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+        """Add up the first blocks of a stack.
+
+        Parameters
+        ----------
+        payloads, kinds, ranks : sequence
+            Of the blocks at levels 0, 1, 2, ..., at least one.
+        shape : tuple of int
+            (outputs, inputs).
+
+        Returns
+        -------
+        torch.Tensor
+            Float32, shape (outputs, inputs).
+        """

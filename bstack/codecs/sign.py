@@ -1,0 +1,143 @@
+"""Sign planes: activation-aware absolute value decomposition, the codec of BitStack (arXiv 2410.23918, section 3).
+
+On the scaled residual R diag(s), s_j the L2 norm of input channel j:
+
+    S = sign(R)  (0 counts as +1),    |R diag(s)| ~ U V^T  (rank k),    block = (S, U, V / s)
+
+    R <- R - S * (U (V / s)^T)       with U and V / s as stored, in half precision
+
+The scale goes into V, so nothing in the rest of the model changes. Each block subtracts what was stored, so that
+the next one repairs its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bstack.codecs.contract import Block, Codec
+from bstack.errors import CodecError
+from bstack.numerics.errors import output_errors
+from bstack.numerics.lowrank import leading_triplets
+
+__all__ = ["KIND", "SignCodec", "choose_rank"]
+
+KIND = 3
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
+HALF_MAX = 65504.0
+
+
+class SignCodec(Codec):
+    """Sign planes with low-rank magnitudes.
+
+    Parameters
+    ----------
+    planes : int
+        Number of blocks, 1 to 64.
+    rank : int or "auto"
+        Rank k of the magnitudes, 1 to 256, or chosen for each matrix by `choose_rank`. Capped by the matrix's
+        smaller side.
+
+    Raises
+    ------
+    bstack.errors.CodecError
+    """
+
+    name = "sign"
+    kinds = (KIND,)
+
+    def __init__(self, planes: int = 8, rank: int | str = "auto"):
+        if not 1 <= planes <= 64:
+            raise CodecError(f"planes is {planes}; the sign codec takes 1 to 64.")
+        if rank != "auto" and not (isinstance(rank, int) and 1 <= rank <= 256):
+            raise CodecError(f"rank is {rank!r}; the sign codec takes 1 to 256, or auto.")
+        self.planes = planes
+        self.rank = rank
+
+    def settings(self) -> dict[str, Any]:
+        return {"codec": self.name, "planes": self.planes, "rank": self.rank}
+
+    def encode(self, weight: torch.Tensor, moment: torch.Tensor) -> Iterator[Block]:
+        scale = channel_norms(moment)
+        residual = weight.clone()
+        rank = min(self.rank, *weight.shape) if self.rank != "auto" else choose_rank(weight * scale)
+        for _ in range(self.planes):
+            signs = residual >= 0
+            u, v = _magnitudes((residual * scale).abs(), scale, rank)
+            residual -= _contribution(signs, u, v)
+            yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, moment))
+
+    @staticmethod
+    def rebuild(payloads: Sequence[bytes], kinds: Sequence[int], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+        total = torch.zeros(shape)
+        for payload, rank in zip(payloads, ranks, strict=True):
+            total += _contribution(*_unpack(payload, shape, rank))
+        return total
+
+
+def channel_norms(moment: torch.Tensor) -> torch.Tensor:
+    """L2 norm of every input channel, from the diagonal of H; float32, shape (inputs,).
+
+    Channels that calibration never excited get a small share of the mean: their weights are kept, coarsely.
+    """
+    norms = moment.diagonal().clamp_min(0).sqrt()
+    mean = norms.mean()
+    return norms.clamp_min(1e-3 * mean) if mean > 0 else torch.ones_like(norms)
+
+
+def choose_rank(scaled: torch.Tensor) -> int:
+    """Choose the rank that removes the most error per bit from a matrix.
+
+    After a plane of rank k the squared residual is ||A||^2 - sum of the k leading squared singular values of |A|.
+    Chosen is the k of 1, 2, 3, 4, 6, 8, 12, 16 with the largest fall of its logarithm per bit of
+    m n + 16 k (m + n).
+
+    Parameters
+    ----------
+    scaled : torch.Tensor
+        A = W diag(s), float32, shape (m, n).
+    """
+    m, n = scaled.shape
+    ranks = [k for k in RANKS if k <= min(m, n)]
+    _, s, _ = leading_triplets(scaled.abs(), ranks[-1])
+    total = scaled.square().sum(dtype=torch.float64)
+    if total == 0:
+        return 1
+    removed = s.double().square().cumsum(0) / total
+    return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(1e-12).log()) / (m * n + 16 * k * (m + n)))
+
+
+def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-precision factors of |R diag(s)| ~ U V^T, the scale taken out of V."""
+    u, s, v = leading_triplets(absolute, rank)
+    root = s.clamp_min(0).sqrt()
+    u, v = u * root, v * root / scale[:, None]
+    # Only the product matters: share the range evenly, so that neither factor leaves half precision.
+    top_u, top_v = u.abs().amax(0).clamp_min(1e-30), v.abs().amax(0).clamp_min(1e-30)
+    balance = (top_v / top_u).sqrt()
+    u, v = u * balance, v / balance
+    return u.clamp(-HALF_MAX, HALF_MAX).half(), v.clamp(-HALF_MAX, HALF_MAX).half()
+
+
+def _contribution(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    product = u.float() @ v.float().t()
+    return torch.where(signs, product, -product)
+
+
+def _pack(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> bytes:
+    """Lay a block out: signs row by row, bit j % 8 of byte j // 8, rows padded to whole bytes; then U; then V."""
+    bits = np.packbits(signs.numpy(), axis=1, bitorder="little")
+    return bits.tobytes() + u.contiguous().numpy().astype("<f2").tobytes() + v.contiguous().numpy().astype("<f2").tobytes()
+
+
+def _unpack(payload: bytes, shape: tuple[int, int], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, n = shape
+    row = (n + 7) // 8
+    bits = np.frombuffer(payload, np.uint8, m * row).reshape(m, row)
+    signs = np.unpackbits(bits, axis=1, count=n, bitorder="little").astype(bool)
+    factors = np.frombuffer(payload, "<f2", offset=m * row).astype(np.float16)
+    u, v = factors[: m * rank].reshape(m, rank), factors[m * rank :].reshape(n, rank)
+    return torch.from_numpy(signs), torch.from_numpy(u.copy()), torch.from_numpy(v.copy())

@@ -1,0 +1,46 @@
+"""Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
+
+from bstk.errors import BstkError, DamagedError, UsageError
+
+__all__ = [
+    "CalibrationError",
+    "CodecError",
+    "DamagedModelError",
+    "MissingPackageError",
+    "ModelNotFoundError",
+    "UnsupportedModelError",
+    "WeightError",
+    "WorkDirectoryError",
+]
+
+
+class ModelNotFoundError(UsageError):
+    """The MODEL argument names neither a folder, a GGUF file nor a reachable hub id."""
+
+
+class UnsupportedModelError(BstkError):
+    """The model exists and is readable, but bstack cannot compress it."""
+
+
+class DamagedModelError(DamagedError):
+    """A checkpoint file is incomplete or inconsistent."""
+
+
+class WeightError(BstkError):
+    """A weight holds NaN or infinite values."""
+
+
+class CalibrationError(BstkError):
+    """The calibration text cannot be read or is too short."""
+
+
+class WorkDirectoryError(UsageError):
+    """The work directory belongs to a run with other settings, or to another running process."""
+
+
+class CodecError(UsageError):
+    """A codec setting is outside what the codec allows."""
+
+
+class MissingPackageError(BstkError):
+    """An optional package is needed for this and not installed."""

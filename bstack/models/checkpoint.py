@@ -1,0 +1,65 @@
+"""What a checkpoint on disk can do, whatever its format: say what it is, and load chosen parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint(ABC):
+    """An original model on disk, read a few parameters at a time.
+
+    Attributes
+    ----------
+    name : str
+        How the user would call the model: the folder's name, the hub id, the file's name.
+    config : transformers.PretrainedConfig
+        The model's configuration.
+    size_bytes : int
+        Bytes of the weight files.
+    """
+
+    name: str
+    config: Any
+    size_bytes: int
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """Describe the source in plain JSON values: format, file names, sizes and digests."""
+
+    @abstractmethod
+    def export_tokenizer(self, folder: Path) -> list[str]:
+        """Write the tokenizer's and the generation settings' files into `folder`; return their names.
+
+        An empty list means that the checkpoint has no tokenizer.
+        """
+
+    @abstractmethod
+    def bind(self, model: torch.nn.Module) -> None:
+        """Match the checkpoint's tensors with the parameters of `model` (on the meta device).
+
+        Raises
+        ------
+        bstack.errors.UnsupportedModelError
+            When a parameter of the model is missing from the checkpoint; the message names it.
+        """
+
+    @abstractmethod
+    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+        """Fill the named parameters and buffers of the bound `model` with float32 values.
+
+        Raises
+        ------
+        bstack.errors.WeightError
+            When a tensor holds NaN or infinity; the message names it.
+        """
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the checkpoint keeps a parameter, where plain copies should be kept too."""

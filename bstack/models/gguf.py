@@ -1,0 +1,135 @@
+"""A GGUF file of llama.cpp, dequantised one parameter at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError
+from bstack.models.checkpoint import Checkpoint
+from bstack.models.skeleton import check_finite
+
+__all__ = ["GGUFCheckpoint"]
+
+
+class GGUFCheckpoint(Checkpoint):
+    """Read a GGUF file through the `gguf` package and transformers' tables of names.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Raises
+    ------
+    bstack.errors.MissingPackageError
+        When the optional package `gguf` is absent.
+    bstack.errors.DamagedModelError, bstack.errors.UnsupportedModelError
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise MissingPackageError(
+                "Reading a GGUF file needs the package gguf: pip install 'bstack[gguf]'"
+            ) from None
+        from transformers import AutoConfig
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
+
+        self.path = path
+        self.name = path.stem
+        self.size_bytes = path.stat().st_size
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self._check_extent()
+        except DamagedModelError:
+            raise
+        except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
+            raise DamagedModelError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
+        try:
+            # AutoConfig.from_pretrained(gguf_file=...) would parse the metadata, vocabulary included, once more.
+            self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
+            self.config = AutoConfig.for_model(**self._parsed["config"])
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise UnsupportedModelError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+        architecture = self._reader.fields["general.architecture"].contents()
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed["config"])
+        self._dequantize = gguf.dequantize
+
+    def _check_extent(self) -> None:
+        for tensor in self._reader.tensors:
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
+            if end > self.size_bytes:
+                raise DamagedModelError(
+                    f"{self.path} ends at byte {self.size_bytes}, but {tensor.name} reaches to {end}. Fetch it again."
+                )
+
+    def provenance(self) -> dict[str, Any]:
+        with open(self.path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"format": "gguf", "files": [{"name": self.path.name, "bytes": self.size_bytes, "sha256": digest}]}
+
+    def export_tokenizer(self, folder: Path) -> list[str]:
+        from bstack.models.tokenizer import export
+
+        return export(folder, self.path.parent, gguf_file=self.path.name)
+
+    def bind(self, model: torch.nn.Module) -> None:
+        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+        try:
+            self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(f"{self.path}: {str(error).splitlines()[0]}") from None
+        self._tensors: dict[str, list[Any]] = defaultdict(list)
+        for tensor in self._reader.tensors:
+            target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))
+            if target is not None:
+                self._tensors[target].append(tensor)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        missing = sorted(set(model.state_dict()) - self._tensors.keys() - tied)
+        if missing:
+            raise UnsupportedModelError(
+                f"{self.path} lacks {missing[0]} ({len(missing)} parameters in all), which {type(model).__name__} needs."
+            )
+
+    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+        wanted = [name for name in names if name in self._tensors]
+        for name in wanted:
+            owner_name, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            expected = getattr(owner, leaf).shape
+            value = torch.from_numpy(self._read(name))
+            if value.shape != expected:
+                raise DamagedModelError(
+                    f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected)}."
+                )
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[leaf] = value
+        check_finite(model, wanted)
+
+    def _read(self, name: str) -> np.ndarray:
+        # Expert tensors come in several pieces, which transformers' processors gather in a dictionary.
+        gathered: dict[str, Any] = {**self._parsed, "tensors": {}}
+        for tensor in self._tensors[name]:
+            result = self._processor.process(
+                weights=self._dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=self._map,
+                parsed_parameters=gathered,
+            )
+            if result.name is not None:
+                return np.array(result.weights, dtype=np.float32)  # a copy: the reader maps the file
+        return gathered["tensors"][name].numpy()
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return torch.float16 if self._tensors[name][0].tensor_type.name != "F32" else torch.float32

@@ -1,0 +1,173 @@
+"""A transformers folder with safetensors weights, one file or sharded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError
+from bstack.models.checkpoint import Checkpoint
+from bstack.models.skeleton import check_finite
+
+__all__ = ["SafetensorsCheckpoint"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Read a folder as `save_pretrained` writes it.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
+    name : str, optional
+        What to call the model; the folder's name by default.
+
+    Raises
+    ------
+    bstack.errors.ModelNotFoundError, bstack.errors.UnsupportedModelError, bstack.errors.DamagedModelError
+    """
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.config = _read_config(folder)
+        self.files = _weight_files(folder)
+        self.size_bytes = sum(file.stat().st_size for file in self.files)
+        self._open_shards()
+
+    def _open_shards(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._slices: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                shard = safe_open(file, framework="pt")
+                for key in shard.keys():
+                    self._slices[key] = shard.get_slice(key)
+            except (SafetensorError, OSError) as error:
+                raise DamagedModelError(
+                    f"{file} is not a whole safetensors file: {error}. It has {file.stat().st_size} bytes; "
+                    "fetch it again."
+                ) from None
+        odd = sorted({s.get_dtype() for s in self._slices.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
+        if odd:
+            raise UnsupportedModelError(
+                f"{self.name} keeps weights as {', '.join(odd)}. bstack compresses F64, F32, F16 and BF16 weights: "
+                "give it the checkpoint before quantisation."
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "format": "safetensors",
+            "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in self.files],
+        }
+
+    def export_tokenizer(self, folder: Path) -> list[str]:
+        from bstack.models.tokenizer import export
+
+        return export(folder, self.folder)
+
+    def bind(self, model: torch.nn.Module) -> None:
+        # transformers renames and fuses checkpoint tensors while loading (one tensor per expert becomes one for all);
+        # its own tables are used, so that every architecture that it loads is loaded the same way here.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in self._transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
+        state = model.state_dict()
+        self._keys: dict[str, list[str]] = defaultdict(list)
+        for key in self._slices:
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            if pattern is None:
+                self._keys[target].append(key)
+                continue
+            # A converter names only its first target: a fused tensor that is split serves several parameters.
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            first = converter.target_patterns[0]
+            for other in converter.target_patterns:
+                self._keys[target.replace(first, other)].append(key)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        missing = sorted(set(state) - self._keys.keys() - tied)
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UnsupportedModelError(
+                f"{self.name}: the checkpoint lacks {shown}, which {type(model).__name__} needs. "
+                "Is config.json the one that belongs to these weights?"
+            )
+
+    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+        from safetensors import SafetensorError
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        wanted = [name for name in names if name in self._keys]
+        keys = {key for name in wanted for key in self._keys[name]}
+        try:
+            info, _ = convert_and_load_state_dict_in_model(
+                model,
+                {key: self._slices[key] for key in sorted(keys)},
+                LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
+            )
+        except SafetensorError as error:
+            raise DamagedModelError(f"{self.name}: a weight file cannot be read: {error}.") from None
+        if info.mismatched_keys:
+            key, found, expected = sorted(info.mismatched_keys)[0]
+            raise DamagedModelError(
+                f"{self.name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(expected)}."
+            )
+        if info.conversion_errors:
+            key, reason = next(iter(info.conversion_errors.items()))
+            raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {reason}")
+        check_finite(model, wanted)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return DTYPES.get(self._slices[self._keys[name][0]].get_dtype(), torch.float32)
+
+
+def _read_config(folder: Path):
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} holds no config.json, so it is not a transformers folder.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DamagedModelError(f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map.") from None
+        files = [folder / shard for shard in shards]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DamagedModelError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
+        raise UnsupportedModelError(
+            f"{folder} holds {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
+            "(load it with transformers and call save_pretrained)."
+        )
+    raise ModelNotFoundError(f"{folder} holds no {SINGLE} and no {INDEX}.")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

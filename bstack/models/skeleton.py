@@ -1,0 +1,190 @@
+"""A transformers model without weights: its repeated layers, filled and emptied one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bstack.errors import UnsupportedModelError, WeightError
+
+if TYPE_CHECKING:
+    from bstack.models.checkpoint import Checkpoint
+
+__all__ = ["Skeleton", "check_finite", "find_layers"]
+
+
+class Skeleton:
+    """The module tree of a causal language model, parameters on the meta device until they are loaded.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the parameters come from.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        In evaluation mode, no gradients for parameters.
+    layers : list of (str, nn.Module)
+        The repeated layers with their full names, in the order of the module list.
+    input_name, output_name : str
+        Full parameter names of the token embedding and of the head; equal when they are tied.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        When transformers has no causal language model for the configuration, or no repeated layers are found.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.model = _build(checkpoint)
+        self.model.eval().requires_grad_(False)
+        checkpoint.bind(self.model)
+        prefix, layers = find_layers(self.model)
+        self.layers = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
+        self._names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
+        self.input_name = self._names[id(self.model.get_input_embeddings().weight)]
+        head = self.model.get_output_embeddings()
+        tied = head is None or head.weight is self.model.get_input_embeddings().weight or self._tied_by_config()
+        self.output_name = self.input_name if tied else self._names[id(head.weight)]
+
+    def _tied_by_config(self) -> bool:
+        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
+
+    @property
+    def outer_names(self) -> list[str]:
+        """State-dict names outside the repeated layers, tied copies left out."""
+        inside = tuple(name + "." for name, _ in self.layers)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
+
+    def layer_names(self, index: int) -> list[str]:
+        """State-dict names of one repeated layer, full."""
+        prefix, layer = self.layers[index]
+        return [f"{prefix}.{name}" for name in layer.state_dict()]
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The parameter or buffer of that full name."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), leaf)
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[None]:
+        """Hold the named parameters in memory (float32) for the length of a `with` block."""
+        names = list(names)
+        self.checkpoint.load(self.model, names)
+        self._tie()
+        try:
+            yield
+        finally:
+            self._release(names)
+
+    def _tie(self) -> None:
+        # A tied head is a parameter of its own until transformers ties it to the embedding that was just loaded.
+        if self.output_name == self.input_name and self.model.get_output_embeddings() is not None:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def _release(self, names: Iterable[str]) -> None:
+        for name in names:
+            owner_name, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(owner_name)
+            if leaf in owner._parameters:
+                empty = torch.empty_like(owner._parameters[leaf], device="meta")
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self._tie()
+
+
+def _build(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.config
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
+        )
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is an encoder-decoder ({config.model_type}); bstack compresses causal language models."
+        )
+    try:
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
+            f"can build: {reason}"
+        ) from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create parameters without memory, but keep buffers real: rotary tables are computed while building."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = type(parameter)(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find a model's repeated layers: the outermost module list that holds the most parameters.
+
+    Returns
+    -------
+    name : str
+        Full name of the list, for example ``model.layers``.
+    layers : nn.ModuleList
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        When the model has no module list with parameters.
+    """
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(other + ".") for _, other, _ in found):
+            size = sum(math.prod(p.shape) for p in module.parameters())
+            found.append((size, name, module))
+    if not found or max(found, key=lambda f: f[0])[0] == 0:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of repeated layers, so there is nothing to stream and compress."
+        )
+    _, name, layers = max(found, key=lambda f: f[0])
+    return name, layers
+
+
+def check_finite(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse NaN and infinity in freshly loaded parameters.
+
+    Raises
+    ------
+    bstack.errors.WeightError
+    """
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        tensor: Any = getattr(model.get_submodule(owner), leaf)
+        # The sum of all elements is finite only if each is, short of an overflow that float64 rules out.
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+            bad = int((~tensor.isfinite()).sum())
+            raise WeightError(
+                f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
+                "Such a model cannot be calibrated; check the checkpoint it came from."
+            )

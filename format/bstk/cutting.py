@@ -99,9 +99,8 @@ def plan(source: Reader, mb: Budget) -> Cut:
     cut = source.fit(mb)
     # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed.
     if cut.chunks == len(source.chunks) and source.state != "partial":
-        needed = mb_ceil(max(cut.file_bytes, cut.memory_bytes))
         raise UsageError(
-            f"{name}: nothing to cut: all of it fits in {needed} MB, and the budget is {mb} MB. "
+            f"{name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {mb} MB. "
             "Give a smaller budget, or use the file as it is."
         )
     return cut

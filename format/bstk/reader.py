@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from bisect import bisect_right
@@ -43,6 +44,11 @@ class Cut(NamedTuple):
     chunks: int
     file_bytes: int
     memory_bytes: int
+
+    @property
+    def budget(self) -> int:
+        """The smallest budget, in bytes, that it fits in both ways."""
+        return max(self.file_bytes, self.memory_bytes)
 
 
 def open(
@@ -177,6 +183,16 @@ class Reader:
         return self._memory[len(self.chunks) - 1]
 
     @property
+    def smallest(self) -> Cut:
+        """The smallest model."""
+        return self._cut(self.base_count)
+
+    @property
+    def complete(self) -> Cut:
+        """The complete file, of which this one may be a part."""
+        return self._cut(len(self.all_chunks))
+
+    @property
     def blocks(self) -> tuple[Chunk, ...]:
         """The blocks after the smallest model that this file has, in the order of the universal stack."""
         return tuple(chunk for chunk in self.chunks[self.base_count :] if chunk.is_block)
@@ -251,17 +267,38 @@ class Reader:
         if mb is None:
             return self._cut(len(self.chunks))
         budget = budget_bytes(mb)
-        count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget), len(self.chunks))
-        if count < self.base_count:
-            smallest = self._cut(self.base_count)
-            needed = max(smallest.file_bytes, smallest.memory_bytes)
+        if budget < self.smallest.budget:
             raise BudgetError(
-                f"{self.source.name}: {mb} MB is below the smallest model, which takes {mb_ceil(smallest.file_bytes)} MB "
-                f"as a file and {mb_ceil(smallest.memory_bytes)} MB of weights in memory. "
-                f"The smallest budget is {mb_ceil(needed)} MB.",
-                needed,
+                f"{self.source.name}: {mb} MB is below the smallest model, which takes "
+                f"{mb_ceil(self.smallest.file_bytes)} MB as a file and {mb_ceil(self.smallest.memory_bytes)} MB of weights "
+                f"in memory. The smallest budget is {mb_ceil(self.smallest.budget)} MB.",
+                self.smallest.budget,
             )
-        return self._cut(count)
+        return self.fit_bytes(budget)
+
+    def fit_bytes(self, budget: int) -> Cut:
+        """Return the largest cut of this file within `budget` bytes, as `fit` does; but never below the smallest model."""
+        count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget), len(self.chunks))
+        return self._cut(max(count, self.base_count))
+
+    def bits_per_weight(self, cut: Cut | None = None) -> float | None:
+        """Return the bits a weight of the linears takes in memory, over all their blocks in a cut.
+
+        Parameters
+        ----------
+        cut : Cut or None
+            A cut of this file; None for everything in it.
+
+        Returns
+        -------
+        float or None
+            None if the file has no linears.
+        """
+        chunks = self.all_chunks[: len(self.chunks) if cut is None else cut.chunks]
+        blocks = [chunk for chunk in chunks if chunk.is_block]
+        # Every linear has exactly one block of level 0, so this counts each weight once.
+        weights = sum(math.prod(chunk.shape) for chunk in blocks if chunk.level == 0)
+        return 8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else None
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
         """Check the digest of every chunk in this file and decode it. Preamble and tables were checked by opening.

@@ -1,0 +1,62 @@
+"""The ``bstack`` command: one file for each subcommand, imported when it is used.
+
+A subcommand's module has an attribute ``command``. It raises; the one place that turns exceptions into words and exit
+codes is `bstack.cli._group`.
+"""
+
+from __future__ import annotations
+
+import click
+
+from bstack.cli._group import LazyGroup
+
+# What `bstack --help` lists, in this order. The words stand here so that listing the commands imports none of them.
+COMMANDS = {
+    "truncate": "Cut a .bstk file to at most N megabytes.",
+    "inspect": "Show what is inside a .bstk file.",
+    "verify": "Check every digest of a .bstk file.",
+}
+
+
+def _print_versions(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    # From the installed metadata: importing torch to learn its version takes seconds.
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from bstk.preamble import MAJOR, MINOR
+
+    click.echo(f"bstack {version('bstack')} (format {MAJOR}.{MINOR}, Python {platform.python_version()})")
+    for package in ("torch", "transformers", "zstandard", "numpy"):
+        try:
+            click.echo(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"  {package} is not installed")
+    context.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    package=__name__,
+    summaries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the versions of bstack and what it uses.",
+)
+def main() -> None:
+    """Compress a language model once, cut it to any megabyte, run it in whatever memory there is.
+
+    1 MB is 2**20 bytes.
+
+    \b
+    Example:
+      bstack inspect model.bstk
+      bstack truncate model.bstk --mb 3000 -o small.bstk
+    """

@@ -1,0 +1,48 @@
+"""Words, numbers and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MB = 2**20
+
+
+def printable(value: object) -> str:
+    """Return `value` as text that cannot move the cursor or colour the terminal: names and metadata come from files."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
+
+
+def megabytes(size: int) -> str:
+    """Return `size` bytes in MB (2**20 bytes): three decimals below 10 MB, two above."""
+    return f"{size / MB:,.{3 if size < 10 * MB else 2}f} MB"
+
+
+def number(value: object, digits: int = 4) -> str:
+    """Return a number briefly, or "-" for none; anything else as it is."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return printable(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (), indent: str = "  ") -> str:
+    """Return aligned columns under a head, right-aligned but for the columns in `left`."""
+    lines = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        indent
+        + "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
+    """Return one line for each (what, value), the values aligned."""
+    width = max(len(what) for what, _ in pairs)
+    return "\n".join(f"{indent}{what.ljust(width)}  {value}" for what, value in pairs)

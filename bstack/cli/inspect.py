@@ -1,0 +1,225 @@
+"""``bstack inspect``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import click
+
+import bstk
+from bstack.cli import _common, _quality
+from bstack.cli._text import fields, megabytes, number, printable, table
+
+_SIZES = 8  # rows of the table of cuts
+_SHOWN_FILES = 6
+
+
+@click.command("inspect")
+@_common.file_argument
+@click.option("--blocks", "show_blocks", is_flag=True, help="List every block of the stack, in order.")
+@_common.strict_option
+@_common.json_option
+@_common.quiet_option
+def command(file: str, show_blocks: bool, strict: bool, as_json: bool, quiet: bool) -> None:
+    """Show what is inside FILE: the model, its sizes, its stack of blocks, what cuts of it keep.
+
+    Only the head of FILE is read; to check all of it, use bstack verify.
+
+    \b
+    Example:
+      bstack inspect model.bstk
+      bstack inspect model.bstk --blocks | head -20
+      bstack inspect model.bstk --json
+    """
+    with _common.open_file(file, strict=strict, quiet=quiet) as reader:
+        if as_json:
+            _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
+        else:
+            click.echo(_page(reader))
+            if show_blocks:
+                click.echo(f"\nBlocks (* in the smallest model)\n{_block_table(reader)}")
+
+
+def cuts(reader: bstk.Reader, count: int) -> list[bstk.Cut]:
+    """Return up to `count` cuts of a file, evenly spaced from the smallest model to all that is there."""
+    first, last = reader.smallest.budget, reader.fit().budget
+    budgets = [first + (last - first) * step // (count - 1) for step in range(count)]
+    return list(dict.fromkeys(reader.fit_bytes(budget) for budget in budgets))
+
+
+def _page(reader: bstk.Reader) -> str:
+    sections = [
+        ("Model", _model_fields(reader)),
+        ("Sizes", _size_fields(reader)),
+        ("Stack", _stack_fields(reader)),
+        ("Made with", _provenance_fields(reader.metadata)),
+    ]
+    parts = [f"{title}\n{fields(pairs)}" for title, pairs in sections if pairs]
+    parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
+    points = _quality.curve(reader.metadata)
+    if points:
+        parts.insert(4, f"Quality measured when the model was compressed\n{_quality.render(points)}")
+    return "\n\n".join([printable(reader.source.name), *parts])
+
+
+def _model_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
+    model = reader.metadata.get("model")
+    if not isinstance(model, dict):
+        return [("name", "not recorded in the metadata")]
+    pairs = []
+    for key, value in model.items():
+        if isinstance(value, (dict, list)) or value is None:
+            continue
+        if key.endswith("_bytes") and isinstance(value, int):
+            pairs.append((printable(key.removesuffix("_bytes")) + " weights", f"{megabytes(value)} in memory"))
+        else:
+            pairs.append((printable(key.replace("_", " ")), number(value)))
+    return pairs
+
+
+def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
+    state = {
+        "whole": "whole: nothing is cut off",
+        "sealed": "sealed: cut to this length on purpose",
+        "partial": "partial: shorter than the complete file, and not sealed",
+    }[reader.state]
+    sizes = [
+        ("this file", megabytes(reader.length), megabytes(reader.memory_bytes)),
+        ("smallest cut", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
+        ("complete file", megabytes(reader.complete.file_bytes), megabytes(reader.complete.memory_bytes)),
+    ]
+    width = max(len(cell) for _, *cells in sizes for cell in cells)
+    pairs = [
+        (what, f"{file.rjust(width)} as a file, {memory.rjust(width)} of weights in memory")
+        for what, file, memory in sizes
+    ]
+    return [*pairs, ("state", state), ("root digest", reader.root.hex())]
+
+
+def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
+    here = [chunk for chunk in reader.chunks if chunk.is_block]
+    base = [chunk for chunk in reader.chunks[: reader.base_count] if chunk.is_block]
+    total = sum(chunk.is_block for chunk in reader.all_chunks)
+    weights = sum(math.prod(chunk.shape) for chunk in base if chunk.level == 0)
+    tensors = [chunk for chunk in reader.chunks if chunk.is_weight and not chunk.is_block]
+    pairs = []
+    if here:
+        levels = Counter(chunk.name for chunk in here).values()
+        pairs += [
+            ("linears", f"{len(levels):,} with {weights:,} weights"),
+            ("blocks", f"{len(here):,} here; {len(base):,} in the smallest cut, {total:,} in the complete file"),
+            ("blocks a linear", f"{min(levels)} to {max(levels)} here"),
+            ("kinds", ", ".join(_kind_summary(here))),
+            ("bits per weight", f"{reader.bits_per_weight():.3f} of the linears here"),
+        ]
+    pairs.append(("other tensors", f"{len(tensors):,}, {megabytes(sum(c.raw_length for c in tensors))} in memory"))
+    names = [printable(name) for name in reader.files]
+    more = f" and {len(names) - _SHOWN_FILES} more" if len(names) > _SHOWN_FILES else ""
+    pairs.append(("embedded files", f"{len(names)}: {', '.join(names[:_SHOWN_FILES])}{more}" if names else "none"))
+    return pairs
+
+
+def _kind_summary(blocks: list[bstk.Chunk]) -> list[str]:
+    ranks: dict[str, set[int]] = {}
+    for chunk in blocks:
+        ranks.setdefault(chunk.kind.name, set()).add(chunk.rank)
+    return [
+        f"{kind} (rank {min(found)})" if len(found) == 1 else f"{kind} (rank {min(found)} to {max(found)})"
+        for kind, found in ranks.items()
+    ]
+
+
+def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in metadata.items():
+        if key in ("model", "quality"):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner} {number(item)}" for inner, item in value.items() if not isinstance(item, (dict, list)))
+        elif isinstance(value, list):
+            value = f"{len(value)} entries (see --json)"
+        pairs.append((printable(key.replace("_", " ")), printable(number(value))))
+    return pairs
+
+
+def _cut_table(reader: bstk.Reader) -> str:
+    rows = []
+    for cut in cuts(reader, _SIZES):
+        blocks = sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks])
+        bits = reader.bits_per_weight(cut)
+        rows.append(
+            [
+                f"{bstk.mb_ceil(cut.budget)}",
+                megabytes(cut.file_bytes),
+                megabytes(cut.memory_bytes),
+                f"{blocks:,}",
+                "-" if bits is None else f"{bits:.3f}",
+            ]
+        )
+    return table(["--mb", "file", "in memory", "blocks", "bits/weight"], rows)
+
+
+def _block_table(reader: bstk.Reader) -> str:
+    rows = []
+    for position, chunk in enumerate(reader.chunks):
+        if not chunk.is_block:
+            continue
+        rows.append(
+            [
+                "*" if position < reader.base_count else "",
+                f"{chunk.offset}",
+                printable(chunk.name),
+                f"{chunk.level}",
+                chunk.kind.name,
+                f"{chunk.rank}",
+                f"{chunk.stored_length:,}",
+                f"{chunk.raw_length:,}",
+                f"{chunk.importance:.4g}",
+                f"{chunk.error:.4f}",
+            ]
+        )
+    head = ["", "offset", "linear", "level", "kind", "rank", "bytes in file", "in memory", "importance", "error left"]
+    return table(head, rows, left=[0, 2, 4], indent="")
+
+
+def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
+    blocks = [chunk for chunk in reader.chunks if chunk.is_block]
+    result = {
+        "file": reader.source.name,
+        "state": reader.state,
+        "root": reader.root.hex(),
+        "file_bytes": reader.length,
+        "memory_bytes": reader.memory_bytes,
+        "smallest": reader.smallest._asdict(),
+        "complete": reader.complete._asdict(),
+        "chunks": len(reader.chunks),
+        "blocks": len(blocks),
+        "linears": len({chunk.name for chunk in blocks}),
+        "bits_per_weight": reader.bits_per_weight(),
+        "files": {name: chunk.raw_length for name, chunk in reader.files.items()},
+        "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in cuts(reader, _SIZES)],
+        "metadata": reader.metadata,
+    }
+    if with_blocks:
+        result["stack"] = [_chunk_as_json(chunk, position < reader.base_count) for position, chunk in enumerate(reader.chunks) if chunk.is_block]
+    return result
+
+
+def _chunk_as_json(chunk: bstk.Chunk, in_base: bool) -> dict[str, Any]:
+    return {
+        "name": chunk.name,
+        "level": chunk.level,
+        "kind": chunk.kind.name,
+        "in_smallest": in_base,
+        "offset": chunk.offset,
+        "stored_length": chunk.stored_length,
+        "raw_length": chunk.raw_length,
+        "shape": list(chunk.shape),
+        "rank": chunk.rank,
+        "transposed": chunk.transposed,
+        "importance": chunk.importance,
+        "error": chunk.error,
+        "digest": chunk.digest.hex(),
+    }

@@ -1,0 +1,95 @@
+"""``bstack truncate``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+import bstk
+from bstack.cli import _common, _quality
+from bstack.cli._text import megabytes, printable
+
+
+@click.command("truncate")
+@click.argument("source", type=click.Path(exists=True, dir_okay=False), metavar="IN")
+@_common.mb_option(required=True, help="The most the file, and its weights in memory, may take. Decimals are allowed.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="OUT", help="Where to write the cut.")
+@click.option("--in-place", is_flag=True, help="Shorten IN itself. What is cut off is gone.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--no-seal", is_flag=True, help="Do not mark the cut as meant: readers will call it partial.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be kept.")
+@_common.json_option
+@_common.quiet_option
+def command(
+    source: str,
+    mb: str,
+    output: str | None,
+    in_place: bool,
+    force: bool,
+    no_seal: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Cut IN to the best model of at most N megabytes (1 MB is 2**20 bytes).
+
+    The cut is the first part of IN: nothing is computed anew. It is sealed, which means that its length is written into
+    it, so that a cut that was meant and a transfer that broke off are told apart. With --no-seal, an unsealed IN is cut
+    like "head -c" does it.
+
+    An existing OUT is only replaced with --force.
+
+    \b
+    Example:
+      bstack truncate model.bstk --mb 3000 -o small.bstk
+      bstack truncate model.bstk --mb 62.5 --dry-run
+      bstack truncate model.bstk --mb 3000 --in-place
+    """
+    if output is not None and in_place:
+        raise click.UsageError("-o OUT and --in-place exclude each other.")
+    if output is None and not in_place and not dry_run:
+        raise click.UsageError("say where the cut goes: -o OUT, or --in-place to shorten IN itself.")
+    if output is not None and os.path.exists(output) and not force and not dry_run:
+        raise click.UsageError(f"{output} exists. Give --force to replace it, or another OUT.")
+
+    with _common.open_file(source, quiet=True) as reader:  # cutting is what a partial file needs: nothing to warn of
+        cut = bstk.plan(reader, mb)
+        result = _describe(reader, cut)
+        points = _quality.curve(reader.metadata)
+    target = source if in_place else output
+    if not dry_run:
+        cut = bstk.truncate(source, None if in_place else output, mb=mb, seal=not no_seal)
+    if as_json:
+        result |= {"input": source, "output": target, "dry_run": dry_run, "sealed": not no_seal, "quality": points}
+        _common.print_json("bstack.truncate/1", result)
+        return
+    click.echo(_report(result, printable(target or source), dry_run, no_seal))
+    if dry_run and points:
+        click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
+        click.echo(_quality.render(points, cut.file_bytes))
+
+
+def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
+    return {
+        "file_bytes": cut.file_bytes,
+        "memory_bytes": cut.memory_bytes,
+        "chunks": cut.chunks,
+        "blocks": sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks]),
+        "blocks_total": sum(chunk.is_block for chunk in reader.all_chunks),
+        "bits_per_weight": reader.bits_per_weight(cut),
+    }
+
+
+def _report(result: dict[str, Any], target: str, dry_run: bool, no_seal: bool) -> str:
+    lines = [
+        f"{target}: {'would be' if dry_run else 'is'} {megabytes(result['file_bytes'])} as a file "
+        f"and {megabytes(result['memory_bytes'])} of weights in memory",
+        f"  {'would keep' if dry_run else 'kept'} {result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file",
+    ]
+    if result["bits_per_weight"] is not None:
+        lines.append(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
+    if no_seal and not dry_run:
+        lines.append("  not sealed: readers will call it partial")
+    return "\n".join(lines)

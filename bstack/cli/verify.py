@@ -1,0 +1,55 @@
+"""``bstack verify``."""
+
+from __future__ import annotations
+
+import click
+
+import bstk
+from bstack.cli import _common
+from bstack.cli._text import megabytes, printable
+
+
+@click.command("verify")
+@_common.file_argument
+@_common.strict_option
+@_common.json_option
+@_common.quiet_option
+def command(file: str, strict: bool, as_json: bool, quiet: bool) -> None:
+    """Check every digest of FILE and decode every chunk; name the first that is damaged.
+
+    Exit code 0 means all is well, 5 damage, 4 that FILE is something else, 3 (with --strict) that it is partial.
+
+    \b
+    Example:
+      bstack verify model.bstk
+    """
+    try:
+        with _common.open_file(file, strict=strict, quiet=quiet) as reader:
+            total = sum(chunk.stored_length for chunk in reader.chunks)
+            with _common.progress(total, "verify", quiet) as advance:
+                reader.verify(lambda chunk: advance(chunk.stored_length))
+    except bstk.BstkError as error:
+        if as_json:
+            _common.print_json("bstack.verify/1", _failure(file, error))
+        raise
+    if as_json:
+        result = {
+            "file": file,
+            "ok": True,
+            "state": reader.state,
+            "file_bytes": reader.length,
+            "chunks": len(reader.chunks),
+            "root": reader.root.hex(),
+        }
+        _common.print_json("bstack.verify/1", result)
+        return
+    click.echo(
+        f"{printable(file)}: good ({reader.state}): all {len(reader.chunks):,} chunks match, "
+        f"{megabytes(reader.chunks[-1].end)} of file\n  root {reader.root.hex()}"
+    )
+
+
+def _failure(file: str, error: bstk.BstkError) -> dict[str, object]:
+    chunk = getattr(error, "chunk", None)
+    place = None if chunk is None else {"name": chunk.name, "level": chunk.level, "offset": chunk.offset}
+    return {"file": file, "ok": False, "exit_code": error.exit_code, "error": error.args[0], "chunk": place}

@@ -14,7 +14,7 @@ Budget = int | float | str | Decimal
 
 
 def budget_bytes(mb: Budget) -> int:
-    """Return a budget of `mb` megabytes in whole bytes, rounded down; exact for decimals ("62.3", Decimal, 62.3).
+    """Return a budget of `mb` megabytes in whole bytes, rounded down; exact for text, Decimal and ``size / MB``.
 
     Raises
     ------
@@ -25,8 +25,7 @@ def budget_bytes(mb: Budget) -> int:
     if isinstance(mb, bool) or not isinstance(mb, (int, float, str, Decimal)):
         raise refusal
     try:
-        # repr of a float is the decimal its author wrote: 62.3 means 62.3, not 62.2999999999999971578...
-        value = Decimal(repr(mb) if isinstance(mb, float) else mb)
+        value = Decimal(mb)
     except InvalidOperation:
         raise refusal from None
     if not value.is_finite() or value <= 0:

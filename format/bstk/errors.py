@@ -113,6 +113,6 @@ def writing(path: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"{path}: cannot write: {reason}. Nothing was changed; free some space or write to another disk."
+                f"{path}: cannot write: {reason}. Free some space, or write to another disk."
             ) from error
         raise OutputError(f"{path}: cannot write: {reason}.") from error

@@ -67,14 +67,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    with writing(shown):
-        sync_folder(folder)
+    # The new file is in place; syncing its folder makes that survive a power cut. Windows and some network file systems
+    # cannot, and a file that is there is no reason to report failure.
+    with suppress(OSError):
+        _sync_folder(folder)
 
 
-def sync_folder(folder: str) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can do that (Windows cannot)."""
-    if os.name != "posix":
-        return
+def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

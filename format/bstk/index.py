@@ -185,7 +185,8 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
             )  # fmt: skip
             check_chunk(chunk)
         except ValueError as problem:
-            raise DamagedError(f"index record {number}: {problem}. The file was written wrongly.") from problem
+            name = repr(names[name_id]) if name_id < len(names) else "no name"
+            raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
         chunks.append(chunk)
         offset = chunk.end
     if used != len(names):

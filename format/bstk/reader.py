@@ -127,7 +127,12 @@ class Reader:
             self.preamble = _read_preamble(source)
             _check_length(self.preamble, source.length)
             tables = read_exactly(source, preamble.LENGTH, self.preamble.header_length - preamble.LENGTH, "header")
-            self.all_chunks, self.metadata = parse_tables(self.preamble, tables)
+            _check_digests(self.preamble, tables)
+            try:
+                self.all_chunks, self.metadata = parse_tables(self.preamble, tables)
+            except DamagedError as error:
+                error.args = (f"{error.args[0]} The digests match, so the file was written wrongly; make it again.",)
+                raise
         self.root = self.preamble.root()
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
@@ -342,7 +347,7 @@ class Reader:
 
 
 def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, ...], dict[str, Any]]:
-    """Check and parse what stands between the preamble and the first chunk.
+    """Parse what stands between the preamble and the first chunk, and check its rules.
 
     Parameters
     ----------
@@ -358,22 +363,25 @@ def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, .
     Raises
     ------
     DamagedError
-        A digest does not match, or a rule is broken.
+        A rule is broken.
     """
+    index_bytes, names_bytes, metadata_bytes = _split(head, tables)
+    chunks = index.parse(index_bytes, index.parse_names(names_bytes), head.header_length)
+    stacks.check(chunks, head)
+    return tuple(chunks), metadata.parse(metadata_bytes)
+
+
+def _split(head: preamble.Preamble, tables: bytes) -> tuple[bytes, bytes, bytes]:
     names_start = head.index_length
     metadata_start = names_start + head.names_length
-    parts = {
-        "index": (tables[:names_start], head.index_digest),
-        "names table": (tables[names_start:metadata_start], head.names_digest),
-        "metadata": (tables[metadata_start:], head.metadata_digest),
-    }
-    for what, (data, digest) in parts.items():
-        if hashlib.sha256(data).digest() != digest:
+    return tables[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
+
+
+def _check_digests(head: preamble.Preamble, tables: bytes) -> None:
+    digests = (head.index_digest, head.names_digest, head.metadata_digest)
+    for what, part, digest in zip(("index", "names table", "metadata"), _split(head, tables), digests, strict=True):
+        if hashlib.sha256(part).digest() != digest:
             raise DamagedError(f"the {what} is damaged: its SHA-256 does not match. Copy or download the file again.")
-    names = index.parse_names(parts["names table"][0])
-    chunks = index.parse(parts["index"][0], names, head.header_length)
-    stacks.check(chunks, head)
-    return tuple(chunks), metadata.parse(parts["metadata"][0])
 
 
 def _read_preamble(source: Source) -> preamble.Preamble:

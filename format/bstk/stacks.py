@@ -64,6 +64,6 @@ def _check_ends(chunks: Sequence[Chunk], preamble: Preamble) -> None:
 
 
 def _wrong(chunk: Chunk, problem: str) -> DamagedError:
-    error = DamagedError(f"index: {chunk.describe()}: {problem}. The file was written wrongly.")
+    error = DamagedError(f"index: {chunk.describe()}: {problem}.")
     error.chunk = chunk
     return error

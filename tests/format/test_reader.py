@@ -1,0 +1,182 @@
+"""Reading good files: what a reader says, cuts of every length, sources that fail."""
+
+import subprocess
+import sys
+
+import bstk
+import pytest
+import samples
+
+
+def test_reads_what_was_written(good):
+    with bstk.open(good, strict=True) as f:
+        assert f.state == "whole"
+        assert f.metadata == samples.METADATA
+        assert f.base_count == samples.BASE
+        assert (f.length, f.full_length, f.seal) == (len(good), len(good), 0)
+        assert f.names == ("config.json", "norm.weight", "scale", "layers.0.up", "layers.0.down")
+        assert f.file("config.json") == b'{"model_type": "tiny"}'
+        assert list(f.files) == ["config.json"]
+        assert [c.level for c in f.stack("layers.0.up")] == [0, 1, 2]
+        assert [(c.name, c.level) for c in f.blocks] == [("layers.0.up", 1), ("layers.0.down", 1), ("layers.0.up", 2)]
+        assert [c.transposed for c in f.stack("layers.0.down")] == [True, True]
+        for chunk, entry in zip(f.chunks, samples.entries(), strict=True):
+            assert (chunk.name, chunk.kind, chunk.level, chunk.shape) == (entry.name, entry.kind, entry.level, entry.shape)
+            assert (chunk.rank, chunk.importance, chunk.error) == (entry.rank, entry.importance, entry.error)
+        # 12 + 2 of tensors; blocks 4 * 2 + 28 * k bytes (up), 6 + 28 * k (down).
+        assert f.memory_bytes == 14 + 3 * 36 + (6 + 56) + (6 + 28)
+        assert f.bits_per_weight() == 8 * (f.memory_bytes - 14) / (40 + 48)
+        f.verify()
+
+
+def test_draft_puts_together_the_same_bytes(good):
+    # So that what a bad file differs in is only what its test changed.
+    assert samples.Draft(good).bytes() == good
+
+
+def test_path_bytes_and_source_are_read_alike(good, good_path):
+    for what in (good, bytearray(good), memoryview(good), good_path, str(good_path), bstk.BytesSource(good)):
+        with bstk.open(what) as f:
+            assert samples.content(f) == samples.content(bstk.open(good))
+    with pytest.raises(TypeError, match="path, bytes, or an object"):
+        bstk.open(7)
+
+
+@pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
+def test_every_length(good):
+    whole = samples.content(bstk.open(good))
+    with bstk.open(good) as f:
+        smallest, ends, root = f.smallest_length, [c.end for c in f.chunks], f.root
+    for length in range(len(good) + 1):
+        prefix = good[:length]
+        if length == 0:
+            with pytest.raises(bstk.NotBstkError, match="empty"):
+                bstk.open(prefix)
+        elif length < smallest:
+            with pytest.raises(bstk.TruncatedError) as caught:
+                bstk.open(prefix)
+            if length >= 256:
+                assert f"{length} bytes" in str(caught.value) and f"{smallest} of" in str(caught.value)
+        else:
+            with bstk.open(prefix) as f:
+                present = sum(end <= length for end in ends)
+                assert samples.content(f) == whole[:present]
+                assert f.state == ("whole" if length == len(good) else "partial")
+                assert f.root == root
+                f.verify()
+
+
+def test_partial_warns_or_is_refused(good):
+    prefix = good[:-1]
+    with pytest.warns(bstk.PartialWarning, match="not sealed"):
+        bstk.open(prefix)
+    with pytest.raises(bstk.PartialError, match=f"{len(prefix)} of {len(good)} bytes"):
+        bstk.open(prefix, strict=True)
+
+
+def test_fit(good):
+    with bstk.open(good) as f:
+        assert f.fit() == f.fit(1) == f.complete == bstk.Cut(8, len(good), f.memory_bytes)
+        for count in range(f.base_count, len(f.chunks) + 1):
+            end = f.chunks[count - 1].end
+            assert f.fit(end / bstk.MB).chunks == f.fit(f"{end / bstk.MB:.40f}").chunks == count
+            assert f.fit_bytes(end).file_bytes == end
+        assert f.fit_bytes(f.smallest_length) == f.smallest
+        with pytest.raises(bstk.BudgetError, match="smallest budget is 0.01 MB") as caught:
+            f.fit((f.smallest_length - 1) / bstk.MB)
+        assert caught.value.smallest_bytes == f.smallest_length
+        assert f.fit("0.01") == f.complete
+
+
+def test_fit_bounds_memory_too(tmp_path):
+    zeros = bytes(2 * 4000 * 2)
+    chunks = [samples.sign("a", 0), samples.entry("b", bstk.TENSOR, zeros, shape=(8000,), dtype="f16")]
+    chunks.append(samples.sign("a", 1))
+    bstk.write(tmp_path / "x.bstk", {}, chunks, 2)
+    with bstk.open(tmp_path / "x.bstk") as f:
+        assert f.memory_bytes == 16000 + 36 + 36 > f.length
+        assert f.fit_bytes(16000 + 36 + 35).chunks == 2
+        assert f.fit_bytes(16000 + 36 + 36).chunks == 3
+
+
+@pytest.mark.parametrize("mb", [0, -5, "0", "nan", "inf", "-inf", "abc", "", float("nan"), float("inf"), True, None, b"3", [3]])
+def test_no_budget(mb):
+    with pytest.raises(bstk.UsageError, match="positive number of MB"):
+        bstk.budget_bytes(mb)
+
+
+@pytest.mark.parametrize(
+    ("mb", "size"),
+    [(1, 2**20), ("1.5", 3 * 2**19), (0.1, 104857), ("62.3", 65326284), ("1e-400000000", 0), ("1e999999999", 2**48)],
+)
+def test_budget_is_exact(mb, size):
+    assert bstk.budget_bytes(mb) == size
+
+
+@pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 10**9, 123456789])
+def test_named_megabytes_are_enough(size):
+    assert 0 <= bstk.budget_bytes(bstk.mb_ceil(size)) - size <= bstk.MB / 100 + 1
+
+
+class Failing(bstk.BytesSource):
+    """Does something wrong at its n-th read."""
+
+    def __init__(self, data, fail_at, short):
+        super().__init__(data)
+        self.calls, self.fail_at, self.short = 0, fail_at, short
+
+    def read(self, offset, length):
+        self.calls += 1
+        if self.calls != self.fail_at:
+            return super().read(offset, length)
+        if self.short:
+            return super().read(offset, length)[:-1]
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_every_read_may_fail(good, short):
+    whole = samples.content(bstk.open(good))
+    for fail_at in range(1, 100):
+        source = Failing(good, fail_at, short)
+        try:
+            with bstk.open(source) as f:
+                got = samples.content(f)
+        except (OSError, bstk.DamagedError) as error:
+            assert isinstance(error, bstk.DamagedError if short else OSError)
+        else:
+            assert got == whole and source.calls < fail_at
+            break
+    assert fail_at > 5
+
+
+def test_reads_few_and_small_pieces(good):
+    class Recording(bstk.BytesSource):
+        asked = []
+
+        def read(self, offset, length):
+            self.asked.append((offset, length))
+            return super().read(offset, length)
+
+    with bstk.open(Recording(good)) as f:
+        # Over HTTP each read is a request.
+        assert Recording.asked == [(0, 256), (256, f.preamble.header_length - 256)]
+
+
+def test_missing_names_and_files(good):
+    with bstk.open(good) as f:
+        with pytest.raises(KeyError):
+            f.file("tokenizer.json")
+        with pytest.raises(KeyError):
+            f.stack("nothing")
+
+
+def test_missing_file_is_the_usual_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        bstk.open(tmp_path / "none.bstk")
+
+
+def test_import_is_lean():
+    heavy = ("torch", "transformers", "numpy", "click", "tqdm")
+    code = f"import bstk, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 from bstack.cli._text import megabytes, number, table
 
-_TITLES = {"file_bytes": "file", "memory_bytes": "in memory", "bits_per_weight": "bits/weight", "kld": "KLD"}
+_TITLES = {"file_bytes": "file", "memory_bytes": "in memory", "blocks": "blocks", "bits_per_weight": "bits/weight", "kld": "KLD"}
 _SIZES = ("file_bytes", "memory_bytes")
 
 
@@ -21,7 +21,9 @@ def curve(metadata: dict[str, Any]) -> list[dict[str, Any]]:
 
 def render(points: list[dict[str, Any]], file_bytes: int | None = None) -> str:
     """Return the curve as a table; with `file_bytes`, a mark at the largest measured file not above it."""
-    columns = [key for key in dict.fromkeys(key for point in points for key in point) if _is_plain(points, key)]
+    # The known columns in their order, then what else was measured.
+    present = dict.fromkeys(key for point in points for key in point)
+    columns = [key for key in dict.fromkeys([*_TITLES, *present]) if key in present and _is_plain(points, key)]
     marked = max((p["file_bytes"] for p in points if file_bytes is not None and p["file_bytes"] <= file_bytes), default=None)
     head = ["", *[_TITLES.get(key, key.replace("_", " ")) for key in columns]]
     rows = [[">" if point["file_bytes"] == marked else "", *[_cell(key, point.get(key)) for key in columns]] for point in points]

@@ -13,7 +13,9 @@ def printable(value: object) -> str:
 
 
 def megabytes(size: int) -> str:
-    """Return `size` bytes in MB (2**20 bytes): three decimals below 10 MB, two above."""
+    """Return `size` bytes in MB (2**20 bytes), to at least three digits; a toy's size in bytes."""
+    if size < MB // 10:
+        return f"{size:,} bytes"
     return f"{size / MB:,.{3 if size < 10 * MB else 2}f} MB"
 
 

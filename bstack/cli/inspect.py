@@ -14,6 +14,7 @@ from bstack.cli._text import fields, megabytes, number, printable, table
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
+_MODEL_FIRST = ("name", "architecture", "source", "parameters")
 
 
 @click.command("inspect")
@@ -69,7 +70,8 @@ def _model_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     if not isinstance(model, dict):
         return [("name", "not recorded in the metadata")]
     pairs = []
-    for key, value in model.items():
+    for key in dict.fromkeys([*_MODEL_FIRST, *model]):
+        value = model.get(key)
         if isinstance(value, (dict, list)) or value is None:
             continue
         if key.endswith("_bytes") and isinstance(value, int):

@@ -167,20 +167,27 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
         ) = fields  # fmt: skip
         try:
             # In order of first use, so that there is one way to write a table and no name is left unused.
-            _require(name_id <= used and name_id < len(names), "name id", name_id, f"at most {min(used, len(names) - 1)}")
+            if name_id > used or name_id >= len(names):
+                raise _bad("name id", name_id, f"at most {min(used, len(names) - 1)}")
             used = max(used, name_id + 1)
-            _require(kind_code in kinds.BY_CODE, "kind", kind_code, "a kind this version or a flag of the file declares")
-            _require(dtype_code in dtypes.BY_CODE, "dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
-            _require(found_offset == offset, "offset", found_offset, f"{offset}, the end of what stands before it")
-            _require(1 <= stored_length <= limits.MAX_FILE_LENGTH, "stored length", stored_length, "1 and more")
+            if kind_code not in kinds.BY_CODE:
+                raise _bad("kind", kind_code, "a kind this version knows")
+            if dtype_code not in dtypes.BY_CODE:
+                raise _bad("dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
+            if found_offset != offset:
+                raise _bad("offset", found_offset, f"{offset}, the end of what stands before it")
+            if not 1 <= stored_length <= limits.MAX_FILE_LENGTH:
+                raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
             most = frames.most_raw(stored_length)
-            _require(1 <= raw_length <= most, "raw length", raw_length, f"1 to {most} for {stored_length} stored bytes")
-            _require(flags & ~_TRANSPOSED == 0, "flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
-            _require(reserved == _RESERVED, "reserved bytes", reserved.hex(), "zeros")
-            shape = _shape(dimensions, ndim)
-            kind, dtype = kinds.BY_CODE[kind_code], dtypes.BY_CODE[dtype_code].name
+            if not 1 <= raw_length <= most:
+                raise _bad("raw length", raw_length, f"1 to {most} for {stored_length} stored bytes")
+            if flags & ~_TRANSPOSED:
+                raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
+            if reserved != _RESERVED:
+                raise _bad("reserved bytes", reserved.hex(), "zeros")
             chunk = Chunk(
-                names[name_id], kind, level, offset, stored_length, raw_length, shape, dtype, rank,
+                names[name_id], kinds.BY_CODE[kind_code], level, offset, stored_length, raw_length,
+                _shape(dimensions, ndim), dtypes.BY_CODE[dtype_code].name, rank,
                 bool(flags & _TRANSPOSED), importance, error, digest,
             )  # fmt: skip
             check_chunk(chunk)
@@ -195,7 +202,7 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
 
 
 def check_chunk(chunk: Chunk) -> None:
-    """Check what a chunk says of itself, whether read from a file or about to be written.
+    """Check what a chunk says of itself against its kind.
 
     Raises
     ------
@@ -204,26 +211,30 @@ def check_chunk(chunk: Chunk) -> None:
     """
     kind = chunk.kind
     determined = kind.rule(chunk.shape, chunk.dtype, chunk.rank)
-    if determined is not None:
-        _require(chunk.raw_length == determined, "raw length", chunk.raw_length, f"{determined}, as its shape has it")
-    _require(kind.is_block or chunk.level == 0, "level", chunk.level, f"0 for a {kind}")
-    _require(
-        not chunk.transposed or len(chunk.shape) == 2, "transposed flag", 1, "0 for what does not have two dimensions"
-    )
-    _require(math.isfinite(chunk.importance), "importance", chunk.importance, "a finite number")
-    _require(math.isfinite(chunk.error) and chunk.error >= 0, "error", chunk.error, "a finite number, 0 or more")
+    if determined is not None and chunk.raw_length != determined:
+        raise _bad("raw length", chunk.raw_length, f"{determined}, as its shape has it")
+    if chunk.level and not kind.is_block:
+        raise _bad("level", chunk.level, f"0 for a {kind}")
+    if chunk.transposed and len(chunk.shape) != 2:
+        raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
+    if not math.isfinite(chunk.importance):
+        raise _bad("importance", chunk.importance, "a finite number")
+    if not 0 <= chunk.error < math.inf:
+        raise _bad("error", chunk.error, "a finite number, 0 or more")
     if kind is kinds.FILE:
         check_name(chunk.name, file=True)
 
 
 def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
-    _require(ndim <= limits.MAX_NDIM, "number of dimensions", ndim, f"0 to {limits.MAX_NDIM}")
-    _require(not any(dimensions[ndim:]), "shape", list(dimensions), f"zeros after the first {ndim}")
+    if ndim > limits.MAX_NDIM:
+        raise _bad("number of dimensions", ndim, f"0 to {limits.MAX_NDIM}")
+    if any(dimensions[ndim:]):
+        raise _bad("shape", dimensions, f"zeros after the first {ndim}")
     for length in dimensions[:ndim]:
-        _require(1 <= length <= limits.MAX_DIMENSION, "dimension", length, f"1 to {limits.MAX_DIMENSION}")
+        if not 1 <= length <= limits.MAX_DIMENSION:
+            raise _bad("dimension", length, f"1 to {limits.MAX_DIMENSION}")
     return tuple(dimensions[:ndim])
 
 
-def _require(condition: bool, what: str, found: object, allowed: object) -> None:
-    if not condition:
-        raise ValueError(f"{what} is {found}; allowed: {allowed}")
+def _bad(what: str, found: object, allowed: str) -> ValueError:
+    return ValueError(f"{what} is {found}; allowed: {allowed}")

@@ -1,0 +1,97 @@
+import json
+import re
+
+import bstk
+import pytest
+
+
+def test_page(bstack, vector):
+    done = bstack("inspect", vector("whole.bstk"))
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in (
+        "tiny", "TinyForCausalLM", "whole: nothing is cut off", "2 with 88 weights", "5 here; 2 in the smallest cut, 5 in the",
+        "sign (rank 1 to 2)", "1: config.json", "e5c7c759bf12d750", "bits/weight", "KLD", "0.2",
+    ):  # fmt: skip
+        assert words in done.stdout, words
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(("name", "state"), [("whole", "whole"), ("sealed", "sealed"), ("unsealed-cut", "partial")])
+def test_json(bstack, vector, name, state):
+    path = vector(f"{name}.bstk")
+    done = bstack("inspect", "--json", "--blocks", path)
+    assert done.returncode == 0
+    assert ("Warning" in done.stderr) == (state == "partial")
+    found = json.loads(done.stdout)
+    assert found["schema"] == "bstack.inspect/1" and found["state"] == state
+    assert found["file_bytes"] == path.stat().st_size
+    assert found["metadata"]["model"]["name"] == "tiny"
+    assert found["cuts"][0]["file_bytes"] == found["smallest"]["file_bytes"]
+    assert found["cuts"][-1]["file_bytes"] == found["file_bytes"]
+    assert len(found["stack"]) == found["blocks"]
+    assert [block["in_smallest"] for block in found["stack"]][:2] == [True, True]
+    assert "stack" not in json.loads(bstack("inspect", "--json", path).stdout)
+
+
+def test_blocks(bstack, vector):
+    out = bstack("inspect", "--blocks", vector("whole.bstk")).stdout
+    table = out.split("Blocks (* in the smallest model)\n")[1].splitlines()
+    assert table[0].split()[:4] == ["offset", "linear", "level", "kind"]
+    assert [re.findall(r"layers\.\S+ +\d", line)[0].split() for line in table[1:]] == [
+        ["layers.0.up", "0"], ["layers.0.down", "0"], ["layers.0.up", "1"], ["layers.0.down", "1"], ["layers.0.up", "2"],
+    ]  # fmt: skip
+    assert [line[0] for line in table[1:]] == ["*", "*", " ", " ", " "]
+
+
+def test_partial(bstack, vector):
+    path = vector("partial-with-tail.bstk")
+    done = bstack("inspect", path)
+    assert done.returncode == 0 and "not sealed" in done.stderr and "partial" in done.stdout
+    assert bstack("inspect", "-q", path).stderr == ""
+    done = bstack("inspect", "--strict", path)
+    assert (done.returncode, done.stdout) == (3, "") and "the file is partial" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"model": "a name", "quality": 7},
+        {"model": {"name": None, "layers": [1]}, "quality": [3, {}, {"file_bytes": 5, "kld": [1]}, {"file_bytes": 9}]},
+        {"model": {"name": "\x1b[31mred\x1b[0m\u202e"}, "note": "bell\x07", "calibration": {"tokens": 12, "texts": ["a"]}},
+    ],
+)
+def test_any_metadata(bstack, tmp_path, metadata):
+    frame = bstk.pack(b"{}")
+    entry = bstk.Entry(name="config.json", kind=bstk.FILE, stored=frame.stored, raw_length=2, stored_length=frame.stored_length, digest=frame.digest)
+    bstk.write(tmp_path / "x.bstk", metadata, [entry], 1)
+    done = bstack("inspect", "--blocks", tmp_path / "x.bstk")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not set(done.stdout) & {"\x1b", "\x07", "\u202e"}
+    assert json.loads(bstack("inspect", "--json", tmp_path / "x.bstk").stdout)["metadata"] == metadata
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("bad-html", 4, "web page"),
+        ("bad-git-lfs-pointer", 4, "git lfs pull"),
+        ("bad-major-2", 4, "Upgrade"),
+        ("bad-level-gap", 5, "level 3 follows level 1"),
+        ("bad-below-smallest", 5, "ends after 1500 bytes"),
+    ],
+)
+def test_bad_files(bstack, vector, name, code, words):
+    done = bstack("inspect", vector(f"{name}.bstk"))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("Error: ") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_reads_only_the_head(bstack, vector):
+    path = vector("whole.bstk")
+    with bstk.open(path) as f:
+        chunk = f.chunks[-1]
+    data = bytearray(path.read_bytes())
+    data[chunk.offset : chunk.end] = bytes(chunk.stored_length)
+    path.write_bytes(data)
+    assert bstack("inspect", path).returncode == 0

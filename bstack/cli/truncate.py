@@ -60,7 +60,8 @@ def command(
         points = _quality.curve(reader.metadata)
     target = source if in_place else output
     if not dry_run:
-        cut = bstk.truncate(source, None if in_place else output, mb=mb, seal=not no_seal)
+        with _common.progress(cut.file_bytes, "copy", quiet or in_place) as advance:
+            bstk.truncate(source, None if in_place else output, mb=mb, seal=not no_seal, progress=advance)
     if as_json:
         result |= {"input": source, "output": target, "dry_run": dry_run, "sealed": not no_seal, "quality": points}
         _common.print_json("bstack.truncate/1", result)

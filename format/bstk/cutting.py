@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 from . import preamble, reader
 from .budget import Budget, mb_ceil
@@ -16,7 +17,11 @@ _PIECE = 4 * 2**20  # bytes copied at a time
 
 
 def truncate(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str] | None, mb: Budget, seal: bool = True
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str] | None,
+    mb: Budget,
+    seal: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -35,6 +40,8 @@ def truncate(
     seal : bool
         Write the length into the preamble, so that the cut is known to be meant. Without it the seal is 0, and an
         unsealed `src` gives exactly its first bytes.
+    progress : callable or None
+        Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
 
     Returns
     -------
@@ -76,6 +83,8 @@ def truncate(
                 with writing(os.fspath(dst)):
                     sink.write(piece)
                 position += length
+                if progress is not None:
+                    progress(length)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PartialWarning)  # what seal=False asks for
                 reader.open(temporary).close()

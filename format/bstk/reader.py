@@ -1,4 +1,4 @@
-"""Opening a ``.bstk`` file: preamble, then tables, each checked before it is believed, then chunks on demand."""
+"""An open ``.bstk`` file: what is in it, what cuts of it keep, its chunks on demand."""
 
 from __future__ import annotations
 
@@ -11,19 +11,11 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import frames, index, kinds, metadata, preamble, sniff, stacks
+from . import frames, header, kinds
 from .budget import Budget, budget_bytes, mb_ceil
-from .errors import (
-    BudgetError,
-    DamagedError,
-    NotBstkError,
-    PartialError,
-    PartialWarning,
-    TruncatedError,
-    located,
-)
+from .errors import BudgetError, DamagedError, PartialError, PartialWarning, UsageError, located
 from .index import Chunk
 from .sources import Source, as_source, read_exactly
 
@@ -59,7 +51,7 @@ def open(
     Parameters
     ----------
     what : path, bytes, or a source
-        A source has ``name``, ``length``, ``read(offset, length)`` and ``close()``.
+        A source has ``name``, ``length``, ``read(offset, length)`` and ``close()``; it is closed with the reader.
     strict : bool
         Refuse a partial file instead of warning about it.
 
@@ -124,15 +116,7 @@ class Reader:
     def __init__(self, source: Source):
         self.source = source
         with located(source.name):
-            self.preamble = _read_preamble(source)
-            _check_length(self.preamble, source.length)
-            tables = read_exactly(source, preamble.LENGTH, self.preamble.header_length - preamble.LENGTH, "header")
-            _check_digests(self.preamble, tables)
-            try:
-                self.all_chunks, self.metadata = parse_tables(self.preamble, tables)
-            except DamagedError as error:
-                error.args = (f"{error.args[0]} The digests match, so the file was written wrongly; make it again.",)
-                raise
+            self.preamble, self.all_chunks, self.metadata = header.read(source)
         self.root = self.preamble.root()
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
@@ -240,11 +224,15 @@ class Reader:
         Raises
         ------
         DamagedError
-            The chunk does not match its digest, does not decode, or is not wholly in this file.
+            The chunk does not match its digest, or does not decode.
+        UsageError
+            The chunk is cut off: it is one of `all_chunks`, but not of `chunks`.
         OSError
             The source cannot be read.
         """
         with located(f"{self.source.name}: {chunk.describe()}"):
+            if chunk.end > self.length:
+                raise UsageError(f"it ends at {chunk.end}, and this file at {self.length}. Read it from a larger cut.")
             try:
                 stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
                 if hashlib.sha256(stored).digest() != chunk.digest:
@@ -344,70 +332,3 @@ class Reader:
         for chunk in self.chunks:
             by_name.setdefault(chunk.name, []).append(chunk)
         return by_name
-
-
-def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, ...], dict[str, Any]]:
-    """Parse what stands between the preamble and the first chunk, and check its rules.
-
-    Parameters
-    ----------
-    head : Preamble
-        The parsed preamble.
-    tables : bytes
-        Index, names and metadata.
-
-    Returns
-    -------
-    chunks, metadata
-
-    Raises
-    ------
-    DamagedError
-        A rule is broken.
-    """
-    index_bytes, names_bytes, metadata_bytes = _split(head, tables)
-    chunks = index.parse(index_bytes, index.parse_names(names_bytes), head.header_length)
-    stacks.check(chunks, head)
-    return tuple(chunks), metadata.parse(metadata_bytes)
-
-
-def _split(head: preamble.Preamble, tables: bytes) -> tuple[bytes, bytes, bytes]:
-    names_start = head.index_length
-    metadata_start = names_start + head.names_length
-    return tables[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
-
-
-def _check_digests(head: preamble.Preamble, tables: bytes) -> None:
-    digests = (head.index_digest, head.names_digest, head.metadata_digest)
-    for what, part, digest in zip(("index", "names table", "metadata"), _split(head, tables), digests, strict=True):
-        if hashlib.sha256(part).digest() != digest:
-            raise DamagedError(f"the {what} is damaged: its SHA-256 does not match. Copy or download the file again.")
-
-
-def _read_preamble(source: Source) -> preamble.Preamble:
-    head = source.read(0, preamble.LENGTH)
-    if not head or not preamble.MAGIC.startswith(head[:8]):
-        raise NotBstkError(sniff.describe(source.read(0, sniff.HEAD)))
-    if len(head) < preamble.LENGTH:
-        raise TruncatedError(
-            f"the file ends after {len(head)} bytes, within its preamble of {preamble.LENGTH}. Copy or download it again."
-        )
-    return preamble.parse(head)
-
-
-def _check_length(head: preamble.Preamble, length: int) -> None:
-    if head.seal and length != head.seal:
-        raise DamagedError(
-            f"the file was sealed at {head.seal} bytes and has {length}. "
-            "Something cut or extended it afterwards; copy or download it again."
-        )
-    if length > head.full_length:
-        raise DamagedError(
-            f"the file has {length} bytes, {length - head.full_length} more than the {head.full_length} it was written "
-            "with. Something was appended; copy or download it again."
-        )
-    if length < head.smallest_length:
-        raise TruncatedError(
-            f"the file ends after {length} bytes, before its smallest model does: that takes {head.smallest_length} of the "
-            f"{head.full_length} bytes of the complete file. Copy or download at least the first {head.smallest_length}."
-        )

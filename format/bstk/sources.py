@@ -7,10 +7,11 @@ A source is anything with ``name`` (for messages), ``length`` (bytes), ``read(of
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from typing import Protocol, runtime_checkable
 
-from .errors import DamagedError
+from .errors import DamagedError, UsageError
 
 
 @runtime_checkable
@@ -47,6 +48,8 @@ class FileSource:
 
     Raises
     ------
+    UsageError
+        It is a pipe or another thing without a length.
     OSError
         The file cannot be opened, or is a directory.
     """
@@ -55,7 +58,11 @@ class FileSource:
         self.name = os.fspath(path)
         self._file = open(path, "rb", buffering=0)
         self._lock = threading.Lock()
-        self.length = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self._file.close()
+            raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
+        self.length = status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
         if length > self.length - offset:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import dtypes, frames, index, kinds, limits, metadata as metadata_module, preamble, reader
+from . import dtypes, frames, header, index, kinds, limits, preamble, reader
+from . import metadata as metadata_module
 from .errors import DamagedError, UsageError, located, writing
 from .files import replacing
 from .index import Chunk
@@ -143,7 +144,7 @@ def build_header(
     tables = index_bytes + names_bytes + metadata_bytes
     try:
         preamble.parse(head.to_bytes())
-        reader.parse_tables(head, tables)
+        header.parse_tables(head, tables)
     except DamagedError as error:
         raise UsageError(f"cannot write this: {error.args[0]}") from error
     return head, tables

@@ -1,5 +1,6 @@
 """Reading good files: what a reader says, cuts of every length, sources that fail."""
 
+import os
 import subprocess
 import sys
 
@@ -169,6 +170,21 @@ def test_missing_names_and_files(good):
             f.file("tokenizer.json")
         with pytest.raises(KeyError):
             f.stack("nothing")
+
+
+@pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
+def test_chunk_that_is_cut_off(good):
+    with bstk.open(good[:-1]) as f, pytest.raises(bstk.UsageError, match="Read it from a larger cut"):
+        f.read(f.all_chunks[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
+    with pytest.raises(bstk.UsageError, match="not a regular file"):
+        bstk.open(tmp_path / "pipe")
+    os.close(descriptor)
 
 
 def test_missing_file_is_the_usual_error(tmp_path):

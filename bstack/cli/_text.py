@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MB = 2**20
+from bstk import MB
 
 
 def printable(value: object) -> str:

@@ -139,7 +139,8 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
         if key in ("model", "quality"):
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{inner} {number(item)}" for inner, item in value.items() if not isinstance(item, (dict, list)))
+            plain = {inner: item for inner, item in value.items() if not isinstance(item, (dict, list))}
+            value = ", ".join(f"{inner} {number(item)}" for inner, item in plain.items())
         elif isinstance(value, list):
             value = f"{len(value)} entries (see --json)"
         pairs.append((printable(key.replace("_", " ")), printable(number(value))))
@@ -205,7 +206,11 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "metadata": reader.metadata,
     }
     if with_blocks:
-        result["stack"] = [_chunk_as_json(chunk, position < reader.base_count) for position, chunk in enumerate(reader.chunks) if chunk.is_block]
+        result["stack"] = [
+            _chunk_as_json(chunk, position < reader.base_count)
+            for position, chunk in enumerate(reader.chunks)
+            if chunk.is_block
+        ]
     return result
 
 

@@ -63,7 +63,10 @@ def test_partial(bstack, vector):
 )
 def test_any_metadata(bstack, tmp_path, metadata):
     frame = bstk.pack(b"{}")
-    entry = bstk.Entry(name="config.json", kind=bstk.FILE, stored=frame.stored, raw_length=2, stored_length=frame.stored_length, digest=frame.digest)
+    entry = bstk.Entry(
+        name="config.json", kind=bstk.FILE,
+        stored=frame.stored, raw_length=2, stored_length=frame.stored_length, digest=frame.digest,
+    )  # fmt: skip
     bstk.write(tmp_path / "x.bstk", metadata, [entry], 1)
     done = bstack("inspect", "--blocks", tmp_path / "x.bstk")
     assert (done.returncode, done.stderr) == (0, "")

@@ -42,7 +42,10 @@ def test_version(bstack):
     assert "torch" in done.stdout
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["inspect", "-h"], ["inspect"], ["verify"], ["truncate", "--mb", "0.0018", "--dry-run"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["--version"], ["inspect", "-h"], ["inspect"], ["verify"], ["truncate", "--mb", "0.0018", "--dry-run"]],
+)
 def test_imports_no_torch(args, vector):
     path = [] if args[-1].startswith(("--h", "-h", "--v")) else [str(vector("whole.bstk"))]
     code = (
@@ -115,8 +118,8 @@ def test_debug_shows_the_traceback(failing, monkeypatch):
 
 
 def test_unknown_command_and_option(bstack):
-    for args in (["compres"], ["inspect", "--nope", "x"], ["verify", "none.bstk"], ["verify"], ["truncate", "none.bstk", "--mb", "3"]):
-        done = bstack(*args)
+    for args in ("compres", "inspect --nope x", "verify none.bstk", "verify", "truncate none.bstk --mb 3"):
+        done = bstack(*args.split())
         assert (done.returncode, done.stdout) == (2, ""), args
         assert "Error:" in done.stderr and "Traceback" not in done.stderr
 

@@ -34,7 +34,13 @@ def test_names_the_first_damaged_chunk(bstack, vector):
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("bad-html", 4), ("bad-incompatible-flag-63", 4), ("bad-wrong-crc", 5), ("bad-frame-and-a-byte", 5), ("bad-sealed-elsewhere", 5)],
+    [
+        ("bad-html", 4),
+        ("bad-incompatible-flag-63", 4),
+        ("bad-wrong-crc", 5),
+        ("bad-frame-and-a-byte", 5),
+        ("bad-sealed-elsewhere", 5),
+    ],
 )
 def test_bad_files(bstack, vector, name, code):
     done = bstack("verify", vector(f"{name}.bstk"))

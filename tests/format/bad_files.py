@@ -73,6 +73,12 @@ def _smaller_base(draft):
     draft.preamble["base_count"] = DOWN0
 
 
+def _tensor_twice(draft):
+    draft.names.pop(2)
+    for number in range(SCALE, len(draft.records)):
+        draft.set(number, name=draft.records[number]["name"] - 1)
+
+
 def _far_window(stored: bytes, raw: bytes) -> bytes:
     # Magic, descriptor (content size of 8 bytes, checksum), window 2**24, content size, one empty last block.
     return b"\x28\xb5\x2f\xfd\xc4" + bytes([(24 - 10) << 3]) + struct.pack("<Q", len(raw)) + b"\x01\x00\x00" + bytes(4)
@@ -181,7 +187,7 @@ OPEN = {
     "record-reserved": (record(UP1, reserved=bytes(23) + b"\x01"), D),
     "blocks-of-two-shapes": (shape(UP2, 3, 12), D),
     "blocks-of-two-orientations": (record(UP2, flags=1), D),
-    "tensor-twice": (both(record(SCALE, name=1), lambda draft: [draft.set(i, name=draft.records[i]["name"] - 1) for i in range(3, 8)], lambda draft: draft.names.pop(2)), D),
+    "tensor-twice": (_tensor_twice, D),
     "block-on-a-file": (record(UP1, name=0), D),
     "name-after-the-smallest-model": (_smaller_base, D),
     # names

@@ -1,0 +1,26 @@
+"""bstack: compress a language model once, cut it to any megabyte, run it in whatever memory there is.
+
+>>> import bstack
+>>> bstack.compress("path/to/model", "model.bstk")              # doctest: +SKIP
+>>> model, tokenizer = bstack.load("model.bstk", mb=3000)        # doctest: +SKIP
+
+Importing this package is light; torch and transformers are imported when a function needs them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Settings", "compress", "load"]
+
+_HOMES = {"compress": "bstack.pipeline.entrance", "load": "bstack.runtime.load", "Settings": "bstack.settings"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        # Kept: the next access finds it without this function.
+        globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,7 +114,9 @@ class _Squares:
             output.register_hook(lambda gradient: self._add(operand.name, gradient))
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        total = gradient.detach().float().square().reshape(-1, gradient.shape[-1]).sum(0)
+        self.add_sum(name, gradient.detach().float().square().reshape(-1, gradient.shape[-1]).sum(0))
+
+    def add_sum(self, name: str, total: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
@@ -129,7 +131,6 @@ def _forward(
     """Run all layers, keep their inputs, and return the gradient at the last layer's output for each batch."""
     generator = torch.Generator().manual_seed(seed)
     leaves: list[torch.Tensor] = []
-    head = {skeleton.output_name: skeleton.parameter(skeleton.output_name)}
 
     def start_gradient(output: Any) -> Any:
         torch.set_grad_enabled(True)  # of this batch's thread only
@@ -138,11 +139,13 @@ def _forward(
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
     def run(ids: torch.Tensor) -> torch.Tensor:
-        with ProductWatch(head, squares.report):
-            logits = skeleton.model(input_ids=ids, use_cache=False).logits
+        logits = skeleton.model(input_ids=ids, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(-1).reshape(-1, logits.shape[-1])
         with torch.no_grad():
-            drawn = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
+            probabilities = log_probabilities.exp()
+            # At the logits the expectation over the draw is known: E[(p - onehot)^2] = p (1 - p).
+            squares.add_sum(skeleton.output_name, (probabilities * (1 - probabilities)).sum(0))
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
         # The sum, not the mean: each position's token is a draw of its own.
         (-log_probabilities.gather(1, drawn).sum()).backward()
         return leaves[-1].grad
@@ -151,9 +154,7 @@ def _forward(
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 inputs.write(index, stream.calls())
-                for number in range(len(batches)):
-                    with torch.no_grad():
-                        stream.run(index, number)
+                stream.run_all(index)
             progress()
         return stream.results
 

@@ -187,6 +187,12 @@ class LayerStream:
         batch = self._batches[number]
         batch.output = self._forwards[index](*batch.call.args, **batch.call.kwargs)
 
+    def run_all(self, index: int) -> None:
+        """Run every batch through the current layer `index` now, without gradients."""
+        with torch.no_grad():
+            for number in range(len(self._batches)):
+                self.run(index, number)
+
     @property
     def results(self) -> list[Any]:
         return [batch.result for batch in self._batches]

@@ -12,6 +12,7 @@ from bstack.cli._group import LazyGroup
 
 # What `bstack --help` lists, in this order. The words stand here so that listing the commands imports none of them.
 COMMANDS = {
+    "compress": "Compress a model into one .bstk file.",
     "truncate": "Cut a .bstk file to at most N megabytes.",
     "inspect": "Show what is inside a .bstk file.",
     "verify": "Check every digest of a .bstk file.",
@@ -57,6 +58,7 @@ def main() -> None:
 
     \b
     Example:
+      bstack compress path/to/model -o model.bstk
       bstack inspect model.bstk
       bstack truncate model.bstk --mb 3000 -o small.bstk
     """

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.codecs.sign import SignCodec
+from bstack.errors import CodecError
+from bstack.settings import Settings
 
-__all__ = ["CODECS", "Block", "Codec", "codec_of_kind"]
+__all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (SignCodec,)}
 
 
-def codec_of_kind(kind: int) -> type[Codec]:
+def codec_of_kind(kind: bstk.Kind) -> type[Codec]:
     """The codec that rebuilds stacks which begin with this chunk kind.
 
     Raises
@@ -19,3 +22,16 @@ def codec_of_kind(kind: int) -> type[Codec]:
         For a kind that is no codec's; the container's reader refuses such files first.
     """
     return next(codec for codec in CODECS.values() if kind in codec.kinds)
+
+
+def make_codec(settings: Settings) -> Codec:
+    """The encoder that the settings ask for.
+
+    Raises
+    ------
+    bstack.errors.CodecError
+        For a name that is no codec's, or a setting that the codec does not allow.
+    """
+    if settings.codec not in CODECS:
+        raise CodecError(f"codec is {settings.codec!r}; allowed are {', '.join(CODECS)}.")
+    return CODECS[settings.codec](planes=settings.planes, rank=settings.rank)

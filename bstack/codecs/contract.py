@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+import bstk
+
 __all__ = ["Block", "Codec"]
 
 
@@ -24,7 +26,7 @@ class Block:
     ----------
     payload : bytes
         The block's bytes as its chunk kind lays them out (format/SPEC.md).
-    kind : int
+    kind : bstk.Kind
         The chunk kind of the container.
     rank : int
         The rank field of the chunk.
@@ -33,7 +35,7 @@ class Block:
     """
 
     payload: bytes
-    kind: int
+    kind: bstk.Kind
     rank: int
     row_errors: torch.Tensor
 
@@ -45,7 +47,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[tuple[int, ...]]
+    kinds: ClassVar[tuple[bstk.Kind, ...]]
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class Codec(ABC):
 
     @staticmethod
     @abstractmethod
-    def rebuild(payloads: Sequence[bytes], kinds: Sequence[int], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+    def rebuild(payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
         """Add up the first blocks of a stack.
 
         Parameters

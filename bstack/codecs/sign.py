@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import bstk
+
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
@@ -25,7 +27,7 @@ from bstack.numerics.lowrank import leading_triplets
 
 __all__ = ["KIND", "SignCodec", "choose_rank"]
 
-KIND = 3
+KIND = bstk.SIGN
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 HALF_MAX = 65504.0
 
@@ -71,7 +73,7 @@ class SignCodec(Codec):
             yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, moment))
 
     @staticmethod
-    def rebuild(payloads: Sequence[bytes], kinds: Sequence[int], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+    def rebuild(payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
         total = torch.zeros(shape)
         for payload, rank in zip(payloads, ranks, strict=True):
             total += _contribution(*_unpack(payload, shape, rank))

@@ -1,0 +1,156 @@
+"""Calibration texts: files, folders, hub data sets -> windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bstack.errors import CalibrationError, MissingPackageError
+
+__all__ = ["SELF", "TextSource", "open_text", "token_windows"]
+
+SELF = "self"
+PLAIN = {".txt", ".md", ".raw", ".tokens", ".text", ""}
+RECORDS = {".jsonl", ".ndjson"}
+# Enough characters for any request, and a bound on what a folder of a terabyte costs.
+LONGEST = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text and where it came from.
+
+    Attributes
+    ----------
+    name : str
+        For the record in the file; no folders of the user's machine.
+    text : str
+    """
+
+    name: str
+    text: str
+
+
+def open_text(source: str) -> TextSource:
+    """Read the text that `source` names.
+
+    Parameters
+    ----------
+    source : str
+        A text file (plain, or .jsonl with a "text" field a line), a folder of such files (read in the order of their
+        names), or a hub data set as ``name``, ``name:configuration`` or ``name:configuration:split``.
+
+    Raises
+    ------
+    bstack.errors.CalibrationError
+        When nothing of that name is there, or it holds no text.
+    bstack.errors.MissingPackageError
+        When it is a hub data set and the package datasets is not installed.
+    """
+    path = Path(source)
+    if path.is_file():
+        text = _read_file(path)
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (PLAIN - {""}) | RECORDS)
+        if not files:
+            raise CalibrationError(
+                f"{path} holds no text: looked for files ending in {', '.join(sorted((PLAIN - {''}) | RECORDS))}."
+            )
+        text = "\n\n".join(_read_file(file) for file in files)[:LONGEST]
+    else:
+        return TextSource(source, _read_hub(source))
+    return TextSource(path.name, text)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        if path.suffix.lower() in RECORDS:
+            return "\n\n".join(_records(path))
+        with open(path, encoding="utf-8") as stream:
+            return stream.read(LONGEST)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x}). "
+            "Calibration reads plain text or .jsonl."
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _records(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a "text" field.') from None
+            yield str(text)
+
+
+def _read_hub(source: str) -> str:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackageError(
+            f"{source!r} is no file or folder. To read it as a hub data set, install the package datasets: "
+            "pip install 'bstack[datasets]'"
+        ) from None
+    name, configuration, split = (source.split(":") + ["", ""])[:3]
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+        pieces, length = [], 0
+        for row in rows:
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise CalibrationError(f'{source}: rows have no "text" column, only {", ".join(sorted(row))}.')
+            pieces.append(text)
+            length += len(text)
+            if length > 2**24:
+                break
+    except CalibrationError:
+        raise
+    except Exception as error:  # the library raises dozens of kinds, many of them private
+        raise CalibrationError(
+            f"{source!r} is no file or folder, and as a hub data set it cannot be read: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+    return "\n".join(pieces)
+
+
+def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int) -> torch.Tensor:
+    """Cut a text into windows of token ids, spread evenly over the text.
+
+    Parameters
+    ----------
+    source : TextSource
+    tokenizer : transformers.PreTrainedTokenizerBase
+    samples, length : int
+        How many windows, and how many tokens each.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape (samples, length).
+
+    Raises
+    ------
+    bstack.errors.CalibrationError
+        When the text has fewer than samples x length tokens.
+    """
+    ids = tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // length
+    if available < samples:
+        raise CalibrationError(
+            f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length} need "
+            f"{samples * length}. Give a longer text, or at most --samples {available}"
+            + (f" (or a smaller --sequence-length than {length})." if available < 1 else ".")
+        )
+    chosen = [i * available // samples for i in range(samples)]
+    return torch.tensor([ids[i * length : (i + 1) * length] for i in chosen])

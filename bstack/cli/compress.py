@@ -1,0 +1,119 @@
+"""``bstack compress``"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from bstack.cli._common import json_option, print_json, quiet_option
+from bstack.cli._text import megabytes
+from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
+
+_STAGES = {
+    "open": "Opening the model",
+    "calibration text": "Letting the model write its calibration text",
+    "sensitivity": "Measuring sensitivities",
+    "layers": "Compressing layers",
+    "embeddings": "Compressing embeddings",
+    "order": "Searching the order",
+    "write": "Writing the file",
+}
+
+
+class RankType(click.ParamType):
+    """A whole number, or the word auto."""
+
+    name = "N|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The .bstk file to write.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True,
+              help="Settings to start from; paper is BitStack as published: rank 16, 16 planes, paper order.")
+@click.option("--planes", type=int, help="Residual blocks per linear.")
+@click.option("--rank", type=RankType(), help="Rank of a block's magnitudes; auto chooses it for each matrix.")
+@click.option("--order", type=click.Choice(ORDERS),
+              help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")
+@click.option("--embeddings", type=click.Choice(EMBEDDINGS),
+              help="stack: embeddings and head are cut like every linear. dense: they stay whole.")
+@click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
+              help="Text to calibrate on; self (the default): the model writes it, no network needed.")
+@click.option("--samples", type=int, help="Calibration windows.")
+@click.option("--sequence-length", type=int, help="Tokens in each window.")
+@click.option("--seed", type=int, help="Of everything random.")
+@click.option("--work-dir", type=click.Path(), help="Where finished layers are kept; OUTPUT.work by default.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@json_option
+@quiet_option
+def command(model: str, output: str, preset: str, work_dir: str | None, force: bool, as_json: bool, quiet: bool,
+            **changes: object) -> None:
+    """Compress MODEL into one .bstk file that can be cut to any size.
+
+    MODEL is a transformers folder (safetensors), a hub id such as owner/name, a GGUF file, or smollm2, the embedded
+    default. Interrupted, the same command resumes where it was.
+
+    \b
+    Example:
+      bstack compress smollm2 -o smollm2.bstk
+      bstack compress ./Llama-3.1-8B -o llama.bstk --calibration corpus.txt --samples 128 --sequence-length 512
+    """
+    from bstack.pipeline.entrance import compress
+
+    settings = PRESETS[preset].with_changes(**changes)
+    report = compress(
+        model, output, settings=settings, work_dir=work_dir, overwrite=force, progress=_progress(quiet)
+    )
+    if as_json:
+        print_json("bstack.compress/1", report.to_json())
+        return
+    rows = [
+        ("original", megabytes(report.original_bytes) + " of weight files"),
+        ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
+        ("smallest file", megabytes(report.smallest_bytes)),
+        ("stack", f"{report.blocks} blocks of {report.linears} linears, "
+                  f"{report.bits_per_weight:.2f} bits per weight at full depth"),
+        ("time", _duration(report.seconds)),
+    ]
+    if report.peak_memory_bytes is not None:
+        rows.append(("peak memory", megabytes(report.peak_memory_bytes)))
+    click.echo(f"{output}: done")
+    for key, value in rows:
+        click.echo(f"  {key:<14} {value}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _progress(quiet: bool):
+    """Name each stage on stderr; on a terminal with a bar that tells the time left."""
+
+    @contextmanager
+    def stage(name: str, steps: int) -> Iterator[Callable[[], None]]:
+        if quiet:
+            yield lambda: None
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(total=steps, desc=_STAGES[name], dynamic_ncols=True) as bar:
+                yield bar.update
+        else:
+            started = time.monotonic()
+            yield lambda: None
+            click.echo(f"{_STAGES[name]}: {_duration(time.monotonic() - started)}", err=True)
+
+    return stage

@@ -1,0 +1,72 @@
+"""Names of matrices: a whole parameter, one slice of a three-dimensional one, or a range of rows.
+
+``model.layers.0.mlp.up_proj.weight``, ``model.layers.0.mlp.experts.down_proj[3]``,
+``model.embed_tokens.weight[0:16384]``: the convention of format/SPEC.md.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["MatrixName", "row_ranges"]
+
+_PATTERN = re.compile(r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>\d+)\]|\[(?P<start>\d+):(?P<stop>\d+)\])?")
+
+# Rows of embeddings are coded in ranges of about this many weights, so that their blocks are as fine as others'.
+RANGE_WEIGHTS = 2**22
+
+
+class MatrixName(NamedTuple):
+    """A parsed matrix name.
+
+    Attributes
+    ----------
+    parameter : str
+        State-dict name.
+    index : int or None
+        Slice along the first of three dimensions.
+    rows : tuple of int or None
+        First row, and the row after the last.
+    """
+
+    parameter: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> MatrixName:
+        """Read a name; raises ValueError for one that does not follow the convention."""
+        match = _PATTERN.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is not the name of a matrix")
+        if match["index"] is not None:
+            return cls(match["parameter"], index=int(match["index"]))
+        if match["start"] is not None:
+            return cls(match["parameter"], rows=(int(match["start"]), int(match["stop"])))
+        return cls(match["parameter"])
+
+    def __str__(self) -> str:
+        if self.index is not None:
+            return f"{self.parameter}[{self.index}]"
+        if self.rows is not None:
+            return f"{self.parameter}[{self.rows[0]}:{self.rows[1]}]"
+        return self.parameter
+
+    def view(self, parameter: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """The part of the parameter that this names, as (outputs, inputs); a view."""
+        part = parameter if self.index is None else parameter[self.index]
+        part = part if self.rows is None else part[self.rows[0] : self.rows[1]]
+        return part.t() if transposed else part
+
+
+def row_ranges(parameter: str, shape: tuple[int, int]) -> list[MatrixName]:
+    """Split a tall matrix into ranges of rows; a small one stays whole."""
+    rows, columns = shape
+    count = max(1, round(rows * columns / RANGE_WEIGHTS))
+    if count == 1:
+        return [MatrixName(parameter)]
+    bounds = [rows * i // count for i in range(count + 1)]
+    return [MatrixName(parameter, rows=(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,156 @@
+"""The pipeline: model -> statistics -> blocks with the error each removes -> order -> container. Resumable."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bstk
+from bstack.settings import PRESETS, Settings
+from bstk.errors import OutputError
+
+__all__ = ["Progress", "Report", "compress"]
+
+# A stage's name and number of steps -> a context whose value is called after each step.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression made; sizes in bytes.
+
+    Attributes
+    ----------
+    original_bytes
+        Weight files of the original.
+    file_bytes, smallest_bytes
+        The file at full length, and cut to its smallest model.
+    memory_bytes
+        Weights of the full model in memory, as blocks.
+    linears, blocks
+        Matrices that became stacks, and their blocks in all.
+    bits_per_weight
+        Of those matrices at full depth, everything in the blocks counted.
+    seconds, peak_memory_bytes
+        Of this process; a resumed run counts from its resumption. The peak is None where the system does not tell.
+    """
+
+    output: str
+    original_bytes: int
+    file_bytes: int
+    smallest_bytes: int
+    memory_bytes: int
+    linears: int
+    blocks: int
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+@contextmanager
+def _no_progress(_stage: str, _steps: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    *,
+    settings: Settings = PRESETS["default"],
+    work_dir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = _no_progress,
+) -> Report:
+    """Compress a model into one .bstk file.
+
+    Parameters
+    ----------
+    model : str or Path
+        A transformers folder, a GGUF file, a hub id, or ``smollm2``.
+    output : str or Path
+        The file to write; it appears whole or not at all.
+    settings : Settings
+        What to do.
+    work_dir : str or Path, optional
+        Where finished parts are kept until the output is written; ``OUTPUT.work`` by default. After an interruption
+        the same call resumes from it.
+    overwrite : bool
+        Whether an existing output may be replaced.
+    progress : callable
+        Receives each stage and its steps.
+
+    Raises
+    ------
+    bstk.BstkError
+        One of its subclasses for everything a user can mend; see `bstack.errors`.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    _check_output(output, overwrite)
+    # Heavy imports only once the arguments are known to make sense.
+    from bstack.pipeline.run import run_stages
+
+    work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
+    result = run_stages(str(model), settings, work_path, progress)
+    try:
+        with progress("write", 1) as step:
+            bstk.write(output, result.metadata, result.entries, result.base_count)
+            step()
+        with bstk.open(output, strict=True) as file:
+            report = _report(output, file, result.original_bytes, time.monotonic() - started)
+    except BaseException:
+        result.work.release()
+        raise
+    result.work.remove()
+    return report
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    folder = output.parent
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; name the file to write, such as {output / 'model.bstk'}.")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already. Give --force to replace it, or another name.")
+    probe = folder / f".{output.name}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from None
+
+
+def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:
+    blocks = [chunk for chunk in file.chunks if chunk.is_block]
+    weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in blocks if chunk.level == 0)
+    return Report(
+        output=str(output),
+        original_bytes=original_bytes,
+        file_bytes=file.length,
+        smallest_bytes=file.smallest_length,
+        memory_bytes=file.memory_bytes,
+        linears=sum(chunk.level == 0 for chunk in blocks),
+        blocks=len(blocks),
+        bits_per_weight=8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else 0.0,
+        seconds=seconds,
+        peak_memory_bytes=_peak_memory(),
+    )
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

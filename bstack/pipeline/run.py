@@ -1,0 +1,173 @@
+"""The stages of a compression in their order; each keeps its result in the work directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import bstk
+from bstack.calibration.selftext import write_windows
+from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.texts import SELF, open_text, token_windows
+from bstack.codecs import make_codec
+from bstack.errors import CalibrationError
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
+from bstack.pipeline.assemble import collect, gain_order, to_entries
+from bstack.pipeline.layers import compress_layers, layer_part
+from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, count_tables, table_parts
+from bstack.settings import Settings
+from bstack.workdir import WorkDirectory
+from bstk.frames import unpack
+
+if TYPE_CHECKING:
+    from bstack.pipeline.entrance import Progress
+
+__all__ = ["Result", "run_stages"]
+
+# Tokens that pass through a layer together: enough to keep the BLAS busy, few enough for the memory.
+TOKENS_TOGETHER = 4096
+# The sensitivity run needs a backward pass; a few thousand tokens settle its averages.
+SENSITIVITY_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything for the container's writer, and the work directory to remove afterwards."""
+
+    metadata: dict[str, Any]
+    entries: list[bstk.Entry]
+    base_count: int
+    original_bytes: int
+    work: WorkDirectory
+
+
+def run_stages(model: str, settings: Settings, work_path: Path, progress: Progress) -> Result:
+    """Run or resume the stages.
+
+    Parameters
+    ----------
+    model : str
+        As the user names it.
+    settings : Settings
+    work_path : Path
+        The work directory; made if it is not there.
+    progress : callable
+        Receives each stage and its steps.
+    """
+    codec = make_codec(settings)
+    with progress("open", 1) as step:
+        checkpoint = open_checkpoint(model)
+        text = None if settings.calibration == SELF else open_text(settings.calibration)
+        skeleton = Skeleton(checkpoint)
+        provenance = checkpoint.provenance()
+        step()
+    work = WorkDirectory(work_path, {**_run_settings(settings, text), "model": provenance, "versions": _versions()})
+    try:
+        windows = _calibrate(skeleton, settings, text, work, progress)
+        batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
+        sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
+        with progress("layers", len(skeleton.layers)) as step:
+            output = work.tensors(
+                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, step)
+            )
+        table_codec = codec if settings.embeddings == "stack" else None
+        statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
+        with progress("embeddings", count_tables(skeleton) if table_codec else 1) as step:
+            compress_outer(skeleton, statistics, table_codec, work, step)
+        tables = [part for part, _ in table_parts(skeleton)] if table_codec else []
+        layers = [layer_part(i) for i in range(len(skeleton.layers))]
+        collected = collect(work, [FILES_PART, OUTER_PART, *tables, *layers])
+        order = gain_order(collected.stacks)
+        entries, base_count = to_entries(collected, order)
+    except BaseException:
+        work.release()
+        raise
+    metadata = _metadata(skeleton, settings, provenance, text, work)
+    return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
+
+
+def _run_settings(settings: Settings, text: Any) -> dict[str, Any]:
+    import hashlib
+
+    record = settings.to_json()
+    if text is not None:
+        record["calibration"] = text.name
+        record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
+    return record
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("bstack", "torch", "transformers")}
+
+
+def _calibrate(skeleton: Skeleton, settings: Settings, text: Any, work: WorkDirectory, progress: Progress) -> torch.Tensor:
+    """Token windows, and with them the tokenizer's files: both are small and come first."""
+    if not work.has(FILES_PART):
+        add_files(skeleton, work)
+    steps = settings.sequence_length * -(-settings.samples // 64)
+
+    def compute() -> dict[str, torch.Tensor]:
+        if text is not None:
+            return {"windows": token_windows(text, _tokenizer(work), settings.samples, settings.sequence_length)}
+        with progress("calibration text", steps) as step:
+            windows = write_windows(
+                skeleton, settings.samples, settings.sequence_length, seed=settings.seed, progress=step
+            )
+        return {"windows": windows}
+
+    return work.tensors("windows", compute)["windows"]
+
+
+def _tokenizer(work: WorkDirectory) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = work.scratch()
+    names = set()
+    for record, read in work.entries(FILES_PART):
+        names.add(record.name)
+        (folder / record.name).write_bytes(unpack(read(), record.raw_length))
+    if "tokenizer_config.json" not in names:
+        raise CalibrationError(
+            "The model has no tokenizer, so a calibration text cannot be read. Use --calibration self, or put the "
+            "tokenizer's files beside the weights."
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _sensitivity(
+    skeleton: Skeleton, windows: torch.Tensor, seed: int, work: WorkDirectory, progress: Progress
+) -> Sensitivity:
+    count = max(1, min(windows.shape[0], SENSITIVITY_TOKENS // windows.shape[1]))
+    together = max(1, 1024 // windows.shape[1])
+
+    def compute() -> dict[str, torch.Tensor]:
+        with progress("sensitivity", 2 * len(skeleton.layers)) as step:
+            result = output_sensitivity(
+                skeleton, list(windows[:count].split(together)), seed=seed, scratch=work.scratch(), progress=step
+            )
+        return {"": result.embedding, **result.outputs}
+
+    tensors = work.tensors("sensitivity", compute)
+    return Sensitivity({name: tensor for name, tensor in tensors.items() if name}, tensors[""])
+
+
+def _metadata(
+    skeleton: Skeleton, settings: Settings, provenance: dict[str, Any], text: Any, work: WorkDirectory
+) -> dict[str, Any]:
+    checkpoint, model = skeleton.checkpoint, skeleton.model
+    return {
+        "model": {
+            "name": checkpoint.name,
+            "architecture": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "original_bytes": checkpoint.size_bytes,
+            "source": provenance,
+        },
+        "settings": _run_settings(settings, text),
+        "versions": _versions(),
+    }

@@ -1,0 +1,72 @@
+"""The settings of a compression: everything that decides its output, in one value."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bstack.errors import CodecError
+
+__all__ = ["PRESETS", "Settings"]
+
+ORDERS = ("gain", "paper")
+EMBEDDINGS = ("stack", "dense")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do with a model.
+
+    Attributes
+    ----------
+    codec : str
+        Name of the codec.
+    rank : int or "auto"
+        Rank of the sign codec's magnitudes.
+    planes : int
+        Blocks per linear.
+    order : str
+        ``gain``: predicted gain per byte, levels interleaved; ``paper``: BitStack's perplexity search, level by level.
+    embeddings : str
+        ``stack``: embeddings and head become stacks like every linear; ``dense``: they stay as they are.
+    calibration : str
+        ``self``, a file, a folder or a hub data set.
+    samples, sequence_length : int
+        Calibration windows and tokens in each.
+    seed : int
+        Of everything random.
+    """
+
+    codec: str = "sign"
+    rank: int | str = "auto"
+    planes: int = 8
+    order: str = "gain"
+    embeddings: str = "stack"
+    calibration: str = "self"
+    samples: int = 64
+    sequence_length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
+            if getattr(self, name) not in allowed:
+                raise CodecError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        for name, least, most in (("samples", 1, 2**20), ("sequence_length", 8, 2**20), ("seed", 0, 2**63 - 1)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise CodecError(f"{name.replace('_', '-')} is {value}; allowed are {least} to {most}.")
+
+    def with_changes(self, **changes: Any) -> Settings:
+        """A copy with the changes that are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+PRESETS = {
+    "default": Settings(),
+    # A faithful BitStack (arXiv 2410.23918): section 4.1 for rank and iterations; embeddings stay in half precision.
+    "paper": Settings(rank=16, planes=16, order="paper", embeddings="dense"),
+}

@@ -1,0 +1,239 @@
+"""The work directory of a compression: finished parts that survive an interruption.
+
+A part is a set of packed chunks (``NAME.bin``) and their records (``NAME.json``). The records are put in place last
+and at once, so a part is there exactly when its records are. The directory belongs to one run with one set of
+settings; a lock keeps a second process out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bstk
+from bstack.errors import WorkDirectoryError
+from bstk.errors import writing
+
+__all__ = ["Part", "Record", "WorkDirectory"]
+
+SETTINGS = "settings.json"
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One packed chunk of a part: the fields of `bstk.Entry`, and where its bytes stand in the part's file.
+
+    Attributes
+    ----------
+    gain : float
+        For a block: the predicted fall of the divergence to the original, nats per token.
+    """
+
+    name: str
+    kind: int
+    raw_length: int
+    stored_length: int
+    digest: str
+    start: int
+    level: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = "none"
+    rank: int = 0
+    transposed: bool = False
+    error: float = 0.0
+    gain: float = 0.0
+
+
+class Part:
+    """A part under construction; `add` packs chunks, leaving the context without an error finishes it."""
+
+    def __init__(self, folder: Path, name: str):
+        self._data = folder / f"{name}.bin"
+        self._records_path = folder / f"{name}.json"
+        self.records: list[Record] = []
+        self._stream = open(self._data, "wb")
+        self._offset = 0
+
+    def add(self, raw: bytes, *, name: str, kind: bstk.Kind, **fields: Any) -> None:
+        """Pack one chunk; `fields` as in `Record`."""
+        frame = bstk.pack(raw)
+        with writing(str(self._data)):
+            self._stream.write(frame.stored)
+        self.records.append(
+            Record(
+                name=name, kind=kind.code, raw_length=frame.raw_length, stored_length=len(frame.stored),
+                digest=frame.digest.hex(), start=self._offset, **fields,
+            )
+        )
+        self._offset += len(frame.stored)
+
+    def close(self, *, finished: bool) -> None:
+        with writing(str(self._data)):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+        if finished:
+            _write_whole(self._records_path, json.dumps([asdict(record) for record in self.records]).encode())
+
+
+class WorkDirectory:
+    """Create the directory, or take up the one that an interrupted run left.
+
+    Parameters
+    ----------
+    path : Path
+        The directory; its parent must exist.
+    settings : dict
+        Everything that decides the output, as plain JSON values.
+
+    Raises
+    ------
+    bstack.errors.WorkDirectoryError
+        When it holds the work of a run with other settings (the message says which), or another process uses it.
+    bstk.OutputError, bstk.ResourceError
+        When it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        # Through JSON and back, so that tuples and lists compare equal.
+        settings = json.loads(json.dumps(settings))
+        with writing(str(path)):
+            path.mkdir(exist_ok=True)
+        self._lock()
+        try:
+            self._take_up(settings)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take_up(self, settings: dict[str, Any]) -> None:
+        file = self.path / SETTINGS
+        if not file.exists():
+            if stray := [p.name for p in self.path.iterdir() if p.name != LOCK]:
+                raise WorkDirectoryError(
+                    f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
+                    "Choose another with --work-dir."
+                )
+            _write_whole(file, json.dumps(settings, indent=1, sort_keys=True).encode())
+            return
+        try:
+            earlier = json.loads(file.read_bytes())
+        except ValueError:
+            raise WorkDirectoryError(f"{file} is damaged. Delete {self.path} to start over.") from None
+        if changes := list(_differences(earlier, settings)):
+            raise WorkDirectoryError(
+                f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
+                "Repeat the earlier settings to resume, or delete the directory (or name another with --work-dir) "
+                "to start over."
+            )
+
+    def _lock(self) -> None:
+        lock = self.path / LOCK
+        with writing(str(lock)):
+            self._lock_file = open(lock, "a+b")
+        try:
+            _lock_exclusively(self._lock_file)
+        except OSError:
+            self._lock_file.close()
+            raise WorkDirectoryError(
+                f"{self.path} is in use by another bstack compress. Wait for it, or name another with --work-dir."
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes in. The lock also ends with the process, however it ends."""
+        self._lock_file.close()
+
+    def has(self, name: str) -> bool:
+        """Whether the part or value is finished."""
+        return (self.path / f"{name}.json").is_file()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[Part]:
+        """Build a part; it is finished when the block ends without an error."""
+        part = Part(self.path, name)
+        try:
+            yield part
+        except BaseException:
+            part.close(finished=False)
+            raise
+        part.close(finished=True)
+
+    def entries(self, name: str) -> list[tuple[Record, Callable[[], bytes]]]:
+        """The chunks of a finished part, each with a function that reads its packed bytes."""
+        data = self.path / f"{name}.bin"
+
+        def reader(record: Record) -> Callable[[], bytes]:
+            def read() -> bytes:
+                with open(data, "rb") as stream:
+                    stream.seek(record.start)
+                    return stream.read(record.stored_length)
+
+            return read
+
+        records = [Record(**fields) for fields in json.loads((self.path / f"{name}.json").read_bytes())]
+        return [(record, reader(record)) for record in records]
+
+    def value(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A plain JSON value, computed once and kept."""
+        if not self.has(name):
+            _write_whole(self.path / f"{name}.json", json.dumps(compute()).encode())
+        return json.loads((self.path / f"{name}.json").read_bytes())
+
+    def tensors(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A dictionary of torch tensors, computed once and kept."""
+        import safetensors.torch
+
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            _write_whole(file, safetensors.torch.save({k: t.contiguous() for k, t in compute().items()}))
+        return safetensors.torch.load(file.read_bytes())
+
+    def scratch(self) -> Path:
+        """An empty folder for the run's own temporary files."""
+        folder = self.path / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def remove(self) -> None:
+        """Delete everything: the output is written."""
+        self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _lock_exclusively(stream: Any) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(str(path)):
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+
+
+def _differences(earlier: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Name every leaf in which two settings differ."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in sorted(earlier.keys() | now.keys()):
+            yield from _differences(earlier.get(key), now.get(key), f"{where}.{key}" if where else key)
+    elif earlier != now:
+        yield f"{where} was {json.dumps(earlier)}, now {json.dumps(now)}"

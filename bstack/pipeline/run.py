@@ -82,7 +82,13 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         tables = [part for part, _ in table_parts(skeleton)] if table_codec else []
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         collected = collect(work, [FILES_PART, OUTER_PART, *tables, *layers])
-        order = gain_order(collected.stacks)
+        if settings.order == "paper":
+            from bstack.pipeline.search import paper_order
+
+            with progress("order", len(skeleton.layers) + 1) as step:
+                order = paper_order(skeleton, windows, collected, work, step)
+        else:
+            order = gain_order(collected.stacks)
         entries, base_count = to_entries(collected, order)
     except BaseException:
         work.release()

@@ -1,0 +1,1 @@
+"""From a container to a model that runs."""

@@ -1,0 +1,77 @@
+"""The paper's order: a perplexity search over a model rebuilt from all its blocks. Holds the whole model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import bstk
+from bstack.codecs import codec_of_kind
+from bstack.models.skeleton import Skeleton
+from bstack.models.slices import MatrixName
+from bstack.ordering.paper import PrefixCache, cut_scores
+from bstack.ordering.stack import by_level
+from bstack.pipeline.assemble import Collected, Order, Source
+from bstack.workdir import WorkDirectory
+from bstk.frames import unpack
+
+__all__ = ["paper_order"]
+
+# Tokens of a search run: with thousands of runs, each must be short.
+SEARCH_TOKENS = 256
+
+
+def paper_order(
+    skeleton: Skeleton, windows: torch.Tensor, collected: Collected, work: WorkDirectory, progress: Callable[[], None]
+) -> Order:
+    """Score every block by the paper's search and sort level by level; `progress` is called once a layer.
+
+    Finished layers' scores are kept in the work directory.
+    """
+    parts: list[tuple[str, list[str]]] = [("tables", _inside(collected, skeleton, None))]
+    parts += [(f"layer-{i:05d}", _inside(collected, skeleton, i)) for i in range(len(skeleton.layers))]
+    scores: dict[str, list[float]] = {}
+    with skeleton.loaded(skeleton.model.state_dict()), torch.no_grad():
+        for name, blocks in collected.stacks.items():
+            _weight(skeleton, name, blocks).copy_(_rebuild(blocks))
+        cache = PrefixCache(
+            skeleton.model, [layer for _, layer in skeleton.layers], windows[:1, : min(SEARCH_TOKENS, windows.shape[1])]
+        )
+        for position, (part, names) in enumerate(parts):
+
+            def search(first: int = max(position - 1, 0), names: list[str] = names) -> dict[str, list[float]]:
+                with cache.from_layer(first) as measure:
+                    return {
+                        name: cut_scores(_weight(skeleton, name, collected.stacks[name]), _prefixes(collected.stacks[name]), measure)
+                        for name in names
+                    }
+
+            scores.update(work.value(f"search-{part}", search))
+            progress()
+    return [(name, level + 1, min(score, 1e300)) for name, level, score in by_level(scores)]
+
+
+def _inside(collected: Collected, skeleton: Skeleton, index: int | None) -> list[str]:
+    """Names of the stacks in one layer, or outside all layers."""
+    if index is not None:
+        return [name for name in collected.stacks if name.startswith(skeleton.layers[index][0] + ".")]
+    prefixes = tuple(name + "." for name, _ in skeleton.layers)
+    return [name for name in collected.stacks if not name.startswith(prefixes)]
+
+
+def _weight(skeleton: Skeleton, name: str, blocks: list[Source]) -> torch.Tensor:
+    matrix = MatrixName.parse(name)
+    return matrix.view(skeleton.parameter(matrix.parameter), blocks[0][0].transposed)
+
+
+def _prefixes(blocks: list[Source]) -> Iterator[torch.Tensor]:
+    for count in range(1, len(blocks)):
+        yield _rebuild(blocks[:count])
+
+
+def _rebuild(blocks: list[Source]) -> torch.Tensor:
+    records = [record for record, _ in blocks]
+    kinds = [bstk.kinds.BY_CODE[record.kind] for record in records]
+    payloads = [unpack(read(), record.raw_length) for record, read in blocks]
+    return codec_of_kind(kinds[0]).rebuild(payloads, kinds, [r.rank for r in records], tuple(records[0].shape))

@@ -15,7 +15,7 @@ from bstack.errors import UnsupportedModelError, WeightError
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
 
-__all__ = ["Skeleton", "check_finite", "find_layers"]
+__all__ = ["Skeleton", "check_finite", "find_layers", "quiet_transformers"]
 
 
 class Skeleton:
@@ -78,7 +78,9 @@ class Skeleton:
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
         """Hold the named parameters in memory (float32) for the length of a `with` block."""
         names = list(names)
-        self.checkpoint.load(self.model, names)
+        with quiet_transformers():
+            self.checkpoint.load(self.model, names)
+        self.model.requires_grad_(False)
         self._tie()
         try:
             yield
@@ -98,6 +100,20 @@ class Skeleton:
                 empty = torch.empty_like(owner._parameters[leaf], device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         self._tie()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar of its own for every few tensors."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _build(checkpoint: Checkpoint) -> nn.Module:

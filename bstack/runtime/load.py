@@ -14,6 +14,7 @@ import torch
 import bstk
 from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError
+from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
 
 __all__ = ["dense_weights", "load"]
@@ -155,9 +156,10 @@ def _empty_model(folder: Path, shown: str) -> Any:
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:
     # from_pretrained also computes the buffers that no checkpoint holds and ties what is tied.
     cls, config, generation = type(model), model.config, model.generation_config
-    filled, info = cls.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
+    with quiet_transformers():
+        filled, info = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")

@@ -133,7 +133,9 @@ class SafetensorsCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        return DTYPES.get(self._slices[self._keys[name][0]].get_dtype(), torch.float32)
+        dtype = DTYPES.get(self._slices[self._keys[name][0]].get_dtype(), torch.float32)
+        # load() gives float32: the other half of a float64 would be zeros.
+        return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _read_config(folder: Path):

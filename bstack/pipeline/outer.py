@@ -44,9 +44,14 @@ class TableStatistics:
         self._sensitivity = sensitivity
         self._calibration = calibration
 
-    def of(self, skeleton: Skeleton, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, skeleton: Skeleton, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Moment and sensitivity per row of the embedding, the head, or the tied matrix of both."""
-        read = self.tokens * torch.diag(self._sensitivity.embedding)
+        rows, width = shape
+        embedding = self._sensitivity.embedding
+        if embedding.shape[0] != width:
+            # OPT-350M has a projection between the embedding and the layers: no channel of one is a channel of the other.
+            embedding = embedding.mean().expand(width)
+        read = self.tokens * torch.diag(embedding)
         if name == skeleton.output_name:
             moment = self._head_moment + read if name == skeleton.input_name else self._head_moment
             return moment, self._sensitivity.outputs[name]
@@ -99,7 +104,7 @@ def _compress_tables(
             continue
         with skeleton.loaded([parameter]):
             weight = skeleton.parameter(parameter)
-            moment, sensitivity = statistics.of(skeleton, parameter, weight.shape[0])
+            moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
             for part_name, matrix in parts:
                 if not work.has(part_name):
                     rows = slice(*matrix.rows) if matrix.rows else slice(None)

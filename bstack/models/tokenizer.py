@@ -27,7 +27,10 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
+        if tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+            tokenizer.save_pretrained(target)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         # No tokenizer in the folder: transformers says so in many ways. The model stays usable with token ids,
         # and the caller decides whether that is enough.

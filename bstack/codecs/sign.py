@@ -30,6 +30,8 @@ __all__ = ["KIND", "SignCodec", "choose_rank"]
 KIND = bstk.SIGN
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 HALF_MAX = 65504.0
+# The rounding of half-precision factors leaves about this share of the squared error, however well the rank fits.
+LEAST_LEFT = 2.0**-22
 
 
 class SignCodec(Codec):
@@ -62,7 +64,7 @@ class SignCodec(Codec):
     def settings(self) -> dict[str, Any]:
         return {"codec": self.name, "planes": self.planes, "rank": self.rank}
 
-    def encode(self, weight: torch.Tensor, moment: torch.Tensor) -> Iterator[Block]:
+    def encode(self, weight: torch.Tensor, moment: torch.Tensor, importance: torch.Tensor) -> Iterator[Block]:
         scale = channel_norms(moment)
         residual = weight.clone()
         rank = min(self.rank, *weight.shape) if self.rank != "auto" else choose_rank(weight * scale)
@@ -95,7 +97,7 @@ def choose_rank(scaled: torch.Tensor) -> int:
 
     After a plane of rank k the squared residual is ||A||^2 - sum of the k leading squared singular values of |A|.
     Chosen is the k of 1, 2, 3, 4, 6, 8, 12, 16 with the largest fall of its logarithm per bit of
-    m n + 16 k (m + n).
+    m n + 16 k (m + n); below the rounding of half precision no rank can fall.
 
     Parameters
     ----------
@@ -109,7 +111,7 @@ def choose_rank(scaled: torch.Tensor) -> int:
     if total == 0:
         return 1
     removed = s.double().square().cumsum(0) / total
-    return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(1e-12).log()) / (m * n + 16 * k * (m + n)))
+    return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(LEAST_LEFT).log()) / (m * n + 16 * k * (m + n)))
 
 
 def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

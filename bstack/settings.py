@@ -21,10 +21,10 @@ class Settings:
     ----------
     codec : str
         Name of the codec.
-    rank : int or "auto"
-        Rank of the sign codec's magnitudes.
-    planes : int
-        Blocks per linear.
+    rank : int or "auto" or None
+        Rank of the sign codec's magnitudes; None: auto. No other codec has one.
+    planes : int or None
+        Blocks per linear; None: the codec's own number.
     order : str
         ``gain``: predicted gain per byte, levels interleaved; ``paper``: BitStack's perplexity search, level by level.
     embeddings : str
@@ -37,9 +37,9 @@ class Settings:
         Of everything random.
     """
 
-    codec: str = "sign"
-    rank: int | str = "auto"
-    planes: int = 8
+    codec: str = "trellis"
+    rank: int | str | None = None
+    planes: int | None = None
     order: str = "gain"
     embeddings: str = "stack"
     calibration: str = "self"
@@ -68,5 +68,5 @@ class Settings:
 PRESETS = {
     "default": Settings(),
     # A faithful BitStack (arXiv 2410.23918): section 4.1 for rank and iterations; embeddings stay in half precision.
-    "paper": Settings(rank=16, planes=16, order="paper", embeddings="dense"),
+    "paper": Settings(codec="sign", rank=16, planes=16, order="paper", embeddings="dense"),
 }

@@ -42,9 +42,12 @@ class RankType(click.ParamType):
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The .bstk file to write.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True,
-              help="Settings to start from; paper is BitStack as published: rank 16, 16 planes, paper order.")
-@click.option("--planes", type=int, help="Residual blocks per linear.")
-@click.option("--rank", type=RankType(), help="Rank of a block's magnitudes; auto chooses it for each matrix.")
+              help="Settings to start from; paper is BitStack as published: sign codec, rank 16, 16 planes, paper order.")
+@click.option("--codec", type=click.Choice(["trellis", "sign"]),
+              help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes.")
+@click.option("--planes", type=int, help="Blocks per linear; 4 with the trellis codec, 8 with sign, by default.")
+@click.option("--rank", type=RankType(),
+              help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.")
 @click.option("--order", type=click.Choice(ORDERS),
               help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS),

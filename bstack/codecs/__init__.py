@@ -5,12 +5,13 @@ from __future__ import annotations
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.codecs.sign import SignCodec
+from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.settings import Settings
 
 __all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (SignCodec,)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TrellisCodec, SignCodec)}
 
 
 def codec_of_kind(kind: bstk.Kind) -> type[Codec]:
@@ -34,4 +35,4 @@ def make_codec(settings: Settings) -> Codec:
     """
     if settings.codec not in CODECS:
         raise CodecError(f"codec is {settings.codec!r}; allowed are {', '.join(CODECS)}.")
-    return CODECS[settings.codec](planes=settings.planes, rank=settings.rank)
+    return CODECS[settings.codec].from_settings(settings)

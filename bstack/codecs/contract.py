@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 import bstk
+from bstack.settings import Settings
 
 __all__ = ["Block", "Codec"]
 
@@ -49,12 +50,23 @@ class Codec(ABC):
     name: ClassVar[str]
     kinds: ClassVar[tuple[bstk.Kind, ...]]
 
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, settings: Settings) -> Codec:
+        """An encoder with the settings that concern this codec.
+
+        Raises
+        ------
+        bstack.errors.CodecError
+            For a value that the codec does not allow, or a setting that it does not have.
+        """
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values, recorded in the file."""
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, moment: torch.Tensor) -> Iterator[Block]:
+    def encode(self, weight: torch.Tensor, moment: torch.Tensor, importance: torch.Tensor) -> Iterator[Block]:
         """Yield the blocks of a matrix, most significant first, at least one.
 
         Parameters
@@ -63,6 +75,9 @@ class Codec(ABC):
             W, float32, shape (outputs, inputs).
         moment : torch.Tensor
             H = X^T X of the matrix's input, float32, shape (inputs, inputs), symmetric, not negative.
+        importance : torch.Tensor
+            How much the model minds a squared error in each output (docs/method.md), float32, shape (outputs,),
+            not negative, in any unit. A codec may ignore it.
         """
 
     @staticmethod

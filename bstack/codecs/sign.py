@@ -24,6 +24,7 @@ from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
 from bstack.numerics.lowrank import leading_triplets
+from bstack.settings import Settings
 
 __all__ = ["KIND", "SignCodec", "choose_rank"]
 
@@ -60,6 +61,11 @@ class SignCodec(Codec):
             raise CodecError(f"rank is {rank!r}; the sign codec takes 1 to 256, or auto.")
         self.planes = planes
         self.rank = rank
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> SignCodec:
+        given = {"planes": settings.planes, "rank": settings.rank}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
         return {"codec": self.name, "planes": self.planes, "rank": self.rank}

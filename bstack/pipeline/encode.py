@@ -56,7 +56,7 @@ def encode(matrix: Matrix, codec: Codec, part: Part) -> None:
     weight = matrix.weight.contiguous()
     before = output_errors(weight, matrix.moment)
     whole = float(before.sum(dtype=torch.float64))
-    for level, block in enumerate(codec.encode(weight, matrix.moment)):
+    for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.sensitivity)):
         gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64)) / matrix.tokens
         part.add(
             block.payload, name=matrix.name, kind=block.kind, level=level, shape=tuple(weight.shape), dtype="f16",

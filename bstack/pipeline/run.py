@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import bstk
 from bstack.calibration.selftext import write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
-from bstack.calibration.texts import SELF, open_text, token_windows
+from bstack.calibration.texts import SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.errors import CalibrationError
 from bstack.models.open import open_checkpoint
@@ -33,6 +34,11 @@ __all__ = ["Result", "run_stages"]
 TOKENS_TOGETHER = 4096
 # The sensitivity run needs a backward pass; a few thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 4096
+# What the importance of a block above the smallest model means, by order.
+IMPORTANCE = {
+    "gain": "predicted fall of the divergence, nats per token and MB",
+    "paper": "perplexity without this block and those above it",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         skeleton = Skeleton(checkpoint)
         provenance = checkpoint.provenance()
         step()
-    work = WorkDirectory(work_path, {**_run_settings(settings, text), "model": provenance, "versions": _versions()})
+    settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
+    work = WorkDirectory(work_path, {**settings_record, "model": provenance, "versions": _versions()})
     try:
         windows = _calibrate(skeleton, settings, text, work, progress)
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
@@ -93,25 +100,34 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
     except BaseException:
         work.release()
         raise
-    metadata = _metadata(skeleton, settings, provenance, text, work)
+    metadata = {
+        "model": {
+            "name": checkpoint.name,
+            "architecture": type(skeleton.model).__name__,
+            "parameters": sum(p.numel() for p in skeleton.model.parameters()),
+            "original_bytes": checkpoint.size_bytes,
+            "source": provenance,
+        },
+        "settings": {name: value for name, value in settings_record.items() if value is not None},
+        "importance": IMPORTANCE[settings.order],
+        "versions": _versions(),
+    }
     return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
 
 
-def _run_settings(settings: Settings, text: Any) -> dict[str, Any]:
-    import hashlib
-
-    record = settings.to_json()
-    if text is not None:
-        record["calibration"] = text.name
-        record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
-    return record
+def _text_record(text: TextSource | None) -> dict[str, str]:
+    """Name and digest of a calibration text; where it lay on the user's machine is nobody's business."""
+    if text is None:
+        return {}
+    digest = hashlib.sha256(text.text.encode()).hexdigest()
+    return {"calibration": text.name, "calibration_sha256": digest}
 
 
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("bstack", "torch", "transformers")}
 
 
-def _calibrate(skeleton: Skeleton, settings: Settings, text: Any, work: WorkDirectory, progress: Progress) -> torch.Tensor:
+def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, work: WorkDirectory, progress: Progress) -> torch.Tensor:
     """Token windows, and with them the tokenizer's files: both are small and come first."""
     if not work.has(FILES_PART):
         add_files(skeleton, work)
@@ -160,20 +176,3 @@ def _sensitivity(
 
     tensors = work.tensors("sensitivity", compute)
     return Sensitivity({name: tensor for name, tensor in tensors.items() if name}, tensors[""])
-
-
-def _metadata(
-    skeleton: Skeleton, settings: Settings, provenance: dict[str, Any], text: Any, work: WorkDirectory
-) -> dict[str, Any]:
-    checkpoint, model = skeleton.checkpoint, skeleton.model
-    return {
-        "model": {
-            "name": checkpoint.name,
-            "architecture": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "original_bytes": checkpoint.size_bytes,
-            "source": provenance,
-        },
-        "settings": _run_settings(settings, text),
-        "versions": _versions(),
-    }

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .frames import Frame, pack
 from .index import Chunk
-from .kinds import FILE, SIGN, TENSOR, Kind
+from .kinds import FILE, SIGN, TENSOR, TRELLIS, Kind
 from .reader import Cut, Reader, open
 from .sources import BytesSource, FileSource, Source
 from .writer import Entry, write
@@ -37,6 +37,7 @@ __all__ = [
     "MB",
     "SIGN",
     "TENSOR",
+    "TRELLIS",
     "BstkError",
     "BudgetError",
     "BytesSource",

@@ -68,11 +68,23 @@ def _sign(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     return rows * ((columns + 7) // 8) + dtypes.BY_NAME[dtype].size * rank * (rows + columns)
 
 
+def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
+    if len(shape) != 2:
+        raise ValueError(f"a trellis block has two dimensions, found shape {shape}")
+    rows, columns = shape
+    if dtype != "f16":
+        raise ValueError(f"the scales of a trellis block are f16, found {dtype}")
+    if rank != 2:
+        raise ValueError(f"the rank of a trellis block is its bits per code, 2, found {rank}")
+    return rows * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
+
+
 FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)
 TENSOR = Kind(2, "tensor", is_weight=True, is_block=False, rule=_tensor)
 SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign)
+TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis)
 
-BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN)}
+BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS)}
 
 
 def known_features() -> int:

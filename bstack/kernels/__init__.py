@@ -1,0 +1,1 @@
+"""Plain reference kernels, and their C counterparts where those are built."""

@@ -1,0 +1,74 @@
+"""An orthogonal change of input coordinates that makes weights look Gaussian: random signs, then Hadamard blocks.
+
+After it no input stands out, and the weights of a row behave like independent draws, which is what a code for
+Gaussian sources wants (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). It is its own description: everything
+follows from the width, so nothing has to be stored.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["block_size", "rotate", "rotate_moment", "signs", "unrotate"]
+
+MASK = (1 << 64) - 1
+
+
+def block_size(width: int) -> int:
+    """The largest power of two that divides the width."""
+    return width & -width
+
+
+def signs(width: int) -> torch.Tensor:
+    """The signs of the inputs, +1 or -1, float32, shape (width,).
+
+    Entry j is -1 where the top bit of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), its state at j, is set.
+    """
+    return torch.tensor([-1.0 if _splitmix64(j) >> 63 else 1.0 for j in range(width)])
+
+
+def _splitmix64(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def rotate(matrix: torch.Tensor) -> torch.Tensor:
+    """Turn the last axis: (x * signs) H for each row x, H block-diagonal with normalised Hadamard blocks.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        Floating, shape (..., width).
+    """
+    return _hadamard(matrix * signs(matrix.shape[-1]).to(matrix))
+
+
+def unrotate(matrix: torch.Tensor) -> torch.Tensor:
+    """Undo `rotate`; H is symmetric and its own inverse."""
+    return _hadamard(matrix) * signs(matrix.shape[-1]).to(matrix)
+
+
+def rotate_moment(moment: torch.Tensor) -> torch.Tensor:
+    """The second moment of rotated inputs, from that of the inputs; shape (width, width)."""
+    return rotate(rotate(moment).t())
+
+
+def _hadamard(matrix: torch.Tensor) -> torch.Tensor:
+    width = matrix.shape[-1]
+    size = block_size(width)
+    blocks = matrix.reshape(-1, size)
+    # A block of 2^a * 2^b is transformed along both of its axes: two small products in place of many passes.
+    first = 1 << (size.bit_length() - 1) // 2
+    left, right = _hadamard_matrix(first).to(matrix), _hadamard_matrix(size // first).to(matrix)
+    turned = left @ blocks.reshape(-1, first, size // first) @ right
+    return turned.reshape(matrix.shape)
+
+
+def _hadamard_matrix(size: int) -> torch.Tensor:
+    """Sylvester's Hadamard matrix, normalised: entry (i, j) is (-1)^popcount(i & j) / sqrt(size)."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix / size**0.5

@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from bstack.errors import CalibrationError
 from bstack.models.skeleton import Skeleton
+from bstk.errors import ResourceError
 
-__all__ = ["write_windows"]
+__all__ = ["TOGETHER", "write_windows"]
 
-# Sequences that are generated side by side: enough to use the matrix units, few enough for the cache of keys.
-TOGETHER = 64
+# Sequences that are generated side by side: enough to use the matrix units, few enough for the cache of keys; and
+# the default number with the held-out ones fits in one group.
+TOGETHER = 68
 
 
 def write_windows(
@@ -47,7 +48,7 @@ def write_windows(
 
     Raises
     ------
-    bstack.errors.CalibrationError
+    bstk.ResourceError
         When the whole model does not fit in the memory that is free.
     """
     _check_memory(skeleton)
@@ -102,7 +103,7 @@ def _check_memory(skeleton: Skeleton) -> None:
         return  # not Linux: the allocation itself will tell
     needed = 4 * sum(p.numel() for p in skeleton.model.parameters())
     if needed > 0.8 * free:
-        raise CalibrationError(
+        raise ResourceError(
             f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as float32, "
             f"{free / 2**30:.1f} GiB are free. Give a text with --calibration FILE: that streams one layer at a time."
         )

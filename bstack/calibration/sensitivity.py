@@ -19,6 +19,7 @@ from bstack.calibration.products import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
+from bstk.errors import writing
 
 __all__ = ["Sensitivity", "layer_parameters", "output_sensitivity"]
 
@@ -91,7 +92,9 @@ class _LayerInputs:
         self._scratch = scratch
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
-        torch.save([(call.args, call.kwargs) for call in calls], self._path(index))
+        # Through a stream of our own: torch's says of a full disk only that something went wrong.
+        with writing(str(self._path(index))), open(self._path(index), "wb") as stream:
+            torch.save([(call.args, call.kwargs) for call in calls], stream)
 
     def read(self, index: int) -> list[LayerCall]:
         # Written by this very run a moment ago; keyword arguments may be objects of any class.

@@ -20,6 +20,7 @@ _STAGES = {
     "layers": "Compressing layers",
     "embeddings": "Compressing embeddings",
     "order": "Searching the order",
+    "curve": "Measuring the quality curve",
     "write": "Writing the file",
 }
 

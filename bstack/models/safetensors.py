@@ -92,6 +92,8 @@ class SafetensorsCheckpoint(Checkpoint):
             target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             if pattern is None:
                 self._keys[target].append(key)
+                if target in state and (found := tuple(self._slices[key].get_shape())) != tuple(state[target].shape):
+                    raise self._mismatch(key, found, state[target].shape)
                 continue
             # A converter names only its first target: a fused tensor that is split serves several parameters.
             converter = next(c for c in converters if pattern in c.source_patterns)
@@ -123,14 +125,17 @@ class SafetensorsCheckpoint(Checkpoint):
         except SafetensorError as error:
             raise DamagedModelError(f"{self.name}: a weight file cannot be read: {error}.") from None
         if info.mismatched_keys:
-            key, found, expected = sorted(info.mismatched_keys)[0]
-            raise DamagedModelError(
-                f"{self.name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(expected)}."
-            )
+            raise self._mismatch(*sorted(info.mismatched_keys)[0])
         if info.conversion_errors:
             key, reason = next(iter(info.conversion_errors.items()))
             raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {reason}")
         check_finite(model, wanted)
+
+    def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedModelError:
+        return DamagedModelError(
+            f"{self.name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(expected)}. "
+            "Is it the one that belongs to these weights?"
+        )
 
     def stored_dtype(self, name: str) -> torch.dtype:
         dtype = DTYPES.get(self._slices[self._keys[name][0]].get_dtype(), torch.float32)

@@ -15,7 +15,10 @@ __all__ = ["MatrixName", "row_ranges"]
 
 _PATTERN = re.compile(r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>\d+)\]|\[(?P<start>\d+):(?P<stop>\d+)\])?")
 
-# Rows of embeddings are coded in ranges of about this many weights, so that their blocks are as fine as others'.
+# Rows of embeddings are coded in ranges, each a stack of its own: token ids are given out by falling frequency, and
+# the first few thousand matter far more than the rest (docs/quality.md). So ranges start small and double, up to a
+# size that keeps blocks as fine as other linears'.
+FIRST_ROWS = 2048
 RANGE_WEIGHTS = 2**22
 
 
@@ -63,10 +66,12 @@ class MatrixName(NamedTuple):
 
 
 def row_ranges(parameter: str, shape: tuple[int, int]) -> list[MatrixName]:
-    """Split a tall matrix into ranges of rows; a small one stays whole."""
+    """Split an embedding or head into ranges of rows; one with few rows stays whole."""
     rows, columns = shape
-    count = max(1, round(rows * columns / RANGE_WEIGHTS))
-    if count == 1:
+    if rows <= FIRST_ROWS:
         return [MatrixName(parameter)]
-    bounds = [rows * i // count for i in range(count + 1)]
+    bounds = [0, FIRST_ROWS]
+    while bounds[-1] < rows:
+        step = min(bounds[-1], max(RANGE_WEIGHTS // columns, FIRST_ROWS))
+        bounds.append(min(bounds[-1] + step, rows))
     return [MatrixName(parameter, rows=(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]

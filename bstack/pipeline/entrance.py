@@ -96,6 +96,8 @@ def compress(
     started = time.monotonic()
     output = Path(output)
     _check_output(output, overwrite)
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise OutputError(f"{output} is the model itself; name another file to write.")
     # Heavy imports only once the arguments are known to make sense.
     from bstack.pipeline.run import run_stages
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import bstk
-from bstack.calibration.selftext import write_windows
+from bstack.calibration.selftext import TOGETHER, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
@@ -19,6 +19,7 @@ from bstack.errors import CalibrationError
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
+from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
 from bstack.pipeline.layers import compress_layers, layer_part
 from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, count_tables, table_parts
 from bstack.settings import Settings
@@ -32,6 +33,8 @@ __all__ = ["Result", "run_stages"]
 
 # Tokens that pass through a layer together: enough to keep the BLAS busy, few enough for the memory.
 TOKENS_TOGETHER = 4096
+# Windows that calibration does not see, for the quality curve.
+HELD_OUT = 4
 # The sensitivity run needs a backward pass; a few thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 4096
 # What the importance of a block above the smallest model means, by order.
@@ -75,7 +78,8 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
     work = WorkDirectory(work_path, {**settings_record, "model": provenance, "versions": _versions()})
     try:
-        windows = _calibrate(skeleton, settings, text, work, progress)
+        all_windows = _calibrate(skeleton, settings, text, work, progress)
+        windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :]
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         with progress("layers", len(skeleton.layers)) as step:
@@ -97,10 +101,20 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         else:
             order = gain_order(collected.stacks)
         entries, base_count = to_entries(collected, order)
+        with progress("curve", SIZES + 1) as step:
+            curve = work.value(
+                "curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step)
+            )
+    except Exception:
+        # Before the first layer is finished there is nothing worth resuming, and a leftover would refuse the settings that
+        # the user mends.
+        work.release() if work.has(layer_part(0)) else work.remove()
+        raise
     except BaseException:
         work.release()
         raise
     metadata = {
+        "quality_text": f"{len(held_out)} held-out windows of {held_out.shape[1]} tokens of the calibration text",
         "model": {
             "name": checkpoint.name,
             "architecture": type(skeleton.model).__name__,
@@ -112,6 +126,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         "importance": IMPORTANCE[settings.order],
         "versions": _versions(),
     }
+    metadata = with_sizes(curve, metadata, entries, base_count)
     return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
 
 
@@ -131,14 +146,15 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
     """Token windows, and with them the tokenizer's files: both are small and come first."""
     if not work.has(FILES_PART):
         add_files(skeleton, work)
-    steps = settings.sequence_length * -(-settings.samples // 64)
+    count = settings.samples + HELD_OUT
+    steps = settings.sequence_length * -(-count // TOGETHER)
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            return {"windows": token_windows(text, _tokenizer(work), settings.samples, settings.sequence_length)}
+            return {"windows": token_windows(text, _tokenizer(work), count, settings.sequence_length)}
         with progress("calibration text", steps) as step:
             windows = write_windows(
-                skeleton, settings.samples, settings.sequence_length, seed=settings.seed, progress=step
+                skeleton, count, settings.sequence_length, seed=settings.seed, progress=step
             )
         return {"windows": windows}
 

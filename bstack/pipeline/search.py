@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-import bstk
-from bstack.codecs import codec_of_kind
 from bstack.models.skeleton import Skeleton
-from bstack.models.slices import MatrixName
 from bstack.ordering.paper import PrefixCache, cut_scores
 from bstack.ordering.stack import by_level
 from bstack.pipeline.assemble import Collected, Order, Source
+from bstack.pipeline.rebuild import put, rebuild, weight_view
 from bstack.workdir import WorkDirectory
-from bstk.frames import unpack
 
 __all__ = ["paper_order"]
 
@@ -33,8 +30,7 @@ def paper_order(
     parts += [(f"layer-{i:05d}", _inside(collected, skeleton, i)) for i in range(len(skeleton.layers))]
     scores: dict[str, list[float]] = {}
     with skeleton.loaded(skeleton.model.state_dict()), torch.no_grad():
-        for name, blocks in collected.stacks.items():
-            _weight(skeleton, name, blocks).copy_(_rebuild(blocks))
+        put(skeleton, collected.stacks)
         cache = PrefixCache(
             skeleton.model, [layer for _, layer in skeleton.layers], windows[:1, : min(SEARCH_TOKENS, windows.shape[1])]
         )
@@ -42,9 +38,10 @@ def paper_order(
 
             def search(first: int = max(position - 1, 0), names: list[str] = names) -> dict[str, list[float]]:
                 with cache.from_layer(first) as measure:
+                    stacks = {name: collected.stacks[name] for name in names}
                     return {
-                        name: cut_scores(_weight(skeleton, name, collected.stacks[name]), _prefixes(collected.stacks[name]), measure)
-                        for name in names
+                        name: cut_scores(weight_view(skeleton, name, blocks), _prefixes(blocks), measure)
+                        for name, blocks in stacks.items()
                     }
 
             scores.update(work.value(f"search-{part}", search))
@@ -60,18 +57,6 @@ def _inside(collected: Collected, skeleton: Skeleton, index: int | None) -> list
     return [name for name in collected.stacks if not name.startswith(prefixes)]
 
 
-def _weight(skeleton: Skeleton, name: str, blocks: list[Source]) -> torch.Tensor:
-    matrix = MatrixName.parse(name)
-    return matrix.view(skeleton.parameter(matrix.parameter), blocks[0][0].transposed)
-
-
 def _prefixes(blocks: list[Source]) -> Iterator[torch.Tensor]:
     for count in range(1, len(blocks)):
-        yield _rebuild(blocks[:count])
-
-
-def _rebuild(blocks: list[Source]) -> torch.Tensor:
-    records = [record for record, _ in blocks]
-    kinds = [bstk.kinds.BY_CODE[record.kind] for record in records]
-    payloads = [unpack(read(), record.raw_length) for record, read in blocks]
-    return codec_of_kind(kinds[0]).rebuild(payloads, kinds, [r.rank for r in records], tuple(records[0].shape))
+        yield rebuild(blocks[:count])

@@ -14,6 +14,8 @@ __all__ = ["damping", "feedback_factor", "spectrum_sample"]
 
 # Above this width double precision would not fit beside the rest; single precision has been enough with damping.
 DOUBLE_WIDTH = 8192
+# Of the mean eigenvalue: what a sample of a few thousand tokens does not know anyway.
+LEAST_DAMPING = 1e-3
 
 
 def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
@@ -43,9 +45,11 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
     """The damping that serves a block and `later` more blocks on top of it best.
 
     Full feedback leaves the smallest error, but coloured like the inverse of H, and a coloured residual costs the next
-    block more. With n_i = 1 / (l_i + d) the shape of the error, the first effect is log mean(l n) and the second,
-    for each later block, log mean(n). The minimum of log mean(l n) + later * log mean(n) obeys
-    d = later * mean(l / (l + d)) / mean(1 / (l + d)), which is iterated here.
+    block more. With n_i = 1 / (l_i + d) the shape of the error at a fixed determinant (which is what the number of
+    bits fixes), the error now is mean(l n) / gmean(n) and the size of the residual, which each later block inherits,
+    mean(n) / gmean(n). The minimum of log mean(l n) + later * log mean(n) - (1 + later) * mean(log n) is where
+
+        mean(l / (l + d)) = 1 / (1 + later).
 
     Parameters
     ----------
@@ -53,16 +57,25 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
         A sample of the spectrum l of H and the share of each value, float64, shape (values,).
     later : float
         How many later blocks count; positive.
+
+    Returns
+    -------
+    float
+        d, at least a thousandth of the mean eigenvalue, and positive.
     """
-    l = eigenvalues.clamp_min(0)
-    mean = float((l * weights).sum())
+    spectrum = eigenvalues.clamp_min(0)
+    mean = float((spectrum * weights).sum())
     if mean <= 0:
         return 1.0
-    d = mean
-    for _ in range(200):
-        inverse = weights / (l + d)
-        d = max(later * float((l * inverse).sum() / inverse.sum()), 1e-7 * mean)
-    return d
+    # The left side falls from 1 to 0 as d grows; halve the interval on a logarithmic scale.
+    low, high = math.log(LEAST_DAMPING * mean), math.log(1e6 * mean)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float((weights * spectrum / (spectrum + math.exp(middle))).sum()) > 1 / (1 + later):
+            low = middle
+        else:
+            high = middle
+    return math.exp(low)
 
 
 def spectrum_sample(moment: torch.Tensor, *, probes: int = 8, steps: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +113,7 @@ def spectrum_sample(moment: torch.Tensor, *, probes: int = 8, steps: int = 64) -
             for _ in range(2):
                 w = w - basis[: k + 1].t() @ (basis[: k + 1] @ w)
             norm = float(w.norm())
-            if k + 1 == steps or norm < 1e-6 * float(alpha[: k + 1].abs().max()):
+            if k + 1 == steps or norm <= 1e-6 * float(alpha[: k + 1].abs().max()):
                 count = k + 1
                 break
             beta[k] = norm

@@ -1,0 +1,89 @@
+"""Rotation, feedback and damping against dense float64 algebra."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
+from bstack.numerics.rotation import block_size, rotate, rotate_moment, signs, unrotate
+
+
+def dense_rotation(n: int) -> np.ndarray:
+    z = n & -n
+    h = np.array([[(-1) ** bin(i & j).count("1") for j in range(z)] for i in range(z)]) / math.sqrt(z)
+    return np.diag(signs(n).double().numpy()) @ np.kron(np.eye(n // z), h)
+
+
+@given(n=st.integers(1, 200), m=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_rotation_is_the_dense_one_and_orthogonal(n, m, seed):
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    r = dense_rotation(n)
+    assert np.allclose(r @ r.T, np.eye(n), atol=1e-12)
+    assert np.allclose(rotate(x).numpy(), x.double().numpy() @ r, atol=1e-4)
+    assert torch.allclose(unrotate(rotate(x)), x, atol=1e-5)
+
+
+def test_rotated_moment_is_that_of_rotated_inputs():
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(rotate_moment(x.t() @ x), rotate(x).t() @ rotate(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("width", "size"), [(1, 1), (576, 64), (1536, 512), (4096, 4096), (11008, 256), (7, 1)])
+def test_block_size_is_the_largest_power_of_two_that_divides(width, size):
+    assert block_size(width) == size
+
+
+def test_signs_are_balanced_and_do_not_depend_on_the_width():
+    assert abs(float(signs(4096).mean())) < 0.05
+    assert torch.equal(signs(100), signs(4096)[:100])
+
+
+@given(n=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), damp=st.floats(1e-3, 1e3))
+@settings(max_examples=40, deadline=None)
+def test_feedback_factor_is_a_unit_triangular_factor(n, seed, damp):
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed))
+    h = x.t() @ x
+    factor = feedback_factor(h, damp).double()
+    assert torch.equal(factor.triu(), factor)
+    assert torch.allclose(factor.diagonal(), torch.ones(n, dtype=torch.float64))
+    inverse = torch.linalg.inv(factor)
+    middle = inverse @ (h.double() + damp * torch.eye(n)) @ inverse.t()
+    off = middle - torch.diag(middle.diagonal())
+    assert float(off.abs().max()) <= 1e-4 * float(middle.diagonal().max())
+
+
+@pytest.mark.parametrize("later", [0.25, 0.5, 1.0, 2.0])
+def test_damping_is_the_minimum_it_claims(later):
+    values = torch.logspace(-1, 2, 50, dtype=torch.float64)
+    weights = torch.full((50,), 0.02, dtype=torch.float64)
+
+    def cost(d: float) -> float:
+        n = 1 / (values + d)
+        return float((values * n).mean().log() + later * n.mean().log() - (1 + later) * n.log().mean())
+
+    d = damping(values, weights, later)
+    grid = [d * 10 ** (k / 20) for k in range(-40, 41)]
+    assert cost(d) <= min(cost(other) for other in grid) + 1e-9
+
+
+def test_damping_of_a_zero_moment_is_positive():
+    assert damping(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64) / 3, 1.0) > 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 64, 300])
+def test_spectrum_sample_serves_the_damping(n):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(3 * n, n, generator=generator) * torch.logspace(-1.5, 1, n)
+    h = x.t() @ x
+    values, weights = spectrum_sample(h)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
+    assert float((values * weights).sum()) == pytest.approx(float(h.trace()) / n, rel=0.15)
+    exact = torch.linalg.eigvalsh(h.double())
+    uniform = torch.full((n,), 1 / n, dtype=torch.float64)
+    for later in (0.5, 1.0):
+        assert damping(values, weights, later) == pytest.approx(damping(exact, uniform, later), rel=0.35)

@@ -1,0 +1,214 @@
+"""The trellis codec: kernel against reference, layout against the specification, promises of the contract."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bstk
+from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
+from bstack.errors import CodecError
+from bstack.kernels.native import library
+from bstack.kernels.trellis import encode_columns, encode_columns_reference
+from bstack.numerics.errors import output_errors
+from bstack.settings import Settings
+
+SPEC = Path(__file__).parents[1] / "format" / "SPEC.md"
+
+
+def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
+    return x.t() @ x
+
+
+def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
+    """A second reader, written from SPEC.md alone: loops, float64, the table parsed from the text."""
+    block = re.search(r"```\n((?:\s+-?\d+,.*\n)+)```", SPEC.read_text())
+    table = [int(v) for v in re.findall(r"-?\d+", block.group(1))]
+    assert len(table) == 256
+    quarter = -(-n // 4)
+    codes = np.zeros((m, n), int)
+    for i in range(m):
+        for j in range(n):
+            codes[i, j] = payload[i * quarter + j % quarter] >> (2 * (j // quarter)) & 3
+    scale = np.frombuffer(payload[m * quarter :], "<f2").astype(float)
+    assert scale.shape == (m,)
+    q = np.zeros((m, n))
+    for i in range(m):
+        for j in range(n):
+            window = sum(4**d * codes[i - d, j] for d in range(4) if i - d >= 0)
+            q[i, j] = scale[i] * table[window]
+    z = n & -n
+    b = np.zeros((n, n))
+    for start in range(0, n, z):
+        for i in range(z):
+            for j in range(z):
+                b[start + i, start + j] = (-1) ** bin(i & j).count("1") / z**0.5
+    signs = []
+    for j in range(n):
+        x = (j + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        signs.append(-1 if (x ^ x >> 31) >> 63 else 1)
+    return q @ b @ np.diag(signs)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (17, 6), (8, 24), (40, 12), (5, 64), (33, 96)])
+def test_rebuild_is_what_the_specification_says(m, n):
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(m * n))
+    payloads = [b.payload for b in TrellisCodec(3).encode(weight, moment(n), torch.rand(m))]
+    expected = sum(read_as_specified(p, m, n) for p in payloads)
+    rebuilt = TrellisCodec.rebuild(payloads, [bstk.TRELLIS] * 3, [2] * 3, (m, n))
+    assert np.abs(rebuilt.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@given(
+    m=st.integers(1, 60), n=st.integers(1, 12), seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-6, 1.0, 1e6])
+)
+@settings(max_examples=40, deadline=None)
+def test_kernel_gives_the_codes_of_the_reference(m, n, seed, spread):
+    if library() is None:
+        pytest.skip("the C kernels are not built")
+    rng = np.random.default_rng(seed)
+    original = (rng.standard_normal((n, m)) * spread).astype(np.float32)
+    feedback = (rng.standard_normal((n, n)) * 0.3).astype(np.float32)
+    scale = (rng.uniform(0.01, 0.1, m) * spread).astype(np.float32)
+    weight = rng.uniform(0.01, 10, m).astype(np.float32)
+    table = np.array(TABLE, np.float32)
+    one = encode_columns(original.copy(), original, feedback, table, scale, weight)
+    two = encode_columns_reference(original.copy(), original, feedback, table, scale, weight)
+    assert (one[0] == two[0]).all()
+    assert (one[1] == two[1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_search_finds_the_best_path(rows):
+    """Against all 4^rows paths, in float64."""
+    rng = np.random.default_rng(rows)
+    table = np.array(TABLE, np.float32)
+    for _ in range(20):
+        x = (rng.standard_normal((1, rows)) / UNIT).astype(np.float32)
+        weight = rng.uniform(0.1, 3, rows).astype(np.float32)
+        ones = np.ones(rows, np.float32)
+        codes, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
+        found = (weight * errors[0].astype(float) ** 2).sum()
+        best = np.inf
+        for path in range(4**rows):
+            window, cost = 0, 0.0
+            for i in range(rows):
+                window = (window << 2 | path >> 2 * i & 3) & 255
+                cost += weight[i] * (float(x[0, i]) - TABLE[window]) ** 2
+            best = min(best, cost)
+        assert found == pytest.approx(best, rel=1e-5)
+
+
+@given(m=st.integers(1, 70), n=st.integers(1, 70), planes=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_every_block_lowers_the_error_it_reports(m, n, planes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator) * torch.rand(m, 1, generator=generator)
+    h = moment(n, seed % 1000)
+    codec = TrellisCodec(planes)
+    blocks = list(codec.encode(weight, h, torch.rand(m, generator=generator)))
+    assert len(blocks) == planes
+    before = output_errors(weight, h).sum()
+    scale = float(before)
+    for count, block in enumerate(blocks, 1):
+        assert len(block.payload) == bstk.TRELLIS.rule((m, n), "f16", 2)
+        rebuilt = codec.rebuild([b.payload for b in blocks[:count]], [bstk.TRELLIS] * count, [2] * count, (m, n))
+        error = output_errors(weight - rebuilt, h)
+        # The codec measures in rotated coordinates, this test in the original ones.
+        assert torch.allclose(error, block.row_errors, rtol=2e-2, atol=1e-5 * scale)
+        assert float(error.sum()) <= float(before) + 1e-6 * scale
+        before = error.sum()
+
+
+def test_gaussian_weights_reach_the_rate_of_the_code():
+    """With white inputs: at least 10.9, 21 and 30 dB after 2, 4 and 6 bits; the limit is 6.02 dB per bit."""
+    weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(1))
+    blocks = list(TrellisCodec(3).encode(weight, torch.eye(128), torch.ones(512)))
+    power = float(weight.square().sum())
+    reached = [10 * np.log10(power / float(b.row_errors.sum())) for b in blocks]
+    assert reached[0] > 10.9
+    assert reached[1] > 21
+    assert reached[2] > 30
+
+
+def test_feedback_pays_where_inputs_are_correlated():
+    n = 64
+    mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
+    x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
+    h = x.t() @ x
+    weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
+    with_feedback = next(TrellisCodec(1).encode(weight, h, torch.ones(256)))
+    without = next(TrellisCodec(1).encode(weight, torch.eye(n), torch.ones(256)))
+    plain = weight - TrellisCodec.rebuild([without.payload], [bstk.TRELLIS], [2], (256, n))
+    assert float(with_feedback.row_errors.sum()) < 0.6 * float(output_errors(plain, h).sum())
+
+
+def test_important_rows_get_the_better_codes():
+    weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(5))
+    importance = torch.ones(256)
+    importance[::2] = 30
+    h = moment(64)
+    even = next(TrellisCodec(1).encode(weight, h, importance)).row_errors[::2].sum()
+    equal = next(TrellisCodec(1).encode(weight, h, torch.ones(256))).row_errors[::2].sum()
+    assert float(even) < float(equal)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(8, 12), torch.full((8, 12), 3.0), torch.eye(16), torch.randn(8, 12) * 1e-20, torch.randn(8, 12) * 1e4],
+    ids=["zeros", "constant", "identity", "tiny", "huge"],
+)
+@pytest.mark.parametrize("h", ["plain", "zero", "one channel"])
+def test_degenerate_input_gives_finite_blocks(weight, h):
+    n = weight.shape[1]
+    matrix = {"plain": moment(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
+    blocks = list(TrellisCodec(2).encode(weight, matrix, torch.zeros(weight.shape[0])))
+    rebuilt = TrellisCodec.rebuild([b.payload for b in blocks], [bstk.TRELLIS] * 2, [2, 2], tuple(weight.shape))
+    assert rebuilt.isfinite().all()
+    assert all(b.row_errors.isfinite().all() and (b.row_errors >= 0).all() for b in blocks)
+
+
+def test_same_input_gives_the_same_bytes():
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(6))
+    one, two = ([b.payload for b in TrellisCodec(2).encode(weight, moment(48), torch.ones(64))] for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.parametrize("planes", [0, -1, 17])
+def test_planes_out_of_range_are_refused(planes):
+    with pytest.raises(CodecError, match="1 to 16"):
+        TrellisCodec(planes)
+
+
+def test_a_rank_is_refused():
+    with pytest.raises(CodecError, match="--codec sign"):
+        TrellisCodec.from_settings(Settings(rank=4))
+
+
+def test_without_kernels_it_warns_and_gives_the_same_bytes(tmp_path):
+    script = """
+import torch, warnings
+warnings.simplefilter("always")
+from bstack.codecs.trellis import TrellisCodec
+g = torch.Generator().manual_seed(0)
+w = torch.randn(20, 8, generator=g); x = torch.randn(50, 8, generator=g)
+print(next(TrellisCodec(1).encode(w, x.t() @ x, torch.ones(20))).payload.hex())
+"""
+    import os
+
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **extra}, check=True)
+        for extra in ({}, {"BSTACK_KERNELS": "reference"})
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert "C kernels are not in use" in runs[1].stderr

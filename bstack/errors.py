@@ -11,7 +11,13 @@ __all__ = [
     "UnsupportedModelError",
     "WeightError",
     "WorkDirectoryError",
+    "reason",
 ]
+
+
+def reason(error: BaseException) -> str:
+    """What another library's exception says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class ModelNotFoundError(UsageError):

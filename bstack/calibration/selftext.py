@@ -96,14 +96,19 @@ def _write_group(
 
 
 def _check_memory(skeleton: Skeleton) -> None:
-    try:
-        with open("/proc/meminfo") as stream:
-            free = next(int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return  # not Linux: the allocation itself will tell
+    free = _free_memory()
     needed = 4 * sum(p.numel() for p in skeleton.model.parameters())
-    if needed > 0.8 * free:
+    if free is not None and needed > 0.8 * free:
         raise ResourceError(
             f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as float32, "
             f"{free / 2**30:.1f} GiB are free. Give a text with --calibration FILE: that streams one layer at a time."
         )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can still be had; None where the system does not tell, so that the allocation itself has to."""
+    try:
+        with open("/proc/meminfo") as stream:
+            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None

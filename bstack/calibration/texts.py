@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, MissingPackageError
+from bstack.errors import CalibrationError, MissingPackageError, reason
 
 __all__ = ["SELF", "TextSource", "open_text", "token_windows"]
 
@@ -19,6 +19,8 @@ PLAIN = {".txt", ".md", ".raw", ".tokens", ".text", ""}
 RECORDS = {".jsonl", ".ndjson"}
 # Enough characters for any request, and a bound on what a folder of a terabyte costs.
 LONGEST = 256 * 2**20
+# The shortest windows that the settings allow.
+LEAST_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ def _read_hub(source: str) -> str:
     except Exception as error:  # the library raises dozens of kinds, many of them private
         raise CalibrationError(
             f"{source!r} is no file or folder, and as a hub data set it cannot be read: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{reason(error)}"
         ) from None
     return "\n".join(pieces)
 
 
-def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int) -> torch.Tensor:
+def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int, held_out: int = 0) -> torch.Tensor:
     """Cut a text into windows of token ids, spread evenly over the text.
 
     Parameters
@@ -133,24 +135,32 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int)
     tokenizer : transformers.PreTrainedTokenizerBase
     samples, length : int
         How many windows, and how many tokens each.
+    held_out : int
+        Windows beyond the samples.
 
     Returns
     -------
     torch.Tensor
-        int64, shape (samples, length).
+        int64, shape (samples + held_out, length).
 
     Raises
     ------
     bstack.errors.CalibrationError
-        When the text has fewer than samples x length tokens.
+        When the text has fewer than (samples + held_out) x length tokens.
     """
     ids = tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(ids) // length
-    if available < samples:
+    available, count = len(ids) // length, samples + held_out
+    if available < count:
+        more = f" and {held_out} more to measure the quality on" if held_out else ""
+        if available > held_out:
+            advice = f"a longer text, or at most --samples {available - held_out}"
+        elif len(ids) // count >= LEAST_LENGTH:
+            advice = f"a longer text, or at most --sequence-length {len(ids) // count}"
+        else:
+            advice = "a longer text"
         raise CalibrationError(
-            f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length} need "
-            f"{samples * length}. Give a longer text, or at most --samples {available}"
-            + (f" (or a smaller --sequence-length than {length})." if available < 1 else ".")
+            f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length}{more} need "
+            f"{count * length}. Give {advice}."
         )
-    chosen = [i * available // samples for i in range(samples)]
+    chosen = [i * available // count for i in range(count)]
     return torch.tensor([ids[i * length : (i + 1) * length] for i in chosen])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError
+from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError, reason
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.skeleton import check_finite
 
@@ -58,7 +58,7 @@ class GGUFCheckpoint(Checkpoint):
             self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
             self.config = AutoConfig.for_model(**self._parsed["config"])
         except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+            raise UnsupportedModelError(f"{path}: {reason(error)}") from None
         architecture = self._reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed["config"])
         self._dequantize = gguf.dequantize
@@ -87,7 +87,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
-            raise UnsupportedModelError(f"{self.path}: {str(error).splitlines()[0]}") from None
+            raise UnsupportedModelError(f"{self.path}: {reason(error)}") from None
         self._tensors: dict[str, list[Any]] = defaultdict(list)
         for tensor in self._reader.tensors:
             target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))

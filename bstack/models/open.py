@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bstack.errors import ModelNotFoundError, UnsupportedModelError
+from bstack.errors import ModelNotFoundError, UnsupportedModelError, reason
 from bstack.models import embedded
 from bstack.models.checkpoint import Checkpoint
 
@@ -62,12 +62,12 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
     except HFValidationError:
-        reason = "it is not the form of a hub id (owner/name) either"
+        why = "it is not the form of a hub id (owner/name) either"
     except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and no copy is in its cache"
+        why = "the hub cannot be reached and no copy is in its cache"
     except (HfHubHTTPError, OSError) as error:
-        reason = f"the hub answered: {str(error).strip().splitlines()[0]}"
+        why = f"the hub answered: {reason(error)}"
     raise ModelNotFoundError(
-        f"No model {model!r}: there is no such folder or file, and {reason}. "
+        f"No model {model!r}: there is no such folder or file, and {why}. "
         f"Give a transformers folder, a GGUF file, a hub id, or {embedded.NAME!r} for the embedded default."
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError
+from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, reason
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.skeleton import check_finite
 
@@ -127,8 +127,8 @@ class SafetensorsCheckpoint(Checkpoint):
         if info.mismatched_keys:
             raise self._mismatch(*sorted(info.mismatched_keys)[0])
         if info.conversion_errors:
-            key, reason = next(iter(info.conversion_errors.items()))
-            raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {reason}")
+            key, why = next(iter(info.conversion_errors.items()))
+            raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {why}")
         check_finite(model, wanted)
 
     def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedModelError:
@@ -150,9 +150,8 @@ def _read_config(folder: Path):
         raise ModelNotFoundError(f"{folder} holds no config.json, so it is not a transformers folder.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason}") from None
+    except Exception as error:  # whatever a configuration class does with values that make no sense
+        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

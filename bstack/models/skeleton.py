@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bstack.errors import UnsupportedModelError, WeightError
+from bstack.errors import UnsupportedModelError, WeightError, reason
 
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
@@ -135,11 +135,10 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
             )
-    except (ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a constructor does with sizes that make no sense: division by zero, too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
-            f"can build: {reason}"
+            f"can build: {reason(error)}"
         ) from None
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from typing import Any
+
+from bstk.errors import writing
 
 __all__ = ["export"]
 
@@ -29,15 +34,30 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
         # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
-        if tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}:
-            tokenizer.save_pretrained(target)
+        words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         # No tokenizer in the folder: transformers says so in many ways. The model stays usable with token ids,
         # and the caller decides whether that is enough.
-        for leftover in target.iterdir():
-            leftover.unlink()
+        words = None
+    if words:
+        _save(tokenizer, target)
     try:
-        GenerationConfig.from_pretrained(source).save_pretrained(target)
+        generation = GenerationConfig.from_pretrained(source)
     except (OSError, ValueError):
         pass  # most folders have none; transformers then derives the settings from config.json
+    else:
+        _save(generation, target)
     return sorted(path.name for path in target.iterdir() if path.is_file())
+
+
+def _save(what: Any, target: Path) -> None:
+    with writing(str(target)):
+        try:
+            what.save_pretrained(target)
+        except OSError:
+            raise
+        except Exception as error:
+            # The tokenizers library raises bare Exceptions, whose text ends in the system's error number.
+            if number := re.search(r"\(os error (\d+)\)$", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise

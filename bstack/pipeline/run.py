@@ -151,7 +151,8 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            return {"windows": token_windows(text, _tokenizer(work), count, settings.sequence_length)}
+            tokenizer = _tokenizer(work)
+            return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
         with progress("calibration text", steps) as step:
             windows = write_windows(
                 skeleton, count, settings.sequence_length, seed=settings.seed, progress=step

@@ -13,7 +13,7 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError
+from bstack.errors import UnsupportedModelError, reason
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
 
@@ -129,7 +129,7 @@ def _config(folder: Path, shown: str) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{shown}: its configuration cannot be used by this transformers: {str(error).strip().splitlines()[0]}"
+            f"{shown}: its configuration cannot be used by this transformers: {reason(error)}"
         ) from None
 
 
@@ -143,7 +143,7 @@ def _empty_model(folder: Path, shown: str) -> Any:
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModelError(
             f"{shown}: this transformers cannot build its model ({config.model_type}): "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{reason(error)}"
         ) from None
     generation = folder / "generation_config.json"
     if generation.is_file():

@@ -53,6 +53,30 @@ def _whole() -> bytes:
     return path.read_bytes()
 
 
+def _weights() -> bytes:
+    """Blocks of every kind with plausible factors; what they add up to is pinned in expected-weights.json."""
+    import struct
+
+    entries = []
+    for level, (kind, name, shape, rank) in enumerate(
+        [(bstk.SIGN, "sign", (5, 11), 2), (bstk.SIGN, "sign", (5, 11), 1), (bstk.TRELLIS, "trellis", (6, 24), 2),
+         (bstk.TRELLIS, "trellis", (6, 24), 2), (bstk.TRELLIS, "odd", (3, 7), 2)]
+    ):  # fmt: skip
+        (m, n), sign = shape, kind is bstk.SIGN
+        packed = m * (-(-n // 8) if sign else -(-n // 4))
+        halves = rank * (m + n) if sign else m
+        raw = samples.noise(f"weights {level}", packed + halves)
+        factors = struct.pack(f"<{halves}e", *(byte / 64 - 2 for byte in raw[packed:]))
+        own = sum(entry.name == name for entry in entries)
+        entries.append(samples.entry(name, kind, raw[:packed] + factors, level=own, shape=shape, dtype="f16", rank=rank))
+    entries.sort(key=lambda entry: entry.level)
+    path = HERE / "temporary"
+    bstk.write(path, {}, entries, 3)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
 def _cut(chunks: int, seal: bool) -> bytes:
     with bstk.open(HERE / "whole.bstk") as reader:
         size = reader.all_chunks[chunks - 1].end / bstk.MB
@@ -78,6 +102,7 @@ FILES = {
     "partial-with-tail.bstk": lambda: _whole()[:-3],
     "compatible-flag.bstk": lambda: bad_files.build(_flag("compatible"), _whole()),
     "read-only-compatible-flag.bstk": lambda: bad_files.build(_flag("read_only_compatible"), _whole()),
+    "weights.bstk": lambda: _weights(),
     "chunk-flip.bstk": lambda: _whole()[:-20] + bytes([_whole()[-20] ^ 4]) + _whole()[-19:],
     **{
         f"bad-{case}.bstk": lambda case=case: bad_files.build(bad_files.OPEN[case][0], _whole())

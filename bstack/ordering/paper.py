@@ -12,8 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from bstack.measure.perplexity import perplexity
-
 __all__ = ["PrefixCache", "cut_scores"]
 
 
@@ -22,20 +20,18 @@ class PrefixCache:
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        With all weights.
     layers : list of nn.Module
-        The repeated layers.
-    windows : torch.Tensor
-        Token ids, int64, shape (sequences, length).
+        The repeated layers of a model with all its weights.
+    measure : callable
+        Runs that model on the same tokens at every call and returns the perplexity.
     """
 
-    def __init__(self, model: nn.Module, layers: list[nn.Module], windows: torch.Tensor):
-        self._model, self._layers, self._windows = model, layers, windows
+    def __init__(self, layers: list[nn.Module], measure: Callable[[], float]):
+        self._layers, self._measure = layers, measure
         self._outputs: list[object] = []
         hooks = [layer.register_forward_hook(lambda *call: self._outputs.append(call[2])) for layer in layers]
         try:
-            self.full = perplexity(model, windows)
+            measure()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -46,7 +42,7 @@ class PrefixCache:
         for layer, output in zip(self._layers[:index], self._outputs, strict=False):
             layer.forward = lambda *args, output=output, **kwargs: output
         try:
-            yield lambda: perplexity(self._model, self._windows)
+            yield self._measure
         finally:
             for layer in self._layers[:index]:
                 layer.__dict__.pop("forward", None)

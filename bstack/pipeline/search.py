@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from bstack.measure.perplexity import perplexity
 from bstack.models.skeleton import Skeleton
 from bstack.ordering.paper import PrefixCache, cut_scores
 from bstack.ordering.stack import by_level
@@ -31,9 +32,8 @@ def paper_order(
     scores: dict[str, list[float]] = {}
     with skeleton.loaded(skeleton.model.state_dict()), torch.no_grad():
         put(skeleton, collected.stacks)
-        cache = PrefixCache(
-            skeleton.model, [layer for _, layer in skeleton.layers], windows[:1, : min(SEARCH_TOKENS, windows.shape[1])]
-        )
+        tokens = windows[:1, :SEARCH_TOKENS]
+        cache = PrefixCache([layer for _, layer in skeleton.layers], lambda: perplexity(skeleton.model, tokens))
         for position, (part, names) in enumerate(parts):
 
             def search(first: int = max(position - 1, 0), names: list[str] = names) -> dict[str, list[float]]:

@@ -1,0 +1,167 @@
+"""The house of docs/architecture.md: who may import whom. Imports are read, not run."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"bstack": ROOT / "bstack", "bstk": ROOT / "format" / "bstk"}
+
+# Ground floor first. A part may import its own floor and those below it; a part of the house that is on no floor fails.
+FLOORS = [
+    ["bstk"],
+    ["bstack.errors", "bstack.settings", "bstack.workdir"],
+    ["bstack.numerics", "bstack.kernels"],
+    ["bstack.models", "bstack.calibration", "bstack.codecs", "bstack.ordering"],
+    ["bstack.pipeline", "bstack.runtime", "bstack.measure"],
+    ["bstack.cli"],
+    ["bstack", "bstack.__main__", "bstack.demo"],
+]
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+
+# Stricter than the floors: arrays in, arrays out. These know neither models nor files.
+ONLY = {
+    "bstack.numerics": set(),
+    "bstack.kernels": set(),
+    "bstack.codecs": {"bstk", "bstack.errors", "bstack.settings", "bstack.numerics", "bstack.kernels"},
+}
+
+# Imports that break the rule today, to be mended. The list may only shrink: one that is gone must leave it.
+KNOWN = {("bstack.ordering.paper", "bstack.measure.perplexity")}
+
+
+def modules():
+    found = {}
+    for package, folder in SOURCES.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+def statements(tree):
+    """All nodes of a module but those under ``if TYPE_CHECKING``, which never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from statements(node)
+
+
+def imports(name):
+    """Every module that a module imports, at its top or inside a function, as a full name."""
+    file = MODULES[name]
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in statements(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def part(name):
+    """The part of the house that a module belongs to."""
+    return name if name in FLOOR else part(name.rpartition(".")[0]) if "." in name else name
+
+
+def home(name):
+    """As `part`, but a module of the package bstack itself belongs only where it is listed."""
+    found = part(name)
+    return name if found == "bstack" != name else found
+
+
+OURS = {
+    name: {target for target in imports(name) if target.split(".")[0] in SOURCES} - {name} for name in MODULES
+}
+
+
+def test_every_module_has_a_floor():
+    assert sorted(name for name in MODULES if home(name) not in FLOOR) == []
+
+
+def test_nothing_imports_upward():
+    upward = {
+        (name, target)
+        for name, targets in OURS.items()
+        for target in targets
+        if FLOOR[home(target)] > FLOOR[home(name)]
+    }
+    assert upward - KNOWN == set()
+    assert KNOWN - upward == set(), "mended: take it off KNOWN"
+
+
+@pytest.mark.parametrize("inside", ONLY)
+def test_parts_that_know_only_arrays(inside):
+    allowed = ONLY[inside] | {inside}
+    found = {home(target) for name, targets in OURS.items() if home(name) == inside for target in targets}
+    assert found <= allowed
+
+
+def circle(graph):
+    """Some circle of a graph, as a list of names; empty when there is none."""
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        path.append(name)
+        for target in sorted(graph.get(name, ())):
+            if found := visit(target):
+                return found
+        path.pop()
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name))), [])
+
+
+def test_no_circles_among_modules():
+    assert circle(OURS) == []
+
+
+def test_no_circles_among_parts():
+    parts = {}
+    for name, targets in OURS.items():
+        parts.setdefault(home(name), set()).update({home(target) for target in targets} - {home(name)})
+    assert circle(parts) == []
+
+
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_the_container_needs_nothing_but_zstandard():
+    outside = {
+        target.split(".")[0] for name in MODULES if home(name) == "bstk" for target in imports(name)
+    } - sys.stdlib_module_names
+    assert outside == {"bstk", "zstandard"}
+
+
+def test_the_command_line_imports_no_torch_at_its_top():
+    # What a command needs of the arithmetic half it imports inside its function; tests/cli/test_main.py runs it.
+    heavy = {"torch", "transformers", "numpy", "safetensors"}
+    for name, file in MODULES.items():
+        if home(name) in ("bstack.cli", "bstack", "bstack.errors", "bstack.settings", "bstack.workdir"):
+            top = ast.parse(file.read_text(encoding="utf-8")).body
+            found = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+            found |= {node.module.split(".")[0] for node in top if isinstance(node, ast.ImportFrom) and node.module}
+            assert not found & heavy, name
+
+
+def test_the_floors_stand_in_the_docs():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for place in [p.removeprefix("bstack.") for p in FLOOR if p not in ("bstack", "bstack.__main__", "bstack.demo")]:
+        assert f"`{place}`" in text, place

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,23 +51,43 @@ class Matrix:
     transposed: bool = False
 
 
-def encode(matrix: Matrix, codec: Codec, part: Part) -> None:
-    """Encode a matrix and add its blocks to a part.
+def encode(
+    matrices: Iterable[Matrix], codec: Codec, part: Part, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Encode matrices, as many at a time as there are processors, and add their blocks to a part in order.
+
+    The kernels are single-threaded and let go of Python's lock, so matrices side by side keep all processors busy;
+    what comes out does not depend on how many there are. `progress` is called after each.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for chunks in pool.map(lambda matrix: _encode_one(matrix, codec), matrices):
+            for payload, fields in chunks:
+                part.add(payload, **fields)
+            progress()
+
+
+def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any]]]:
+    """All blocks of a matrix, each with the fields of its record.
 
     A block's gain is the predicted fall of the divergence, 1/2 sum_i E[g_i^2] (change of the squared error of
     output i per token), in nats per token; its error is tr(R H R^T) / tr(W H W^T) after it.
     """
-    weight = matrix.weight.contiguous()
-    before = output_errors(weight, matrix.moment)
-    whole = float(before.sum(dtype=torch.float64))
-    for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.sensitivity)):
-        gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64)) / matrix.tokens
-        part.add(
-            block.payload, name=matrix.name, kind=block.kind, level=level, shape=tuple(weight.shape), dtype="f16",
-            rank=block.rank, transposed=matrix.transposed, gain=gain,
-            error=float(block.row_errors.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0,
-        )
-        before = block.row_errors
+    with torch.no_grad():  # grad mode belongs to the thread
+        weight = matrix.weight.contiguous()
+        before = output_errors(weight, matrix.moment)
+        whole = float(before.sum(dtype=torch.float64))
+        chunks = []
+        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.sensitivity)):
+            gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
+            left = float(block.row_errors.sum(dtype=torch.float64))
+            fields = {
+                "name": matrix.name, "kind": block.kind, "level": level, "shape": tuple(weight.shape), "dtype": "f16",
+                "rank": block.rank, "transposed": matrix.transposed, "gain": gain / matrix.tokens,
+                "error": left / whole if whole > 0 else 0.0,
+            }
+            chunks.append((block.payload, fields))
+            before = block.row_errors
+    return chunks
 
 
 def add_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, part: Part) -> None:

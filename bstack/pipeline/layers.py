@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -71,8 +72,7 @@ def _compress_layer(
         for name in skeleton.layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-        for matrix in _matrices(skeleton, stacked, table, sensitivity):
-            encode(matrix, codec, part)
+        encode(_matrices(skeleton, stacked, table, sensitivity), codec, part)
 
 
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
@@ -107,7 +107,7 @@ def _matrices(
             yield Matrix(
                 operand.name,
                 weight,
-                sum(s.moment for s in statistics),
+                functools.reduce(torch.add, (s.moment for s in statistics)),
                 sum(s.tokens for s in statistics),
                 sum(sensitivities) / len(sensitivities) if sensitivities else _mean_sensitivity(seen, sensitivity, weight),
                 operand.transposed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
 from bstack.workdir import WorkDirectory
 
-__all__ = ["FILES_PART", "OUTER_PART", "TableStatistics", "add_files", "compress_outer", "count_tables", "table_parts"]
+__all__ = ["FILES_PART", "OUTER_PART", "TableStatistics", "add_files", "compress_outer", "table_part", "tables"]
 
 FILES_PART = "files"
 OUTER_PART = "outer"
@@ -59,16 +59,15 @@ class TableStatistics:
         return read, (counts + 1) / (counts.sum() + rows)
 
 
-def table_parts(skeleton: Skeleton) -> Iterator[tuple[str, MatrixName]]:
-    """Part name and matrix name of each row range of the embedding and the head."""
-    for parameter in dict.fromkeys((skeleton.input_name, skeleton.output_name)):
-        for matrix in row_ranges(parameter, tuple(skeleton.parameter(parameter).shape)):
-            yield f"table-{parameter}-{matrix.rows[0] if matrix.rows else 0:09d}", matrix
+def table_part(parameter: str) -> str:
+    """Name of the part of an embedding or a head."""
+    return f"table-{parameter}"
 
 
-def count_tables(skeleton: Skeleton) -> int:
-    """Number of row ranges of the embedding and the head."""
-    return sum(1 for _ in table_parts(skeleton))
+def tables(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
+    """The embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
+    names = dict.fromkeys((skeleton.input_name, skeleton.output_name))
+    return {name: row_ranges(name, tuple(skeleton.parameter(name).shape)) for name in names}
 
 
 def compress_outer(
@@ -79,41 +78,24 @@ def compress_outer(
     progress: Callable[[], None],
 ) -> None:
     """Finish the parts outside the layers; with no codec the embedding and the head stay dense."""
-    tables = {skeleton.input_name, skeleton.output_name} if codec is not None else set()
-    if codec is not None:
-        _compress_tables(skeleton, statistics, codec, work, progress)
+    stacked = tables(skeleton) if codec is not None else {}
+    for parameter, ranges in stacked.items():
+        if not work.has(table_part(parameter)):
+            with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
+                weight = skeleton.parameter(parameter)
+                moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
+                rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
+                encode(
+                    (Matrix(str(n), weight[r], moment, statistics.tokens, sensitivity[r]) for n, r in rows.items()),
+                    codec, part, progress,
+                )
     if work.has(OUTER_PART):
         return
     with work.part(OUTER_PART) as part:
         for name in skeleton.outer_names:
-            if name not in tables:
+            if name not in stacked:
                 with skeleton.loaded([name]):
                     add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-
-
-def _compress_tables(
-    skeleton: Skeleton,
-    statistics: TableStatistics,
-    codec: Codec,
-    work: WorkDirectory,
-    progress: Callable[[], None],
-) -> None:
-    for parameter in dict.fromkeys((skeleton.input_name, skeleton.output_name)):
-        parts = [(part, matrix) for part, matrix in table_parts(skeleton) if matrix.parameter == parameter]
-        if all(work.has(part) for part, _ in parts):
-            continue
-        with skeleton.loaded([parameter]):
-            weight = skeleton.parameter(parameter)
-            moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
-            for part_name, matrix in parts:
-                if not work.has(part_name):
-                    rows = slice(*matrix.rows) if matrix.rows else slice(None)
-                    with work.part(part_name) as part:
-                        encode(
-                            Matrix(str(matrix), weight[rows], moment, statistics.tokens, sensitivity[rows]),
-                            codec, part,
-                        )
-                progress()
 
 
 def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:

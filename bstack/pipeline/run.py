@@ -21,7 +21,7 @@ from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
 from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
 from bstack.pipeline.layers import compress_layers, layer_part
-from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, count_tables, table_parts
+from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, table_part, tables
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
 from bstk.frames import unpack
@@ -88,11 +88,11 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
             )
         table_codec = codec if settings.embeddings == "stack" else None
         statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
-        with progress("embeddings", count_tables(skeleton) if table_codec else 1) as step:
+        stacked = tables(skeleton) if table_codec else {}
+        with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outer(skeleton, statistics, table_codec, work, step)
-        tables = [part for part, _ in table_parts(skeleton)] if table_codec else []
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
-        collected = collect(work, [FILES_PART, OUTER_PART, *tables, *layers])
+        collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
         if settings.order == "paper":
             from bstack.pipeline.search import paper_order
 

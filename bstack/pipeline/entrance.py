@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ def compress(
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
     result = run_stages(str(model), settings, work_path, progress)
     try:
+        _remove_leftovers(output)
         with progress("write", 1) as step:
             bstk.write(output, result.metadata, result.entries, result.base_count)
             step()
@@ -130,6 +132,12 @@ def _check_output(output: Path, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from None
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Delete what a run of this command that was killed while it wrote left (bstk.files); the lock is held."""
+    for leftover in output.parent.glob(f".{glob.escape(output.name)}.????????.part"):
+        leftover.unlink(missing_ok=True)
 
 
 def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:

@@ -1,0 +1,98 @@
+"""What is published: the wheel, not the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip builds the wheel")
+
+
+def packages() -> dict[str, Path]:
+    """Every package of the source tree by its import name: the folders with an __init__.py."""
+    found = {}
+    for top, folder in (("bstack", ROOT / "bstack"), ("bstk", ROOT / "format" / "bstk")):
+        for marker in sorted(folder.rglob("__init__.py")):
+            found[".".join((top, *marker.parent.relative_to(folder).parts))] = marker.parent
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of what is tracked, so that neither the checkout nor its leftovers take part."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("bstack", "format", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    # With setuptools at hand nothing has to be fetched.
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", *isolation, "--wheel-dir", target, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.glob("bstack-*.whl")
+    return built
+
+
+def test_every_module_is_in_it_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = set()
+    for package, folder in packages().items():
+        expected |= {f"{package.replace('.', '/')}/{module.name}" for module in folder.glob("*.py")}
+    assert len(expected) > 40 and expected <= names, sorted(expected - names)
+    others = {name for name in names - expected if ".dist-info/" not in name}
+    # The kernels, where there is a compiler.
+    assert all(name.startswith("bstack/kernels/_native.") for name in others), others
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory):
+    """Scripts of an environment of its own, with the wheel installed and this environment's other packages in reach."""
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
+    install = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    (site,) = folder.rglob("site-packages")
+    # A path in a .pth file is searched last, and the .pth files that lie there, such as this checkout's, are not read.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n")
+    return scripts
+
+
+def run(*command, cwd):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_works_where_the_checkout_is_not(clean, tiny_llama, tmp_path):
+    where = "import bstack, bstk; print(bstack.__file__); print(bstk.__file__)"
+    for line in run(clean / "python", "-I", "-c", where, cwd=tmp_path).splitlines():
+        assert Path(line).is_relative_to(clean.parent)
+    assert run(clean / "bstack", "--version", cwd=tmp_path).startswith("bstack ")
+    quick = ["--samples", 2, "--sequence-length", 16, "-q"]
+    run(clean / "bstack", "compress", tiny_llama, "-o", "tiny.bstk", *quick, cwd=tmp_path)
+    assert "good" in run(clean / "bstack", "verify", "tiny.bstk", cwd=tmp_path)
+
+
+def test_every_module_of_it_can_be_imported(clean, tmp_path):
+    modules = [
+        f"{package}.{module.stem}" if module.stem != "__init__" else package
+        for package, folder in packages().items()
+        for module in sorted(folder.glob("*.py"))
+        if module.stem != "__main__"
+    ]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    run(clean / "python", "-I", "-c", code, *modules, cwd=tmp_path)

@@ -22,6 +22,7 @@ COMMANDS = {
     "truncate": "Cut a .bstk file to at most N megabytes.",
     "inspect": "Show what is inside a .bstk file.",
     "verify": "Check every digest of a .bstk file.",
+    "bench": "Measure quality, speed and memory at several sizes.",
 }
 
 

@@ -1,0 +1,169 @@
+"""``bstack bench``"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+import bstk
+from bstack.cli import _common
+from bstack.cli._text import printable
+
+
+class Parsed(click.ParamType):
+    """Text that a function of its own reads; what it refuses is wrong usage."""
+
+    def __init__(self, name: str, module: str, function: str):
+        self.name = name
+        self._home = (module, function)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        import importlib
+
+        module, function = self._home
+        try:
+            return getattr(importlib.import_module(module), function)(value)
+        except bstk.UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("bench")
+@_common.file_argument
+@click.option("--budgets", type=Parsed("MB,MB-MB+STEP", "bstack.measure.budgets", "parse_budgets"),
+              help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.")
+@click.option("--original", metavar="MODEL",
+              help="The model the file was made from: folder, hub id, GGUF file or smollm2. The divergence is measured against it.")
+@click.option("--text", metavar="FILE|FOLDER|DATASET",
+              help="Text to measure on; by default Python's own language reference, which is on every machine.")
+@click.option("--windows", type=click.IntRange(1, 2**20), default=16, show_default=True, help="Windows of the text.")
+@click.option("--sequence-length", type=click.IntRange(8, 2**20), default=512, show_default=True, help="Tokens in each window.")
+@click.option("--against", type=Parsed("rtn,gptq:3,...", "bstack.measure.baselines.choice", "parse_against"),
+              help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
+@click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
+              help="Text to calibrate gptq on; by default what the file was calibrated on.")
+@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]').")
+@click.option("--no-speed", is_flag=True, help="Skip the speed tests.")
+@click.option("--no-quality", is_flag=True, help="Skip everything that needs a text.")
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png|svg|pdf", help="Draw quality against size.")
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE|-",
+              help="Write the figures as CSV; - is standard output, in place of the tables.")
+@_common.json_option
+@_common.quiet_option
+def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure the quality, speed and memory of FILE at several sizes.
+
+    For every size: perplexity, divergence from the original (KLD, nats per token) with its 99th percentile, share of
+    tokens for which both find the same one most likely, load time, tokens per second, peak memory of the process.
+    Each size is measured in a process of its own. docs/bench.md says how to read the figures.
+
+    \b
+    Example:
+      bstack bench model.bstk --original smollm2 --plot model.png
+      bstack bench model.bstk --budgets 60,80,100-200+20 --no-quality
+      bstack bench model.bstk --original smollm2 --text corpus.txt --against rtn,gptq:3 --csv figures.csv
+    """
+    _check(file, plot, csv_path, as_json, given)
+    with _common.open_file(file, quiet=quiet):  # its warning, and its refusal, before anything heavy
+        pass
+    from bstack.measure.bench import Options, run_bench
+
+    options = Options(
+        budgets=given["budgets"], speed=not given["no_speed"], quality=not given["no_quality"], text=given["text"],
+        windows=given["windows"], length=given["sequence_length"], original=given["original"], against=given["against"] or (),
+        calibration=given["calibration"], tasks=_names(given["tasks"]),
+    )  # fmt: skip
+    report = run_bench(file, options, _progress(quiet))
+    _write(report, plot, csv_path, as_json, quiet)
+
+
+def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, given: dict[str, Any]) -> None:
+    """Refuse what makes no sense, and what would fail only after hours of measuring."""
+    if given["no_quality"]:
+        unused = {"--plot": plot, "--original": given["original"], "--against": given["against"], "--text": given["text"]}
+        for name, value in unused.items():
+            if value:
+                raise click.UsageError(f"{name} is about quality, which --no-quality skips. Leave one of them out.")
+    if given["against"] and given["original"] is None:
+        raise click.UsageError("--against quantises the original: name it with --original MODEL.")
+    if given["calibration"] and not any(choice.method == "gptq" for choice in given["against"] or ()):
+        raise click.UsageError("--calibration is for --against gptq; nothing else here is calibrated.")
+    if as_json and csv_path == "-":
+        raise click.UsageError("--json and --csv - both want standard output. Give --csv a file.")
+    for path in filter(None, (plot, csv_path)):
+        _check_writable(file, path)
+    if plot is not None:
+        from bstack.measure.plot import check_plot
+
+        check_plot(plot)
+    if given["tasks"]:
+        from bstack.measure.tasks import check_harness
+
+        check_harness()
+
+
+def _check_writable(file: str, path: str) -> None:
+    if path == "-":
+        return
+    if os.path.exists(path) and os.path.samefile(file, path):
+        raise click.UsageError(f"{path} is the file to measure; name another.")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise bstk.OutputError(f"{path}: cannot write: there is no folder {folder}. Create it first.")
+    if not os.access(folder, os.W_OK):
+        raise bstk.OutputError(f"{path}: cannot write: no permission in {folder}.")
+
+
+def _names(tasks: str | None) -> list[str]:
+    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
+
+
+def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool) -> None:
+    from bstack.measure.tables import as_csv, as_tables
+
+    if csv_path == "-":
+        click.echo(as_csv(report), nl=False)
+    elif as_json:
+        _common.print_json("bstack.bench/1", report.to_json())
+    else:
+        click.echo(printable(as_tables(report, _plus_minus())))
+    if as_json or csv_path == "-":
+        for note in report.notes if not quiet else ():
+            click.echo(printable(f"Note: {note}"), err=True)
+    if csv_path not in (None, "-"):
+        from bstk.files import replacing
+
+        with replacing(csv_path) as (sink, _):
+            sink.write(as_csv(report).encode())
+    if plot is not None:
+        from bstack.measure.plot import save_plot
+
+        save_plot(report, plot)
+
+
+def _plus_minus() -> str:
+    try:
+        "±".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "+/-"
+    return "±"
+
+
+def _progress(quiet: bool):
+    """Draw a bar for each stage, if stderr is a terminal."""
+
+    @contextmanager
+    def stage(name: str, steps: int) -> Iterator[Callable[[], None]]:
+        if quiet or not sys.stderr.isatty():
+            yield lambda: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=steps, desc=name, dynamic_ncols=True, leave=False) as bar:
+            yield bar.update
+
+    return stage

@@ -1,0 +1,79 @@
+"""Groups of 64 weights on an asymmetric grid: what round-to-nearest and GPTQ have in common, and its honest bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["GROUP", "GridMatrix", "fit", "nearest", "packed_bits"]
+
+GROUP = 64
+
+
+def fit(weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grid of each row of one group: from its least to its largest weight, 0 among the grid's values.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        Float32, shape (rows, group).
+    bits : int
+        2 to 8.
+
+    Returns
+    -------
+    scale : torch.Tensor
+        Half precision, shape (rows,), as stored.
+    zero : torch.Tensor
+        The code that stands for 0; uint8, shape (rows,).
+    """
+    low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
+    most = 2**bits - 1
+    # The smallest normal half number: a scale below it would lose its digits, one of 0 everything.
+    scale = ((high - low) / most).clamp(2.0**-14, 65504.0).half()
+    zero = (-low / scale.float()).round().clamp(0, most).to(torch.uint8)
+    return scale, zero
+
+
+def nearest(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of the nearest grid values; `scale` and `zero` broadcast against `weights`."""
+    return (weights / scale.float() + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class GridMatrix:
+    """A quantised matrix.
+
+    Attributes
+    ----------
+    bits : int
+    codes : torch.Tensor
+        uint8, shape (rows, columns).
+    scale, zero : torch.Tensor
+        Half precision and uint8, shape (rows, groups).
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """The weights it stands for, float32, shape (rows, columns)."""
+        columns = self.codes.shape[1]
+        scale = self.scale.float().repeat_interleave(GROUP, 1)[:, :columns]
+        zero = self.zero.float().repeat_interleave(GROUP, 1)[:, :columns]
+        return (self.codes.float() - zero) * scale
+
+    def payload(self) -> bytes:
+        """The bytes a file would hold: codes and zeros bit by bit without gaps, scales in half precision."""
+        scale = self.scale.contiguous().numpy().astype("<f2").tobytes()
+        return packed_bits(self.codes, self.bits) + packed_bits(self.zero, self.bits) + scale
+
+
+def packed_bits(values: torch.Tensor, bits: int) -> bytes:
+    """Pack numbers below 2**bits one after the other, lowest bit first."""
+    flat = values.contiguous().numpy().reshape(-1, 1)
+    return np.packbits(np.unpackbits(flat, axis=1, count=bits, bitorder="little"), bitorder="little").tobytes()

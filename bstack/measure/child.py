@@ -1,0 +1,152 @@
+"""Measuring one size in a process of its own, so that its load time and peak memory are its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import bstk
+from bstack.measure.estimates import Estimate
+from bstack.measure.quality import Quality
+
+__all__ = ["Measured", "measure_size"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a child process found out.
+
+    Attributes
+    ----------
+    load_seconds : float
+        From the file to a model that can run; without the imports of Python packages.
+    peak_memory_bytes : int or None
+        Of the process, after loading and the speed test.
+    speed : dict or None
+        `bstack.measure.speed.Speed` as plain values.
+    quality : Quality or None
+    tasks : dict of str to Estimate
+    """
+
+    load_seconds: float
+    peak_memory_bytes: int | None
+    speed: dict[str, Any] | None
+    quality: Quality | None
+    tasks: dict[str, Estimate]
+
+
+def measure_size(
+    file: str | os.PathLike[str],
+    mb: Decimal,
+    *,
+    speed: bool,
+    windows: Path | None,
+    reference: Path | None = None,
+    make_reference: Path | None = None,
+    tasks: Sequence[str] = (),
+    progress: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Load a file at a size in a new process and measure it there.
+
+    Parameters
+    ----------
+    file : path
+    mb : Decimal
+        The budget in MB.
+    speed : bool
+        Whether to time it.
+    windows : Path or None
+        An .npy file of token ids; None for no quality.
+    reference : Path or None
+        What to compare with.
+    make_reference : Path or None
+        Write the log probabilities there instead of measuring quality.
+    tasks : sequence of str
+        For lm-eval.
+    progress : callable
+        Called after each repetition of the speed test and each window.
+
+    Raises
+    ------
+    bstk.BstkError
+        As the child raised it, with its exit code.
+    bstk.ResourceError
+        The system killed the child, most likely for its memory.
+    """
+    request = {
+        "file": os.path.abspath(file), "mb": str(mb), "speed": speed, "windows": _text(windows),
+        "reference": _text(reference), "make_reference": _text(make_reference), "tasks": list(tasks),
+    }  # fmt: skip
+    with tempfile.TemporaryFile() as complaints:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "bstack.measure.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True, encoding="utf-8",
+        )  # fmt: skip
+        try:
+            answer = _converse(child, request, progress)
+            child.wait()
+        finally:
+            # An interrupt must not leave it running.
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            child.stdout.close()
+        if answer is None:
+            complaints.seek(0)
+            raise _died(child.returncode, mb, complaints.read().decode(errors="replace"))
+    if "error" in answer:
+        raise _raised(answer["error"], mb)
+    return _measured(answer["result"])
+
+
+def _converse(child: subprocess.Popen, request: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any] | None:
+    """Send the request, count the steps, return the final answer; None if the child goes away without one."""
+    try:
+        json.dump(request, child.stdin)
+        child.stdin.close()
+    except BrokenPipeError:
+        return None
+    for line in child.stdout:
+        message = json.loads(line)
+        if "step" not in message:
+            return message
+        progress()
+    return None
+
+
+def _died(code: int, mb: Decimal, complaints: str) -> bstk.BstkError:
+    if code < 0:
+        return bstk.ResourceError(
+            f"The process that measured {mb} MB was killed by signal {-code}, most likely because the memory is full: "
+            "weights are unpacked when they are loaded. Free memory, or use --budgets with the smallest size only."
+        )
+    last = complaints.strip().splitlines()[-1:] or ["it said nothing"]
+    return bstk.BstkError(f"The process that measured {mb} MB ended with {code}: {last[0]}")
+
+
+def _raised(error: dict[str, Any], mb: Decimal) -> bstk.BstkError:
+    if error["exit_code"] is None:
+        return bstk.BstkError(f"Measuring {mb} MB failed with {error['message']}")
+    raised = bstk.BstkError(error["message"])
+    raised.exit_code = error["exit_code"]
+    return raised
+
+
+def _measured(result: dict[str, Any]) -> Measured:
+    quality = result.get("quality")
+    if quality is not None:
+        quality = Quality(**{name: pair and Estimate(*pair) for name, pair in quality.items()})
+    tasks = {name: Estimate(*pair) for name, pair in result.get("tasks", {}).items()}
+    return Measured(result["load_seconds"], result["peak_memory_bytes"], result.get("speed"), quality, tasks)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,84 @@
+"""Averages with their standard errors. Windows are the independent samples: tokens of one window are not.
+
+The standard error of a mean over W windows is the standard deviation of the W window means (W - 1 in the divisor) over
+sqrt(W). It says how far another sample of the same text would move the value. It does not apply to the difference of two
+models: both are measured on the same windows, and most of the spread is common to them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Estimate", "mean_estimate", "percentile_estimate", "perplexity_estimate"]
+
+RESAMPLES = 200
+
+
+class Estimate(NamedTuple):
+    """A measured value.
+
+    Attributes
+    ----------
+    value : float
+    error : float or None
+        Standard error; None for a single sample, which cannot tell.
+    """
+
+    value: float
+    error: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """As plain JSON values; what is not finite becomes None, as JSON has no other way."""
+        return {"value": _finite(self.value), "standard_error": _finite(self.error)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def mean_estimate(values: torch.Tensor) -> Estimate:
+    """Mean over all tokens, with its standard error over windows.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        One number a token, shape (windows, positions).
+    """
+    means = values.double().mean(1)
+    error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else None
+    return Estimate(float(means.mean()), error)
+
+
+def perplexity_estimate(surprise: torch.Tensor) -> Estimate:
+    """Exponential of the mean negative log likelihood; the error of the mean carried over (delta method).
+
+    Parameters
+    ----------
+    surprise : torch.Tensor
+        Negative log likelihoods in nats, shape (windows, positions).
+    """
+    mean, error = mean_estimate(surprise)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Estimate(value, None if error is None else value * error)
+
+
+def percentile_estimate(values: torch.Tensor, percent: float) -> Estimate:
+    """A percentile over all tokens; its standard error from a bootstrap over whole windows.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        One number a token, shape (windows, positions).
+    percent : float
+        Between 0 and 100.
+    """
+    values, share = values.double(), percent / 100
+    value = float(values.quantile(share))
+    if len(values) < 2:
+        return Estimate(value)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, len(values), (RESAMPLES, len(values)), generator=generator)
+    return Estimate(value, float(torch.stack([values[rows].quantile(share) for rows in drawn]).std()))

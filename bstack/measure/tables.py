@@ -1,0 +1,203 @@
+"""A bench report as tables for people and as CSV. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bstack.measure.results import Point, Report
+from bstk import MB
+
+if TYPE_CHECKING:
+    from bstack.measure.estimates import Estimate
+
+__all__ = ["as_csv", "as_tables", "with_error"]
+
+Row = list[str]
+
+
+def with_error(value: float, error: float | None, sign: str = "±") -> str:
+    """A value and its error with as many decimals as the error has something to say to: two digits of it.
+
+    >>> with_error(36.0824, 1.2345), with_error(0.07263, 0.00119), with_error(12.5, None)
+    ('36.1 ± 1.2', '0.0726 ± 0.0012', '12.5')
+    """
+    if not math.isfinite(value):
+        return f"{value}"
+    if error is None or not math.isfinite(error) or error == 0:
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 8 or abs(value) >= 1e7:
+        return f"{value:.3g} {sign} {error:.2g}"
+    return f"{value:.{decimals}f} {sign} {error:.{decimals}f}"
+
+
+def as_tables(report: Report, sign: str = "±") -> str:
+    """Return the report as text: a head, tables in Markdown (as llama-bench writes them), notes."""
+    parts = [_head(report)]
+    if report.source.text is not None:
+        parts.append("Quality\n" + _quality(report, sign))
+    if any(point.measured.tasks for point in report.points):
+        parts.append("Tasks\n" + _tasks(report, sign))
+    parts.append(("Speed and memory\n" if _has_speed(report) else "Memory\n") + _speed(report, sign))
+    if report.baselines:
+        parts.append("Baselines, one run for each size\n" + _baselines(report, sign))
+    if report.comparisons:
+        parts.append("At the same bytes\n" + _comparisons(report, sign))
+    if report.notes:
+        parts.append("\n".join(f"Note: {note}" for note in report.notes))
+    return "\n\n".join(parts)
+
+
+def _head(report: Report) -> str:
+    source = report.source
+    about = [source.model or "", f"{source.parameters / 1e6:,.1f} M parameters" if source.parameters else ""]
+    lines = [", ".join([source.file, *filter(None, about)])]
+    if source.text is not None:
+        t = source.text
+        lines.append(f"  text       {t['name']} (SHA-256 {t['sha256'][:12]}), first {t['windows']} windows of {t['sequence_length']} tokens")
+    if source.original:
+        lines.append(
+            f"  original   {source.original['model']}, {source.original['bytes'] / MB:,.2f} MB as it is stored, "
+            f"perplexity {source.value('original', 'perplexity'):.4g}"
+        )
+        lines.append(f"  floor      KLD {source.value('noise_floor', 'kld'):.2g}: the original in bfloat16 against itself in float32")
+    if _has_speed(report):
+        lines.append(f"  speed      one sequence, {report.points[0].measured.speed['threads']} threads, weights unpacked to float32")
+    return "\n".join(lines)
+
+
+def _has_speed(report: Report) -> bool:
+    return any(point.measured.speed for point in report.points)
+
+
+def _quality(report: Report, sign: str) -> str:
+    to = "original" if report.source.reference == "original" else "full file"
+    head = ["MB", "file MB", "memory MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
+    rows = []
+    for point in report.points:
+        q = point.measured.quality
+        rows.append([*_sizes(point), *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign)])
+    return _markdown(head, rows)
+
+
+def _tasks(report: Report, sign: str) -> str:
+    names = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
+    rows = [
+        [_mb(point), *[_estimates((point.measured.tasks.get(name), 1), sign=sign)[0] for name in names]] for point in report.points
+    ]
+    return _markdown(["MB", *names], rows)
+
+
+def _speed(report: Report, sign: str) -> str:
+    with_sizes = report.source.text is None
+    head = ["MB", *(["file MB", "memory MB", "bits/weight"] if with_sizes else []), "load s"]
+    if _has_speed(report):
+        speed = report.points[0].measured.speed
+        head += [f"prompt({speed['prompt_tokens']}) t/s", f"decode({speed['decoded_tokens']}) t/s"]
+    rows = []
+    for point in report.points:
+        m = point.measured
+        row = [*(_sizes(point) if with_sizes else [_mb(point)]), f"{m.load_seconds:.2f}"]
+        if m.speed:
+            row += [with_error(m.speed[test]["value"], m.speed[test]["deviation"], sign) for test in ("prompt", "decode")]
+        rows.append([*row, "-" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / MB:,.0f}"])
+    return _markdown([*head, "peak MB"], rows)
+
+
+def _baselines(report: Report, sign: str) -> str:
+    head = ["baseline", "bits", "embeddings", "file MB", "memory MB", "perplexity", "KLD to original", "KLD 99 %", "same top %"]
+    rows = []
+    for b in report.baselines:
+        q = b.quality
+        rows.append([
+            b.method, str(b.bits), str(b.embedding_bits), _size(b.sizes.file_bytes), _size(b.sizes.memory_bytes),
+            *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign),
+        ])  # fmt: skip
+    return _markdown(head, rows, left=1)
+
+
+def _comparisons(report: Report, sign: str) -> str:
+    head = ["baseline", "its MB", "its KLD", "bstack MB", "bstack KLD", "its KLD / bstack's"]
+    rows = []
+    for c in report.comparisons:
+        theirs, ours = c.baseline.quality.kld, c.point.measured.quality.kld
+        ratio = f"{theirs.value / ours.value:.2f}" if ours.value > 0 else "-"
+        rows.append([
+            c.baseline.name, _size(c.baseline.sizes.file_bytes), _estimates((theirs, 1), sign=sign)[0],
+            _size(c.point.file_bytes), _estimates((ours, 1), sign=sign)[0], ratio,
+        ])  # fmt: skip
+    return _markdown(head, rows, left=1)
+
+
+def _mb(point: Point) -> str:
+    # An exact size has twenty decimals; nobody reads them.
+    return f"{point.mb:f}" if point.mb.as_tuple().exponent >= -3 else f"{point.mb:.3f}"
+
+
+def _sizes(point: Point) -> Row:
+    bits = point.bits_per_weight
+    return [_mb(point), _size(point.file_bytes), _size(point.memory_bytes), "-" if bits is None else f"{bits:.3f}"]
+
+
+def _size(size: int) -> str:
+    return f"{size / MB:,.{2 if size >= 10 * MB else 4}f}"
+
+
+def _estimates(*pairs: tuple[Estimate | None, float], sign: str) -> Row:
+    return [
+        "-" if e is None else with_error(e.value * factor, None if e.error is None else e.error * factor, sign) for e, factor in pairs
+    ]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Row], left: int = 0) -> str:
+    """Align a Markdown table; the first `left` columns to the left."""
+    widths = [max(3, *(len(line[i]) for line in [head, *rows])) for i in range(len(head))]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [
+        [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        for line in [head, *rows]
+    ]
+    lines.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_csv(report: Report) -> str:
+    """Return all points and baselines as CSV, one row each, sizes in bytes, empty where there is no value."""
+    figures = ("perplexity", "kld", "kld_99", "same_top")
+    tasks = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
+    columns = [
+        "series", "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight",
+        *[column for figure in figures for column in (figure, f"{figure}_se")], "reference",
+        "load_seconds", "prompt_tokens_per_second", "prompt_sd", "decode_tokens_per_second", "decode_sd", "peak_memory_bytes",
+        *[column for task in tasks for column in (task, f"{task}_se")],
+    ]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    reference = report.source.reference or ""
+    for point in report.points:
+        flat = point.to_json()
+        row = {key: flat[key] for key in columns if key in flat and not isinstance(flat[key], dict)}
+        for test, rate in [(t, (flat["speed"] or {}).get(t)) for t in ("prompt", "decode")]:
+            if rate:
+                row |= {f"{test}_tokens_per_second": rate["value"], f"{test}_sd": rate["deviation"]}
+        row |= _flat(flat, figures) | _flat(flat["tasks"], tasks)
+        writer.writerow({"series": "bstack", "reference": reference, **row})
+    for baseline in report.baselines:
+        flat = baseline.to_json()
+        sizes = {key: flat[key] for key in ("file_bytes", "memory_bytes")}
+        series = f"{baseline.method}:{baseline.bits}, embeddings {baseline.embedding_bits}"
+        writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
+    return text.getvalue()
+
+
+def _flat(values: dict, names: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name in names:
+        if values.get(name):
+            found |= {name: values[name]["value"], f"{name}_se": values[name]["standard_error"]}
+    return {key: value for key, value in found.items() if value is not None}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,14 @@ __all__ = ["SafetensorsCheckpoint"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _Header(NamedTuple):
+    """What a shard's header says of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -43,23 +52,16 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = _read_config(folder)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)
-        self._open_shards()
+        self._read_headers()
 
-    def _open_shards(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._slices: dict[str, Any] = {}
+    def _read_headers(self) -> None:
+        self._headers: dict[str, _Header] = {}
         for file in self.files:
-            try:
-                shard = safe_open(file, framework="pt")
+            with _opened(file) as shard:
                 for key in shard.keys():
-                    self._slices[key] = shard.get_slice(key)
-            except (SafetensorError, OSError) as error:
-                raise DamagedModelError(
-                    f"{file} is not a whole safetensors file: {error}. It has {file.stat().st_size} bytes; "
-                    "fetch it again."
-                ) from None
-        odd = sorted({s.get_dtype() for s in self._slices.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
+                    found = shard.get_slice(key)
+                    self._headers[key] = _Header(file, found.get_dtype(), tuple(found.get_shape()))
+        odd = sorted({h.dtype for h in self._headers.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
         if odd:
             raise UnsupportedModelError(
                 f"{self.name} keeps weights as {', '.join(odd)}. bstack compresses F64, F32, F16 and BF16 weights: "
@@ -88,12 +90,12 @@ class SafetensorsCheckpoint(Checkpoint):
         converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
         state = model.state_dict()
         self._keys: dict[str, list[str]] = defaultdict(list)
-        for key in self._slices:
+        for key, header in self._headers.items():
             target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             if pattern is None:
                 self._keys[target].append(key)
-                if target in state and (found := tuple(self._slices[key].get_shape())) != tuple(state[target].shape):
-                    raise self._mismatch(key, found, state[target].shape)
+                if target in state and header.shape != tuple(state[target].shape):
+                    raise self._mismatch(key, header.shape, state[target].shape)
                 continue
             # A converter names only its first target: a fused tensor that is split serves several parameters.
             converter = next(c for c in converters if pattern in c.source_patterns)
@@ -115,13 +117,17 @@ class SafetensorsCheckpoint(Checkpoint):
         from transformers.modeling_utils import LoadStateDictConfig
 
         wanted = [name for name in names if name in self._keys]
-        keys = {key for name in wanted for key in self._keys[name]}
+        keys = sorted({key for name in wanted for key in self._keys[name]})
         try:
-            info, _ = convert_and_load_state_dict_in_model(
-                model,
-                {key: self._slices[key] for key in sorted(keys)},
-                LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
-            )
+            with ExitStack() as stack:
+                # Opened for this call alone: an open file's pages stay mapped, and the whole model would pile up in memory.
+                files = {self._headers[key].file for key in keys}
+                shards = {file: stack.enter_context(_opened(file)) for file in sorted(files)}
+                info, _ = convert_and_load_state_dict_in_model(
+                    model,
+                    {key: shards[self._headers[key].file].get_slice(key) for key in keys},
+                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
+                )
         except SafetensorError as error:
             raise DamagedModelError(f"{self.name}: a weight file cannot be read: {error}.") from None
         if info.mismatched_keys:
@@ -138,9 +144,22 @@ class SafetensorsCheckpoint(Checkpoint):
         )
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        dtype = DTYPES.get(self._slices[self._keys[name][0]].get_dtype(), torch.float32)
+        dtype = DTYPES.get(self._headers[self._keys[name][0]].dtype, torch.float32)
         # load() gives float32: the other half of a float64 would be zeros.
         return torch.float32 if dtype == torch.float64 else dtype
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        shard = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = f"It has {file.stat().st_size} bytes; " if file.is_file() else ""
+        raise DamagedModelError(f"{file} is not a whole safetensors file: {error}. {size}fetch it again.") from None
+    with shard:
+        yield shard
 
 
 def _read_config(folder: Path):

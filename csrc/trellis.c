@@ -1,15 +1,16 @@
 /* Encoder of trellis blocks: a Viterbi search down the rows of each column, with error feedback between columns.
  *
- * Window of row i:   w_i = code_i | w_{i-1} << 2   (mod 256),  w_{-1} = 0;    value of row i = table[w_i].
- * A state is the part of a window that the next row sees: 64 of them, 4 codes lead out of each.
+ * Window of row i:   w_i = code_i + 4 code_{i-1} + 16 code_{i-2} + 64 code_{i-3};    value of row i = table[w_i].
+ * A state is the part of a window that the next row sees: 64 of them, 4 codes lead out of each. The codes of three rows
+ * before the first are stored too, so the search may start in any state.
  *
  * Every float operation is a plain IEEE single operation in a fixed order (built with -ffp-contract=off), so that the
- * reference in bstack/kernels/reference.py gives the same codes on every machine.
+ * reference in bstack/kernels/trellis.py gives the same codes on every machine.
  */
 #include <stdint.h>
 #include <stdlib.h>
 
-enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES };
+enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES, EARLIER = 3 };
 
 /* One copy of the hot function for each instruction set, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
@@ -60,15 +61,14 @@ static inline ALWAYS void advance(float x, float weight, const float *restrict t
 /* Find the cheapest path through one column.
  *
  * x, weight: rows' targets (already divided by the row scales) and cost weights; back: rows * STATES bytes of scratch.
- * Writes a code and a table value for each row.
+ * Writes EARLIER + rows codes and rows table values.
  */
 EACH_CPU
 static void search_column(const float *restrict x, const float *restrict weight, int rows, const float *restrict table,
                           uint8_t *restrict code, float *restrict value, uint8_t *restrict back) {
     float even[STATES], odd[STATES];
     float *before = even, *after = odd;
-    for (int s = 0; s < STATES; s++) before[s] = 1e30f;
-    before[0] = 0.0f;
+    for (int s = 0; s < STATES; s++) before[s] = 0.0f;
     for (int i = 0; i < rows; i++) {
         advance(x[i], weight[i], table, before, after, back + (size_t)i * STATES);
         if ((i & 15) == 15) { /* keep the sums small, where single precision is fine */
@@ -84,9 +84,13 @@ static void search_column(const float *restrict x, const float *restrict weight,
         if (before[s] < before[state]) state = s;
     for (int i = rows - 1; i >= 0; i--) {
         int w = state + back[(size_t)i * STATES + state] * STATES;
-        code[i] = (uint8_t)(w & (CODES - 1));
+        code[EARLIER + i] = (uint8_t)(w & (CODES - 1));
         value[i] = table[w];
         state = w >> BITS;
+    }
+    for (int i = EARLIER - 1; i >= 0; i--) {
+        code[i] = (uint8_t)(state & (CODES - 1));
+        state >>= BITS;
     }
 }
 
@@ -95,7 +99,7 @@ static void search_column(const float *restrict x, const float *restrict weight,
  * target:   columns * rows, what each column should become; changed by the feedback of the columns before it.
  * original: columns * rows, what the error is measured against.
  * feedback: columns * columns, [j][t] = share of column j's error that column t > j makes up for.
- * scale, weight: rows.    code, error: columns * rows, written.
+ * scale, weight: rows.    code: columns * (EARLIER + rows), error: columns * rows, both written.
  * Returns 0, or 1 when there is no memory.
  */
 int bstack_trellis_encode(float *target, const float *original, int columns, int rows, const float *feedback,
@@ -112,7 +116,7 @@ int bstack_trellis_encode(float *target, const float *original, int columns, int
     for (int j = 0; j < columns; j++) {
         const size_t at = (size_t)j * (size_t)rows;
         for (int i = 0; i < rows; i++) x[i] = target[at + i] * inverse[i];
-        search_column(x, weight, rows, table, code + at, value, back);
+        search_column(x, weight, rows, table, code + at + (size_t)j * EARLIER, value, back);
         for (int i = 0; i < rows; i++) error[at + i] = original[at + i] - scale[i] * value[i];
         for (int t = j + 1; t < columns; t++) {
             const float share = feedback[(size_t)j * columns + t];

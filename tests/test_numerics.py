@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import block_size, rotate, rotate_moment, signs, unrotate
+from bstack.numerics.shrinkage import shrink
 
 
 def dense_rotation(n: int) -> np.ndarray:
@@ -87,3 +88,29 @@ def test_spectrum_sample_serves_the_damping(n):
     uniform = torch.full((n,), 1 / n, dtype=torch.float64)
     for later in (0.5, 1.0):
         assert damping(values, weights, later) == pytest.approx(damping(exact, uniform, later), rel=0.35)
+
+
+def test_shrinkage_pulls_a_small_sample_towards_the_truth():
+    """Averaged over samples, the shrunk moment is closer to the true one, and keeps its trace."""
+    n, truth = 40, torch.diag(torch.linspace(0.5, 1.5, 40))
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (10, 40, 200):
+        raw = shrunk = 0.0
+        for _ in range(10):
+            x = torch.randn(tokens, n, generator=generator) @ truth.sqrt()
+            h = x.t() @ x
+            better = shrink(h, tokens)
+            assert float(better.trace()) == pytest.approx(float(h.trace()), rel=1e-5)
+            raw += float((h / tokens - truth).norm())
+            shrunk += float((better / tokens - truth).norm())
+        assert shrunk < raw
+
+
+def test_shrinkage_leaves_a_large_sample_of_a_spiky_spectrum_alone():
+    x = torch.randn(20000, 30, generator=torch.Generator().manual_seed(1)) * torch.logspace(1, -1, 30)
+    h = x.t() @ x
+    assert float((shrink(h, 20000) - h).norm() / h.norm()) < 1e-3
+
+
+def test_shrinkage_of_nothing_is_nothing():
+    assert torch.equal(shrink(torch.zeros(4, 4), 10), torch.zeros(4, 4))

@@ -23,7 +23,7 @@ def gram(inputs: int, seed: int = 0, tokens: int = 64) -> torch.Tensor:
 
 
 def blocks_of(codec: SignCodec, weight: torch.Tensor, moment: torch.Tensor):
-    return list(codec.encode(weight, moment, torch.ones(weight.shape[0])))
+    return list(codec.encode(weight, moment, 10**6, torch.ones(weight.shape[0])))
 
 
 def rebuilt(blocks, shape, depth) -> torch.Tensor:

@@ -34,16 +34,16 @@ def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
     table = [int(v) for v in re.findall(r"-?\d+", block.group(1))]
     assert len(table) == 256
     quarter = -(-n // 4)
-    codes = np.zeros((m, n), int)
-    for i in range(m):
+    codes = np.zeros((m + 3, n), int)
+    for i in range(m + 3):
         for j in range(n):
             codes[i, j] = payload[i * quarter + j % quarter] >> (2 * (j // quarter)) & 3
-    scale = np.frombuffer(payload[m * quarter :], "<f2").astype(float)
+    scale = np.frombuffer(payload[(m + 3) * quarter :], "<f2").astype(float)
     assert scale.shape == (m,)
     q = np.zeros((m, n))
     for i in range(m):
         for j in range(n):
-            window = sum(4**d * codes[i - d, j] for d in range(4) if i - d >= 0)
+            window = sum(4**d * codes[i + 3 - d, j] for d in range(4))
             q[i, j] = scale[i] * table[window]
     z = n & -n
     b = np.zeros((n, n))
@@ -63,7 +63,7 @@ def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (17, 6), (8, 24), (40, 12), (5, 64), (33, 96)])
 def test_rebuild_is_what_the_specification_says(m, n):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(m * n))
-    payloads = [b.payload for b in TrellisCodec(3).encode(weight, moment(n), torch.rand(m))]
+    payloads = [b.payload for b in TrellisCodec(3).encode(weight, moment(n), 10**6, torch.rand(m))]
     expected = sum(read_as_specified(p, m, n) for p in payloads)
     rebuilt = TrellisCodec.rebuild(payloads, [bstk.TRELLIS] * 3, [2] * 3, (m, n))
     assert np.abs(rebuilt.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -88,22 +88,22 @@ def test_kernel_gives_the_codes_of_the_reference(m, n, seed, spread):
     assert (one[1] == two[1]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_search_finds_the_best_path(rows):
-    """Against all 4^rows paths, in float64."""
+    """Against all paths, in float64."""
     rng = np.random.default_rng(rows)
     table = np.array(TABLE, np.float32)
-    for _ in range(20):
+    for _ in range(3):
         x = (rng.standard_normal((1, rows)) / UNIT).astype(np.float32)
         weight = rng.uniform(0.1, 3, rows).astype(np.float32)
         ones = np.ones(rows, np.float32)
         codes, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
         found = (weight * errors[0].astype(float) ** 2).sum()
         best = np.inf
-        for path in range(4**rows):
-            window, cost = 0, 0.0
+        for path in range(4 ** (rows + 3)):
+            window, cost = path & 63, 0.0
             for i in range(rows):
-                window = (window << 2 | path >> 2 * i & 3) & 255
+                window = (window << 2 | path >> 2 * i + 6 & 3) & 255
                 cost += weight[i] * (float(x[0, i]) - TABLE[window]) ** 2
             best = min(best, cost)
         assert found == pytest.approx(best, rel=1e-5)
@@ -116,7 +116,7 @@ def test_every_block_lowers_the_error_it_reports(m, n, planes, seed):
     weight = torch.randn(m, n, generator=generator) * torch.rand(m, 1, generator=generator)
     h = moment(n, seed % 1000)
     codec = TrellisCodec(planes)
-    blocks = list(codec.encode(weight, h, torch.rand(m, generator=generator)))
+    blocks = list(codec.encode(weight, h, 10**6, torch.rand(m, generator=generator)))
     assert len(blocks) == planes
     before = output_errors(weight, h).sum()
     scale = float(before)
@@ -133,7 +133,7 @@ def test_every_block_lowers_the_error_it_reports(m, n, planes, seed):
 def test_gaussian_weights_reach_the_rate_of_the_code():
     """With white inputs: at least 10.9, 21 and 30 dB after 2, 4 and 6 bits; the limit is 6.02 dB per bit."""
     weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(1))
-    blocks = list(TrellisCodec(3).encode(weight, torch.eye(128), torch.ones(512)))
+    blocks = list(TrellisCodec(3).encode(weight, torch.eye(128), 10**6, torch.ones(512)))
     power = float(weight.square().sum())
     reached = [10 * np.log10(power / float(b.row_errors.sum())) for b in blocks]
     assert reached[0] > 10.9
@@ -147,8 +147,8 @@ def test_feedback_pays_where_inputs_are_correlated():
     x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
     h = x.t() @ x
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
-    with_feedback = next(TrellisCodec(1).encode(weight, h, torch.ones(256)))
-    without = next(TrellisCodec(1).encode(weight, torch.eye(n), torch.ones(256)))
+    with_feedback = next(TrellisCodec(1).encode(weight, h, 10**6, torch.ones(256)))
+    without = next(TrellisCodec(1).encode(weight, torch.eye(n), 10**6, torch.ones(256)))
     plain = weight - TrellisCodec.rebuild([without.payload], [bstk.TRELLIS], [2], (256, n))
     assert float(with_feedback.row_errors.sum()) < 0.6 * float(output_errors(plain, h).sum())
 
@@ -158,8 +158,8 @@ def test_important_rows_get_the_better_codes():
     importance = torch.ones(256)
     importance[::2] = 30
     h = moment(64)
-    even = next(TrellisCodec(1).encode(weight, h, importance)).row_errors[::2].sum()
-    equal = next(TrellisCodec(1).encode(weight, h, torch.ones(256))).row_errors[::2].sum()
+    even = next(TrellisCodec(1).encode(weight, h, 10**6, importance)).row_errors[::2].sum()
+    equal = next(TrellisCodec(1).encode(weight, h, 10**6, torch.ones(256))).row_errors[::2].sum()
     assert float(even) < float(equal)
 
 
@@ -172,7 +172,7 @@ def test_important_rows_get_the_better_codes():
 def test_degenerate_input_gives_finite_blocks(weight, h):
     n = weight.shape[1]
     matrix = {"plain": moment(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
-    blocks = list(TrellisCodec(2).encode(weight, matrix, torch.zeros(weight.shape[0])))
+    blocks = list(TrellisCodec(2).encode(weight, matrix, 10**6, torch.zeros(weight.shape[0])))
     rebuilt = TrellisCodec.rebuild([b.payload for b in blocks], [bstk.TRELLIS] * 2, [2, 2], tuple(weight.shape))
     assert rebuilt.isfinite().all()
     assert all(b.row_errors.isfinite().all() and (b.row_errors >= 0).all() for b in blocks)
@@ -180,7 +180,7 @@ def test_degenerate_input_gives_finite_blocks(weight, h):
 
 def test_same_input_gives_the_same_bytes():
     weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(6))
-    one, two = ([b.payload for b in TrellisCodec(2).encode(weight, moment(48), torch.ones(64))] for _ in range(2))
+    one, two = ([b.payload for b in TrellisCodec(2).encode(weight, moment(48), 10**6, torch.ones(64))] for _ in range(2))
     assert one == two
 
 
@@ -202,7 +202,7 @@ warnings.simplefilter("always")
 from bstack.codecs.trellis import TrellisCodec
 g = torch.Generator().manual_seed(0)
 w = torch.randn(20, 8, generator=g); x = torch.randn(50, 8, generator=g)
-print(next(TrellisCodec(1).encode(w, x.t() @ x, torch.ones(20))).payload.hex())
+print(next(TrellisCodec(1).encode(w, x.t() @ x, 50, torch.ones(20))).payload.hex())
 """
     import os
 

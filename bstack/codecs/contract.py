@@ -66,7 +66,9 @@ class Codec(ABC):
         """The settings as plain JSON values, recorded in the file."""
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, moment: torch.Tensor, importance: torch.Tensor) -> Iterator[Block]:
+    def encode(
+        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+    ) -> Iterator[Block]:
         """Yield the blocks of a matrix, most significant first, at least one.
 
         Parameters
@@ -75,6 +77,8 @@ class Codec(ABC):
             W, float32, shape (outputs, inputs).
         moment : torch.Tensor
             H = X^T X of the matrix's input, float32, shape (inputs, inputs), symmetric, not negative.
+        tokens : int
+            Rows of X: how far H can be trusted.
         importance : torch.Tensor
             How much the model minds a squared error in each output (docs/method.md), float32, shape (outputs,),
             not negative, in any unit. A codec may ignore it.

@@ -70,7 +70,9 @@ class SignCodec(Codec):
     def settings(self) -> dict[str, Any]:
         return {"codec": self.name, "planes": self.planes, "rank": self.rank}
 
-    def encode(self, weight: torch.Tensor, moment: torch.Tensor, importance: torch.Tensor) -> Iterator[Block]:
+    def encode(
+        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+    ) -> Iterator[Block]:
         scale = channel_norms(moment)
         residual = weight.clone()
         rank = min(self.rank, *weight.shape) if self.rank != "auto" else choose_rank(weight * scale)

@@ -5,7 +5,7 @@ code and on those of the three rows above it in the same column, so the 256 word
 path (trellis-coded quantisation: Marcellin and Fischer, IEEE Trans. Commun. 38, 1990; bit-shift trellis: QTIP,
 arXiv 2406.11235):
 
-    w_ij = c_ij + 4 c_(i-1)j + 16 c_(i-2)j + 64 c_(i-3)j         (rows above the first count as 0)
+    w_ij = c_ij + 4 c_(i-1)j + 16 c_(i-2)j + 64 c_(i-3)j         (three rows of codes above the first are stored)
     block = diag(scale) TABLE[w]                                  W ~ unrotate(sum of the blocks)
 
 The encoder runs down the rows, because the error feedback (`bstack.numerics.feedback`) couples columns and leaves
@@ -24,10 +24,11 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
-from bstack.kernels.trellis import encode_columns
+from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.errors import output_errors
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_moment, unrotate
+from bstack.numerics.shrinkage import shrink
 from bstack.settings import Settings
 
 __all__ = ["TABLE", "TrellisCodec"]
@@ -94,18 +95,21 @@ class TrellisCodec(Codec):
     def settings(self) -> dict[str, Any]:
         return {"codec": self.name, "planes": self.planes}
 
-    def encode(self, weight: torch.Tensor, moment: torch.Tensor, importance: torch.Tensor) -> Iterator[Block]:
+    def encode(
+        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+    ) -> Iterator[Block]:
         turned = rotate_moment(moment)
-        spectrum = spectrum_sample(turned)
+        trusted = shrink(turned, tokens)
+        spectrum = spectrum_sample(trusted)
         importance = _bounded(importance)
         residual = rotate(weight)
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if plane == 0 or later != damped_for:
-                factor, damped_for = feedback_factor(turned, damping(*spectrum, later)), later
+                factor, damped_for = feedback_factor(trusted, damping(*spectrum, later)), later
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
-            scale = _refit(residual, values, turned)
+            scale = _refit(residual, values, trusted)
             residual = residual - scale.float()[:, None] * values
             yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, output_errors(residual, turned))
 
@@ -129,7 +133,8 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 def _encode(
     residual: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Choose all codes of a block; return the table values, float32, and the codes, uint8, both shape (m, n).
+    """Choose all codes of a block; return the table values, float32, shape (m, n), and the codes, uint8,
+    shape (3 + m, n).
 
     Columns are encoded in groups: inside a group the kernel carries the feedback, between groups a matrix product
     does.
@@ -141,7 +146,7 @@ def _encode(
     weight = (weight / weight.mean().clamp_min(1e-38)).numpy()
     columns = residual.t().contiguous()
     errors = torch.empty(n, m)
-    codes = np.empty((n, m), np.uint8)
+    codes = np.empty((n, EARLIER + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
         target = columns[start:stop] + factor[:start, start:stop].t() @ errors[:start]
@@ -155,10 +160,10 @@ def _encode(
 
 
 def _values(codes: np.ndarray) -> torch.Tensor:
-    """Table values of codes, float32, shape (m, n)."""
-    windows = codes.copy()
-    for above in (1, 2, 3):
-        windows[above:] |= codes[:-above] << (BITS * above)
+    """Table values of codes (3 + m, n), float32, shape (m, n)."""
+    windows = codes[EARLIER:].copy()
+    for above in range(1, EARLIER + 1):
+        windows |= codes[EARLIER - above : -above] << (BITS * above)
     return torch.from_numpy(np.array(TABLE, np.float32)[windows])
 
 
@@ -175,18 +180,18 @@ def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:
     A row of n codes takes q = ceil(n / 4) bytes; byte b holds columns b, b + q, b + 2 q and b + 3 q, low bits first.
     So shifting and masking a vector of bytes gives runs of neighbouring columns. Codes past column n are 0.
     """
-    m, n = codes.shape
+    rows, n = codes.shape
     quarter = -(-n // 4)
-    padded = np.zeros((m, 4, quarter), np.uint8)
-    padded.reshape(m, -1)[:, :n] = codes
+    padded = np.zeros((rows, 4, quarter), np.uint8)
+    padded.reshape(rows, -1)[:, :n] = codes
     packed = padded[:, 0] | padded[:, 1] << 2 | padded[:, 2] << 4 | padded[:, 3] << 6
     return packed.tobytes() + scale.numpy().astype("<f2").tobytes()
 
 
 def _unpack(payload: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, torch.Tensor]:
-    m, n = shape
+    rows, n = EARLIER + shape[0], shape[1]
     quarter = -(-n // 4)
-    packed = np.frombuffer(payload, np.uint8, m * quarter).reshape(m, 1, quarter)
+    packed = np.frombuffer(payload, np.uint8, rows * quarter).reshape(rows, 1, quarter)
     codes = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    scale = np.frombuffer(payload, "<f2", offset=m * quarter).astype(np.float16)
-    return np.ascontiguousarray(codes.reshape(m, -1)[:, :n]), torch.from_numpy(scale)
+    scale = np.frombuffer(payload, "<f2", offset=rows * quarter).astype(np.float16)
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :n]), torch.from_numpy(scale)

@@ -9,12 +9,13 @@ import numpy as np
 
 from bstack.kernels.native import VARIABLE, library, pointer
 
-__all__ = ["encode_columns", "encode_columns_reference"]
+__all__ = ["EARLIER", "encode_columns", "encode_columns_reference"]
 
 BITS = 2
 CODES = 1 << BITS
 WINDOWS = 256
 STATES = WINDOWS // CODES
+EARLIER = 3
 
 
 def encode_columns(
@@ -44,7 +45,7 @@ def encode_columns(
     Returns
     -------
     codes : np.ndarray
-        uint8 from 0 to 3, shape (columns, rows).
+        uint8 from 0 to 3, shape (columns, 3 + rows): three codes before the first row come first.
     errors : np.ndarray
         original - scale * value, float32, shape (columns, rows).
     """
@@ -53,7 +54,7 @@ def encode_columns(
         _warn_once()
         return encode_columns_reference(target, original, feedback, table, scale, weight)
     columns, rows = target.shape
-    codes = np.empty((columns, rows), np.uint8)
+    codes = np.empty((columns, EARLIER + rows), np.uint8)
     errors = np.empty((columns, rows), np.float32)
     arrays = [np.ascontiguousarray(a, np.float32) for a in (original, feedback, table, scale, weight)]
     failed = native.bstack_trellis_encode(
@@ -84,7 +85,7 @@ def encode_columns_reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `encode_columns`, in plain numpy: a Viterbi search (G. D. Forney, Proc. IEEE 61, 1973) down each column."""
     columns, rows = target.shape
-    codes = np.empty((columns, rows), np.uint8)
+    codes = np.empty((columns, EARLIER + rows), np.uint8)
     errors = np.empty((columns, rows), np.float32)
     inverse = np.float32(1) / scale
     for j in range(columns):
@@ -97,8 +98,7 @@ def encode_columns_reference(
 
 def _search(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = x.shape[0]
-    cost = np.full(STATES, 1e30, np.float32)
-    cost[0] = 0
+    cost = np.zeros(STATES, np.float32)
     oldest = np.empty((rows, STATES), np.uint8)
     for i in range(rows):
         difference = x[i] - table
@@ -108,12 +108,15 @@ def _search(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tuple[np.nd
         cost = by_oldest.min(0)
         if i & 15 == 15:
             cost = cost - cost[0]
-    codes = np.empty(rows, np.uint8)
+    codes = np.empty(EARLIER + rows, np.uint8)
     values = np.empty(rows, np.float32)
     state = int(cost.argmin())
     for i in range(rows - 1, -1, -1):
         window = state + int(oldest[i, state]) * STATES
-        codes[i] = window & (CODES - 1)
+        codes[EARLIER + i] = window & (CODES - 1)
         values[i] = table[window]
         state = window >> BITS
+    for i in range(EARLIER - 1, -1, -1):
+        codes[i] = state & (CODES - 1)
+        state >>= BITS
     return codes, values

@@ -77,7 +77,7 @@ def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any
         before = output_errors(weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.sensitivity)):
+        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.tokens, matrix.sensitivity)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {

@@ -76,7 +76,7 @@ def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
         raise ValueError(f"the scales of a trellis block are f16, found {dtype}")
     if rank != 2:
         raise ValueError(f"the rank of a trellis block is its bits per code, 2, found {rank}")
-    return rows * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
+    return (rows + 3) * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
 
 
 FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)

@@ -63,7 +63,7 @@ def _weights() -> bytes:
          (bstk.TRELLIS, "trellis", (6, 24), 2), (bstk.TRELLIS, "odd", (3, 7), 2)]
     ):  # fmt: skip
         (m, n), sign = shape, kind is bstk.SIGN
-        packed = m * (-(-n // 8) if sign else -(-n // 4))
+        packed = m * -(-n // 8) if sign else (m + 3) * -(-n // 4)
         halves = rank * (m + n) if sign else m
         raw = samples.noise(f"weights {level}", packed + halves)
         factors = struct.pack(f"<{halves}e", *(byte / 64 - 2 for byte in raw[packed:]))

@@ -1,4 +1,4 @@
-"""bstack: compress a language model once, cut it to any megabyte, run it in whatever memory there is.
+"""bstack: compress a language model once, cut it to any megabyte.
 
 >>> import bstack
 >>> bstack.compress("path/to/model", "model.bstk")              # doctest: +SKIP

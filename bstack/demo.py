@@ -18,7 +18,9 @@ def main() -> int:
     """Run every step, printing the commands; stops at the first that fails."""
     started = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
-    if not FULL.exists():
+    if FULL.exists():
+        print(f"{FULL} is there already and is used again; `make clean` starts over.")
+    else:
         _bstack("compress", "smollm2", "-o", str(FULL))
     _bstack("inspect", str(FULL))
     cuts = []

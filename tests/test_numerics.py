@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import block_size, rotate, rotate_moment, signs, unrotate
-from bstack.numerics.shrinkage import shrink
+from bstack.numerics.shrinkage import shrinkage
 
 
 def dense_rotation(n: int) -> np.ndarray:
@@ -88,6 +88,11 @@ def test_spectrum_sample_serves_the_damping(n):
     uniform = torch.full((n,), 1 / n, dtype=torch.float64)
     for later in (0.5, 1.0):
         assert damping(values, weights, later) == pytest.approx(damping(exact, uniform, later), rel=0.35)
+
+
+def shrink(h, tokens):
+    kept, ridge = shrinkage(h, tokens)
+    return kept * h + ridge * torch.eye(h.shape[0])
 
 
 def test_shrinkage_pulls_a_small_sample_towards_the_truth():

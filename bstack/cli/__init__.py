@@ -59,7 +59,7 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
     help="Show the versions of bstack and what it uses.",
 )
 def main() -> None:
-    """Compress a language model once, cut it to any megabyte, run it in whatever memory there is.
+    """Compress a language model once, cut it to any megabyte.
 
     1 MB is 2**20 bytes.
 

@@ -47,7 +47,7 @@ class RankType(click.ParamType):
 @click.option("--codec", type=click.Choice(["trellis", "sign"]),
               help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes.")
 @click.option("--planes", type=int, help="Blocks per linear; 4 with the trellis codec, 8 with sign, by default.")
-@click.option("--rank", type=RankType(),
+@click.option("--rank", type=RankType(), metavar="N|auto",
               help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.")
 @click.option("--order", type=click.Choice(ORDERS),
               help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")

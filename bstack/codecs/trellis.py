@@ -25,10 +25,9 @@ import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.kernels.trellis import EARLIER, encode_columns
-from bstack.numerics.errors import output_errors
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_moment, unrotate
-from bstack.numerics.shrinkage import shrink
+from bstack.numerics.shrinkage import shrinkage
 from bstack.settings import Settings
 
 __all__ = ["TABLE", "TrellisCodec"]
@@ -99,19 +98,25 @@ class TrellisCodec(Codec):
         self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
         turned = rotate_moment(moment)
-        trusted = shrink(turned, tokens)
+        kept, ridge = shrinkage(turned, tokens)
+        trusted = kept * turned
+        trusted.diagonal().add_(ridge)
         spectrum = spectrum_sample(trusted)
         importance = _bounded(importance)
         residual = rotate(weight)
+        # R H, carried along: a product with H costs as much as all the rest.
+        product = residual @ turned
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if plane == 0 or later != damped_for:
                 factor, damped_for = feedback_factor(trusted, damping(*spectrum, later)), later
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
-            scale = _refit(residual, values, trusted)
+            values_product = values @ turned
+            scale = _refit(residual, values, kept * values_product + ridge * values)
             residual = residual - scale.float()[:, None] * values
-            yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, output_errors(residual, turned))
+            product = product - scale.float()[:, None] * values_product
+            yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, (product * residual).sum(1).clamp_min(0))
 
     @staticmethod
     def rebuild(
@@ -167,9 +172,8 @@ def _values(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(TABLE, np.float32)[windows])
 
 
-def _refit(residual: torch.Tensor, values: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Scale of each row that leaves the smallest output error: v H r / v H v; half precision, shape (m,)."""
-    product = values @ moment
+def _refit(residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """Scale of each row that leaves the smallest output error, v H r / v H v, from v H; half precision, shape (m,)."""
     scale = (product * residual).sum(1) / (product * values).sum(1).clamp_min(1e-30)
     return scale.clamp(-HALF_MAX, HALF_MAX).half()
 

@@ -13,6 +13,7 @@ from functools import cache
 __all__ = ["VARIABLE", "library", "pointer"]
 
 VARIABLE = "BSTACK_KERNELS"
+INTERFACE = 1
 
 
 @cache
@@ -24,9 +25,11 @@ def library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     try:
-        return ctypes.CDLL(spec.origin)
+        loaded = ctypes.CDLL(spec.origin)
     except OSError:
         return None
+    # A library from an earlier build may stand in a working copy: its functions may take other arguments.
+    return loaded if getattr(loaded, "bstack_kernels_version", lambda: 0)() == INTERFACE else None
 
 
 def pointer(array) -> ctypes.c_void_p:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["shrink"]
+__all__ = ["shrinkage"]
 
 
-def shrink(moment: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Pull a sample second moment towards a multiple of the identity: (1 - r) H + r mean(diag H) I.
+def shrinkage(moment: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """How far to pull a sample second moment towards a multiple of the identity: (1 - r) H + r mean(diag H) I.
 
     Directions that a small sample missed look free of cost, and error feedback would push all errors there. r is the
     oracle approximating shrinkage of Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Process. 58 (2010), equation 23:
@@ -20,6 +20,11 @@ def shrink(moment: torch.Tensor, tokens: int) -> torch.Tensor:
         H = X^T X, float32, shape (inputs, inputs).
     tokens : int
         Rows of X.
+
+    Returns
+    -------
+    kept, ridge : float
+        1 - r and r mean(diag H): the better estimate is kept * H + ridge * I.
     """
     n = moment.shape[0]
     trace = float(moment.diagonal().sum(dtype=torch.float64))
@@ -29,6 +34,4 @@ def shrink(moment: torch.Tensor, tokens: int) -> torch.Tensor:
         share = 1.0
     else:
         share = min(1.0, ((1 - 2 / n) * square + trace**2) / ((tokens + 1 - 2 / n) * spread))
-    shrunk = moment * (1 - share)
-    shrunk.diagonal().add_(share * trace / n)
-    return shrunk
+    return 1 - share, share * trace / n

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +60,26 @@ def encode(
     The kernels are single-threaded and let go of Python's lock, so matrices side by side keep all processors busy;
     what comes out does not depend on how many there are. `progress` is called after each.
     """
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for chunks in pool.map(lambda matrix: _encode_one(matrix, codec), matrices):
-            for payload, fields in chunks:
-                part.add(payload, **fields)
-            progress()
+    workers = os.cpu_count() or 1
+    pending: deque[Future[list[tuple[bytes, dict[str, Any]]]]] = deque()
+
+    def finish_one() -> None:
+        for payload, fields in pending.popleft().result():
+            part.add(payload, **fields)
+        progress()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for matrix in matrices:
+                pending.append(pool.submit(_encode_one, matrix, codec))
+                # Only so many at a time: each holds its moment, and a layer may have hundreds of experts.
+                if len(pending) > workers:
+                    finish_one()
+            while pending:
+                finish_one()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any]]]:

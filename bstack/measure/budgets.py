@@ -12,7 +12,7 @@ __all__ = ["MOST", "even_budgets", "parse_budgets"]
 # A range with a tiny step is a slip, not a wish: each size takes seconds to hours.
 MOST = 1000
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
-_PART = re.compile(rf"({_NUMBER})(?:-({_NUMBER})([+*])({_NUMBER}))?")
+_PART = re.compile(rf"({_NUMBER})(?:-({_NUMBER})([+*])({_NUMBER}))?", re.ASCII)
 _SYNTAX = "sizes in MB, and ranges FIRST-LAST+STEP or FIRST-LAST*FACTOR, separated by commas: 60,80.5,100-200+20"
 
 
@@ -37,7 +37,7 @@ def parse_budgets(text: str) -> list[Decimal]:
     """
     sizes: dict[Decimal, None] = {}
     for part in text.split(","):
-        match = _PART.fullmatch(part.strip(), re.ASCII) if part.isascii() else None
+        match = _PART.fullmatch(part.strip())
         if match is None:
             raise bstk.UsageError(f"{part.strip()!r} is no size. Give {_SYNTAX}.")
         for size in _expand(part.strip(), *match.groups()):

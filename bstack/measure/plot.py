@@ -77,7 +77,8 @@ def _draw(report: Report) -> Any:
         f"{t['name']}, {t['windows']} × {t['sequence_length']} tokens", loc="right", fontsize=9, color=GREY
     )
     _curve(upper, report, "kld")
-    _curve(lower, report, "perplexity")
+    # Without bars: all sizes read the same windows, whose spread moves them together.
+    _curve(lower, report, "perplexity", bars=False)
     floor = source.value("noise_floor", "kld")
     if floor:
         upper.axhline(floor, color=GREY, linestyle=":", label="noise floor: the original in bfloat16")
@@ -93,34 +94,40 @@ def _draw(report: Report) -> Any:
         axes.grid(True, which="minor", color="#eeeeee", linewidth=0.5)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right", fontsize=9)
+    lines, labels = upper.get_legend_handles_labels()
+    # Curves first, then the floor, which is drawn as a plain line.
+    order = sorted(range(len(lines)), key=lambda i: labels[i].startswith("noise"))
+    upper.legend([lines[i] for i in order], [labels[i] for i in order], frameon=False, loc="upper right", fontsize=9)
+    if original:
+        lower.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
 
 
-def _curve(axes: Any, report: Report, figure: str) -> None:
+def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None:
     ours = [(p.file_bytes / MB, getattr(p.measured.quality, figure)) for p in report.points]
     ours += [(c.point.file_bytes / MB, getattr(c.point.measured.quality, figure)) for c in report.comparisons]
-    _line(axes, ours, color=OURS, marker="o", label="bstack: one file, cut", markersize=4.5, linewidth=1.8, zorder=3)
+    name = "bstack: one file, cut" if bars else None
+    _line(axes, ours, bars, color=OURS, marker="o", label=name, markersize=4.5, linewidth=1.8, zorder=3)
     series = defaultdict(list)
     for b in frontier(report.baselines):
         series[b.method].append(b)
     for method, members in series.items():
         pairs = [(b.sizes.file_bytes / MB, getattr(b.quality, figure)) for b in members]
         _line(
-            axes, pairs, color=THEIRS.get(method, GREY), marker=MARKERS.get(method, "x"), linestyle="--", linewidth=1.2,
-            label=f"{method.upper()}, one run a size", markersize=5.5, markerfacecolor="white",
+            axes, pairs, bars, color=THEIRS.get(method, GREY), marker=MARKERS.get(method, "x"), linestyle="--", linewidth=1.2,
+            label=f"{method.upper()}, one run a size" if bars else None, markersize=5.5, markerfacecolor="white",
         )  # fmt: skip
 
 
-def _line(axes: Any, pairs: list[tuple[float, Any]], **style: Any) -> None:
+def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -> None:
     # On a logarithmic axis there is no place for 0 (the full file against itself) and none for infinity.
     kept = sorted({x: e for x, e in pairs if 0 < e.value < math.inf}.items())
     if kept:
         xs, estimates = zip(*kept, strict=True)
         values = [e.value for e in estimates]
         # Half of the value at most downwards, so that the bar ends on the axis.
-        bars = [[min(e.error or 0, e.value / 2) for e in estimates], [e.error or 0 for e in estimates]]
-        axes.errorbar(xs, values, yerr=bars, elinewidth=1, capsize=2, **style)
+        lengths = [[min(e.error or 0, e.value / 2) for e in estimates], [e.error or 0 for e in estimates]]
+        axes.errorbar(xs, values, yerr=lengths if bars else None, elinewidth=1, capsize=2, **style)
 
 
 def _log_axis(axes: Any) -> None:

@@ -5,7 +5,7 @@
     JSON: {"key", "shape", "crc32": one number a window, "extra"}
     8 bytes: length of the JSON, little-endian
 
-Half precision: a log probability near -16 is off by at most .004 and one near -1 by .0005. What is read back is
+Half precision: a log probability between -32 and -16 is off by at most .008, one between -2 and -1 by .0005. What is read back is
 normalised again, so that a distance stays a distance; docs/bench.md has what the rounding does to it (nothing visible).
 """
 

@@ -75,7 +75,7 @@ def _model_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
         if isinstance(value, (dict, list)) or value is None:
             continue
         if key.endswith("_bytes") and isinstance(value, int):
-            pairs.append((printable(key.removesuffix("_bytes")) + " weights", f"{megabytes(value)} in memory"))
+            pairs.append((printable(key.removesuffix("_bytes")) + " weights", f"{megabytes(value)} as files"))
         else:
             pairs.append((printable(key.replace("_", " ")), number(value)))
     return pairs

@@ -41,7 +41,8 @@ class Parsed(click.ParamType):
 @click.option("--text", metavar="FILE|FOLDER|DATASET",
               help="Text to measure on; by default Python's own language reference, which is on every machine.")
 @click.option("--windows", type=click.IntRange(1, 2**20), default=16, show_default=True, help="Windows of the text.")
-@click.option("--sequence-length", type=click.IntRange(8, 2**20), default=512, show_default=True, help="Tokens in each window.")
+@click.option("--sequence-length", type=click.IntRange(8, 2**20),
+              help="Tokens in each window; 512 by default, or what the model reads if that is less.")
 @click.option("--against", type=Parsed("rtn,gptq:3,...", "bstack.measure.baselines.choice", "parse_against"),
               help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ from bstack.measure.results import Comparison, Point, Report, Source, frontier
 
 __all__ = ["Options", "Progress", "run_bench"]
 
+LENGTH = 512
 # progress(stage, steps) is entered as a context and gives a function to call after each step.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -36,8 +38,9 @@ class Options:
     speed, quality : bool
     text : str or None
         File, folder or hub data set; None: the default of `bstack.measure.text`.
-    windows, length : int
-        How many windows of how many tokens.
+    windows : int
+    length : int or None
+        Tokens in each window; None: 512, or what the model reads if that is less.
     original : str or None
         The model that the file was made from.
     against : list of Choice
@@ -53,7 +56,7 @@ class Options:
     quality: bool = True
     text: str | None = None
     windows: int = 16
-    length: int = 512
+    length: int | None = None
     original: str | None = None
     against: Sequence[Choice] = ()
     calibration: str | None = None
@@ -105,6 +108,7 @@ class _Run:
         self.file, self.path, self.options, self.scratch, self.progress = file, path, options, scratch, progress
         self.notes: list[str] = []
         self.windows: Any = None
+        self.length = 0
         self.windows_path: Path | None = None
         self.reference: Any = None
         self.text: Any = None
@@ -118,10 +122,11 @@ class _Run:
         from bstack.measure.text import first_windows, measuring_text
 
         options = self.options
+        self.length = _length(self.file, options.length)
         with self.progress("text", 1) as step:
             self.text = measuring_text(options.text)
             self._tokenizer = _tokenizer(self.file, self.scratch / "tokenizer")
-            self.windows = first_windows(self.text, self._tokenizer, options.windows, options.length)
+            self.windows = first_windows(self.text, self._tokenizer, options.windows, self.length)
             self.windows_path = self.scratch / "windows.npy"
             np.save(self.windows_path, self.windows.numpy())
             step()
@@ -255,7 +260,7 @@ class _Run:
             parameters=model.get("parameters"),
             text=None if self.text is None else {
                 "name": self.text.name, "sha256": digest(self.text),
-                "windows": self.options.windows, "sequence_length": self.options.length,
+                "windows": self.options.windows, "sequence_length": self.length,
             },
             reference=None if self.reference is None else ("original" if self.options.original is not None else "full file"),
             original={} if not extra else {"model": self.options.original, "bytes": self.skeleton.checkpoint.size_bytes, **extra},
@@ -273,6 +278,20 @@ def _tokenizer(file: bstk.Reader, folder: Path) -> Any:
     for name in file.files:
         (folder / name).write_bytes(file.file(name))
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _length(file: bstk.Reader, asked: int | None) -> int:
+    """Tokens in a window; refuses more than the model was made to read."""
+    config = json.loads(file.file("config.json")) if "config.json" in file.files else {}
+    limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
+    if asked is None:
+        return min([LENGTH, *limits])
+    if limits and asked > min(limits):
+        raise bstk.UsageError(
+            f"this model reads at most {min(limits)} tokens, and windows of {asked} were asked for. "
+            f"Give at most --sequence-length {min(limits)}."
+        )
+    return asked
 
 
 def _exact_mb(size: int) -> Decimal:

@@ -1,0 +1,302 @@
+"""``bstack bench``, as it is installed, on a tiny model."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import xml.etree.ElementTree as ElementTree
+
+import bstk
+import pytest
+
+SMALL = ("--windows", "3", "--sequence-length", "40")
+
+
+@pytest.fixture(scope="module")
+def home(tiny_llama, tmp_path_factory):
+    """A folder with ``model.bstk`` and an empty cache."""
+    import bstack
+
+    folder = tmp_path_factory.mktemp("bench")
+    settings = bstack.Settings(codec="sign", planes=6, samples=8, sequence_length=32)
+    bstack.compress(tiny_llama, folder / "model.bstk", settings=settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sizes(home):
+    """Budgets: the smallest, one between, the whole."""
+    with bstk.open(home / "model.bstk") as file:
+        first, last = file.smallest.budget, file.fit().budget
+    return [f"{size / bstk.MB:.20f}" for size in (first, (first + last) // 2, last)]
+
+
+@pytest.fixture(scope="module")
+def bench(home):
+    """Run ``bstack bench model.bstk`` -> CompletedProcess."""
+
+    def run(*args, **environment):
+        return subprocess.run(
+            [*COMMAND, "bench", "model.bstk", *map(str, args)],
+            capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=home, env={**ENVIRONMENT(home), **environment},
+        )  # fmt: skip
+
+    return run
+
+
+_installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
+COMMAND = [_installed] if _installed else [sys.executable, "-m", "bstack"]
+
+
+def ENVIRONMENT(home):
+    return {**os.environ, "PYTHONUTF8": "1", "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def everything(bench, tiny_llama, sizes):
+    done = bench(
+        "--budgets", ",".join(sizes), "--original", tiny_llama, *SMALL, "--against", "rtn:4,gptq:4", "--calibration", "self",
+        "--json", "--csv", "all.csv", "--plot", "all.svg",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_has_all_figures(everything, home, sizes):
+    assert everything["schema"] == "bstack.bench/1"
+    assert everything["reference"] == "original" and everything["file"] == "model.bstk"
+    assert everything["text"]["windows"] == 3 and len(everything["text"]["sha256"]) == 64
+    assert 0 < everything["original"]["noise_floor"]["kld"]["value"] < 0.05
+    with bstk.open(home / "model.bstk") as file:
+        assert everything["root"] == file.root.hex()
+        for point, size in zip(everything["points"], sizes, strict=True):
+            cut = file.fit(mb=size)
+            assert (point["file_bytes"], point["memory_bytes"]) == (cut.file_bytes, cut.memory_bytes)
+            assert point["bits_per_weight"] == file.bits_per_weight(cut)
+    for point in everything["points"]:
+        assert set(point) == {
+            "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight", "perplexity", "kld", "kld_99", "same_top",
+            "load_seconds", "peak_memory_bytes", "speed", "tasks",
+        }  # fmt: skip
+        for figure in ("perplexity", "kld", "kld_99", "same_top"):
+            assert point[figure]["value"] >= 0 and point[figure]["standard_error"] >= 0
+        speed = point["speed"]
+        assert speed["prompt"]["value"] > speed["decode"]["value"] > 0 and speed["prompt_tokens"] + speed["decoded_tokens"] <= 128
+        assert point["load_seconds"] > 0 and point["peak_memory_bytes"] > 2**20
+    klds = [point["kld"]["value"] for point in everything["points"]]
+    assert klds == sorted(klds, reverse=True) and klds[2] < klds[0] / 4
+
+
+def test_figures_are_those_of_a_plain_computation(everything, home, tiny_llama, sizes):
+    """Perplexity, divergence and tops of one size with transformers, torch in float64, and the text's first tokens."""
+    import math
+    from pydoc_data.topics import topics
+
+    import bstack
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    ids = AutoTokenizer.from_pretrained(tiny_llama)(text, add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[:120]).view(3, 40)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model, _ = bstack.load(home / "model.bstk", mb=sizes[1])
+    with torch.no_grad():
+        p, q = (m(windows).logits[:, :-1].double().log_softmax(-1) for m in (original, model))
+    found = everything["points"][1]
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert found["kld"]["value"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert found["kld"]["standard_error"] == pytest.approx(float(kl.mean(1).std()) / math.sqrt(3), rel=1e-2)
+    assert found["kld_99"]["value"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-2)
+    assert found["same_top"]["value"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    surprise = -q.gather(-1, windows[:, 1:, None]).mean()
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(surprise), rel=1e-4)
+
+
+def test_baselines_and_comparisons(everything):
+    found = {(b["method"], b["bits"], b["embedding_bits"]): b for b in everything["baselines"]}
+    assert set(found) == {("rtn", 4, 8), ("rtn", 4, 4), ("gptq", 4, 8), ("gptq", 4, 4)}
+    assert found["rtn", 4, 8]["file_bytes"] > found["rtn", 4, 4]["file_bytes"]
+    for compared in everything["comparisons"]:
+        assert compared["file_bytes"] <= compared["baseline_bytes"]
+        assert compared["quality"]["kld"]["value"] > 0
+
+
+def test_csv_is_one_row_for_each_point_and_baseline(everything, home):
+    rows = list(csv.DictReader(io.StringIO((home / "all.csv").read_text(encoding="utf-8"))))
+    assert [row["series"] for row in rows][:3] == ["bstack"] * 3 and len(rows) == 7
+    for row, point in zip(rows, everything["points"], strict=False):
+        assert float(row["kld"]) == point["kld"]["value"] and float(row["kld_se"]) == point["kld"]["standard_error"]
+        assert int(row["file_bytes"]) == point["file_bytes"] and row["reference"] == "original"
+        assert float(row["decode_tokens_per_second"]) == point["speed"]["decode"]["value"]
+
+
+def test_the_picture_is_one(everything, home):
+    picture = ElementTree.parse(home / "all.svg").getroot()
+    assert picture.tag.endswith("svg")
+    assert not [path.name for path in home.iterdir() if path.name.endswith(".part")]
+
+
+def test_tables_for_people(bench, sizes, tiny_llama, home):
+    done = bench("--budgets", sizes[1], "--original", tiny_llama, *SMALL, "--plot", "a.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python-reference" in done.stdout and "KLD to original" in done.stdout and "±" in done.stdout
+    tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(tables) == 6 and all(re.fullmatch(r"\| (.+ \| )*.+ \|", line) for line in tables)
+    assert (home / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plus_minus_for_terminals_that_have_no_sign(bench, sizes):
+    done = bench("--budgets", sizes[1], "--no-quality", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "+/-" in done.stdout and "±" not in done.stdout
+    assert "perplexity" not in done.stdout and "decode(" in done.stdout
+
+
+def test_against_itself_when_no_original_is_given(bench, sizes):
+    done = bench("--budgets", f"{sizes[0]},{sizes[2]}", *SMALL, "--no-speed")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "KLD to full file" in done.stdout and "to original" not in done.stdout and "decode(" not in done.stdout
+    assert "Note: The divergence (KLD) is measured against this file at its full depth" in done.stdout
+
+
+def test_csv_on_standard_output(bench, sizes):
+    done = bench("--budgets", sizes[0], *SMALL, "--no-speed", "--csv", "-")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert len(rows) == 1 and rows[0]["reference"] == "full file" and rows[0]["load_seconds"]
+    assert "measured against this file" in done.stderr
+
+
+def test_equal_cuts_are_measured_once(bench, sizes):
+    found = json.loads(bench("--budgets", f"{sizes[2]},99,100", "--no-quality", "--json").stdout)
+    first, *others = found["points"]
+    assert all({**other, "budget_mb": 0} == {**first, "budget_mb": 0} for other in others) and len(others) == 2
+
+
+def test_the_original_is_read_once(bench, sizes, tiny_llama, home):
+    """The second run finds the reference, and the figures stay."""
+    ask = ("--budgets", sizes[1], "--original", tiny_llama, *SMALL, "--no-speed", "--json")
+    first = json.loads(bench(*ask, XDG_CACHE_HOME=str(home / "other")).stdout)
+    (reference,) = (home / "other" / "bstack" / "references").iterdir()
+    made = reference.stat().st_ino
+    assert json.loads(bench(*ask, XDG_CACHE_HOME=str(home / "other")).stdout)["points"][0]["kld"] == first["points"][0]["kld"]
+    assert reference.stat().st_ino == made
+    assert [path.name for path in reference.parent.iterdir()] == [reference.name]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--budgets", "60,abc"], 2, "'abc' is no size"),
+        (["--budgets", "0.000001"], 6, "The smallest budget is"),
+        (["--original", "smollm3-none"], 2, "No model 'smollm3-none'"),
+        (["--text", "nowhere.txt"], 1, "datasets"),
+        (["--windows", "100000000"], 2, "range"),
+        (["--sequence-length", "1"], 2, "range"),
+        (["--against", "awq", "--original", "x"], 2, "'awq' is no baseline"),
+        (["--against", "rtn"], 2, "--original MODEL"),
+        (["--calibration", "x.txt"], 2, "--against gptq"),
+        (["--no-quality", "--plot", "x.png"], 2, "--no-quality skips"),
+        (["--plot", "x.jpg"], 2, ".png, .svg, .pdf"),
+        (["--plot", "none/x.png"], 1, "there is no folder"),
+        (["--csv", "model.bstk"], 2, "file to measure"),
+        (["--json", "--csv", "-"], 2, "standard output"),
+        (["--tasks", "arc_easy"], 1, "pip install 'bstack[tasks]'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_first(bench, home, args, code, words):
+    if "--tasks" in args:
+        import importlib.util
+
+        if importlib.util.find_spec("lm_eval"):
+            pytest.skip("lm-eval is installed")
+    before = (home / "model.bstk").read_bytes()
+    done = bench(*args)
+    assert (done.returncode, done.stdout) == (code, "") and words in done.stderr
+    assert "Traceback" not in done.stderr and "bug in bstack" not in done.stderr
+    assert (home / "model.bstk").read_bytes() == before
+
+
+def test_a_text_too_short(bench, home):
+    (home / "short.txt").write_text("A few words only.")
+    done = bench("--text", "short.txt")
+    assert done.returncode == 1 and "16 windows of 128 need 2048" in done.stderr
+
+
+def test_windows_longer_than_the_model_reads(bench):
+    done = bench("--windows", "2", "--sequence-length", "200")
+    assert done.returncode == 2 and "at most --sequence-length 128" in done.stderr
+
+
+def test_an_original_of_another_vocabulary(bench, home):
+    import tiny_models
+
+    other = tiny_models.save("llama", home / "other-model", vocab_size=300)
+    done = bench("--original", other, *SMALL, "--no-speed")
+    assert done.returncode == 2 and "vocabulary of 300" in done.stderr
+
+
+def test_another_original_is_named(bench, home, sizes):
+    import tiny_models
+
+    other = tiny_models.save("llama", home / "seed-1", seed=1)
+    done = bench("--original", other, *SMALL, "--no-speed", "--budgets", sizes[0])
+    assert done.returncode == 0 and "is not the checkpoint this file was made from" in done.stdout
+
+
+def test_a_model_without_a_tokenizer(bench, home):
+    import bstack
+    import tiny_models
+
+    tiny_models.save("llama", home / "mute")
+    settings = bstack.Settings(codec="sign", planes=2, samples=4, sequence_length=32)
+    bstack.compress(home / "mute", home / "mute.bstk", settings=settings)
+    run = [*COMMAND, "bench", "mute.bstk"]
+    options = {"capture_output": True, "text": True, "cwd": home, "env": ENVIRONMENT(home), "timeout": 300}
+    done = subprocess.run(run, **options)
+    assert done.returncode == 1 and "Use --no-quality" in done.stderr
+    assert subprocess.run([*run, "--no-quality", "--budgets", "100"], **options).returncode == 0
+
+
+def test_a_damaged_file(bench, home):
+    data = bytearray((home / "model.bstk").read_bytes())
+    data[-5] ^= 1
+    (home / "bad.bstk").write_bytes(data)
+    done = subprocess.run(
+        [*COMMAND, "bench", "bad.bstk", "--no-quality", "--no-speed", "--budgets", "100"],
+        capture_output=True, text=True, cwd=home, env=ENVIRONMENT(home), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 5 and "SHA-256" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupted(home, sizes):
+    """Ctrl-C reaches parent and child, as from a terminal: exit code 75, no child left, nothing written."""
+    process = subprocess.Popen(
+        [*COMMAND, "bench", "model.bstk", *SMALL, "--budgets", ",".join(sizes), "--csv", "stopped.csv", "--plot", "stopped.png"],
+        cwd=home, env=ENVIRONMENT(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and out == ""
+    assert err.strip().splitlines()[-1] == "Interrupted. Give the same command again to continue." and "Traceback" not in err
+    assert children and not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert not (home / "stopped.csv").exists() and not (home / "stopped.png").exists()
+
+
+def _children(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as stream:
+            return stream.read().split()
+    except OSError:
+        pytest.skip("the system does not tell a process's children")

@@ -173,12 +173,15 @@ class Reference:
         bstk.DamagedError
             The window does not match its checksum.
         """
-        rows = np.array(self._rows[number])
-        if zlib.crc32(rows.data) != self._checks[number]:
-            raise bstk.DamagedError(f"{self.path}: window {number} is damaged. Delete the file; it will be made again.")
-        return torch.from_numpy(rows.astype(np.float32)).log_softmax(-1)
+        return torch.from_numpy(self._checked(number).astype(np.float32)).log_softmax(-1)
 
     def check(self) -> None:
         """Check every window; raises bstk.DamagedError."""
         for number in range(len(self._rows)):
-            self.window(number)
+            self._checked(number)
+
+    def _checked(self, number: int) -> np.ndarray:
+        rows = np.array(self._rows[number])
+        if zlib.crc32(rows.data) != self._checks[number]:
+            raise bstk.DamagedError(f"{self.path}: window {number} is damaged. Delete the file; it will be made again.")
+        return rows

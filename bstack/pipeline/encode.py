@@ -42,6 +42,9 @@ class Matrix:
         E[g^2] per output, float32, shape (outputs,).
     transposed : bool
         Whether the model keeps the matrix as inputs x outputs.
+    even : bool
+        Encode all rows alike, and use the sensitivity for the gains alone. For embeddings and heads: a row is a token,
+        and what a few thousand tokens say of the frequency of each of them is good for sums, not for choices.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Matrix:
     tokens: int
     sensitivity: torch.Tensor
     transposed: bool = False
+    even: bool = False
 
 
 def encode(
@@ -93,7 +97,8 @@ def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any
         before = output_errors(weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.tokens, matrix.sensitivity)):
+        importance = torch.ones(weight.shape[0]) if matrix.even else matrix.sensitivity
+        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.tokens, importance)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {

@@ -86,7 +86,10 @@ def compress_outer(
                 moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
                 rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
                 encode(
-                    (Matrix(str(n), weight[r], moment, statistics.tokens, sensitivity[r]) for n, r in rows.items()),
+                    (
+                        Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True)
+                        for name, r in rows.items()
+                    ),
                     codec, part, progress,
                 )
     if work.has(OUTER_PART):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bstack.errors import UnsupportedModelError, WeightError, reason
+from bstack.models.allocator import give_back_freed_memory
 
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
@@ -44,6 +45,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = _build(checkpoint)
+        give_back_freed_memory()
         self.model.eval().requires_grad_(False)
         checkpoint.bind(self.model)
         prefix, layers = find_layers(self.model)
@@ -86,6 +88,7 @@ class Skeleton:
             yield
         finally:
             self._release(names)
+            give_back_freed_memory()
 
     def _tie(self) -> None:
         # A tied head is a parameter of its own until transformers ties it to the embedding that was just loaded.

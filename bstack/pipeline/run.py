@@ -18,7 +18,6 @@ from bstack.codecs import make_codec
 from bstack.errors import CalibrationError
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
-from bstack.pipeline.allocator import give_back_freed_tensors
 from bstack.pipeline.assemble import collect, gain_order, to_entries
 from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
 from bstack.pipeline.layers import compress_layers, layer_part
@@ -70,7 +69,6 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         Receives each stage and its steps.
     """
     codec = make_codec(settings)
-    give_back_freed_tensors()
     with progress("open", 1) as step:
         checkpoint = open_checkpoint(model)
         text = None if settings.calibration == SELF else open_text(settings.calibration)

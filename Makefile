@@ -22,4 +22,4 @@ test: $(VENV)/.done
 
 # Remove what the two commands made.
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info bstack/kernels/_native*

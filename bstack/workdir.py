@@ -117,7 +117,7 @@ class WorkDirectory:
     def _take_up(self, settings: dict[str, Any]) -> None:
         file = self.path / SETTINGS
         if not file.exists():
-            if stray := [p.name for p in self.path.iterdir() if p.name != LOCK]:
+            if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".tmp"]:
                 raise WorkDirectoryError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
                     "Choose another with --work-dir."
@@ -195,6 +195,10 @@ class WorkDirectory:
         if not file.is_file():
             _write_whole(file, safetensors.torch.save({k: t.contiguous() for k, t in compute().items()}))
         return safetensors.torch.load(file.read_bytes())
+
+    def has_tensors(self, name: str) -> bool:
+        """Whether the dictionary of tensors is there."""
+        return (self.path / f"{name}.safetensors").is_file()
 
     def scratch(self) -> Path:
         """An empty folder for the run's own temporary files."""

@@ -41,14 +41,15 @@ class ProductWatch(TorchFunctionMode):
     parameters : dict of str to torch.Tensor
         The parameters to watch, loaded, of 2 or 3 dimensions.
     report : callable
-        Called as ``report(operand, input, output)`` with the input of shape (..., inputs) and the output of
-        shape (..., outputs).
+        Called as ``report(operand, input, output, part)`` with the input of shape (..., inputs) and the output of
+        shape (..., outputs). In a batched product `output` is that of all slices, since only it takes part in what
+        follows, and `part` is this one's index in it; else `part` is None.
     """
 
     def __init__(
         self,
         parameters: dict[str, torch.Tensor],
-        report: Callable[[Operand, torch.Tensor, torch.Tensor], None],
+        report: Callable[[Operand, torch.Tensor, torch.Tensor, int | None], None],
     ):
         super().__init__()
         self._report = report
@@ -84,9 +85,9 @@ class ProductWatch(TorchFunctionMode):
         if name is None:
             return
         if weight.shape == parameter.shape and weight.stride() == parameter.stride():
-            self._report(Operand(name, transposed=False), inputs, output)
+            self._report(Operand(name, transposed=False), inputs, output, None)
         elif weight.shape == parameter.t().shape and weight.stride() == parameter.t().stride():
-            self._report(Operand(name, transposed=True), inputs, output)
+            self._report(Operand(name, transposed=True), inputs, output, None)
 
     def _three_dimensional(self, inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
         name, parameter = self._whole.get(weights.data_ptr(), (None, None))
@@ -94,4 +95,4 @@ class ProductWatch(TorchFunctionMode):
             return
         transposed = weights.shape == parameter.shape and weights.stride() == parameter.stride()
         for index in range(parameter.shape[0]):
-            self._report(Operand(f"{name}[{index}]", transposed), inputs[index], output[index])
+            self._report(Operand(f"{name}[{index}]", transposed), inputs[index], output, index)

@@ -8,10 +8,11 @@ one number per output. One backward pass gives it for all linears; layers are lo
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -86,24 +87,23 @@ def output_sensitivity(
 
 
 class _LayerInputs:
-    """The arguments of every layer call, on disk: one file a layer, read back once."""
+    """The arguments of every layer call, on disk: one nameless file a layer, read back once."""
 
     def __init__(self, scratch: Path):
         self._scratch = scratch
+        self._streams: dict[int, IO[bytes]] = {}
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
-        # Through a stream of our own: torch's says of a full disk only that something went wrong.
-        with writing(str(self._path(index))), open(self._path(index), "wb") as stream:
+        # A file without a name, held open: keyword arguments may be objects of any class, and what is unpickled below
+        # must be what was written here. (A stream of our own also tells a full disk from other trouble.)
+        with writing(str(self._scratch)):
+            stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)
             torch.save([(call.args, call.kwargs) for call in calls], stream)
 
     def read(self, index: int) -> list[LayerCall]:
-        # Written by this very run a moment ago; keyword arguments may be objects of any class.
-        stored = torch.load(self._path(index), weights_only=False)
-        self._path(index).unlink()
-        return [LayerCall(args, kwargs) for args, kwargs in stored]
-
-    def _path(self, index: int) -> Path:
-        return self._scratch / f"inputs-{index}.pt"
+        with self._streams.pop(index) as stream:
+            stream.seek(0)
+            return [LayerCall(args, kwargs) for args, kwargs in torch.load(stream, weights_only=False)]
 
 
 class _Squares:
@@ -112,9 +112,9 @@ class _Squares:
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
 
-    def report(self, operand: Operand, _inputs: torch.Tensor, output: torch.Tensor) -> None:
+    def report(self, operand: Operand, _inputs: torch.Tensor, output: torch.Tensor, part: int | None) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._add(operand.name, gradient))
+            output.register_hook(lambda gradient: self._add(operand.name, gradient if part is None else gradient[part]))
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         self.add_sum(name, gradient.detach().float().square().reshape(-1, gradient.shape[-1]).sum(0))

@@ -53,8 +53,10 @@ class MomentTable:
         """Forget which tensors were met: their memory may be reused by the next batch."""
         self._seen.clear()
 
-    def report(self, operand: Operand, inputs: torch.Tensor, _output: torch.Tensor) -> None:
+    def report(self, operand: Operand, inputs: torch.Tensor, _output: torch.Tensor, _part: int | None = None) -> None:
         """Take note of one product (the callback of ProductWatch)."""
+        if inputs.numel() == 0:
+            return  # an expert without a token in this batch; all empty tensors share one address
         self.operands.setdefault(operand.name, operand)
         key = (inputs.data_ptr(), inputs.shape, inputs.stride())
         # The tensor is kept with its key, so that no other can get its address within the batch.

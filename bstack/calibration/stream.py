@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
 
 __all__ = ["LayerCall", "LayerStream"]
@@ -45,6 +46,7 @@ class _Batch:
         self._back = threading.Event()
         self._stop = False
         self.call: LayerCall | None = None
+        self.layer: int | None = None
         self.output: Any = _NOT_RUN
         self.result: Any = None
         self.error: BaseException | None = None
@@ -68,9 +70,10 @@ class _Batch:
         self._go.wait()
         self._go.clear()
 
-    def at_layer(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_layer(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in the batch's thread at the entrance of a layer."""
         self.call = LayerCall(args, kwargs)
+        self.layer = index
         self._back.set()
         self._wait()
         if self._stop:
@@ -158,7 +161,7 @@ class LayerStream:
         last = index == len(self._skeleton.layers) - 1
 
         def stop_then_run(*args: Any, **kwargs: Any) -> Any:
-            output = self._current.at_layer(forward, args, kwargs)
+            output = self._current.at_layer(index, forward, args, kwargs)
             return self._after_layers(output) if last else output
 
         return stop_then_run
@@ -174,9 +177,18 @@ class LayerStream:
         The caller loads the layer's weights before it asks for the next step. Batches for which `run` was called
         pass on with the output of that run.
         """
-        for index, (_, layer) in enumerate(self._skeleton.layers):
+        for index, (name, layer) in enumerate(self._skeleton.layers):
+            if any(batch.call is None or batch.layer != index for batch in self._batches):
+                raise UnsupportedModelError(
+                    f"{type(self._skeleton.model).__name__} does not run its layers once each in their order: {name} was "
+                    "expected next. Its layers cannot be streamed."
+                )
             yield index, layer
             self._advance()
+        if any(batch.call is not None for batch in self._batches):
+            raise UnsupportedModelError(
+                f"{type(self._skeleton.model).__name__} runs layers more than once. Its layers cannot be streamed."
+            )
 
     def calls(self) -> list[LayerCall]:
         """What each batch is about to call the current layer with."""

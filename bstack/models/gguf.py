@@ -132,4 +132,5 @@ class GGUFCheckpoint(Checkpoint):
         return gathered["tensors"][name].numpy()
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        return torch.float16 if self._tensors[name][0].tensor_type.name != "F32" else torch.float32
+        kept = {"F32": torch.float32, "BF16": torch.bfloat16}
+        return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)

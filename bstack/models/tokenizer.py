@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bstack.errors import UnsupportedModelError
 from bstk.errors import writing
 
 __all__ = ["export"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def export(target: Path, source: Path, **kwargs: str) -> list[str]:
@@ -35,9 +38,13 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
         # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
         words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        # No tokenizer in the folder: transformers says so in many ways. The model stays usable with token ids,
-        # and the caller decides whether that is enough.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # transformers says in many ways that a folder has no tokenizer; the model stays usable with token ids. But one
+        # that is there and cannot be read must not be lost in silence.
+        if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
+            raise UnsupportedModelError(
+                f"{source / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
+            ) from None
         words = None
     if words:
         _save(tokenizer, target)

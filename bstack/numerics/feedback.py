@@ -36,7 +36,11 @@ def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
     dtype = torch.float64 if moment.shape[0] <= DOUBLE_WIDTH else torch.float32
     flipped = moment.to(dtype).flip(0, 1)
     flipped.diagonal().add_(damp)
-    lower = torch.linalg.cholesky(flipped)
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    while int(failed):  # rounding made a tiny eigenvalue negative: hold the feedback back further
+        flipped.diagonal().add_(9 * damp)
+        damp *= 10
+        lower, failed = torch.linalg.cholesky_ex(flipped)
     upper = lower.flip(0, 1)
     return (upper / upper.diagonal()).float()
 

@@ -7,6 +7,8 @@ follows from the width, so nothing has to be stored.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 __all__ = ["block_size", "rotate", "rotate_moment", "signs", "unrotate"]
@@ -19,6 +21,7 @@ def block_size(width: int) -> int:
     return width & -width
 
 
+@cache
 def signs(width: int) -> torch.Tensor:
     """The signs of the inputs, +1 or -1, float32, shape (width,).
 

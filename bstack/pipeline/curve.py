@@ -70,7 +70,7 @@ def measure_curve(
                 "kld": _round(means[0]),
                 "kld_se": _round(results[:, 0].std() / len(results) ** 0.5) if len(results) > 1 else 0.0,
                 "same_top": _round(means[1]),
-                "perplexity": _round(means[2].exp()),
+                "perplexity": _round(means[2].double().clamp_max(700).exp()),
             }
         )
         progress()

@@ -24,6 +24,10 @@ _DTYPES = {
 }
 
 
+# Each matrix in work holds several copies of its second moment.
+MOST_AT_ONCE = 4
+
+
 @dataclass(frozen=True)
 class Matrix:
     """What the encoder needs to know of one matrix.
@@ -56,15 +60,23 @@ class Matrix:
     even: bool = False
 
 
+def _processors() -> int:
+    """Processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
 def encode(
     matrices: Iterable[Matrix], codec: Codec, part: Part, progress: Callable[[], None] = lambda: None
 ) -> None:
-    """Encode matrices, as many at a time as there are processors, and add their blocks to a part in order.
+    """Encode matrices, some at a time, and add their blocks to a part in order.
 
-    The kernels are single-threaded and let go of Python's lock, so matrices side by side keep all processors busy;
+    The search kernel is single-threaded and lets go of Python's lock, so matrices side by side keep processors busy;
     what comes out does not depend on how many there are. `progress` is called after each.
     """
-    workers = os.cpu_count() or 1
+    workers = min(_processors(), MOST_AT_ONCE)
     pending: deque[Future[list[tuple[bytes, dict[str, Any]]]]] = deque()
 
     def finish_one() -> None:

@@ -35,8 +35,11 @@ __all__ = ["Result", "run_stages"]
 TOKENS_TOGETHER = 4096
 # Windows that calibration does not see, for the quality curve.
 HELD_OUT = 4
+HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; a few thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 4096
+WINDOWS = "windows"
+
 # What the importance of a block above the smallest model means, by order.
 IMPORTANCE = {
     "gain": "predicted fall of the divergence, nats per token and MB",
@@ -79,7 +82,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
     work = WorkDirectory(work_path, {**settings_record, "model": provenance, "versions": _versions()})
     try:
         all_windows = _calibrate(skeleton, settings, text, work, progress)
-        windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :]
+        windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         with progress("layers", len(skeleton.layers)) as step:
@@ -106,9 +109,9 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
                 "curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step)
             )
     except Exception:
-        # Before the first layer is finished there is nothing worth resuming, and a leftover would refuse the settings that
-        # the user mends.
-        work.release() if work.has(layer_part(0)) else work.remove()
+        # Before the calibration text is there nothing is worth resuming, and a leftover would refuse the settings that the
+        # user mends.
+        work.release() if work.has_tensors(WINDOWS) else work.remove()
         raise
     except BaseException:
         work.release()
@@ -159,7 +162,7 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
             )
         return {"windows": windows}
 
-    return work.tensors("windows", compute)["windows"]
+    return work.tensors(WINDOWS, compute)["windows"]
 
 
 def _tokenizer(work: WorkDirectory) -> Any:

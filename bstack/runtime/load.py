@@ -16,6 +16,7 @@ from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError, reason
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
+from bstk.errors import DamagedError
 
 __all__ = ["dense_weights", "load"]
 
@@ -65,7 +66,9 @@ def load(
     with bstk.open(path, strict=strict) as file, tempfile.TemporaryDirectory(prefix="bstack-") as folder:
         chunks = file.chunks[: file.fit(mb=mb).chunks]
         for name, chunk in file.files.items():
-            (Path(folder) / name).write_bytes(file.read(chunk))
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read(chunk))
         model = _empty_model(Path(folder), str(path))
         return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, str(path)), _tokenizer(Path(folder))
 
@@ -98,23 +101,45 @@ def dense_weights(
         elif chunk.is_weight:
             yield chunk.name, _tensor(file.read(chunk), chunk, dtype)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    matrices: dict[str, list[MatrixName]] = {}
-    for name in stacks:
-        matrix = MatrixName.parse(name)
-        matrices.setdefault(matrix.parameter, []).append(matrix)
-    for parameter, parts in matrices.items():
+    parts: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = {}
+    for name, blocks in stacks.items():
+        matrix = _parse(name)
+        parts.setdefault(matrix.parameter, []).append((matrix, blocks))
+    for parameter, matrices in parts.items():
         if parameter not in shapes:
             raise UnsupportedModelError(f"The file holds {parameter}, which this transformers' model does not have.")
         tensor = torch.empty(shapes[parameter], dtype=dtype)
-        for matrix in parts:
-            blocks = stacks[str(matrix)]
+        filled = 0
+        for matrix, blocks in matrices:
+            view = _view(matrix, tensor, blocks[0])
             codec = codec_of_kind(blocks[0].kind)
             payloads = [file.read(block) for block in blocks]
-            rebuilt = codec.rebuild(
-                payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape
-            )
-            matrix.view(tensor, blocks[0].transposed).copy_(rebuilt)
+            view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
+            filled += view.numel()
+        if filled != tensor.numel():
+            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {tensor.numel()}.")
         yield parameter, tensor
+
+
+def _parse(name: str) -> MatrixName:
+    try:
+        return MatrixName.parse(name)
+    except ValueError as error:
+        raise DamagedError(f"{error}; format/SPEC.md says what names of stacks look like.") from None
+
+
+def _view(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torch.Tensor:
+    """The part of a parameter that a stack fills, if their shapes agree."""
+    try:
+        view = matrix.view(tensor, block.transposed)
+    except (IndexError, RuntimeError):
+        view = None
+    if view is None or tuple(view.shape) != tuple(block.shape):
+        raise DamagedError(
+            f"The stack {block.name} is {' x '.join(map(str, block.shape))}, which is not what it should fill in a "
+            f"parameter of {' x '.join(map(str, tensor.shape))}."
+        )
+    return view
 
 
 def _tensor(raw: bytes, chunk: bstk.Chunk, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ __all__ = [
     "DamagedModelError",
     "MissingPackageError",
     "ModelNotFoundError",
+    "TextNotFoundError",
     "UnsupportedModelError",
     "WeightError",
     "WorkDirectoryError",
@@ -42,6 +43,12 @@ class CalibrationError(BstkError):
 
 class WorkDirectoryError(UsageError):
     """The work directory belongs to a run with other settings, or to another running process."""
+
+
+class TextNotFoundError(CalibrationError, UsageError):
+    """The text argument names neither a file, a folder nor a reachable hub data set."""
+
+    exit_code = UsageError.exit_code
 
 
 class CodecError(UsageError):

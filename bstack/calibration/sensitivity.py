@@ -8,6 +8,7 @@ one number per output. One backward pass gives it for all linears; layers are lo
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,10 +96,13 @@ class _LayerInputs:
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
         # A file without a name, held open: keyword arguments may be objects of any class, and what is unpickled below
-        # must be what was written here. (A stream of our own also tells a full disk from other trouble.)
+        # must be what was written here.
         with writing(str(self._scratch)):
             stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)
-            torch.save([(call.args, call.kwargs) for call in calls], stream)
+            packed = io.BytesIO()  # torch turns a full disk into an error of its own
+            torch.save([(call.args, call.kwargs) for call in calls], packed)
+            stream.write(packed.getbuffer())
+            stream.flush()
 
     def read(self, index: int) -> list[LayerCall]:
         with self._streams.pop(index) as stream:

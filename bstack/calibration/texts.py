@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, MissingPackageError, reason
+from bstack.errors import CalibrationError, TextNotFoundError, reason
 
 __all__ = ["SELF", "TextSource", "open_text", "token_windows"]
 
@@ -50,9 +50,9 @@ def open_text(source: str) -> TextSource:
     Raises
     ------
     bstack.errors.CalibrationError
-        When nothing of that name is there, or it holds no text.
-    bstack.errors.MissingPackageError
-        When it is a hub data set and the package datasets is not installed.
+        When it holds no text, or not as UTF-8.
+    bstack.errors.TextNotFoundError
+        When nothing of that name is there, or it is a hub data set that cannot be read.
     """
     path = Path(source)
     if path.is_file():
@@ -100,9 +100,9 @@ def _read_hub(source: str) -> str:
     try:
         import datasets
     except ImportError:
-        raise MissingPackageError(
-            f"{source!r} is no file or folder. To read it as a hub data set, install the package datasets: "
-            "pip install 'bstack[datasets]'"
+        raise TextNotFoundError(
+            f"There is no file or folder {source!r}. If it is a data set of the hub, reading it needs the package "
+            "datasets: pip install 'bstack[datasets]'"
         ) from None
     name, configuration, split = (source.split(":") + ["", ""])[:3]
     try:
@@ -119,8 +119,8 @@ def _read_hub(source: str) -> str:
     except CalibrationError:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
-        raise CalibrationError(
-            f"{source!r} is no file or folder, and as a hub data set it cannot be read: "
+        raise TextNotFoundError(
+            f"There is no file or folder {source!r}, and as a hub data set it cannot be read: "
             f"{reason(error)}"
         ) from None
     return "\n".join(pieces)

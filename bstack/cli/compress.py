@@ -55,9 +55,9 @@ class RankType(click.ParamType):
               help="stack: embeddings and head are cut like every linear. dense: they stay whole.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
               help="Text to calibrate on; self (the default): the model writes it, no network needed.")
-@click.option("--samples", type=int, help="Calibration windows.")
-@click.option("--sequence-length", type=int, help="Tokens in each window.")
-@click.option("--seed", type=int, help="Of everything random.")
+@click.option("--samples", type=int, help="Calibration windows; 64 by default.")
+@click.option("--sequence-length", type=int, help="Tokens in each window; 256 by default.")
+@click.option("--seed", type=int, help="Of everything random; 0 by default.")
 @click.option("--work-dir", type=click.Path(), help="Where finished layers are kept; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @json_option

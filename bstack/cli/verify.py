@@ -24,10 +24,13 @@ def command(file: str, strict: bool, as_json: bool, quiet: bool) -> None:
       bstack verify model.bstk
     """
     try:
-        with _common.open_file(file, strict=strict, quiet=quiet) as reader:
+        with _common.open_file(file, quiet=quiet) as reader:
             total = sum(chunk.stored_length for chunk in reader.chunks)
             with _common.progress(total, "verify", quiet) as advance:
                 reader.verify(lambda chunk: advance(chunk.stored_length))
+            # Damage first: of a partial file that is damaged too nobody should hear that it is valid.
+            if strict and reader.state == "partial":
+                raise bstk.PartialError(f"{file}: {reader.partial_message()}")
     except bstk.BstkError as error:
         if as_json:
             _common.print_json("bstack.verify/1", _failure(file, error))

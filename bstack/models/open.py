@@ -41,6 +41,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
             magic = stream.read(4)
         if magic == b"GGUF":
             return GGUFCheckpoint(path)
+        if magic == b"\x89BST":
+            raise UnsupportedModelError(f"{path} is a .bstk file already; cut it with bstack truncate.")
         raise UnsupportedModelError(
             f"{path} is not a GGUF file (it starts with {magic!r}). Give a GGUF file, or the folder that holds "
             "config.json and the safetensors."

@@ -13,7 +13,7 @@ from typing import Any
 
 import bstk
 from bstack.settings import PRESETS, Settings
-from bstk.errors import OutputError
+from bstk.errors import OutputError, UsageError
 
 __all__ = ["Progress", "Report", "compress"]
 
@@ -98,13 +98,14 @@ def compress(
     output = Path(output)
     _check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
-        raise OutputError(f"{output} is the model itself; name another file to write.")
+        raise UsageError(f"{output} is the model itself; name another file to write.")
     # Heavy imports only once the arguments are known to make sense.
     from bstack.pipeline.run import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
     result = run_stages(str(model), settings, work_path, progress)
     try:
+        _check_output(output, overwrite)  # another run may have written it meanwhile
         _remove_leftovers(output)
         with progress("write", 1) as step:
             bstk.write(output, result.metadata, result.entries, result.base_count)
@@ -121,11 +122,11 @@ def compress(
 def _check_output(output: Path, overwrite: bool) -> None:
     folder = output.parent
     if output.is_dir():
-        raise OutputError(f"{output} is a folder; name the file to write, such as {output / 'model.bstk'}.")
+        raise UsageError(f"{output} is a folder; name the file to write, such as {output / 'model.bstk'}.")
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
     if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already. Give --force to replace it, or another name.")
+        raise UsageError(f"{output} exists already. Give --force to replace it, or another name.")
     probe = folder / f".{output.name}.probe"
     try:
         probe.touch()

@@ -79,7 +79,9 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
-    work = WorkDirectory(work_path, {**settings_record, "model": provenance, "versions": _versions()})
+    _check_length(skeleton, settings.sequence_length)
+    source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
+    work = WorkDirectory(work_path, {**settings_record, "model": source, "versions": _versions()})
     try:
         all_windows = _calibrate(skeleton, settings, text, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
@@ -131,6 +133,14 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
     }
     metadata = with_sizes(curve, metadata, entries, base_count)
     return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
+
+
+def _check_length(skeleton: Skeleton, length: int) -> None:
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise CalibrationError(
+            f"--sequence-length is {length}, but {skeleton.checkpoint.name} reads at most {longest} tokens."
+        )
 
 
 def _text_record(text: TextSource | None) -> dict[str, str]:

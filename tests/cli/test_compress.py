@@ -228,12 +228,16 @@ def test_empty_text(refused, model, tmp_path, text):
 
 def test_short_text_says_how_much_is_there_and_the_mended_command_works(run, refused, model, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.text(12))
-    words = ["text.txt has ", "2 samples of 512 and 4 more", "need 3072", "a longer text, or at most --sequence-length 2"]
-    refused(1, words, "model", "--calibration", "text.txt", "--sequence-length", 512)
+    words = ["text.txt has ", "2 samples of 128 and 4 more", "need 768", "a longer text, or at most --sequence-length 2"]
+    refused(1, words, "model", "--calibration", "text.txt", "--sequence-length", 128)
     refused(1, "at most --samples", "model", "--calibration", "text.txt", "--samples", 900)
-    refused(1, "Give a longer text.\n", "model", "--calibration", "text.txt", "--sequence-length", 512, "--samples", 99)
+    refused(1, "Give a longer text.\n", "model", "--calibration", "text.txt", "--sequence-length", 128, "--samples", 99)
     code, _, err = run("model", "-o", "out.bstk", *QUICK, "--calibration", "text.txt")
     assert code == 0, err
+
+
+def test_a_length_beyond_what_the_model_reads(refused, model, tmp_path):
+    refused(1, ["--sequence-length is 4000", "at most 128"], "model", "--sequence-length", 4000)
 
 
 def test_text_that_is_not_utf8(refused, model, tmp_path):
@@ -254,7 +258,7 @@ def test_folder_without_text(refused, model, tmp_path):
 
 def test_text_that_is_not_there(refused, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused(1, ["'nothing.txt' is no file or folder", "pip install"], "model", "--calibration", "nothing.txt")
+    refused(2, ["no file or folder 'nothing.txt'", "pip install"], "model", "--calibration", "nothing.txt")
 
 
 def test_data_set_that_cannot_be_read(refused, model, monkeypatch):
@@ -262,7 +266,7 @@ def test_data_set_that_cannot_be_read(refused, model, monkeypatch):
         raise RuntimeError("Couldn't reach it\nand more")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    refused(1, ["'owner/set' is no file or folder", "Couldn't reach it"], "model", "--calibration", "owner/set")
+    refused(2, ["no file or folder 'owner/set'", "Couldn't reach it"], "model", "--calibration", "owner/set")
 
 
 def test_text_without_a_tokenizer(refused, tmp_path):
@@ -313,7 +317,7 @@ def test_output_in_a_folder_that_is_not_there(run, tiny_llama):
 def test_output_that_is_a_folder(run, tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     code, _, err = run(tiny_llama, "-o", "out", *QUICK)
-    assert code == 1 and "out is a folder" in err
+    assert code == 2 and "out is a folder" in err
 
 
 def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):
@@ -330,7 +334,7 @@ def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):
 def test_existing_output_needs_force(run, model, tmp_path):
     (tmp_path / "out.bstk").write_text("precious")
     code, _, err = run("model", "-o", "out.bstk", *QUICK)
-    assert code == 1 and "exists already" in err and "--force" in err
+    assert code == 2 and "exists already" in err and "--force" in err
     assert (tmp_path / "out.bstk").read_text() == "precious"
     # A forced run that fails leaves the old output where it was.
     assert run("nothing", "-o", "out.bstk", "--force", *QUICK)[0] == 2
@@ -345,7 +349,7 @@ def test_the_model_is_never_its_own_output(run, tmp_path):
 
     before = write_gguf(tmp_path / "model.gguf").read_bytes()
     code, _, err = run("model.gguf", "-o", "model.gguf", "--force", *QUICK)
-    assert code == 1 and "is the model itself" in err
+    assert code == 2 and "is the model itself" in err
     assert (tmp_path / "model.gguf").read_bytes() == before
 
 

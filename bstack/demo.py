@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path("demo")
 FULL = FOLDER / "smollm2.bstk"
-PROMPT = "What is the capital of France?"
+PROMPT = "Why is the sky blue?"
 SHARES = (0.75, 0.5, 0.35)
 
 

@@ -196,7 +196,7 @@ def test_the_original_is_read_once(bench, sizes, tiny_llama, home):
         (["--budgets", "60,abc"], 2, "'abc' is no size"),
         (["--budgets", "0.000001"], 6, "The smallest budget is"),
         (["--original", "smollm3-none"], 2, "No model 'smollm3-none'"),
-        (["--text", "nowhere.txt"], 1, "datasets"),
+        (["--text", "nowhere.txt"], 2, "nowhere.txt"),
         (["--windows", "100000000"], 2, "range"),
         (["--sequence-length", "1"], 2, "range"),
         (["--against", "awq", "--original", "x"], 2, "'awq' is no baseline"),

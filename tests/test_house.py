@@ -24,7 +24,7 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 # Stricter than the floors: arrays in, arrays out. These know neither models nor files.
 ONLY = {
     "bstack.numerics": set(),
-    "bstack.kernels": set(),
+    "bstack.kernels": {"bstack.errors"},
     "bstack.codecs": {"bstk", "bstack.errors", "bstack.settings", "bstack.numerics", "bstack.kernels"},
 }
 

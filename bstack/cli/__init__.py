@@ -33,9 +33,11 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
+    from bstack.kernels.native import instructions
     from bstk.preamble import MAJOR, MINOR
 
-    click.echo(f"bstack {version('bstack')} (format {MAJOR}.{MINOR}, Python {platform.python_version()})")
+    parts = f"format {MAJOR}.{MINOR}, Python {platform.python_version()}, kernels: {instructions()}"
+    click.echo(f"bstack {version('bstack')} ({parts})")
     for package in ("torch", "transformers", "zstandard", "numpy"):
         try:
             click.echo(f"  {package} {version(package)}")

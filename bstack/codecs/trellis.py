@@ -24,6 +24,7 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
+from bstack.kernels.table import TABLE
 from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_moment, unrotate
@@ -41,27 +42,6 @@ HEADROOM = 1.03
 UNIT = 0.0227
 COLUMNS_TOGETHER = 64
 HALF_MAX = 65504.0
-
-# Values of the 256 windows in units of UNIT standard deviations: centroids of a Viterbi search over Gaussian
-# samples, iterated to convergence and rounded to 8 bits (11.2 dB at 2 bits per sample; the limit is 12.04).
-TABLE = (
-    -44, 33, -9, 98, 14, -37, 47, -3, -72, 17, -17, 57, 9, -48, 40, -12,
-    -109, 15, -25, 50, 3, -64, 36, -18, 77, -2, -46, 34, -9, -77, 25, -28,
-    56, -3, -47, 24, -18, 118, 13, -39, 50, -10, -59, 24, -23, 63, 10, -49,
-    42, -17, -86, 12, -27, 44, 4, -56, 27, -32, 89, 3, -35, 30, -5, -72,
-    22, -29, 63, 0, -51, 33, -11, -127, 16, -46, 50, -10, -73, 19, -20, 76,
-    2, -48, 46, -15, -83, 12, -27, 57, -3, -58, 26, -19, 88, 4, -34, 34,
-    -14, -75, 17, -31, 69, -8, -49, 28, -12, -90, 13, -37, 50, -11, -54, 21,
-    -20, 80, 16, -48, 41, -18, -79, 14, -28, 56, 7, -56, 32, -22, 125, 9,
-    -20, 56, 14, -62, 31, -25, 83, 11, -37, 37, 1, -88, 29, -28, 68, 8,
-    -52, 34, -11, 91, 22, -36, 61, 2, -62, 28, -12, 70, 9, -40, 44, -5,
-    -95, 11, -25, 49, 4, -54, 38, -16, 79, 4, -43, 39, -6, -68, 26, -28,
-    70, 3, -43, 36, -11, 107, 25, -36, 49, -10, -63, 21, -16, 70, 13, -45,
-    40, -18, -88, 21, -25, 60, 8, -52, 39, -25, 88, 10, -34, 45, -2, -65,
-    26, -24, 64, 5, -45, 34, -5, -120, 17, -38, 52, -1, -62, 25, -16, 75,
-    9, -43, 44, -11, -91, 12, -24, 61, 1, -53, 37, -12, 99, 7, -34, 44,
-    -7, -72, 31, -25, 65, 2, -43, 32, -10, -86, 24, -33, 55, -9, -55, 21,
-)
 
 
 class TrellisCodec(Codec):

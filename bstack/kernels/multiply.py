@@ -1,0 +1,182 @@
+"""Products with packed matrices: the C kernels, or the reference with the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from bstack.kernels import reference
+from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.native import pointer
+from bstack.kernels.selftest import trusted_library
+
+__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "quantise", "rotate"]
+
+
+def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """y = x W^T for few tokens, without building W.
+
+    Inputs are rounded to 16 bits: y differs from the product in real numbers by at most
+    ``2e-5 * max|x| * sum_j |W_ij|`` for trellis blocks, x rotated and W as it multiplies that, and for each rank of a
+    sign block by the same, x times that column of V and W = S times that column of U. In practice y is as close as a
+    product in single precision with relative noise of 1e-5 to 1e-4.
+
+    A token's result is the same bits whatever else is in the call, for any number of threads and on any CPU.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        W, shape (m, n).
+    x : np.ndarray
+        float32, shape (t, n); t of 1 to 8 is what it is made for.
+
+    Returns
+    -------
+    np.ndarray
+        float32, shape (t, m). NaN in every output of a token that holds a NaN or an infinity.
+
+    Raises
+    ------
+    ValueError
+        For an x of another shape or dtype.
+    """
+    return multiply_many([matrix], x)[0]
+
+
+def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
+    """As `multiply`, for several matrices that read the same x (q, k and v; gate and up), which is prepared once.
+
+    Raises
+    ------
+    ValueError
+        For an x of another shape or dtype than every matrix needs.
+    """
+    for matrix in matrices:
+        _check(x, matrix.columns)
+    native = trusted_library()
+    if native is None:
+        return [reference.multiply(matrix, x) for matrix in matrices]
+    x = np.ascontiguousarray(x)
+    outputs = [np.empty((len(x), matrix.rows), np.float32) for matrix in matrices]
+    count = len(matrices)
+    places = (ctypes.c_void_p * count)(*(ctypes.addressof(matrix) for matrix in matrices))
+    results = (ctypes.c_void_p * count)(*(y.ctypes.data for y in outputs))
+    if native.bstack_multiply(places, count, pointer(x), len(x), results):
+        raise MemoryError
+    return outputs
+
+
+def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Rows start to stop - 1 of the sum of a matrix's blocks of one kind; zeros where it has none.
+
+    For long prompts, with T the rows of kind TRELLIS and S those of kind SIGN::
+
+        y[:, start:stop] = rotate(x) @ T.T + x @ S.T
+
+    Parameters
+    ----------
+    matrix : Matrix
+    kind : int
+        TRELLIS or SIGN.
+    start, stop : int
+    out : np.ndarray, optional
+        Where to write, float32, C-contiguous, shape (stop - start, n).
+
+    Returns
+    -------
+    np.ndarray
+        `out`, or a new array like it.
+
+    Raises
+    ------
+    ValueError
+        For another kind, rows that are not there, or an `out` of another shape or layout.
+    """
+    if kind not in (SIGN, TRELLIS):
+        raise ValueError(f"kind is {kind}; allowed are {SIGN} (sign) and {TRELLIS} (trellis).")
+    if not 0 <= start <= stop <= matrix.rows:
+        raise ValueError(f"rows {start} to {stop} of a matrix with {matrix.rows}.")
+    shape = (stop - start, matrix.columns)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}; needed is contiguous float32 of shape {shape}.")
+    native = trusted_library()
+    if native is None:
+        out[...] = reference.decode_rows(matrix, kind, start, stop)
+    else:
+        native.bstack_decode_rows(ctypes.byref(matrix), kind, start, stop, pointer(out))
+    return out
+
+
+def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
+    """Rows of W itself, all kinds added up and the rotation undone: an embedding.
+
+    Parameters
+    ----------
+    matrix : Matrix
+    index : np.ndarray
+        Integers from 0 to m - 1, shape (k,).
+
+    Returns
+    -------
+    np.ndarray
+        float32, shape (k, n).
+
+    Raises
+    ------
+    ValueError
+        For an index that is not there.
+    """
+    index = np.ascontiguousarray(index, np.int64)
+    if index.ndim != 1 or (index.size and not (0 <= index.min() and index.max() < matrix.rows)):
+        raise ValueError(f"an index outside 0 to {matrix.rows - 1}, or indices not in one dimension.")
+    native = trusted_library()
+    if native is None:
+        return reference.lookup(matrix, index)
+    out = np.empty((len(index), matrix.columns), np.float32)
+    native.bstack_lookup(ctypes.byref(matrix), pointer(index), len(index), pointer(out))
+    return out
+
+
+def rotate(x: np.ndarray) -> np.ndarray:
+    """(x * signs) H for rows x, float32, shape (t, n): what trellis blocks multiply (format/SPEC.md, section 6).
+
+    Raises
+    ------
+    ValueError
+        For an x that is not float32 of two dimensions.
+    """
+    _check(x, x.shape[-1] if x.ndim else 0)
+    native = trusted_library()
+    if native is None:
+        return reference.rotate(x)
+    turned = np.array(x, np.float32, order="C")
+    native.bstack_rotate(pointer(turned), *turned.shape)
+    return turned
+
+
+def quantise(x: np.ndarray, limit: int = reference.LIMIT) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, int16, and scales, float32, of rows of inputs: see `bstack.kernels.reference.quantise`.
+
+    Raises
+    ------
+    ValueError
+        For an x that is not float32 of two dimensions.
+    """
+    _check(x, x.shape[-1] if x.ndim else 0)
+    native = trusted_library()
+    if native is None:
+        return reference.quantise(x, limit)
+    x = np.ascontiguousarray(x)
+    codes, scale = np.empty(x.shape, np.int16), np.empty(len(x), np.float32)
+    for row in range(len(x)):
+        scale[row] = native.bstack_quantise(pointer(x[row]), x.shape[1], limit, pointer(codes[row]))
+    return codes, scale
+
+
+def _check(x: np.ndarray, columns: int) -> None:
+    if x.ndim != 2 or x.shape[1] != columns or x.dtype != np.float32 or not columns:
+        raise ValueError(f"x is {x.dtype} of shape {x.shape}; needed is float32 of shape (tokens, {columns}).")

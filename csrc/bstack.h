@@ -1,0 +1,67 @@
+/* Arithmetic on matrices that stay packed: what the runtime, and C code that runs a whole decoder step, may call.
+ *
+ * A matrix of m rows (outputs) and n columns (inputs) is a stack of blocks, each the raw bytes of a chunk
+ * (format/SPEC.md, section 6), at any address: no alignment is asked for, and no byte past the block is read.
+ *
+ * Results are the same bits for every instruction set, number of threads and number of tokens in a call: sums are
+ * exact integers, and the few float operations around them have one fixed order.
+ */
+#ifndef BSTACK_H
+#define BSTACK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    BSTACK_BLOCKS = 16, /* blocks of a stack, at most */
+    BSTACK_RANK = 16,   /* rank of a sign block, at most */
+    BSTACK_SIGN = 3,    /* kinds, by their codes in the container */
+    BSTACK_TRELLIS = 4,
+};
+
+/* The owner may change `count`, and entries at or past it, whenever no call that reads the matrix is running. */
+struct bstack_matrix {
+    int32_t rows, columns;
+    int32_t count;               /* blocks in use, from the first; 0 is a matrix of zeros */
+    uint8_t kind[BSTACK_BLOCKS];
+    uint8_t rank[BSTACK_BLOCKS]; /* of sign blocks, 1 to BSTACK_RANK */
+    const uint8_t *block[BSTACK_BLOCKS];
+};
+
+/* y[k] = x W_k^T for matrices with the same number of columns, which share the rotation and quantisation of x.
+ * x: tokens x columns; y[k]: tokens x rows of matrix k; row-major. Meant for few tokens (1 to 8 or so).
+ * A token that holds a NaN or an infinity (or overflows on the way) gives NaN in all its outputs.
+ * Returns 0, or 1 when there is no memory (y is then undefined). */
+int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y);
+
+/* Rows start to stop - 1 of the sum of the stack's blocks of one kind: out, (stop - start) x columns.
+ * BSTACK_SIGN: of the matrix that multiplies x.   BSTACK_TRELLIS: of the one that multiplies rotate(x). */
+void bstack_decode_rows(const struct bstack_matrix *matrix, int kind, int start, int stop, float *out);
+
+/* Rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
+void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out);
+
+/* (x * signs) H, in place, for each of `tokens` rows: the rotation of trellis blocks (SPEC.md). */
+void bstack_rotate(float *x, int tokens, int columns);
+/* The inverse: (x H) * signs. */
+void bstack_unrotate(float *x, int tokens, int columns);
+
+/* x ~ scale * code, |code| <= limit; columns values, rounded to nearest, ties to even. Returns the scale,
+ * max |x| / limit: NaN (and codes 0) if a value is not finite, 0 (and codes 0) if all are below 1e-30. */
+float bstack_quantise(const float *x, int columns, int limit, int16_t *code);
+
+/* Run work(argument, part) for each part from 0 to parts - 1, side by side; returns when all are done.
+ * Calls from two threads take turns; a call from inside `work` runs in its own thread. */
+void bstack_parallel(void (*work)(void *argument, int part), void *argument, int parts);
+/* Threads that bstack_parallel uses, the caller's included; 1 to 256. */
+void bstack_set_threads(int threads);
+int bstack_threads(void);
+
+/* The instruction set in use: "portable", "avx2", "avx512". The best that the CPU has, until another is chosen.
+ * bstack_use returns 0, 1 for an unknown name, 2 for a known one that this CPU or build does not have.
+ * bstack_offers says the same without choosing it. */
+const char *bstack_instructions(void);
+int bstack_use(const char *name);
+int bstack_offers(const char *name);
+
+#endif

@@ -1,0 +1,81 @@
+/* Rows of a matrix as floats: for products with the BLAS (long prompts), and for embeddings. */
+#include "kernels.h"
+
+enum { PART = 16 }; /* rows of a part */
+
+/* Add the rows of one trellis block: a_i T[w_ij], for the rotated inputs. */
+static void add_trellis(const struct bstack_matrix *matrix, int level, int row, float *out) {
+    const int n = matrix->columns;
+    const size_t q = quarter_of(n);
+    const uint8_t *codes = matrix->block[level] + (size_t)row * q;
+    const float a = half_to_float(matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)row);
+    float value[256];
+    for (int w = 0; w < 256; w++) value[w] = a * (float)(bstack_table[w] - OFFSET);
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const int shift = 2 * quarter, from = quarter * (int)q, length = n - from < (int)q ? n - from : (int)q;
+        for (int b = 0; b < length; b++)
+            out[from + b] += value[(codes[b + 3 * q] >> shift & 3) | (codes[b + 2 * q] >> shift & 3) << 2 |
+                                   (codes[b + q] >> shift & 3) << 4 | (codes[b] >> shift & 3) << 6];
+    }
+}
+
+/* Add the row of one sign block: S_ij (U V^T)_ij. */
+static void add_sign(const struct bstack_matrix *matrix, int level, int row, float *out) {
+    const int n = matrix->columns, rank = matrix->rank[level];
+    const size_t stride = sign_stride(n), rows = (size_t)matrix->rows;
+    const uint8_t *bits = matrix->block[level] + (size_t)row * stride;
+    const uint8_t *u = matrix->block[level] + rows * stride + 2 * (size_t)row * (size_t)rank;
+    const uint8_t *v = matrix->block[level] + rows * (stride + 2 * (size_t)rank);
+    float left[BSTACK_RANK];
+    for (int r = 0; r < rank; r++) left[r] = half_to_float(u + 2 * r);
+    for (int j = 0; j < n; j++) {
+        float sum = 0.0f;
+        for (int r = 0; r < rank; r++) sum += left[r] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
+        out[j] += bits[j >> 3] >> (j & 7) & 1 ? sum : -sum;
+    }
+}
+
+static void add_kind(const struct bstack_matrix *matrix, int kind, int row, float *out) {
+    for (int level = 0; level < matrix->count; level++)
+        if (matrix->kind[level] == kind) (kind == BSTACK_TRELLIS ? add_trellis : add_sign)(matrix, level, row, out);
+}
+
+struct job {
+    const struct bstack_matrix *matrix;
+    const int64_t *index;
+    int kind, start, count;
+    float *out;
+};
+
+static void decode_part(void *argument, int part) {
+    const struct job *job = argument;
+    const size_t n = (size_t)job->matrix->columns;
+    for (int k = part * PART; k < job->count && k < (part + 1) * PART; k++) {
+        float *out = job->out + (size_t)k * n;
+        memset(out, 0, sizeof *out * n);
+        add_kind(job->matrix, job->kind, job->start + k, out);
+    }
+}
+
+void bstack_decode_rows(const struct bstack_matrix *matrix, int kind, int start, int stop, float *out) {
+    struct job job = {.matrix = matrix, .kind = kind, .start = start, .count = stop - start, .out = out};
+    bstack_parallel(decode_part, &job, (job.count + PART - 1) / PART);
+}
+
+static void look_up_part(void *argument, int part) {
+    const struct job *job = argument;
+    const int n = job->matrix->columns;
+    for (int k = part * PART; k < job->count && k < (part + 1) * PART; k++) {
+        float *out = job->out + (size_t)k * (size_t)n;
+        const int row = (int)job->index[k];
+        memset(out, 0, sizeof *out * (size_t)n);
+        add_kind(job->matrix, BSTACK_TRELLIS, row, out);
+        bstack_unrotate(out, 1, n);
+        add_kind(job->matrix, BSTACK_SIGN, row, out);
+    }
+}
+
+void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out) {
+    struct job job = {.matrix = matrix, .index = index, .count = count, .out = out};
+    bstack_parallel(look_up_part, &job, (count + PART - 1) / PART);
+}

@@ -1,0 +1,68 @@
+/* Between the parts of the library: what an instruction set implements, and what all of them share. */
+#ifndef BSTACK_KERNELS_H
+#define BSTACK_KERNELS_H
+
+#include "bstack.h"
+
+#include <string.h>
+
+enum {
+    GROUP = 64,        /* columns whose codes are arranged together */
+    OPERAND = 128,     /* bytes of an arranged group */
+    QUARTERS = 4,      /* columns b, b + q, b + 2 q, b + 3 q share code byte b of a trellis row */
+    EARLIER = 3,       /* rows of trellis codes above the first */
+    SEGMENT = 8192,    /* code bytes or sign bytes summed in one call: then no 32-bit lane overflows */
+    TILE = 4,          /* rows that the fast kernels take together */
+    X_LIMIT = 32639,   /* largest code of an input: its high byte, lower byte signed, stays below 128 */
+    OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
+};
+
+/* One instruction set. `x` are operands: rows of inputs as 16-bit codes, `step` bytes apart, in groups of 64 that
+ * `arrange` has put into this instruction set's own order. Both sums are exact and are added to sums[k * rows + i]. */
+struct kernels {
+    const char *name;
+    /* Bring `groups` groups of 64 codes, at x, into order, in place. */
+    void (*arrange)(int16_t *x, size_t groups);
+    /* Sum over columns j of (OFFSET + T[w_ij]) x_kj. Code row i - 3 + e starts at codes + (i + e) * stride, of which
+     * `width` bytes are used; groups of operands stand in the order of the code bytes, four quarters in turn. */
+    void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
+                    int64_t *sums);
+    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. */
+    void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
+                 int64_t *sums);
+};
+
+extern const struct kernels bstack_portable;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+extern const struct kernels bstack_avx2, bstack_avx512;
+#endif
+const struct kernels *bstack_kernels(void);
+
+/* OFFSET + T of SPEC.md, section 6. */
+extern const uint8_t bstack_table[256];
+
+/* Half precision to single, exactly. */
+static inline float half_to_float(const uint8_t *at) {
+    const uint32_t h = (uint32_t)at[0] | (uint32_t)at[1] << 8;
+    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    float value;
+    if (rest >= 0x7c00u) { /* infinity, NaN */
+        const uint32_t bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+        memcpy(&value, &bits, 4);
+    } else { /* as if the exponent were single precision's, then put right by 2^112; subnormal halves included */
+        const uint32_t bits = rest << 13;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits |= sign;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline size_t quarter_of(int columns) { return ((size_t)columns + 3) / 4; }
+static inline size_t sign_stride(int columns) { return ((size_t)columns + 7) / 8; }
+static inline size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+#endif

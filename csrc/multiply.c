@@ -1,0 +1,223 @@
+/* y = W x for few tokens: prepare the inputs once, then share out the rows of all matrices.
+ *
+ * One operand is a row of inputs as 16-bit codes with one scale: the rotated inputs of a token for all trellis blocks,
+ * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
+ * more than the product with it, and one scale for a whole row keeps every sum an exact integer.
+ */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+enum {
+    ROWS = 16,           /* rows summed at once */
+    TOKENS = 8,          /* tokens taken at once */
+    PART = 1 << 16,      /* packed bytes of a part, about */
+    PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
+};
+
+/* The operands of one block (or of all trellis blocks): their codes, `step` bytes apart. */
+struct operands {
+    uint8_t *codes;
+    size_t step;
+    float *scale;   /* of each operand: token by token, ranks within */
+    int64_t *total; /* sum of the codes of each */
+    int count;
+};
+
+struct job {
+    const struct kernels *kernels;
+    const struct bstack_matrix *const *matrices;
+    const float *x;
+    float *const *y;
+    int count, tokens, columns;
+    float *turned;    /* tokens x columns */
+    int16_t *scratch; /* tokens x columns */
+    struct operands trellis;
+    struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
+    int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
+};
+
+static size_t code_bytes(int32_t columns, int kind) {
+    const size_t bytes = kind == BSTACK_TRELLIS ? quarter_of(columns) : sign_stride(columns);
+    return kind == BSTACK_TRELLIS ? round_up(bytes, GROUP) * QUARTERS * 2 : round_up(bytes, GROUP / 8) * 8 * 2;
+}
+
+/* Put the quantised x into place as operand number k; trellis operands by quarters, in turn for each 64 code bytes. */
+static void place(const struct job *job, struct operands *operands, int k, const float *x, int kind, int16_t *scratch) {
+    const int n = job->columns;
+    int16_t *codes = (int16_t *)(operands->codes + (size_t)k * operands->step);
+    int16_t *plain = kind == BSTACK_TRELLIS ? scratch : codes;
+    operands->scale[k] = bstack_quantise(x, n, X_LIMIT, plain);
+    int64_t total = 0;
+    for (int j = 0; j < n; j++) total += plain[j];
+    operands->total[k] = total;
+    if (kind == BSTACK_TRELLIS) {
+        const int q = (int)quarter_of(n);
+        memset(codes, 0, operands->step);
+        for (int quarter = 0; quarter < QUARTERS; quarter++)
+            for (int b = 0; b < q; b += GROUP) {
+                const int from = quarter * q + b;
+                int length = q - b < GROUP ? q - b : GROUP;
+                if (from + length > n) length = n - from;
+                if (length > 0) memcpy(codes + QUARTERS * b + quarter * GROUP, plain + from, 2 * (size_t)length);
+            }
+    } else {
+        memset(codes + n, 0, operands->step - 2 * (size_t)n);
+    }
+    job->kernels->arrange(codes, operands->step / OPERAND);
+}
+
+/* The inputs of one token, for all blocks. */
+static void prepare(void *argument, int token) {
+    struct job *job = argument;
+    const int n = job->columns;
+    const float *x = job->x + (size_t)token * n;
+    float *turned = job->turned + (size_t)token * n;
+    int16_t *scratch = job->scratch + (size_t)token * n;
+    if (job->trellis.count) {
+        memcpy(turned, x, sizeof *x * (size_t)n);
+        bstack_rotate(turned, 1, n);
+        place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
+    }
+    for (int i = 0; i < job->count; i++) {
+        const struct bstack_matrix *matrix = job->matrices[i];
+        for (int level = 0; level < matrix->count; level++) {
+            if (matrix->kind[level] != BSTACK_SIGN) continue;
+            const int rank = matrix->rank[level];
+            const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
+            for (int r = 0; r < rank; r++) {
+                for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * rank + r));
+                place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
+            }
+        }
+    }
+}
+
+static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows, float *y,
+                        int64_t *sums) {
+    const size_t q = quarter_of(matrix->columns);
+    const struct operands *in = &job->trellis;
+    memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
+    for (size_t b = 0; b < q; b += SEGMENT)
+        job->kernels->trellis(matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT), rows,
+                              in->codes + b * QUARTERS * 2, in->step, in->count, sums);
+    const uint8_t *scale = matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)start;
+    for (int i = 0; i < rows; i++) {
+        const float a = half_to_float(scale + 2 * (size_t)i);
+        for (int t = 0; t < job->tokens; t++)
+            y[(size_t)t * matrix->rows + start + i] += (float)(sums[t * rows + i] - OFFSET * in->total[t]) * in->scale[t] * a;
+    }
+}
+
+static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in, int start,
+                     int rows, float *y, int64_t *sums) {
+    const size_t stride = sign_stride(matrix->columns);
+    const int rank = matrix->rank[level];
+    memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
+    for (size_t b = 0; b < stride; b += SEGMENT)
+        job->kernels->sign(matrix->block[level] + (size_t)start * stride + b, stride,
+                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b * 16, in->step, in->count, sums);
+    const uint8_t *u = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
+    for (int i = 0; i < rows; i++, u += 2 * (size_t)rank)
+        for (int t = 0; t < job->tokens; t++) {
+            float sum = 0.0f;
+            for (int r = 0; r < rank; r++) {
+                const int k = t * rank + r;
+                sum += (float)(2 * sums[k * rows + i] - in->total[k]) * in->scale[k] * half_to_float(u + 2 * r);
+            }
+            y[(size_t)t * matrix->rows + start + i] += sum;
+        }
+}
+
+/* One part: some rows of one matrix, all blocks of it. */
+static void multiply_rows(void *argument, int part) {
+    const struct job *job = argument;
+    int which = 0;
+    while (part >= job->first[which + 1]) which++;
+    const struct bstack_matrix *matrix = job->matrices[which];
+    const int start = (part - job->first[which]) * job->rows[which];
+    const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
+    float *y = job->y[which];
+    int64_t sums[ROWS * TOKENS * BSTACK_RANK];
+    for (int i = start; i < stop; i += ROWS) {
+        const int rows = stop - i < ROWS ? stop - i : ROWS;
+        for (int t = 0; t < job->tokens; t++) memset(y + (size_t)t * matrix->rows + i, 0, sizeof *y * (size_t)rows);
+        for (int level = 0; level < matrix->count; level++)
+            if (matrix->kind[level] == BSTACK_TRELLIS)
+                add_trellis(job, matrix, level, i, rows, y, sums);
+            else
+                add_sign(job, matrix, level, &job->sign[which][level], i, rows, y, sums);
+    }
+}
+
+/* Lay out the arrays of the job in one piece of memory; with a null `memory`, only find its size. */
+static size_t lay_out(struct job *job, uint8_t *memory) {
+    size_t at = 0;
+#define TAKE(pointer, bytes) ((pointer) = (void *)(memory ? memory + at : NULL), at += round_up((bytes), GROUP))
+    const size_t t = (size_t)job->tokens, n = (size_t)job->columns, count = (size_t)job->count;
+    TAKE(job->turned, sizeof(float) * t * n);
+    TAKE(job->scratch, sizeof(int16_t) * t * n);
+    TAKE(job->first, sizeof(int) * (count + 1));
+    TAKE(job->rows, sizeof(int) * count);
+    TAKE(job->sign, sizeof(*job->sign) * count);
+    int trellis = 0;
+    for (size_t i = 0; i < count; i++)
+        for (int level = 0; level < job->matrices[i]->count; level++) {
+            struct operands found = {.step = code_bytes(job->columns, job->matrices[i]->kind[level]), .count = job->tokens};
+            if (job->matrices[i]->kind[level] == BSTACK_TRELLIS) {
+                if (trellis++) continue; /* one for all */
+            } else {
+                found.count *= job->matrices[i]->rank[level];
+            }
+            TAKE(found.codes, found.step * (size_t)found.count);
+            TAKE(found.scale, sizeof(float) * (size_t)found.count);
+            TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
+            if (job->matrices[i]->kind[level] == BSTACK_TRELLIS)
+                job->trellis = found;
+            else if (memory)
+                job->sign[i][level] = found;
+        }
+#undef TAKE
+    return at;
+}
+
+/* Share out the rows: parts of about PART bytes, in whole steps of ROWS. Returns the number of parts. */
+static int share_out(struct job *job) {
+    int parts = 0;
+    for (int i = 0; i < job->count; i++) {
+        const struct bstack_matrix *matrix = job->matrices[i];
+        size_t row = 1;
+        for (int level = 0; level < matrix->count; level++)
+            row += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns) : sign_stride(matrix->columns);
+        job->first[i] = parts;
+        job->rows[i] = (int)round_up(PART / row + 1, ROWS);
+        parts += (matrix->rows + job->rows[i] - 1) / job->rows[i];
+    }
+    return job->first[job->count] = parts;
+}
+
+int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y) {
+    if (count < 1 || tokens < 1) return 0;
+    struct job job = {.kernels = bstack_kernels(), .matrices = matrices, .count = count, .tokens = 1};
+    job.columns = matrices[0]->columns;
+    const size_t fit = PREPARED / lay_out(&job, NULL);
+    const int most = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
+    job.tokens = tokens < most ? tokens : most;
+    uint8_t *memory = malloc(lay_out(&job, NULL) + GROUP + sizeof(float *) * (size_t)count);
+    if (!memory) return 1;
+    float **outputs = (float **)memory;
+    uint8_t *aligned = (uint8_t *)round_up((uintptr_t)(memory + sizeof(float *) * (size_t)count), GROUP);
+    job.y = outputs;
+    for (int done = 0; done < tokens; done += job.tokens) {
+        job.tokens = tokens - done < most ? tokens - done : most;
+        job.trellis.count = 0;
+        lay_out(&job, aligned);
+        job.x = x + (size_t)done * (size_t)job.columns;
+        for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)matrices[i]->rows;
+        const int parts = share_out(&job);
+        bstack_parallel(prepare, &job, job.tokens);
+        bstack_parallel(multiply_rows, &job, parts);
+    }
+    free(memory);
+    return 0;
+}

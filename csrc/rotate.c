@@ -1,0 +1,101 @@
+/* Inputs on their way to the integer sums: rotation and quantisation, in plain single precision in a fixed order. */
+#include "kernels.h"
+
+#include <math.h>
+
+/* Signs of the first inputs, as their sign bits; later ones are computed. Written before any thread reads it. */
+enum { KEPT = 16384 };
+static uint32_t kept_signs[KEPT];
+
+static uint32_t sign_bit(uint64_t j) {
+    uint64_t z = j + 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return (uint32_t)(z >> 32) & 0x80000000u;
+}
+
+#if defined(__GNUC__) || defined(__clang__)
+__attribute__((constructor)) static void keep_signs(void) {
+    for (int j = 0; j < KEPT; j++) kept_signs[j] = sign_bit((uint64_t)j);
+}
+enum { READY = KEPT };
+#else
+enum { READY = 0 };
+#endif
+
+static void flip(float *x, int columns) {
+    const int ready = columns < READY ? columns : READY;
+    uint32_t bits;
+    for (int j = 0; j < ready; j++) {
+        memcpy(&bits, x + j, 4);
+        bits ^= kept_signs[j];
+        memcpy(x + j, &bits, 4);
+    }
+    for (int j = ready; j < columns; j++) {
+        memcpy(&bits, x + j, 4);
+        bits ^= sign_bit((uint64_t)j);
+        memcpy(x + j, &bits, 4);
+    }
+}
+
+/* Hadamard transform of blocks of `size`, a power of two, then division by its square root. */
+static void hadamard(float *x, int columns, int size) {
+    for (int half = 1; half < size; half *= 2) {
+        if (half == 1 && size >= 4) { /* two steps at once: loops this short are not vectorised */
+            for (int j = 0; j < columns; j += 4) {
+                const float a = x[j] + x[j + 1], b = x[j] - x[j + 1], c = x[j + 2] + x[j + 3], d = x[j + 2] - x[j + 3];
+                x[j] = a + c;
+                x[j + 1] = b + d;
+                x[j + 2] = a - c;
+                x[j + 3] = b - d;
+            }
+            half = 2;
+            continue;
+        }
+        for (int start = 0; start < columns; start += 2 * half) {
+            float *restrict low = x + start, *restrict high = x + start + half;
+            for (int j = 0; j < half; j++) {
+                const float a = low[j], b = high[j];
+                low[j] = a + b;
+                high[j] = a - b;
+            }
+        }
+    }
+    const float scale = (float)(1.0 / sqrt((double)size));
+    for (int j = 0; j < columns; j++) x[j] *= scale;
+}
+
+void bstack_rotate(float *x, int tokens, int columns) {
+    for (int t = 0; t < tokens; t++, x += columns) {
+        flip(x, columns);
+        hadamard(x, columns, columns & -columns);
+    }
+}
+
+void bstack_unrotate(float *x, int tokens, int columns) {
+    for (int t = 0; t < tokens; t++, x += columns) {
+        hadamard(x, columns, columns & -columns);
+        flip(x, columns);
+    }
+}
+
+float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
+    /* As unsigned numbers, absolute values stand in their own order, infinities and NaN last: a loop that vectorises. */
+    uint32_t top = 0;
+    for (int j = 0; j < columns; j++) {
+        uint32_t bits;
+        memcpy(&bits, x + j, 4);
+        bits &= 0x7fffffffu;
+        top = bits > top ? bits : top;
+    }
+    float largest;
+    memcpy(&largest, &top, 4);
+    if (top >= 0x7f800000u || largest < 1e-30f) {
+        memset(code, 0, sizeof *code * (size_t)columns);
+        return top >= 0x7f800000u ? NAN : 0.0f;
+    }
+    const float inverse = (float)limit / largest, round = 0x1.8p23f; /* adding it leaves no bits for a fraction */
+    for (int j = 0; j < columns; j++) code[j] = (int16_t)(int32_t)((x[j] * inverse + round) - round);
+    return largest / (float)limit;
+}

@@ -1,0 +1,58 @@
+/* Which instruction set is used. */
+#include "kernels.h"
+
+static const struct kernels *chosen;
+
+static int has(const struct kernels *kernels) {
+#ifdef BSTACK_X86
+    __builtin_cpu_init(); /* these ask the operating system too, whether it saves the registers */
+    if (kernels == &bstack_avx2) return __builtin_cpu_supports("avx2");
+    if (kernels == &bstack_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return kernels == &bstack_portable;
+}
+
+/* Best first. */
+static const struct kernels *const all[] = {
+#ifdef BSTACK_X86
+    &bstack_avx512,
+    &bstack_avx2,
+#endif
+    &bstack_portable,
+};
+enum { COUNT = sizeof all / sizeof *all };
+
+const struct kernels *bstack_kernels(void) {
+    if (!chosen)
+        for (int i = COUNT - 1; i >= 0; i--)
+            if (has(all[i])) chosen = all[i];
+    return chosen;
+}
+
+const char *bstack_instructions(void) { return bstack_kernels()->name; }
+
+static int find(const char *name, const struct kernels **found) {
+    for (int i = 0; i < COUNT; i++)
+        if (!strcmp(name, all[i]->name)) {
+            *found = all[i];
+            return has(all[i]) ? 0 : 2;
+        }
+    return 1;
+}
+
+int bstack_offers(const char *name) {
+    const struct kernels *found;
+    return find(name, &found);
+}
+
+int bstack_use(const char *name) {
+    const struct kernels *found;
+    const int problem = find(name, &found);
+    if (!problem) chosen = found;
+    return problem;
+}
+
+/* Grows with every change of a signature that Python calls, so that a library left from an earlier build is not used. */
+int bstack_kernels_version(void) { return 2; }

@@ -12,7 +12,6 @@ enum {
     QUARTERS = 4,      /* columns b, b + q, b + 2 q, b + 3 q share code byte b of a trellis row */
     EARLIER = 3,       /* rows of trellis codes above the first */
     SEGMENT = 8192,    /* code bytes or sign bytes summed in one call: then no 32-bit lane overflows */
-    TILE = 4,          /* rows that the fast kernels take together */
     X_LIMIT = 32639,   /* largest code of an input: its high byte, lower byte signed, stays below 128 */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
@@ -34,6 +33,7 @@ struct kernels {
 
 extern const struct kernels bstack_portable;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define BSTACK_X86 1
 extern const struct kernels bstack_avx2, bstack_avx512;
 #endif
 const struct kernels *bstack_kernels(void);

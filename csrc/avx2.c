@@ -1,0 +1,174 @@
+/* AVX2: 32 weights are looked up in 16 tables of 16 values, chosen by a tree of blends.
+ *
+ * Inputs are arranged so that the even and the odd of 32 codes each fill a register, which is how bytes fall into words.
+ */
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx2")
+#endif
+#include "tiles.h"
+
+#ifdef BSTACK_X86
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum {
+    WIDE = 32,
+    FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
+};
+
+static void arrange(int16_t *x, size_t groups) {
+    for (size_t i = 0; i < 2 * groups; i++, x += WIDE) {
+        int16_t even[WIDE / 2], odd[WIDE / 2];
+        for (int j = 0; j < WIDE / 2; j++) {
+            even[j] = x[2 * j];
+            odd[j] = x[2 * j + 1];
+        }
+        memcpy(x, even, sizeof even);
+        memcpy(x + WIDE / 2, odd, sizeof odd);
+    }
+}
+
+/* The bits of a where the mask is set, of b elsewhere. */
+INLINE __m256i mix(__m256i mask, __m256i a, __m256i b) {
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+
+INLINE __m256i look_up(__m256i window) {
+    const __m256i low = _mm256_and_si256(window, _mm256_set1_epi8(0x0F));
+    __m256i value[16];
+    UNROLL
+    for (int k = 0; k < 16; k++) {
+        const __m128i part = _mm_loadu_si128((const __m128i *)(bstack_table + 16 * k));
+        value[k] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(part), low);
+    }
+    /* A blend looks at the top bit of each byte: bits 4, 5, 6 and 7 of the windows in turn. */
+    const __m256i bit[4] = {_mm256_slli_epi16(window, 3), _mm256_slli_epi16(window, 2), _mm256_slli_epi16(window, 1), window};
+    UNROLL
+    for (int level = 0; level < 4; level++)
+        UNROLL
+        for (int k = 0; k < 8 >> level; k++) value[k] = _mm256_blendv_epi8(value[2 * k], value[2 * k + 1], bit[level]);
+    return value[0];
+}
+
+INLINE __m256i multiply_add(__m256i sum, __m256i value, const uint8_t *x) {
+    const __m256i even = _mm256_and_si256(value, _mm256_set1_epi16(0xFF)), odd = _mm256_srli_epi16(value, 8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_loadu_si256((const __m256i *)x)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_loadu_si256((const __m256i *)(x + WIDE))));
+}
+
+INLINE int64_t sum_lanes(__m256i a) {
+    const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(a));
+    const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(a, 1));
+    int64_t lane[4];
+    _mm256_storeu_si256((__m256i *)lane, _mm256_add_epi64(low, high));
+    return lane[0] + lane[1] + lane[2] + lane[3];
+}
+
+/* A register of code bytes of one row: 128 columns, 32 of each quarter. */
+INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int deep, __m256i *sum) {
+    const __m256i crumbs = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(0x0F);
+    __m256i row[EARLIER + 1], even[2], odd[2];
+    UNROLL
+    for (int e = 0; e <= EARLIER; e++) row[e] = _mm256_loadu_si256((const __m256i *)(codes + (size_t)e * stride));
+    UNROLL
+    for (int e = 0; e < 2; e++) { /* two rows each: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+        even[e] = mix(crumbs, row[2 * e + 1], _mm256_slli_epi16(row[2 * e], 2));
+        odd[e] = mix(crumbs, _mm256_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
+    }
+    const __m256i window[QUARTERS] = {
+        mix(nibble, even[1], _mm256_slli_epi16(even[0], 4)),
+        mix(nibble, odd[1], _mm256_slli_epi16(odd[0], 4)),
+        mix(nibble, _mm256_srli_epi16(even[1], 4), even[0]),
+        mix(nibble, _mm256_srli_epi16(odd[1], 4), odd[0]),
+    };
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const __m256i value = look_up(window[quarter]);
+        UNROLL
+        for (int o = 0; o < deep; o++)
+            sum[o] = multiply_add(sum[o], value, x + (size_t)o * step + (size_t)quarter * OPERAND);
+    }
+}
+
+/* Where register number k of the code bytes of a row finds its inputs. */
+INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
+    return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;
+}
+
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
+                        int rows) {
+    for (int start = 0; start < width; start += FLUSH) {
+        const int stop = start + FLUSH < width ? start + FLUSH : width;
+        __m256i sum[4];
+        UNROLL
+        for (int o = 0; o < deep; o++) sum[o] = _mm256_setzero_si256();
+        int b = start;
+        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, deep, sum);
+        if (b < stop) {
+            uint8_t rest[(EARLIER + 1) * WIDE] = {0};
+            for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * WIDE, codes + b + (size_t)e * stride, (size_t)(stop - b));
+            trellis_step(rest, WIDE, inputs_of(x, b), step, deep, sum);
+        }
+        UNROLL
+        for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
+    }
+}
+
+/* Four sign bytes of one row: 32 columns. */
+INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int deep, __m256i *sum) {
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3,
+                                            3, 3, 3, 3);
+    const __m256i one = _mm256_set1_epi64x((int64_t)0x8040201008040201u);
+    const __m256i byte = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(byte, one), one);
+    const __m256i value = _mm256_and_si256(set, _mm256_set1_epi8(1));
+    UNROLL
+    for (int o = 0; o < deep; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
+}
+
+INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
+                     int rows) {
+    (void)stride;
+    __m256i sum[4];
+    UNROLL
+    for (int o = 0; o < deep; o++) sum[o] = _mm256_setzero_si256();
+    int b = 0;
+    uint32_t word;
+    for (; b + 4 <= width; b += 4, x += OPERAND / 2) {
+        memcpy(&word, bits + b, 4);
+        sign_step(word, x, step, deep, sum);
+    }
+    if (b < width) {
+        word = 0;
+        memcpy(&word, bits + b, (size_t)(width - b));
+        sign_step(word, x, step, deep, sum);
+    }
+    UNROLL
+    for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
+}
+
+#define ROWS_OF(NAME)                                                                                                       \
+    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
+                     int64_t *sums) {                                                                                       \
+        for (int i = 0; i < rows; i++, packed += stride, sums++) {                                                          \
+            int o = 0;                                                                                                      \
+            for (; o + 4 <= operands; o += 4)                                                                               \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4, sums + (size_t)o * (size_t)rows, rows);    \
+            for (; o < operands; o++)                                                                                       \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1, sums + (size_t)o * (size_t)rows, rows);    \
+        }                                                                                                                   \
+    }
+
+ROWS_OF(trellis)
+ROWS_OF(sign)
+
+const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign};
+
+#endif
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,168 @@
+/* AVX-512 with VBMI and VNNI: 64 weights are looked up by two permutations, and summed by two dot products of bytes.
+ *
+ * Inputs are arranged in two planes: high bytes and low bytes of 64 codes, both signed, code = 256 high + low.
+ */
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
+#endif
+#include "tiles.h"
+
+#ifdef BSTACK_X86
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum { WIDE = 64 }; /* bytes of a register */
+
+static void arrange(int16_t *x, size_t groups) {
+    for (size_t g = 0; g < groups; g++, x += GROUP) {
+        const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + GROUP / 2);
+        __m512i code[2] = {first, second}, high[2], low[2];
+        for (int i = 0; i < 2; i++) {
+            low[i] = _mm512_srai_epi16(_mm512_slli_epi16(code[i], 8), 8);
+            high[i] = _mm512_srai_epi16(_mm512_sub_epi16(code[i], low[i]), 8);
+        }
+        __m256i *out = (__m256i *)x;
+        for (int i = 0; i < 2; i++) {
+            _mm256_storeu_si256(out + i, _mm512_cvtepi16_epi8(high[i]));
+            _mm256_storeu_si256(out + 2 + i, _mm512_cvtepi16_epi8(low[i]));
+        }
+    }
+}
+
+/* The first `left` bytes of a register's width, or all of it. */
+INLINE __m512i load(const uint8_t *at, int left) {
+    return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
+}
+
+/* The bits of a where the mask is set, of b elsewhere. */
+INLINE __m512i mix(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
+
+/* Sums of the lanes of four registers. */
+INLINE __m128i sum_lanes(const __m512i *a) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+/* Add 256 high + low to the sums of a tile: `tall` rows by `deep` operands, lanes [operand * tall + row]. */
+INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep, int64_t *sums, int rows) {
+    UNROLL
+    for (int k = 0; k < tall * deep; k += 4) {
+        __m512i h[4], l[4];
+        UNROLL
+        for (int e = 0; e < 4; e++) {
+            h[e] = k + e < tall * deep ? high[k + e] : _mm512_setzero_si512();
+            l[e] = k + e < tall * deep ? low[k + e] : _mm512_setzero_si512();
+        }
+        int64_t total[4];
+        const __m256i h64 = _mm256_cvtepi32_epi64(sum_lanes(h)), l64 = _mm256_cvtepi32_epi64(sum_lanes(l));
+        _mm256_storeu_si256((__m256i *)total, _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64));
+        UNROLL
+        for (int e = 0; e < 4; e++)
+            if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+    }
+}
+
+/* One register of code bytes of `tall` rows: 256 columns, 64 of each quarter. */
+INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
+                         const __m512i *table, __m512i *high, __m512i *low) {
+    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
+    __m512i even[8], odd[8]; /* of rows e and e + 1: codes of quarters 0 and 2, and 1 and 3, the older row's above */
+    __m512i older = load(codes, left);
+    UNROLL
+    for (int e = 0; e < tall + 2; e++) {
+        const __m512i newer = load(codes + (size_t)(e + 1) * stride, left);
+        even[e] = mix(crumbs, newer, _mm512_slli_epi16(older, 2));
+        odd[e] = mix(crumbs, _mm512_srli_epi16(newer, 2), older);
+        older = newer;
+    }
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const __m512i *pair = quarter & 1 ? odd : even;
+        UNROLL
+        for (int i = 0; i < tall; i++) {
+            const __m512i window = quarter & 2 ? mix(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
+                                               : mix(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
+            const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(window),
+                                                         _mm512_permutex2var_epi8(table[0], window, table[1]),
+                                                         _mm512_permutex2var_epi8(table[2], window, table[3]));
+            UNROLL
+            for (int o = 0; o < deep; o++) {
+                const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
+                high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value, _mm512_loadu_si512(at));
+                low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], value, _mm512_loadu_si512(at + WIDE));
+            }
+        }
+    }
+}
+
+INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tall, const uint8_t *x, size_t step, int deep,
+                         int64_t *sums, int rows) {
+    __m512i high[8], low[8], table[4];
+    UNROLL
+    for (int k = 0; k < tall * deep; k++) high[k] = low[k] = _mm512_setzero_si512();
+    UNROLL
+    for (int k = 0; k < 4; k++) table[k] = _mm512_loadu_si512(bstack_table + k * WIDE);
+    int b = 0;
+    for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND)
+        trellis_step(codes + b, stride, WIDE, tall, x, step, deep, table, high, low);
+    if (b < width) trellis_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
+    add_sums(high, low, tall, deep, sums, rows);
+}
+
+/* Eight sign bytes of `tall` rows: 64 columns. */
+INLINE void sign_step(const uint8_t *bits, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
+                      __m512i *high, __m512i *low) {
+    UNROLL
+    for (int i = 0; i < tall; i++) {
+        uint64_t word = 0;
+        if (left >= 8)
+            memcpy(&word, bits + (size_t)i * stride, 8);
+        else
+            for (int b = 0; b < left; b++) word |= (uint64_t)bits[(size_t)i * stride + (size_t)b] << 8 * b;
+        const __m512i ones = _mm512_maskz_set1_epi8(_cvtu64_mask64(word), 1);
+        UNROLL
+        for (int o = 0; o < deep; o++) {
+            const uint8_t *at = x + (size_t)o * step;
+            high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], ones, _mm512_loadu_si512(at));
+            low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], ones, _mm512_loadu_si512(at + WIDE));
+        }
+    }
+}
+
+INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, const uint8_t *x, size_t step, int deep,
+                      int64_t *sums, int rows) {
+    __m512i high[8], low[8];
+    UNROLL
+    for (int k = 0; k < tall * deep; k++) high[k] = low[k] = _mm512_setzero_si512();
+    int b = 0;
+    for (; b + 8 <= width; b += 8, x += OPERAND) sign_step(bits + b, stride, 8, tall, x, step, deep, high, low);
+    if (b < width) sign_step(bits + b, stride, width - b, tall, x, step, deep, high, low);
+    add_sums(high, low, tall, deep, sums, rows);
+}
+
+#define TILES(NAME)                                                                                                         \
+    static void NAME##_4x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 1, sums, rows); }               \
+    static void NAME##_4x2(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 2, sums, rows); }               \
+    static void NAME##_2x4(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 2, x, step, 4, sums, rows); }               \
+    static void NAME##_1x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 1, x, step, 1, sums, rows); }               \
+    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
+                     int64_t *sums) {                                                                                       \
+        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1, NAME##_4x2, NAME##_2x4, NAME##_1x1); \
+    }
+
+TILES(trellis)
+TILES(sign)
+
+const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign};
+
+#endif
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -12,7 +12,8 @@ import tiny_models
 import torch
 from bstack.models.slices import MatrixName
 from bstack.pipeline.encode import add_dense
-from bstack.runtime.load import _tensor, dense_weights
+from bstack.runtime.container import plain_tensor
+from bstack.runtime.dense import dense_weights
 from bstack.workdir import Part
 from hypothesis import given, settings
 
@@ -232,4 +233,4 @@ def test_dense_tensors_round_trip(tmp_path_factory, shape, dtype, data):
 
     assert unpack(frame, record.raw_length) == stored.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     chunk = type("Chunk", (), {"dtype": record.dtype, "shape": record.shape})
-    assert torch.equal(_tensor(unpack(frame, record.raw_length), chunk, torch.float32), held)
+    assert torch.equal(plain_tensor(unpack(frame, record.raw_length), chunk).float(), held.float())

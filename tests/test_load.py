@@ -14,7 +14,7 @@ import torch
 from bstack.models import embedded
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.skeleton import Skeleton
-from bstack.runtime.load import dense_weights
+from bstack.runtime.dense import dense_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SETTINGS = bstack.Settings(codec="sign", planes=8, rank=6, samples=4, sequence_length=32)

@@ -16,7 +16,7 @@ from bstack.models.allocator import give_back_freed_memory
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
 
-__all__ = ["Skeleton", "check_finite", "find_layers", "quiet_transformers"]
+__all__ = ["Skeleton", "check_finite", "find_layers", "parameters_on_meta", "quiet_transformers"]
 
 
 class Skeleton:
@@ -134,7 +134,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.name} is an encoder-decoder ({config.model_type}); bstack compresses causal language models."
         )
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
             )
@@ -146,7 +146,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Create parameters without memory, but keep buffers real: rotary tables are computed while building."""
     register = nn.Module.register_parameter
 

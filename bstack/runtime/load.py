@@ -1,41 +1,34 @@
-"""A transformers model with dense weights, rebuilt from the blocks that a budget admits."""
+"""A .bstk file as a transformers model, and the size it has in memory."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import bstk
-from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError, reason
-from bstack.models.skeleton import quiet_transformers
-from bstack.models.slices import MatrixName
-from bstk.errors import DamagedError
+from bstack.runtime.container import embedded_files, load_tokenizer
+from bstack.runtime.dense import dense_model
+from bstack.runtime.residence import Residence, Resident
+from bstack.runtime.stacked import stacked_model
+from bstk.errors import UsageError
 
-__all__ = ["dense_weights", "load"]
+__all__ = ["load", "resident", "residence_of", "resize"]
 
-_DTYPES = {
-    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
-    "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
-}
+MODES = ("dense", "stack")
 
 
 def load(
     path: str | os.PathLike[str],
     *,
     mb: int | float | str | Decimal | None = None,
+    mode: str = "dense",
     dtype: torch.dtype = torch.float32,
     strict: bool = False,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
-
-    The weights are rebuilt densely, so the model takes the memory of the original; `mb` decides the quality.
 
     Parameters
     ----------
@@ -44,8 +37,11 @@ def load(
     mb : number or str, optional
         Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
         By default all that are there.
+    mode : str
+        ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
+        ``stack``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
     dtype : torch.dtype
-        Of the dense weights.
+        Of activations, and of dense weights.
     strict : bool
         Refuse a partial file.
 
@@ -61,140 +57,72 @@ def load(
     bstk.BudgetError
         When the smallest model is larger than `mb`.
     bstk.BstkError
-        For a file that is not whole, not readable or damaged.
+        For a file that is not whole, not readable or damaged, and for an unknown mode.
     """
-    with bstk.open(path, strict=strict) as file, tempfile.TemporaryDirectory(prefix="bstack-") as folder:
-        chunks = file.chunks[: file.fit(mb=mb).chunks]
-        for name, chunk in file.files.items():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read(chunk))
-        model = _empty_model(Path(folder), str(path))
-        return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, str(path)), _tokenizer(Path(folder))
+    if mode not in MODES:
+        raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
+    file = bstk.open(path, strict=strict)
+    try:
+        cut = file.fit(mb)
+        with embedded_files(file) as folder:
+            if mode == "dense":
+                model = dense_model(file, file.chunks[: cut.chunks], folder, dtype)
+            else:
+                model, residence = stacked_model(file, folder, dtype)
+                residence.resize(mb)
+                model.bstack_residence = residence
+            tokenizer = load_tokenizer(folder)
+    except BaseException:
+        file.close()
+        raise
+    if mode == "dense":
+        file.close()
+    return model, tokenizer
 
 
-def dense_weights(
-    file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], model: torch.nn.Module, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rebuild the parameters of a model from some of a file's chunks.
+def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:
+    """Change how much of a model is in memory, while it runs if need be, from any thread.
+
+    Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
+    and each counts from the next product on. Text and caches of keys and values that exist stay as they are
+    (docs/performance.md says what that means).
 
     Parameters
     ----------
-    file : bstk.Reader
-    chunks : tuple of bstk.Chunk
-        A prefix of the file's chunks.
-    model : torch.nn.Module
-        Gives the full shapes; may be on the meta device.
-    dtype : torch.dtype
-        Of what was floating.
+    model : transformers.PreTrainedModel
+        From ``load(..., mode="stack")``.
+    mb : number or str, optional
+        The new budget in MB, as for `load`; None for all that the file has.
+    wait : bool
+        Return only when everything is loaded.
 
-    Yields
+    Returns
+    -------
+    Resident
+        What is in memory on return.
+
+    Raises
     ------
-    name : str
-        State-dict name.
-    tensor : torch.Tensor
+    bstk.UsageError
+        The budget is nonsense, or the model has dense weights.
+    bstk.BudgetError
+        The smallest model is larger than `mb`. Nothing has changed.
+    bstk.DamagedError, OSError, MemoryError
+        A block could not be read. The model keeps the blocks it has and runs on.
     """
-    stacks: dict[str, list[bstk.Chunk]] = {}
-    for chunk in chunks:
-        if chunk.is_block:
-            stacks.setdefault(chunk.name, []).append(chunk)
-        elif chunk.is_weight:
-            yield chunk.name, _tensor(file.read(chunk), chunk, dtype)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    parts: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = {}
-    for name, blocks in stacks.items():
-        matrix = _parse(name)
-        parts.setdefault(matrix.parameter, []).append((matrix, blocks))
-    for parameter, matrices in parts.items():
-        if parameter not in shapes:
-            raise UnsupportedModelError(f"The file holds {parameter}, which this transformers' model does not have.")
-        tensor = torch.empty(shapes[parameter], dtype=dtype)
-        filled = 0
-        for matrix, blocks in matrices:
-            view = _view(matrix, tensor, blocks[0])
-            codec = codec_of_kind(blocks[0].kind)
-            payloads = [file.read(block) for block in blocks]
-            view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
-            filled += view.numel()
-        if filled != tensor.numel():
-            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {tensor.numel()}.")
-        yield parameter, tensor
+    residence = residence_of(model)
+    residence.resize(mb, wait=wait)
+    return residence.state
 
 
-def _parse(name: str) -> MatrixName:
-    try:
-        return MatrixName.parse(name)
-    except ValueError as error:
-        raise DamagedError(f"{error}; format/SPEC.md says what names of stacks look like.") from None
+def resident(model: Any) -> Resident:
+    """What of a model is in memory; raises bstk.UsageError for one with dense weights."""
+    return residence_of(model).state
 
 
-def _view(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torch.Tensor:
-    """The part of a parameter that a stack fills, if their shapes agree."""
-    try:
-        view = matrix.view(tensor, block.transposed)
-    except (IndexError, RuntimeError):
-        view = None
-    if view is None or tuple(view.shape) != tuple(block.shape):
-        raise DamagedError(
-            f"The stack {block.name} is {' x '.join(map(str, block.shape))}, which is not what it should fill in a "
-            f"parameter of {' x '.join(map(str, tensor.shape))}."
-        )
-    return view
-
-
-def _tensor(raw: bytes, chunk: bstk.Chunk, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(_DTYPES[chunk.dtype]).reshape(chunk.shape)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _config(folder: Path, shown: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{shown}: its configuration cannot be used by this transformers: {reason(error)}"
-        ) from None
-
-
-def _empty_model(folder: Path, shown: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = _config(folder, shown)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"{shown}: this transformers cannot build its model ({config.model_type}): "
-            f"{reason(error)}"
-        ) from None
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:
-    # from_pretrained also computes the buffers that no checkpoint holds and ties what is tied.
-    cls, config, generation = type(model), model.config, model.generation_config
-    with quiet_transformers():
-        filled, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
-    filled.generation_config = generation
-    return filled.eval()
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def residence_of(model: Any) -> Residence:
+    """The blocks of a model from ``load(..., mode="stack")``; raises bstk.UsageError for another."""
+    residence = getattr(model, "bstack_residence", None)
+    if not isinstance(residence, Residence):
+        raise UsageError("this model has dense weights, which have no size to change: bstack.load(..., mode='stack').")
+    return residence

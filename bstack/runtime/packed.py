@@ -1,0 +1,138 @@
+"""Products with a parameter that stays as it is stored: blocks, or a table of half precision.
+
+Both kinds offer the same three operations, on torch tensors of any floating type.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
+from bstack.numerics.rotation import unrotate
+
+__all__ = ["Blocks", "Packed", "Table"]
+
+# Up to so many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
+FEW = 8
+# Rows that are decoded at a time: what fits in a second-level cache or little more.
+DECODED = 2**19
+
+
+class Packed(Protocol):
+    """W of m rows (outputs) and n columns (inputs), in whatever form."""
+
+    rows: int
+    columns: int
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: (..., n) -> (..., m), in the type of x."""
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of W: integers (...) -> (..., n)."""
+
+    def dense(self) -> torch.Tensor:
+        """W, float32, shape (m, n)."""
+
+
+class Blocks:
+    """A parameter made of stacks; its depth may change between any two calls, and during one.
+
+    Parameters
+    ----------
+    parts : sequence of Matrix
+        One under the other, all with the same number of columns.
+
+    Attributes
+    ----------
+    lock : threading.Lock
+        Held while a kernel reads the blocks. Who drops blocks lowers `count` under it, and then nobody reads them.
+    """
+
+    def __init__(self, parts: Sequence[Matrix]):
+        self.parts = list(parts)
+        self.rows = sum(part.rows for part in parts)
+        self.columns = parts[0].columns
+        self.lock = threading.Lock()
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.detach().reshape(-1, self.columns).to(torch.float32).contiguous()
+        if flat.shape[0] <= FEW:
+            with self.lock:
+                outputs = multiply_many(self.parts, flat.numpy())
+            y = torch.from_numpy(outputs[0] if len(outputs) == 1 else np.concatenate(outputs, 1))
+        else:
+            y = self._multiply_many_tokens(flat)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
+
+    def _multiply_many_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(x.shape[0], self.rows)
+        turned = torch.from_numpy(rotate(x.numpy()))
+        step = max(1, DECODED // self.columns)
+        decoded = np.empty((min(step, self.rows), self.columns), np.float32)
+        offset = 0
+        for part in self.parts:
+            for start in range(0, part.rows, step):
+                stop = min(start + step, part.rows)
+                place = y[:, offset + start : offset + stop]
+                for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
+                    with self.lock:
+                        if kind not in part.kind[: part.count]:
+                            continue
+                        weights = decode_rows(part, kind, start, stop, decoded[: stop - start])
+                    place.addmm_(inputs, torch.from_numpy(weights).t())
+            offset += part.rows
+        return y
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        flat = index.reshape(-1)
+        found = torch.empty(flat.numel(), self.columns)
+        offset = 0
+        for part in self.parts:
+            inside = ((flat >= offset) & (flat < offset + part.rows)).nonzero().squeeze(1)
+            if inside.numel():
+                with self.lock:
+                    found[inside] = torch.from_numpy(lookup(part, (flat[inside] - offset).numpy()))
+            offset += part.rows
+        return found.to(dtype).reshape(*index.shape, self.columns)
+
+    def dense(self) -> torch.Tensor:
+        def whole(part: Matrix) -> torch.Tensor:
+            turned, plain = (torch.from_numpy(decode_rows(part, kind, 0, part.rows)) for kind in (TRELLIS, SIGN))
+            return unrotate(turned) + plain
+
+        with self.lock:
+            return torch.cat([whole(part) for part in self.parts])
+
+
+class Table:
+    """A matrix of another floating type than the model's, kept in it and converted some rows at a time.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Shape (m, n).
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self.rows, self.columns = tensor.shape
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(*x.shape[:-1], self.rows)
+        step = max(1, DECODED // self.columns)
+        for start in range(0, self.rows, step):
+            stop = start + step
+            y[..., start:stop] = torch.nn.functional.linear(x, self.tensor[start:stop].to(x.dtype))
+        return y
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.tensor[index].to(dtype)
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.float()

@@ -1,0 +1,184 @@
+"""Which blocks of a file are in memory: loading them, dropping them, while the model runs."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import bstk
+from bstack.kernels.matrix import Matrix
+from bstack.runtime.packed import Blocks
+from bstack.runtime.slabs import Slabs
+
+__all__ = ["Residence", "Resident"]
+
+# Chunks read and decoded ahead, by as many threads as there are usually free processors for it.
+READERS = 2
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What of a model is in memory.
+
+    Attributes
+    ----------
+    weight_bytes : int
+        Weights in memory: blocks and everything that is kept plain.
+    block_bytes : int
+        Blocks alone.
+    blocks, all_blocks : int
+        Blocks in memory, and in the file.
+    bits_per_weight : float or None
+        Of the blocks, over the matrices that have some.
+    target_bytes : int
+        `weight_bytes` when the growth under way is through; equal to it when none is.
+    error : str or None
+        Why the last growth stopped before its end.
+    """
+
+    weight_bytes: int
+    block_bytes: int
+    blocks: int
+    all_blocks: int
+    bits_per_weight: float | None
+    target_bytes: int
+    error: str | None
+
+
+class Residence:
+    """The blocks of an open file in memory, a prefix of its chunks.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+        Kept open, to grow from; closed by `close`.
+    places : mapping
+        Stack name -> its matrix, and the `Blocks` whose lock guards it.
+    """
+
+    def __init__(self, file: bstk.Reader, places: Mapping[str, tuple[Matrix, Blocks]]):
+        self.file = file
+        self._places = places
+        self._slabs = Slabs()
+        self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
+        self._count = 0  # chunks of the file that are in memory, the plain ones taken as there
+        self._target = 0
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+        self._growth: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def resize(self, mb: bstk.Budget | None, *, wait: bool = True) -> None:
+        """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
+
+        Memory that is dropped has gone back to the system on return. Loading goes on in a thread of its own; each block
+        counts from the next product on. A second call while one is loading takes its place.
+
+        Parameters
+        ----------
+        mb : number, str, Decimal or None
+            Megabytes of 2**20 bytes; None for everything in the file.
+        wait : bool
+            Return only when loading is through. If not, a failure shows in `state` and in the next call that waits.
+
+        Raises
+        ------
+        bstk.UsageError, bstk.BudgetError
+            The budget is nonsense, or below the smallest model. Nothing has changed then.
+        bstk.DamagedError, OSError, MemoryError
+            A block could not be read. The model keeps what it has.
+        """
+        cut = self.file.fit(mb)
+        with self._turn:
+            self._stop.set()
+            self._join()
+            self._stop.clear()
+            self._error = None
+            self._target = cut.chunks
+            if cut.chunks < self._count:
+                self._drop(cut.chunks)
+            if cut.chunks > self._count:
+                self._growth = threading.Thread(target=self._grow, args=(cut.chunks,), name="bstack-grow", daemon=True)
+                self._growth.start()
+            growth = self._growth
+        if wait and growth is not None:
+            growth.join()
+            if self._error is not None:
+                raise self._error
+
+    def close(self) -> None:
+        """Stop loading and close the file. What is in memory stays, and the model runs on at its size."""
+        with self._turn:
+            self._stop.set()
+            self._join()
+            self.file.close()
+
+    @property
+    def state(self) -> Resident:
+        """What is in memory now."""
+        loaded = [chunk for number, chunk in self._blocks if number < self._count]
+        weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in loaded if chunk.level == 0)
+        block_bytes = sum(chunk.raw_length for chunk in loaded)
+        return Resident(
+            weight_bytes=self._bytes(self._count),
+            block_bytes=block_bytes,
+            blocks=len(loaded),
+            all_blocks=len(self._blocks),
+            bits_per_weight=8 * block_bytes / weights if weights else None,
+            target_bytes=self._bytes(self._target if self._growth is not None and self._growth.is_alive() else self._count),
+            error=None if self._error is None else str(self._error),
+        )
+
+    def _bytes(self, count: int) -> int:
+        return sum(chunk.raw_length for chunk in self.file.chunks[:count] if chunk.is_weight)
+
+    def _join(self) -> None:
+        if self._growth is not None:
+            self._growth.join()
+            self._growth = None
+
+    def _drop(self, count: int) -> None:
+        """Keep the first chunks. A product that runs sees its matrix shrink only between two reads of its blocks."""
+        gone = [chunk for number, chunk in self._blocks if count <= number < self._count]
+        for chunk in reversed(gone):
+            matrix, guard = self._places[chunk.name]
+            with guard.lock:
+                matrix.count = chunk.level
+        self._slabs.pop(len(gone))
+        self._count = count
+
+    def _grow(self, count: int) -> None:
+        missing = [(number, chunk) for number, chunk in self._blocks if self._count <= number < count]
+        try:
+            for (number, chunk), payload in zip(missing, self._payloads(missing), strict=False):
+                matrix, guard = self._places[chunk.name]
+                address = self._slabs.push(payload)
+                with guard.lock:
+                    matrix.put(chunk.level, chunk.kind.code, chunk.rank, address)
+                    matrix.count = chunk.level + 1
+                self._count = number + 1
+            if not self._stop.is_set():
+                self._count = count
+        except Exception as error:  # kept for whoever waits, or asks
+            self._error = error
+
+    def _payloads(self, missing: list[tuple[int, bstk.Chunk]]) -> Iterator[bytes]:
+        """Raw bytes of chunks in order, read and decoded a little ahead; ends early when growth is to stop."""
+        pending: deque[Future[bytes]] = deque()
+        upcoming = iter(missing)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="bstack-read") as pool:
+            try:
+                while not self._stop.is_set():
+                    for _, chunk in upcoming:
+                        pending.append(pool.submit(self.file.read, chunk))
+                        if len(pending) > READERS:
+                            break
+                    if not pending:
+                        return
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()

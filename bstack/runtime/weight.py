@@ -1,0 +1,175 @@
+"""A parameter that stands for packed weights: to a model's code it is a tensor, and products with it run packed.
+
+Models apply their weights with a handful of operations (`linear`, `embedding`, `addmm`, `matmul`, an index for an
+expert). Standing in for the tensor rather than for the modules makes every architecture run, whatever its modules are
+called. An operation that has no packed form gets the dense weights, rebuilt for that call, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from bstack.runtime.packed import Packed
+
+__all__ = ["PackedWeight"]
+
+
+class PackedWeight(torch.Tensor):
+    """A tensor without data in front of a `Packed` matrix, or of a row of them (experts).
+
+    Parameters
+    ----------
+    packed : Packed or sequence of Packed
+        A sequence makes a tensor of three dimensions.
+    transposed : bool
+        Whether the tensor is inputs x outputs.
+    dtype : torch.dtype
+        That the model's code sees.
+    name : str
+        For messages.
+    """
+
+    packed: Packed | Sequence[Packed]
+    transposed: bool
+    label: str
+
+    @staticmethod
+    def __new__(
+        cls, packed: Packed | Sequence[Packed], transposed: bool, dtype: torch.dtype, name: str
+    ) -> PackedWeight:
+        first = packed[0] if isinstance(packed, Sequence) else packed
+        shape = (first.columns, first.rows) if transposed else (first.rows, first.columns)
+        if isinstance(packed, Sequence):
+            shape = (len(packed), *shape)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made.packed, made.transposed, made.label = packed, transposed, name
+        return made
+
+    def __repr__(self, **_options: Any) -> str:
+        return f"PackedWeight({self.label}, {' x '.join(map(str, tuple(self.shape)))})"
+
+    def rebuilt(self) -> torch.Tensor:
+        """The dense tensor."""
+        if isinstance(self.packed, Sequence):
+            dense = torch.stack([packed.dense() for packed in self.packed])
+        else:
+            dense = self.packed.dense()
+        return (dense.transpose(-1, -2) if self.transposed else dense).to(self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        packed_form = _OPERATIONS.get(func)
+        result = packed_form(*args, **kwargs) if packed_form else NotImplemented
+        return _dense(func, args, kwargs) if result is NotImplemented else result
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _dense(func, args, kwargs or {})
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not _is_matrix(weight) or weight.transposed or isinstance(x, PackedWeight):
+        return NotImplemented
+    y = weight.packed.multiply(x)
+    return y if bias is None else y + bias
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    if not _is_matrix(weight) or not weight.transposed or isinstance(x, PackedWeight) or x.dim() < 2:
+        return NotImplemented
+    return weight.packed.multiply(x)
+
+
+def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    y = _matmul(x, weight)
+    return y if y is NotImplemented or beta != 1 or alpha != 1 else bias + y
+
+
+def _embedding(index: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    # The other arguments concern gradients, but for a largest norm, which no language model sets.
+    largest = args[1] if len(args) > 1 else kwargs.get("max_norm")
+    if not _is_matrix(weight) or weight.transposed or largest is not None:
+        return NotImplemented
+    return weight.packed.lookup(index, weight.dtype)
+
+
+def _item(weight: Any, index: Any) -> Any:
+    single = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool)
+    if not isinstance(weight, PackedWeight) or not isinstance(weight.packed, Sequence) or not single:
+        return NotImplemented
+    index = int(index)
+    return PackedWeight(weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]")
+
+
+def _turned(weight: PackedWeight, *axes: int) -> Any:
+    two_last = {axis % weight.dim() for axis in axes} == {weight.dim() - 1, weight.dim() - 2}
+    if axes and not two_last or not axes and weight.dim() != 2:
+        return NotImplemented
+    return PackedWeight(weight.packed, not weight.transposed, weight.dtype, weight.label)
+
+
+def _is_matrix(weight: Any) -> bool:
+    return isinstance(weight, PackedWeight) and not isinstance(weight.packed, Sequence)
+
+
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
+    functional.linear: _linear,
+    functional.embedding: _embedding,
+    torch.addmm: _addmm,
+    torch.Tensor.__getitem__: _item,
+    torch.Tensor.t: _turned,
+    torch.t: _turned,
+    torch.Tensor.T.__get__: _turned,
+    torch.Tensor.mT.__get__: lambda weight: _turned(weight, -1, -2),
+    torch.Tensor.transpose: _turned,
+    torch.transpose: _turned,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__), _matmul),
+}
+
+# What a tensor without data can answer itself.
+_QUESTIONS = {
+    torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex, torch.Tensor.element_size, torch.Tensor.__len__, torch.is_floating_point,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda",
+                     "is_quantized", "is_sparse", "grad", "grad_fn", "is_mps", "is_nested")
+    ),
+}  # fmt: skip
+
+_told: set[tuple[str, str]] = set()
+
+
+def _dense(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on dense weights, rebuilt for it."""
+    name = getattr(func, "__name__", str(func))
+
+    def rebuilt(value: Any) -> Any:
+        if isinstance(value, PackedWeight):
+            if (value.label, name) not in _told:
+                _told.add((value.label, name))
+                warnings.warn(
+                    f"The model's code applies {name} to {value.label}, which has no packed form: its dense weights are "
+                    "rebuilt at every call, slowly. bstack.load(..., mode='dense') keeps them.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+            return value.rebuilt()
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(rebuilt, value))
+        return value
+
+    return func(*map(rebuilt, args), **{key: rebuilt(value) for key, value in kwargs.items()})

@@ -11,27 +11,47 @@ from bstack.calibration.stream import LayerStream
 
 __all__ = ["InputStatistics", "MomentTable", "gather"]
 
+STRIP = 384
 
-@dataclass
+
 class InputStatistics:
     """What calibration says about one distinct input.
 
+    Parameters
+    ----------
+    width : int
+        Number of inputs.
+
     Attributes
     ----------
-    moment : torch.Tensor
-        X^T X summed over the tokens, float32, shape (inputs, inputs).
     tokens : int
-        Number of rows of X.
+        Number of rows of X so far.
     """
 
-    moment: torch.Tensor
-    tokens: int = 0
+    def __init__(self, width: int):
+        self.tokens = 0
+        self._moment = torch.zeros(width, width)
+        self._mirrored = True
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add tokens; `inputs` has shape (..., inputs)."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.moment.addmm_(rows.t(), rows)
+        # X^T X is symmetric: strips from the diagonal downwards are little more than half the work.
+        for start in range(0, rows.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            self._moment[start:, strip].addmm_(rows[:, start:].t(), rows[:, strip])
         self.tokens += rows.shape[0]
+        self._mirrored = False
+
+    @property
+    def moment(self) -> torch.Tensor:
+        """X^T X summed over the tokens, float32, shape (inputs, inputs)."""
+        if not self._mirrored:
+            for start in range(STRIP, self._moment.shape[0], STRIP):
+                strip = slice(start, start + STRIP)
+                self._moment[:start, strip] = self._moment[strip, :start].t()
+            self._mirrored = True
+        return self._moment
 
 
 @dataclass
@@ -64,7 +84,7 @@ class MomentTable:
         if leader == operand.name:
             if operand.name not in self._statistics:
                 width = inputs.shape[-1]
-                self._statistics[operand.name] = InputStatistics(torch.zeros(width, width))
+                self._statistics[operand.name] = InputStatistics(width)
             self._statistics[operand.name].add(inputs)
         self._leaders.setdefault(operand.name, leader)
 

@@ -77,11 +77,14 @@ class Skeleton:
         return getattr(self.model.get_submodule(owner), leaf)
 
     @contextmanager
-    def loaded(self, names: Iterable[str]) -> Iterator[None]:
-        """Hold the named parameters in memory (float32) for the length of a `with` block."""
+    def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
+        """Hold the named parameters in memory for the length of a `with` block."""
         names = list(names)
         with quiet_transformers():
             self.checkpoint.load(self.model, names)
+        if dtype != torch.float32:
+            for owner, leaf in self._owners(names):
+                owner._parameters[leaf] = nn.Parameter(owner._parameters[leaf].to(dtype))
         self.model.requires_grad_(False)
         self._tie()
         try:
@@ -96,13 +99,18 @@ class Skeleton:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _release(self, names: Iterable[str]) -> None:
+        for owner, leaf in self._owners(names):
+            empty = torch.empty(owner._parameters[leaf].shape, device="meta")
+            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self._tie()
+
+    def _owners(self, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+        """The module that holds each named parameter, and the parameter's name in it; buffers are passed over."""
         for name in names:
             owner_name, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(owner_name)
             if leaf in owner._parameters:
-                empty = torch.empty_like(owner._parameters[leaf], device="meta")
-                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        self._tie()
+                yield owner, leaf
 
 
 @contextmanager

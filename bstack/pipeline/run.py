@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import bstk
-from bstack.calibration.selftext import TOGETHER, write_windows
+from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
@@ -160,13 +160,12 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
     if not work.has(FILES_PART):
         add_files(skeleton, work)
     count = settings.samples + HELD_OUT
-    steps = settings.sequence_length * -(-count // TOGETHER)
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
             tokenizer = _tokenizer(work)
             return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
-        with progress("calibration text", steps) as step:
+        with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
             windows = write_windows(
                 skeleton, count, settings.sequence_length, seed=settings.seed, progress=step
             )

@@ -1,0 +1,71 @@
+"""A cache of keys and values that grows in place: transformers' own copies all of it at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+__all__ = ["GrowingLayer", "growing_cache"]
+
+LEAST = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, written into buffers that double when they are full.
+
+    `keys` and `values` are views of the buffers' used part, so all that transformers does with them (cropping,
+    reordering, selecting) works; what it replaces is copied to new buffers at the next update.
+    """
+
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens; both of shape (batch, heads, new tokens, width). Returns all keys and values as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used = self.get_seq_length()
+        needed = used + key_states.shape[-2]
+        if not self._owns(self.keys, 0) or not self._owns(self.values, 1) or self._buffers[0].shape[-2] < needed:
+            self._buffers = tuple(
+                _buffer(new, old, used, max(LEAST, 2 * needed))
+                for new, old in ((key_states, self.keys), (value_states, self.values))
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., used:needed, :] = new
+        self.keys, self.values = (buffer[..., :needed, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._buffers = None
+        super().reset()
+
+    def _owns(self, tensor: torch.Tensor, which: int) -> bool:
+        """Whether a tensor is the start of its buffer."""
+        buffer = self._buffers[which] if self._buffers else None
+        return buffer is not None and tensor._base is buffer and tensor.data_ptr() == buffer.data_ptr()
+
+
+def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
+    if used:
+        buffer[..., :used, :] = old
+    return buffer
+
+
+def growing_cache(model: Any) -> DynamicCache | None:
+    """A cache for a model's `generate` or `forward`; None for models that keep a state of another kind.
+
+    Layers with a sliding window keep transformers' own cache, which is bounded.
+    """
+    if not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config)
+    if not cache.layers:
+        cache.layer_class_to_replicate = GrowingLayer
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -38,8 +38,14 @@ extern const struct kernels bstack_avx2, bstack_avx512;
 #endif
 const struct kernels *bstack_kernels(void);
 
+#if defined(__GNUC__) || defined(__clang__)
+#define ALIGNED __attribute__((aligned(64)))
+#else
+#define ALIGNED
+#endif
+
 /* OFFSET + T of SPEC.md, section 6. */
-extern const uint8_t bstack_table[256];
+ALIGNED extern const uint8_t bstack_table[256];
 
 /* Half precision to single, exactly. */
 static inline float half_to_float(const uint8_t *at) {

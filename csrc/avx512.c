@@ -60,12 +60,18 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep
             h[e] = k + e < tall * deep ? high[k + e] : _mm512_setzero_si512();
             l[e] = k + e < tall * deep ? low[k + e] : _mm512_setzero_si512();
         }
-        int64_t total[4];
         const __m256i h64 = _mm256_cvtepi32_epi64(sum_lanes(h)), l64 = _mm256_cvtepi32_epi64(sum_lanes(l));
-        _mm256_storeu_si256((__m256i *)total, _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64));
-        UNROLL
-        for (int e = 0; e < 4; e++)
-            if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+        const __m256i all = _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64);
+        if (tall == 4) {
+            __m256i *to = (__m256i *)(sums + k / 4 * rows);
+            _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), all));
+        } else {
+            int64_t total[4];
+            _mm256_storeu_si256((__m256i *)total, all);
+            UNROLL
+            for (int e = 0; e < 4; e++)
+                if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+        }
     }
 }
 

@@ -37,21 +37,21 @@ INLINE __m256i mix(__m256i mask, __m256i a, __m256i b) {
     return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 
+/* Values of the windows: tables 16 k to 16 k + 15 for a high half byte k, the right one found bit by bit. A blend looks
+ * at the top bit of each byte, so the bits of the window are moved there. */
 INLINE __m256i look_up(__m256i window) {
     const __m256i low = _mm256_and_si256(window, _mm256_set1_epi8(0x0F));
-    __m256i value[16];
+    const __m256i bit4 = _mm256_slli_epi16(window, 3), bit5 = _mm256_slli_epi16(window, 2), bit6 = _mm256_slli_epi16(window, 1);
+    __m256i eighth[2], quarter[2], half[2];
     UNROLL
-    for (int k = 0; k < 16; k++) {
-        const __m128i part = _mm_loadu_si128((const __m128i *)(bstack_table + 16 * k));
-        value[k] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(part), low);
+    for (int k = 0; k < 16; k += 2) { /* depth first: few registers are needed at a time */
+        const __m256i even = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(bstack_table + 16 * k)));
+        const __m256i odd = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(bstack_table + 16 * k + 16)));
+        eighth[k / 2 & 1] = _mm256_blendv_epi8(_mm256_shuffle_epi8(even, low), _mm256_shuffle_epi8(odd, low), bit4);
+        if (k & 2) quarter[k / 4 & 1] = _mm256_blendv_epi8(eighth[0], eighth[1], bit5);
+        if ((k & 6) == 6) half[k / 8] = _mm256_blendv_epi8(quarter[0], quarter[1], bit6);
     }
-    /* A blend looks at the top bit of each byte: bits 4, 5, 6 and 7 of the windows in turn. */
-    const __m256i bit[4] = {_mm256_slli_epi16(window, 3), _mm256_slli_epi16(window, 2), _mm256_slli_epi16(window, 1), window};
-    UNROLL
-    for (int level = 0; level < 4; level++)
-        UNROLL
-        for (int k = 0; k < 8 >> level; k++) value[k] = _mm256_blendv_epi8(value[2 * k], value[2 * k + 1], bit[level]);
-    return value[0];
+    return _mm256_blendv_epi8(half[0], half[1], window);
 }
 
 INLINE __m256i multiply_add(__m256i sum, __m256i value, const uint8_t *x) {

@@ -15,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { WIDE = 64 }; /* bytes of a register */
+enum { WIDE = 64, SHORT = 16 }; /* bytes of a register; of code bytes whose windows fill one */
 
 static void arrange(int16_t *x, size_t groups) {
     for (size_t g = 0; g < groups; g++, x += GROUP) {
@@ -60,13 +60,24 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep
             h[e] = k + e < tall * deep ? high[k + e] : _mm512_setzero_si512();
             l[e] = k + e < tall * deep ? low[k + e] : _mm512_setzero_si512();
         }
-        int64_t total[4];
         const __m256i h64 = _mm256_cvtepi32_epi64(sum_lanes(h)), l64 = _mm256_cvtepi32_epi64(sum_lanes(l));
-        _mm256_storeu_si256((__m256i *)total, _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64));
-        UNROLL
-        for (int e = 0; e < 4; e++)
-            if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+        const __m256i all = _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64);
+        if (tall == 4) {
+            __m256i *to = (__m256i *)(sums + k / 4 * rows);
+            _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), all));
+        } else {
+            int64_t total[4];
+            _mm256_storeu_si256((__m256i *)total, all);
+            UNROLL
+            for (int e = 0; e < 4; e++)
+                if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+        }
     }
+}
+
+INLINE __m512i look_up(const __m512i *table, __m512i window) {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(window), _mm512_permutex2var_epi8(table[0], window, table[1]),
+                                  _mm512_permutex2var_epi8(table[2], window, table[3]));
 }
 
 /* One register of code bytes of `tall` rows: 256 columns, 64 of each quarter. */
@@ -89,15 +100,50 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall
         for (int i = 0; i < tall; i++) {
             const __m512i window = quarter & 2 ? mix(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
                                                : mix(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
-            const __m512i value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(window),
-                                                         _mm512_permutex2var_epi8(table[0], window, table[1]),
-                                                         _mm512_permutex2var_epi8(table[2], window, table[3]));
+            const __m512i value = look_up(table, window);
             UNROLL
             for (int o = 0; o < deep; o++) {
                 const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
                 high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value, _mm512_loadu_si512(at));
                 low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], value, _mm512_loadu_si512(at + WIDE));
             }
+        }
+    }
+}
+
+/* 16 bytes from each quarter's inputs. */
+INLINE __m512i from_quarters(const uint8_t *at) {
+    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + OPERAND)), 1);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 2 * OPERAND)), 2);
+    return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 3 * OPERAND)), 3);
+}
+
+/* 16 code bytes of `tall` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
+INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
+                               const __m512i *table, __m512i *high, __m512i *low) {
+    const __m512i shift = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi16(2), _mm_setzero_si128())),
+                                             _mm256_set_m128i(_mm_set1_epi16(6), _mm_set1_epi16(4)), 1);
+    const __mmask16 there = left >= SHORT ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1);
+    __m512i row[8], pair[8]; /* the code of the lane's quarter in the low bits; of rows e and e + 1, the older row's above */
+    UNROLL
+    for (int e = 0; e < tall + 3; e++) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(there, codes + (size_t)e * stride);
+        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
+    }
+    UNROLL
+    for (int e = 0; e < tall + 2; e++) pair[e] = mix(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
+    __m512i value[4];
+    UNROLL
+    for (int i = 0; i < tall; i++)
+        value[i] = look_up(table, mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4)));
+    UNROLL
+    for (int o = 0; o < deep; o++) {
+        const __m512i x_high = from_quarters(x + (size_t)o * step), x_low = from_quarters(x + (size_t)o * step + WIDE);
+        UNROLL
+        for (int i = 0; i < tall; i++) {
+            high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value[i], x_high);
+            low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], value[i], x_low);
         }
     }
 }
@@ -112,7 +158,11 @@ INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tal
     int b = 0;
     for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND)
         trellis_step(codes + b, stride, WIDE, tall, x, step, deep, table, high, low);
-    if (b < width) trellis_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
+    if (width - b > 2 * SHORT)
+        trellis_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
+    else
+        for (; b < width; b += SHORT, x += SHORT)
+            trellis_short_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
     add_sums(high, low, tall, deep, sums, rows);
 }
 

@@ -1,7 +1,7 @@
 /* Rows of a matrix as floats: for products with the BLAS (long prompts), and for embeddings. */
 #include "kernels.h"
 
-enum { PART = 16 }; /* rows of a part */
+enum { PART = 16, RUN = 256 }; /* rows of a part; columns taken together, in loops that vectorise */
 
 /* Add the rows of one trellis block: a_i T[w_ij], for the rotated inputs. */
 static void add_trellis(const struct bstack_matrix *matrix, int level, int row, float *out) {
@@ -13,9 +13,15 @@ static void add_trellis(const struct bstack_matrix *matrix, int level, int row, 
     for (int w = 0; w < 256; w++) value[w] = a * (float)(bstack_table[w] - OFFSET);
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         const int shift = 2 * quarter, from = quarter * (int)q, length = n - from < (int)q ? n - from : (int)q;
-        for (int b = 0; b < length; b++)
-            out[from + b] += value[(codes[b + 3 * q] >> shift & 3) | (codes[b + 2 * q] >> shift & 3) << 2 |
-                                   (codes[b + q] >> shift & 3) << 4 | (codes[b] >> shift & 3) << 6];
+        for (int start = 0; start < length; start += RUN) {
+            const int run = length - start < RUN ? length - start : RUN;
+            const uint8_t *at = codes + start;
+            uint8_t window[RUN];
+            for (int b = 0; b < run; b++)
+                window[b] = (uint8_t)((at[b + 3 * q] >> shift & 3) | (at[b + 2 * q] >> shift & 3) << 2 |
+                                      (at[b + q] >> shift & 3) << 4 | (at[b] >> shift & 3) << 6);
+            for (int b = 0; b < run; b++) out[from + start + b] += value[window[b]];
+        }
     }
 }
 
@@ -28,10 +34,21 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
     const uint8_t *v = matrix->block[level] + rows * (stride + 2 * (size_t)rank);
     float left[BSTACK_RANK];
     for (int r = 0; r < rank; r++) left[r] = half_to_float(u + 2 * r);
-    for (int j = 0; j < n; j++) {
-        float sum = 0.0f;
-        for (int r = 0; r < rank; r++) sum += left[r] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
-        out[j] += bits[j >> 3] >> (j & 7) & 1 ? sum : -sum;
+    for (int start = 0; start < n; start += RUN) {
+        const int run = n - start < RUN ? n - start : RUN;
+        float right[RUN * BSTACK_RANK], sum[RUN];
+        for (int k = 0; k < run * rank; k++) right[k] = half_to_float(v + 2 * ((size_t)start * (size_t)rank + (size_t)k));
+        for (int j = 0; j < run; j++) {
+            sum[j] = 0.0f;
+            for (int r = 0; r < rank; r++) sum[j] += left[r] * right[j * rank + r];
+        }
+        for (int j = 0; j < run; j++) { /* without branches, which random signs would mislead */
+            uint32_t turned;
+            memcpy(&turned, sum + j, 4);
+            turned ^= (~(uint32_t)bits[(start + j) >> 3] >> (j & 7) & 1u) << 31;
+            memcpy(sum + j, &turned, 4);
+            out[start + j] += sum[j];
+        }
     }
 }
 

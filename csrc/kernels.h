@@ -4,6 +4,10 @@
 
 #include "bstack.h"
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "blocks are little-endian, and so must the machine be"
+#endif
+
 #include <string.h>
 
 enum {
@@ -38,25 +42,27 @@ extern const struct kernels bstack_avx2, bstack_avx512;
 #endif
 const struct kernels *bstack_kernels(void);
 
-/* OFFSET + T of SPEC.md, section 6. */
-extern const uint8_t bstack_table[256];
+#if defined(__GNUC__) || defined(__clang__)
+#define ALIGNED __attribute__((aligned(64)))
+#else
+#define ALIGNED
+#endif
 
-/* Half precision to single, exactly. */
+/* OFFSET + T of SPEC.md, section 6. */
+ALIGNED extern const uint8_t bstack_table[256];
+
+/* Half precision, little-endian, to single, exactly. */
 static inline float half_to_float(const uint8_t *at) {
-    const uint32_t h = (uint32_t)at[0] | (uint32_t)at[1] << 8;
-    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    uint16_t half;
+    memcpy(&half, at, 2);
+    const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu;
+    /* As if the exponent were single precision's, then put right by 2^112: right for subnormal halves too. */
+    uint32_t bits = rest << 13;
     float value;
-    if (rest >= 0x7c00u) { /* infinity, NaN */
-        const uint32_t bits = 0x7f800000u | (rest & 0x3ffu) << 13;
-        memcpy(&value, &bits, 4);
-    } else { /* as if the exponent were single precision's, then put right by 2^112; subnormal halves included */
-        const uint32_t bits = rest << 13;
-        memcpy(&value, &bits, 4);
-        value *= 0x1p112f;
-    }
-    uint32_t bits;
+    memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
     memcpy(&bits, &value, 4);
-    bits |= sign;
+    bits |= sign | (rest >= 0x7c00u ? 0x7f800000u : 0u); /* infinity and NaN */
     memcpy(&value, &bits, 4);
     return value;
 }

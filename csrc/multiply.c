@@ -11,7 +11,8 @@
 enum {
     ROWS = 16,           /* rows summed at once */
     TOKENS = 8,          /* tokens taken at once */
-    PART = 1 << 16,      /* packed bytes of a part, about */
+    PART = 1 << 13,      /* packed bytes of a part, at least */
+    SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
     PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
 };
 
@@ -102,10 +103,12 @@ static void add_trellis(const struct job *job, const struct bstack_matrix *matri
         job->kernels->trellis(matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT), rows,
                               in->codes + b * QUARTERS * 2, in->step, in->count, sums);
     const uint8_t *scale = matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)start;
-    for (int i = 0; i < rows; i++) {
-        const float a = half_to_float(scale + 2 * (size_t)i);
-        for (int t = 0; t < job->tokens; t++)
-            y[(size_t)t * matrix->rows + start + i] += (float)(sums[t * rows + i] - OFFSET * in->total[t]) * in->scale[t] * a;
+    float a[ROWS];
+    for (int i = 0; i < rows; i++) a[i] = half_to_float(scale + 2 * (size_t)i);
+    for (int t = 0; t < job->tokens; t++) {
+        float *to = y + (size_t)t * matrix->rows + start;
+        const int64_t offset = OFFSET * in->total[t];
+        for (int i = 0; i < rows; i++) to[i] += (float)(sums[t * rows + i] - offset) * in->scale[t] * a[i];
     }
 }
 
@@ -181,16 +184,26 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     return at;
 }
 
-/* Share out the rows: parts of about PART bytes, in whole steps of ROWS. Returns the number of parts. */
+/* Packed bytes of a row, one more than none. */
+static size_t row_bytes(const struct bstack_matrix *matrix) {
+    size_t bytes = 1;
+    for (int level = 0; level < matrix->count; level++)
+        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns) : sign_stride(matrix->columns);
+    return bytes;
+}
+
+/* Share out the rows of all matrices, in whole steps of ROWS. Returns the number of parts. */
 static int share_out(struct job *job) {
+    size_t all = 0;
+    for (int i = 0; i < job->count; i++) all += row_bytes(job->matrices[i]) * (size_t)job->matrices[i]->rows;
+    size_t size = all / (size_t)(SHARE * bstack_threads());
+    if (size < PART) size = PART;
     int parts = 0;
     for (int i = 0; i < job->count; i++) {
         const struct bstack_matrix *matrix = job->matrices[i];
-        size_t row = 1;
-        for (int level = 0; level < matrix->count; level++)
-            row += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns) : sign_stride(matrix->columns);
+        const size_t rows = round_up(size / row_bytes(matrix) + 1, ROWS);
+        job->rows[i] = rows < (size_t)matrix->rows ? (int)rows : matrix->rows;
         job->first[i] = parts;
-        job->rows[i] = (int)round_up(PART / row + 1, ROWS);
         parts += (matrix->rows + job->rows[i] - 1) / job->rows[i];
     }
     return job->first[job->count] = parts;

@@ -1,7 +1,7 @@
 /* The table T of trellis blocks (format/SPEC.md, section 6), with OFFSET added so that it fits unsigned bytes. */
 #include "kernels.h"
 
-const uint8_t bstack_table[256] = {
+ALIGNED const uint8_t bstack_table[256] = {
     84, 161, 119, 226, 142, 91, 175, 125, 56, 145, 111, 185, 137, 80, 168, 116,
     19, 143, 103, 178, 131, 64, 164, 110, 205, 126, 82, 162, 119, 51, 153, 100,
     184, 125, 81, 152, 110, 246, 141, 89, 178, 118, 69, 152, 105, 191, 138, 79,

@@ -64,4 +64,32 @@ const char *bstack_instructions(void);
 int bstack_use(const char *name);
 int bstack_offers(const char *name);
 
+/* A decoder of the Llama family: root-mean-square norms, rotary positions, grouped queries, gated feed-forward. Norms and
+ * biases are float arrays; query_norm, key_norm and all biases may be null. */
+enum { BSTACK_PARTS = 256 }; /* matrices that make up the head, at most */
+
+struct bstack_layer {
+    const struct bstack_matrix *query, *key, *value, *out, *gate, *up, *down;
+    const float *input_norm, *post_norm, *query_norm, *key_norm;
+    const float *query_bias, *key_bias, *value_bias, *out_bias, *gate_bias, *up_bias, *down_bias;
+    float *keys, *values; /* the cache: key_heads x capacity x head_width */
+};
+
+struct bstack_decoder {
+    int32_t width, inner, heads, key_heads, head_width, layers, head_parts;
+    float epsilon, scale; /* of the norms; of attention scores */
+    const struct bstack_layer *layer;
+    const float *final_norm;
+    const struct bstack_matrix *const *head; /* one under the other */
+    float *scratch;                          /* as many floats as bstack_decoder_scratch says */
+};
+
+size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int capacity);
+
+/* Run one token: x, its embedding, width floats, is used up; cosine and sine of its position, head_width floats each.
+ * Its keys and values are written to the caches at `position`, those before it are read. logits: one for each row of the
+ * head. Returns 0, or 1 when there is no memory. */
+int bstack_decoder_step(const struct bstack_decoder *decoder, float *x, const float *cosine, const float *sine, int position,
+                        int capacity, float *logits);
+
 #endif

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["GrowingLayer", "growing_cache"]
+__all__ = ["GrowingLayer", "growing_cache", "let_grow"]
 
 LEAST = 64
 
@@ -27,17 +27,32 @@ class GrowingLayer(DynamicLayer):
         """Append tokens; both of shape (batch, heads, new tokens, width). Returns all keys and values as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self._buffers = None
+        used, new = self.get_seq_length(), key_states.shape[-2]
+        for buffer, states in zip(self.reserve(new, key_states, value_states), (key_states, value_states), strict=True):
+            buffer[..., used : used + new, :] = states
+        self.advance(new)
+        return self.keys, self.values
+
+    def reserve(self, tokens: int, *like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make room for more tokens and return the buffers of keys and of values, (batch, heads, capacity, width).
+
+        `like` gives the shapes for a cache that is still empty: keys, values.
+        """
         used = self.get_seq_length()
-        needed = used + key_states.shape[-2]
+        needed = used + tokens
         if not self._owns(self.keys, 0) or not self._owns(self.values, 1) or self._buffers[0].shape[-2] < needed:
             self._buffers = tuple(
-                _buffer(new, old, used, max(LEAST, 2 * needed))
-                for new, old in ((key_states, self.keys), (value_states, self.values))
+                _buffer(shape, old, used, max(LEAST, 2 * needed))
+                for shape, old in zip(like or (self.keys, self.values), (self.keys, self.values), strict=True)
             )
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., used:needed, :] = new
-        self.keys, self.values = (buffer[..., :needed, :] for buffer in self._buffers)
-        return self.keys, self.values
+            self.advance(0)
+        return self._buffers
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were written into the buffers behind those that are there."""
+        stop = self.get_seq_length() + tokens
+        self.keys, self.values = (buffer[..., :stop, :] for buffer in self._buffers)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -65,7 +80,16 @@ def growing_cache(model: Any) -> DynamicCache | None:
     if not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config)
-    if not cache.layers:
-        cache.layer_class_to_replicate = GrowingLayer
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    let_grow(cache)
     return cache
+
+
+def let_grow(cache: Any) -> None:
+    """Have the layers of a cache that is still empty grow in place, where they are transformers' plain ones."""
+    if type(cache) is not DynamicCache:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer for layer in cache.layers
+    ]

@@ -11,6 +11,7 @@ import torch
 import bstk
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
+from bstack.runtime.fused import install
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
 from bstk.errors import UsageError
@@ -71,6 +72,7 @@ def load(
                 model, residence = stacked_model(file, folder, dtype)
                 residence.resize(mb)
                 model.bstack_residence = residence
+                install(model, residence.gate)
             tokenizer = load_tokenizer(folder)
     except BaseException:
         file.close()

@@ -5,7 +5,6 @@ Both kinds offer the same three operations, on torch tensors of any floating typ
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import torch
 from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 from bstack.numerics.rotation import unrotate
+from bstack.runtime.gate import Gate
 
 __all__ = ["Blocks", "Packed", "Table"]
 
@@ -47,23 +47,20 @@ class Blocks:
     ----------
     parts : sequence of Matrix
         One under the other, all with the same number of columns.
-
-    Attributes
-    ----------
-    lock : threading.Lock
+    gate : Gate
         Held while a kernel reads the blocks. Who drops blocks lowers `count` under it, and then nobody reads them.
     """
 
-    def __init__(self, parts: Sequence[Matrix]):
+    def __init__(self, parts: Sequence[Matrix], gate: Gate):
         self.parts = list(parts)
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
-        self.lock = threading.Lock()
+        self.gate = gate
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns).to(torch.float32).contiguous()
         if flat.shape[0] <= FEW:
-            with self.lock:
+            with self.gate:
                 outputs = multiply_many(self.parts, flat.numpy())
             y = torch.from_numpy(outputs[0] if len(outputs) == 1 else np.concatenate(outputs, 1))
         else:
@@ -81,7 +78,7 @@ class Blocks:
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
                 for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
-                    with self.lock:
+                    with self.gate:
                         if kind not in part.kind[: part.count]:
                             continue
                         weights = decode_rows(part, kind, start, stop, decoded[: stop - start])
@@ -96,7 +93,7 @@ class Blocks:
         for part in self.parts:
             inside = ((flat >= offset) & (flat < offset + part.rows)).nonzero().squeeze(1)
             if inside.numel():
-                with self.lock:
+                with self.gate:
                     found[inside] = torch.from_numpy(lookup(part, (flat[inside] - offset).numpy()))
             offset += part.rows
         return found.to(dtype).reshape(*index.shape, self.columns)
@@ -106,7 +103,7 @@ class Blocks:
             turned, plain = (torch.from_numpy(decode_rows(part, kind, 0, part.rows)) for kind in (TRELLIS, SIGN))
             return unrotate(turned) + plain
 
-        with self.lock:
+        with self.gate:
             return torch.cat([whole(part) for part in self.parts])
 
 

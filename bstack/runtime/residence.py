@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import bstk
 from bstack.kernels.matrix import Matrix
-from bstack.runtime.packed import Blocks
+from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Slabs
 
 __all__ = ["Residence", "Resident"]
@@ -56,12 +56,15 @@ class Residence:
     file : bstk.Reader
         Kept open, to grow from; closed by `close`.
     places : mapping
-        Stack name -> its matrix, and the `Blocks` whose lock guards it.
+        Stack name -> its matrix.
+    gate : Gate
+        Held by whoever reads the matrices' blocks.
     """
 
-    def __init__(self, file: bstk.Reader, places: Mapping[str, tuple[Matrix, Blocks]]):
+    def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate):
         self.file = file
         self._places = places
+        self.gate = gate
         self._slabs = Slabs()
         self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
         self._count = 0  # chunks of the file that are in memory, the plain ones taken as there
@@ -141,12 +144,11 @@ class Residence:
             self._growth = None
 
     def _drop(self, count: int) -> None:
-        """Keep the first chunks. A product that runs sees its matrix shrink only between two reads of its blocks."""
+        """Keep the first chunks."""
         gone = [chunk for number, chunk in self._blocks if count <= number < self._count]
-        for chunk in reversed(gone):
-            matrix, guard = self._places[chunk.name]
-            with guard.lock:
-                matrix.count = chunk.level
+        with self.gate:
+            for chunk in reversed(gone):
+                self._places[chunk.name].count = chunk.level
         self._slabs.pop(len(gone))
         self._count = count
 
@@ -154,11 +156,10 @@ class Residence:
         missing = [(number, chunk) for number, chunk in self._blocks if self._count <= number < count]
         try:
             for (number, chunk), payload in zip(missing, self._payloads(missing), strict=False):
-                matrix, guard = self._places[chunk.name]
-                address = self._slabs.push(payload)
-                with guard.lock:
-                    matrix.put(chunk.level, chunk.kind.code, chunk.rank, address)
-                    matrix.count = chunk.level + 1
+                matrix = self._places[chunk.name]
+                # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
+                matrix.put(chunk.level, chunk.kind.code, chunk.rank, self._slabs.push(payload))
+                matrix.count = chunk.level + 1
                 self._count = number + 1
             if not self._stop.is_set():
                 self._count = count

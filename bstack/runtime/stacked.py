@@ -15,6 +15,7 @@ from bstack.kernels.matrix import BLOCKS, Matrix
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
+from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Blocks, Table
 from bstack.runtime.residence import Residence
 from bstack.runtime.weight import PackedWeight
@@ -59,14 +60,15 @@ def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype) -> tuple[
             )
         matrix = parse_name(name)
         by_parameter[matrix.parameter].append((matrix, blocks[0]))
-    places: dict[str, tuple[Matrix, Blocks]] = {}
+    places: dict[str, Matrix] = {}
+    gate = Gate()
     for parameter, parts in by_parameter.items():
-        _put(model, parameter, _packed_weight(model, parameter, parts, places, dtype, shown), shown)
+        _put(model, parameter, _packed_weight(model, parameter, parts, places, gate, dtype, shown), shown)
     _tie(model, shown)
     generation = generation_config(folder)
     if generation is not None:
         model.generation_config = generation
-    return model.eval().requires_grad_(False), Residence(file, places)
+    return model.eval().requires_grad_(False), Residence(file, places, gate)
 
 
 def _empty_model(folder: Path, dtype: torch.dtype, shown: str) -> Any:
@@ -95,7 +97,7 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _packed_weight(
     model: nn.Module, parameter: str, parts: list[tuple[MatrixName, bstk.Chunk]],
-    places: dict[str, tuple[Matrix, Blocks]], dtype: torch.dtype, shown: str,
+    places: dict[str, Matrix], gate: Gate, dtype: torch.dtype, shown: str,
 ) -> PackedWeight:  # fmt: skip
     """The stand-in of one parameter; enters its matrices in `places`."""
     owner, leaf = _owner(model, parameter, shown)
@@ -106,13 +108,9 @@ def _packed_weight(
         raise DamagedError(f"{shown}: the stacks of {parameter} do not fill its {expected.numel()} weights.")
     parts = sorted(parts, key=lambda part: (part[0].index or 0, part[0].rows or (0, 0)))
     matrices = [Matrix(*block.shape) for _, block in parts]
-    names = [block.name for _, block in parts]
-    if parts[0][0].index is None:
-        packed = Blocks(matrices)
-        places.update({name: (matrix, packed) for name, matrix in zip(names, matrices, strict=True)})
-    else:
-        packed = [Blocks([matrix]) for matrix in matrices]
-        places.update({name: (matrix, guard) for name, matrix, guard in zip(names, matrices, packed, strict=True)})
+    places.update({block.name: matrix for (_, block), matrix in zip(parts, matrices, strict=True)})
+    whole = parts[0][0].index is None
+    packed = Blocks(matrices, gate) if whole else [Blocks([matrix], gate) for matrix in matrices]
     return PackedWeight(packed, parts[0][1].transposed, dtype, parameter)
 
 

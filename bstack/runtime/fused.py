@@ -1,0 +1,224 @@
+"""The fast path of decoding: one token of one sequence runs through all layers in one call of the C kernels.
+
+A model is taken for one of the Llama family by its structure, and then by its results: some tokens must give the logits
+that its own code gives. Everything else (prompts, batches, other models, other types) runs the model's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bstack.kernels.decoder import MOST_PARTS, Decoder, Layer, Sizes
+from bstack.kernels.native import library
+from bstack.models.cache import GrowingLayer, growing_cache, let_grow
+from bstack.runtime.gate import Gate
+from bstack.runtime.packed import Blocks
+from bstack.runtime.weight import PackedWeight
+
+__all__ = ["install"]
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
+# Tables of positions that do not depend on how long the text is.
+_ROTARY = {"default", "linear", "llama3", "yarn"}
+# Largest difference of a logit from the model's own, as a share of their standard deviation: products round their
+# inputs in another order, and that is all.
+TOLERANCE = 0.02
+POSITIONS = 256
+
+
+def install(model: Any, gate: Gate) -> bool:
+    """Give a model the fast path where it has its structure; return whether it has it now.
+
+    All blocks of the smallest model must be in memory: the results are compared with those of the model's own code.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With packed weights.
+    gate : Gate
+        Of its blocks.
+
+    Warns
+    -----
+    RuntimeWarning
+        The structure is that of the Llama family, but the results are not those of the model's code.
+    """
+    if library() is None:
+        return False
+    try:
+        decoder = _decoder(model)
+    except (AttributeError, KeyError, ValueError):
+        return False  # another structure
+    fast = _Fast(model, decoder, gate)
+    if not fast.agrees():
+        warnings.warn(
+            f"The fast path of decoding does not give {type(model).__name__}'s results, so its own code is used, which is "
+            "slower. Please report the architecture.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    model.forward = fast.forward
+    return True
+
+
+class _Fast:
+    def __init__(self, model: Any, decoder: Decoder, gate: Gate):
+        self._model, self._decoder, self._gate = model, decoder, gate
+        self._slow = model.forward
+        self._rotary = model.model.rotary_emb
+        self._cosine = self._sine = np.empty((0, 0), np.float32)
+        self._cache: Any = None
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        @functools.wraps(self._slow)  # `generate` reads the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        self.forward = forward
+
+    def _forward(self, input_ids: Any = None, **rest: Any) -> Any:
+        cache = rest.get("past_key_values")
+        if cache is not None:
+            let_grow(cache)
+        if not self._applies(input_ids, cache, **rest):
+            return self._slow(input_ids, **rest)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        logits = torch.from_numpy(self._step(input_ids, cache))[None, None]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def agrees(self) -> bool:
+        """Whether a few tokens give the logits of the model's own code."""
+        vocabulary = self._decoder.vocabulary
+        ids = (torch.arange(6) * 7919 % vocabulary)[None]
+        cache = growing_cache(self._model)
+        with torch.no_grad():
+            expected = self._slow(ids).logits[0, 3:]
+            self._slow(ids[:, :3], past_key_values=cache, use_cache=True)
+            if not self._applies(ids[:, 3:4], cache):
+                return False
+            found = torch.stack([torch.from_numpy(self._step(ids[:, at : at + 1], cache)) for at in (3, 4, 5)])
+        return bool((found - expected).abs().max() <= TOLERANCE * expected.std())
+
+    @staticmethod
+    def _applies(
+        input_ids: Any, cache: Any, attention_mask: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
+        labels: Any = None, use_cache: Any = None, past_key_values: Any = None, logits_to_keep: Any = 0, **rest: Any,
+    ) -> bool:  # fmt: skip
+        """Whether a call is one more token of one sequence, and asks for logits alone."""
+        if input_ids is None or input_ids.shape != (1, 1) or cache is None or use_cache is False:
+            return False
+        if inputs_embeds is not None or labels is not None or any(value for value in rest.values() if value is not None):
+            return False
+        layers = getattr(cache, "layers", None)
+        if not layers or any(type(layer) is not GrowingLayer for layer in layers):
+            return False
+        first, last = layers[0], layers[-1]
+        used = first.get_seq_length()
+        if not used or used != last.get_seq_length() or first.keys.dtype != torch.float32 or first.keys.shape[0] != 1:
+            return False
+        if attention_mask is not None and (attention_mask.shape != (1, used + 1) or not bool(attention_mask.all())):
+            return False
+        return position_ids is None or int(position_ids) == used
+
+    def _step(self, input_ids: torch.Tensor, cache: Any) -> np.ndarray:
+        position = cache.layers[0].get_seq_length()
+        buffers = [layer.reserve(1) for layer in cache.layers]
+        if cache is not self._cache or any(a[0] is not b[0] for a, b in zip(buffers, self._buffers, strict=False)):
+            keys, values = ([pair[which].data_ptr() for pair in buffers] for which in (0, 1))
+            self._decoder.use_cache(keys, values, buffers[0][0].shape[-2])
+            self._cache, self._buffers = cache, buffers
+        self._place(position)
+        x = self._model.get_input_embeddings()(input_ids)[0, 0].float().contiguous().numpy()
+        with self._gate:
+            logits = self._decoder.step(x, self._cosine[position], self._sine[position], position)
+        for layer in cache.layers:
+            layer.advance(1)
+        return logits
+
+    def _place(self, position: int) -> None:
+        """Have the rotary tables reach a position."""
+        if position < len(self._cosine):
+            return
+        positions = torch.arange(position + POSITIONS)[None]
+        cosine, sine = self._rotary(torch.zeros(1), positions)
+        self._cosine, self._sine = (np.ascontiguousarray(t[0].float().numpy()) for t in (cosine, sine))
+
+
+def _decoder(model: Any) -> Decoder:
+    """The model as the kernels see it; raises AttributeError, KeyError or ValueError for another structure."""
+    config = model.config
+    base, layers = model.model, list(model.model.layers)
+    attention = layers[0].self_attn
+    rotary = getattr(base.rotary_emb, "rope_type", None)
+    cache = growing_cache(model)
+    if (
+        config.hidden_act != "silu" or model.dtype != torch.float32 or rotary not in _ROTARY
+        or cache is None or any(type(layer) is not GrowingLayer for layer in cache.layers)
+    ):  # fmt: skip
+        raise ValueError("another structure")
+    for layer in layers:
+        _needs(layer, _LAYER)
+        _needs(layer.self_attn, _ATTENTION, _NORMS)
+        _needs(layer.mlp, _FEED_FORWARD, {"act_fn"})
+    head = model.get_output_embeddings()
+    if head.bias is not None or not isinstance(head.weight, PackedWeight) or not isinstance(head.weight.packed, Blocks):
+        raise ValueError("another head")
+    head_width = attention.head_dim
+    heads, key_heads = (module.weight.packed.rows // head_width for module in (attention.q_proj, attention.k_proj))
+    sizes = Sizes(
+        config.hidden_size, layers[0].mlp.gate_proj.weight.packed.rows, heads, key_heads, head_width,
+        _epsilon(layers[0].input_layernorm), float(attention.scaling),
+    )  # fmt: skip
+    parts = head.weight.packed.parts
+    if len(parts) > MOST_PARTS:
+        raise ValueError("too many parts")
+    return Decoder(sizes, [_layer(layer) for layer in layers], _array(base.norm.weight), parts)
+
+
+def _needs(module: nn.Module, names: set[str], allowed: set[str] = frozenset()) -> None:
+    present = {name for name, _ in module.named_children()}
+    if not names <= present or present - names - allowed:
+        raise ValueError("another structure")
+
+
+def _layer(layer: nn.Module) -> Layer:
+    attention, feed_forward = layer.self_attn, layer.mlp
+    modules = {
+        "query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "out": attention.o_proj,
+        "gate": feed_forward.gate_proj, "up": feed_forward.up_proj, "down": feed_forward.down_proj,
+    }  # fmt: skip
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return Layer(
+        **{name: _matrix(module) for name, module in modules.items()},
+        **{f"{name}_bias": _array(module.bias) for name, module in modules.items()},
+        input_norm=_array(layer.input_layernorm.weight),
+        post_norm=_array(layer.post_attention_layernorm.weight),
+        query_norm=None if query_norm is None else _array(query_norm.weight),
+        key_norm=None if key_norm is None else _array(key_norm.weight),
+    )
+
+
+def _matrix(module: nn.Module) -> Any:
+    packed = module.weight.packed
+    if module.weight.transposed or not isinstance(packed, Blocks) or len(packed.parts) != 1:
+        raise ValueError("another kind of weight")
+    return packed.parts[0]
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else np.ascontiguousarray(tensor.detach().float().numpy())
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
+from . import urls
 from .errors import DamagedError, UsageError
+
+_PIECE = 4 * 2**20  # bytes read at a time where much is read
 
 
 @runtime_checkable
@@ -85,7 +89,7 @@ class FileSource:
 
 
 def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source) -> Source:
-    """Return `what` as a source: a path is opened, bytes are wrapped, a source is passed through.
+    """Return `what` as a source: a path or URL is opened, bytes are wrapped, a source is passed through.
 
     Raises
     ------
@@ -93,7 +97,13 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
         `what` is none of these.
     OSError
         The file cannot be opened.
+    RemoteError, MissingPackageError
+        The URL cannot be read.
     """
+    if urls.is_url(what):
+        from .http import HttpSource
+
+        return HttpSource(what)
     if isinstance(what, (str, os.PathLike)):
         return FileSource(what)
     if isinstance(what, (bytes, bytearray, memoryview)):
@@ -101,7 +111,7 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
     if isinstance(what, Source):
         return what
     raise TypeError(
-        f"cannot read a .bstk file from {type(what).__name__}: give a path, bytes, or an object with "
+        f"cannot read a .bstk file from {type(what).__name__}: give a path, a URL, bytes, or an object with "
         "name, length, read(offset, length) and close()"
     )
 
@@ -115,3 +125,18 @@ def read_exactly(source: Source, offset: int, length: int, what: str) -> bytes:
             "The file became shorter after it was opened; open it again."
         )
     return data
+
+
+def pieces(source: Source, offset: int, length: int, what: str) -> Iterator[bytes]:
+    """Yield the `length` bytes at `offset` piece by piece, or raise DamagedError as `read_exactly` does.
+
+    A source with a method ``pieces(offset, length)`` decides on the pieces: over a network they are parts of one request.
+    """
+    if hasattr(source, "pieces"):
+        yield from source.pieces(offset, length)
+        return
+    stop = offset + length
+    while offset < stop:
+        piece = read_exactly(source, offset, min(_PIECE, stop - offset), what)
+        yield piece
+        offset += len(piece)

@@ -6,6 +6,7 @@ host, proxies and certificates from the environment, ``~/.netrc``. It is importe
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .answers import TransientError
@@ -153,5 +154,5 @@ def _innermost(error: BaseException) -> str:
             break
         error = inner
     text = getattr(error, "strerror", None) or str(error)
-    # "<object at 0x...>: Failed to resolve 'host' ([Errno -2] Name or service not known)"
-    return text.rpartition(">: ")[2].strip().rstrip(".") or type(error).__name__
+    # "HTTPSConnection(host='host', port=443): Failed to resolve 'host' ([Errno -2] Name or service not known)"
+    return re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", text).strip().rstrip(".") or type(error).__name__

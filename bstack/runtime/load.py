@@ -18,6 +18,7 @@ from bstack.errors import UnsupportedModelError, reason
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
 from bstack.runtime.cache import cached
+from bstk import urls
 from bstk.budget import Budget
 from bstk.errors import DamagedError
 
@@ -69,13 +70,14 @@ def load(
     bstk.BstkError
         For a file that is not whole, not readable or damaged.
     """
+    shown = urls.shown(path) if urls.is_url(path) else str(path)
     with _opened(path, mb, strict) as (file, chunks), tempfile.TemporaryDirectory(prefix="bstack-") as folder:
         for name, chunk in file.files.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read(chunk))
-        model = _empty_model(Path(folder), str(path))
-        return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, str(path)), _tokenizer(Path(folder))
+        model = _empty_model(Path(folder), shown)
+        return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown), _tokenizer(Path(folder))
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def _opened(
     path: str | os.PathLike[str], mb: Budget | None, strict: bool
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
     """A file, and its chunks within the budget."""
-    if bstk.is_url(path):
+    if urls.is_url(path):
         with cached(path, mb, strict) as found:
             yield found
         return

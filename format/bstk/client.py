@@ -7,6 +7,7 @@ host, proxies and certificates from the environment, ``~/.netrc``. It is importe
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from .answers import TransientError
@@ -44,7 +45,8 @@ class Body:
 
         left = self.stop - self.position
         try:
-            data = self._response.raw.read(min(most, left), decode_content=False)
+            # read1 hands over what is there; read would wait for all of it, and lose it if the connection broke off.
+            data = self._response.raw.read1(min(most, left), decode_content=False)
         except ReadTimeoutError:
             raise TransientError(f"no data for {READ_TIMEOUT:g} s") from None
         except (HTTPError, OSError):
@@ -56,6 +58,12 @@ class Body:
 
     def close(self) -> None:
         """Let go of the answer; what was not read of it is not fetched."""
+        from urllib3.exceptions import HTTPError
+
+        if self.position == self.stop:
+            # At the end of a body the connection goes back to be used again, but it must be told that this is the end.
+            with suppress(HTTPError, OSError):
+                self._response.raw.read(1, decode_content=False)
         self._response.close()
 
 

@@ -171,8 +171,10 @@ class LockedFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file, which ends the lock."""
-        os.close(self._descriptor)
+        """Close the file, which ends the lock. Closing twice does no harm."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def fileno(self) -> int:
         """Return the file's descriptor."""

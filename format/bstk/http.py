@@ -20,7 +20,7 @@ PIECE = 2**18
 RETRIES = 5
 """Attempts after the first, without a byte in between, before giving up."""
 
-RETRIES_IN_ALL = 100
+RETRIES_IN_ALL = 1000
 """Attempts after broken connections over the life of a source."""
 
 FIRST_DELAY = 0.5
@@ -189,8 +189,8 @@ class HttpSource:
         if (error.lasting and not opened) or failures > RETRIES or self._retries > RETRIES_IN_ALL:
             if opened:
                 raise TransferError(
-                    f"{self.name}: the transfer broke off: {error} (after {self._retries} attempts). What has arrived is "
-                    "kept; give the same command again to continue."
+                    f"{self.name}: the transfer broke off: {error} (after {self._retries} attempts). "
+                    "Give the same command again; truncate and grow go on from what has arrived."
                 )
             raise UnreachableError(f"{self.name}: cannot be reached: {error}. Check the URL and the network.")
         delay = max(error.wait, FIRST_DELAY * 2 ** (failures - 1))

@@ -28,9 +28,9 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
       bstack grow small.bstk --mb 5000 --from model.bstk
       bstack grow small.bstk --mb 5000 --from https://example.org/model.bstk
     """
-    with _common.open_file(file, quiet=True) as small:
+    with _common.open_file(file, quiet=quiet, warn=False) as small:
         before = small.length
-    with _common.open_file(source, quiet=True) as larger:
+    with _common.open_file(source, quiet=quiet, warn=False) as larger:
         cut = bstk.plan_growth(small, mb, larger)
         with _common.transfer(larger, cut.file_bytes - before, "grow", quiet) as advance:
             cut = bstk.grow(file, mb, larger, progress=advance)

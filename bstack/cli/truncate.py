@@ -63,8 +63,8 @@ def command(
         raise click.UsageError("a file on a server cannot be cut in place: name an output with -o OUT.")
 
     target = source if in_place else output
-    # Quiet: cutting is what a partial file needs, so there is nothing to warn of.
-    with _common.open_file(source, quiet=True) as reader:
+    # Cutting is what a partial file needs, so there is nothing to warn of.
+    with _common.open_file(source, quiet=quiet, warn=False) as reader:
         shown = reader.source.name
         if dry_run:
             result = _describe(reader, bstk.plan(reader, mb))
@@ -75,7 +75,7 @@ def command(
     if not dry_run:
         if in_place:
             bstk.truncate(source, None, mb=mb, seal=not no_seal)
-        with _common.open_file(target, quiet=True) as reader:
+        with _common.open_file(target, quiet=quiet, warn=False) as reader:
             result = _describe(reader, reader.fit())
             points = _quality.curve(reader.metadata)
     if as_json:

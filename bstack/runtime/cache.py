@@ -87,7 +87,7 @@ class _Kept:
     def read(self, offset: int, length: int) -> bytes:
         # The preamble is the server's: it says how much of the file there is.
         if offset >= preamble.LENGTH and self._path.is_file():
-            with bstk.FileSource(self._path) as kept:
+            with closing(bstk.FileSource(self._path)) as kept:
                 data = kept.read(offset, length)
             if len(data) == length:
                 return data

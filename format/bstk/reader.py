@@ -120,6 +120,8 @@ def _read_twice_if_changed(source: Source) -> Reader:
     try:
         return Reader(source)
     except RemoteChangedError:
+        if not hasattr(source, "restart"):
+            raise
         source.restart()
         return Reader(source)
 

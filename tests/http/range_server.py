@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._body(server, asked, data)
 
     def _body(self, server: RangeServer, asked: Asked, data: bytes) -> None:
-        stop = len(data)
+        stop, pause = len(data), server.pause
         if server.drop_after is not None and server.drops and stop > server.drop_after:
             server.drops -= 1
             stop = server.drop_after
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for start in range(0, stop, 4096):
                 piece = data[start : min(start + 4096, stop)]
-                time.sleep(server.pause)
+                time.sleep(pause)
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if server.chunked else piece)
                 asked.sent += len(piece)
             if server.chunked and stop == len(data):

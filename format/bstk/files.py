@@ -53,20 +53,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
         _remove_leftovers(folder, name)
         descriptor, temporary = _create_temporary(folder, name)
     try:
-        try:
-            sink = Sink(descriptor)
-            yield sink, temporary
-            with writing(shown):
-                os.fsync(descriptor)
-        finally:
-            with writing(shown):
-                os.close(descriptor)
+        yield Sink(descriptor), temporary
         with writing(shown):
+            os.fsync(descriptor)
+            if os.name == "nt":  # cannot rename an open file
+                descriptor = _close(descriptor)
+            # Elsewhere still locked: to others it is no leftover as long as it has this name.
             os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
+            descriptor = _close(descriptor)  # first, for Windows cannot delete an open file
+        with suppress(OSError):
             os.unlink(temporary)
         raise
+    with suppress(OSError):  # all of it is on the disk already
+        _close(descriptor)
     sync_folder(folder)
 
 
@@ -97,6 +98,13 @@ def sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
+def _close(descriptor: int) -> int:
+    """Close a descriptor, unless it is -1; return -1."""
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
+
+
 def _create_temporary(folder: str, name: str) -> tuple[int, str]:
     """Create a locked file. The lock tells `_remove_leftovers` of other processes that somebody still writes it."""
     while True:
@@ -104,7 +112,7 @@ def _create_temporary(folder: str, name: str) -> tuple[int, str]:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
         # Where a file system knows no locks, leftovers stay.
         with suppress(OSError):
-            locks.try_lock(descriptor)
+            locks.wait_for_lock(descriptor)
         # Another process may have taken it for a leftover before the lock was there.
         if locks.is_at(descriptor, temporary):
             return descriptor, temporary
@@ -172,9 +180,7 @@ class LockedFile:
 
     def close(self) -> None:
         """Close the file, which ends the lock. Closing twice does no harm."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._descriptor = _close(self._descriptor)
 
     def fileno(self) -> int:
         """Return the file's descriptor."""

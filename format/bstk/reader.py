@@ -102,7 +102,7 @@ def open(
 
 
 def reopen(reader: Reader) -> Reader:
-    """Return a new reader of the same source, where the file behind a URL was replaced."""
+    """Return a new reader of the same source, after the file behind it was replaced on its server."""
     reader.source.restart()
     return Reader(reader.source)
 
@@ -117,10 +117,12 @@ def require_rewritable(reader: Reader) -> None:
 
 
 def _read_twice_if_changed(source: Source) -> Reader:
+    """Read the header; once more where the file was replaced on a server, or written to on disk, in the meantime."""
     try:
         return Reader(source)
-    except RemoteChangedError:
-        if not hasattr(source, "restart"):
+    except (DamagedError, RemoteChangedError) as error:
+        changed = isinstance(error, RemoteChangedError) if not hasattr(source, "changed") else source.changed()
+        if not (changed and hasattr(source, "restart")):
             raise
         source.restart()
         return Reader(source)

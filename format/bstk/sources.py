@@ -48,7 +48,7 @@ class BytesSource:
 
 
 class FileSource:
-    """A file on disk. The length is the one it had when it was opened.
+    """A file on disk. The length is the one it had when it was opened or last restarted.
 
     Raises
     ------
@@ -66,7 +66,17 @@ class FileSource:
         if not stat.S_ISREG(status.st_mode):
             self._file.close()
             raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
+        self.restart()
+
+    def changed(self) -> bool:
+        """Whether somebody wrote to the file, or shortened it, since it was opened or restarted."""
+        return _signature(os.fstat(self._file.fileno())) != self._seen
+
+    def restart(self) -> None:
+        """Begin with the file as it is now."""
+        status = os.fstat(self._file.fileno())
         self.length = status.st_size
+        self._seen = _signature(status)
 
     def read(self, offset: int, length: int) -> bytes:
         if length > self.length - offset:
@@ -86,6 +96,10 @@ class FileSource:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _signature(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source) -> Source:

@@ -175,9 +175,11 @@ def test_the_second_download_to_one_output_is_refused(bstack, command, long_head
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_retries_are_shown_on_a_terminal(long_head, serve, tmp_path):
     import pty
+    import termios
 
     server = serve(long_head, statuses=[503, 0, 0, 0], drop_after=80_000, drops=1, pause=0.002)
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 160))
     process = subprocess.Popen(
         [sys.executable, "-m", "bstack", "truncate", server.url, "--mb", "1", "-o", tmp_path / "out.bstk"],
         stdout=subprocess.DEVNULL, stderr=theirs,

@@ -14,22 +14,35 @@ import click
 import bstk
 from bstack.cli._text import printable
 
-file_argument = click.argument("file", type=click.Path(exists=True, dir_okay=False), metavar="FILE")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
 strict_option = click.option("--strict", is_flag=True, help="Refuse a partial file (exit code 3).")
+
+
+class FileType(click.Path):
+    """An existing file."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if bstk.is_url(value):
+            self.fail(
+                "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
+            )
+        return super().convert(value, param, ctx)
 
 
 class PlaceType(click.ParamType):
     """An existing file, or a URL."""
 
     name = "FILE|URL"
-    _file = click.Path(exists=True, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if bstk.is_url(value) else self._file.convert(value, param, ctx)
+        return value if bstk.is_url(value) else FileType().convert(value, param, ctx)
 
 
+file_argument = click.argument("file", type=FileType(), metavar="FILE")
 place_argument = click.argument("file", type=PlaceType(), metavar="FILE|URL")
 
 

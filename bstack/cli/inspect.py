@@ -37,7 +37,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
       bstack inspect https://example.org/model.bstk --root
     """
     if root_only and (show_blocks or as_json):
-        raise click.UsageError("--root prints the root digest alone: leave --blocks and --json away (--json has it too).")
+        raise click.UsageError("--root prints the root digest alone, so it does not go with --blocks or --json (which has it too).")
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
         if root_only:
             click.echo(reader.root.hex())

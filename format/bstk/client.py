@@ -131,9 +131,13 @@ class Client:
             raise TransientError(_innermost(error)) from None
         except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
             raise RemoteNotFoundError(f"{self._name}: not a URL that can be read: {_innermost(error)}. Check it.") from None
-        if self._address.lower().startswith("https:") and not response.url.lower().startswith("https:"):
+        places = [answer.url.lower() for answer in [*response.history, response]]
+        if places[0].startswith("https:") and not all(place.startswith("https:") for place in places):
             response.close()
-            raise RemoteError(f"{self._name}: the server redirects from https to an unprotected URL, which is not followed.")
+            raise RemoteError(
+                f"{self._name}: the server redirects from https to an unprotected URL, whose answer is refused. If you trust "
+                "the way to it, give that URL itself."
+            )
         return response
 
     def close(self) -> None:
@@ -163,4 +167,7 @@ def _innermost(error: BaseException) -> str:
         error = inner
     text = getattr(error, "strerror", None) or str(error)
     # "HTTPSConnection(host='host', port=443): Failed to resolve 'host' ([Errno -2] Name or service not known)"
-    return re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", text).strip().rstrip(".") or type(error).__name__
+    text = re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", text)
+    # Redirects lead to signed URLs, and a refused one is quoted.
+    text = re.sub(r"\?[^\s'\")]*", "", re.sub(r"//[^/@\s]*@", "//", text))
+    return text.strip().rstrip(".") or type(error).__name__

@@ -122,3 +122,20 @@ def test_a_cache_that_cannot_be_written(long_head, serve, kept):
     kept.parent.parent.chmod(0o500)
     with pytest.raises(bstk.OutputError, match="cannot write"):
         load(serve(long_head).url)
+
+
+def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
+    import bstack
+    import torch
+
+    path = tmp_path / "tiny.bstk"
+    bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
+    server = serve(path.read_bytes())
+    with bstk.open(path) as file:
+        mb = (file.smallest_length + file.length) / 2 / bstk.MB
+    for budget in (mb, None):
+        here, _ = bstack.load(path, mb=budget)
+        there, tokenizer = bstack.load(server.url, mb=budget)
+        assert tokenizer is not None
+        for name, tensor in here.state_dict().items():
+            assert torch.equal(tensor, there.state_dict()[name]), name

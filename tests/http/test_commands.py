@@ -100,7 +100,7 @@ def test_failures(bstack, model, other, serve, tmp_path):
         (("truncate", "http://127.0.0.1:1/x", "--mb", 1, "-o", "out.bstk"), 1, "cannot be reached"),
         (("grow", "small.bstk", "--mb", 1, "--from", server.url), 2, "another model"),
         (("grow", "none.bstk", "--mb", 1, "--from", server.url), 2, "does not exist"),
-        (("verify", server.url), 2, "does not exist"),
+        (("verify", server.url), 2, "Fetch it first: bstack truncate"),
         (("verify", "small.bstk", "--root", "12"), 2, "64 hexadecimal digits"),
         (("verify", "small.bstk", "--root", "0" * 64), 5, "another model, or somebody changed it"),
         (("inspect", server.url, "--root", "--json"), 2, "--root prints the root digest alone"),

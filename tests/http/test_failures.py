@@ -120,9 +120,10 @@ def test_redirects(model, serve, monkeypatch):
     hub.redirect = hub.base + "/go"
     with pytest.raises(bstk.RemoteAnswerError, match="in circles"):
         opened(f"{hub.base}/go/file.bstk")
-    hub.redirect = "ftp://127.0.0.1"
-    with pytest.raises(bstk.RemoteNotFoundError):
+    hub.redirect = "ftp://me:password@127.0.0.1/x?key=secret"
+    with pytest.raises(bstk.RemoteNotFoundError, match="No connection adapters") as caught:
         opened(f"{hub.base}/go/file.bstk")
+    assert not re.search("password|secret", str(caught.value))
     secure = serve(b"", redirect=cdn.base, tls=True)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(CERTIFICATE))
     with pytest.raises(bstk.RemoteError, match="from https to an unprotected URL"):

@@ -1,30 +1,9 @@
-import hashlib
 import shutil
 from pathlib import Path
 
-import bstk
 import pytest
 from range_server import RangeServer
-
-
-def make(path, head=0, blocks=30, seed="a"):
-    """Write a file with `blocks` blocks of some 3 KB beside its base, and about `head` bytes of metadata."""
-
-    def noise(what, length):
-        return b"".join(hashlib.sha256(f"{seed} {what} {i}".encode()).digest() for i in range(-(-length // 32)))[:length]
-
-    def sign(name, level):
-        raw = noise(f"{name} {level}", 64 * 32 + 2 * 2 * (64 + 256))
-        frame = bstk.pack(raw)
-        return bstk.Entry(
-            name=name, kind=bstk.SIGN, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest,
-            stored=frame.stored, level=level, shape=(64, 256), dtype="f16", rank=2, importance=9.0 - level, error=0.5,
-        )  # fmt: skip
-
-    names = ["a", "b", "c"]
-    entries = [sign(name, level) for level in range(1 + blocks // 3) for name in names]
-    bstk.write(path, {"model": {"name": "toy"}, "notes": "x" * head}, entries, len(names))
-    return path.read_bytes()
+from served_files import make
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +54,3 @@ def alone(monkeypatch, tmp_path_factory):
     for name in ("HF_TOKEN", "HF_ENDPOINT", "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)
-
-
-def cut_sizes(data):
-    """The budget in megabytes of each cut."""
-    with bstk.open(data) as file:
-        return [bstk.Cut(n, file.all_chunks[n - 1].end, 0).file_bytes / bstk.MB for n in range(file.base_count, len(file.chunks))]

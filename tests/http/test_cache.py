@@ -6,7 +6,7 @@ import threading
 import bstk
 import pytest
 from bstk.http import HEAD
-from conftest import cut_sizes
+from served_files import cut_sizes
 
 cache = pytest.importorskip("bstack.runtime.cache")
 

@@ -11,7 +11,7 @@ import time
 
 import bstk
 import pytest
-from conftest import cut_sizes
+from served_files import cut_sizes
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import bstk
 import pytest
 from bstk import answers
-from conftest import cut_sizes
 from range_server import CERTIFICATE
+from served_files import cut_sizes
 
 
 def opened(url):

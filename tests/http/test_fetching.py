@@ -3,10 +3,10 @@
 import bstk
 import pytest
 from bstk.http import HEAD
-from conftest import cut_sizes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
+from served_files import cut_sizes
 
 
 def expected(data, mb, folder, seal=True):

@@ -6,10 +6,10 @@ import sys
 
 import bstk
 import pytest
-from conftest import cut_sizes, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
+from served_files import cut_sizes, make
 
 
 @pytest.fixture

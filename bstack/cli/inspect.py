@@ -20,7 +20,7 @@ _MODEL_FIRST = ("name", "architecture", "source", "parameters")
 @click.command("inspect")
 @_common.place_argument
 @click.option("--blocks", "show_blocks", is_flag=True, help="List every block of the stack, in order.")
-@click.option("--root", "root_only", is_flag=True, help="Print the root digest alone: it identifies the model and every cut of it.")
+@click.option("--root", "root_only", is_flag=True, help="Print the root digest alone: it authenticates every cut.")
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
@@ -37,7 +37,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
       bstack inspect https://example.org/model.bstk --root
     """
     if root_only and (show_blocks or as_json):
-        raise click.UsageError("--root prints the root digest alone, so it does not go with --blocks or --json (which has it too).")
+        raise click.UsageError("--root prints the root digest alone, without --blocks; --json has it too.")
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
         if root_only:
             click.echo(reader.root.hex())

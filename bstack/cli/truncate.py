@@ -58,7 +58,6 @@ def command(
         raise click.UsageError("say where the cut goes: -o OUT, or --in-place to shorten IN itself.")
     if output is not None and os.path.exists(output) and not force and not dry_run:
         raise click.UsageError(f"{output} exists. Give --force to replace it, or another OUT.")
-
     if in_place and bstk.is_url(source):
         raise click.UsageError("a file on a server cannot be cut in place: name an output with -o OUT.")
 
@@ -67,7 +66,8 @@ def command(
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
         shown = reader.source.name
         if dry_run:
-            result = _describe(reader, bstk.plan(reader, mb))
+            cut = bstk.plan(reader, mb)
+            result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
             points = _quality.curve(reader.metadata)
         elif not in_place:
             with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, "copy", quiet) as advance:
@@ -76,13 +76,13 @@ def command(
         if in_place:
             bstk.truncate(source, None, mb=mb, seal=not no_seal)
         with _common.open_file(target, quiet=quiet, warn=False) as reader:
-            result = _describe(reader, reader.fit())
+            result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = _quality.curve(reader.metadata)
     if as_json:
-        result |= {"input": shown, "output": target, "dry_run": dry_run, "sealed": not no_seal, "quality": points}
+        result |= {"input": shown, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_report(result, printable(target or shown), dry_run, no_seal))
+    click.echo(_report(result, printable(target or shown), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
         click.echo(_quality.render(points, result["file_bytes"]))
@@ -99,7 +99,7 @@ def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
     }
 
 
-def _report(result: dict[str, Any], target: str, dry_run: bool, no_seal: bool) -> str:
+def _report(result: dict[str, Any], target: str, dry_run: bool) -> str:
     lines = [
         f"{target}: {'would be' if dry_run else 'is'} {megabytes(result['file_bytes'])} as a file "
         f"and {megabytes(result['memory_bytes'])} of weights in memory",
@@ -107,6 +107,6 @@ def _report(result: dict[str, Any], target: str, dry_run: bool, no_seal: bool) -
     ]
     if result["bits_per_weight"] is not None:
         lines.append(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
-    if no_seal and not dry_run:
+    if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:
         lines.append("  not sealed: readers will call it partial")
     return "\n".join(lines)

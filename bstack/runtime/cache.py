@@ -70,7 +70,7 @@ def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Rea
             if error.chunk is not None:
                 with LockedFile(path, wait=True) as kept, writing(kept.path):
                     kept.shorten(min(kept.length, error.chunk.offset))
-                error.args = (f"{error.args[0]} This was a kept copy, and is dropped from there on: load again to fetch it anew.",)
+                error.args = (f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.",)
             raise
 
 

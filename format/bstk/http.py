@@ -145,7 +145,8 @@ class HttpSource:
     def _body_at(self, offset: int, stop: int) -> Body | None:
         """Return an answer's body that stands at `offset`: the one that is open, or a new one."""
         # Only the answer of a server without ranges may lie behind: what is between is read and thrown away.
-        if self._body is None or not (self._body.position == offset or self._body.position < offset and not self._ranged):
+        body = self._body
+        if body is None or body.position > offset or (body.position < offset and self._ranged):
             self._disconnect()
             self._body = self._connect(offset, stop)
         while self._body is not None and self._body.position < offset:
@@ -169,8 +170,8 @@ class HttpSource:
                 )
             if answer.start == answer.stop and answer.version.length > offset:
                 raise RemoteAnswerError(
-                    f"{self.name}: the server says the file has {answer.version.length} bytes, and none from byte {offset} on. "
-                    "It does not serve ranges rightly; download the file with another tool."
+                    f"{self.name}: the server says the file has {answer.version.length} bytes, and none from byte {offset} "
+                    "on. It does not serve ranges rightly; download the file with another tool."
                 )
         except BaseException:
             response.close()

@@ -61,7 +61,8 @@ def open(
     Parameters
     ----------
     what : path, URL, bytes, or a source
-        Of a URL the header is read, with at most two requests; chunks on demand. A source has ``name``, ``length``, ``read(offset, length)`` and ``close()``; it is closed with the reader.
+        Of a URL the header is read, with at most two requests; chunks on demand. A source has ``name``, ``length``,
+        ``read(offset, length)`` and ``close()``; it is closed with the reader.
     strict : bool
         Refuse a partial file instead of warning about it.
 

@@ -201,3 +201,12 @@ def test_a_damaged_block_does_not_pass_into_a_cut(good, good_path, tmp_path, siz
     bstk.truncate(good_path, out, sizes[0])
     with bstk.open(out, strict=True) as f:
         f.verify()
+
+
+@POSIX
+def test_a_file_that_is_cut_while_it_is_opened_is_what_it_is_now(good_path, sizes):
+    source = bstk.FileSource(good_path)
+    bstk.truncate(good_path, None, sizes[1])  # the seal will be that of a length the source does not know of
+    with bstk.open(source, strict=True) as f:
+        assert (f.state, f.length) == ("sealed", round(sizes[1] * bstk.MB))
+        f.verify()

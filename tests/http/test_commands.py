@@ -25,6 +25,8 @@ def command(tmp_path):
         process = subprocess.Popen(
             [*start, *map(str, args)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
             env={**os.environ, "PYTHONUTF8": "1"},
+            # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
         )  # fmt: skip
         running.append(process)
         return process

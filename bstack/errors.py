@@ -1,6 +1,6 @@
 """Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
 
-from bstk.errors import BstkError, DamagedError, UsageError
+from bstk.errors import BstkError, DamagedError, MissingPackageError, UsageError
 
 __all__ = [
     "CalibrationError",
@@ -53,7 +53,3 @@ class TextNotFoundError(CalibrationError, UsageError):
 
 class CodecError(UsageError):
     """A codec setting is outside what the codec allows."""
-
-
-class MissingPackageError(BstkError):
-    """An optional package is needed for this and not installed."""

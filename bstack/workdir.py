@@ -18,6 +18,7 @@ from typing import Any
 
 import bstk
 from bstack.errors import WorkDirectoryError
+from bstk import locks
 from bstk.errors import writing
 
 __all__ = ["Part", "Record", "WorkDirectory"]
@@ -139,13 +140,12 @@ class WorkDirectory:
         lock = self.path / LOCK
         with writing(str(lock)):
             self._lock_file = open(lock, "a+b")
-        try:
-            _lock_exclusively(self._lock_file)
-        except OSError:
+            free = locks.try_lock(self._lock_file.fileno())
+        if not free:
             self._lock_file.close()
             raise WorkDirectoryError(
                 f"{self.path} is in use by another bstack compress. Wait for it, or name another with --work-dir."
-            ) from None
+            )
 
     def release(self) -> None:
         """Let other processes in. The lock also ends with the process, however it ends."""
@@ -211,17 +211,6 @@ class WorkDirectory:
         """Delete everything: the output is written."""
         self.release()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _lock_exclusively(stream: Any) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -18,24 +18,30 @@ _MODEL_FIRST = ("name", "architecture", "source", "parameters")
 
 
 @click.command("inspect")
-@_common.file_argument
+@_common.place_argument
 @click.option("--blocks", "show_blocks", is_flag=True, help="List every block of the stack, in order.")
+@click.option("--root", "root_only", is_flag=True, help="Print the root digest alone: it authenticates every cut.")
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
-def command(file: str, show_blocks: bool, strict: bool, as_json: bool, quiet: bool) -> None:
+def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json: bool, quiet: bool) -> None:
     """Show what is inside FILE: the model, its sizes, its stack of blocks, what cuts of it keep.
 
-    Only the head of FILE is read; to check all of it, use bstack verify.
+    Only the head of FILE is read or, with a URL, fetched; to check all of it, use bstack verify.
 
     \b
     Example:
       bstack inspect model.bstk
       bstack inspect model.bstk --blocks | head -20
       bstack inspect model.bstk --json
+      bstack inspect https://example.org/model.bstk --root
     """
+    if root_only and (show_blocks or as_json):
+        raise click.UsageError("--root prints the root digest alone, without --blocks; --json has it too.")
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
-        if as_json:
+        if root_only:
+            click.echo(reader.root.hex())
+        elif as_json:
             _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))

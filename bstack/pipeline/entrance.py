@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,6 @@ def compress(
     result = run_stages(str(model), settings, work_path, progress)
     try:
         _check_output(output, overwrite)  # another run may have written it meanwhile
-        _remove_leftovers(output)
         with progress("write", 1) as step:
             bstk.write(output, result.metadata, result.entries, result.base_count)
             step()
@@ -133,12 +131,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from None
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Delete what a run of this command that was killed while it wrote left (bstk.files); the lock is held."""
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.????????.part"):
-        leftover.unlink(missing_ok=True)
 
 
 def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:

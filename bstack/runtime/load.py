@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError, reason
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
+from bstack.runtime.cache import cached
+from bstk import urls
+from bstk.budget import Budget
 from bstk.errors import DamagedError
 
 __all__ = ["dense_weights", "load"]
@@ -39,8 +43,9 @@ def load(
 
     Parameters
     ----------
-    path : path
-        The container.
+    path : path or URL
+        The container. Of a URL only what `mb` needs is fetched, and kept in ``bstack/models`` in $XDG_CACHE_HOME or
+        ~/.cache: a later call fetches only what is missing there.
     mb : number or str, optional
         Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
         By default all that are there.
@@ -60,17 +65,32 @@ def load(
     ------
     bstk.BudgetError
         When the smallest model is larger than `mb`.
+    bstk.RemoteError
+        When the URL cannot be read.
     bstk.BstkError
         For a file that is not whole, not readable or damaged.
     """
-    with bstk.open(path, strict=strict) as file, tempfile.TemporaryDirectory(prefix="bstack-") as folder:
-        chunks = file.chunks[: file.fit(mb=mb).chunks]
+    shown = urls.shown(path) if urls.is_url(path) else str(path)
+    with _opened(path, mb, strict) as (file, chunks), tempfile.TemporaryDirectory(prefix="bstack-") as folder:
         for name, chunk in file.files.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read(chunk))
-        model = _empty_model(Path(folder), str(path))
-        return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, str(path)), _tokenizer(Path(folder))
+        model = _empty_model(Path(folder), shown)
+        return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown), _tokenizer(Path(folder))
+
+
+@contextmanager
+def _opened(
+    path: str | os.PathLike[str], mb: Budget | None, strict: bool
+) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
+    """A file, and its chunks within the budget."""
+    if urls.is_url(path):
+        with cached(path, mb, strict) as found:
+            yield found
+        return
+    with bstk.open(path, strict=strict) as file:
+        yield file, file.chunks[: file.fit(mb=mb).chunks]
 
 
 def dense_weights(

@@ -103,11 +103,11 @@ def test_a_container_that_sees_only_its_own_part_of_version_1(machine, path):
     assert found(machine)[:2] == (412, 512)
 
 
-@pytest.mark.parametrize("path", ["/../other", "/not/mounted/here"])
-def test_a_group_outside_the_mount_is_judged_by_the_mounts_top(machine, path):
-    machine.belongs(f"0::{path}", mounts=("30 23 0:27 /mine /sys/fs/cgroup rw - cgroup2 cgroup2 rw",))
+@pytest.mark.parametrize("path, top", [("/../other", "/"), ("/../other", "/mine"), ("/not/mounted/here", "/mine")])
+def test_a_group_outside_the_mount_is_judged_by_the_mounts_top(machine, path, top):
+    machine.belongs(f"0::{path}", mounts=(f"30 23 0:27 {top} /sys/fs/cgroup rw - cgroup2 cgroup2 rw",))
     machine.version2("", used=100, max=512)
-    machine.version2("other", used=0, max=1)
+    machine.version2("../other", used=0, max=1)
     assert found(machine)[:2] == (412, 512)
 
 

@@ -186,6 +186,7 @@ def test_an_error_in_the_block_is_not_swallowed():
 # free is what the simulated files say, less what it holds.
 PROCESS = """
 import dataclasses, mmap, sys
+from pathlib import Path
 from bstack.runtime.memory import free_memory
 from bstack.runtime.watch import Watcher
 

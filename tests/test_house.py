@@ -12,7 +12,7 @@ SOURCES = {"bstack": ROOT / "bstack", "bstk": ROOT / "format" / "bstk"}
 # Ground floor first. A part may import its own floor and those below it; a part of the house that is on no floor fails.
 FLOORS = [
     ["bstk"],
-    ["bstack.errors", "bstack.footprint", "bstack.settings", "bstack.workdir"],
+    ["bstack.errors", "bstack.memory", "bstack.settings", "bstack.workdir"],
     ["bstack.numerics", "bstack.kernels"],
     ["bstack.models", "bstack.calibration", "bstack.codecs", "bstack.ordering"],
     ["bstack.pipeline", "bstack.runtime", "bstack.measure"],

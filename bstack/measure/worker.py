@@ -63,7 +63,7 @@ def measure(request: dict[str, Any], step) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from bstack.footprint import peak_bytes
+    from bstack.memory.process import peak_bytes
     from bstack.measure.quality import Scores
     from bstack.measure.reference import Reference, write_reference
     from bstack.measure.speed import measure_speed

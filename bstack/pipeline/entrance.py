@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.footprint import peak_bytes
+from bstack.memory.process import peak_bytes
 from bstack.settings import PRESETS, Settings
 from bstk.errors import OutputError, UsageError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from bstack.runtime.memory import Memory
+from bstack.memory.free import Memory
 
 __all__ = ["QUIET", "SHARE", "STALL", "STEP", "Policy", "first_budget"]
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from bstack.errors import reason
-from bstack.runtime.memory import Memory, default_margin, free_memory
+from bstack.memory.free import Memory, free_memory
+from bstack.runtime.memory import default_margin
 from bstack.runtime.policy import QUIET, STEP, Policy
 from bstk.errors import UsageError
 

@@ -18,6 +18,7 @@ import tiny_models
 import torch
 from bstack.cli import main
 from bstack.cli.compress import command
+from bstack.memory.free import Memory
 
 QUICK = ["--codec", "sign", "--planes", "2", "--rank", "2", "--samples", "2", "--sequence-length", "16"]
 
@@ -276,8 +277,9 @@ def test_text_without_a_tokenizer(refused, tmp_path):
 
 
 def test_too_little_memory_to_write_a_text(refused, model, monkeypatch):
-    monkeypatch.setattr("bstack.calibration.selftext._free_memory", lambda: 1000, raising=True)
-    refused(7, ["the whole model must be in memory", "--calibration FILE"], "model")
+    memory = Memory(free=1000, total=10**9, source="a small box")
+    monkeypatch.setattr("bstack.calibration.selftext.free_memory", lambda: memory)
+    refused(7, ["the whole model must be in memory", "free of a small box", "--calibration FILE"], "model")
 
 
 # The settings.

@@ -1,6 +1,8 @@
 """When to shrink and when to grow: rules that hold for all readings, and stories told reading by reading."""
 
-from bstack.runtime.memory import Memory
+import pytest
+from bstack.memory.free import Memory
+from bstack.runtime.memory import default_margin
 from bstack.runtime.policy import MOST_PATIENCE, QUIET, SHARE, STALL, STEP, Policy, first_budget
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,3 +203,8 @@ def test_a_model_that_starts_with_the_first_budget_stays(free):
     if start >= SMALLEST:
         model.live(60, lambda now: free)
         assert model.resized == []
+
+
+@pytest.mark.parametrize("total, margin", [(256, 64), (1024, 64), (8000, 500), (24 * 1024, 1536), (512 * 1024, 2048)])
+def test_the_margin_grows_with_the_machine_within_bounds(total, margin):
+    assert default_margin(Memory(0, total * MB, "")) == margin * MB

@@ -9,10 +9,11 @@ import time
 
 import bstk
 import pytest
-from bstack.footprint import resident_bytes
-from bstack.runtime.memory import Memory, default_margin, free_memory
+from bstack.memory.free import Memory, free_memory
+from bstack.memory.process import resident_bytes
+from bstack.runtime.memory import default_margin
 from bstack.runtime.watch import Watcher
-from simulated import MB, V2_MOUNT, Machine
+from simulated_machine import MB, V2_MOUNT, Machine
 
 SMALLEST, LARGEST = 100 * MB, 1000 * MB
 
@@ -187,7 +188,7 @@ def test_an_error_in_the_block_is_not_swallowed():
 PROCESS = """
 import dataclasses, mmap, sys
 from pathlib import Path
-from bstack.runtime.memory import free_memory
+from bstack.memory.free import free_memory
 from bstack.runtime.watch import Watcher
 
 MB = 2**20
@@ -248,7 +249,7 @@ def test_a_process_gives_its_memory_back_and_takes_it_again(tmp_path):
 
 def test_a_process_that_ends_in_the_middle_is_not_held_up():
     code = (
-        "from bstack.runtime.watch import Watcher; from bstack.runtime.memory import Memory\n"
+        "from bstack.runtime.watch import Watcher; from bstack.memory.free import Memory\n"
         "Watcher(print, lambda: 5, smallest=1, largest=9, read=lambda: Memory(2**40, 2**40, 'x'), interval=3600).__enter__()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""How much memory this process holds, now and at most so far. Read from the system; no package needed."""
+"""How much memory this process holds, now and at most so far."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ import mmap
 import sys
 
 import pytest
-from bstack import footprint
-from bstack.footprint import peak_bytes, resident_bytes
+from bstack.memory import process
+from bstack.memory.process import peak_bytes, resident_bytes
 
 SIZE = 64 * 2**20
 
@@ -35,5 +35,5 @@ def test_files_that_say_nothing_are_no_answer(tmp_path, statm):
 
 
 def test_records_of_other_systems_have_their_sizes():
-    assert ctypes.sizeof(footprint._TaskInfo) == 96  # PROC_PIDTASKINFO_SIZE
-    assert ctypes.sizeof(footprint._Counters) == 8 + 8 * ctypes.sizeof(ctypes.c_size_t)
+    assert ctypes.sizeof(process._TaskInfo) == 96  # PROC_PIDTASKINFO_SIZE
+    assert ctypes.sizeof(process._Counters) == 8 + 8 * ctypes.sizeof(ctypes.c_size_t)

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from bstack.runtime.elsewhere import machine_elsewhere, parse_vm_stat
-from bstack.runtime.memory import Memory, default_margin, free_memory
+from bstack.memory.elsewhere import machine_elsewhere, parse_vm_stat
+from bstack.memory.free import free_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated import MB, V1_MOUNTS, V2_MOUNT, Machine
+from simulated_machine import MB, V1_MOUNTS, V2_MOUNT, Machine
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files of Linux")
 
@@ -154,7 +154,7 @@ def test_resource_limits(machine, space, data, expected):
 def test_a_true_limit_of_the_kernel_is_met_where_it_was_told():
     code = """
 import mmap, resource
-from bstack.runtime.memory import free_memory
+from bstack.memory.free import free_memory
 resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
 free, source = free_memory().free, free_memory().source
 held = mmap.mmap(-1, int(free * 0.9))
@@ -247,8 +247,3 @@ File-backed pages:                        88000.
     assert parse_vm_stat(text) == 16384 * (10000 + 500 + 1500 + 88000)
     assert parse_vm_stat("vm_stat: no such thing") is None
     assert parse_vm_stat(text.replace("Pages free", "Pages f")) is None
-
-
-@pytest.mark.parametrize("total, margin", [(256, 64), (1024, 64), (8000, 500), (24 * 1024, 1536), (512 * 1024, 2048)])
-def test_the_margin_grows_with_the_machine_within_bounds(total, margin):
-    assert default_margin(Memory(0, total * MB, "")) == margin * MB

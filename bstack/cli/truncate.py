@@ -69,7 +69,7 @@ def command(
     click.echo(_report(result, printable(target or source), dry_run, no_seal))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
-        click.echo(_quality.render(points, cut.file_bytes))
+        click.echo(_quality.render(points, cut=cut.file_bytes))
 
 
 def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:

@@ -87,7 +87,10 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
-        with progress("layers", len(skeleton.layers)) as step:
+        layers = [layer_part(i) for i in range(len(skeleton.layers))]
+        with progress("layers", len(layers)) as step:
+            if not all(map(work.has, layers)):  # one of them was deleted, being damaged
+                work.forget_tensors("head")
             output = work.tensors(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, step)
             )
@@ -96,7 +99,6 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outer(skeleton, statistics, table_codec, work, step)
-        layers = [layer_part(i) for i in range(len(skeleton.layers))]
         collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
         if settings.order == "paper":
             from bstack.pipeline.search import paper_order

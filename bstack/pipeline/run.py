@@ -21,7 +21,9 @@ from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
 from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
 from bstack.pipeline.layers import compress_layers, layer_part
-from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, table_part, tables
+from bstack.pipeline.outer import (
+    FILES_PART, OUTER_PART, TableStatistics, add_files, check_dense, compress_outer, table_part, tables,
+)  # fmt: skip
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
 from bstk.frames import unpack
@@ -76,6 +78,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         checkpoint = open_checkpoint(model)
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
+        check_dense(skeleton, settings.embeddings)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
@@ -184,6 +187,7 @@ def _tokenizer(work: WorkDirectory) -> Any:
     names = set()
     for record, read in work.entries(FILES_PART):
         names.add(record.name)
+        (folder / record.name).parent.mkdir(parents=True, exist_ok=True)
         (folder / record.name).write_bytes(unpack(read(), record.raw_length))
     if "tokenizer_config.json" not in names:
         raise CalibrationError(

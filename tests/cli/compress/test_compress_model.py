@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bstk
 import pytest
 import tiny_models
 import torch
-from compressing import reconfigure, rewrite
+from compressing import QUICK, reconfigure, rewrite
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "nobody/nothing@main"])
@@ -146,3 +147,15 @@ def test_models_that_are_no_language_models(refused, tmp_path):
     config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16)
     ViTModel(config).save_pretrained(tmp_path / "vit")
     refused(1, ["(vit)", "not a causal language model"], "vit")
+
+
+def test_dense_tensors_that_no_chunk_can_hold(refused, model, monkeypatch):
+    monkeypatch.setattr(bstk.limits, "MAX_RAW_LENGTH", 40_000)
+    # 211 x 48 float32.
+    words = ["model.embed_tokens.weight takes", "kept dense", "Use --embeddings stack"]
+    refused(1, words, "model", "--embeddings", "dense")
+
+
+def test_large_tensors_that_are_split_are_no_trouble(run, model, monkeypatch):
+    monkeypatch.setattr(bstk.limits, "MAX_RAW_LENGTH", 40_000)
+    assert run("model", "-o", "out.bstk", *QUICK)[0] == 0

@@ -86,8 +86,8 @@ def check_dense(skeleton: Skeleton, embeddings: str) -> None:
         if name not in stacked and size > bstk.limits.MAX_RAW_LENGTH:
             advice = " Use --embeddings stack, which splits it." if name in tables(skeleton) else ""
             raise UnsupportedModelError(
-                f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor of a "
-                f".bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.{advice}"
+                f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor "
+                f"of a .bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.{advice}"
             )
 
 

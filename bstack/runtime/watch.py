@@ -127,7 +127,9 @@ class Watcher:
                 self._resize(target)
             except Exception as error:
                 self._policy.failed()
-                self._say("resize", f"The model cannot be resized to {target / MB:,.2f} MB: {reason(error)}. It is tried again.")
+                self._say(
+                    "resize", f"The model cannot be resized to {target / MB:,.2f} MB: {reason(error)}. It is tried again."
+                )
         if self._policy.short:
             self._say(
                 "short",

@@ -54,7 +54,7 @@ class Watcher:
     Raises
     ------
     bstk.UsageError
-        On entry, when the system does not tell how much memory is free.
+        When the system does not tell how much memory is free.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Watcher:
         if self._policy.short:
             self._say(
                 "short",
-                f"Too little memory: {memory.free / MB:,.0f} MB are free of {memory.source}, and even the smallest model, "
+                f"Too little memory: {max(memory.free, 0) / MB:,.0f} MB are free of {memory.source}, and even the smallest model, "
                 f"{self._policy.smallest / MB:,.2f} MB, does not leave the margin of {self._policy.margin / MB:,.0f} MB. "
                 "It stays in use; end other programs.",
             )

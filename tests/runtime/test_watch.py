@@ -253,3 +253,34 @@ def test_a_process_that_ends_in_the_middle_is_not_held_up():
         "Watcher(print, lambda: 5, smallest=1, largest=9, read=lambda: Memory(2**40, 2**40, 'x'), interval=3600).__enter__()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# The same against a limit that the kernel itself holds: the rest of the process maps memory until less than the margin is left.
+LIMITED = """
+import mmap, resource, time
+from bstack.memory.free import free_memory
+from bstack.runtime.watch import Watcher
+
+MB = 2**20
+slabs = [mmap.mmap(-1, 8 * MB) for _ in range(40)]
+space = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (space + 512 * MB, resource.RLIM_INFINITY))
+
+def resize(target):
+    while len(slabs) * 8 * MB > target:
+        slabs.pop().close()
+
+with Watcher(resize, lambda: len(slabs) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
+    free = free_memory().free
+    others = mmap.mmap(-1, free - 64 * MB)
+    end = time.monotonic() + 60
+    while free_memory().free < 128 * MB and time.monotonic() < end:
+        time.sleep(0.01)
+print(len(slabs) < 40, free_memory().free >= 128 * MB, "address space" in free_memory().source)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of address space that hold are Linux'")
+def test_a_process_makes_room_under_a_true_limit():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "True True True\n"), done.stderr

@@ -67,7 +67,9 @@ def _page(reader: bstk.Reader) -> str:
     parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
     points = _quality.curve(reader.metadata)
     if points:
-        parts.insert(4, f"Quality measured when the model was compressed\n{_quality.render(points)}")
+        more = any(point["file_bytes"] > reader.length for point in points)
+        title = "Quality measured when the model was compressed" + (" (-: larger than this file)" if more else "")
+        parts.insert(4, f"{title}\n{_quality.render(points, here=reader.length)}")
     return "\n\n".join([printable(reader.source.name), *parts])
 
 
@@ -130,13 +132,16 @@ def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
 
 
 def _kind_summary(blocks: list[bstk.Chunk]) -> list[str]:
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[bstk.Kind, set[int]] = {}
     for chunk in blocks:
-        ranks.setdefault(chunk.kind.name, set()).add(chunk.rank)
-    return [
-        f"{kind} (rank {min(found)})" if len(found) == 1 else f"{kind} (rank {min(found)} to {max(found)})"
-        for kind, found in ranks.items()
-    ]
+        ranks.setdefault(chunk.kind, set()).add(chunk.rank)
+    return [f"{kind} ({_rank_words(kind, min(found), max(found))})" for kind, found in ranks.items()]
+
+
+def _rank_words(kind: bstk.Kind, least: int, most: int) -> str:
+    """What the record's field called rank says, in the words of the kind."""
+    span = f"{least}" if least == most else f"{least} to {most}"
+    return f"{span} bits per weight" if kind is bstk.TRELLIS else f"rank {span}"
 
 
 def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:

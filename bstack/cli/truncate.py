@@ -85,7 +85,7 @@ def command(
     click.echo(_report(result, printable(target or shown), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
-        click.echo(_quality.render(points, result["file_bytes"]))
+        click.echo(_quality.render(points, cut=result["file_bytes"]))
 
 
 def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:

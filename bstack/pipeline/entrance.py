@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bstk
+from bstack.memory.process import peak_bytes
 from bstack.settings import PRESETS, Settings
 from bstk.errors import OutputError, UsageError
 
@@ -146,14 +146,5 @@ def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float
         blocks=len(blocks),
         bits_per_weight=8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else 0.0,
         seconds=seconds,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(),
     )
-
-
-def _peak_memory() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

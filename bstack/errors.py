@@ -1,6 +1,6 @@
 """Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
 
-from bstk.errors import BstkError, DamagedError, UsageError
+from bstk.errors import BstkError, DamagedError, MissingPackageError, UsageError
 
 __all__ = [
     "CalibrationError",
@@ -58,7 +58,3 @@ class CodecError(UsageError):
 
 class KernelError(UsageError):
     """An environment variable asks for kernels or threads that cannot be had here."""
-
-
-class MissingPackageError(BstkError):
-    """An optional package is needed for this and not installed."""

@@ -8,6 +8,7 @@ settings; a lock keeps a second process out.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.errors import WorkDirectoryError
-from bstk.errors import writing
+from bstack.errors import WorkDirectoryError, reason
+from bstk import locks
+from bstk.errors import DamagedError, writing
 
 __all__ = ["Part", "Record", "WorkDirectory"]
 
@@ -139,13 +141,13 @@ class WorkDirectory:
         lock = self.path / LOCK
         with writing(str(lock)):
             self._lock_file = open(lock, "a+b")
-        try:
-            _lock_exclusively(self._lock_file)
-        except OSError:
+            free = locks.try_lock(self._lock_file.fileno())
+        # Another process may have removed the directory between the two calls: what is locked must be what is there.
+        if not free or not locks.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
             raise WorkDirectoryError(
                 f"{self.path} is in use by another bstack compress. Wait for it, or name another with --work-dir."
-            ) from None
+            )
 
     def release(self) -> None:
         """Let other processes in. The lock also ends with the process, however it ends."""
@@ -167,25 +169,37 @@ class WorkDirectory:
         part.close(finished=True)
 
     def entries(self, name: str) -> list[tuple[Record, Callable[[], bytes]]]:
-        """The chunks of a finished part, each with a function that reads its packed bytes."""
-        data = self.path / f"{name}.bin"
+        """The chunks of a finished part, each with a function that reads its packed bytes.
+
+        Raises
+        ------
+        bstk.DamagedError
+            When the records or the bytes are not what was written; the message says which file to delete. The functions
+            raise it, too.
+        """
+        file, data = self.path / f"{name}.json", self.path / f"{name}.bin"
 
         def reader(record: Record) -> Callable[[], bytes]:
             def read() -> bytes:
-                with open(data, "rb") as stream:
+                with _kept(file, data), open(data, "rb") as stream:
                     stream.seek(record.start)
-                    return stream.read(record.stored_length)
+                    stored = stream.read(record.stored_length)
+                    if hashlib.sha256(stored).hexdigest() != record.digest:
+                        raise ValueError(f"the bytes of {record.name} are not those that were written")
+                    return stored
 
             return read
 
-        records = [Record(**fields) for fields in json.loads((self.path / f"{name}.json").read_bytes())]
-        return [(record, reader(record)) for record in records]
+        with _kept(file, file):
+            return [(record, reader(record)) for record in (Record(**fields) for fields in json.loads(file.read_bytes()))]
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
         """A plain JSON value, computed once and kept."""
+        file = self.path / f"{name}.json"
         if not self.has(name):
-            _write_whole(self.path / f"{name}.json", json.dumps(compute()).encode())
-        return json.loads((self.path / f"{name}.json").read_bytes())
+            _write_whole(file, json.dumps(compute()).encode())
+        with _kept(file, file):
+            return json.loads(file.read_bytes())
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A dictionary of torch tensors, computed once and kept."""
@@ -194,11 +208,16 @@ class WorkDirectory:
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
             _write_whole(file, safetensors.torch.save({k: t.contiguous() for k, t in compute().items()}))
-        return safetensors.torch.load(file.read_bytes())
+        with _kept(file, file):
+            return safetensors.torch.load(file.read_bytes())
 
     def has_tensors(self, name: str) -> bool:
         """Whether the dictionary of tensors is there."""
         return (self.path / f"{name}.safetensors").is_file()
+
+    def forget_tensors(self, name: str) -> None:
+        """Have the dictionary of tensors computed again."""
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """An empty folder for the run's own temporary files."""
@@ -208,20 +227,37 @@ class WorkDirectory:
         return folder
 
     def remove(self) -> None:
-        """Delete everything: the output is written."""
+        """Delete everything: the output is written.
+
+        In an order that leaves a directory to resume from wherever it is stopped: what says that a part is finished before the
+        part, the settings last. Meanwhile the lock keeps others out.
+        """
+        last = (SETTINGS, LOCK)
+        with contextlib.suppress(OSError):
+            for file in sorted(self.path.iterdir(), key=lambda path: path.suffix != ".json"):
+                if file.is_dir():
+                    shutil.rmtree(file, ignore_errors=True)
+                elif file.name not in last:
+                    file.unlink()
+            (self.path / SETTINGS).unlink(missing_ok=True)
+            if os.name == "nt":  # where no open file can be deleted
+                self.release()
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
         self.release()
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _lock_exclusively(stream: Any) -> None:
+@contextlib.contextmanager
+def _kept(marker: Path, data: Path) -> Iterator[None]:
+    """Say of a kept file that cannot be understood what to delete; without `marker` its part is made anew."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of json, of safetensors, of a record with other fields, of a file that is gone
+        raise DamagedError(
+            f"{data} is damaged: {reason(error)}. Delete {marker} and give the same command again: that part is made anew."
+        ) from None
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import types
 import pytest
 import tiny_models
 import torch
+from bstack.calibration import texts
 from bstack.calibration.selftext import draw, token_steps, write_windows
 from bstack.calibration.sensitivity import layer_parameters, output_sensitivity
 from bstack.calibration.statistics import InputStatistics, gather
@@ -355,6 +356,29 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).write_text(text)
     assert open_text(str(tmp_path)).text == "first\n\nmiddle\n\nlast"
     assert open_text(str(tmp_path)).name == tmp_path.name
+
+
+def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch):
+    read = []
+    original = texts._records
+
+    def counting(path):
+        for text in original(path):
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr(texts, "_records", counting)
+    monkeypatch.setattr(texts, "LONGEST", 20)
+    (tmp_path / "a.jsonl").write_text('{"text":"abcdef"}\n' * 50)
+    (tmp_path / "b.txt").write_text("x" * 50)
+    (tmp_path / "c.txt").write_bytes(b"\xff" * 50)  # would be refused
+    assert open_text(str(tmp_path / "a.jsonl")).text == "abcdef\n\nabcdef\n\nabcd"
+    assert len(read) == 3
+    assert open_text(str(tmp_path / "b.txt")).text == "x" * 20
+    assert open_text(str(tmp_path)).text == "abcdef\n\nabcdef\n\nabcd"
+    (tmp_path / "a.jsonl").write_text('{"text": "this is too long"}\n')
+    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1: longer than 20 characters"):
+        open_text(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("line", ["[1]", '"text"', "{", '{"txt": "x"}', "7"])

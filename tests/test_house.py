@@ -12,7 +12,7 @@ SOURCES = {"bstack": ROOT / "bstack", "bstk": ROOT / "format" / "bstk"}
 # Ground floor first. A part may import its own floor and those below it; a part of the house that is on no floor fails.
 FLOORS = [
     ["bstk"],
-    ["bstack.errors", "bstack.settings", "bstack.workdir"],
+    ["bstack.errors", "bstack.folders", "bstack.memory", "bstack.settings", "bstack.workdir"],
     ["bstack.numerics", "bstack.kernels"],
     ["bstack.models", "bstack.calibration", "bstack.codecs", "bstack.ordering"],
     ["bstack.pipeline", "bstack.runtime", "bstack.measure"],
@@ -139,18 +139,29 @@ def test_circles_are_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+# What the container asks of other packages, and where. requests (with its urllib3) is optional.
+OUTSIDE = {"bstk.frames": {"zstandard"}, "bstk.client": {"requests", "urllib3"}}
+
+
 def test_the_container_needs_nothing_but_zstandard():
-    outside = {
-        target.split(".")[0] for name in MODULES if home(name) == "bstk" for target in imports(name)
-    } - sys.stdlib_module_names
-    assert outside == {"bstk", "zstandard"}
+    outside = {}
+    for name in MODULES:
+        if home(name) == "bstk":
+            outside[name] = {target.split(".")[0] for target in imports(name)} - sys.stdlib_module_names - {"bstk"}
+    assert {name: found for name, found in outside.items() if found} == OUTSIDE
+
+
+def test_the_container_imports_its_http_client_inside_functions():
+    top = ast.parse(MODULES["bstk.client"].read_text(encoding="utf-8")).body
+    assert not {"requests", "urllib3"} & {name for node in top for name in ast.unparse(node).replace(".", " ").split()
+                                          if isinstance(node, (ast.Import, ast.ImportFrom))}
 
 
 def test_the_command_line_imports_no_torch_at_its_top():
     # What a command needs of the arithmetic half it imports inside its function; tests/cli/test_main.py runs it.
     heavy = {"torch", "transformers", "numpy", "safetensors"}
     for name, file in MODULES.items():
-        if home(name) in ("bstack.cli", "bstack", "bstack.errors", "bstack.settings", "bstack.workdir"):
+        if home(name) in ("bstack.cli", "bstack", *FLOORS[1]):
             top = ast.parse(file.read_text(encoding="utf-8")).body
             found = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
             found |= {node.module.split(".")[0] for node in top if isinstance(node, ast.ImportFrom) and node.module}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import warnings
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def test_damage_is_met_before_it_is_used(packed, tmp_path):
     (tmp_path / "bad.bstk").write_bytes(raw)
     with pytest.raises(bstk.DamagedError, match="bad.bstk"):
         bstack.load(tmp_path / "bad.bstk")
+
+
+def test_all_chat_templates_come_back(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }} {{ messages[0].content }}"}
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
+    (tmp_path / "text.txt").write_text(tiny_models.text())  # so that the tokenizer is needed before the file is written
+    settings = dataclasses.replace(SETTINGS, calibration=str(tmp_path / "text.txt"))
+    bstack.compress(folder, tmp_path / "x.bstk", settings=settings)
+    _, loaded = bstack.load(tmp_path / "x.bstk")
+    assert loaded.chat_template == tokenizer.chat_template
 
 
 def test_tokenizer_comes_back(original, packed):

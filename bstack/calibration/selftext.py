@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bstack.memory.free import free_memory
 from bstack.models.skeleton import Skeleton
 from bstk.errors import ResourceError
 
@@ -169,19 +170,11 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _check_memory(skeleton: Skeleton) -> None:
-    free = _free_memory()
+    memory = free_memory()  # where the system does not tell, the allocation itself has to
     needed = 4 * sum(p.numel() for p in skeleton.model.parameters())
-    if free is not None and needed > 0.8 * free:
+    if memory is not None and needed > 0.8 * memory.free:
         raise ResourceError(
             f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as float32, "
-            f"{free / 2**30:.1f} GiB are free. Give a text with --calibration FILE: that streams one layer at a time."
+            f"{memory.free / 2**30:.1f} GiB are free of {memory.source}. Give a text with --calibration FILE: that streams one "
+            "layer at a time."
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes that can still be had; None where the system does not tell, so that the allocation itself has to."""
-    try:
-        with open("/proc/meminfo") as stream:
-            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

@@ -88,10 +88,6 @@ class MomentTable:
             self._statistics[operand.name].add(inputs)
         self._leaders.setdefault(operand.name, leader)
 
-    def leader(self, name: str) -> str:
-        """Name of the first linear that read the same input; equal names share statistics."""
-        return self._leaders[name]
-
     def statistics(self, name: str) -> InputStatistics:
         """The statistics of a linear's input."""
         return self._statistics[self._leaders[name]]

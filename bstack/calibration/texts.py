@@ -17,8 +17,9 @@ __all__ = ["SELF", "TextSource", "open_text", "token_windows"]
 SELF = "self"
 PLAIN = {".txt", ".md", ".raw", ".tokens", ".text", ""}
 RECORDS = {".jsonl", ".ndjson"}
-# Enough characters for any request, and a bound on what a folder of a terabyte costs.
+# Characters that are read at most: enough for any request, and a bound on what a folder of a terabyte costs.
 LONGEST = 256 * 2**20
+BETWEEN = "\n\n"
 # The shortest windows that the settings allow.
 LEAST_LENGTH = 8
 
@@ -56,25 +57,38 @@ def open_text(source: str) -> TextSource:
     """
     path = Path(source)
     if path.is_file():
-        text = _read_file(path)
+        text = _joined(_pieces(path))
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (PLAIN - {""}) | RECORDS)
         if not files:
             raise CalibrationError(
                 f"{path} holds no text: looked for files ending in {', '.join(sorted((PLAIN - {''}) | RECORDS))}."
             )
-        text = "\n\n".join(_read_file(file) for file in files)[:LONGEST]
+        text = _joined(piece for file in files for piece in _pieces(file))
     else:
         return TextSource(source, _read_hub(source))
     return TextSource(path.name, text)
 
 
-def _read_file(path: Path) -> str:
+def _joined(pieces: Iterator[str]) -> str:
+    """The first `LONGEST` characters of pieces with a blank line between them; later pieces are not asked for."""
+    kept, length = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        length += len(piece) + len(BETWEEN)
+        if length >= LONGEST:
+            break
+    return BETWEEN.join(kept)[:LONGEST]
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The whole of a plain file, up to the bound; each text of a file of records."""
     try:
         if path.suffix.lower() in RECORDS:
-            return "\n\n".join(_records(path))
+            yield from _records(path)
+            return
         with open(path, encoding="utf-8") as stream:
-            return stream.read(LONGEST)
+            yield stream.read(LONGEST)
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x}). "
@@ -86,9 +100,11 @@ def _read_file(path: Path) -> str:
 
 def _records(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST), ""), 1):
             if not line.strip():
                 continue
+            if len(line) >= LONGEST:
+                raise CalibrationError(f"{path}, line {number}: longer than {LONGEST} characters. Split the text into records.")
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "compress": "Compress a model into one .bstk file.",
     "truncate": "Cut a .bstk file to at most N megabytes.",
+    "grow": "Add the next blocks to a cut, from a larger file.",
     "inspect": "Show what is inside a .bstk file.",
     "verify": "Check every digest of a .bstk file.",
     "bench": "Measure quality, speed and memory at several sizes.",

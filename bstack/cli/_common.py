@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,36 @@ import click
 import bstk
 from bstack.cli._text import printable
 
-file_argument = click.argument("file", type=click.Path(exists=True, dir_okay=False), metavar="FILE")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
 strict_option = click.option("--strict", is_flag=True, help="Refuse a partial file (exit code 3).")
+
+
+class FileType(click.Path):
+    """An existing file."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if bstk.is_url(value):
+            self.fail(
+                "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
+class PlaceType(click.ParamType):
+    """An existing file, or a URL."""
+
+    name = "FILE|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if bstk.is_url(value) else FileType().convert(value, param, ctx)
+
+
+file_argument = click.argument("file", type=FileType(), metavar="FILE")
+place_argument = click.argument("file", type=PlaceType(), metavar="FILE|URL")
 
 
 class BudgetType(click.ParamType):
@@ -38,13 +64,15 @@ def mb_option(required: bool, help: str):
     return click.option("--mb", type=BudgetType(), required=required, help=help)
 
 
-def open_file(path: str, strict: bool = False, quiet: bool = False) -> bstk.Reader:
-    """Open a .bstk file; a partial one gives a warning on stderr, or with `strict` an error."""
+def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:
+    """Open a .bstk file or URL; a partial one gives a warning on stderr, unless `warn` is off, or with `strict` an error."""
+    # Retries are news for somebody who watches, as progress is.
+    note = None if quiet or not sys.stderr.isatty() else lambda text: click.echo(printable(text), err=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bstk.PartialWarning)
-        reader = bstk.open(path, strict=strict)
-    if reader.state == "partial" and not quiet:
-        click.echo(printable(f"Warning: {path}: {reader.partial_message()}"), err=True)
+        reader = bstk.open(bstk.HttpSource(path, note) if bstk.is_url(path) else path, strict=strict)
+    if reader.state == "partial" and warn and not quiet:
+        click.echo(printable(f"Warning: {reader.source.name}: {reader.partial_message()}"), err=True)
     return reader
 
 
@@ -54,12 +82,36 @@ def print_json(schema: str, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int, what: str, quiet: bool) -> Iterator[Any]:
+def progress(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of bytes done; draws a bar on stderr if that is a terminal."""
+    with _bar(total, what, quiet) as bar:
+        yield bar.update if bar is not None else lambda done: None
+
+
+@contextmanager
+def transfer(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """As `progress`, for bytes that come from `reader`: the bar also shows the retries of one that is behind a URL."""
+    with _bar(total, what, quiet) as bar:
+        if bar is None:
+            yield lambda done: None
+            return
+        if isinstance(reader.source, bstk.HttpSource):
+            reader.source.notify = lambda text: bar.set_postfix_str(printable(text))
+
+        def arrived(count: int) -> None:
+            bar.set_postfix_str("", refresh=False)  # whatever was retried, it goes on
+            bar.update(count)
+
+        yield arrived
+
+
+@contextmanager
+def _bar(total: int, what: str, quiet: bool) -> Iterator[Any]:
+    """Yield a progress bar in bytes, or None where nobody would see it."""
     if quiet or not sys.stderr.isatty():
-        yield lambda done: None
+        yield None
         return
     from tqdm import tqdm  # only where it is drawn: it takes a tenth of a second
 
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-        yield bar.update
+        yield bar

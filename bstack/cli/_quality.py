@@ -19,14 +19,28 @@ def curve(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(sized, key=lambda point: point["file_bytes"])
 
 
-def render(points: list[dict[str, Any]], file_bytes: int | None = None) -> str:
-    """Return the curve as a table; with `file_bytes`, a mark at the largest measured file not above it."""
+def render(points: list[dict[str, Any]], *, cut: int | None = None, here: int | None = None) -> str:
+    """Return the curve as a table.
+
+    Parameters
+    ----------
+    points : list
+        Of `curve`.
+    cut : int, optional
+        Put > at the largest measured file of at most so many bytes.
+    here : int, optional
+        Put - at every measured file of more bytes.
+    """
     # The known columns in their order, then what else was measured.
     present = dict.fromkeys(key for point in points for key in point)
     columns = [key for key in dict.fromkeys([*_TITLES, *present]) if key in present and _is_plain(points, key)]
-    marked = max((p["file_bytes"] for p in points if file_bytes is not None and p["file_bytes"] <= file_bytes), default=None)
+    chosen = max((p["file_bytes"] for p in points if cut is not None and p["file_bytes"] <= cut), default=None)
+
+    def mark(size: int) -> str:
+        return ">" if size == chosen else "-" if here is not None and size > here else ""
+
     head = ["", *[_TITLES.get(key, key.replace("_", " ")) for key in columns]]
-    rows = [[">" if point["file_bytes"] == marked else "", *[_cell(key, point.get(key)) for key in columns]] for point in points]
+    rows = [[mark(point["file_bytes"]), *[_cell(key, point.get(key)) for key in columns]] for point in points]
     return table(head, rows, indent="")
 
 

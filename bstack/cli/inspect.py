@@ -18,24 +18,30 @@ _MODEL_FIRST = ("name", "architecture", "source", "parameters")
 
 
 @click.command("inspect")
-@_common.file_argument
+@_common.place_argument
 @click.option("--blocks", "show_blocks", is_flag=True, help="List every block of the stack, in order.")
+@click.option("--root", "root_only", is_flag=True, help="Print the root digest alone: it authenticates every cut.")
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
-def command(file: str, show_blocks: bool, strict: bool, as_json: bool, quiet: bool) -> None:
+def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json: bool, quiet: bool) -> None:
     """Show what is inside FILE: the model, its sizes, its stack of blocks, what cuts of it keep.
 
-    Only the head of FILE is read; to check all of it, use bstack verify.
+    Only the head of FILE is read or, with a URL, fetched; to check all of it, use bstack verify.
 
     \b
     Example:
       bstack inspect model.bstk
       bstack inspect model.bstk --blocks | head -20
       bstack inspect model.bstk --json
+      bstack inspect https://example.org/model.bstk --root
     """
+    if root_only and (show_blocks or as_json):
+        raise click.UsageError("--root prints the root digest alone, without --blocks; --json has it too.")
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
-        if as_json:
+        if root_only:
+            click.echo(reader.root.hex())
+        elif as_json:
             _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))
@@ -61,7 +67,9 @@ def _page(reader: bstk.Reader) -> str:
     parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
     points = _quality.curve(reader.metadata)
     if points:
-        parts.insert(4, f"Quality measured when the model was compressed\n{_quality.render(points)}")
+        more = any(point["file_bytes"] > reader.length for point in points)
+        title = "Quality measured when the model was compressed" + (" (-: larger than this file)" if more else "")
+        parts.insert(4, f"{title}\n{_quality.render(points, here=reader.length)}")
     return "\n\n".join([printable(reader.source.name), *parts])
 
 
@@ -124,13 +132,16 @@ def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
 
 
 def _kind_summary(blocks: list[bstk.Chunk]) -> list[str]:
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[bstk.Kind, set[int]] = {}
     for chunk in blocks:
-        ranks.setdefault(chunk.kind.name, set()).add(chunk.rank)
-    return [
-        f"{kind} (rank {min(found)})" if len(found) == 1 else f"{kind} (rank {min(found)} to {max(found)})"
-        for kind, found in ranks.items()
-    ]
+        ranks.setdefault(chunk.kind, set()).add(chunk.rank)
+    return [f"{kind} ({_rank_words(kind, min(found), max(found))})" for kind, found in ranks.items()]
+
+
+def _rank_words(kind: bstk.Kind, least: int, most: int) -> str:
+    """What the record's field called rank says, in the words of the kind."""
+    span = f"{least}" if least == most else f"{least} to {most}"
+    return f"{span} bits per weight" if kind is bstk.TRELLIS else f"rank {span}"
 
 
 def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from bstack.cli._text import megabytes, printable
 
 
 @click.command("truncate")
-@click.argument("source", type=click.Path(exists=True, dir_okay=False), metavar="IN")
+@click.argument("source", type=_common.PlaceType(), metavar="IN|URL")
 @_common.mb_option(required=True, help="The most the file, and its weights in memory, may take. Decimals are allowed.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="OUT", help="Where to write the cut.")
 @click.option("--in-place", is_flag=True, help="Shorten IN itself. What is cut off is gone.")
@@ -39,13 +39,18 @@ def command(
     it, so that a cut that was meant and a transfer that broke off are told apart. With --no-seal, an unsealed IN is cut
     like "head -c" does it.
 
-    An existing OUT is only replaced with --force.
+    Of a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part: the same
+    command continues from there. A budget above the size of the file fetches all of it.
+
+    An existing OUT is only replaced with --force. Every block is checked while it is copied; --in-place copies nothing and
+    checks nothing.
 
     \b
     Example:
       bstack truncate model.bstk --mb 3000 -o small.bstk
       bstack truncate model.bstk --mb 62.5 --dry-run
       bstack truncate model.bstk --mb 3000 --in-place
+      bstack truncate https://example.org/model.bstk --mb 3000 -o small.bstk
     """
     if output is not None and in_place:
         raise click.UsageError("-o OUT and --in-place exclude each other.")
@@ -53,23 +58,34 @@ def command(
         raise click.UsageError("say where the cut goes: -o OUT, or --in-place to shorten IN itself.")
     if output is not None and os.path.exists(output) and not force and not dry_run:
         raise click.UsageError(f"{output} exists. Give --force to replace it, or another OUT.")
+    if in_place and bstk.is_url(source):
+        raise click.UsageError("a file on a server cannot be cut in place: name an output with -o OUT.")
 
-    with _common.open_file(source, quiet=True) as reader:  # cutting is what a partial file needs: nothing to warn of
-        cut = bstk.plan(reader, mb)
-        result = _describe(reader, cut)
-        points = _quality.curve(reader.metadata)
     target = source if in_place else output
+    # Cutting is what a partial file needs, so there is nothing to warn of.
+    with _common.open_file(source, quiet=quiet, warn=False) as reader:
+        shown = reader.source.name
+        if dry_run:
+            cut = bstk.plan(reader, mb)
+            result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
+            points = _quality.curve(reader.metadata)
+        elif not in_place:
+            with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, "copy", quiet) as advance:
+                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance)
     if not dry_run:
-        with _common.progress(cut.file_bytes, "copy", quiet or in_place) as advance:
-            bstk.truncate(source, None if in_place else output, mb=mb, seal=not no_seal, progress=advance)
+        if in_place:
+            bstk.truncate(source, None, mb=mb, seal=not no_seal)
+        with _common.open_file(target, quiet=quiet, warn=False) as reader:
+            result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
+            points = _quality.curve(reader.metadata)
     if as_json:
-        result |= {"input": source, "output": target, "dry_run": dry_run, "sealed": not no_seal, "quality": points}
+        result |= {"input": shown, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_report(result, printable(target or source), dry_run, no_seal))
+    click.echo(_report(result, printable(target or shown), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
-        click.echo(_quality.render(points, cut.file_bytes))
+        click.echo(_quality.render(points, cut=result["file_bytes"]))
 
 
 def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
@@ -83,7 +99,7 @@ def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
     }
 
 
-def _report(result: dict[str, Any], target: str, dry_run: bool, no_seal: bool) -> str:
+def _report(result: dict[str, Any], target: str, dry_run: bool) -> str:
     lines = [
         f"{target}: {'would be' if dry_run else 'is'} {megabytes(result['file_bytes'])} as a file "
         f"and {megabytes(result['memory_bytes'])} of weights in memory",
@@ -91,6 +107,6 @@ def _report(result: dict[str, Any], target: str, dry_run: bool, no_seal: bool) -
     ]
     if result["bits_per_weight"] is not None:
         lines.append(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
-    if no_seal and not dry_run:
+    if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:
         lines.append("  not sealed: readers will call it partial")
     return "\n".join(lines)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import click
 
 import bstk
@@ -9,22 +12,42 @@ from bstack.cli import _common
 from bstack.cli._text import megabytes, printable
 
 
+class RootType(click.ParamType):
+    """A root digest as 64 hexadecimal digits."""
+
+    name = "HEX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        if not re.fullmatch("[0-9a-fA-F]{64}", value):
+            self.fail(f"{value!r} is no root digest: 64 hexadecimal digits, as bstack inspect --root prints them.", param, ctx)
+        return bytes.fromhex(value)
+
+
 @click.command("verify")
 @_common.file_argument
+@click.option("--root", type=RootType(), help="Refuse a file with another root digest (exit code 5).")
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
-def command(file: str, strict: bool, as_json: bool, quiet: bool) -> None:
+def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: bool) -> None:
     """Check every digest of FILE and decode every chunk; name the first that is damaged.
 
     Exit code 0 means all is well, 5 damage, 4 that FILE is something else, 3 (with --strict) that it is partial.
 
+    Digests in FILE itself tell damage, not forgery. With --root, FILE must be the model with that root digest or a cut of
+    it; bstack inspect --root prints it where FILE is known to be good.
+
     \b
     Example:
       bstack verify model.bstk
+      bstack verify small.bstk --root $(bstack inspect --root model.bstk)
     """
     try:
         with _common.open_file(file, quiet=quiet) as reader:
+            if root is not None:
+                reader.require_root(root)
             total = sum(chunk.stored_length for chunk in reader.chunks)
             with _common.progress(total, "verify", quiet) as advance:
                 reader.verify(lambda chunk: advance(chunk.stored_length))

@@ -274,9 +274,10 @@ def _tokenizer(file: bstk.Reader, folder: Path) -> Any:
         raise CalibrationError(
             "The file has no tokenizer, so no text can be read and no quality measured. Use --no-quality for its speed."
         )
-    folder.mkdir()
     for name in file.files:
-        (folder / name).write_bytes(file.file(name))
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.file(name))
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 

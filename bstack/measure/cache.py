@@ -7,20 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bstk
+from bstack.folders import cache_folder
 from bstack.measure.reference import Reference
 
-__all__ = ["LIMIT", "cache_folder", "cached"]
+__all__ = ["LIMIT", "cached"]
 
 # All references together. One of 16 windows of 512 tokens takes .75 GiB with a vocabulary of 49,152 and 2 GiB with 128,256.
 LIMIT = 4 * 2**30
-
-
-def cache_folder() -> Path:
-    """``bstack`` in $XDG_CACHE_HOME, or in ~/.cache where that is not set (as its specification asks)."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # "All paths must be absolute. If an implementation encounters a relative path it should ignore it."
-    base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    return base / "bstack" / "references"
 
 
 def cached(key: str, size: int, scratch: Path, make: Callable[[Path], Reference]) -> Reference:
@@ -38,7 +31,7 @@ def cached(key: str, size: int, scratch: Path, make: Callable[[Path], Reference]
     make : callable
         Writes it to the path that it is given.
     """
-    path = cache_folder() / f"{key}.ref"
+    path = cache_folder("references") / f"{key}.ref"
     try:
         found = Reference(path, key)
         found.check()

@@ -1,16 +1,15 @@
-"""How fast a model reads and writes, and how much memory its process has taken."""
+"""How fast a model reads and writes."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DECODED", "PROMPT", "Rate", "Speed", "measure_speed", "peak_memory"]
+__all__ = ["DECODED", "PROMPT", "Rate", "Speed", "measure_speed"]
 
 # One sequence, as an interactive user has it. Each test once to warm up, then this often.
 PROMPT, DECODED, REPETITIONS = 128, 32, 3
@@ -82,19 +81,3 @@ def _once(model: Any, ids: torch.Tensor, prompt: int) -> tuple[float, float]:
 def _rate(tokens: int, seconds: tuple[float, ...]) -> Rate:
     rates = [tokens / s for s in seconds]
     return Rate(statistics.mean(rates), statistics.stdev(rates) if len(rates) > 1 else 0.0)
-
-
-def peak_memory() -> int | None:
-    """Most bytes of memory this process has held so far; None where the system does not tell."""
-    try:
-        # Not getrusage: on Linux its maximum includes the parent that this process was forked from.
-        with open("/proc/self/status") as stream:
-            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

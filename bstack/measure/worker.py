@@ -63,9 +63,10 @@ def measure(request: dict[str, Any], step) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from bstack.memory.process import peak_bytes
     from bstack.measure.quality import Scores
     from bstack.measure.reference import Reference, write_reference
-    from bstack.measure.speed import measure_speed, peak_memory
+    from bstack.measure.speed import measure_speed
     from bstack.runtime.load import load
 
     _import_model_code(request["file"])
@@ -77,7 +78,7 @@ def measure(request: dict[str, Any], step) -> dict[str, Any]:
         speed = measure_speed(model, step)
         result["speed"] = {**speed._asdict(), "prompt": speed.prompt._asdict(), "decode": speed.decode._asdict()}
     # Before the windows, whose logits are the measurement's and not the model's.
-    result["peak_memory_bytes"] = peak_memory()
+    result["peak_memory_bytes"] = peak_bytes()
     if request["windows"] is not None:
         windows = torch.from_numpy(np.load(request["windows"]))
 

@@ -30,7 +30,7 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
     Returns
     -------
     list of str
-        Names of the files written, sorted; without a tokenizer only generation_config.json, or nothing.
+        Names of the files written, as paths inside the folder, sorted; without a tokenizer only generation_config.json, or nothing.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -54,7 +54,8 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
         pass  # most folders have none; transformers then derives the settings from config.json
     else:
         _save(generation, target)
-    return sorted(path.name for path in target.iterdir() if path.is_file())
+    # Also in folders: further chat templates stand in one of their own.
+    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
 
 
 def _save(what: Any, target: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bstk
+from bstack.memory.process import peak_bytes
 from bstack.settings import PRESETS, Settings
 from bstk.errors import OutputError, UsageError
 
@@ -106,7 +105,6 @@ def compress(
     result = run_stages(str(model), settings, work_path, progress)
     try:
         _check_output(output, overwrite)  # another run may have written it meanwhile
-        _remove_leftovers(output)
         with progress("write", 1) as step:
             bstk.write(output, result.metadata, result.entries, result.base_count)
             step()
@@ -135,12 +133,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from None
 
 
-def _remove_leftovers(output: Path) -> None:
-    """Delete what a run of this command that was killed while it wrote left (bstk.files); the lock is held."""
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.????????.part"):
-        leftover.unlink(missing_ok=True)
-
-
 def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:
     blocks = [chunk for chunk in file.chunks if chunk.is_block]
     weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in blocks if chunk.level == 0)
@@ -154,14 +146,5 @@ def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float
         blocks=len(blocks),
         bits_per_weight=8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else 0.0,
         seconds=seconds,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(),
     )
-
-
-def _peak_memory() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,12 +10,13 @@ import torch
 import bstk
 from bstack.calibration.sensitivity import Sensitivity
 from bstack.codecs import Codec
+from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
 from bstack.workdir import WorkDirectory
 
-__all__ = ["FILES_PART", "OUTER_PART", "TableStatistics", "add_files", "compress_outer", "table_part", "tables"]
+__all__ = ["FILES_PART", "OUTER_PART", "TableStatistics", "add_files", "check_dense", "compress_outer", "table_part", "tables"]
 
 FILES_PART = "files"
 OUTER_PART = "outer"
@@ -68,6 +69,26 @@ def tables(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
     """The embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
     names = dict.fromkeys((skeleton.input_name, skeleton.output_name))
     return {name: row_ranges(name, tuple(skeleton.parameter(name).shape)) for name in names}
+
+
+def check_dense(skeleton: Skeleton, embeddings: str) -> None:
+    """Refuse a tensor that would be kept dense and is larger than a chunk of the container may be.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
+    stacked = set(tables(skeleton)) if embeddings == "stack" else set()
+    for name in skeleton.outer_names:
+        tensor = skeleton.parameter(name)
+        dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * dtype.itemsize
+        if name not in stacked and size > bstk.limits.MAX_RAW_LENGTH:
+            advice = " Use --embeddings stack, which splits it." if name in tables(skeleton) else ""
+            raise UnsupportedModelError(
+                f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor "
+                f"of a .bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.{advice}"
+            )
 
 
 def compress_outer(

@@ -21,7 +21,9 @@ from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
 from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
 from bstack.pipeline.layers import compress_layers, layer_part
-from bstack.pipeline.outer import FILES_PART, OUTER_PART, TableStatistics, add_files, compress_outer, table_part, tables
+from bstack.pipeline.outer import (
+    FILES_PART, OUTER_PART, TableStatistics, add_files, check_dense, compress_outer, table_part, tables,
+)  # fmt: skip
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
 from bstk.frames import unpack
@@ -76,6 +78,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         checkpoint = open_checkpoint(model)
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
+        check_dense(skeleton, settings.embeddings)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
@@ -87,7 +90,10 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
-        with progress("layers", len(skeleton.layers)) as step:
+        layers = [layer_part(i) for i in range(len(skeleton.layers))]
+        with progress("layers", len(layers)) as step:
+            if not all(map(work.has, layers)):  # one of them was deleted, being damaged
+                work.forget_tensors("head")
             output = work.tensors(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, step)
             )
@@ -96,7 +102,6 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outer(skeleton, statistics, table_codec, work, step)
-        layers = [layer_part(i) for i in range(len(skeleton.layers))]
         collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
         if settings.order == "paper":
             from bstack.pipeline.search import paper_order
@@ -181,6 +186,7 @@ def _tokenizer(work: WorkDirectory) -> Any:
     names = set()
     for record, read in work.entries(FILES_PART):
         names.add(record.name)
+        (folder / record.name).parent.mkdir(parents=True, exist_ok=True)
         (folder / record.name).write_bytes(unpack(read(), record.raw_length))
     if "tokenizer_config.json" not in names:
         raise CalibrationError(

@@ -11,6 +11,7 @@ from bstack.models.skeleton import Skeleton
 from bstack.ordering.paper import PrefixCache, cut_scores
 from bstack.ordering.stack import by_level
 from bstack.pipeline.assemble import Collected, Order, Source
+from bstack.pipeline.layers import layer_part
 from bstack.pipeline.rebuild import put, rebuild, weight_view
 from bstack.workdir import WorkDirectory
 
@@ -28,7 +29,7 @@ def paper_order(
     Finished layers' scores are kept in the work directory.
     """
     parts: list[tuple[str, list[str]]] = [("tables", _inside(collected, skeleton, None))]
-    parts += [(f"layer-{i:05d}", _inside(collected, skeleton, i)) for i in range(len(skeleton.layers))]
+    parts += [(layer_part(i), _inside(collected, skeleton, i)) for i in range(len(skeleton.layers))]
     scores: dict[str, list[float]] = {}
     with skeleton.loaded(skeleton.model.state_dict()), torch.no_grad():
         put(skeleton, collected.stacks)

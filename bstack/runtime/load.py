@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from decimal import Decimal
 from typing import Any
 
 import torch
 
 import bstk
+from bstack.runtime.cache import cached
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
 from bstack.runtime.fused import install
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
+from bstk import urls
 from bstk.errors import UsageError
 
 __all__ = ["load", "resident", "residence_of", "resize"]
@@ -33,8 +36,9 @@ def load(
 
     Parameters
     ----------
-    path : path
-        The container.
+    path : path or URL
+        The container. Of a URL only what `mb` needs is fetched, and kept in ``bstack/models`` in $XDG_CACHE_HOME or
+        ~/.cache: a later call fetches only what is missing there.
     mb : number or str, optional
         Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
         By default all that are there.
@@ -57,29 +61,29 @@ def load(
     ------
     bstk.BudgetError
         When the smallest model is larger than `mb`.
+    bstk.RemoteError
+        When the URL cannot be read.
     bstk.BstkError
         For a file that is not whole, not readable or damaged, and for an unknown mode.
     """
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
-    file = bstk.open(path, strict=strict)
-    try:
-        cut = file.fit(mb)
+    with ExitStack() as stack:
+        if urls.is_url(path):
+            file, chunks = stack.enter_context(cached(path, mb, strict))
+        else:
+            file = stack.enter_context(bstk.open(path, strict=strict))
+            chunks = file.chunks[: file.fit(mb).chunks]
         with embedded_files(file) as folder:
-            if mode == "dense":
-                model = dense_model(file, file.chunks[: cut.chunks], folder, dtype)
-            else:
-                model, residence = stacked_model(file, folder, dtype)
-                residence.resize(mb)
-                model.bstack_residence = residence
-                install(model, residence.gate)
             tokenizer = load_tokenizer(folder)
-    except BaseException:
-        file.close()
-        raise
-    if mode == "dense":
-        file.close()
-    return model, tokenizer
+            if mode == "dense":
+                return dense_model(file, chunks, folder, dtype), tokenizer
+            model, residence = stacked_model(file, folder, dtype)
+        residence.resize(mb)
+        install(model, residence.gate)
+        residence.on_close(stack.pop_all().close)  # the file stays open, to grow from
+        model.bstack_residence = residence
+        return model, tokenizer
 
 
 def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:

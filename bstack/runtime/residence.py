@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ class Residence:
     Parameters
     ----------
     file : bstk.Reader
-        Kept open, to grow from; closed by `close`.
+        Kept open, to grow from.
     places : mapping
         Stack name -> its matrix.
     gate : Gate
@@ -63,6 +63,7 @@ class Residence:
 
     def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate):
         self.file = file
+        self._close: Callable[[], None] = file.close
         self._places = places
         self.gate = gate
         self._slabs = Slabs()
@@ -117,7 +118,11 @@ class Residence:
         with self._turn:
             self._stop.set()
             self._join()
-            self.file.close()
+            self._close()
+
+    def on_close(self, close: Callable[[], None]) -> None:
+        """What `close` is to call instead of closing the file."""
+        self._close = close
 
     @property
     def state(self) -> Resident:

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 
-from . import preamble, reader
+from . import reader, urls
 from .budget import Budget, mb_ceil
-from .errors import PartialWarning, UnsupportedVersionError, UsageError, writing
-from .files import replacing
+from .copying import Progress, copy_chunks, header_of
+from .download import download
+from .errors import PartialWarning, RemoteChangedError, UsageError, writing
+from .files import LockedFile, replacing
 from .reader import Cut, Reader
-from .sources import read_exactly
-
-_PIECE = 4 * 2**20  # bytes copied at a time
 
 
 def truncate(
-    src: str | os.PathLike[str],
+    src: str | os.PathLike[str] | Reader,
     dst: str | os.PathLike[str] | None,
     mb: Budget,
     seal: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
-    The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Memory stays small
-    however large the file is.
+    The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Each chunk is checked
+    against its digest while it is copied. Memory stays small however large the file is.
+
+    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there.
 
     Parameters
     ----------
-    src : path
-        The file to cut: whole, sealed or partial.
+    src : path, URL or Reader
+        The file to cut: whole, sealed or partial. A reader is left open.
     dst : path or None
         Where the cut goes, replacing what is there when all of it is written. None cuts `src` in place; at every step of
-        that the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken.
+        that the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken. Nothing is read for
+        it but the header, so nothing is checked.
     mb : int, float, str or Decimal
-        The budget.
+        The budget. For a URL it may be more than the file: then all of it is fetched, and is what it is there.
     seal : bool
         Write the length into the preamble, so that the cut is known to be meant. Without it the seal is 0, and an
         unsealed `src` gives exactly its first bytes.
@@ -51,44 +52,26 @@ def truncate(
     Raises
     ------
     UsageError
-        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`.
+        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, or None for a URL.
+    BusyError
+        Another process changes the file in place, or fetches to the same `dst`.
     BudgetError
         The smallest model does not fit.
     UnsupportedVersionError
         The file has a feature this package can read but not rewrite.
     NotBstkError, DamagedError
-        `src` is not a valid file.
+        `src` is not a valid file, or a chunk of the cut is damaged.
+    RemoteError
+        The URL cannot be read; see its subclasses.
     ResourceError, OutputError
         The result cannot be written; nothing was changed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PartialWarning)  # cutting is the cure that the warning names
-        source = reader.open(src)
-    with source:
-        cut = plan(source, mb)
-        if dst is None:
-            # Windows refuses to shorten a file that is open elsewhere.
-            source.close()
-            _cut_in_place(os.fspath(src), source, cut, seal)
-            return cut
-        if os.path.exists(dst) and os.path.samefile(src, dst):
-            raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
-        with replacing(dst) as (sink, temporary):
-            with writing(os.fspath(dst)):
-                sink.write(_preamble_of(source, cut, seal))
-            position = preamble.LENGTH
-            while position < cut.file_bytes:
-                length = min(_PIECE, cut.file_bytes - position)
-                piece = read_exactly(source.source, position, length, os.fspath(src))
-                with writing(os.fspath(dst)):
-                    sink.write(piece)
-                position += length
-                if progress is not None:
-                    progress(length)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PartialWarning)  # what seal=False asks for
-                reader.open(temporary).close()
-    return cut
+    if isinstance(src, Reader):
+        return _truncate(src, dst, mb, seal, progress)
+    if dst is None and not urls.is_url(src):
+        return _cut_in_place(os.fspath(src), mb, seal)
+    with _open(src) as source:
+        return _truncate(source, dst, mb, seal, progress)
 
 
 def plan(source: Reader, mb: Budget) -> Cut:
@@ -100,14 +83,11 @@ def plan(source: Reader, mb: Budget) -> Cut:
         As in `truncate`.
     """
     name = source.source.name
-    if source.preamble.read_only_compatible:
-        raise UnsupportedVersionError(
-            f"{name}: the file has features this version of bstk can read but not rewrite (read-only-compatible flags "
-            f"{source.preamble.read_only_compatible:#x}). Upgrade bstack to cut it."
-        )
+    reader.require_rewritable(source)
     cut = source.fit(mb)
-    # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed.
-    if cut.chunks == len(source.chunks) and source.state != "partial":
+    # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed. And all of a file
+    # on a server is worth fetching.
+    if cut.chunks == len(source.chunks) and source.state != "partial" and not _is_remote(source):
         raise UsageError(
             f"{name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {mb} MB. "
             "Give a smaller budget, or use the file as it is."
@@ -115,25 +95,67 @@ def plan(source: Reader, mb: Budget) -> Cut:
     return cut
 
 
-def _preamble_of(source: Reader, cut: Cut, seal: bool) -> bytes:
-    return source.preamble.sealed(cut.file_bytes if seal else 0).to_bytes()
+def _truncate(
+    source: Reader, dst: str | os.PathLike[str] | None, mb: Budget, seal: bool, progress: Progress | None
+) -> Cut:
+    name = source.source.name
+    if dst is None:
+        raise UsageError(f"{name}: an open file or one on a server is not cut in place. Name an output.")
+    if _is_remote(source):
+        try:
+            return _fetch(source, dst, mb, seal, progress)
+        except RemoteChangedError:
+            return _fetch(reader.reopen(source), dst, mb, seal, progress)
+    cut = plan(source, mb)
+    if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
+        raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
+    with replacing(dst) as (sink, temporary):
+
+        def write(data: bytes | memoryview) -> None:
+            with writing(os.fspath(dst)):
+                sink.write(data)
+            if progress is not None:
+                progress(len(data))
+
+        write(header_of(source, cut.file_bytes if seal else 0))
+        copy_chunks(source, source.chunks[: cut.chunks], write)
+        _open(temporary).close()
+    return cut
 
 
-def _cut_in_place(path: str, source: Reader, cut: Cut, seal: bool) -> None:
+def _fetch(source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None) -> Cut:
+    cut = plan(source, mb)
+    everything = cut.chunks == len(source.chunks) and source.state != "partial"
+    length = source.seal if everything else cut.file_bytes
+    download(source, cut, dst, length if seal else 0, progress)
+    return cut
+
+
+def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
     """Unseal, shorten, seal, each on disk before the next begins: unsealed, the file is valid at either length."""
-    with writing(path), open(path, "r+b", buffering=0) as file:
+    _open(path).close()  # what is no good file is refused as such, and not for want of the right to write
+    with LockedFile(path) as file:
+        # Read again: until it was locked, another process may have changed it.
+        with _open(path) as source:
+            cut = plan(source, mb)
         steps = []
         if source.seal:
-            steps.append(lambda: _overwrite_preamble(file, source.preamble.sealed(0).to_bytes()))
-        steps.append(lambda: file.truncate(cut.file_bytes))
+            steps.append(lambda: file.write(0, source.preamble.sealed(0).to_bytes()))
+        steps.append(lambda: file.shorten(cut.file_bytes))
         if seal:
-            steps.append(lambda: _overwrite_preamble(file, _preamble_of(source, cut, seal)))
-        for step in steps:
-            step()
-            os.fsync(file.fileno())
+            steps.append(lambda: file.write(0, source.preamble.sealed(cut.file_bytes).to_bytes()))
+        with writing(path):
+            for step in steps:
+                step()
+                os.fsync(file.fileno())
+    return cut
 
 
-def _overwrite_preamble(file, data: bytes) -> None:
-    file.seek(0)
-    if file.write(data) != len(data):
-        raise OSError("the preamble was written only in part")
+def _open(what: str | os.PathLike[str]) -> Reader:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartialWarning)  # cutting is the cure that the warning names
+        return reader.open(what)
+
+
+def _is_remote(source: Reader) -> bool:
+    return urls.is_url(source.source.name)

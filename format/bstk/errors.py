@@ -27,6 +27,48 @@ class UsageError(BstkError):
     exit_code = 2
 
 
+class BusyError(UsageError):
+    """Another process is writing the same file."""
+
+
+class OtherModelError(UsageError):
+    """Two files that should belong to one model have different root digests."""
+
+
+class MissingPackageError(BstkError):
+    """An optional package is needed for this and not installed."""
+
+
+class RemoteError(BstkError):
+    """A file on a server cannot be read; the classes below say why."""
+
+
+class UnreachableError(RemoteError):
+    """The server cannot be found, does not answer, or is out of order."""
+
+
+class CertificateError(RemoteError):
+    """The TLS connection failed: usually a certificate that is not trusted."""
+
+
+class RemoteAccessError(RemoteError):
+    """The server asks for permission (401, 403, 407)."""
+
+
+class RemoteNotFoundError(RemoteError, UsageError):
+    """The server has no such file (404, 410), or the URL is none."""
+
+    exit_code = UsageError.exit_code
+
+
+class RemoteAnswerError(RemoteError):
+    """The server's answer cannot be used: it compresses, contradicts itself, or does not say what is needed."""
+
+
+class RemoteChangedError(RemoteError):
+    """The file on the server was replaced while it was read."""
+
+
 class PartialError(BstkError):
     """The file is a valid but shorter part of an unsealed file, and a whole one was asked for."""
 
@@ -62,6 +104,10 @@ class TruncatedError(DamagedError):
     """The file ends before its smallest model does."""
 
 
+class RootMismatchError(DamagedError):
+    """The root digest is not the expected one: another model, or one that somebody changed."""
+
+
 class BudgetError(BstkError):
     """The budget is below the smallest model.
 
@@ -88,6 +134,12 @@ class Interrupted(BstkError):
     """Stopped by the user; the same command resumes."""
 
     exit_code = 75
+
+
+class TransferError(RemoteError):
+    """The connection broke off too often; what has arrived is kept, and the same command resumes."""
+
+    exit_code = Interrupted.exit_code
 
 
 class PartialWarning(UserWarning):

@@ -1,14 +1,18 @@
-"""Putting a file in place whole or not at all."""
+"""Putting a file in place whole or not at all; changing one in place with nobody else doing the same."""
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from .errors import OutputError, writing
+from . import locks
+from .errors import BusyError, OutputError, writing
+
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 class Sink:
@@ -32,7 +36,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
     Yields the sink and the path of the temporary file, which stands in the same folder and is synced before it is renamed.
-    A killed process leaves it behind as ``.NAME.xxxxxxxx.part``; it can be deleted.
+    A killed process leaves it behind as ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several
+    processes that write `path` at once, each writes a file of its own, and the last to finish has its file there.
 
     Raises
     ------
@@ -41,41 +46,178 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
     OutputError
         `path` cannot be written, or is no regular file.
     """
-    # Through a link, so that the link stays one.
-    target = os.path.realpath(path)
+    target = target_of(path)
     folder, name = os.path.split(target)
     shown = os.fspath(path)
     with writing(shown):
-        # Renaming over a device such as /dev/null would replace the device.
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(target).st_mode):
-                raise OutputError(f"{shown}: not a regular file. Name a file to write to.")
-        temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        _remove_leftovers(folder, name)
+        descriptor, temporary = _create_temporary(folder, name)
     try:
-        try:
-            sink = Sink(descriptor)
-            yield sink, temporary
-            with writing(shown):
-                os.fsync(descriptor)
-        finally:
-            with writing(shown):
-                os.close(descriptor)
+        yield Sink(descriptor), temporary
         with writing(shown):
+            os.fsync(descriptor)
+            if os.name == "nt":  # cannot rename an open file
+                descriptor = _close(descriptor)
+            # Elsewhere still locked: to others it is no leftover as long as it has this name.
             os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
+            descriptor = _close(descriptor)  # first, for Windows cannot delete an open file
+        with suppress(OSError):
             os.unlink(temporary)
         raise
-    # The new file is in place; syncing its folder makes that survive a power cut. Windows and some network file systems
-    # cannot, and a file that is there is no reason to report failure.
+    with suppress(OSError):  # all of it is on the disk already
+        _close(descriptor)
+    sync_folder(folder)
+
+
+def target_of(path: str | os.PathLike[str]) -> str:
+    """Return where a file that replaces `path` is to be put: behind a link, so that the link stays one.
+
+    Raises
+    ------
+    OutputError
+        There is something there that is no regular file.
+    """
+    target = os.path.realpath(path)
+    with writing(os.fspath(path)), suppress(FileNotFoundError):
+        # Renaming over a device such as /dev/null would replace the device.
+        if not stat.S_ISREG(os.stat(target).st_mode):
+            raise OutputError(f"{os.fspath(path)}: not a regular file. Name a file to write to.")
+    return target
+
+
+def sync_folder(folder: str) -> None:
+    """Make a renaming in `folder` survive a power cut, where the system can."""
+    # The file is in place already. Windows and some network file systems cannot do this, which is no failure.
     with suppress(OSError):
-        _sync_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
+def _close(descriptor: int) -> int:
+    """Close a descriptor, unless it is -1; return -1."""
+    if descriptor >= 0:
         os.close(descriptor)
+    return -1
+
+
+def _create_temporary(folder: str, name: str) -> tuple[int, str]:
+    """Create a locked file. The lock tells `_remove_leftovers` of other processes that somebody still writes it."""
+    while True:
+        temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+        # Where a file system knows no locks, leftovers stay.
+        with suppress(OSError):
+            locks.wait_for_lock(descriptor)
+        # Another process may have taken it for a leftover before the lock was there.
+        if locks.is_at(descriptor, temporary):
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: str, name: str) -> None:
+    """Delete what killed processes left of writing `name`: the temporary files that nobody has locked."""
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name[:200])}.????????.part")):
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDWR | _BINARY)
+            try:
+                if locks.try_lock(descriptor):
+                    os.unlink(leftover)
+            finally:
+                os.close(descriptor)
+
+
+class LockedFile:
+    """A file that is changed in place, locked against other processes that want to do the same.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    create : bool
+        Make an empty one if there is none.
+    wait : bool
+        Wait for the lock, rather than fail.
+
+    Raises
+    ------
+    BusyError
+        Another process has locked it.
+    OutputError
+        It cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False):
+        self.path = os.fspath(path)
+        with writing(self.path):
+            while True:
+                self._descriptor = os.open(path, os.O_RDWR | _BINARY | (os.O_CREAT if create else 0), 0o666)
+                try:
+                    self._take_lock(wait)
+                    if locks.is_at(self._descriptor, self.path):
+                        break
+                except BaseException:
+                    self.close()
+                    raise
+                # While this waited for the lock, another process put a file in its place or took it away.
+                self.close()
+
+    def _take_lock(self, wait: bool) -> None:
+        if wait:
+            locks.wait_for_lock(self._descriptor)
+        elif not locks.try_lock(self._descriptor):
+            raise BusyError(f"{self.path}: another process is writing this file. Wait for it, or name another file.")
+
+    def __enter__(self) -> LockedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which ends the lock. Closing twice does no harm."""
+        self._descriptor = _close(self._descriptor)
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._descriptor
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the `length` bytes at `offset`; fewer only where the file ends."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        parts = []
+        while length and (part := os.read(self._descriptor, length)):
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write `data` at `offset`."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        Sink(self._descriptor).write(data)
+
+    def shorten(self, length: int) -> None:
+        """Cut everything after the first `length` bytes off."""
+        os.ftruncate(self._descriptor, length)
+
+    def sync(self) -> None:
+        """Wait until all of it is on the disk."""
+        os.fsync(self._descriptor)
+
+    def rename(self, target: str) -> None:
+        """Put the file at `target`, in place of what is there, and close it."""
+        if os.name == "nt":  # cannot rename an open file
+            self.close()
+            os.replace(self.path, target)
+            return
+        os.replace(self.path, target)  # still locked: nobody takes the new file for a part that can be written to
+        self.close()

@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 from . import frames, header, kinds
 from .budget import Budget, budget_bytes, mb_ceil
-from .errors import BudgetError, DamagedError, PartialError, PartialWarning, UsageError, located
+from .errors import (
+    BudgetError,
+    DamagedError,
+    PartialError,
+    PartialWarning,
+    RemoteChangedError,
+    RootMismatchError,
+    UnsupportedVersionError,
+    UsageError,
+    located,
+)
 from .index import Chunk
 from .sources import Source, as_source, read_exactly
 
@@ -50,8 +60,9 @@ def open(
 
     Parameters
     ----------
-    what : path, bytes, or a source
-        A source has ``name``, ``length``, ``read(offset, length)`` and ``close()``; it is closed with the reader.
+    what : path, URL, bytes, or a source
+        Of a URL the header is read, with at most two requests; chunks on demand. A source has ``name``, ``length``,
+        ``read(offset, length)`` and ``close()``; it is closed with the reader.
     strict : bool
         Refuse a partial file instead of warning about it.
 
@@ -70,7 +81,7 @@ def open(
         A check failed.
     PartialError
         It is partial and `strict` is set.
-    OSError
+    OSError, RemoteError
         It cannot be read.
 
     Warns
@@ -80,7 +91,7 @@ def open(
     """
     source = as_source(what)
     try:
-        reader = Reader(source)
+        reader = _read_twice_if_changed(source)
         if reader.state == "partial":
             if strict:
                 raise PartialError(f"{source.name}: {reader.partial_message()}")
@@ -89,6 +100,33 @@ def open(
         source.close()
         raise
     return reader
+
+
+def reopen(reader: Reader) -> Reader:
+    """Return a new reader of the same source, after the file behind it was replaced on its server."""
+    reader.source.restart()
+    return Reader(reader.source)
+
+
+def require_rewritable(reader: Reader) -> None:
+    """Raise UnsupportedVersionError if the file has features that allow reading it, but not writing parts of it."""
+    if reader.preamble.read_only_compatible:
+        raise UnsupportedVersionError(
+            f"{reader.source.name}: the file has features this version of bstk can read but not rewrite "
+            f"(read-only-compatible flags {reader.preamble.read_only_compatible:#x}). Upgrade bstack to cut it."
+        )
+
+
+def _read_twice_if_changed(source: Source) -> Reader:
+    """Read the header; once more where the file was replaced on a server, or written to on disk, in the meantime."""
+    try:
+        return Reader(source)
+    except (DamagedError, RemoteChangedError) as error:
+        changed = isinstance(error, RemoteChangedError) if not hasattr(source, "changed") else source.changed()
+        if not (changed and hasattr(source, "restart")):
+            raise
+        source.restart()
+        return Reader(source)
 
 
 class Reader:
@@ -241,6 +279,14 @@ class Reader:
             except DamagedError as error:
                 error.chunk = chunk
                 raise
+
+    def require_root(self, root: bytes) -> None:
+        """Raise RootMismatchError unless the root digest is `root`: then this is the model that was meant, or a cut of it."""
+        if self.root != root:
+            raise RootMismatchError(
+                f"{self.source.name}: the root digest is {self.root.hex()}, expected was {root.hex()}. This is another model, "
+                "or somebody changed it: do not use it before you know why."
+            )
 
     def fit(self, mb: Budget | None = None) -> Cut:
         """Return the largest cut of this file within `mb` megabytes (2**20 bytes), as a file and as weights in memory.

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
+from . import urls
 from .errors import DamagedError, UsageError
+
+_PIECE = 4 * 2**20  # bytes read at a time where much is read
 
 
 @runtime_checkable
@@ -44,7 +48,7 @@ class BytesSource:
 
 
 class FileSource:
-    """A file on disk. The length is the one it had when it was opened.
+    """A file on disk. The length is the one it had when it was opened or last restarted.
 
     Raises
     ------
@@ -62,7 +66,17 @@ class FileSource:
         if not stat.S_ISREG(status.st_mode):
             self._file.close()
             raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
+        self.restart()
+
+    def changed(self) -> bool:
+        """Whether somebody wrote to the file, or shortened it, since it was opened or restarted."""
+        return _signature(os.fstat(self._file.fileno())) != self._seen
+
+    def restart(self) -> None:
+        """Begin with the file as it is now."""
+        status = os.fstat(self._file.fileno())
         self.length = status.st_size
+        self._seen = _signature(status)
 
     def read(self, offset: int, length: int) -> bytes:
         if length > self.length - offset:
@@ -84,8 +98,12 @@ class FileSource:
         self._file.close()
 
 
+def _signature(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
 def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source) -> Source:
-    """Return `what` as a source: a path is opened, bytes are wrapped, a source is passed through.
+    """Return `what` as a source: a path or URL is opened, bytes are wrapped, a source is passed through.
 
     Raises
     ------
@@ -93,7 +111,13 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
         `what` is none of these.
     OSError
         The file cannot be opened.
+    RemoteError, MissingPackageError
+        The URL cannot be read.
     """
+    if urls.is_url(what):
+        from .http import HttpSource
+
+        return HttpSource(what)
     if isinstance(what, (str, os.PathLike)):
         return FileSource(what)
     if isinstance(what, (bytes, bytearray, memoryview)):
@@ -101,7 +125,7 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
     if isinstance(what, Source):
         return what
     raise TypeError(
-        f"cannot read a .bstk file from {type(what).__name__}: give a path, bytes, or an object with "
+        f"cannot read a .bstk file from {type(what).__name__}: give a path, a URL, bytes, or an object with "
         "name, length, read(offset, length) and close()"
     )
 
@@ -115,3 +139,18 @@ def read_exactly(source: Source, offset: int, length: int, what: str) -> bytes:
             "The file became shorter after it was opened; open it again."
         )
     return data
+
+
+def pieces(source: Source, offset: int, length: int, what: str) -> Iterator[bytes]:
+    """Yield the `length` bytes at `offset` piece by piece, or raise DamagedError as `read_exactly` does.
+
+    A source with a method ``pieces(offset, length)`` decides on the pieces: over a network they are parts of one request.
+    """
+    if hasattr(source, "pieces"):
+        yield from source.pieces(offset, length)
+        return
+    stop = offset + length
+    while offset < stop:
+        piece = read_exactly(source, offset, min(_PIECE, stop - offset), what)
+        yield piece
+        offset += len(piece)

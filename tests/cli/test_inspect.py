@@ -16,6 +16,18 @@ def test_page(bstack, vector):
     assert "\x1b" not in done.stdout
 
 
+def test_the_field_called_rank_is_told_in_the_words_of_the_kind(bstack, vector):
+    assert "sign (rank 1 to 2), trellis (2 bits per weight)" in bstack("inspect", vector("weights.bstk")).stdout
+
+
+@pytest.mark.parametrize(("name", "marks"), [("smallest", "--"), ("whole", " -")])
+def test_measured_sizes_that_the_file_does_not_hold_are_marked(bstack, vector, name, marks):
+    # 1821 and 1966 bytes; measured were 1900 and 2100.
+    head, rows = bstack("inspect", vector(f"{name}.bstk")).stdout.split("Quality measured")[1].split("\n\n")[0].split("KLD\n")
+    assert "(-: larger than this file)" in head
+    assert "".join(row[0] for row in rows.splitlines()) == marks
+
+
 @pytest.mark.parametrize(("name", "state"), [("whole", "whole"), ("sealed", "sealed"), ("unsealed-cut", "partial")])
 def test_json(bstack, vector, name, state):
     path = vector(f"{name}.bstk")

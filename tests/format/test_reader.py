@@ -39,7 +39,7 @@ def test_path_bytes_and_source_are_read_alike(good, good_path):
     for what in (good, bytearray(good), memoryview(good), good_path, str(good_path), bstk.BytesSource(good)):
         with bstk.open(what) as f:
             assert samples.content(f) == samples.content(bstk.open(good))
-    with pytest.raises(TypeError, match="path, bytes, or an object"):
+    with pytest.raises(TypeError, match="path, a URL, bytes, or an object"):
         bstk.open(7)
 
 

@@ -6,7 +6,8 @@ import bstk
 import pytest
 import torch
 from bstack.measure import cache
-from bstack.measure.cache import cache_folder, cached
+from bstack.folders import cache_folder
+from bstack.measure.cache import cached
 from bstack.measure.reference import Reference, file_bytes, write_reference
 
 LOGITS = torch.randn(3, 9, 50, generator=torch.Generator().manual_seed(1)) * 4
@@ -133,21 +134,21 @@ def test_a_damaged_one_is_made_again(home, spoil):
 def test_the_oldest_make_room(home, monkeypatch):
     maker = Maker()
     maker.get("aa", home)
-    size = (cache_folder() / "aa.ref").stat().st_size
+    size = (cache_folder("references") / "aa.ref").stat().st_size
     monkeypatch.setattr(cache, "LIMIT", 3 * size)
     for age, key in enumerate(["aa", "bb", "cc"]):
         maker.get(key, home, size)
-        os.utime(cache_folder() / f"{key}.ref", (1000 + age, 1000 + age))
-    os.utime(cache_folder() / "aa.ref", (2000, 2000))  # used again
+        os.utime(cache_folder("references") / f"{key}.ref", (1000 + age, 1000 + age))
+    os.utime(cache_folder("references") / "aa.ref", (2000, 2000))  # used again
     maker.get("dd", home, size)
-    assert sorted(path.name for path in cache_folder().iterdir()) == ["aa.ref", "cc.ref", "dd.ref"]
+    assert sorted(path.name for path in cache_folder("references").iterdir()) == ["aa.ref", "cc.ref", "dd.ref"]
 
 
 def test_one_that_is_too_large_is_not_kept(home, monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 4000)
     maker = Maker()
     maker.get("aa", home, size=4001)
-    assert maker.paths == [home / "scratch" / "aa.ref"] and not (cache_folder() / "aa.ref").exists()
+    assert maker.paths == [home / "scratch" / "aa.ref"] and not (cache_folder("references") / "aa.ref").exists()
 
 
 def test_a_folder_that_cannot_be_made(home, monkeypatch):
@@ -161,4 +162,4 @@ def test_a_folder_that_cannot_be_made(home, monkeypatch):
 def test_the_cache_is_where_its_specification_says(given, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", given)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "bstack" / "references"
+    assert cache_folder("references") == tmp_path / ".cache" / "bstack" / "references"

@@ -1,0 +1,139 @@
+"""Models behind URLs: what was fetched of each is kept in a file that grows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+import bstk
+from bstack.folders import cache_folder
+from bstk import preamble
+from bstk.budget import Budget
+from bstk.copying import extend
+from bstk.download import begin
+from bstk.errors import writing
+from bstk.files import LockedFile
+
+__all__ = ["cached", "kept_path"]
+
+
+def kept_path(root: bytes) -> Path:
+    """Where the blocks of the model with that root digest are kept, whatever URL they come from."""
+    return cache_folder("models") / f"{root.hex()}.bstk"
+
+
+@contextmanager
+def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
+    """Fetch what a budget needs of a model behind a URL and is not kept yet.
+
+    Each call asks the server for the first 64 KiB, to learn which model it has. Nothing else is fetched twice. Several
+    processes may do this at once: one fetches, and the others wait for it.
+
+    Parameters
+    ----------
+    url : str
+    mb : number, str or None
+        The budget, as in `bstk.Reader.fit`.
+    strict : bool
+        Refuse a file that is partial on the server.
+
+    Yields
+    ------
+    file : bstk.Reader
+        The kept file.
+    chunks : tuple of bstk.Chunk
+        Those within the budget, which may be fewer than are kept.
+
+    Raises
+    ------
+    bstk.RemoteError
+        The URL cannot be read.
+    bstk.DamagedError
+        A chunk does not match its digest. If it was a kept one it is dropped, and the next call fetches it again.
+    bstk.BstkError
+        As `bstk.open` and `bstk.Reader.fit`.
+    """
+    with closing(bstk.HttpSource(url)) as remote:
+        try:
+            path, count = _fetch(remote, mb, strict)
+        except bstk.RemoteChangedError:
+            remote.restart()
+            path, count = _fetch(remote, mb, strict)
+    with _open_quietly(path) as file:
+        try:
+            yield file, file.all_chunks[:count]
+        except bstk.DamagedError as error:
+            if error.chunk is not None:
+                with LockedFile(path, wait=True) as kept, writing(kept.path):
+                    kept.shorten(min(kept.length, error.chunk.offset))
+                error.args = (f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.",)
+            raise
+
+
+class _Kept:
+    """A file on a server of which the beginning is on disk too; tables are read there, the rest comes from the server."""
+
+    def __init__(self, remote: bstk.HttpSource, path: Path):
+        self.name = remote.name
+        self.length = remote.length
+        self._remote = remote
+        self._path = path
+        self.pieces = remote.pieces
+
+    def read(self, offset: int, length: int) -> bytes:
+        # The preamble is the server's: it says how much of the file there is.
+        if offset >= preamble.LENGTH and self._path.is_file():
+            with closing(bstk.FileSource(self._path)) as kept:
+                data = kept.read(offset, length)
+            if len(data) == length:
+                return data
+        return self._remote.read(offset, length)
+
+    def close(self) -> None:
+        pass  # the owner closes the connections
+
+
+def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool) -> tuple[Path, int]:
+    """Make sure that all within the budget is kept; return where, and how many chunks that is."""
+    reader = _open_with_kept_tables(remote, strict)
+    cut = reader.fit(mb)
+    path = kept_path(reader.root)
+    with writing(str(path.parent)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with LockedFile(path, create=True, wait=True) as kept:
+        with writing(kept.path):
+            begin(kept, reader)
+            missing = cut.file_bytes - kept.length
+        if missing > 0:
+            with _progress(remote, missing) as advance:
+                extend(kept, reader, reader.all_chunks[: cut.chunks], advance)
+    return path, cut.chunks
+
+
+def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool) -> bstk.Reader:
+    head = remote.read(0, preamble.LENGTH)
+    if len(head) == preamble.LENGTH and head.startswith(preamble.MAGIC):
+        path = kept_path(preamble.parse(head).root())
+        try:
+            return bstk.open(_Kept(remote, path), strict=strict)
+        except bstk.DamagedError:
+            path.unlink(missing_ok=True)  # if it is not at fault, the server's file is refused below
+    return bstk.open(remote, strict=strict)
+
+
+@contextmanager
+def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], None]]:
+    # disable=None: drawn on terminals only.
+    with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+        remote.notify = bar.set_postfix_str
+        yield bar.update
+
+
+def _open_quietly(path: Path) -> bstk.Reader:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bstk.PartialWarning)  # what is kept always is
+        return bstk.open(path)

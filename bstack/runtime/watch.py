@@ -1,0 +1,144 @@
+"""A thread that watches the memory of the machine and resizes a running model."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+from bstack.errors import reason
+from bstack.memory.free import Memory, free_memory
+from bstack.runtime.memory import default_margin
+from bstack.runtime.policy import QUIET, STEP, Policy
+from bstk.errors import UsageError
+
+__all__ = ["INTERVAL", "Watcher"]
+
+# Seconds between two readings; one takes about a millisecond.
+INTERVAL = 0.5
+MB = 2**20
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+class Watcher:
+    """Keep a model as large as memory allows for the length of a `with` block.
+
+    Parameters
+    ----------
+    resize : callable
+        Receives a budget in bytes between `smallest` and `largest`. Called in the watcher's thread, never twice at once; what
+        else uses the model must be kept out by the callable itself.
+    weights : callable
+        Returns the bytes of the blocks that are resident now.
+    smallest, largest : int
+        Bounds of the budget in bytes.
+    margin : int, optional
+        Bytes to leave free; by default `default_margin` of what there is at the start.
+    quiet : float
+        Seconds without need before growing.
+    step : int
+        Bytes of the least worthwhile growth.
+    interval : float
+        Seconds between two readings.
+    read : callable
+        Returns a `Memory`, or None where the system does not tell.
+    tell : callable
+        Receives each warning, one line, in the watcher's thread; by default a RuntimeWarning. Each is given once: that not even
+        the smallest model leaves the margin free, that resizing failed.
+
+    Raises
+    ------
+    bstk.UsageError
+        When the system does not tell how much memory is free.
+    """
+
+    def __init__(
+        self,
+        resize: Callable[[int], object],
+        weights: Callable[[], int],
+        *,
+        smallest: int,
+        largest: int,
+        margin: int | None = None,
+        quiet: float = QUIET,
+        step: int = STEP,
+        interval: float = INTERVAL,
+        read: Callable[[], Memory | None] = free_memory,
+        tell: Callable[[str], None] = _warn,
+    ):
+        memory = read()
+        if memory is None:
+            raise UsageError(
+                "This system does not tell how much memory is free, so the model cannot follow it. Give a fixed size, "
+                "such as --mb 500."
+            )
+        self._resize, self._weights, self._read, self._tell = resize, weights, read, tell
+        self._interval = interval
+        self._policy = Policy(
+            smallest, largest, default_margin(memory) if margin is None else margin, quiet=quiet, step=step
+        )
+        self._told: set[str] = set()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watcher:
+        self._stopped.clear()
+        self._thread = threading.Thread(target=self._run, name="bstack-watcher", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the thread; waits for a resize that is under way, so that the model can be closed afterwards."""
+        self._stopped.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """Read once and resize if that is due; what the thread does at each interval.
+
+        Parameters
+        ----------
+        now : float
+            Seconds on a clock that never goes back.
+        """
+        # Whatever goes wrong, the thread must go on, and nothing may be lost in silence.
+        try:
+            memory = self._read()
+            if memory is None:
+                return
+            target = self._policy.decide(now, memory, self._weights())
+        except Exception as error:
+            self._policy.failed()
+            self._say("watch", f"Memory cannot be watched: {reason(error)}. The model keeps its size until it can.")
+            return
+        if target is not None:
+            try:
+                self._resize(target)
+            except Exception as error:
+                self._policy.failed()
+                self._say(
+                    "resize", f"The model cannot be resized to {target / MB:,.2f} MB: {reason(error)}. It is tried again."
+                )
+        if self._policy.short:
+            self._say(
+                "short",
+                f"Too little memory: {max(memory.free, 0) / MB:,.0f} MB are free of {memory.source}, and even the smallest model, "
+                f"{self._policy.smallest / MB:,.2f} MB, does not leave the margin of {self._policy.margin / MB:,.0f} MB. "
+                "It stays in use; end other programs.",
+            )
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            self._tell(message)

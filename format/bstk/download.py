@@ -1,0 +1,88 @@
+"""Fetching the first part of a file on a server, so that a transfer that breaks off goes on where it was."""
+
+from __future__ import annotations
+
+import os
+
+from .copying import Progress, extend, header_of, intact, overwrite_preamble
+from .errors import BstkError, OutputError, writing
+from .files import LockedFile, sync_folder, target_of
+from .preamble import LENGTH, MAGIC, parse
+from .reader import Cut, Reader
+
+
+def part_of(dst: str | os.PathLike[str]) -> str:
+    """Return the path of the file that keeps what has arrived for `dst`."""
+    return os.path.realpath(dst) + ".part"
+
+
+def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None = None) -> None:
+    """Fetch a cut of a file to `dst`, which appears whole or not at all.
+
+    Until then what has arrived is in ``DST.part``, and stays there if this ends early. It is used again by a later call
+    if its header is that of the file, byte for byte but for the seal, and each of its chunks matches its digest.
+
+    Parameters
+    ----------
+    reader : Reader
+        The file to read.
+    cut : Cut
+        What to keep.
+    dst : path
+        Where it goes.
+    seal : int
+        The seal to write, or 0 for none.
+    progress : callable or None
+        Called with the number of bytes that are there, for those of an earlier call at once.
+
+    Raises
+    ------
+    BusyError
+        Another process fetches to `dst`.
+    DamagedError
+        A chunk that arrived does not match its digest. What came before it is kept.
+    RemoteError
+        The transfer broke off, or the file changed on the server.
+    ResourceError, OutputError
+        It cannot be written.
+    """
+    target = target_of(dst)
+    chunks = reader.all_chunks[: cut.chunks]
+    with LockedFile(part_of(dst), create=True) as part:
+        with writing(part.path):
+            begin(part, reader)
+            part.shorten(intact(part, chunks))
+            if progress is not None:
+                progress(part.length)
+        extend(part, reader, chunks, progress)
+        overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
+        with writing(os.fspath(dst)):
+            part.rename(target)
+    sync_folder(os.path.dirname(target))
+
+
+def begin(part: LockedFile, reader: Reader) -> None:
+    """Make `part` the beginning of the file: keep it if it is that already, else let it be the header alone.
+
+    Raises
+    ------
+    OutputError
+        It holds something else than a .bstk file, which is not overwritten.
+    """
+    header = header_of(reader, 0)
+    there = part.read(0, len(header))
+    if there[: len(MAGIC)] != MAGIC[: len(there)]:
+        raise OutputError(f"{part.path}: in the way: it is no part of a .bstk file. Move it, or name another output.")
+    # The preamble pins the tables and they pin all chunks, so equal headers mean the same file. Only the seal and its
+    # CRC may differ.
+    if _unsealed(there) != header:
+        part.shorten(0)
+    part.write(0, header)
+
+
+def _unsealed(header: bytes) -> bytes:
+    """Return a header with seal 0; one that is too short or damaged as it is."""
+    try:
+        return parse(header[:LENGTH]).sealed(0).to_bytes() + header[LENGTH:] if len(header) >= LENGTH else header
+    except BstkError:
+        return header

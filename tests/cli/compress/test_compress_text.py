@@ -1,0 +1,72 @@
+"""``bstack compress``: calibration texts that it refuses, and what would help."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import tiny_models
+from bstack.memory.free import Memory
+from compressing import QUICK
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_empty_text(refused, model, tmp_path, text):
+    (tmp_path / "text.txt").write_text(text)
+    refused(1, ["text.txt", "token"], "model", "--calibration", "text.txt")
+
+
+def test_short_text_says_how_much_is_there_and_the_mended_command_works(run, refused, model, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_models.text(12))
+    words = ["text.txt has ", "2 samples of 128 and 4 more", "need 768", "a longer text, or at most --sequence-length 2"]
+    refused(1, words, "model", "--calibration", "text.txt", "--sequence-length", 128)
+    refused(1, "at most --samples", "model", "--calibration", "text.txt", "--samples", 900)
+    refused(1, "Give a longer text.\n", "model", "--calibration", "text.txt", "--sequence-length", 128, "--samples", 99)
+    code, _, err = run("model", "-o", "out.bstk", *QUICK, "--calibration", "text.txt")
+    assert code == 0, err
+
+
+def test_a_length_beyond_what_the_model_reads(refused, model, tmp_path):
+    refused(1, ["--sequence-length is 4000", "at most 128"], "model", "--sequence-length", 4000)
+
+
+def test_text_that_is_not_utf8(refused, model, tmp_path):
+    (tmp_path / "text.txt").write_bytes("é".encode("latin-1") * 4000)
+    refused(1, ["text.txt is not UTF-8 text", "byte 0: 0xe9"], "model", "--calibration", "text.txt")
+
+
+def test_text_in_a_record_that_is_none(refused, model, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "fine"}\n{"content": "no"}\n')
+    refused(1, ["text.jsonl, line 2", '"text" field'], "model", "--calibration", "text.jsonl")
+
+
+def test_folder_without_text(refused, model, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "picture.png").touch()
+    refused(1, ["texts holds no text", ".txt"], "model", "--calibration", "texts")
+
+
+def test_text_that_is_not_there(refused, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(2, ["no file or folder 'nothing.txt'", "pip install"], "model", "--calibration", "nothing.txt")
+
+
+def test_data_set_that_cannot_be_read(refused, model, monkeypatch):
+    def load_dataset(*_arguments, **_more):
+        raise RuntimeError("Couldn't reach it\nand more")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    refused(2, ["no file or folder 'owner/set'", "Couldn't reach it"], "model", "--calibration", "owner/set")
+
+
+def test_text_without_a_tokenizer(refused, tmp_path):
+    tiny_models.save("llama", tmp_path / "bare")
+    (tmp_path / "text.txt").write_text(tiny_models.text())
+    refused(1, ["no tokenizer", "--calibration self"], "bare", "--calibration", "text.txt")
+
+
+def test_too_little_memory_to_write_a_text(refused, model, monkeypatch):
+    memory = Memory(free=1000, total=10**9, source="a small box")
+    monkeypatch.setattr("bstack.calibration.selftext.free_memory", lambda: memory)
+    refused(7, ["the whole model must be in memory", "free of a small box", "--calibration FILE"], "model")

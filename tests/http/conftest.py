@@ -1,0 +1,56 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from range_server import RangeServer
+from served_files import make
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A file of some 100 KB whose header comes with the first request."""
+    return make(tmp_path_factory.mktemp("model") / "model.bstk")
+
+
+@pytest.fixture(scope="session")
+def long_head(tmp_path_factory):
+    """A file whose header is longer than the first request."""
+    return make(tmp_path_factory.mktemp("model") / "model.bstk", head=100_000)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """Another model, as long as `model` to the byte."""
+    return make(tmp_path_factory.mktemp("model") / "other.bstk", seed="b")
+
+
+@pytest.fixture
+def vector(tmp_path):
+    """Copy a golden file and return its path."""
+    return lambda name: Path(shutil.copy(Path(__file__).parents[2] / "format" / "vectors" / name, tmp_path / name))
+
+
+@pytest.fixture
+def serve():
+    """Start a server: ``serve(data, attribute=value)``."""
+    running = []
+
+    def start(data, **attributes):
+        server = RangeServer(data, **attributes)
+        running.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in running:
+        server.__exit__()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path_factory):
+    """No waiting between attempts, and nothing of the surroundings: proxies, netrc, tokens, caches."""
+    home = tmp_path_factory.mktemp("home")
+    for name, value in {"NO_PROXY": "*", "HOME": home, "XDG_CACHE_HOME": home / "cache"}.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)

@@ -1,0 +1,140 @@
+"""bstack.load of a URL: what is kept, and that nothing is fetched twice."""
+
+import os
+import threading
+
+import bstk
+import pytest
+from bstk.http import HEAD
+from served_files import cut_sizes
+
+cache = pytest.importorskip("bstack.runtime.cache")
+
+
+def load(url, mb=None, strict=False):
+    """What bstack.load reads: chunks of the kept file."""
+    with cache.cached(url, mb, strict) as (file, chunks):
+        return [file.read(chunk) for chunk in chunks]
+
+
+def local(data, mb=None):
+    with bstk.open(data) as file:
+        return [file.read(chunk) for chunk in file.chunks[: file.fit(mb).chunks]]
+
+
+@pytest.fixture
+def kept(long_head):
+    with bstk.open(long_head) as file:
+        return cache.kept_path(file.root)
+
+
+def test_grows_and_never_fetches_twice(long_head, serve, kept):
+    server = serve(long_head)
+    sizes = cut_sizes(long_head)
+    longest = 0
+    for mb in (sizes[3], sizes[1], sizes[12], sizes[12], sizes[0], None, sizes[3], None):
+        server.asked.clear()
+        assert load(server.url, mb) == local(long_head, mb)
+        with bstk.open(long_head) as file:
+            end = file.fit(mb).file_bytes
+        missing = max(0, end - max(longest, HEAD))
+        assert server.sent == HEAD + missing, "beside the fixed first request"
+        longest = max(longest, end)
+        assert kept.read_bytes() == long_head[:longest]
+
+
+def test_one_model_at_two_addresses_is_kept_once(long_head, serve, tmp_path, kept):
+    (tmp_path / "whole.bstk").write_bytes(long_head)
+    bstk.truncate(tmp_path / "whole.bstk", tmp_path / "cut.bstk", cut_sizes(long_head)[20])
+    sealed = (tmp_path / "cut.bstk").read_bytes()
+    first, second = serve(long_head), serve(sealed)
+    load(first.url)
+    assert load(second.url) == local(sealed)  # not more than that file has, though more is kept
+    assert second.sent == HEAD and os.listdir(kept.parent) == [kept.name]
+
+
+def test_another_model_at_the_same_address(model, other, serve):
+    server = serve(model)
+    assert load(server.url) == local(model)
+    server.data, server.etag = other, '"two"'
+    assert load(server.url) == local(other)
+
+
+def test_stopped_and_changed(long_head, model, serve, kept, monkeypatch):
+    server = serve(long_head, drop_after=70_000)
+    monkeypatch.setattr("bstk.http.RETRIES_IN_ALL", 0)
+    with pytest.raises(bstk.TransferError):
+        load(server.url)
+    length = kept.stat().st_size
+    server.drop_after = None
+    server.asked.clear()
+    assert load(server.url) == local(long_head)
+    assert server.ranges_asked() == [(0, HEAD - 1), (length, len(long_head) - 1)]
+    server = serve(long_head, then={1: {"data": model, "etag": '"two"'}})
+    kept.unlink()
+    assert load(server.url) == local(model)
+
+
+@pytest.mark.parametrize("place", ["preamble", "tables", "chunk"])
+def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
+    server = serve(long_head)
+    load(server.url)
+    with bstk.open(long_head) as file:
+        chunk = file.chunks[7]
+    data = bytearray(long_head)
+    data[{"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place]] ^= 1
+    kept.write_bytes(data)
+    if place == "chunk":
+        with pytest.raises(bstk.DamagedError, match="load again to fetch it anew"):
+            load(server.url)
+        assert kept.stat().st_size == chunk.offset
+    assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_several_at_once(long_head, serve, kept):
+    server = serve(long_head, pause=0.002)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(load(server.url))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [local(long_head)] * 4
+    with bstk.open(long_head) as file:
+        assert server.sent <= 4 * file.preamble.header_length + len(long_head)
+
+
+@pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
+def test_partial_and_budgets(long_head, serve):
+    server = serve(long_head[:-10])
+    assert load(server.url) == local(long_head)[:-1]
+    with pytest.raises(bstk.PartialError):
+        load(server.url, strict=True)
+    with pytest.raises(bstk.BudgetError):
+        load(server.url, mb=0.001)
+    with pytest.raises(bstk.NotBstkError):
+        load(serve(b"<html>").url)
+
+
+def test_a_cache_that_cannot_be_written(long_head, serve, kept):
+    kept.parent.parent.parent.mkdir(parents=True)
+    kept.parent.parent.write_text("a file where a folder should be")
+    with pytest.raises(bstk.OutputError, match="cannot write"):
+        load(serve(long_head).url)
+
+
+def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
+    import bstack
+    import torch
+
+    path = tmp_path / "tiny.bstk"
+    bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
+    server = serve(path.read_bytes())
+    with bstk.open(path) as file:
+        mb = (file.smallest_length + file.length) / 2 / bstk.MB
+    for budget in (mb, None):
+        here, _ = bstack.load(path, mb=budget)
+        there, tokenizer = bstack.load(server.url, mb=budget)
+        assert tokenizer is not None
+        for name, tensor in here.state_dict().items():
+            assert torch.equal(tensor, there.state_dict()[name]), name

@@ -1,0 +1,193 @@
+"""Growing a cut: byte for byte what a larger cut would have been, and nothing is read that is there already."""
+
+import os
+import subprocess
+import sys
+
+import bstk
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from range_server import RangeServer
+from served_files import cut_sizes, make
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """Cut bytes on disk: ``cut(data, mb)`` -> path."""
+
+    def make_cut(data, mb, name="small.bstk"):
+        (tmp_path / "source.bstk").write_bytes(data)
+        bstk.truncate(tmp_path / "source.bstk", tmp_path / name, mb)
+        return tmp_path / name
+
+    return make_cut
+
+
+@pytest.mark.parametrize("which", ["model", "long_head"])
+@pytest.mark.parametrize("remote", [True, False])
+def test_fetches_what_is_missing(which, remote, request, serve, cut, tmp_path):
+    data = request.getfixturevalue(which)
+    sizes = cut_sizes(data)
+    small, large = cut(data, sizes[21]), cut(data, sizes[25], "large.bstk")
+    server = serve(data)
+    before, seen = small.stat().st_size, []
+    found = bstk.grow(small, sizes[25], server.url if remote else tmp_path / "source.bstk", progress=seen.append)
+    assert small.read_bytes() == large.read_bytes() and found.file_bytes == large.stat().st_size
+    assert sum(seen) == found.file_bytes - before
+    if remote:
+        assert server.ranges_asked()[-1] == (before, found.file_bytes - 1) and len(server.asked) <= 3
+
+
+def test_to_the_end_gives_the_file_itself(model, serve, cut):
+    small = cut(model, cut_sizes(model)[0])
+    bstk.grow(small, 1000, serve(model).url)
+    assert small.read_bytes() == model
+
+
+def test_from_a_sealed_file_as_far_as_it_goes(model, cut):
+    sizes = cut_sizes(model)
+    small, middle = cut(model, sizes[1]), cut(model, sizes[4], "middle.bstk")
+    bstk.grow(small, 1000, middle)
+    assert small.read_bytes() == middle.read_bytes()
+
+
+def test_a_partial_file_goes_on_within_a_block(model, serve, cut, tmp_path):
+    sizes = cut_sizes(model)
+    large = cut(model, sizes[20], "large.bstk")
+    server = serve(model)
+    for extra in (0, 1, 1000):
+        small = tmp_path / "partial.bstk"
+        small.write_bytes(model[: round(sizes[18] * bstk.MB) + extra])
+        server.asked.clear()
+        bstk.grow(small, sizes[20], server.url)
+        assert small.read_bytes() == large.read_bytes()
+    # All blocks are there, and only the seal is missing.
+    small.write_bytes(model[: large.stat().st_size])
+    bstk.grow(small, sizes[20], server.url)
+    assert small.read_bytes() == large.read_bytes()
+
+
+def test_refusals_change_nothing(model, other, serve, cut, tmp_path, vector):
+    sizes = cut_sizes(model)
+    small = cut(model, sizes[5])
+    before = small.read_bytes()
+    server, strange = serve(model), serve(other)
+    with pytest.raises(bstk.OtherModelError, match="belongs to another model") as caught:
+        bstk.grow(small, 1000, strange.url)
+    assert caught.value.exit_code == 2 and len(strange.asked) == 1
+    for mb in (sizes[5], sizes[3]):
+        with pytest.raises(bstk.UsageError, match="nothing to add: it takes .* MB already"):
+            bstk.grow(small, mb, server.url)
+    with pytest.raises(bstk.UsageError, match="has no more than it"):
+        bstk.grow(small, 1000, cut(model, sizes[5], "as-small.bstk"))
+    with pytest.raises(bstk.UsageError, match="from itself"):
+        bstk.grow(small, 1000, small)
+    with pytest.raises(bstk.BudgetError):
+        bstk.grow(small, 0.001, server.url)
+    with pytest.raises(bstk.UsageError):
+        bstk.grow(small, -1, server.url)
+    server.statuses = [404]
+    with pytest.raises(bstk.RemoteNotFoundError):
+        bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == before
+    with pytest.raises(bstk.NotBstkError):
+        bstk.grow(vector("bad-html.bstk"), 1000, server.url)
+    with pytest.raises(bstk.UnsupportedVersionError, match="not rewrite"):
+        bstk.grow(vector("read-only-compatible-flag.bstk"), 1000, server.url)
+
+
+def test_nothing_is_changed_before_the_first_bytes_are_here(long_head, serve, cut):
+    small = cut(long_head, cut_sizes(long_head)[5])
+    before = small.read_bytes()
+    server = serve(long_head, statuses=[0, 0] + [503] * 6)
+    with pytest.raises(bstk.TransferError):
+        bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp_path, monkeypatch, data):
+    sizes = cut_sizes(long_head)
+    start, stop = sorted(data.draw(st.lists(st.sampled_from(sizes), min_size=2, max_size=2, unique=True)))
+    small, large = cut(long_head, start), cut(long_head, stop, "large.bstk")
+    with RangeServer(long_head) as server, monkeypatch.context() as patch:
+        patch.setattr("bstk.http.RETRIES_IN_ALL", 0)
+        with bstk.open(server.url) as source:
+            server.drop_after = data.draw(st.integers(0, 100_000))
+            try:
+                bstk.grow(small, stop, source)
+            except bstk.TransferError:
+                with bstk.open(small.read_bytes(), strict=server.drop_after == 0) as file:
+                    file.verify()
+            server.drop_after = None
+            if small.read_bytes() != large.read_bytes():
+                missing = (small.stat().st_size, large.stat().st_size - 1)
+                bstk.grow(small, stop, source)
+                assert missing[0] > missing[1] or server.ranges_asked()[-1] == missing
+    assert small.read_bytes() == large.read_bytes()
+
+
+def test_a_damaged_block_is_not_appended(model, cut, tmp_path):
+    with bstk.open(model) as file:
+        chunk = file.chunks[10]
+    small = cut(model, cut_sizes(model)[0])
+    data = bytearray(model)
+    data[chunk.offset] ^= 1
+    (tmp_path / "source.bstk").write_bytes(data)
+    with pytest.raises(bstk.DamagedError) as caught:
+        bstk.grow(small, 1000, tmp_path / "source.bstk")
+    assert caught.value.chunk == chunk and small.stat().st_size == chunk.offset
+    with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
+        file.verify()
+
+
+def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut):
+    small = cut(long_head, cut_sizes(long_head)[5])
+    server = serve(long_head, then={2: {"etag": '"two"'}})  # the same bytes again
+    bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == long_head
+    small = cut(long_head, cut_sizes(long_head)[5])
+    before = small.read_bytes()
+    server = serve(long_head, then={2: {"etag": '"two"', "data": model}})
+    with pytest.raises(bstk.OtherModelError):
+        bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == before
+
+
+_KILLED = """
+import os, sys
+import bstk
+from bstk import files
+class Os:
+    calls = 0
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def write(self, descriptor, data):
+        if self.calls == int(sys.argv[3]):
+            if len(data) > 256:  # the preamble lies in one sector, which is written whole or not
+                os.write(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), 9)
+        self.calls += 1
+        return os.write(descriptor, data)
+files.os = Os()
+bstk.grow(sys.argv[1], 1000, sys.argv[2])
+"""
+
+
+@pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+@pytest.mark.parametrize("call", [1, 2, 5, 7])
+def test_killed_while_growing(tmp_path, call):
+    """Killed in the middle of a write of blocks, the file is a valid partial one, and the same call finishes it."""
+    data = make(tmp_path / "source.bstk", blocks=6)
+    bstk.truncate(tmp_path / "source.bstk", tmp_path / "small.bstk", cut_sizes(data)[0])
+    done = subprocess.run([sys.executable, "-c", _KILLED, tmp_path / "small.bstk", tmp_path / "source.bstk", str(call)])
+    assert done.returncode == -9
+    with bstk.open(tmp_path / "small.bstk") as file:
+        file.verify()
+    if (tmp_path / "small.bstk").read_bytes() != data:  # the last call only repeats a seal of 0
+        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk")
+    assert (tmp_path / "small.bstk").read_bytes() == data

@@ -12,9 +12,6 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 enum {
     WIDE = 32,
     FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
@@ -94,11 +91,6 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     }
 }
 
-/* Where register number k of the code bytes of a row finds its inputs. */
-INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
-    return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;
-}
-
 INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
                         int rows) {
     for (int start = 0; start < width; start += FLUSH) {
@@ -151,20 +143,8 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
     for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
 }
 
-#define ROWS_OF(NAME)                                                                                                       \
-    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
-                     int64_t *sums) {                                                                                       \
-        for (int i = 0; i < rows; i++, packed += stride, sums++) {                                                          \
-            int o = 0;                                                                                                      \
-            for (; o + 4 <= operands; o += 4)                                                                               \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4, sums + (size_t)o * (size_t)rows, rows);    \
-            for (; o < operands; o++)                                                                                       \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1, sums + (size_t)o * (size_t)rows, rows);    \
-        }                                                                                                                   \
-    }
-
-ROWS_OF(trellis)
-ROWS_OF(sign)
+ROW_BY_ROW(trellis)
+ROW_BY_ROW(sign)
 
 const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign};
 

@@ -12,9 +12,6 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 enum { WIDE = 64, SHORT = 16 }; /* bytes of a register; of code bytes whose windows fill one */
 
 static void arrange(int16_t *x, size_t groups) {

@@ -11,6 +11,9 @@ static int has(const struct kernels *kernels) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 #endif
+#ifdef BSTACK_NEON
+    if (kernels == &bstack_neon) return 1; /* part of the architecture */
+#endif
     return kernels == &bstack_portable;
 }
 
@@ -19,6 +22,9 @@ static const struct kernels *const all[] = {
 #ifdef BSTACK_X86
     &bstack_avx512,
     &bstack_avx2,
+#endif
+#ifdef BSTACK_NEON
+    &bstack_neon,
 #endif
     &bstack_portable,
 };

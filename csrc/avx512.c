@@ -117,10 +117,10 @@ INLINE __m512i from_quarters(const uint8_t *at) {
 }
 
 /* 16 code bytes of `tall` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
-INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
-                               const __m512i *table, __m512i *high, __m512i *low) {
-    const __m512i shift = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi16(2), _mm_setzero_si128())),
-                                             _mm256_set_m128i(_mm_set1_epi16(6), _mm_set1_epi16(4)), 1);
+INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step,
+                               int deep, const __m512i *table, __m512i *high, __m512i *low) {
+    const int64_t by_2 = 0x0002000200020002; /* four words */
+    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
     const __mmask16 there = left >= SHORT ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1);
     __m512i row[8], pair[8]; /* the code of the lane's quarter in the low bits; of rows e and e + 1, the older row's above */
     UNROLL
@@ -194,14 +194,18 @@ INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, c
     add_sums(high, low, tall, deep, sums, rows);
 }
 
-#define TILES(NAME)                                                                                                         \
-    static void NAME##_4x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 1, sums, rows); }               \
-    static void NAME##_4x2(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 2, sums, rows); }               \
-    static void NAME##_2x4(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 2, x, step, 4, sums, rows); }               \
-    static void NAME##_1x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 1, x, step, 1, sums, rows); }               \
-    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
-                     int64_t *sums) {                                                                                       \
-        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1, NAME##_4x2, NAME##_2x4, NAME##_1x1); \
+#define TILE(NAME, TALL, DEEP)                                                            \
+    static void NAME##_##TALL##x##DEEP(TILE_ARGUMENTS) {                                  \
+        NAME##_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);              \
+    }
+#define TILES(NAME)                                                                       \
+    TILE(NAME, 4, 1)                                                                      \
+    TILE(NAME, 4, 2)                                                                      \
+    TILE(NAME, 2, 4)                                                                      \
+    TILE(NAME, 1, 1)                                                                      \
+    static void NAME(SUM_ARGUMENTS) {                                                     \
+        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1,   \
+                      NAME##_4x2, NAME##_2x4, NAME##_1x1);                                \
     }
 
 TILES(trellis)

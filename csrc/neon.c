@@ -55,8 +55,8 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     }
 }
 
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
-                        int rows) {
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep,
+                        int64_t *sums, int rows) {
     uint8x16x4_t table[4];
     UNROLL
     for (int k = 0; k < 4; k++) table[k] = vld1q_u8_x4(bstack_table + 64 * k);

@@ -7,6 +7,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+/* As in struct kernels. */
+#define SUM_ARGUMENTS                                                                                                 \
+    const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, int64_t *sums
+
 /* Adds the sums of a tile; `sums` points to its first, rows of the same operand stand together, operands `rows` apart. */
 #define TILE_ARGUMENTS \
     const uint8_t *packed, size_t stride, int width, const uint8_t *x, size_t step, int64_t *sums, int rows
@@ -34,16 +38,17 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
 }
 
 /* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1 or 4 operands. */
-#define ROW_BY_ROW(NAME)                                                                                                       \
-    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
-                     int64_t *sums) {                                                                                       \
-        for (int i = 0; i < rows; i++, packed += stride, sums++) {                                                          \
-            int o = 0;                                                                                                      \
-            for (; o + 4 <= operands; o += 4)                                                                               \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4, sums + (size_t)o * (size_t)rows, rows);    \
-            for (; o < operands; o++)                                                                                       \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1, sums + (size_t)o * (size_t)rows, rows);    \
-        }                                                                                                                   \
+#define ROW_BY_ROW(NAME)                                                                  \
+    static void NAME(SUM_ARGUMENTS) {                                                     \
+        for (int i = 0; i < rows; i++, packed += stride, sums++) {                        \
+            int o = 0;                                                                    \
+            for (; o + 4 <= operands; o += 4)                                             \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
+            for (; o < operands; o++)                                                     \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
+        }                                                                                 \
     }
 
 /* Where the code bytes of a row from b on find the inputs of their first quarter, for codes in their plain order. */

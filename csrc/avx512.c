@@ -72,8 +72,9 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep
     }
 }
 
-INLINE __m512i look_up(const __m512i *table, __m512i window) {
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(window), _mm512_permutex2var_epi8(table[0], window, table[1]),
+/* Table values of the windows; `upper` says which have their top bit set. */
+INLINE __m512i look_up(const __m512i *table, __m512i window, __mmask64 upper) {
+    return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], window, table[1]),
                                   _mm512_permutex2var_epi8(table[2], window, table[3]));
 }
 
@@ -81,23 +82,23 @@ INLINE __m512i look_up(const __m512i *table, __m512i window) {
 INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
                          const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
-    __m512i even[8], odd[8]; /* of rows e and e + 1: codes of quarters 0 and 2, and 1 and 3, the older row's above */
-    __m512i older = load(codes, left);
+    __m512i row[8], even[8], odd[8];
     UNROLL
-    for (int e = 0; e < tall + 2; e++) {
-        const __m512i newer = load(codes + (size_t)(e + 1) * stride, left);
-        even[e] = mix(crumbs, newer, _mm512_slli_epi16(older, 2));
-        odd[e] = mix(crumbs, _mm512_srli_epi16(newer, 2), older);
-        older = newer;
+    for (int e = 0; e < tall + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
+    UNROLL
+    for (int e = 0; e < tall + 2; e++) { /* two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+        even[e] = mix(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
+        odd[e] = mix(crumbs, _mm512_srli_epi16(row[e + 1], 2), row[e]);
     }
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        const __m512i *pair = quarter & 1 ? odd : even;
+        const __m512i *pair = quarter & 1 ? odd : even, top = _mm512_set1_epi8((char)(2 << 2 * quarter));
         UNROLL
         for (int i = 0; i < tall; i++) {
             const __m512i window = quarter & 2 ? mix(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
                                                : mix(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
-            const __m512i value = look_up(table, window);
+            /* The top bit comes with the oldest code, before the window is complete. */
+            const __m512i value = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
             UNROLL
             for (int o = 0; o < deep; o++) {
                 const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
@@ -132,8 +133,10 @@ INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, in
     for (int e = 0; e < tall + 2; e++) pair[e] = mix(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
     __m512i value[4];
     UNROLL
-    for (int i = 0; i < tall; i++)
-        value[i] = look_up(table, mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4)));
+    for (int i = 0; i < tall; i++) {
+        const __m512i window = mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4));
+        value[i] = look_up(table, window, _mm512_movepi8_mask(window));
+    }
     UNROLL
     for (int o = 0; o < deep; o++) {
         const __m512i x_high = from_quarters(x + (size_t)o * step), x_low = from_quarters(x + (size_t)o * step + WIDE);

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 enum {
-    ROWS = 16,           /* rows summed at once */
+    ROWS = 32,           /* rows summed at once */
     TOKENS = 8,          /* tokens taken at once */
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */

@@ -12,9 +12,6 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 enum {
     WIDE = 32,
     FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
@@ -41,7 +38,8 @@ INLINE __m256i mix(__m256i mask, __m256i a, __m256i b) {
  * at the top bit of each byte, so the bits of the window are moved there. */
 INLINE __m256i look_up(__m256i window) {
     const __m256i low = _mm256_and_si256(window, _mm256_set1_epi8(0x0F));
-    const __m256i bit4 = _mm256_slli_epi16(window, 3), bit5 = _mm256_slli_epi16(window, 2), bit6 = _mm256_slli_epi16(window, 1);
+    const __m256i bit4 = _mm256_slli_epi16(window, 3), bit5 = _mm256_slli_epi16(window, 2);
+    const __m256i bit6 = _mm256_slli_epi16(window, 1);
     __m256i eighth[2], quarter[2], half[2];
     UNROLL
     for (int k = 0; k < 16; k += 2) { /* depth first: few registers are needed at a time */
@@ -94,13 +92,8 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     }
 }
 
-/* Where register number k of the code bytes of a row finds its inputs. */
-INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
-    return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;
-}
-
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
-                        int rows) {
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep,
+                        int64_t *sums, int rows) {
     for (int start = 0; start < width; start += FLUSH) {
         const int stop = start + FLUSH < width ? start + FLUSH : width;
         __m256i sum[4];
@@ -120,8 +113,8 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
 
 /* Four sign bytes of one row: 32 columns. */
 INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int deep, __m256i *sum) {
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3,
-                                            3, 3, 3, 3);
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, //
+                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
     const __m256i one = _mm256_set1_epi64x((int64_t)0x8040201008040201u);
     const __m256i byte = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(byte, one), one);
@@ -151,20 +144,8 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
     for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
 }
 
-#define ROWS_OF(NAME)                                                                                                       \
-    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
-                     int64_t *sums) {                                                                                       \
-        for (int i = 0; i < rows; i++, packed += stride, sums++) {                                                          \
-            int o = 0;                                                                                                      \
-            for (; o + 4 <= operands; o += 4)                                                                               \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4, sums + (size_t)o * (size_t)rows, rows);    \
-            for (; o < operands; o++)                                                                                       \
-                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1, sums + (size_t)o * (size_t)rows, rows);    \
-        }                                                                                                                   \
-    }
-
-ROWS_OF(trellis)
-ROWS_OF(sign)
+ROW_BY_ROW(trellis)
+ROW_BY_ROW(sign)
 
 const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign};
 

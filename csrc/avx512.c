@@ -12,10 +12,11 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-enum { WIDE = 64, SHORT = 16 }; /* bytes of a register; of code bytes whose windows fill one */
+enum {
+    WIDE = 64,    /* bytes of a register */
+    SHORT = 16,   /* code bytes whose windows fill one */
+    AHEAD = 2048, /* bytes between what is summed and what is fetched */
+};
 
 static void arrange(int16_t *x, size_t groups) {
     for (size_t g = 0; g < groups; g++, x += GROUP) {
@@ -36,6 +37,12 @@ static void arrange(int16_t *x, size_t groups) {
 /* The first `left` bytes of a register's width, or all of it. */
 INLINE __m512i load(const uint8_t *at, int left) {
     return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
+}
+
+/* Ask for bytes to come. The rows of a tile are several streams in one page, which the hardware does not foresee; blocks
+ * are contiguous, so this asks for the next tiles' bytes in order. Addresses past the block do no harm. */
+INLINE void fetch(const uint8_t *at, int bytes) {
+    for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
 
 /* The bits of a where the mask is set, of b elsewhere. */
@@ -75,8 +82,9 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep
     }
 }
 
-INLINE __m512i look_up(const __m512i *table, __m512i window) {
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(window), _mm512_permutex2var_epi8(table[0], window, table[1]),
+/* Table values of the windows; `upper` says which have their top bit set. */
+INLINE __m512i look_up(const __m512i *table, __m512i window, __mmask64 upper) {
+    return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], window, table[1]),
                                   _mm512_permutex2var_epi8(table[2], window, table[3]));
 }
 
@@ -84,23 +92,23 @@ INLINE __m512i look_up(const __m512i *table, __m512i window) {
 INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
                          const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
-    __m512i even[8], odd[8]; /* of rows e and e + 1: codes of quarters 0 and 2, and 1 and 3, the older row's above */
-    __m512i older = load(codes, left);
+    __m512i row[8], even[8], odd[8];
     UNROLL
-    for (int e = 0; e < tall + 2; e++) {
-        const __m512i newer = load(codes + (size_t)(e + 1) * stride, left);
-        even[e] = mix(crumbs, newer, _mm512_slli_epi16(older, 2));
-        odd[e] = mix(crumbs, _mm512_srli_epi16(newer, 2), older);
-        older = newer;
+    for (int e = 0; e < tall + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
+    UNROLL
+    for (int e = 0; e < tall + 2; e++) { /* two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+        even[e] = mix(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
+        odd[e] = mix(crumbs, _mm512_srli_epi16(row[e + 1], 2), row[e]);
     }
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        const __m512i *pair = quarter & 1 ? odd : even;
+        const __m512i *pair = quarter & 1 ? odd : even, top = _mm512_set1_epi8((char)(2 << 2 * quarter));
         UNROLL
         for (int i = 0; i < tall; i++) {
             const __m512i window = quarter & 2 ? mix(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
                                                : mix(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
-            const __m512i value = look_up(table, window);
+            /* The top bit comes with the oldest code, before the window is complete. */
+            const __m512i value = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
             UNROLL
             for (int o = 0; o < deep; o++) {
                 const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
@@ -120,10 +128,10 @@ INLINE __m512i from_quarters(const uint8_t *at) {
 }
 
 /* 16 code bytes of `tall` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
-INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
-                               const __m512i *table, __m512i *high, __m512i *low) {
-    const __m512i shift = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi16(2), _mm_setzero_si128())),
-                                             _mm256_set_m128i(_mm_set1_epi16(6), _mm_set1_epi16(4)), 1);
+INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step,
+                               int deep, const __m512i *table, __m512i *high, __m512i *low) {
+    const int64_t by_2 = 0x0002000200020002; /* four words */
+    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
     const __mmask16 there = left >= SHORT ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1);
     __m512i row[8], pair[8]; /* the code of the lane's quarter in the low bits; of rows e and e + 1, the older row's above */
     UNROLL
@@ -135,8 +143,10 @@ INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, in
     for (int e = 0; e < tall + 2; e++) pair[e] = mix(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
     __m512i value[4];
     UNROLL
-    for (int i = 0; i < tall; i++)
-        value[i] = look_up(table, mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4)));
+    for (int i = 0; i < tall; i++) {
+        const __m512i window = mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4));
+        value[i] = look_up(table, window, _mm512_movepi8_mask(window));
+    }
     UNROLL
     for (int o = 0; o < deep; o++) {
         const __m512i x_high = from_quarters(x + (size_t)o * step), x_low = from_quarters(x + (size_t)o * step + WIDE);
@@ -156,8 +166,12 @@ INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tal
     UNROLL
     for (int k = 0; k < 4; k++) table[k] = _mm512_loadu_si512(bstack_table + k * WIDE);
     int b = 0;
-    for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND)
+    const uint8_t *ahead = codes + (size_t)(tall + EARLIER) * stride + AHEAD;
+    for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND) {
+        fetch(ahead + tall * b, tall * WIDE);
         trellis_step(codes + b, stride, WIDE, tall, x, step, deep, table, high, low);
+    }
+    fetch(ahead + tall * b, tall * (width - b));
     if (width - b > 2 * SHORT)
         trellis_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
     else
@@ -192,19 +206,27 @@ INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, c
     UNROLL
     for (int k = 0; k < tall * deep; k++) high[k] = low[k] = _mm512_setzero_si512();
     int b = 0;
-    for (; b + 8 <= width; b += 8, x += OPERAND) sign_step(bits + b, stride, 8, tall, x, step, deep, high, low);
+    const uint8_t *ahead = bits + (size_t)tall * stride + AHEAD;
+    for (; b + 8 <= width; b += 8, x += OPERAND) {
+        fetch(ahead + tall * b, tall * 8);
+        sign_step(bits + b, stride, 8, tall, x, step, deep, high, low);
+    }
     if (b < width) sign_step(bits + b, stride, width - b, tall, x, step, deep, high, low);
     add_sums(high, low, tall, deep, sums, rows);
 }
 
-#define TILES(NAME)                                                                                                         \
-    static void NAME##_4x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 1, sums, rows); }               \
-    static void NAME##_4x2(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 4, x, step, 2, sums, rows); }               \
-    static void NAME##_2x4(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 2, x, step, 4, sums, rows); }               \
-    static void NAME##_1x1(TILE_ARGUMENTS) { NAME##_tile(packed, stride, width, 1, x, step, 1, sums, rows); }               \
-    static void NAME(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, \
-                     int64_t *sums) {                                                                                       \
-        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1, NAME##_4x2, NAME##_2x4, NAME##_1x1); \
+#define TILE(NAME, TALL, DEEP)                                                            \
+    static void NAME##_##TALL##x##DEEP(TILE_ARGUMENTS) {                                  \
+        NAME##_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);              \
+    }
+#define TILES(NAME)                                                                       \
+    TILE(NAME, 4, 1)                                                                      \
+    TILE(NAME, 4, 2)                                                                      \
+    TILE(NAME, 2, 4)                                                                      \
+    TILE(NAME, 1, 1)                                                                      \
+    static void NAME(SUM_ARGUMENTS) {                                                     \
+        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1,   \
+                      NAME##_4x2, NAME##_2x4, NAME##_1x1);                                \
     }
 
 TILES(trellis)

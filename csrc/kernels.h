@@ -39,6 +39,9 @@ extern const struct kernels bstack_portable;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define BSTACK_X86 1
 extern const struct kernels bstack_avx2, bstack_avx512;
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define BSTACK_NEON 1
+extern const struct kernels bstack_neon;
 #endif
 const struct kernels *bstack_kernels(void);
 

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 enum {
-    ROWS = 16,           /* rows summed at once */
+    ROWS = 32,           /* rows summed at once */
     TOKENS = 8,          /* tokens taken at once */
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
@@ -94,14 +94,14 @@ static void prepare(void *argument, int token) {
     }
 }
 
-static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows, float *y,
-                        int64_t *sums) {
+static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
+                        float *y, int64_t *sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     for (size_t b = 0; b < q; b += SEGMENT)
-        job->kernels->trellis(matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT), rows,
-                              in->codes + b * QUARTERS * 2, in->step, in->count, sums);
+        job->kernels->trellis(matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT),
+                              rows, in->codes + b * QUARTERS * 2, in->step, in->count, sums);
     const uint8_t *scale = matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)start;
     float a[ROWS];
     for (int i = 0; i < rows; i++) a[i] = half_to_float(scale + 2 * (size_t)i);
@@ -112,14 +112,15 @@ static void add_trellis(const struct job *job, const struct bstack_matrix *matri
     }
 }
 
-static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in, int start,
-                     int rows, float *y, int64_t *sums) {
+static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
+                     int start, int rows, float *y, int64_t *sums) {
     const size_t stride = sign_stride(matrix->columns);
     const int rank = matrix->rank[level];
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     for (size_t b = 0; b < stride; b += SEGMENT)
         job->kernels->sign(matrix->block[level] + (size_t)start * stride + b, stride,
-                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b * 16, in->step, in->count, sums);
+                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b * 16, in->step,
+                           in->count, sums);
     const uint8_t *u = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
     for (int i = 0; i < rows; i++, u += 2 * (size_t)rank)
         for (int t = 0; t < job->tokens; t++) {

@@ -8,8 +8,12 @@ static int has(const struct kernels *kernels) {
     __builtin_cpu_init(); /* these ask the operating system too, whether it saves the registers */
     if (kernels == &bstack_avx2) return __builtin_cpu_supports("avx2");
     if (kernels == &bstack_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef BSTACK_NEON
+    if (kernels == &bstack_neon) return 1; /* part of the architecture */
 #endif
     return kernels == &bstack_portable;
 }
@@ -19,6 +23,9 @@ static const struct kernels *const all[] = {
 #ifdef BSTACK_X86
     &bstack_avx512,
     &bstack_avx2,
+#endif
+#ifdef BSTACK_NEON
+    &bstack_neon,
 #endif
     &bstack_portable,
 };

@@ -1,8 +1,15 @@
-/* Cutting a sum over rows and operands into tiles whose accumulators fit the registers. */
+/* What the instruction sets share: cutting a sum over rows and operands into tiles whose accumulators fit the registers. */
 #ifndef BSTACK_TILES_H
 #define BSTACK_TILES_H
 
 #include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* As in struct kernels. */
+#define SUM_ARGUMENTS                                                                                                 \
+    const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, int64_t *sums
 
 /* Adds the sums of a tile; `sums` points to its first, rows of the same operand stand together, operands `rows` apart. */
 #define TILE_ARGUMENTS \
@@ -28,6 +35,25 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
         }
         i += tall;
     }
+}
+
+/* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1 or 4 operands. */
+#define ROW_BY_ROW(NAME)                                                                  \
+    static void NAME(SUM_ARGUMENTS) {                                                     \
+        for (int i = 0; i < rows; i++, packed += stride, sums++) {                        \
+            int o = 0;                                                                    \
+            for (; o + 4 <= operands; o += 4)                                             \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
+            for (; o < operands; o++)                                                     \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
+        }                                                                                 \
+    }
+
+/* Where the code bytes of a row from b on find the inputs of their first quarter, for codes in their plain order. */
+INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
+    return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;
 }
 
 #endif

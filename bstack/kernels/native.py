@@ -1,8 +1,8 @@
 """The C kernels, loaded with ctypes; None where they are not built.
 
-``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``avx2``, ``avx512``; by
-default the best that the CPU has. ``BSTACK_THREADS`` sets the number of threads; by default one for each CPU that the
-process may use. Results do not depend on either.
+``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
+``avx512``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of threads; by default one for each
+CPU that the process may use. Results do not depend on either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["CHOICES", "THREADS", "VARIABLE", "instructions", "library", "pointer
 VARIABLE = "BSTACK_KERNELS"
 THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
-CHOICES = (REFERENCE, "portable", "avx2", "avx512")
+CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512")
 MOST_THREADS = 256
 INTERFACE = 2
 

@@ -113,12 +113,13 @@ class _Fast:
     @staticmethod
     def _applies(
         input_ids: Any, cache: Any, attention_mask: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
-        labels: Any = None, use_cache: Any = None, past_key_values: Any = None, logits_to_keep: Any = 0, **rest: Any,
+        labels: Any = None, use_cache: Any = None, past_key_values: Any = None, logits_to_keep: Any = 0,
+        cache_position: Any = None, return_dict: Any = None, **rest: Any,
     ) -> bool:  # fmt: skip
         """Whether a call is one more token of one sequence, and asks for logits alone."""
-        if input_ids is None or input_ids.shape != (1, 1) or cache is None or use_cache is False:
+        if input_ids is None or input_ids.shape != (1, 1) or cache is None or use_cache is False or return_dict is False:
             return False
-        if inputs_embeds is not None or labels is not None or any(value for value in rest.values() if value is not None):
+        if inputs_embeds is not None or labels is not None or any(value not in (None, False) for value in rest.values()):
             return False
         layers = getattr(cache, "layers", None)
         if not layers or any(type(layer) is not GrowingLayer for layer in layers):

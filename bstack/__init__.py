@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Settings", "compress", "load"]
+__all__ = ["Settings", "compress", "load", "resident", "resize"]
 
-_HOMES = {"compress": "bstack.pipeline.entrance", "load": "bstack.runtime.load", "Settings": "bstack.settings"}
+_HOMES = {
+    "Settings": "bstack.settings",
+    "compress": "bstack.pipeline.entrance",
+    "load": "bstack.runtime.load",
+    "resident": "bstack.runtime.load",
+    "resize": "bstack.runtime.load",
+}
 
 
 def __getattr__(name: str) -> Any:

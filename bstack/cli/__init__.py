@@ -23,6 +23,7 @@ COMMANDS = {
     "grow": "Add the next blocks to a cut, from a larger file.",
     "inspect": "Show what is inside a .bstk file.",
     "verify": "Check every digest of a .bstk file.",
+    "run": "Write text in at most N megabytes.",
     "bench": "Measure quality, speed and memory at several sizes.",
 }
 

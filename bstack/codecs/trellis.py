@@ -25,6 +25,8 @@ import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.kernels.table import TABLE
+from bstack.kernels.matrix import Matrix
+from bstack.kernels.multiply import decode_rows
 from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_moment, unrotate
@@ -102,11 +104,8 @@ class TrellisCodec(Codec):
     def rebuild(
         payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
     ) -> torch.Tensor:
-        total = torch.zeros(shape)
-        for payload in payloads:
-            codes, scale = _unpack(payload, shape)
-            total += scale.float()[:, None] * _values(codes)
-        return unrotate(total)
+        matrix = Matrix.of(*shape, [(bstk.TRELLIS.code, BITS, payload) for payload in payloads])
+        return unrotate(torch.from_numpy(decode_rows(matrix, bstk.TRELLIS.code, 0, matrix.rows)))
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
@@ -170,12 +169,3 @@ def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:
     padded.reshape(rows, -1)[:, :n] = codes
     packed = padded[:, 0] | padded[:, 1] << 2 | padded[:, 2] << 4 | padded[:, 3] << 6
     return packed.tobytes() + scale.numpy().astype("<f2").tobytes()
-
-
-def _unpack(payload: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, torch.Tensor]:
-    rows, n = EARLIER + shape[0], shape[1]
-    quarter = -(-n // 4)
-    packed = np.frombuffer(payload, np.uint8, rows * quarter).reshape(rows, 1, quarter)
-    codes = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    scale = np.frombuffer(payload, "<f2", offset=rows * quarter).astype(np.float16)
-    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :n]), torch.from_numpy(scale)

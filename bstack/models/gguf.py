@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +56,30 @@ class GGUFCheckpoint(Checkpoint):
         except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
             raise DamagedModelError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
         try:
-            # AutoConfig.from_pretrained(gguf_file=...) would parse the metadata, vocabulary included, once more.
-            self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
+            with self._parsed_once():
+                self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
             self.config = AutoConfig.for_model(**self._parsed["config"])
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{path}: {reason(error)}") from None
         architecture = self._reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed["config"])
         self._dequantize = gguf.dequantize
+
+    @contextmanager
+    def _parsed_once(self) -> Iterator[None]:
+        """Give transformers the parsed file for the length of a `with` block.
+
+        Each of its functions parses the file anew, and makes a table of names for every module: seconds each time.
+        """
+        import gguf
+
+        reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader = lambda *_args, **_kwargs: self._reader
+        gguf.get_tensor_name_map = functools.cache(table)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
 
     def _check_extent(self) -> None:
         for tensor in self._reader.tensors:
@@ -79,13 +97,15 @@ class GGUFCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> list[str]:
         from bstack.models.tokenizer import export
 
-        return export(folder, self.path.parent, gguf_file=self.path.name)
+        with self._parsed_once():
+            return export(folder, self.path.parent, gguf_file=self.path.name)
 
     def bind(self, model: torch.nn.Module) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         try:
-            self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+            with self._parsed_once():
+                self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{self.path}: {reason(error)}") from None
         self._tensors: dict[str, list[Any]] = defaultdict(list)

@@ -38,8 +38,8 @@ TOKENS_TOGETHER = 4096
 # Windows that calibration does not see, for the quality curve.
 HELD_OUT = 4
 HELD_OUT_LENGTH = 512
-# The sensitivity run needs a backward pass; a few thousand tokens settle its averages.
-SENSITIVITY_TOKENS = 4096
+# The sensitivity run needs a backward pass; two thousand tokens settle its averages.
+SENSITIVITY_TOKENS = 2048
 WINDOWS = "windows"
 
 # What the importance of a block above the smallest model means, by order.

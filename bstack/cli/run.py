@@ -1,0 +1,139 @@
+"""``bstack run``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import click
+
+import bstk
+from bstack.cli import _common
+from bstack.cli._text import megabytes
+from bstk.errors import Interrupted
+
+AUTO = "auto"
+
+
+class RunBudget(_common.BudgetType):
+    """As a budget of megabytes, or ``auto``."""
+
+    name = "MB|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == AUTO else super().convert(value, param, ctx)
+
+
+@click.command("run")
+@click.argument("file", metavar="FILE|URL")
+@click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from standard input.")
+@click.option(
+    "--mb",
+    type=RunBudget(),
+    help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
+)
+@click.option("--chat", is_flag=True, help="Give the prompt as a user's message, in the model's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most.")
+@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest; any option below asks for it too.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
+@click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens only.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1: avoid tokens that were used.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
+@_common.strict_option
+@_common.json_option
+@_common.quiet_option
+def command(
+    file: str, prompt: str, mb: Any, chat: bool, max_new_tokens: int, do_sample: bool, seed: int, strict: bool, as_json: bool,
+    quiet: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Write text with the model in FILE, in at most so many megabytes of memory for its weights.
+
+    The weights stay packed in memory, so a budget of 80 MB takes 80 MB and a little for the work. The text goes to standard
+    output as it comes, everything else to standard error. Ctrl-C ends the text (exit code 75).
+
+    \b
+    Example:
+      bstack run model.bstk --mb 80 --chat -p "What is a prime number?"
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    options = {name: value for name, value in sampling.items() if value is not None}
+    drawing = do_sample or bool(options.keys() - {"repetition_penalty"})
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    model, tokenizer = _load(file, mb, strict, say)
+    from bstack.runtime.follow import following
+    from bstack.runtime.generate import encode_prompt, write_text
+    from bstack.runtime.load import residence_of, resident
+
+    if tokenizer is None:
+        raise bstk.UsageError(f"{file} holds no tokenizer, so it reads no text. bstack.load in Python gives the model alone.")
+    ids = encode_prompt(tokenizer, prompt, chat)
+    try:
+        with following(model, say) if mb == AUTO else nullcontext():
+            written = write_text(
+                model, tokenizer, ids, _discard if as_json else _print, seed=seed, max_new_tokens=max_new_tokens,
+                do_sample=drawing, **options,
+            )  # fmt: skip
+    finally:
+        residence_of(model).close()
+    state = resident(model)
+    if as_json:
+        _common.print_json(
+            "bstack.run/1",
+            {
+                "file": file, "text": written.text, "prompt_tokens": written.prompt_tokens, "new_tokens": written.new_tokens,
+                "prompt_seconds": written.prompt_seconds, "tokens_per_second": written.tokens_per_second,
+                "weight_bytes": state.weight_bytes, "bits_per_weight": state.bits_per_weight,
+                "interrupted": written.interrupted,
+            },
+        )  # fmt: skip
+    else:
+        click.echo()
+    speed = written.tokens_per_second
+    say(
+        f"{written.prompt_tokens} + {written.new_tokens} tokens, first after {written.prompt_seconds:.2f} s"
+        + (f", then {speed:.1f} tokens/s" if speed else "")
+        + f"; {megabytes(state.weight_bytes)} of weights, {state.bits_per_weight or 0:.2f} bits per weight"
+    )
+    if written.interrupted:
+        raise Interrupted("Stopped: the text ends where you interrupted it.")
+
+
+def _load(file: str, mb: Any, strict: bool, say: Any) -> tuple[Any, Any]:
+    """The model within the budget; without one, within what is free."""
+    import bstack
+    from bstack.runtime.follow import free_budget
+
+    if mb is not None and mb != AUTO:
+        return bstack.load(file, mb=mb, mode="stack", strict=strict)
+    free, words = free_budget()
+    if free is None:
+        say(f"Using the whole file: {words}.")
+        return bstack.load(file, mode="stack", strict=strict)
+    if free <= 0:
+        raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
+    model, tokenizer = bstack.load(file, mb=free, mode="stack", strict=strict)
+    from bstack.runtime.load import resident
+
+    say(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
+    return model, tokenizer
+
+
+def _print(text: str) -> None:
+    """Show text as it is, but for what would move the cursor or colour the terminal."""
+    import unicodedata
+
+    shown = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+    sys.stdout.write("".join(shown))
+    sys.stdout.flush()
+
+
+def _discard(_text: str) -> None:
+    """Text that is printed at the end, inside JSON."""

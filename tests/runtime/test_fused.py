@@ -1,0 +1,130 @@
+"""One call for a whole step: the same logits and texts as the model's own code, or the model's own code."""
+
+import warnings
+
+import bstack
+import bstk
+import pytest
+import tiny_models
+import torch
+from bstack.kernels.native import library
+from bstack.models.cache import growing_cache
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
+
+FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
+IDS = torch.tensor([[5, 9, 44, 7, 101]])
+
+
+
+def slowly(model):
+    """The same model without the fast path."""
+    del model.forward  # that of its class remains
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_are_those_of_the_models_own_code(name, file_of):
+    fast, slow = (bstack.load(file_of(name), mode="stack")[0] for _ in range(2))
+    slowly(slow)
+    caches = [growing_cache(model) for model in (fast, slow)]
+    with torch.no_grad():
+        for model, cache in zip((fast, slow), caches, strict=True):
+            model(IDS, past_key_values=cache, use_cache=True)
+        for token in range(3, 80):  # beyond the first size of the cache
+            word = torch.tensor([[token]])
+            found, expected = (m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True))
+            assert found.shape == expected.shape
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == 82
+        assert (ours.keys - theirs.keys).norm() <= 1e-2 * theirs.keys.norm()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 2}, {"repetition_penalty": 1.3}, {"use_cache": False}],
+)
+def test_texts_are_those_of_the_models_own_code(name, options, file_of):
+    texts = []
+    for make in (lambda model: model, slowly):
+        model = make(bstack.load(file_of(name), mode="stack")[0])
+        torch.manual_seed(1)
+        texts.append(model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=20, pad_token_id=0, **options))
+    assert torch.equal(*texts)
+
+
+def test_batches_and_padding_take_the_models_own_code(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    dense, _ = bstack.load(file_of("llama"))
+    ids = torch.tensor([[0, 0, 5, 9], [6, 7, 8, 9]])
+    mask = (ids != 0).long()
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
+    alone = {"attention_mask": mask[:1], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids[:1], **alone), dense.generate(ids[:1], **alone))
+
+
+def test_what_is_asked_beyond_logits_is_answered(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    cache = growing_cache(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, use_cache=True)
+        out = model(IDS[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True, output_attentions=False)
+        assert len(out.hidden_states) == 3
+        pair = model(IDS[:, :1], past_key_values=cache, use_cache=True, return_dict=False)
+        assert isinstance(pair, tuple)
+        loss = model(IDS, labels=IDS).loss
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma2", "mixtral", "falcon", "mistral"])
+def test_other_structures_keep_their_own_code(name, file_of):
+    """Among them Mistral with a sliding window."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model, _ = bstack.load(file_of(name), mode="stack")
+    assert "forward" not in vars(model)
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+def test_a_model_of_other_arithmetic_is_found_out(file_of, monkeypatch):
+    """The structure of the family, but a multiplier that the kernels do not know."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 1.5 * forward(self, x))
+    with pytest.warns(RuntimeWarning, match="does not give LlamaForCausalLM's results"):
+        model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+
+
+def test_without_kernels(file_of, monkeypatch):
+    from bstack.runtime import fused
+
+    monkeypatch.setattr(fused, "library", lambda: None)
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+
+
+def test_bfloat16(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack", dtype=torch.bfloat16)
+    dense, _ = bstack.load(file_of("llama"))
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        found, expected = model(IDS).logits, dense(IDS).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() <= 0.1 * expected.norm()
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+def test_budgets(file_of):
+    path = file_of("llama")
+    with bstk.open(path) as file:
+        small = (file.smallest.budget + 1) / bstk.MB
+    model, _ = bstack.load(path, mode="stack", mb=small)
+    dense, _ = bstack.load(path, mb=small)
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
+    assert tiny_models.VOCABULARY == model(IDS).logits.shape[-1]

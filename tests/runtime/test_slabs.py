@@ -1,0 +1,49 @@
+"""Blocks in mapped memory: what is pushed is there, and what is popped is the system's again."""
+
+import ctypes
+import mmap
+
+import pytest
+from bstack.memory.process import resident_bytes
+from bstack.runtime.slabs import ALIGNMENT, Slabs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+MB = 2**20
+
+
+def at(address, length):
+    return ctypes.string_at(address, length)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=9000), st.integers(1, 8)), max_size=40))
+def test_a_stack_of_blocks(steps):
+    """Bytes are pushed, a number of blocks is popped; what remains is untouched. Slabs of 4 kB, so that many are met."""
+    slabs, kept = Slabs(4096), []
+    for step in steps:
+        if isinstance(step, int):
+            step = min(step, len(kept))
+            slabs.pop(step)
+            del kept[len(kept) - step :]
+        else:
+            kept.append((slabs.push(step), step))
+        assert len(slabs) == len(kept)
+        assert all(at(address, len(block)) == block and address % ALIGNMENT == 0 for address, block in kept)
+    slabs.pop(len(kept))
+    assert slabs.mapped_bytes == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole slabs only")
+def test_dropped_blocks_leave_the_process():
+    slabs = Slabs()
+    block = bytes(range(256)) * 4096 * 3  # 3 MB
+    for _ in range(40):
+        slabs.push(block)
+    full = resident_bytes()
+    slabs.pop(13)  # in the middle of a slab
+    freed = full - resident_bytes()
+    assert 0.95 * 13 * len(block) <= freed
+    slabs.pop(27)
+    assert 0.95 * 40 * len(block) <= full - resident_bytes()
+    assert slabs.mapped_bytes == 0

@@ -16,6 +16,9 @@ SLAB = 16 * 2**20
 # Of a block: a cache line, which suits vector loads.
 ALIGNMENT = 64
 
+# Python maps shared memory if nothing is said, of which nothing goes back before the whole mapping does.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 
 @dataclass
 class _Slab:
@@ -86,7 +89,7 @@ class Slabs:
 
     def _map(self, size: int) -> _Slab:
         try:
-            memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+            memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, **_PRIVATE)
         except OSError as error:
             raise MemoryError(f"no memory for {size} bytes of blocks: {error.strerror}") from None
         slab = _Slab(memory, memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, 0)

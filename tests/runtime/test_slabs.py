@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from pathlib import Path
 
 import pytest
 from bstack.memory.process import resident_bytes
@@ -9,7 +10,7 @@ from bstack.runtime.slabs import ALIGNMENT, Slabs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MB = 2**20
+STATUS = Path("/proc/self/status")
 
 
 def at(address, length):
@@ -44,6 +45,9 @@ def test_dropped_blocks_leave_the_process():
     slabs.pop(13)  # in the middle of a slab
     freed = full - resident_bytes()
     assert 0.95 * 13 * len(block) <= freed
+    if STATUS.exists():  # pages of a shared mapping would leave the process, but stay in memory
+        shared = next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("RssShmem"))
+        assert shared < 1024
     slabs.pop(27)
     assert 0.95 * 40 * len(block) <= full - resident_bytes()
     assert slabs.mapped_bytes == 0

@@ -251,7 +251,7 @@ def test_packed_weights_give_the_dense_logits(made):
         ids = IDS[:1, :5]
         with torch.no_grad():
             packed, expected = model(ids).logits, dense(ids).logits
-        assert (packed - expected).norm() < 2e-2 * expected.norm()
+        assert ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 2e-2
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no operation without a packed form
         model(IDS)

@@ -26,7 +26,7 @@ class RunBudget(_common.BudgetType):
 
 
 @click.command("run")
-@click.argument("file", metavar="FILE|URL")
+@_common.place_argument
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @click.option(
     "--mb",

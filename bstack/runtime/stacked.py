@@ -11,7 +11,7 @@ from torch import nn
 
 import bstk
 from bstack.errors import UnsupportedModelError, reason
-from bstack.kernels.matrix import BLOCKS, Matrix
+from bstack.kernels.matrix import BLOCKS, RANK, Matrix
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
@@ -53,10 +53,11 @@ def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype) -> tuple[
             _put(model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, chunk.name), shown)
     by_parameter: dict[str, list[tuple[MatrixName, bstk.Chunk]]] = defaultdict(list)
     for name, blocks in stacks.items():
-        if len(blocks) > BLOCKS:
+        rank = max(block.rank for block in blocks)
+        if len(blocks) > BLOCKS or rank > RANK:
             raise UnsupportedModelError(
-                f"{shown}: {name} has {len(blocks)} blocks; the runtime takes {BLOCKS}. bstack.load(..., mode='dense') "
-                "takes any number."
+                f"{shown}: {name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "
+                f"rank {RANK}. bstack.load(..., mode='dense') takes any."
             )
         matrix = parse_name(name)
         by_parameter[matrix.parameter].append((matrix, blocks[0]))

@@ -82,6 +82,15 @@ def test_unknown_mode(path):
         bstack.load(path, mode="packed")
 
 
+def test_more_than_the_kernels_take(path, monkeypatch):
+    from bstack.runtime import stacked
+
+    for limit in ("BLOCKS", "RANK"):
+        with monkeypatch.context() as patch, pytest.raises(bstk.BstkError, match="mode='dense'"):
+            patch.setattr(stacked, limit, 1)
+            bstack.load(path, mode="stack")
+
+
 def test_resizing_while_text_is_written(path, model):
     """Shrink and grow between tokens: the text goes on, and a new text is that of a fresh model."""
     small, middle, full = budgets(path)

@@ -1,0 +1,154 @@
+"""bstack run: text on stdout, everything else on stderr, and clear ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+
+import bstack as library
+import bstk
+import pytest
+import tiny_models
+
+SETTINGS = library.Settings(codec="trellis", planes=3, samples=4, sequence_length=32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    source = tiny_models.add_tokenizer(tiny_models.save("llama", folder / "model", max_position_embeddings=4096))
+    library.compress(source, folder / "model.bstk", settings=SETTINGS)
+    return folder / "model.bstk"
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bare")
+    library.compress(tiny_models.save("llama", folder / "model"), folder / "model.bstk", settings=SETTINGS)
+    return folder / "model.bstk"
+
+
+def mb(path, share):
+    with bstk.open(path) as file:
+        return (file.smallest.budget + share * (file.length - file.smallest.budget) + 1) / bstk.MB
+
+
+def test_text_and_summary(bstack, model):
+    done = bstack("run", model, "-p", "the river", "--max-new-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and done.stdout.endswith("\n")
+    assert "Using" in done.stderr and "tokens/s" in done.stderr and "bits per weight" in done.stderr
+    again = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", 100, "-q")
+    assert again.stdout == done.stdout and again.stderr == ""
+
+
+def test_it_is_the_text_of_the_model(bstack, model):
+    loaded, tokenizer = library.load(model, mb=mb(model, 0.5))
+    ids = tokenizer("the river", return_tensors="pt")
+    text = loaded.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
+    done = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", mb(model, 0.5), "--json", "-q")
+    assert json.loads(done.stdout)["text"] == tokenizer.decode(text, skip_special_tokens=True)
+
+
+def test_json(bstack, model):
+    done = bstack("run", model, "-p", "the river", "--max-new-tokens", 5, "--mb", mb(model, 0), "--json")
+    result = json.loads(done.stdout)
+    assert result["schema"] == "bstack.run/1" and result["new_tokens"] <= 5 and not result["interrupted"]
+    with bstk.open(model) as file:
+        assert result["weight_bytes"] == file.smallest.memory_bytes
+
+
+def test_drawing(bstack, model):
+    def draw(*options):
+        return bstack("run", model, "-p", "the river", "--max-new-tokens", 20, "-q", *options).stdout
+
+    assert draw("--temperature", 2, "--seed", 1) == draw("--do-sample", "--temperature", 2, "--seed", 1)
+    assert draw("--temperature", 2, "--seed", 1) != draw("--temperature", 2, "--seed", 2)
+    assert draw("--top-k", 1, "--seed", 1) == draw()
+
+
+def test_a_prompt_from_standard_input(model, tmp_path):
+    command = shutil.which("bstack", path=sysconfig.get_path("scripts"))
+    done = subprocess.run(
+        [command, "run", model, "-p", "-", "--max-new-tokens", "5", "-q"], input="the river", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_following_the_machine(bstack, model):
+    done = bstack("run", model, "-p", "the river", "--mb", "auto", "--max-new-tokens", 5)
+    assert done.returncode == 0 and "are free" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--mb", "0"], 2, "0"),
+        (["--mb", "-5"], 2, "-5"),
+        (["--mb", "abc"], 2, "abc"),
+        (["--mb", "0.001"], 6, "smallest"),
+        (["--temperature", "0"], 2, "temperature"),
+        (["--top-p", "1.5"], 2, "top-p"),
+        (["--max-new-tokens", "0"], 2, "max-new-tokens"),
+        (["--chat"], 2, "no chat template"),
+    ],
+)
+def test_mistakes(bstack, model, options, code, words):
+    done = bstack("run", model, "-p", "the river", *options)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_prompt(bstack, model):
+    assert bstack("run", model).returncode == 2
+    done = bstack("run", model, "-p", "")
+    assert done.returncode == 2 and "empty" in done.stderr
+
+
+def test_a_prompt_that_is_too_long(bstack, model):
+    done = bstack("run", model, "-p", "the river " * 5000)
+    assert done.returncode == 2 and "at most 4096" in done.stderr
+
+
+def test_no_tokenizer(bstack, without_tokenizer):
+    done = bstack("run", without_tokenizer, "-p", "x")
+    assert done.returncode == 2 and "no tokenizer" in done.stderr
+
+
+def test_no_such_file(bstack, tmp_path):
+    done = bstack("run", tmp_path / "none.bstk", "-p", "x")
+    assert done.returncode == 2 and "none.bstk" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_model(bstack, vector):
+    """Golden weights that belong to no architecture."""
+    done = bstack("run", vector("weights.bstk"), "-p", "x")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "bug" not in done.stderr
+
+
+def test_control_characters_do_not_reach_the_terminal(monkeypatch, capsys):
+    from bstack.cli.run import _print
+
+    _print("a\x1b[2Jb\tc\n\u200dé")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\tc\n\u200dé"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_interrupted(model):
+    """Ctrl-C ends the text, which stays, with the summary and exit code 75."""
+    command = shutil.which("bstack", path=sysconfig.get_path("scripts"))
+    process = subprocess.Popen(
+        [command, "run", model, "-p", "the river", "--max-new-tokens", "4000", "--temperature", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    first = process.stdout.read(1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert first and process.returncode in (0, 75), errors.decode()
+    assert b"Traceback" not in errors
+    if process.returncode == 75:
+        assert b"tokens/s" in errors and b"interrupted it" in errors

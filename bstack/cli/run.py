@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -108,20 +109,28 @@ def command(
 
 def _load(file: str, mb: Any, strict: bool, say: Any) -> tuple[Any, Any]:
     """The model within the budget; without one, within what is free."""
-    import bstack
     from bstack.runtime.follow import free_budget
+    from bstack.runtime.load import load, resident, resize
 
     if mb is not None and mb != AUTO:
-        return bstack.load(file, mb=mb, mode="stack", strict=strict)
+        return load(file, mb=mb, mode="stack", strict=strict)
     free, words = free_budget()
     if free is None:
+        if mb == AUTO:
+            raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
         say(f"Using the whole file: {words}.")
-        return bstack.load(file, mode="stack", strict=strict)
+        return load(file, mode="stack", strict=strict)
     if free <= 0:
         raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
-    model, tokenizer = bstack.load(file, mb=free, mode="stack", strict=strict)
-    from bstack.runtime.load import resident
-
+    if bstk.is_url(file):
+        model, tokenizer = load(file, mb=free, mode="stack", strict=strict)
+    else:
+        # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
+        with bstk.open(file, strict=strict) as reader:
+            smallest = reader.smallest.budget
+        model, tokenizer = load(file, mb=Decimal(smallest) / bstk.MB, mode="stack", strict=strict)
+        free, words = free_budget()
+        resize(model, max(free, 0) + Decimal(smallest) / bstk.MB)
     say(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 

@@ -25,7 +25,7 @@ import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.kernels.table import TABLE
-from bstack.kernels.matrix import Matrix
+from bstack.kernels.matrix import BLOCKS, Matrix
 from bstack.kernels.multiply import decode_rows
 from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
@@ -104,8 +104,12 @@ class TrellisCodec(Codec):
     def rebuild(
         payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
     ) -> torch.Tensor:
-        matrix = Matrix.of(*shape, [(bstk.TRELLIS.code, BITS, payload) for payload in payloads])
-        return unrotate(torch.from_numpy(decode_rows(matrix, bstk.TRELLIS.code, 0, matrix.rows)))
+        total = torch.zeros(shape)
+        for start in range(0, len(payloads), BLOCKS):
+            some = payloads[start : start + BLOCKS]
+            matrix = Matrix.of(*shape, [(bstk.TRELLIS.code, BITS, payload) for payload in some])
+            total += torch.from_numpy(decode_rows(matrix, bstk.TRELLIS.code, 0, matrix.rows))
+        return unrotate(total)
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:

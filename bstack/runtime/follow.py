@@ -43,11 +43,14 @@ def following(model: Any, tell: Callable[[str], None]) -> Watcher:
     file = residence.file
 
     def resize(budget: int) -> None:
-        residence.resize(Decimal(budget) / bstk.MB)
+        # Not waiting: while it grows the watcher goes on watching, and may change its mind.
+        if error := residence.state.error:
+            tell(f"The model could not grow: {error}")
+        residence.resize(Decimal(budget) / bstk.MB, wait=False)
 
     return Watcher(
         resize,
-        lambda: residence.state.weight_bytes,
+        lambda: residence.state.target_bytes,
         smallest=file.smallest.budget,
         largest=file.fit(None).budget,
         tell=tell,

@@ -7,7 +7,10 @@ that its own code gives. Everything else (prompts, batches, other models, other 
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from bstack.runtime.weight import PackedWeight
 
 __all__ = ["install"]
 
+# By class, too: others have the same modules and another arithmetic, which may show only after thousands of tokens.
+_CLASSES = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
@@ -52,7 +57,7 @@ def install(model: Any, gate: Gate) -> bool:
     RuntimeWarning
         The structure is that of the Llama family, but the results are not those of the model's code.
     """
-    if library() is None:
+    if library() is None or model.device.type != "cpu":
         return False
     try:
         decoder = _decoder(model)
@@ -77,8 +82,12 @@ class _Fast:
         self._slow = model.forward
         self._rotary = model.model.rotary_emb
         self._cosine = self._sine = np.empty((0, 0), np.float32)
-        self._cache: Any = None
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._turn = threading.Lock()  # one step at a time: the decoder holds the addresses of one cache
+        self._cache: weakref.ref[Any] | None = None
+        self._addresses: list[int] = []
+        self._modules = list(model.modules())
+        self._children = [(parent, name, child) for parent in self._modules for name, child in parent.named_children()]
+        self._signature = inspect.signature(self._slow)
 
         @functools.wraps(self._slow)  # `generate` reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -86,15 +95,19 @@ class _Fast:
 
         self.forward = forward
 
-    def _forward(self, input_ids: Any = None, **rest: Any) -> Any:
-        cache = rest.get("past_key_values")
-        if cache is not None:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._signature.bind(*args, **kwargs).arguments
+        given = {**given.pop("kwargs", {}), **given}
+        cache = given.get("past_key_values")
+        if cache is None and given.get("use_cache", self._model.config.use_cache) and given.get("labels") is None:
+            cache = given["past_key_values"] = growing_cache(self._model)
+        elif cache is not None:
             let_grow(cache)
-        if not self._applies(input_ids, cache, **rest):
-            return self._slow(input_ids, **rest)
+        if not self._applies(**given):
+            return self._slow(**given)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        logits = torch.from_numpy(self._step(input_ids, cache))[None, None]
+        logits = torch.from_numpy(self._step(given["input_ids"], cache))[None, None]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def agrees(self) -> bool:
@@ -105,47 +118,59 @@ class _Fast:
         with torch.no_grad():
             expected = self._slow(ids).logits[0, 3:]
             self._slow(ids[:, :3], past_key_values=cache, use_cache=True)
-            if not self._applies(ids[:, 3:4], cache):
+            if not self._applies(ids[:, 3:4], past_key_values=cache):
                 return False
             found = torch.stack([torch.from_numpy(self._step(ids[:, at : at + 1], cache)) for at in (3, 4, 5)])
         return bool((found - expected).abs().max() <= TOLERANCE * expected.std())
 
-    @staticmethod
     def _applies(
-        input_ids: Any, cache: Any, attention_mask: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
-        labels: Any = None, use_cache: Any = None, past_key_values: Any = None, logits_to_keep: Any = 0,
-        cache_position: Any = None, return_dict: Any = None, **rest: Any,
+        self, input_ids: Any = None, past_key_values: Any = None, attention_mask: Any = None, position_ids: Any = None,
+        use_cache: Any = None, logits_to_keep: Any = 0, cache_position: Any = None, return_dict: Any = None, **rest: Any,
     ) -> bool:  # fmt: skip
-        """Whether a call is one more token of one sequence, and asks for logits alone."""
-        if input_ids is None or input_ids.shape != (1, 1) or cache is None or use_cache is False or return_dict is False:
+        """Whether a call is one more token of one sequence, asks for logits alone, and of the model as it was loaded."""
+        if input_ids is None or input_ids.shape != (1, 1) or use_cache is False or return_dict is False:
             return False
-        if inputs_embeds is not None or labels is not None or any(value not in (None, False) for value in rest.values()):
+        if any(value is not None and value is not False for value in rest.values()) or not self._as_loaded():
             return False
-        layers = getattr(cache, "layers", None)
+        layers = getattr(past_key_values, "layers", None)
         if not layers or any(type(layer) is not GrowingLayer for layer in layers):
             return False
         first, last = layers[0], layers[-1]
         used = first.get_seq_length()
         if not used or used != last.get_seq_length() or first.keys.dtype != torch.float32 or first.keys.shape[0] != 1:
             return False
-        if attention_mask is not None and (attention_mask.shape != (1, used + 1) or not bool(attention_mask.all())):
+        if attention_mask is not None and not (
+            isinstance(attention_mask, torch.Tensor) and attention_mask.shape == (1, used + 1) and bool(attention_mask.all())
+        ):
             return False
         return position_ids is None or int(position_ids) == used
 
+    def _as_loaded(self) -> bool:
+        """Whether no module was replaced, moved or hooked since, and nothing but logits is asked for by the configuration."""
+        config = self._model.config
+        return (
+            not (config.output_hidden_states or config.output_attentions)
+            and config.return_dict
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+            and all(parent._modules.get(name) is child for parent, name, child in self._children)
+            and self._model.dtype == torch.float32
+        )
+
     def _step(self, input_ids: torch.Tensor, cache: Any) -> np.ndarray:
-        position = cache.layers[0].get_seq_length()
-        buffers = [layer.reserve(1) for layer in cache.layers]
-        if cache is not self._cache or any(a[0] is not b[0] for a, b in zip(buffers, self._buffers, strict=False)):
-            keys, values = ([pair[which].data_ptr() for pair in buffers] for which in (0, 1))
-            self._decoder.use_cache(keys, values, buffers[0][0].shape[-2])
-            self._cache, self._buffers = cache, buffers
-        self._place(position)
-        x = self._model.get_input_embeddings()(input_ids)[0, 0].float().contiguous().numpy()
-        with self._gate:
-            logits = self._decoder.step(x, self._cosine[position], self._sine[position], position)
-        for layer in cache.layers:
-            layer.advance(1)
-        return logits
+        with self._turn:
+            position = cache.layers[0].get_seq_length()
+            buffers = [layer.reserve(1) for layer in cache.layers]
+            addresses = [buffer.data_ptr() for pair in buffers for buffer in pair]
+            if self._cache is None or self._cache() is not cache or addresses != self._addresses:
+                self._decoder.use_cache(addresses[0::2], addresses[1::2], buffers[0][0].shape[-2])
+                self._cache, self._addresses = weakref.ref(cache), addresses
+            self._place(position)
+            x = self._model.get_input_embeddings()(input_ids)[0, 0].float().contiguous().numpy()
+            with self._gate.step_back():
+                logits = self._decoder.step(x, self._cosine[position], self._sine[position], position)
+            for layer in cache.layers:
+                layer.advance(1)
+            return logits
 
     def _place(self, position: int) -> None:
         """Have the rotary tables reach a position."""
@@ -169,6 +194,9 @@ def _decoder(model: Any) -> Decoder:
     ):  # fmt: skip
         raise ValueError("another structure")
     for layer in layers:
+        kind = type(layer.self_attn)
+        if kind.__name__ not in _CLASSES or not kind.__module__.startswith("transformers.models."):
+            raise ValueError("another attention")
         _needs(layer, _LAYER)
         _needs(layer.self_attn, _ATTENTION, _NORMS)
         _needs(layer.mlp, _FEED_FORWARD, {"act_fn"})

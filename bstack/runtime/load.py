@@ -14,6 +14,7 @@ from bstack.runtime.cache import cached
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
 from bstack.runtime.fused import install
+from bstack.runtime.places import place_of
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
 from bstk import urls
@@ -30,6 +31,7 @@ def load(
     mb: int | float | str | Decimal | None = None,
     mode: str = "dense",
     dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     strict: bool = False,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
@@ -47,6 +49,8 @@ def load(
         ``stack``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
     dtype : torch.dtype
         Of activations, and of dense weights.
+    device : str or torch.device
+        ``cpu``, or a GPU; ``mode="stack"`` runs on ``cuda`` with triton.
     strict : bool
         Refuse a partial file.
 
@@ -77,12 +81,15 @@ def load(
         with embedded_files(file) as folder:
             tokenizer = load_tokenizer(folder)
             if mode == "dense":
-                return dense_model(file, chunks, folder, dtype), tokenizer
-            model, residence = stacked_model(file, folder, dtype)
+                return dense_model(file, chunks, folder, dtype).to(device), tokenizer
+            place = place_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
+            model, residence = stacked_model(file, folder, dtype, place)
         residence.resize(mb)
         install(model, residence.gate)
         residence.on_close(stack.pop_all().close)  # the file stays open, to grow from
         model.bstack_residence = residence
+        residence.fetched = urls.is_url(path)
+        model.save_pretrained = model.state_dict = _refuse_to_save
         return model, tokenizer
 
 
@@ -91,7 +98,7 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
 
     Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
     and each counts from the next product on. Text and caches of keys and values that exist stay as they are
-    (docs/performance.md says what that means).
+    (docs/running.md says what that means).
 
     Parameters
     ----------
@@ -117,8 +124,21 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
         A block could not be read. The model keeps the blocks it has and runs on.
     """
     residence = residence_of(model)
+    file = residence.file
+    if residence.fetched and mb is not None and bstk.budget_bytes(mb) > file.length < file.full_length:
+        raise UsageError(
+            f"{mb} MB is more than was fetched ({bstk.mb_ceil(file.length)} MB). Load the URL again with that budget; what "
+            "is here is not fetched twice."
+        )
     residence.resize(mb, wait=wait)
     return residence.state
+
+
+def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
+    raise UsageError(
+        "this model's weights are packed, so it has no state to save: keep the .bstk file, or save a model from "
+        "bstack.load(..., mode='dense')."
+    )
 
 
 def resident(model: Any) -> Resident:

@@ -16,7 +16,7 @@ from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 from bstack.numerics.rotation import unrotate
 from bstack.runtime.gate import Gate
 
-__all__ = ["Blocks", "Packed", "Table"]
+__all__ = ["Blocks", "Packed", "Table", "check_index"]
 
 # Up to so many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
 FEW = 8
@@ -60,7 +60,7 @@ class Blocks:
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns).to(torch.float32).contiguous()
         if flat.shape[0] <= FEW:
-            with self.gate:
+            with self.gate.step_back():
                 outputs = multiply_many(self.parts, flat.numpy())
             y = torch.from_numpy(outputs[0] if len(outputs) == 1 else np.concatenate(outputs, 1))
         else:
@@ -78,7 +78,7 @@ class Blocks:
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
                 for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
-                    with self.gate:
+                    with self.gate.step_back():
                         if kind not in part.kind[: part.count]:
                             continue
                         weights = decode_rows(part, kind, start, stop, decoded[: stop - start])
@@ -88,12 +88,13 @@ class Blocks:
 
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
+        check_index(flat, self.rows)
         found = torch.empty(flat.numel(), self.columns)
         offset = 0
         for part in self.parts:
             inside = ((flat >= offset) & (flat < offset + part.rows)).nonzero().squeeze(1)
             if inside.numel():
-                with self.gate:
+                with self.gate.step_back():
                     found[inside] = torch.from_numpy(lookup(part, (flat[inside] - offset).numpy()))
             offset += part.rows
         return found.to(dtype).reshape(*index.shape, self.columns)
@@ -103,8 +104,14 @@ class Blocks:
             turned, plain = (torch.from_numpy(decode_rows(part, kind, 0, part.rows)) for kind in (TRELLIS, SIGN))
             return unrotate(turned) + plain
 
-        with self.gate:
+        with self.gate.step_back():
             return torch.cat([whole(part) for part in self.parts])
+
+
+def check_index(index: torch.Tensor, rows: int) -> None:
+    """Raise IndexError for a row that is not there, as torch does."""
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < rows):
+        raise IndexError(f"index out of range: {int(index.min())} to {int(index.max())}, in a table of {rows} rows")
 
 
 class Table:

@@ -6,12 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import bstk
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Slabs
+from bstk.errors import UsageError
 
 __all__ = ["Residence", "Resident"]
 
@@ -48,6 +50,16 @@ class Resident:
     error: str | None
 
 
+@dataclass
+class _Growth:
+    """One loading of missing blocks, up to so many chunks of the file."""
+
+    count: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    thread: threading.Thread = field(init=False)
+
+
 class Residence:
     """The blocks of an open file in memory, a prefix of its chunks.
 
@@ -59,21 +71,22 @@ class Residence:
         Stack name -> its matrix.
     gate : Gate
         Held by whoever reads the matrices' blocks.
+    slabs : Slabs
+        Where the blocks go.
     """
 
-    def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate):
+    def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate, slabs: Slabs):
         self.file = file
         self._close: Callable[[], None] = file.close
         self._places = places
         self.gate = gate
-        self._slabs = Slabs()
+        self._slabs = slabs
         self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
         self._count = 0  # chunks of the file that are in memory, the plain ones taken as there
-        self._target = 0
         self._turn = threading.Lock()
-        self._stop = threading.Event()
-        self._growth: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._growth: _Growth | None = None  # the last one, under way or not
+        self._closed = False
+        self.fetched = False  # from a URL, so that the file may hold less than there is
 
     def resize(self, mb: bstk.Budget | None, *, wait: bool = True) -> None:
         """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
@@ -95,38 +108,45 @@ class Residence:
         bstk.DamagedError, OSError, MemoryError
             A block could not be read. The model keeps what it has.
         """
-        cut = self.file.fit(mb)
         with self._turn:
-            self._stop.set()
-            self._join()
-            self._stop.clear()
-            self._error = None
-            self._target = cut.chunks
+            if self._closed:
+                raise UsageError("the model's file has been closed, so its size cannot change any more. Load it again.")
+            cut = self.file.fit(mb)
+            self._end_growth()
+            self._growth = None
             if cut.chunks < self._count:
                 self._drop(cut.chunks)
-            if cut.chunks > self._count:
-                self._growth = threading.Thread(target=self._grow, args=(cut.chunks,), name="bstack-grow", daemon=True)
-                self._growth.start()
+            elif cut.chunks > self._count:
+                self._growth = _Growth(cut.chunks)
+                self._growth.thread = threading.Thread(
+                    target=self._grow, args=(self._growth,), name="bstack-grow", daemon=True
+                )
+                self._growth.thread.start()
             growth = self._growth
         if wait and growth is not None:
-            growth.join()
-            if self._error is not None:
-                raise self._error
+            growth.thread.join()
+            if growth.error is not None:
+                raise growth.error
 
     def close(self) -> None:
         """Stop loading and close the file. What is in memory stays, and the model runs on at its size."""
         with self._turn:
-            self._stop.set()
-            self._join()
-            self._close()
+            self._end_growth()
+            if not self._closed:
+                self._closed = True
+                self._close()
 
     def on_close(self, close: Callable[[], None]) -> None:
         """What `close` is to call instead of closing the file."""
         self._close = close
 
+    def __reduce__(self) -> Any:
+        raise UsageError("a model with packed weights cannot be copied or pickled: load it once more, or with mode='dense'.")
+
     @property
     def state(self) -> Resident:
         """What is in memory now."""
+        growth = self._growth
         loaded = [chunk for number, chunk in self._blocks if number < self._count]
         weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in loaded if chunk.level == 0)
         block_bytes = sum(chunk.raw_length for chunk in loaded)
@@ -136,48 +156,48 @@ class Residence:
             blocks=len(loaded),
             all_blocks=len(self._blocks),
             bits_per_weight=8 * block_bytes / weights if weights else None,
-            target_bytes=self._bytes(self._target if self._growth is not None and self._growth.is_alive() else self._count),
-            error=None if self._error is None else str(self._error),
+            target_bytes=self._bytes(growth.count if growth is not None and growth.thread.is_alive() else self._count),
+            error=None if growth is None or growth.error is None else str(growth.error),
         )
 
     def _bytes(self, count: int) -> int:
         return sum(chunk.raw_length for chunk in self.file.chunks[:count] if chunk.is_weight)
 
-    def _join(self) -> None:
+    def _end_growth(self) -> None:
         if self._growth is not None:
-            self._growth.join()
-            self._growth = None
+            self._growth.stop.set()
+            self._growth.thread.join()
 
     def _drop(self, count: int) -> None:
         """Keep the first chunks."""
         gone = [chunk for number, chunk in self._blocks if count <= number < self._count]
-        with self.gate:
+        with self.gate.first():
             for chunk in reversed(gone):
                 self._places[chunk.name].count = chunk.level
         self._slabs.pop(len(gone))
         self._count = count
 
-    def _grow(self, count: int) -> None:
-        missing = [(number, chunk) for number, chunk in self._blocks if self._count <= number < count]
+    def _grow(self, growth: _Growth) -> None:
+        missing = [(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count]
         try:
-            for (number, chunk), payload in zip(missing, self._payloads(missing), strict=False):
+            for (number, chunk), payload in zip(missing, self._payloads(missing, growth.stop), strict=False):
                 matrix = self._places[chunk.name]
                 # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
                 matrix.put(chunk.level, chunk.kind.code, chunk.rank, self._slabs.push(payload))
                 matrix.count = chunk.level + 1
                 self._count = number + 1
-            if not self._stop.is_set():
-                self._count = count
+            if not growth.stop.is_set():
+                self._count = growth.count
         except Exception as error:  # kept for whoever waits, or asks
-            self._error = error
+            growth.error = error
 
-    def _payloads(self, missing: list[tuple[int, bstk.Chunk]]) -> Iterator[bytes]:
+    def _payloads(self, missing: list[tuple[int, bstk.Chunk]], stop: threading.Event) -> Iterator[bytes]:
         """Raw bytes of chunks in order, read and decoded a little ahead; ends early when growth is to stop."""
         pending: deque[Future[bytes]] = deque()
         upcoming = iter(missing)
         with ThreadPoolExecutor(READERS, thread_name_prefix="bstack-read") as pool:
             try:
-                while not self._stop.is_set():
+                while not stop.is_set():
                     for _, chunk in upcoming:
                         pending.append(pool.submit(self.file.read, chunk))
                         if len(pending) > READERS:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["Slabs"]
+__all__ = ["HostMemory", "Memory", "Slabs"]
 
 SLAB = 16 * 2**20
 # Of a block: a cache line, which suits vector loads.
@@ -20,13 +22,59 @@ ALIGNMENT = 64
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
+class Memory(Protocol):
+    """One slab."""
+
+    size: int
+    address: int
+
+    def write(self, start: int, block: memoryview) -> None:
+        """Copy a block to `start`."""
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Return what can be returned of a range that is not used any more."""
+
+    def close(self) -> None:
+        """Return all of it."""
+
+
+class HostMemory:
+    """A mapping of private memory.
+
+    Raises
+    ------
+    MemoryError
+        The system has none left.
+    """
+
+    def __init__(self, size: int):
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            self._map = mmap.mmap(-1, self.size, **_PRIVATE)
+        except OSError as error:
+            raise MemoryError(f"no memory for {size} bytes of blocks: {error.strerror}") from None
+        self._view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def write(self, start: int, block: memoryview) -> None:
+        self._view[start : start + block.nbytes] = block
+
+    def give_back(self, start: int, stop: int) -> None:
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED") and first < stop:
+            last = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, self.size)
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()
+
+
 @dataclass
 class _Slab:
-    memory: mmap.mmap
-    view: memoryview
-    address: int
-    used: int
-    blocks: int
+    memory: Memory
+    used: int = 0
+    blocks: int = 0
 
 
 class Slabs:
@@ -36,10 +84,12 @@ class Slabs:
     ----------
     slab : int
         Bytes of a slab; a block that is larger gets one of its size.
+    memory : callable
+        Makes a slab of at least so many bytes.
     """
 
-    def __init__(self, slab: int = SLAB):
-        self._size = slab
+    def __init__(self, slab: int = SLAB, memory: Callable[[int], Memory] = HostMemory):
+        self._size, self._memory = slab, memory
         self._slabs: list[_Slab] = []
         self._starts: list[int] = []  # of each block in its slab
 
@@ -49,7 +99,7 @@ class Slabs:
     @property
     def mapped_bytes(self) -> int:
         """Address space taken; pages that no block has touched are not in memory."""
-        return sum(len(slab.memory) for slab in self._slabs)
+        return sum(slab.memory.size for slab in self._slabs)
 
     def push(self, block: bytes) -> int:
         """Copy a block on top of the stack and return its address, a multiple of 64.
@@ -57,18 +107,19 @@ class Slabs:
         Raises
         ------
         MemoryError
-            The system has none left.
+            There is none left.
         """
         source = memoryview(block).cast("B")
         top = self._slabs[-1] if self._slabs else None
-        if top is None or top.used + source.nbytes > len(top.memory):
-            top = self._map(max(source.nbytes, self._size))
+        if top is None or top.used + source.nbytes > top.memory.size:
+            top = _Slab(self._memory(max(source.nbytes, self._size)))
+            self._slabs.append(top)
         start = top.used
-        top.view[start : start + source.nbytes] = source
+        top.memory.write(start, source)
         top.used = -(-(start + source.nbytes) // ALIGNMENT) * ALIGNMENT
         top.blocks += 1
         self._starts.append(start)
-        return top.address + start
+        return top.memory.address + start
 
     def pop(self, count: int) -> None:
         """Drop the uppermost blocks and give their memory back. Their addresses must not be used any more."""
@@ -80,26 +131,7 @@ class Slabs:
             start = self._starts[-gone]
             del self._starts[-gone:]
             if top.blocks == 0:
-                top.view.release()
-                top.memory.close()
-                self._slabs.pop()
+                self._slabs.pop().memory.close()
             else:
-                _give_back(top.memory, start, top.used)
+                top.memory.give_back(start, top.used)
                 top.used = start
-
-    def _map(self, size: int) -> _Slab:
-        try:
-            memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, **_PRIVATE)
-        except OSError as error:
-            raise MemoryError(f"no memory for {size} bytes of blocks: {error.strerror}") from None
-        slab = _Slab(memory, memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, 0)
-        self._slabs.append(slab)
-        return slab
-
-
-def _give_back(memory: mmap.mmap, start: int, stop: int) -> None:
-    """Return the whole pages of a range to the system, where it can take a part of a mapping back."""
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_DONTNEED") and first < stop:
-        last = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(memory))
-        memory.madvise(mmap.MADV_DONTNEED, first, last - first)

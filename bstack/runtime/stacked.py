@@ -11,12 +11,13 @@ from torch import nn
 
 import bstk
 from bstack.errors import UnsupportedModelError, reason
-from bstack.kernels.matrix import BLOCKS, RANK, Matrix
+from bstack.kernels.matrix import BLOCKS, RANK
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
 from bstack.runtime.gate import Gate
-from bstack.runtime.packed import Blocks, Table
+from bstack.runtime.packed import Table
+from bstack.runtime.places import Host, Place
 from bstack.runtime.residence import Residence
 from bstack.runtime.weight import PackedWeight
 from bstk.errors import DamagedError
@@ -27,7 +28,9 @@ __all__ = ["stacked_model"]
 TABLE = 2**20
 
 
-def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype) -> tuple[Any, Residence]:
+def stacked_model(
+    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place | None = None
+) -> tuple[Any, Residence]:
     """A model without any block in memory yet, and the residence that brings them.
 
     Parameters
@@ -38,19 +41,22 @@ def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype) -> tuple[
         The model's files.
     dtype : torch.dtype
         Of activations and of small plain parameters.
+    place : Place, optional
+        Where blocks live and products run; by default the processor.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
+    place = place or Host()
     model = _empty_model(folder, dtype, shown)
     stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
     for chunk in file.chunks:
         if chunk.is_block:
             stacks[chunk.name].append(chunk)
         elif chunk.is_weight:
-            _put(model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, chunk.name), shown)
+            _put(model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, place.device, chunk.name), shown)
     by_parameter: dict[str, list[tuple[MatrixName, bstk.Chunk]]] = defaultdict(list)
     for name, blocks in stacks.items():
         rank = max(block.rank for block in blocks)
@@ -61,15 +67,16 @@ def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype) -> tuple[
             )
         matrix = parse_name(name)
         by_parameter[matrix.parameter].append((matrix, blocks[0]))
-    places: dict[str, Matrix] = {}
+    matrices: dict[str, Any] = {}
     gate = Gate()
     for parameter, parts in by_parameter.items():
-        _put(model, parameter, _packed_weight(model, parameter, parts, places, gate, dtype, shown), shown)
+        _put(model, parameter, _packed_weight(model, parameter, parts, matrices, place, gate, dtype, shown), shown)
     _tie(model, shown)
     generation = generation_config(folder)
     if generation is not None:
         model.generation_config = generation
-    return model.eval().requires_grad_(False), Residence(file, places, gate)
+    model.to(place.device)  # buffers; everything else is there
+    return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
 
 
 def _empty_model(folder: Path, dtype: torch.dtype, shown: str) -> Any:
@@ -88,19 +95,20 @@ def _empty_model(folder: Path, dtype: torch.dtype, shown: str) -> Any:
         ) from None
 
 
-def _plain(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
+    tensor = tensor.to(device)
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     if tensor.dim() == 2 and tensor.numel() >= TABLE:
-        return PackedWeight(Table(tensor), False, dtype, name)
+        return PackedWeight(Table(tensor), False, dtype, name, device)
     return tensor.to(dtype)
 
 
 def _packed_weight(
     model: nn.Module, parameter: str, parts: list[tuple[MatrixName, bstk.Chunk]],
-    places: dict[str, Matrix], gate: Gate, dtype: torch.dtype, shown: str,
+    matrices: dict[str, Any], place: Place, gate: Gate, dtype: torch.dtype, shown: str,
 ) -> PackedWeight:  # fmt: skip
-    """The stand-in of one parameter; enters its matrices in `places`."""
+    """The stand-in of one parameter; enters its matrices in `matrices`."""
     owner, leaf = _owner(model, parameter, shown)
     expected = getattr(owner, leaf)
     for matrix, block in parts:
@@ -108,11 +116,11 @@ def _packed_weight(
     if sum(block.shape[0] * block.shape[1] for _, block in parts) != expected.numel():
         raise DamagedError(f"{shown}: the stacks of {parameter} do not fill its {expected.numel()} weights.")
     parts = sorted(parts, key=lambda part: (part[0].index or 0, part[0].rows or (0, 0)))
-    matrices = [Matrix(*block.shape) for _, block in parts]
-    places.update({block.name: matrix for (_, block), matrix in zip(parts, matrices, strict=True)})
+    made = [place.matrix(*block.shape) for _, block in parts]
+    matrices.update({block.name: matrix for (_, block), matrix in zip(parts, made, strict=True)})
     whole = parts[0][0].index is None
-    packed = Blocks(matrices, gate) if whole else [Blocks([matrix], gate) for matrix in matrices]
-    return PackedWeight(packed, parts[0][1].transposed, dtype, parameter)
+    packed = place.packed(made, gate) if whole else [place.packed([matrix], gate) for matrix in made]
+    return PackedWeight(packed, parts[0][1].transposed, dtype, parameter, place.device)
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:

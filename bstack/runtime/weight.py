@@ -32,6 +32,8 @@ class PackedWeight(torch.Tensor):
         That the model's code sees.
     name : str
         For messages.
+    device : torch.device or str
+        Where products run.
     """
 
     packed: Packed | Sequence[Packed]
@@ -40,13 +42,14 @@ class PackedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, packed: Packed | Sequence[Packed], transposed: bool, dtype: torch.dtype, name: str
-    ) -> PackedWeight:
+        cls, packed: Packed | Sequence[Packed], transposed: bool, dtype: torch.dtype, name: str,
+        device: torch.device | str = "cpu",
+    ) -> PackedWeight:  # fmt: skip
         first = packed[0] if isinstance(packed, Sequence) else packed
         shape = (first.columns, first.rows) if transposed else (first.rows, first.columns)
         if isinstance(packed, Sequence):
             shape = (len(packed), *shape)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.packed, made.transposed, made.label = packed, transposed, name
         return made
 
@@ -111,14 +114,14 @@ def _item(weight: Any, index: Any) -> Any:
     if not isinstance(weight, PackedWeight) or not isinstance(weight.packed, Sequence) or not single:
         return NotImplemented
     index = int(index)
-    return PackedWeight(weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]")
+    return PackedWeight(weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]", weight.device)
 
 
 def _turned(weight: PackedWeight, *axes: int) -> Any:
     two_last = {axis % weight.dim() for axis in axes} == {weight.dim() - 1, weight.dim() - 2}
     if axes and not two_last or not axes and weight.dim() != 2:
         return NotImplemented
-    return PackedWeight(weight.packed, not weight.transposed, weight.dtype, weight.label)
+    return PackedWeight(weight.packed, not weight.transposed, weight.dtype, weight.label, weight.device)
 
 
 def _is_matrix(weight: Any) -> bool:

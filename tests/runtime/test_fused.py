@@ -1,5 +1,6 @@
 """One call for a whole step: the same logits and texts as the model's own code, or the model's own code."""
 
+import threading
 import warnings
 
 import bstack
@@ -128,3 +129,47 @@ def test_budgets(file_of):
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
     assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
     assert tiny_models.VOCABULARY == model(IDS).logits.shape[-1]
+
+
+def test_two_texts_at_once(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    prompts = [IDS, IDS.flip(1)]
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
+    alone = [model.generate(ids, **settings) for ids in prompts]
+    found = [None, None]
+
+    def write(which):
+        found[which] = [model.generate(prompts[which], **settings) for _ in range(4)]
+
+    threads = [threading.Thread(target=write, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(text, alone[which]) for which in (0, 1) for text in found[which])
+
+
+def test_what_is_changed_after_loading_counts(file_of):
+    """Hooks and replaced modules are met at every step."""
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=210)
+    assert len(calls) == 5
+    handle.remove()
+    model.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    dense, _ = bstack.load(file_of("llama"))
+    dense.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
+
+
+def test_calls_as_of_any_model(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    with torch.no_grad():
+        by_place = model(IDS, torch.ones_like(IDS)).logits
+        out = model(input_ids=IDS, use_cache=True)
+        assert torch.equal(by_place, out.logits)
+        step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True).logits
+        whole = model(torch.cat([IDS, IDS[:, :1]], 1)).logits[:, -1:]
+    assert (step - whole).norm() <= 1e-2 * whole.norm()

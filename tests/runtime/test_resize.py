@@ -1,5 +1,6 @@
 """Growing and shrinking: what is in memory, what the model says then, and what happens when it goes wrong."""
 
+import copy
 import shutil
 import threading
 import time
@@ -167,9 +168,9 @@ def test_only_missing_blocks_are_read(path, model, monkeypatch):
 
 def damaged(path, tmp_path, change):
     """A model loaded small from a copy that is changed afterwards."""
-    copy = shutil.copy(path, tmp_path / "copy.bstk")
-    model, _ = bstack.load(copy, mode="stack", mb=budgets(path)[0])
-    change(copy)
+    target = shutil.copy(path, tmp_path / "copy.bstk")
+    model, _ = bstack.load(target, mode="stack", mb=budgets(path)[0])
+    change(target)
     return model
 
 
@@ -207,7 +208,7 @@ def test_a_file_that_goes_bad_while_it_is_open(path, tmp_path, change):
 def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
     model = damaged(path, tmp_path, shorten)
     bstack.resize(model, wait=False)
-    model.bstack_residence._growth.join(20)
+    model.bstack_residence._growth.thread.join(20)
     assert "shorter" in bstack.resident(model).error
 
 
@@ -232,4 +233,50 @@ def test_closing(model):
     assert isinstance(residence, Residence)
     before = logits(model)
     residence.close()
+    residence.close()
     assert torch.equal(logits(model), before)
+    with pytest.raises(bstk.UsageError, match="closed"):
+        bstack.resize(model)
+
+
+def test_what_would_lose_the_weights_is_refused(model, tmp_path):
+    for call in (lambda: model.save_pretrained(tmp_path / "x"), model.state_dict, lambda: copy.deepcopy(model)):
+        with pytest.raises(bstk.UsageError, match="packed"):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("token", [-1, 211, 10**7])
+def test_tokens_that_are_not(model, token):
+    with pytest.raises(IndexError):
+        model(torch.tensor([[3, token]]))
+
+
+def test_signs_grow_while_they_are_used(tmp_path_factory):
+    """The kernels prepare inputs for each block of the sign codec: a count that rises in a call must not be seen in it."""
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("sign")
+    settings = bstack.Settings(codec="sign", planes=8, rank=8, samples=4, sequence_length=32)
+    bstack.compress(tiny_models.save("llama", folder / "model"), folder / "model.bstk", settings=settings)
+    model, _ = bstack.load(folder / "model.bstk", mode="stack")
+    small, _, full = budgets(folder / "model.bstk")
+    stop, errors = threading.Event(), []
+
+    def use():
+        try:
+            while not stop.is_set():
+                assert logits(model).isfinite().all()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    for _ in range(40):
+        bstack.resize(model, small)
+        bstack.resize(model, full)
+    stop.set()
+    thread.join(20)
+    assert not errors
+    fresh, _ = bstack.load(folder / "model.bstk", mode="stack")
+    assert torch.equal(logits(model), logits(fresh))

@@ -1,0 +1,194 @@
+"""Where packed weights live and what multiplies them: the processor's memory and kernels, or a GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from bstack.errors import MissingPackageError
+from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.numerics.rotation import rotate, unrotate
+from bstack.runtime.gate import Gate
+from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, check_index
+from bstack.runtime.slabs import Slabs
+from bstk.errors import ResourceError, UsageError
+
+__all__ = ["Device", "Host", "Place", "place_of"]
+
+
+class Place(Protocol):
+    """What `stacked_model` needs to know of it."""
+
+    device: torch.device
+
+    def matrix(self, rows: int, columns: int) -> Any:
+        """A matrix without blocks, with `put` and `count`."""
+
+    def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
+        """A parameter of some matrices, one under the other."""
+
+    def slabs(self) -> Slabs:
+        """Memory for blocks."""
+
+
+class Host:
+    """The processor."""
+
+    device = torch.device("cpu")
+
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        return Matrix(rows, columns)
+
+    def packed(self, parts: Sequence[Matrix], gate: Gate) -> Packed:
+        return Blocks(parts, gate)
+
+    def slabs(self) -> Slabs:
+        return Slabs()
+
+
+class Device:
+    """A GPU, or under triton's interpreter any device of torch.
+
+    Parameters
+    ----------
+    device : torch.device
+    matrices : int
+        How many there will be.
+
+    Raises
+    ------
+    bstack.errors.MissingPackageError
+        triton is not installed.
+    """
+
+    def __init__(self, device: torch.device, matrices: int):
+        try:
+            from bstack.kernels import device as kernels
+        except ImportError:
+            raise MissingPackageError("Packed weights on a GPU need the package triton: pip install triton") from None
+        self.device = device
+        self._kernels = kernels
+        self._table = kernels.MatrixTable(matrices, device)
+        self._made = 0
+
+    def matrix(self, rows: int, columns: int) -> Any:
+        self._made += 1
+        return self._kernels.DeviceMatrix(rows, columns, self._table, self._made - 1)
+
+    def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
+        return DeviceBlocks(parts, gate)
+
+    def slabs(self) -> Slabs:
+        return Slabs(memory=lambda size: DeviceMemory(size, self.device))
+
+
+def place_of(device: str | torch.device, matrices: int) -> Place:
+    """The place that a device name stands for.
+
+    Raises
+    ------
+    bstk.UsageError
+        There is no such device here, or packed weights do not run on it.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"{device!r} is no device; allowed are cpu, cuda and cuda:N.") from None
+    if found.type == "cpu":
+        return Host()
+    if found.type != "cuda":
+        raise UsageError(f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there.")
+    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"torch finds no {found} here; it finds {torch.cuda.device_count()} CUDA devices.")
+    return Device(found, matrices)
+
+
+class DeviceMemory:
+    """A slab in a device's memory.
+
+    Raises
+    ------
+    bstk.ResourceError
+        The device has none left.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.size = size
+        try:
+            self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"{device} has no memory for {size} bytes of blocks: {error}".splitlines()[0]) from None
+        self.address = self._bytes.data_ptr()
+
+    def write(self, start: int, block: memoryview) -> None:
+        self._bytes[start : start + block.nbytes].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
+
+    def give_back(self, start: int, stop: int) -> None:
+        """A part of an allocation cannot be returned; the slab follows when its last block is dropped."""
+
+    def close(self) -> None:
+        del self._bytes
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # waits for the kernels that still read it, and gives it to other programs
+
+
+class DeviceBlocks:
+    """As `bstack.runtime.packed.Blocks`, on a device."""
+
+    def __init__(self, parts: Sequence[Any], gate: Gate):
+        from bstack.kernels import device as kernels
+
+        self.parts, self.gate, self._kernels = list(parts), gate, kernels
+        self.rows = sum(part.rows for part in parts)
+        self.columns = parts[0].columns
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.detach().reshape(-1, self.columns)
+        if flat.shape[0] <= FEW:
+            y = torch.empty(flat.shape[0], self.rows, device=x.device)
+            given = flat.float().contiguous()
+            turned = rotate(given).contiguous()
+            self._for_parts(lambda part, start, stop: self._kernels.multiply(part, given, turned, y[:, start:stop]))
+        else:
+            y = x.new_empty(flat.shape[0], self.rows)
+            turned = rotate(flat.float()).to(x.dtype)
+            self._for_parts(lambda part, start, stop: self._decode_and_multiply(part, flat, turned, y[:, start:stop]))
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
+
+    def _for_parts(self, work: Any) -> None:
+        start = 0
+        for part in self.parts:
+            with self.gate.step_back():
+                work(part, start, start + part.rows)
+            start += part.rows
+
+    def _decode_and_multiply(self, part: Any, x: torch.Tensor, turned: torch.Tensor, y: torch.Tensor) -> None:
+        y.zero_()
+        step = max(1, 16 * DECODED // self.columns)
+        for start in range(0, part.rows, step):
+            index = torch.arange(start, min(start + step, part.rows), device=x.device)
+            for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
+                if kind in part.kind[: part.count]:
+                    y[:, start : start + step] += inputs @ self._kernels.decode(part, kind, index, x.dtype).t()
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        flat = index.reshape(-1)
+        check_index(flat, self.rows)
+        found = torch.empty(flat.numel(), self.columns, device=index.device)
+
+        def fill(part: Any, start: int, stop: int) -> None:
+            inside = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
+            found[inside] = self._rows(part, flat[inside] - start)
+
+        self._for_parts(fill)
+        return found.to(dtype).reshape(*index.shape, self.columns)
+
+    def dense(self) -> torch.Tensor:
+        with self.gate.step_back():
+            return torch.cat([self._rows(part, torch.arange(part.rows, device=part.entry.device)) for part in self.parts])
+
+    def _rows(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+        turned, plain = (self._kernels.decode(part, kind, index, torch.float32) for kind in (TRELLIS, SIGN))
+        return unrotate(turned) + plain

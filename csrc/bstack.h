@@ -19,7 +19,9 @@ enum {
     BSTACK_TRELLIS = 4,
 };
 
-/* The owner may change `count`, and entries at or past it, whenever no call that reads the matrix is running. */
+/* A call reads `count` once, at its start, and only entries below it. So the owner may raise it while calls run, after it
+ * has filled in the entries (a call that has begun goes on without them); it may lower it, and change entries that
+ * were in use, whenever no call that reads the matrix is running. */
 struct bstack_matrix {
     int32_t rows, columns;
     int32_t count;               /* blocks in use, from the first; 0 is a matrix of zeros */

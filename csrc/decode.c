@@ -75,7 +75,9 @@ static void decode_part(void *argument, int part) {
 }
 
 void bstack_decode_rows(const struct bstack_matrix *matrix, int kind, int start, int stop, float *out) {
-    struct job job = {.matrix = matrix, .kind = kind, .start = start, .count = stop - start, .out = out};
+    struct bstack_matrix taken;
+    bstack_take(&taken, matrix);
+    struct job job = {.matrix = &taken, .kind = kind, .start = start, .count = stop - start, .out = out};
     bstack_parallel(decode_part, &job, (job.count + PART - 1) / PART);
 }
 
@@ -93,6 +95,8 @@ static void look_up_part(void *argument, int part) {
 }
 
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out) {
-    struct job job = {.matrix = matrix, .index = index, .count = count, .out = out};
+    struct bstack_matrix taken;
+    bstack_take(&taken, matrix);
+    struct job job = {.matrix = &taken, .index = index, .count = count, .out = out};
     bstack_parallel(look_up_part, &job, (count + PART - 1) / PART);
 }

@@ -54,6 +54,21 @@ const struct kernels *bstack_kernels(void);
 /* OFFSET + T of SPEC.md, section 6. */
 ALIGNED extern const uint8_t bstack_table[256];
 
+/* A matrix as it is now: the count is read once, and with it the blocks below it, which stay as they are. */
+static inline void bstack_take(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
+#if defined(__GNUC__) || defined(__clang__)
+    const int32_t count = __atomic_load_n(&matrix->count, __ATOMIC_ACQUIRE);
+#else
+    const int32_t count = *(const volatile int32_t *)&matrix->count;
+#endif
+    taken->rows = matrix->rows;
+    taken->columns = matrix->columns;
+    taken->count = count;
+    memcpy(taken->kind, matrix->kind, (size_t)count);
+    memcpy(taken->rank, matrix->rank, (size_t)count);
+    memcpy(taken->block, matrix->block, sizeof *taken->block * (size_t)count);
+}
+
 /* Half precision, little-endian, to single, exactly. */
 static inline float half_to_float(const uint8_t *at) {
     uint16_t half;

@@ -27,7 +27,7 @@ struct operands {
 
 struct job {
     const struct kernels *kernels;
-    const struct bstack_matrix *const *matrices;
+    const struct bstack_matrix *matrices; /* as they were when the call began */
     const float *x;
     float *const *y;
     int count, tokens, columns;
@@ -81,7 +81,7 @@ static void prepare(void *argument, int token) {
         place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
     }
     for (int i = 0; i < job->count; i++) {
-        const struct bstack_matrix *matrix = job->matrices[i];
+        const struct bstack_matrix *matrix = job->matrices + i;
         for (int level = 0; level < matrix->count; level++) {
             if (matrix->kind[level] != BSTACK_SIGN) continue;
             const int rank = matrix->rank[level];
@@ -138,7 +138,7 @@ static void multiply_rows(void *argument, int part) {
     const struct job *job = argument;
     int which = 0;
     while (part >= job->first[which + 1]) which++;
-    const struct bstack_matrix *matrix = job->matrices[which];
+    const struct bstack_matrix *matrix = job->matrices + which;
     const int start = (part - job->first[which]) * job->rows[which];
     const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
     float *y = job->y[which];
@@ -166,17 +166,17 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     TAKE(job->sign, sizeof(*job->sign) * count);
     int trellis = 0;
     for (size_t i = 0; i < count; i++)
-        for (int level = 0; level < job->matrices[i]->count; level++) {
-            struct operands found = {.step = code_bytes(job->columns, job->matrices[i]->kind[level]), .count = job->tokens};
-            if (job->matrices[i]->kind[level] == BSTACK_TRELLIS) {
+        for (int level = 0; level < job->matrices[i].count; level++) {
+            struct operands found = {.step = code_bytes(job->columns, job->matrices[i].kind[level]), .count = job->tokens};
+            if (job->matrices[i].kind[level] == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
             } else {
-                found.count *= job->matrices[i]->rank[level];
+                found.count *= job->matrices[i].rank[level];
             }
             TAKE(found.codes, found.step * (size_t)found.count);
             TAKE(found.scale, sizeof(float) * (size_t)found.count);
             TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
-            if (job->matrices[i]->kind[level] == BSTACK_TRELLIS)
+            if (job->matrices[i].kind[level] == BSTACK_TRELLIS)
                 job->trellis = found;
             else if (memory)
                 job->sign[i][level] = found;
@@ -196,12 +196,12 @@ static size_t row_bytes(const struct bstack_matrix *matrix) {
 /* Share out the rows of all matrices, in whole steps of ROWS. Returns the number of parts. */
 static int share_out(struct job *job) {
     size_t all = 0;
-    for (int i = 0; i < job->count; i++) all += row_bytes(job->matrices[i]) * (size_t)job->matrices[i]->rows;
+    for (int i = 0; i < job->count; i++) all += row_bytes(job->matrices + i) * (size_t)job->matrices[i].rows;
     size_t size = all / (size_t)(SHARE * bstack_threads());
     if (size < PART) size = PART;
     int parts = 0;
     for (int i = 0; i < job->count; i++) {
-        const struct bstack_matrix *matrix = job->matrices[i];
+        const struct bstack_matrix *matrix = job->matrices + i;
         const size_t rows = round_up(size / row_bytes(matrix) + 1, ROWS);
         job->rows[i] = rows < (size_t)matrix->rows ? (int)rows : matrix->rows;
         job->first[i] = parts;
@@ -212,26 +212,29 @@ static int share_out(struct job *job) {
 
 int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y) {
     if (count < 1 || tokens < 1) return 0;
-    struct job job = {.kernels = bstack_kernels(), .matrices = matrices, .count = count, .tokens = 1};
-    job.columns = matrices[0]->columns;
+    struct bstack_matrix *taken = malloc((sizeof *taken + sizeof(float *)) * (size_t)count);
+    if (!taken) return 1;
+    for (int i = 0; i < count; i++) bstack_take(taken + i, matrices[i]);
+    float **outputs = (float **)(taken + count);
+    struct job job = {.kernels = bstack_kernels(), .matrices = taken, .count = count, .tokens = 1};
+    job.columns = taken->columns;
+    job.y = outputs;
     const size_t fit = PREPARED / lay_out(&job, NULL);
     const int most = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
     job.tokens = tokens < most ? tokens : most;
-    uint8_t *memory = malloc(lay_out(&job, NULL) + GROUP + sizeof(float *) * (size_t)count);
-    if (!memory) return 1;
-    float **outputs = (float **)memory;
-    uint8_t *aligned = (uint8_t *)round_up((uintptr_t)(memory + sizeof(float *) * (size_t)count), GROUP);
-    job.y = outputs;
-    for (int done = 0; done < tokens; done += job.tokens) {
+    uint8_t *memory = malloc(lay_out(&job, NULL) + GROUP);
+    for (int done = 0; memory && done < tokens; done += job.tokens) {
         job.tokens = tokens - done < most ? tokens - done : most;
         job.trellis.count = 0;
-        lay_out(&job, aligned);
+        lay_out(&job, (uint8_t *)round_up((uintptr_t)memory, GROUP));
         job.x = x + (size_t)done * (size_t)job.columns;
-        for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)matrices[i]->rows;
+        for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)taken[i].rows;
         const int parts = share_out(&job);
         bstack_parallel(prepare, &job, job.tokens);
         bstack_parallel(multiply_rows, &job, parts);
     }
+    const int problem = !memory;
+    free(taken);
     free(memory);
-    return 0;
+    return problem;
 }

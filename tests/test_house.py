@@ -1,6 +1,8 @@
 """The house of docs/architecture.md: who may import whom. Imports are read, not run."""
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,3 +174,12 @@ def test_the_floors_stand_in_the_docs():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for place in [p.removeprefix("bstack.") for p in FLOOR if p not in ("bstack", "bstack.__main__", "bstack.demo")]:
         assert f"`{place}`" in text, place
+
+
+def test_threads_that_wait_let_go_of_the_processor():
+    """Whatever is imported of bstack before torch: torch's OpenMP reads the variable when it is loaded."""
+    code = "import os, sys, bstack; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        run = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == expected

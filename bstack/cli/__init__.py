@@ -6,15 +6,9 @@ codes is `bstack.cli._group`.
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from bstack.cli._group import LazyGroup
-
-# Read when torch loads its OpenMP: threads that wait let go of the processor. With the default they spin, and where
-# another process takes a core (a laptop in use, a shared server) everything runs 5 to 12 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What `bstack --help` lists, in this order. The words stand here so that listing the commands imports none of them.
 COMMANDS = {

@@ -19,8 +19,8 @@ class Matrix(ctypes.Structure):
     """A stack of blocks in memory, W of m rows (outputs) and n columns (inputs).
 
     The owner of the memory fills in levels with `put`, and sets `count`: levels 0 to count - 1 are in use. It may
-    change `count`, and any level at or past it, whenever no call that reads the matrix is running; nothing has to be
-    rebuilt. Blocks may lie at any address, 64-byte alignment helps a little.
+    raise `count` at any time, also while calls read the matrix: each takes it once, at its start. It may lower it, and
+    change levels that were in use, whenever no such call is running. Nothing has to be rebuilt. Blocks may lie at any address, 64-byte alignment helps a little.
 
     Attributes
     ----------

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from bstack.runtime.packed import Packed
+from bstk.errors import UsageError
 
 __all__ = ["PackedWeight"]
 
@@ -72,6 +73,8 @@ class PackedWeight(torch.Tensor):
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _COPIES:
+            raise UsageError("packed weights cannot be copied or pickled: load the file once more, or with mode='dense'.")
         packed_form = _OPERATIONS.get(func)
         result = packed_form(*args, **kwargs) if packed_form else NotImplemented
         return _dense(func, args, kwargs) if result is NotImplemented else result
@@ -152,6 +155,8 @@ _QUESTIONS = {
                      "is_quantized", "is_sparse", "grad", "grad_fn", "is_mps", "is_nested")
     ),
 }  # fmt: skip
+
+_COPIES = {torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__}
 
 _told: set[tuple[str, str]] = set()
 

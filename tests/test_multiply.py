@@ -233,10 +233,16 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
     rng = np.random.default_rng(seed)
     matrix = stack(rng, m, n, kinds)
     start, stop = sorted(rng.integers(0, m + 1, 2).tolist())
-    for kind in (TRELLIS, SIGN):
-        assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop))
     index = rng.integers(0, m, 5)
-    assert same(lookup(matrix, index), reference.lookup(matrix, index))
+    before = library().bstack_instructions()
+    try:
+        for name in INSTRUCTIONS:
+            library().bstack_use(name.encode())
+            for kind in (TRELLIS, SIGN):
+                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop)), name
+            assert same(lookup(matrix, index), reference.lookup(matrix, index)), name
+    finally:
+        library().bstack_use(before)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 12, 100, 576, 4096, 16384, 20000])

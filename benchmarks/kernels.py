@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--megabytes 256] [--seconds 0.3] [--instructions avx512 avx2]
 
 A roofline: each line is one kernel reading matrices that together are larger than the caches, as a share of a plain
-read of a buffer as large, by as many threads. Then all products of a token of SmolLM2-135M.
+read of a buffer as large, by as many threads. Then all products of a token of SmolLM2-135M, and the decoding of rows.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bstack.kernels.matrix import SIGN, TRELLIS, Matrix, block_bytes
-from bstack.kernels.multiply import multiply_many
+from bstack.kernels.multiply import decode_rows, multiply_many
 from bstack.kernels.native import CHOICES, instructions, library, set_threads
 from bstack.kernels.selftest import random_payload, trusted_library
 
@@ -97,23 +97,34 @@ def token(arguments: argparse.Namespace, threads: list[int]) -> None:
             print(f"  {name}, {count} thread(s): {size / rate(step, size, arguments.seconds) * 1e3:.2f} ms", flush=True)
 
 
+def decoding(arguments: argparse.Namespace, threads: list[int]) -> None:
+    """Rows of trellis blocks as floats, which long prompts multiply with."""
+    print("\nRows of 256 x 4096 decoded, one trellis block:")
+    (matrix, *_), out = copies(256, 4096, TRELLIS, 2, 0), np.empty((256, 4096), np.float32)
+    for name in arguments.instructions:
+        library().bstack_use(name.encode())
+        for count in threads:
+            set_threads(count)
+            found = rate(lambda: decode_rows(matrix, TRELLIS, 0, 256, out), out.size, arguments.seconds)
+            print(f"  {name}, {count} thread(s): {found / 1e9:.2f} billion weights a second", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=256, help="memory that the matrices of a line take")
     parser.add_argument("--seconds", type=float, default=0.3, help="time a figure")
     parser.add_argument("--instructions", nargs="+", choices=CHOICES[1:], help="default: all that this CPU has but portable")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--only", choices=("roofline", "token"))
+    parser.add_argument("--only", choices=("roofline", "token", "decoding"))
     arguments = parser.parse_args()
     if trusted_library() is None:
         parser.error("there are no C kernels to measure")
     print(f"best instruction set here: {instructions()}")
     offered = [name for name in reversed(CHOICES[1:]) if library().bstack_offers(name.encode()) == 0]
     arguments.instructions = arguments.instructions or [name for name in offered if name != "portable"]
-    if arguments.only != "token":
-        roofline(arguments, arguments.threads)
-    if arguments.only != "roofline":
-        token(arguments, arguments.threads)
+    for name, measure in (("roofline", roofline), ("token", token), ("decoding", decoding)):
+        if arguments.only in (None, name):
+            measure(arguments, arguments.threads)
 
 
 if __name__ == "__main__":

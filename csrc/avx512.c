@@ -182,6 +182,45 @@ INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tal
     add_sums(high, low, tall, deep, sums, rows);
 }
 
+static void decode(const uint8_t *codes, int columns, float scale, float *out) {
+    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), offset = _mm512_set1_epi32(OFFSET);
+    const __m512 factor = _mm512_set1_ps(scale);
+    const int q = (int)quarter_of(columns);
+    __m512i table[4];
+    UNROLL
+    for (int k = 0; k < 4; k++) table[k] = _mm512_loadu_si512(bstack_table + k * WIDE);
+    for (int b = 0; b < q; b += WIDE) {
+        __m512i row[EARLIER + 1], even[2], odd[2];
+        UNROLL
+        for (int e = 0; e <= EARLIER; e++) row[e] = load(codes + (size_t)e * (size_t)q + b, q - b);
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            even[e] = mix(crumbs, row[2 * e + 1], _mm512_slli_epi16(row[2 * e], 2));
+            odd[e] = mix(crumbs, _mm512_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
+        }
+        const __m512i window[QUARTERS] = {
+            mix(nibble, even[1], _mm512_slli_epi16(even[0], 4)),
+            mix(nibble, odd[1], _mm512_slli_epi16(odd[0], 4)),
+            mix(nibble, _mm512_srli_epi16(even[1], 4), even[0]),
+            mix(nibble, _mm512_srli_epi16(odd[1], 4), odd[0]),
+        };
+        UNROLL
+        for (int quarter = 0; quarter < QUARTERS; quarter++) {
+            ALIGNED uint8_t value[WIDE];
+            _mm512_store_si512(value, look_up(table, window[quarter], _mm512_movepi8_mask(window[quarter])));
+            const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
+            const int length = own < WIDE ? own : WIDE;
+            for (int j = 0; j < length; j += 16) {
+                const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
+                const __m512i codes32 = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(value + j)));
+                const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes32, offset)), factor);
+                const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
+                _mm512_mask_storeu_ps(out + from + j, there, sum);
+            }
+        }
+    }
+}
+
 /* Eight sign bytes of `tall` rows: 64 columns. */
 INLINE void sign_step(const uint8_t *bits, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
                       __m512i *high, __m512i *low) {
@@ -234,7 +273,7 @@ INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, c
 TILES(trellis)
 TILES(sign)
 
-const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign};
+const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign, decode};
 
 #endif
 #if defined(__clang__)

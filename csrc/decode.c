@@ -9,6 +9,10 @@ static void add_trellis(const struct bstack_matrix *matrix, int level, int row, 
     const size_t q = quarter_of(n);
     const uint8_t *codes = matrix->block[level] + (size_t)row * q;
     const float a = half_to_float(matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)row);
+    if (bstack_kernels()->decode) {
+        bstack_kernels()->decode(codes, n, a, out);
+        return;
+    }
     float value[256];
     for (int w = 0; w < 256; w++) value[w] = a * (float)(bstack_table[w] - OFFSET);
     for (int quarter = 0; quarter < QUARTERS; quarter++) {

@@ -33,6 +33,9 @@ struct kernels {
     /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                  int64_t *sums);
+    /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null where the plain
+     * loop of decode.c serves. */
+    void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
 };
 
 extern const struct kernels bstack_portable;

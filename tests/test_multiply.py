@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,35 +160,26 @@ def test_blocks_come_and_go_between_calls(instructions):
 def test_blocks_that_come_while_products_run_count_from_the_next_one(threads):
     threads(2)
     rng = np.random.default_rng(19)
-    matrix, levels = stack(rng, 90, 300, [0, 2, 0, 1, 3, 0, 4]), 7
-    x = inputs(rng, 3, 300)
-    products, rows, found = [], [], []
+    matrix, levels = stack(rng, 400, 1500, [0, 9, 0, 8, 7, 0, 9]), 7
+    x, index = inputs(rng, 4, 1500), np.arange(100)
+    products, rows = [], []
     for count in range(levels + 1):
         matrix.count = count
         products.append(multiply(matrix, x).tobytes())
-        rows.append(lookup(matrix, np.arange(90)).tobytes())
-    stop = threading.Event()
+        rows.append(lookup(matrix, index).tobytes())
 
     def grow():
-        while not stop.is_set():  # lowered between calls only, by taking turns
-            with turn:
-                matrix.count = 0
-            for count in range(1, levels + 1):
-                matrix.count = count
+        for count in range(1, levels + 1):
+            matrix.count = count
+            time.sleep(2e-4)
 
-    turn = threading.Lock()
-    grower = threading.Thread(target=grow)
-    grower.start()
-    try:
-        for _ in range(400):
-            with turn:
-                found.append(multiply(matrix, x).tobytes() in products)
-            with turn:
-                found.append(lookup(matrix, np.arange(90)).tobytes() in rows)
-    finally:
-        stop.set()
-        grower.join()
-    assert all(found)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(60):
+            for call, allowed in ((lambda: multiply(matrix, x), products), (lambda: lookup(matrix, index), rows)):
+                matrix.count = 0
+                growth = pool.submit(grow)
+                while not growth.done():
+                    assert call().tobytes() in allowed
 
 
 def test_what_is_not_finite_stays_with_its_token():
@@ -233,10 +224,16 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
     rng = np.random.default_rng(seed)
     matrix = stack(rng, m, n, kinds)
     start, stop = sorted(rng.integers(0, m + 1, 2).tolist())
-    for kind in (TRELLIS, SIGN):
-        assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop))
     index = rng.integers(0, m, 5)
-    assert same(lookup(matrix, index), reference.lookup(matrix, index))
+    before = library().bstack_instructions()
+    try:
+        for name in INSTRUCTIONS:
+            library().bstack_use(name.encode())
+            for kind in (TRELLIS, SIGN):
+                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop)), name
+            assert same(lookup(matrix, index), reference.lookup(matrix, index)), name
+    finally:
+        library().bstack_use(before)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 12, 100, 576, 4096, 16384, 20000])

@@ -48,7 +48,7 @@ class Parsed(click.ParamType):
               help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
               help="Text to calibrate gptq on; by default what the file was calibrated on.")
-@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]').")
+@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.")
 @click.option("--no-speed", is_flag=True, help="Skip the speed tests.")
 @click.option("--no-quality", is_flag=True, help="Skip everything that needs a text.")
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png|svg|pdf", help="Draw quality against size.")
@@ -107,9 +107,9 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
 
         check_plot(plot)
     if given["tasks"]:
-        from bstack.measure.tasks import check_harness
+        from bstack.measure.tasks import check_tasks
 
-        check_harness()
+        check_tasks(_names(given["tasks"]))
 
 
 def _check_writable(file: str, path: str) -> None:

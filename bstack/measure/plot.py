@@ -134,7 +134,7 @@ def _leave_out_broken(axes: Any, report: Report) -> None:
     above = sum(value > top for value in theirs)
     if above:
         axes.set_ylim(0.9 * min([*ours, *([original] if original else [])]), top)
-        axes.annotate(f"{above} baselines above", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=9, color=GREY)
+        axes.annotate("1 baseline above" if above == 1 else f"{above} baselines above", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=9, color=GREY)
 
 
 def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -> None:

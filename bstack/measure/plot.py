@@ -128,13 +128,14 @@ def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None
 def _leave_out_broken(axes: Any, report: Report) -> None:
     """End the axis of perplexities above this file's own: a baseline that broke, at a million, would flatten all others."""
     original = report.source.value("original", "perplexity")
-    ours = [p.measured.quality.perplexity.value for p in report.points if p.measured.quality.perplexity.value < math.inf]
+    ours = [v for p in report.points if (v := p.measured.quality.perplexity.value) < math.inf]
     theirs = [b.quality.perplexity.value for b in frontier(report.baselines)]
     top = BROKEN * max(ours, default=math.inf)
     above = sum(value > top for value in theirs)
     if above:
         axes.set_ylim(0.9 * min([*ours, *([original] if original else [])]), top)
-        axes.annotate("1 baseline above" if above == 1 else f"{above} baselines above", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=9, color=GREY)
+        words = "1 baseline above" if above == 1 else f"{above} baselines above"
+        axes.annotate(words, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=9, color=GREY)
 
 
 def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -> None:

@@ -74,7 +74,7 @@ def _head(report: Report) -> str:
         )
     started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
     if started and started[0] is not None:
-        lines.append(f"  memory     over the {started[0] / MB:,.0f} MB of a process that has imported Python, torch and transformers")
+        lines.append(f"  memory     over the {started[0] / MB:,.0f} MB of a process that has imported torch and transformers")
     return "\n".join(lines)
 
 

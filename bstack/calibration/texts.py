@@ -12,9 +12,11 @@ import torch
 
 from bstack.errors import CalibrationError, TextNotFoundError, reason
 
-__all__ = ["SELF", "TextSource", "open_text", "token_windows"]
+__all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
 SELF = "self"
+# Windows beyond the samples, which calibration does not see: the quality curve in the file is measured on them.
+HELD_OUT = 4
 PLAIN = {".txt", ".md", ".raw", ".tokens", ".text", ""}
 RECORDS = {".jsonl", ".ndjson"}
 # Characters that are read at most: enough for any request, and a bound on what a folder of a terabyte costs.

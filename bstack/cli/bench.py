@@ -38,6 +38,7 @@ class Parsed(click.ParamType):
               help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.")
 @click.option("--original", metavar="MODEL",
               help="The model the file was made from: folder, hub id, GGUF file or smollm2. The divergence is measured against it.")
+@click.option("--force", is_flag=True, help="Measure against --original even if FILE was not made from it.")
 @click.option("--text", metavar="FILE|FOLDER|DATASET",
               help="Text to measure on; by default Python's own language reference, which is on every machine.")
 @click.option("--windows", type=click.IntRange(1, 2**20), default=16, show_default=True, help="Windows of the text.")
@@ -47,7 +48,7 @@ class Parsed(click.ParamType):
               help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
               help="Text to calibrate gptq on; by default what the file was calibrated on.")
-@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]').")
+@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.")
 @click.option("--no-speed", is_flag=True, help="Skip the speed tests.")
 @click.option("--no-quality", is_flag=True, help="Skip everything that needs a text.")
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png|svg|pdf", help="Draw quality against size.")
@@ -59,8 +60,9 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
     """Measure the quality, speed and memory of FILE at several sizes.
 
     For every size: perplexity, divergence from the original (KLD, nats per token) with its 99th percentile, share of
-    tokens for which both find the same one most likely, load time, tokens per second, peak memory of the process.
-    Each size is measured in a process of its own. docs/bench.md says how to read the figures.
+    tokens for which both find the same one most likely; and, run from its packed weights, load time, memory and tokens
+    per second beside those of float32 weights. Each size is measured in a process of its own. Stopped? The same command
+    goes on. docs/bench.md says how to read the figures.
 
     \b
     Example:
@@ -71,12 +73,13 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
     _check(file, plot, csv_path, as_json, given)
     with _common.open_file(file, quiet=quiet):  # its warning, and its refusal, before anything heavy
         pass
-    from bstack.measure.bench import Options, run_bench
+    from bstack.measure.bench import run_bench
+    from bstack.measure.options import Options
 
     options = Options(
         budgets=given["budgets"], speed=not given["no_speed"], quality=not given["no_quality"], text=given["text"],
-        windows=given["windows"], length=given["sequence_length"], original=given["original"], against=given["against"] or (),
-        calibration=given["calibration"], tasks=_names(given["tasks"]),
+        windows=given["windows"], length=given["sequence_length"], original=given["original"], force=given["force"],
+        against=given["against"] or (), calibration=given["calibration"], tasks=_names(given["tasks"]),
     )  # fmt: skip
     report = run_bench(file, options, _progress(quiet))
     _write(report, plot, csv_path, as_json, quiet)
@@ -89,6 +92,8 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
         for name, value in unused.items():
             if value:
                 raise click.UsageError(f"{name} is about quality, which --no-quality skips. Leave one of them out.")
+    if given["force"] and given["original"] is None:
+        raise click.UsageError("--force is about --original: name one.")
     if given["against"] and given["original"] is None:
         raise click.UsageError("--against quantises the original: name it with --original MODEL.")
     if given["calibration"] and not any(choice.method == "gptq" for choice in given["against"] or ()):
@@ -102,9 +107,9 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
 
         check_plot(plot)
     if given["tasks"]:
-        from bstack.measure.tasks import check_harness
+        from bstack.measure.tasks import check_tasks
 
-        check_harness()
+        check_tasks(_names(given["tasks"]))
 
 
 def _check_writable(file: str, path: str) -> None:
@@ -140,10 +145,17 @@ def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, q
 
         with replacing(csv_path) as (sink, _):
             sink.write(as_csv(report).encode())
+        _say_written(csv_path, quiet)
     if plot is not None:
         from bstack.measure.plot import save_plot
 
         save_plot(report, plot)
+        _say_written(plot, quiet)
+
+
+def _say_written(path: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(f"{printable(path)}: written", err=True)
 
 
 def _plus_minus() -> str:

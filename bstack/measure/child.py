@@ -1,4 +1,4 @@
-"""Measuring one size in a process of its own, so that its load time and peak memory are its own."""
+"""Measuring one size in a process of its own, so that its load time and memory are its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any
 import bstk
 from bstack.measure.estimates import Estimate
 from bstack.measure.quality import Quality
+from bstack.measure.running import Running
 
-__all__ = ["Measured", "measure_size"]
+__all__ = ["Measured", "ask"]
 
 
 @dataclass(frozen=True)
@@ -26,34 +27,36 @@ class Measured:
 
     Attributes
     ----------
-    load_seconds : float
-        From the file to a model that can run; without the imports of Python packages.
-    peak_memory_bytes : int or None
-        Of the process, after loading and the speed test.
-    speed : dict or None
-        `bstack.measure.speed.Speed` as plain values.
+    running : Running or None
     quality : Quality or None
     tasks : dict of str to Estimate
     """
 
-    load_seconds: float
-    peak_memory_bytes: int | None
-    speed: dict[str, Any] | None
+    running: Running | None
     quality: Quality | None
     tasks: dict[str, Estimate]
 
+    @classmethod
+    def from_answer(cls, answer: dict[str, Any]) -> Measured:
+        """Read what `ask` returns."""
+        running, quality = answer.get("running"), answer.get("quality")
+        tasks = {name: Estimate(*pair) for name, pair in answer.get("tasks", {}).items()}
+        return cls(running and Running(**running), quality and Quality.from_plain(quality), tasks)
 
-def measure_size(
+
+def ask(
     file: str | os.PathLike[str],
     mb: Decimal,
     *,
-    speed: bool,
-    windows: Path | None,
+    run: str | None = None,
+    speed: bool = False,
+    original: str | None = None,
+    windows: Path | None = None,
     reference: Path | None = None,
     make_reference: Path | None = None,
     tasks: Sequence[str] = (),
     progress: Callable[[], None] = lambda: None,
-) -> Measured:
+) -> dict[str, Any]:
     """Load a file at a size in a new process and measure it there.
 
     Parameters
@@ -61,8 +64,13 @@ def measure_size(
     file : path
     mb : Decimal
         The budget in MB.
+    run : str or None
+        Which model to load and run for load time, memory and speed: the file with packed weights (``stack``), with
+        float32 weights (``dense``), or the ``original``; None for none of that.
     speed : bool
         Whether to time it.
+    original : str or None
+        What `open_checkpoint` opens, for ``run="original"``.
     windows : Path or None
         An .npy file of token ids; None for no quality.
     reference : Path or None
@@ -74,6 +82,11 @@ def measure_size(
     progress : callable
         Called after each repetition of the speed test and each window.
 
+    Returns
+    -------
+    dict
+        Plain JSON values, which `Measured.from_answer` reads.
+
     Raises
     ------
     bstk.BstkError
@@ -82,8 +95,8 @@ def measure_size(
         The system killed the child, most likely for its memory.
     """
     request = {
-        "file": os.path.abspath(file), "mb": str(mb), "speed": speed, "windows": _text(windows),
-        "reference": _text(reference), "make_reference": _text(make_reference), "tasks": list(tasks),
+        "file": os.path.abspath(file), "mb": str(mb), "run": run, "speed": speed, "original": original,
+        "windows": _text(windows), "reference": _text(reference), "make_reference": _text(make_reference), "tasks": list(tasks),
     }  # fmt: skip
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
@@ -104,7 +117,7 @@ def measure_size(
             raise _died(child.returncode, mb, complaints.read().decode(errors="replace"))
     if "error" in answer:
         raise _raised(answer["error"], mb)
-    return _measured(answer["result"])
+    return answer["result"]
 
 
 def _converse(child: subprocess.Popen, request: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any] | None:
@@ -126,7 +139,7 @@ def _died(code: int, mb: Decimal, complaints: str) -> bstk.BstkError:
     if code < 0:
         return bstk.ResourceError(
             f"The process that measured {mb} MB was killed by signal {-code}, most likely because the memory is full: "
-            "weights are unpacked when they are loaded. Free memory, or use --budgets with the smallest size only."
+            "to measure quality, weights are unpacked to float32. Free memory, or measure speed alone with --no-quality."
         )
     last = complaints.strip().splitlines()[-1:] or ["it said nothing"]
     return bstk.BstkError(f"The process that measured {mb} MB ended with {code}: {last[0]}")
@@ -138,14 +151,6 @@ def _raised(error: dict[str, Any], mb: Decimal) -> bstk.BstkError:
     raised = bstk.BstkError(error["message"])
     raised.exit_code = error["exit_code"]
     return raised
-
-
-def _measured(result: dict[str, Any]) -> Measured:
-    quality = result.get("quality")
-    if quality is not None:
-        quality = Quality(**{name: pair and Estimate(*pair) for name, pair in quality.items()})
-    tasks = {name: Estimate(*pair) for name, pair in result.get("tasks", {}).items()}
-    return Measured(result["load_seconds"], result["peak_memory_bytes"], result.get("speed"), quality, tasks)
 
 
 def _text(path: Path | None) -> str | None:

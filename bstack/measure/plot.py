@@ -22,6 +22,8 @@ FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 OURS, THEIRS, GREY = "#0072B2", {"gptq": "#D55E00", "rtn": "#009E73"}, "#555555"
 MARKERS = {"gptq": "s", "rtn": "^"}
+# A baseline whose perplexity is so many times the worst of the file's sizes is not drawn.
+BROKEN = 4
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -54,8 +56,9 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     import matplotlib
 
     picture = io.BytesIO()
-    # The same report gives the same bytes; no window system, whatever the user's matplotlib is set to.
-    with matplotlib.rc_context({"svg.hashsalt": "bstack", "font.size": 10}):
+    # The same report gives the same bytes; no window system, whatever the user's matplotlib is set to. Letters in an SVG
+    # stay letters: drawn as paths they would be most of the file.
+    with matplotlib.rc_context({"svg.hashsalt": "bstack", "svg.fonttype": "none", "font.size": 10}):
         figure = _draw(report)
         kind = Path(path).suffix.lower().lstrip(".")
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
@@ -89,7 +92,10 @@ def _draw(report: Report) -> Any:
     lower.set_ylabel("perplexity")
     lower.set_xlabel("size of the file, MB (2²⁰ bytes)")
     for axes in (upper, lower):
-        _log_axis(axes)
+        axes.set_yscale("log")
+    _leave_out_broken(lower, report)
+    for axes in (upper, lower):
+        _label_axis(axes)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
         axes.grid(True, which="minor", color="#eeeeee", linewidth=0.5)
         axes.set_axisbelow(True)
@@ -119,6 +125,19 @@ def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None
         )  # fmt: skip
 
 
+def _leave_out_broken(axes: Any, report: Report) -> None:
+    """End the axis of perplexities above this file's own: a baseline that broke, at a million, would flatten all others."""
+    original = report.source.value("original", "perplexity")
+    ours = [v for p in report.points if (v := p.measured.quality.perplexity.value) < math.inf]
+    theirs = [b.quality.perplexity.value for b in frontier(report.baselines)]
+    top = BROKEN * max(ours, default=math.inf)
+    above = sum(value > top for value in theirs)
+    if above:
+        axes.set_ylim(0.9 * min([*ours, *([original] if original else [])]), top)
+        words = "1 baseline above" if above == 1 else f"{above} baselines above"
+        axes.annotate(words, (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=9, color=GREY)
+
+
 def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -> None:
     # On a logarithmic axis there is no place for 0 (the full file against itself) and none for infinity.
     kept = sorted({x: e for x, e in pairs if 0 < e.value < math.inf}.items())
@@ -130,14 +149,13 @@ def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -
         axes.errorbar(xs, values, yerr=lengths if bars else None, elinewidth=1, capsize=2, **style)
 
 
-def _log_axis(axes: Any) -> None:
-    """Logarithmic, labelled in plain numbers, with labels between the powers of ten where there are few of these."""
+def _label_axis(axes: Any) -> None:
+    """Label a logarithmic axis in plain numbers, also between the powers of ten where there are few of these."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low) if low > 0 else 9
-    steps = (1.0, 2.0, 5.0) if decades < 3.5 else (1.0,)
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 3.5 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps, numticks=30))
     axes.yaxis.set_minor_locator(LogLocator(base=10, subs=tuple(range(2, 10)), numticks=30))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else f"{value:.0e}"))

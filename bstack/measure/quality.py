@@ -36,6 +36,11 @@ class Quality:
         """As plain JSON values."""
         return {f.name: e and e.to_json() for f in fields(self) for e in [getattr(self, f.name)]}
 
+    @classmethod
+    def from_plain(cls, pairs: dict[str, list[float | None] | None]) -> Quality:
+        """What ``vars`` of a quality has become on its way through JSON; unlike `to_json`, that keeps infinity."""
+        return cls(**{name: pair and Estimate(*pair) for name, pair in pairs.items()})
+
 
 class Scores:
     """Collects one window's logits after the other.

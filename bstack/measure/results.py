@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bstack.measure.baselines.run import Baseline
     from bstack.measure.child import Measured
+    from bstack.measure.running import Running
 
-__all__ = ["Comparison", "Point", "Report", "Source", "frontier"]
+__all__ = ["Comparison", "Dense", "Point", "Progress", "Report", "Source", "frontier"]
+
+# progress(stage, steps) is entered as a context and gives a function to call after each step.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,31 @@ class Point:
             "memory_bytes": self.memory_bytes,
             "bits_per_weight": self.bits_per_weight,
             **(m.quality.to_json() if m.quality is not None else {}),
-            "load_seconds": m.load_seconds,
-            "peak_memory_bytes": m.peak_memory_bytes,
-            "speed": m.speed,
+            **(m.running.to_json() if m.running is not None else {}),
             "tasks": {name: estimate.to_json() for name, estimate in m.tasks.items()},
         }
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model with float32 weights, run as the packed sizes are, to compare their speed with.
+
+    Attributes
+    ----------
+    name : str
+        ``file`` or ``original``.
+    file_bytes : int or None
+        Of the cut; None for the original.
+    running : Running
+    """
+
+    name: str
+    file_bytes: int | None
+    running: Running
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"name": self.name, "file_bytes": self.file_bytes, **self.running.to_json()}
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,7 @@ class Report:
     ----------
     source : Source
     points : list of Point
+    dense : list of Dense
     baselines : list of Baseline
     comparisons : list of Comparison
     notes : list of str
@@ -118,6 +144,7 @@ class Report:
 
     source: Source
     points: Sequence[Point]
+    dense: Sequence[Dense] = ()
     baselines: Sequence[Baseline] = ()
     comparisons: Sequence[Comparison] = ()
     notes: Sequence[str] = field(default_factory=list)
@@ -127,6 +154,7 @@ class Report:
         return {
             **vars(self.source),
             "points": [point.to_json() for point in self.points],
+            "dense": [dense.to_json() for dense in self.dense],
             "baselines": [baseline.to_json() for baseline in self.baselines],
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
             "notes": list(self.notes),

@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bstack.measure.results import Point, Report
+from bstack.measure.results import Dense, Point, Report
 from bstk import MB
 
 if TYPE_CHECKING:
     from bstack.measure.estimates import Estimate
+    from bstack.measure.running import Running
 
 __all__ = ["as_csv", "as_tables", "with_error"]
 
@@ -42,7 +43,8 @@ def as_tables(report: Report, sign: str = "±") -> str:
         parts.append("Quality\n" + _quality(report, sign))
     if any(point.measured.tasks for point in report.points):
         parts.append("Tasks\n" + _tasks(report, sign))
-    parts.append(("Speed and memory\n" if _has_speed(report) else "Memory\n") + _speed(report, sign))
+    if all(point.measured.running for point in report.points):
+        parts.append(("Speed and memory\n" if _has_speed(report) else "Memory\n") + _running(report, sign))
     if report.baselines:
         parts.append("Baselines, one run for each size\n" + _baselines(report, sign))
     if report.comparisons:
@@ -66,17 +68,23 @@ def _head(report: Report) -> str:
         )
         lines.append(f"  floor      KLD {source.value('noise_floor', 'kld'):.2g}: the original in bfloat16 against itself in float32")
     if _has_speed(report):
-        lines.append(f"  speed      one sequence, {report.points[0].measured.speed['threads']} threads, weights unpacked to float32")
+        speed = report.points[0].measured.running.speed
+        lines.append(
+            f"  speed      greedy generate(), one sequence, {speed['threads']} threads; packed weights, {speed['kernels']} kernels"
+        )
+    started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
+    if started and started[0] is not None:
+        lines.append(f"  memory     over the {started[0] / MB:,.0f} MB of a process that has imported torch and transformers")
     return "\n".join(lines)
 
 
 def _has_speed(report: Report) -> bool:
-    return any(point.measured.speed for point in report.points)
+    return any(point.measured.running and point.measured.running.speed for point in report.points)
 
 
 def _quality(report: Report, sign: str) -> str:
     to = "original" if report.source.reference == "original" else "full file"
-    head = ["MB", "file MB", "memory MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
+    head = ["MB", "file MB", "weights MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
     rows = []
     for point in report.points:
         q = point.measured.quality
@@ -92,24 +100,38 @@ def _tasks(report: Report, sign: str) -> str:
     return _markdown(["MB", *names], rows)
 
 
-def _speed(report: Report, sign: str) -> str:
-    with_sizes = report.source.text is None
-    head = ["MB", *(["file MB", "memory MB", "bits/weight"] if with_sizes else []), "load s"]
-    if _has_speed(report):
-        speed = report.points[0].measured.speed
-        head += [f"prompt({speed['prompt_tokens']}) t/s", f"decode({speed['decoded_tokens']}) t/s"]
+def _running(report: Report, sign: str) -> str:
+    with_sizes, with_speed = report.source.text is None, _has_speed(report)
+    base = report.dense[-1] if report.dense else None
+    head = ["MB", *(["file MB", "weights MB", "bits/weight"] if with_sizes else []), "load s", "memory MB", "peak MB"]
+    if with_speed:
+        speed = report.points[0].measured.running.speed
+        # Ratios are to the last row: the original where there is one.
+        ratio = ["ratio"] if base is not None else []
+        head += [f"prompt({speed['prompt_tokens']}) t/s", *ratio, f"decode({speed['decoded_tokens']}) t/s", *ratio]
     rows = []
     for point in report.points:
-        m = point.measured
-        row = [*(_sizes(point) if with_sizes else [_mb(point)]), f"{m.load_seconds:.2f}"]
-        if m.speed:
-            row += [with_error(m.speed[test]["value"], m.speed[test]["deviation"], sign) for test in ("prompt", "decode")]
-        rows.append([*row, "-" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / MB:,.0f}"])
-    return _markdown([*head, "peak MB"], rows)
+        sizes = _sizes(point) if with_sizes else [_mb(point)]
+        rows.append([*sizes, *_running_cells(point.measured.running, base, with_speed, sign)])
+    for dense in report.dense:
+        empty = ["", "", ""] if with_sizes else []
+        rows.append([f"{dense.name}, float32", *empty, *_running_cells(dense.running, base, with_speed, sign)])
+    return _markdown(head, rows)
+
+
+def _running_cells(running: Running, base: Dense | None, with_speed: bool, sign: str) -> Row:
+    cells = ["-" if running.load_seconds is None else f"{running.load_seconds:.2f}"]
+    cells += ["-" if size is None else f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)]
+    for test in ("prompt", "decode") if with_speed else ():
+        rate = running.speed[test]
+        cells.append(with_error(rate["value"], rate["deviation"], sign))
+        if base is not None:
+            cells.append(f"{rate['value'] / base.running.speed[test]['value']:.2f}")
+    return cells
 
 
 def _baselines(report: Report, sign: str) -> str:
-    head = ["baseline", "bits", "embeddings", "file MB", "memory MB", "perplexity", "KLD to original", "KLD 99 %", "same top %"]
+    head = ["baseline", "bits", "embeddings", "file MB", "weights MB", "perplexity", "KLD to original", "KLD 99 %", "same top %"]
     rows = []
     for b in report.baselines:
         q = b.quality
@@ -172,7 +194,8 @@ def as_csv(report: Report) -> str:
     columns = [
         "series", "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight",
         *[column for figure in figures for column in (figure, f"{figure}_se")], "reference",
-        "load_seconds", "prompt_tokens_per_second", "prompt_sd", "decode_tokens_per_second", "decode_sd", "peak_memory_bytes",
+        "load_seconds", "start_memory_bytes", "held_memory_bytes", "peak_memory_bytes",
+        "prompt_tokens_per_second", "prompt_sd", "decode_tokens_per_second", "decode_sd",
         *[column for task in tasks for column in (task, f"{task}_se")],
     ]  # fmt: skip
     text = io.StringIO()
@@ -182,17 +205,26 @@ def as_csv(report: Report) -> str:
     for point in report.points:
         flat = point.to_json()
         row = {key: flat[key] for key in columns if key in flat and not isinstance(flat[key], dict)}
-        for test, rate in [(t, (flat["speed"] or {}).get(t)) for t in ("prompt", "decode")]:
-            if rate:
-                row |= {f"{test}_tokens_per_second": rate["value"], f"{test}_sd": rate["deviation"]}
-        row |= _flat(flat, figures) | _flat(flat["tasks"], tasks)
+        row |= _rates(flat) | _flat(flat, figures) | _flat(flat["tasks"], tasks)
         writer.writerow({"series": "bstack", "reference": reference, **row})
+    for dense in report.dense:
+        flat = dense.to_json()
+        row = {key: flat[key] for key in columns if flat.get(key) is not None}
+        writer.writerow({"series": f"{dense.name}, float32", **row, **_rates(flat)})
     for baseline in report.baselines:
         flat = baseline.to_json()
         sizes = {key: flat[key] for key in ("file_bytes", "memory_bytes")}
         series = f"{baseline.method}:{baseline.bits}, embeddings {baseline.embedding_bits}"
         writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
     return text.getvalue()
+
+
+def _rates(values: dict) -> dict[str, float]:
+    found = {}
+    for test in ("prompt", "decode"):
+        if rate := (values.get("speed") or {}).get(test):
+            found |= {f"{test}_tokens_per_second": rate["value"], f"{test}_sd": rate["deviation"]}
+    return found
 
 
 def _flat(values: dict, names: Sequence[str]) -> dict[str, float]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import bstk
 from bstack.calibration.texts import TextSource, open_text
 from bstack.errors import CalibrationError
 
-__all__ = ["DEFAULT", "digest", "first_windows", "measuring_text"]
+__all__ = ["DEFAULT", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
 DEFAULT = "python-reference"
+LENGTH = 512
 
 
 def measuring_text(source: str | None) -> TextSource:
@@ -81,3 +85,44 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
                                    f", or a smaller --sequence-length than {len(ids) + 1}.")
         )
     return torch.tensor(ids[:needed]).view(windows, length)
+
+
+def file_tokenizer(file: bstk.Reader, folder: Path) -> Any:
+    """The tokenizer in a file, written to a folder of its own.
+
+    Raises
+    ------
+    bstack.errors.CalibrationError
+        The file has none.
+    """
+    from transformers import AutoTokenizer
+
+    if "tokenizer_config.json" not in file.files:
+        raise CalibrationError(
+            "The file has no tokenizer, so no text can be read and no quality measured. Use --no-quality for its speed."
+        )
+    for name in file.files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.file(name))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def window_length(file: bstk.Reader, asked: int | None) -> int:
+    """Tokens in a window: as many as asked for, or 512, or what the model reads if that is less.
+
+    Raises
+    ------
+    bstk.UsageError
+        The model was not made to read as many as were asked for.
+    """
+    config = json.loads(file.file("config.json")) if "config.json" in file.files else {}
+    limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
+    if asked is None:
+        return min([LENGTH, *limits])
+    if limits and asked > min(limits):
+        raise bstk.UsageError(
+            f"this model reads at most {min(limits)} tokens, and windows of {asked} were asked for. "
+            f"Give at most --sequence-length {min(limits)}."
+        )
+    return asked

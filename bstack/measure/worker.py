@@ -10,10 +10,11 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,56 +50,84 @@ def _described(error: BaseException) -> dict[str, Any]:
     return {"message": message if code is not None else f"{type(error).__name__}: {message}", "exit_code": code}
 
 
-def measure(request: dict[str, Any], step) -> dict[str, Any]:
+def measure(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     """Measure what the request asks for.
 
     Parameters
     ----------
     request : dict
-        ``file``; ``mb`` (text); ``speed`` (bool); ``windows`` (path of an .npy of token ids, or None); ``reference``
-        (path, or None); ``make_reference`` (path to write the log probabilities to, or None); ``tasks`` (list).
+        As `bstack.measure.child.ask` makes it.
     step : callable
         Called after each repetition and window.
     """
+    _import_model_code(request["file"])
+    result: dict[str, Any] = {}
+    if request["run"] is not None:
+        result["running"] = _run(request, step)
+    if request["windows"] is not None or request["tasks"]:
+        from bstack.runtime.load import load
+
+        # Dense: the plain way, on every machine and for every architecture.
+        model, tokenizer = load(request["file"], mb=request["mb"])
+        if request["windows"] is not None:
+            result |= _score(model, request, step)
+        if request["tasks"]:
+            from bstack.measure.tasks import run_tasks
+
+            result["tasks"] = run_tasks(model, tokenizer, request["tasks"])
+    return result
+
+
+def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
+    from bstack.measure.running import measure_running
+    from bstack.runtime.load import load, residence_of
+
+    with ExitStack() as stack:
+
+        def packed() -> Any:
+            model, _ = load(request["file"], mb=request["mb"], mode="stack")
+            stack.callback(residence_of(model).close)
+            return model
+
+        def dense() -> Any:
+            return load(request["file"], mb=request["mb"])[0]
+
+        def original() -> Any:
+            from bstack.models.open import open_checkpoint
+            from bstack.models.skeleton import Skeleton
+
+            skeleton = Skeleton(open_checkpoint(request["original"]))
+            stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
+            return skeleton.model
+
+        ways = {"stack": packed, "dense": dense, "original": original}
+        running = measure_running(ways[request["run"]], speed=request["speed"], progress=step)
+    if request["run"] == "original":
+        running = replace(running, load_seconds=None)
+    return running.to_json()
+
+
+def _score(model: Any, request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from bstack.memory.process import peak_bytes
     from bstack.measure.quality import Scores
     from bstack.measure.reference import Reference, write_reference
-    from bstack.measure.speed import measure_speed
-    from bstack.runtime.load import load
 
-    _import_model_code(request["file"])
-    result: dict[str, Any] = {}
-    started = time.perf_counter()
-    model, tokenizer = load(request["file"], mb=request["mb"])
-    result["load_seconds"] = time.perf_counter() - started
-    if request["speed"]:
-        speed = measure_speed(model, step)
-        result["speed"] = {**speed._asdict(), "prompt": speed.prompt._asdict(), "decode": speed.decode._asdict()}
-    # Before the windows, whose logits are the measurement's and not the model's.
-    result["peak_memory_bytes"] = peak_bytes()
-    if request["windows"] is not None:
-        windows = torch.from_numpy(np.load(request["windows"]))
+    windows = torch.from_numpy(np.load(request["windows"]))
 
-        def run(take) -> None:
-            for number, window in enumerate(windows):
-                with torch.inference_mode():
-                    take(number, model(input_ids=window[None], use_cache=False).logits[0])
-                step()
+    def run(take: Callable[[int, torch.Tensor], None]) -> None:
+        for number, window in enumerate(windows):
+            with torch.inference_mode():
+                take(number, model(input_ids=window[None], use_cache=False).logits[0])
+            step()
 
-        if request["make_reference"] is not None:
-            write_reference(Path(request["make_reference"]), "own", len(windows), lambda writer: run(writer.add))
-        else:
-            scores = Scores(windows, Reference(request["reference"]) if request["reference"] else None)
-            run(scores.add)
-            result["quality"] = vars(scores.quality())
-    if request["tasks"]:
-        from bstack.measure.tasks import run_tasks
-
-        result["tasks"] = run_tasks(model, tokenizer, request["tasks"])
-    return result
+    if request["make_reference"] is not None:
+        write_reference(Path(request["make_reference"]), "own", len(windows), lambda writer: run(writer.add))
+        return {}
+    scores = Scores(windows, Reference(request["reference"]) if request["reference"] else None)
+    run(scores.add)
+    return {"quality": vars(scores.quality())}
 
 
 def _import_model_code(path: str) -> None:

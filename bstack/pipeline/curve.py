@@ -48,7 +48,7 @@ def measure_curve(
     -------
     list of dict
         Smallest first: ``chunks`` kept, ``kld`` and its standard error ``kld_se`` (nats per token, over windows),
-        ``same_top``, and ``perplexity`` on these windows.
+        ``same_top``, and ``perplexity`` on these windows, all over every position but the last of a window.
     """
     original = _run(skeleton, windows, collected, None, lambda ids, logits: logits.log_softmax(-1))
     progress()
@@ -59,7 +59,7 @@ def measure_curve(
 
         def compare(ids: torch.Tensor, logits: torch.Tensor) -> tuple[float, float, float]:
             compared = divergence(next(references), logits)  # noqa: B023: used up before the next round
-            surprise = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
+            surprise = torch.nn.functional.cross_entropy(logits, ids[1:])
             return float(compared.kl.mean()), float(compared.same_top.mean()), float(surprise)
 
         results = torch.tensor(_run(skeleton, windows, collected, _depths(entries[:count]), compare))
@@ -143,7 +143,7 @@ def _run(
 ) -> list[Any]:
     """Run every window through the model at the given depths, or the original, one layer in memory at a time.
 
-    Returns what `finish` makes of each window's ids, shape (length,), and logits, float32, (length, vocabulary).
+    Returns what `finish` makes of each window's ids, shape (length,), and logits, float32, (length - 1, vocabulary).
     """
     layers = [name + "." for name, _ in skeleton.layers]
 
@@ -152,7 +152,8 @@ def _run(
         return {n: b for n, b in collected.stacks.items() if n.startswith(inside) == (prefix is not None)}
 
     def run(ids: torch.Tensor) -> Any:
-        return finish(ids[0], skeleton.model(input_ids=ids, use_cache=False).logits[0].float())
+        # Positions that predict a token of the window, in all figures, as `bstack bench` counts.
+        return finish(ids[0], skeleton.model(input_ids=ids, use_cache=False).logits[0, :-1].float())
 
     with skeleton.loaded(skeleton.outer_names):
         if depths is not None:

@@ -13,7 +13,7 @@ import torch
 import bstk
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
-from bstack.calibration.texts import SELF, TextSource, open_text, token_windows
+from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.errors import CalibrationError
 from bstack.models.open import open_checkpoint
@@ -35,8 +35,6 @@ __all__ = ["Result", "run_stages"]
 
 # Tokens that pass through a layer together: enough to keep the BLAS busy, few enough for the memory.
 TOKENS_TOGETHER = 4096
-# Windows that calibration does not see, for the quality curve.
-HELD_OUT = 4
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048

@@ -65,7 +65,7 @@ def everything(bench, tiny_llama, sizes):
         "--budgets", ",".join(sizes), "--original", tiny_llama, *SMALL, "--against", "rtn:4,gptq:4", "--calibration", "self",
         "--json", "--csv", "all.csv", "--plot", "all.svg",
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (done.returncode, done.stderr) == (0, "all.csv: written\nall.svg: written\n"), done.stderr
     return json.loads(done.stdout)
 
 
@@ -83,15 +83,26 @@ def test_json_has_all_figures(everything, home, sizes):
     for point in everything["points"]:
         assert set(point) == {
             "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight", "perplexity", "kld", "kld_99", "same_top",
-            "load_seconds", "peak_memory_bytes", "speed", "tasks",
+            "load_seconds", "start_memory_bytes", "held_memory_bytes", "peak_memory_bytes", "speed", "tasks",
         }  # fmt: skip
         for figure in ("perplexity", "kld", "kld_99", "same_top"):
             assert point[figure]["value"] >= 0 and point[figure]["standard_error"] >= 0
         speed = point["speed"]
-        assert speed["prompt"]["value"] > speed["decode"]["value"] > 0 and speed["prompt_tokens"] + speed["decoded_tokens"] <= 128
-        assert point["load_seconds"] > 0 and point["peak_memory_bytes"] > 2**20
+        assert speed["prompt"]["value"] > 0 and speed["decode"]["value"] > 0
+        assert speed["prompt_tokens"] + 1 + speed["decoded_tokens"] <= 128 and speed["decoded_tokens"] > 8
+        assert point["load_seconds"] > 0 and 0 <= point["held_memory_bytes"] <= point["peak_memory_bytes"]
+        assert point["start_memory_bytes"] > 2**20
     klds = [point["kld"]["value"] for point in everything["points"]]
     assert klds == sorted(klds, reverse=True) and klds[2] < klds[0] / 4
+
+
+def test_float32_weights_run_beside_the_packed_ones(everything):
+    file, original = everything["dense"]
+    assert (file["name"], original["name"]) == ("file", "original")
+    assert file["file_bytes"] == everything["points"][-1]["file_bytes"] and original["file_bytes"] is None
+    assert file["load_seconds"] > 0 and original["load_seconds"] is None
+    for dense in (file, original):
+        assert dense["speed"]["decode"]["value"] > 0 and dense["peak_memory_bytes"] >= 0
 
 
 def test_figures_are_those_of_a_plain_computation(everything, home, tiny_llama, sizes):
@@ -131,7 +142,8 @@ def test_baselines_and_comparisons(everything):
 
 def test_csv_is_one_row_for_each_point_and_baseline(everything, home):
     rows = list(csv.DictReader(io.StringIO((home / "all.csv").read_text(encoding="utf-8"))))
-    assert [row["series"] for row in rows][:3] == ["bstack"] * 3 and len(rows) == 7
+    assert [row["series"] for row in rows][:5] == ["bstack"] * 3 + ["file, float32", "original, float32"] and len(rows) == 9
+    assert float(rows[4]["decode_tokens_per_second"]) == everything["dense"][1]["speed"]["decode"]["value"]
     for row, point in zip(rows, everything["points"], strict=False):
         assert float(row["kld"]) == point["kld"]["value"] and float(row["kld_se"]) == point["kld"]["standard_error"]
         assert int(row["file_bytes"]) == point["file_bytes"] and row["reference"] == "original"
@@ -146,10 +158,10 @@ def test_the_picture_is_one(everything, home):
 
 def test_tables_for_people(bench, sizes, tiny_llama, home):
     done = bench("--budgets", sizes[1], "--original", tiny_llama, *SMALL, "--plot", "a.png")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "a.png: written\n")
     assert "python-reference" in done.stdout and "KLD to original" in done.stdout and "±" in done.stdout
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(tables) == 6 and all(re.fullmatch(r"\| (.+ \| )*.+ \|", line) for line in tables)
+    assert len(tables) == 8 and tables[-1].startswith("| original, float32") and all(re.fullmatch(r"\| (.+ \| )*.+ \|", line) for line in tables)
     assert (home / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -202,6 +214,7 @@ def test_the_original_is_read_once(bench, sizes, tiny_llama, home):
         (["--against", "awq", "--original", "x"], 2, "'awq' is no baseline"),
         (["--against", "rtn"], 2, "--original MODEL"),
         (["--calibration", "x.txt"], 2, "--against gptq"),
+        (["--force"], 2, "--original: name one"),
         (["--no-quality", "--plot", "x.png"], 2, "--no-quality skips"),
         (["--plot", "x.jpg"], 2, ".png, .svg, .pdf"),
         (["--plot", "none/x.png"], 1, "there is no folder"),
@@ -242,11 +255,14 @@ def test_an_original_of_another_vocabulary(bench, home):
     assert done.returncode == 2 and "vocabulary of 300" in done.stderr
 
 
-def test_another_original_is_named(bench, home, sizes):
+def test_another_original_is_refused_unless_forced(bench, home, sizes):
     import tiny_models
 
     other = tiny_models.save("llama", home / "seed-1", seed=1)
-    done = bench("--original", other, *SMALL, "--no-speed", "--budgets", sizes[0])
+    ask = ("--original", other, *SMALL, "--no-speed", "--budgets", sizes[0])
+    done = bench(*ask)
+    assert (done.returncode, done.stdout) == (2, "") and "add --force" in done.stderr
+    done = bench(*ask, "--force")
     assert done.returncode == 0 and "is not the checkpoint this file was made from" in done.stdout
 
 
@@ -292,6 +308,42 @@ def test_interrupted(home, sizes):
     assert err.strip().splitlines()[-1] == "Interrupted. Give the same command again to continue." and "Traceback" not in err
     assert children and not any(os.path.exists(f"/proc/{child}") for child in children)
     assert not (home / "stopped.csv").exists() and not (home / "stopped.png").exists()
+
+
+def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
+    """What was measured before is not measured again, and a run that is through leaves nothing behind."""
+    from contextlib import contextmanager
+    from decimal import Decimal
+
+    import bstack.measure.bench as module
+    from bstack.measure.options import Options
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked, real = [], module.ask
+
+    def ask(*args, **kwargs):
+        if len(asked) == 2:
+            asked.clear()
+            raise KeyboardInterrupt
+        asked.append(args[1])
+        return real(*args, **kwargs)
+
+    @contextmanager
+    def progress(stage, steps):
+        yield lambda: None
+
+    monkeypatch.setattr(module, "ask", ask)
+    options = Options(
+        budgets=[Decimal(size) for size in sizes], speed=False, windows=2, length=24, original=str(tiny_llama)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        module.run_bench(home / "model.bstk", options, progress)
+    (kept,) = (tmp_path / "bstack" / "bench").iterdir()
+    before = json.loads(kept.read_text())
+    report = module.run_bench(home / "model.bstk", options, progress)
+    assert asked == [Decimal(sizes[2])] and not kept.exists()
+    assert [vars(p.measured.quality)["kld"] for p in report.points[:2]] == [tuple(r["quality"]["kld"]) for r in before.values()]
+    assert report.notes == ["Figures measured by a run of this command that was stopped, and taken from it: 2."]
 
 
 def _children(pid):

@@ -71,6 +71,15 @@ class Baseline:
             "file_bytes": self.sizes.file_bytes, "memory_bytes": self.sizes.memory_bytes, **self.quality.to_json(),
         }  # fmt: skip
 
+    def to_plain(self) -> dict[str, Any]:
+        """As values that JSON can carry and `from_plain` reads back."""
+        return {**vars(self), "sizes": vars(self.sizes), "quality": vars(self.quality)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Baseline:
+        """What `to_plain` gave."""
+        return cls(**{**plain, "sizes": Sizes(**plain["sizes"]), "quality": Quality.from_plain(plain["quality"])})
+
 
 class Baselines:
     """Runs baselines on the matrices that a .bstk file keeps as stacks; everything else stays as in the file.

@@ -1,0 +1,35 @@
+"""The quality curve that travels in the file."""
+
+import math
+
+import bstack
+import bstk
+import pytest
+import torch
+from bstack.calibration.texts import HELD_OUT, open_text, token_windows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_the_curve_is_that_of_a_plain_computation(tiny_llama, tmp_path):
+    """As `bstack bench` counts: every position but the last of each held-out window, which no calibration saw."""
+    (tmp_path / "text.txt").write_text(" ".join(f"word {n * 7919 % 1009} of a text" for n in range(2000)))
+    settings = bstack.Settings(
+        codec="sign", planes=2, samples=4, sequence_length=32, calibration=str(tmp_path / "text.txt")
+    )
+    bstack.compress(tiny_llama, tmp_path / "model.bstk", settings=settings)
+    with bstk.open(tmp_path / "model.bstk") as file:
+        curve = file.metadata["quality"]
+    text = open_text(str(tmp_path / "text.txt"))
+    windows = token_windows(text, AutoTokenizer.from_pretrained(tiny_llama), 4, 32, HELD_OUT)[4:]
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for point in (curve[0], curve[-1]):
+        budget = max(point["file_bytes"], point["memory_bytes"])
+        model, _ = bstack.load(tmp_path / "model.bstk", mb=f"{budget / bstk.MB:.20f}")
+        with torch.no_grad():
+            p, q = (m(windows).logits[:, :-1].double().log_softmax(-1) for m in (original, model))
+        kl = (p.exp() * (p - q)).sum(-1)
+        assert point["kld"] == pytest.approx(float(kl.mean()), rel=1e-3)
+        assert point["kld_se"] == pytest.approx(float(kl.mean(1).std()) / math.sqrt(HELD_OUT), rel=1e-2)
+        assert point["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
+        surprise = -q.gather(-1, windows[:, 1:, None]).mean()
+        assert point["perplexity"] == pytest.approx(math.exp(surprise), rel=1e-4)

@@ -60,7 +60,7 @@ def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, .
         A rule is broken.
     """
     index_bytes, names_bytes, metadata_bytes = _split(head, tables)
-    chunks = index.parse(index_bytes, index.parse_names(names_bytes), head.header_length)
+    chunks = index.parse(index_bytes, index.parse_names(names_bytes, head.chunk_count), head.header_length)
     stacks.check(chunks, head)
     return tuple(chunks), metadata.parse(metadata_bytes)
 

@@ -65,10 +65,11 @@ def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, .
     return tuple(chunks), metadata.parse(metadata_bytes)
 
 
-def _split(head: preamble.Preamble, tables: bytes) -> tuple[bytes, bytes, bytes]:
+def _split(head: preamble.Preamble, tables: bytes) -> tuple[memoryview, bytes, bytes]:
     names_start = head.index_length
     metadata_start = names_start + head.names_length
-    return tables[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
+    # The index is large, and only read from.
+    return memoryview(tables)[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
 
 
 def _check_digests(head: preamble.Preamble, tables: bytes) -> None:

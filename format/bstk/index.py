@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from . import dtypes, frames, kinds, limits
@@ -19,6 +20,7 @@ _FORM = struct.Struct("<4I BBHI")
 _NAME_HEAD = struct.Struct("<I")
 _TRANSPOSED = 1
 _RESERVED = bytes(24)
+_INFINITY = math.inf
 
 
 class Chunk(NamedTuple):
@@ -150,7 +152,7 @@ def parse_names(data: bytes, most: int) -> list[str]:
     return names
 
 
-def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
+def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Chunk]:
     """Parse the records of the index and check each by itself; `stacks.check` looks at what they say together.
 
     Parameters
@@ -187,15 +189,16 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
                 raise _bad("offset", found_offset, f"{offset}, the end of what stands before it")
             if not 1 <= stored_length <= limits.MAX_FILE_LENGTH:
                 raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
-            if not 1 <= raw_length <= frames.most_raw(stored_length):
+            # The slack is enough for most; the rest is looked at in full.
+            if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.most_raw(stored_length):
                 raise _bad("raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes")
             if determined is not None and raw_length != determined:
                 raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
             if level and not kind.is_block:
                 raise _bad("level", level, f"0 for a {kind}")
-            if not math.isfinite(importance):
+            if not -_INFINITY < importance < _INFINITY:
                 raise _bad("importance", importance, "a finite number")
-            if not 0 <= error < math.inf:
+            if not 0 <= error < _INFINITY:
                 raise _bad("error", error, "a finite number, 0 or more")
             if reserved != _RESERVED:
                 raise _bad("reserved bytes", reserved.hex(), "zeros")
@@ -206,14 +209,19 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
             name = repr(names[name_id]) if name_id < len(names) else "no name"
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
         chunks.append(
-            Chunk(
-                name, kind, level, offset, stored_length, raw_length, shape, dtype, rank, transposed, importance, error, digest
-            )  # fmt: skip
-        )
+            _new_chunk(
+                (name, kind, level, offset, stored_length, determined or raw_length, shape, dtype, rank, transposed,
+                 importance, error, digest)
+            )
+        )  # fmt: skip
         offset += stored_length
     if used != len(names):
         raise DamagedError(f"names table: it has {len(names)} names, of which the index uses {used}.")
     return chunks
+
+
+# Chunk(...) without its parsing of arguments, which takes as long as all checks of a record.
+_new_chunk = partial(tuple.__new__, Chunk)
 
 
 class _Form(NamedTuple):

@@ -1,4 +1,4 @@
-"""Feed the reader with files that libFuzzer makes, guided by what they reach: python tests/fuzz/run.py --minutes 30
+"""Feed the reader with files that libFuzzer makes, guided by what they reach: python tests/hostile/run.py --minutes 30
 
 Needs atheris (pip install atheris), which is no dependency of the tests. The corpus begins with the golden and the named
 bad files and is kept between runs in --corpus. Exit code 0: nothing found. Otherwise the input is in ``crash-...``

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a forked child cannot use the threads that its parent has
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import jobs
@@ -71,7 +72,7 @@ def main() -> None:
         model = tiny_models.save("llama-tied", folder / "model", num_hidden_layers=2)
         (folder / "reference").mkdir()
         compress = jobs.compress_job(model, folder / "reference")
-        every = [compress, *jobs.container_jobs(compress.wanted)]
+        every = [*jobs.container_jobs(compress.wanted), compress]
         steps = {job.name: count_steps(job, folder / "round") for job in every}
         killed: Counter[str] = Counter()
         share = -(-arguments.rounds // len(every))
@@ -80,8 +81,7 @@ def main() -> None:
                 # Evenly over the steps, and over all of them again if there are fewer than rounds.
                 step = 1 + (number * max(1, steps[job.name] // share)) % steps[job.name]
                 killed[job.name] += killed_at(job, folder / "round", step)
-        for job in every:
-            print(f"{job.name}: killed {killed[job.name]} times, {steps[job.name]} steps; whole each time")
+            print(f"{job.name}: killed {killed[job.name]} times, {steps[job.name]} steps; whole each time", flush=True)
         print(f"{killed.total()} kills")
 
 

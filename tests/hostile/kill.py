@@ -21,9 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a forked child cannot use t
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import jobs
-import tiny_models
 from steps import Steps, counted
 
+
+GOLDEN = Path(__file__).parents[2] / "format" / "vectors" / "whole.bstk"
 
 
 def child(work: Callable[[], None]) -> int:
@@ -41,8 +42,9 @@ def child(work: Callable[[], None]) -> int:
 
 def count_steps(job: jobs.Job, folder: Path) -> int:
     """How many calls of the job change the disk."""
+    jobs.fresh(job, folder)
     with counted(Steps()) as steps:
-        job.run(jobs.fresh(job, folder))
+        job.run(folder)
     return steps.count
 
 
@@ -66,13 +68,19 @@ def killed_at(job: jobs.Job, folder: Path, step: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--no-compress", action="store_true", help="the others alone, on a golden file: seconds, without torch")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bstack-kill-") as name:
         folder = Path(name)
-        model = tiny_models.save("llama-tied", folder / "model", num_hidden_layers=2)
-        (folder / "reference").mkdir()
-        compress = jobs.compress_job(model, folder / "reference")
-        every = [*jobs.container_jobs(compress.wanted), compress]
+        if arguments.no_compress:
+            every = jobs.container_jobs(GOLDEN.read_bytes())
+        else:
+            import tiny_models
+
+            model = tiny_models.save("llama-tied", folder / "model", num_hidden_layers=2)
+            (folder / "reference").mkdir()
+            compress = jobs.compress_job(model, folder / "reference")
+            every = [*jobs.container_jobs(compress.wanted), compress]
         steps = {job.name: count_steps(job, folder / "round") for job in every}
         killed: Counter[str] = Counter()
         share = -(-arguments.rounds // len(every))

@@ -60,7 +60,8 @@ class Part:
         self._data = folder / f"{name}.bin"
         self._records_path = folder / f"{name}.json"
         self.records: list[Record] = []
-        self._stream = open(self._data, "wb")
+        with writing(str(self._data)):
+            self._stream = open(self._data, "wb")
         self._offset = 0
 
     def add(self, raw: bytes, *, name: str, kind: bstk.Kind, **fields: Any) -> None:
@@ -223,7 +224,8 @@ class WorkDirectory:
         """An empty folder for the run's own temporary files."""
         folder = self.path / "scratch"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with writing(str(folder)):
+            folder.mkdir()
         return folder
 
     def remove(self) -> None:

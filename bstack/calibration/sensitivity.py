@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,7 +77,7 @@ def output_sensitivity(
     """
     squares = _Squares()
     calls = _LayerInputs(scratch)
-    with skeleton.loaded(skeleton.outer_names):
+    with skeleton.loaded(skeleton.rest_names):
         gradients = _forward(skeleton, batches, seed, calls, squares, progress)
         for index in reversed(range(len(skeleton.layers))):
             with skeleton.loaded(skeleton.layer_names(index)):
@@ -157,7 +158,10 @@ def _forward(
         (-log_probabilities.gather(1, drawn).sum()).backward()
         return leaves[-1].grad
 
-    with LayerStream(skeleton, batches, run=run, after_layers=start_gradient) as stream:
+    def table(name: str) -> AbstractContextManager[None]:
+        return skeleton.loaded([name])
+
+    with LayerStream(skeleton, batches, run=run, after_layers=start_gradient, table=table) as stream:
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 inputs.write(index, stream.calls())

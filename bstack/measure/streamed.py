@@ -47,12 +47,14 @@ def run_streamed(
         logits = skeleton.model(input_ids=ids, use_cache=False).logits[0]
         finish(next(numbers), logits)
 
-    with _loaded(skeleton, skeleton.outer_names, alter):
-        with LayerStream(skeleton, list(windows.split(1)), run=run) as stream:
-            for index, _ in stream.steps():
-                with _loaded(skeleton, skeleton.layer_names(index), alter):
-                    stream.run_all(index)
-                progress()
+    with (
+        _loaded(skeleton, skeleton.rest_names, alter),
+        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: _loaded(skeleton, [name], alter)) as stream,
+    ):
+        for index, _ in stream.steps():
+            with _loaded(skeleton, skeleton.layer_names(index), alter):
+                stream.run_all(index)
+            progress()
 
 
 @contextmanager

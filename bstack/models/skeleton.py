@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Skeleton", "check_finite", "find_layers", "parameters_on_meta", "quiet_transformers"]
 
+PIECE = 2**22
+
 
 class Skeleton:
     """The module tree of a causal language model, parameters on the meta device until they are loaded.
@@ -65,6 +67,11 @@ class Skeleton:
         inside = tuple(name + "." for name, _ in self.layers)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
+
+    @property
+    def rest_names(self) -> list[str]:
+        """The outer names without the embedding and the head, which are large and needed for a moment only."""
+        return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
         """State-dict names of one repeated layer, full."""
@@ -207,8 +214,10 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         owner, _, leaf = name.rpartition(".")
         tensor: Any = getattr(model.get_submodule(owner), leaf)
-        # The sum of all elements is finite only if each is, short of an overflow that float64 rules out.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+        # The sum of all elements is finite only if each is, short of an overflow that float64 rules out. In pieces, for torch
+        # makes a float64 copy of what it sums: 4 GB for a vocabulary of 128,000.
+        pieces = tensor.reshape(-1).split(PIECE)
+        if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
             bad = int((~tensor.isfinite()).sum())
             raise WeightError(
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import bstk
 from bstack.calibration.stream import LayerStream
 from bstack.measure.divergence import divergence
 from bstack.models.skeleton import Skeleton
+from bstack.models.slices import MatrixName
 from bstack.pipeline.assemble import Collected
 from bstack.pipeline.rebuild import put
 from bstk.writer import build_header
@@ -145,26 +147,26 @@ def _run(
 
     Returns what `finish` makes of each window's ids, shape (length,), and logits, float32, (length - 1, vocabulary).
     """
-    layers = [name + "." for name, _ in skeleton.layers]
-
-    def stacks(prefix: str | None) -> dict[str, Any]:
-        inside = tuple(layers) if prefix is None else prefix
-        return {n: b for n, b in collected.stacks.items() if n.startswith(inside) == (prefix is not None)}
+    @contextmanager
+    def loaded(names: list[str]) -> Iterator[None]:
+        with skeleton.loaded(names):
+            if depths is not None:
+                here = {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}
+                put(skeleton, here, depths)
+            yield
 
     def run(ids: torch.Tensor) -> Any:
         # Positions that predict a token of the window, in all figures, as `bstack bench` counts.
         return finish(ids[0], skeleton.model(input_ids=ids, use_cache=False).logits[0, :-1].float())
 
-    with skeleton.loaded(skeleton.outer_names):
-        if depths is not None:
-            put(skeleton, stacks(None), depths)
-        with LayerStream(skeleton, list(windows.split(1)), run=run) as stream:
-            for index, _ in stream.steps():
-                with skeleton.loaded(skeleton.layer_names(index)):
-                    if depths is not None:
-                        put(skeleton, stacks(layers[index]), depths)
-                    stream.run_all(index)
-            return stream.results
+    with (
+        loaded(skeleton.rest_names),
+        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: loaded([name])) as stream,
+    ):
+        for index, _ in stream.steps():
+            with loaded(skeleton.layer_names(index)):
+                stream.run_all(index)
+        return stream.results
 
 
 def _round(value: torch.Tensor) -> float:

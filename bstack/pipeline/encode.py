@@ -24,8 +24,10 @@ _DTYPES = {
 }
 
 
-# Each matrix in work holds several copies of its second moment.
+# Each matrix in work holds several copies of its second moment; those of a wide one (0.8 GB each at 14336) leave no room for
+# another matrix.
 MOST_AT_ONCE = 4
+WIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,12 @@ def encode(
     with ThreadPoolExecutor(workers) as pool:
         try:
             for matrix in matrices:
+                alone = matrix.weight.shape[1] > WIDE
+                while pending and alone:
+                    finish_one()
                 pending.append(pool.submit(_encode_one, matrix, codec))
                 # Only so many at a time: each holds its moment, and a layer may have hundreds of experts.
-                if len(pending) > workers:
+                if alone or len(pending) > workers:
                     finish_one()
             while pending:
                 finish_one()

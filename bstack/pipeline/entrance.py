@@ -12,7 +12,7 @@ from typing import Any
 import bstk
 from bstack.memory.process import peak_bytes
 from bstack.settings import PRESETS, Settings
-from bstk.errors import OutputError, UsageError
+from bstk.errors import OutputError, UsageError, writing
 
 __all__ = ["Progress", "Report", "compress"]
 
@@ -126,11 +126,9 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists already. Give --force to replace it, or another name.")
     probe = folder / f".{output.name}.probe"
-    try:
+    with writing(str(folder)):
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from None
 
 
 def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:

@@ -45,7 +45,10 @@ def compress_layers(
     dict of str to torch.Tensor
         ``moment``, shape (width, width), and ``tokens``.
     """
-    with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
+    with (
+        skeleton.loaded(skeleton.rest_names),
+        LayerStream(skeleton, batches, table=lambda name: skeleton.loaded([name])) as stream,
+    ):
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 if work.has(layer_part(index)):

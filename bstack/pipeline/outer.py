@@ -15,6 +15,7 @@ from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
 from bstack.workdir import WorkDirectory
+from bstk.errors import writing
 
 __all__ = ["FILES_PART", "OUTER_PART", "TableStatistics", "add_files", "check_dense", "compress_outer", "table_part", "tables"]
 
@@ -127,7 +128,8 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
     folder: Path = work.scratch()
     checkpoint = skeleton.checkpoint
     names = checkpoint.export_tokenizer(folder)
-    (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
+    with writing(str(folder)):
+        (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
     with work.part(FILES_PART) as part:
         for name in sorted({*names, "config.json"}):
             if data := (folder / name).read_bytes():

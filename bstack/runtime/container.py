@@ -13,7 +13,7 @@ import torch
 import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.models.slices import MatrixName
-from bstk.errors import DamagedError
+from bstk.errors import DamagedError, OutputError, writing
 
 __all__ = ["embedded_files", "generation_config", "load_tokenizer", "parse_name", "part_of", "plain_tensor", "read_config"]
 
@@ -25,13 +25,28 @@ DTYPES = {
 
 @contextmanager
 def embedded_files(file: bstk.Reader) -> Iterator[Path]:
-    """A folder with the files that a container carries, for the length of a `with` block."""
+    """A folder with the files that a container carries, for the length of a `with` block.
+
+    Raises
+    ------
+    bstk.DamagedError
+        A file is damaged, or its name is none here: too long, or that of a folder of another file.
+    bstk.ResourceError
+        The disk is full.
+    """
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
         folder = Path(name)
         for inside, chunk in file.files.items():
+            data = file.read(chunk)
             target = folder / inside
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read(chunk))
+            try:
+                with writing(str(target)):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(data)
+            except OutputError as error:
+                raise DamagedError(
+                    f"{file.source.name}: its file {inside!r} cannot be put into a folder here: {reason(error.__cause__)}."
+                ) from None
         yield folder
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import index, metadata, preamble, sniff, stacks
@@ -60,15 +63,29 @@ def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, .
         A rule is broken.
     """
     index_bytes, names_bytes, metadata_bytes = _split(head, tables)
-    chunks = index.parse(index_bytes, index.parse_names(names_bytes), head.header_length)
-    stacks.check(chunks, head)
+    with _no_collecting():
+        chunks = index.parse(index_bytes, index.parse_names(names_bytes, head.chunk_count), head.header_length)
+        stacks.check(chunks, head)
     return tuple(chunks), metadata.parse(metadata_bytes)
 
 
-def _split(head: preamble.Preamble, tables: bytes) -> tuple[bytes, bytes, bytes]:
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Pause the search for circular garbage, which looks through all chunks again and again while they are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _split(head: preamble.Preamble, tables: bytes) -> tuple[memoryview, bytes, bytes]:
     names_start = head.index_length
     metadata_start = names_start + head.names_length
-    return tables[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
+    # The index is large, and only read from.
+    return memoryview(tables)[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
 
 
 def _check_digests(head: preamble.Preamble, tables: bytes) -> None:

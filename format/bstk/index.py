@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from . import dtypes, frames, kinds, limits
 from .errors import DamagedError
-from .names import check_name
+from .names import check_name, first_twice
 
 # name id, kind, level | offset, stored, raw | shape | dtype, ndim, rank, flags | importance, error | reserved | digest
 _RECORD = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
+# The same, with what decides a chunk's form in one piece: shape, dtype, ndim, rank, flags.
+_FORMED_RECORD = struct.Struct("<IHH QQQ 24s dd 24s 32s")
+_FORM = struct.Struct("<4I BBHI")
 _NAME_HEAD = struct.Struct("<I")
 _TRANSPOSED = 1
 _RESERVED = bytes(24)
+_INFINITY = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One chunk of a file, as its index describes it.
 
     Attributes
@@ -108,8 +112,15 @@ def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
     return b"".join(records), b"".join(names)
 
 
-def parse_names(data: bytes) -> list[str]:
+def parse_names(data: bytes, most: int) -> list[str]:
     """Parse the names table.
+
+    Parameters
+    ----------
+    data : bytes
+        The table.
+    most : int
+        How many names it may have: as many as there are chunks.
 
     Raises
     ------
@@ -119,6 +130,8 @@ def parse_names(data: bytes) -> list[str]:
     names: list[str] = []
     position = 0
     while position < len(data):
+        if len(names) == most:
+            raise DamagedError(f"names table: more names than the {most} chunks of the index can use.")
         if len(data) - position < _NAME_HEAD.size:
             raise DamagedError(f"names table: {len(data) - position} bytes are left over after name {len(names)}.")
         (length,) = _NAME_HEAD.unpack_from(data, position)
@@ -135,12 +148,11 @@ def parse_names(data: bytes) -> list[str]:
         names.append(name)
         position += length
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DamagedError(f"names table: {twice!r} appears twice.")
+        raise DamagedError(f"names table: {first_twice(names)!r} appears twice.")
     return names
 
 
-def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
+def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Chunk]:
     """Parse the records of the index and check each by itself; `stacks.check` looks at what they say together.
 
     Parameters
@@ -158,71 +170,84 @@ def parse(data: bytes, names: Sequence[str], start: int) -> list[Chunk]:
         A record breaks a rule.
     """
     chunks: list[Chunk] = []
+    forms: dict[tuple[int, bytes], _Form] = {}  # a file has few, and their rules need not be applied to every record
     used = 0
     offset = start
-    for number, fields in enumerate(_RECORD.iter_unpack(data)):
-        (
-            name_id, kind_code, level, found_offset, stored_length, raw_length, *dimensions,
-            dtype_code, ndim, rank, flags, importance, error, reserved, digest,
-        ) = fields  # fmt: skip
+    for number, fields in enumerate(_FORMED_RECORD.iter_unpack(data)):
+        name_id, code, level, found_offset, stored_length, raw_length, packed, importance, error, reserved, digest = fields
         try:
             # In order of first use, so that there is one way to write a table and no name is left unused.
-            if name_id > used or name_id >= len(names):
-                raise _bad("name id", name_id, f"at most {min(used, len(names) - 1)}")
-            used = max(used, name_id + 1)
-            if kind_code not in kinds.BY_CODE:
-                raise _bad("kind", kind_code, "a kind this version knows")
-            if dtype_code not in dtypes.BY_CODE:
-                raise _bad("dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
+            if name_id >= used:
+                if name_id > used or name_id >= len(names):
+                    raise _bad("name id", name_id, f"at most {min(used, len(names) - 1)}")
+                used += 1
+            form = forms.get((code, packed))
+            if form is None:
+                form = forms[code, packed] = _parse_form(code, packed)
+            kind, shape, dtype, rank, transposed, determined = form
             if found_offset != offset:
                 raise _bad("offset", found_offset, f"{offset}, the end of what stands before it")
             if not 1 <= stored_length <= limits.MAX_FILE_LENGTH:
                 raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
-            most = frames.most_raw(stored_length)
-            if not 1 <= raw_length <= most:
-                raise _bad("raw length", raw_length, f"1 to {most} for {stored_length} stored bytes")
-            if flags & ~_TRANSPOSED:
-                raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
+            # The slack is enough for most; the rest is looked at in full.
+            if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.most_raw(stored_length):
+                raise _bad("raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes")
+            if determined is not None and raw_length != determined:
+                raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
+            if level and not kind.is_block:
+                raise _bad("level", level, f"0 for a {kind}")
+            if not -_INFINITY < importance < _INFINITY:
+                raise _bad("importance", importance, "a finite number")
+            if not 0 <= error < _INFINITY:
+                raise _bad("error", error, "a finite number, 0 or more")
             if reserved != _RESERVED:
                 raise _bad("reserved bytes", reserved.hex(), "zeros")
-            chunk = Chunk(
-                names[name_id], kinds.BY_CODE[kind_code], level, offset, stored_length, raw_length,
-                _shape(dimensions, ndim), dtypes.BY_CODE[dtype_code].name, rank,
-                bool(flags & _TRANSPOSED), importance, error, digest,
-            )  # fmt: skip
-            check_chunk(chunk)
+            name = names[name_id]
+            if kind is kinds.FILE:
+                check_name(name, file=True)
         except ValueError as problem:
             name = repr(names[name_id]) if name_id < len(names) else "no name"
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
-        chunks.append(chunk)
-        offset = chunk.end
+        chunks.append(
+            _new_chunk(
+                (name, kind, level, offset, stored_length, determined or raw_length, shape, dtype, rank, transposed,
+                 importance, error, digest)
+            )
+        )  # fmt: skip
+        offset += stored_length
     if used != len(names):
         raise DamagedError(f"names table: it has {len(names)} names, of which the index uses {used}.")
     return chunks
 
 
-def check_chunk(chunk: Chunk) -> None:
-    """Check what a chunk says of itself against its kind.
+# Chunk(...) without its parsing of arguments, which takes as long as all checks of a record.
+_new_chunk = partial(tuple.__new__, Chunk)
 
-    Raises
-    ------
-    ValueError
-        It contradicts its kind.
-    """
-    kind = chunk.kind
-    determined = kind.rule(chunk.shape, chunk.dtype, chunk.rank)
-    if determined is not None and chunk.raw_length != determined:
-        raise _bad("raw length", chunk.raw_length, f"{determined}, as its shape has it")
-    if chunk.level and not kind.is_block:
-        raise _bad("level", chunk.level, f"0 for a {kind}")
-    if chunk.transposed and len(chunk.shape) != 2:
+
+class _Form(NamedTuple):
+    """What a record says of its matrix, and the raw length that this determines."""
+
+    kind: kinds.Kind
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    transposed: bool
+    determined: int | None
+
+
+def _parse_form(kind_code: int, packed: bytes) -> _Form:
+    *dimensions, dtype_code, ndim, rank, flags = _FORM.unpack(packed)
+    if kind_code not in kinds.BY_CODE:
+        raise _bad("kind", kind_code, "a kind this version knows")
+    if dtype_code not in dtypes.BY_CODE:
+        raise _bad("dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
+    if flags & ~_TRANSPOSED:
+        raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
+    shape = _shape(dimensions, ndim)
+    if flags and len(shape) != 2:
         raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
-    if not math.isfinite(chunk.importance):
-        raise _bad("importance", chunk.importance, "a finite number")
-    if not 0 <= chunk.error < math.inf:
-        raise _bad("error", chunk.error, "a finite number, 0 or more")
-    if kind is kinds.FILE:
-        check_name(chunk.name, file=True)
+    kind, dtype = kinds.BY_CODE[kind_code], dtypes.BY_CODE[dtype_code].name
+    return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
 
 
 def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -21,6 +21,10 @@ MAX_METADATA_LENGTH = 2**22
 MAX_METADATA_DEPTH = 32
 """Nesting of objects and arrays in the metadata, the top-level object being the first level."""
 
+MAX_METADATA_STRUCTURE = 2**18
+"""How many of the characters ``[ { , :`` the metadata has outside its strings: each value takes one or two of them, and a
+hundred bytes of memory, so the length alone is no bound for the memory that small values take."""
+
 MAX_NDIM = 4
 """Dimensions of a tensor: the record has room for four."""
 

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 from . import limits
 from .errors import DamagedError, UsageError
+from .names import first_twice
 
-# Strings are skipped whole, so that brackets inside them do not count. Possessive, so that a long string costs no
-# backtracking memory.
-_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+# Strings are skipped whole, so that what stands inside them does not count. Possessive, so that a long string costs no
+# backtracking memory. One that does not end takes all that is left, for else each of its quotes would be tried in turn.
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},:]', re.DOTALL)
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -28,15 +29,14 @@ def parse(data: bytes) -> dict[str, Any]:
     """
     if len(data) > limits.MAX_METADATA_LENGTH:
         raise DamagedError(f"metadata: {len(data)} bytes; at most {limits.MAX_METADATA_LENGTH} are allowed.")
-    # Depth first: the parser recurses, and its own limit differs from one interpreter to the next.
-    if _depth(data) > limits.MAX_METADATA_DEPTH:
-        raise DamagedError(f"metadata: nested more than {limits.MAX_METADATA_DEPTH} levels deep.")
+    # Before the parser, which recurses as deep as its interpreter lets it, and makes 100 bytes of a byte.
+    _check_structure(data)
     try:
         value = json.loads(
             data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
         )
-        # The one way the parser lets a lone surrogate in is an escape (\ud800); such text cannot be written out again.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in data:
+            _check_texts(value)
     except ValueError as error:
         raise DamagedError(f"metadata: not strict JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -63,15 +63,35 @@ def dump(metadata: dict[str, Any]) -> bytes:
     return data
 
 
-def _depth(data: bytes) -> int:
-    depth = deepest = 0
-    for match in _BRACKETS.finditer(data):
-        if match[0] in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif match[0] in b"]}":
+def _check_structure(data: bytes) -> None:
+    depth = found = 0
+    for match in _STRUCTURE.finditer(data):
+        mark = match[0]
+        if mark in b"]}":
             depth -= 1
-    return deepest
+        elif mark in b"[{,:":
+            found += 1
+            depth += mark in b"[{"
+        if depth > limits.MAX_METADATA_DEPTH:
+            raise DamagedError(f"metadata: nested more than {limits.MAX_METADATA_DEPTH} levels deep.")
+        if found > limits.MAX_METADATA_STRUCTURE:
+            raise DamagedError(
+                f"metadata: more than {limits.MAX_METADATA_STRUCTURE} brackets, braces, commas and colons outside strings."
+            )
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse lone surrogates: the one way the parser lets them in is an escape (\\ud800), and they cannot be written again."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            value.encode("utf-8")
+        elif isinstance(value, dict):
+            left += value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -88,7 +108,5 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} appears twice in one object")
+        raise ValueError(f"the key {first_twice(key for key, _ in pairs)!r} appears twice in one object")
     return value

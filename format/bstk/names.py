@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Written out rather than taken from the Unicode database, which changes: controls, line and paragraph separators, and
 # the bidirectional overrides that make a terminal show another name than the one that is there.
@@ -26,3 +27,9 @@ def check_name(name: str, file: bool = False) -> None:
             raise ValueError(f"the file name {name!r} has a backslash or a colon")
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise ValueError(f"the file name {name!r} is not a plain relative path")
+
+
+def first_twice(names: Iterable[str]) -> str:
+    """Return the first name that appears a second time; there must be one."""
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))

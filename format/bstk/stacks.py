@@ -21,8 +21,9 @@ def check(chunks: Sequence[Chunk], preamble: Preamble) -> None:
     last: dict[str, Chunk] = {}
     features = 0
     for position, chunk in enumerate(chunks):
-        features |= chunk.kind.feature
-        below = last.get(chunk.name)
+        kind, name = chunk.kind, chunk.name
+        features |= kind.feature
+        below = last.get(name)
         if below is None:
             # Every name belongs to the smallest model: no linear is empty, no file is missing, however short the cut.
             if position >= preamble.base_count:
@@ -30,17 +31,17 @@ def check(chunks: Sequence[Chunk], preamble: Preamble) -> None:
             if chunk.level != 0:
                 raise _wrong(chunk, f"the first block of a name has level 0, found {chunk.level}")
         else:
-            if not (chunk.is_block and below.is_block):
+            if not (kind.is_block and below.kind.is_block):
                 raise _wrong(chunk, "its name appears twice, and only blocks stack")
             if chunk.level != below.level + 1:
                 raise _wrong(chunk, f"level {chunk.level} follows level {below.level}; allowed: {below.level + 1}")
-            if (chunk.shape, chunk.transposed) != (below.shape, below.transposed):
+            if chunk.shape != below.shape or chunk.transposed != below.transposed:
                 raise _wrong(
                     chunk,
                     f"shape {chunk.shape}, transposed {chunk.transposed}, but the block below it has "
                     f"{below.shape}, {below.transposed}",
                 )
-        last[chunk.name] = chunk
+        last[name] = chunk
     known = kinds.known_features()
     if preamble.incompatible & known != features:
         raise DamagedError(

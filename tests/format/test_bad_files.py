@@ -1,11 +1,13 @@
 """Every bad file is refused with the right class, a message that says something, and little memory."""
 
+import struct
 import tracemalloc
 
 import bad_files
 import bstk
 import pytest
 import samples
+from bstk import index
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +48,14 @@ def test_refused_on_reading(case, good):
         with pytest.raises(bstk.DamagedError) as caught:
             f.verify()
         assert caught.value.chunk == f.chunks[number]
+
+
+def test_the_last_of_many_names_stands_twice():
+    # With a comparison of each with all the test would not end.
+    names = [f"{i:07}".encode() for i in range(200_000)]
+    table = b"".join(struct.pack("<I", 7) + name for name in [*names, names[-1]])
+    with pytest.raises(bstk.DamagedError, match="'0199999' appears twice"):
+        index.parse_names(table, len(names) + 1)
 
 
 @pytest.mark.parametrize(

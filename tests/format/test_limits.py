@@ -33,6 +33,7 @@ def test_the_table_in_the_specification_is_the_module():
         "one name": limits.MAX_NAME_LENGTH,
         "metadata length": limits.MAX_METADATA_LENGTH,
         "metadata nesting": limits.MAX_METADATA_DEPTH,
+        "metadata structure": limits.MAX_METADATA_STRUCTURE,
         "dimensions": limits.MAX_NDIM,
         "one dimension": limits.MAX_DIMENSION,
         "raw length of a chunk": limits.MAX_RAW_LENGTH,
@@ -81,6 +82,7 @@ def test_metadata_limits(good, tmp_path, past):
     cases = [
         {"a": "x" * (limits.MAX_METADATA_LENGTH - frame + past)},
         {"a": _nested(limits.MAX_METADATA_DEPTH - 1 + past)},
+        {"a": [0] * (limits.MAX_METADATA_STRUCTURE - 2 + past)},
     ]
     for case in cases:
         draft = samples.Draft(good)

@@ -31,7 +31,7 @@ def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):
         if not target.is_dir():
             pytest.skip("no folder that this user may not write to")
     code, _, err = run(tiny_llama, "-o", target / "out.bstk", *QUICK)
-    assert code == 1 and f"{target} cannot be written to" in err
+    assert code == 1 and f"{target}: cannot write: " in err
 
 
 def test_existing_output_needs_force(run, model, tmp_path):

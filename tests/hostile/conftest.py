@@ -1,0 +1,33 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+# The named bad files, and the server of the tests of URLs.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("format", "http")]
+
+import samples
+from range_server import RangeServer
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory) -> bytes:
+    """The bytes of a small good file."""
+    return samples.write(tmp_path_factory.mktemp("good") / "good.bstk")
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start a server: ``serve(data, attribute=value)``."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)
+    running = []
+
+    def start(data, **attributes):
+        server = RangeServer(data, **attributes)
+        running.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in running:
+        server.__exit__()

@@ -1,0 +1,81 @@
+"""The steps of writing: every call of this process that changes the disk, counted, and something done at the n-th."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+CALLS = ("write", "fsync", "ftruncate", "replace", "unlink", "mkdir", "rmdir")
+SMALL = 4096  # a write of no more than this is not torn: it is one page
+
+
+class Steps:
+    """Counts the calls; at the call `stop` does `act`.
+
+    Attributes
+    ----------
+    count : int
+        Calls so far.
+    """
+
+    def __init__(self, stop: int = 0, act: Callable[[], None] = lambda: None):
+        self.count = 0
+        self._stop, self._act = stop, act
+
+    def take(self) -> bool:
+        """Count a call; whether it is the one to stop at."""
+        self.count += 1
+        return self.count == self._stop
+
+    def act(self) -> None:
+        self._act()
+
+
+@contextmanager
+def counted(steps: Steps) -> Iterator[Steps]:
+    """Count the calls made inside: those of `os`, and files that are opened for writing."""
+    originals = {name: getattr(os, name) for name in CALLS}
+
+    def counting(name: str) -> Callable:
+        original = originals[name]
+
+        def call(*arguments, **named):
+            if steps.take():
+                if name == "write" and len(arguments[1]) > SMALL:
+                    original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                steps.act()
+            return original(*arguments, **named)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, counting(name))
+    _AUDITED.append(steps)
+    _install()
+    try:
+        yield steps
+    finally:
+        _AUDITED.remove(steps)
+        for name, original in originals.items():
+            setattr(os, name, original)
+
+
+_AUDITED: list[Steps] = []
+_installed = False
+
+
+def _install() -> None:
+    """Hear of files that are opened for writing. Such a hook cannot be taken away again."""
+    global _installed
+    if not _installed:
+        sys.addaudithook(_heard)
+        _installed = True
+
+
+def _heard(event: str, arguments: tuple) -> None:
+    if event == "open" and _AUDITED and arguments[2] and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        for steps in _AUDITED:
+            if steps.take():
+                steps.act()

@@ -218,7 +218,9 @@ class WorkDirectory:
 
     def forget_tensors(self, name: str) -> None:
         """Have the dictionary of tensors computed again."""
-        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+        file = self.path / f"{name}.safetensors"
+        with writing(str(file)):
+            file.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """An empty folder for the run's own temporary files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from decimal import Decimal
@@ -23,7 +24,23 @@ class RunBudget(_common.BudgetType):
     name = "MB|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == AUTO else super().convert(value, param, ctx)
+        if str(value).strip().lower() == AUTO:
+            return AUTO
+        try:
+            bstk.budget_bytes(value)
+        except bstk.UsageError as error:
+            self.fail(f"{error} Or auto, to follow what the machine has free.", param, ctx)
+        return value
+
+
+class Finite(click.FloatRange):
+    """A range of numbers without NaN and infinity, which compare as if they were in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return found
 
 
 @click.command("run")
@@ -37,11 +54,11 @@ class RunBudget(_common.BudgetType):
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, in the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most.")
 @click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest; any option below asks for it too.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
+@click.option("--temperature", type=Finite(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1: avoid tokens that were used.")
+@click.option("--top-p", type=Finite(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share.")
+@click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
+@click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
 @_common.strict_option
 @_common.json_option

@@ -30,7 +30,7 @@ def load(
     *,
     mb: int | float | str | Decimal | None = None,
     mode: str = "dense",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     strict: bool = False,
 ) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def load(
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``stack``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
-    dtype : torch.dtype
+    dtype : torch.dtype or str
         Of activations, and of dense weights.
     device : str or torch.device
         ``cpu``, or a GPU; ``mode="stack"`` runs on ``cuda`` with triton.
@@ -70,6 +70,10 @@ def load(
     bstk.BstkError
         For a file that is not whole, not readable or damaged, and for an unknown mode.
     """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'.")
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
     with ExitStack() as stack:
@@ -107,7 +111,7 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
     mb : number or str, optional
         The new budget in MB, as for `load`; None for all that the file has.
     wait : bool
-        Return only when everything is loaded.
+        Return only when everything is loaded, or another call has taken the place of this one.
 
     Returns
     -------

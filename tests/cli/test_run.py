@@ -91,6 +91,8 @@ def test_following_the_machine(bstack, model):
         (["--mb", "abc"], 2, "abc"),
         (["--mb", "0.001"], 6, "smallest"),
         (["--temperature", "0"], 2, "temperature"),
+        (["--temperature", "nan"], 2, "finite"),
+        (["--mb", "most"], 2, "auto"),
         (["--top-p", "1.5"], 2, "top-p"),
         (["--max-new-tokens", "0"], 2, "max-new-tokens"),
         (["--chat"], 2, "no chat template"),

@@ -54,6 +54,7 @@ class Skeleton:
 
         self.model = Model()
         self.model.base_model = None
+        self.input_name, self.output_name = "embedding.weight", "head.weight"
         self.layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
 
 

@@ -67,7 +67,7 @@ class Device:
         try:
             from bstack.kernels import device as kernels
         except ImportError:
-            raise MissingPackageError("Packed weights on a GPU need the package triton: pip install triton") from None
+            raise MissingPackageError("Packed weights on a GPU need the package triton: pip install 'bstack[gpu]'") from None
         self.device = device
         self._kernels = kernels
         self._table = kernels.MatrixTable(matrices, device)

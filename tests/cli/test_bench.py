@@ -251,7 +251,7 @@ def test_an_original_of_another_vocabulary(bench, home):
     import tiny_models
 
     other = tiny_models.save("llama", home / "other-model", vocab_size=300)
-    done = bench("--original", other, *SMALL, "--no-speed")
+    done = bench("--original", other, *SMALL, "--no-speed", "--force")
     assert done.returncode == 2 and "vocabulary of 300" in done.stderr
 
 

@@ -68,7 +68,7 @@ static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int ro
         else if (kind == BSTACK_SIGN)
             add_sign(matrix, level, row, out);
         else if (kind == BSTACK_SPQR)
-            bstack_spqr_add_row(matrix, level, row, out);
+            bstack_dense_add_row(matrix, level, row, out);
         else
             bstack_outliers_add_row(matrix, level, row, out);
     }

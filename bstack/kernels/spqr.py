@@ -95,13 +95,14 @@ class Dense:
         groups = -(-columns // group)
         tiles = payload[_start(columns) :].reshape(-1, groups, _tile_bytes(bits, group))[start // ROWS : -(-stop // ROWS)]
         count = len(tiles)
-        packed = tiles[..., :-STATISTICS].reshape(count, groups, group // 16, -1)
+        packed = tiles[..., :-STATISTICS].reshape(count, groups, group // 16, 32 * bits)
         if bits == 4:  # 16 rows of 4 bytes for each 8 inputs: 4 in the low halves, 4 in the high ones
-            halves = packed.reshape(count, groups, -1, 2, ROWS, 1, 4)
+            halves = packed.reshape(count, groups, group // 16, 2, ROWS, 1, 4)
             codes = halves >> np.array([0, 4], np.uint8)[:, None] & 15
             codes = codes.transpose(0, 4, 1, 2, 3, 5, 6)
         else:  # 16 rows of 4 bytes, two bits for each 4 inputs, then their third bits
-            low = packed[..., :64].reshape(count, groups, -1, 1, ROWS, 4) >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3
+            quads = packed[..., :64].reshape(count, groups, group // 16, 1, ROWS, 4)
+            low = quads >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3
             high = np.unpackbits(packed[..., 64:], axis=-1, bitorder="little").reshape(low.shape)
             codes = (low | high << 2).transpose(0, 4, 1, 2, 3, 5)
         codes = np.ascontiguousarray(codes).reshape(count * ROWS, groups * group)

@@ -145,9 +145,9 @@ static void multiply_rows(void *argument, int part) {
     const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
+    bstack_direct_multiply(&job->direct, which, start, stop - start, y);
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
-        bstack_direct_multiply(&job->direct, which, i, rows, y);
         for (int level = 0; level < matrix->count; level++)
             if (matrix->kind[level] == BSTACK_TRELLIS)
                 add_trellis(job, matrix, level, i, rows, y, sums);

@@ -20,8 +20,8 @@ import bstk
 from bstack.codecs import SignCodec, TrellisCodec
 from bstack.kernels import reference
 from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes
-from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, quantise, rotate
-from bstack.kernels.native import CHOICES, library
+from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
+from bstack.kernels.native import CHOICES, library, pointer
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.table import TABLE
 from bstack.numerics import rotation
@@ -249,7 +249,8 @@ def test_rotation_is_that_of_the_codec(columns):
 @needs_kernels
 def test_quantisation_is_that_of_the_reference(values, limit):
     x = np.array([values], np.float32)
-    codes, scale = quantise(x, limit)
+    codes = np.empty(x.shape, np.int16)
+    scale = np.array([library().bstack_quantise(pointer(x), x.shape[1], limit, pointer(codes))], np.float32)
     expected, expected_scale = reference.quantise(x, limit)
     assert (codes == expected).all() and np.array_equal(scale, expected_scale, equal_nan=True)
     if np.isfinite(scale).all() and np.abs(x).max() >= 1e-30:

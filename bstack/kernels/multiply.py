@@ -12,7 +12,7 @@ from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
 from bstack.kernels.native import pointer
 from bstack.kernels.selftest import trusted_library
 
-__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "quantise", "rotate"]
+__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "rotate"]
 
 
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
@@ -156,25 +156,6 @@ def rotate(x: np.ndarray) -> np.ndarray:
     turned = np.array(x, np.float32, order="C")
     native.bstack_rotate(pointer(turned), *turned.shape)
     return turned
-
-
-def quantise(x: np.ndarray, limit: int = reference.LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Codes, int16, and scales, float32, of rows of inputs: see `bstack.kernels.reference.quantise`.
-
-    Raises
-    ------
-    ValueError
-        For an x that is not float32 of two dimensions.
-    """
-    _check(x, x.shape[-1] if x.ndim else 0)
-    native = trusted_library()
-    if native is None:
-        return reference.quantise(x, limit)
-    x = np.ascontiguousarray(x)
-    codes, scale = np.empty(x.shape, np.int16), np.empty(len(x), np.float32)
-    for row in range(len(x)):
-        scale[row] = native.bstack_quantise(pointer(x[row]), x.shape[1], limit, pointer(codes[row]))
-    return codes, scale
 
 
 def _check(x: np.ndarray, columns: int) -> None:

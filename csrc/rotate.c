@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+enum { TOGETHER = 16 }; /* tokens rotated by one thread at a time */
+
 /* Signs of the first inputs, as their sign bits; later ones are computed. Written before any thread reads it. */
 enum { KEPT = 16384 };
 static uint32_t kept_signs[KEPT];
@@ -66,11 +68,24 @@ static void hadamard(float *x, int columns, int size) {
     for (int j = 0; j < columns; j++) x[j] *= scale;
 }
 
-void bstack_rotate(float *x, int tokens, int columns) {
-    for (int t = 0; t < tokens; t++, x += columns) {
-        flip(x, columns);
-        hadamard(x, columns, columns & -columns);
+struct rows {
+    float *x;
+    int tokens, columns;
+};
+
+static void rotate_some(void *argument, int part) {
+    const struct rows *rows = argument;
+    const int start = part * TOGETHER, stop = start + TOGETHER < rows->tokens ? start + TOGETHER : rows->tokens;
+    float *x = rows->x + (size_t)start * (size_t)rows->columns;
+    for (int t = start; t < stop; t++, x += rows->columns) {
+        flip(x, rows->columns);
+        hadamard(x, rows->columns, rows->columns & -rows->columns);
     }
+}
+
+void bstack_rotate(float *x, int tokens, int columns) {
+    struct rows rows = {x, tokens, columns};
+    bstack_parallel(rotate_some, &rows, (tokens + TOGETHER - 1) / TOGETHER);
 }
 
 void bstack_unrotate(float *x, int tokens, int columns) {

@@ -68,7 +68,7 @@ class Blocks:
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_many_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.zeros(x.shape[0], self.rows)
+        y = torch.empty(x.shape[0], self.rows)
         turned = torch.from_numpy(rotate(x.numpy()))
         step = max(1, DECODED // self.columns)
         decoded = np.empty((min(step, self.rows), self.columns), np.float32)
@@ -77,12 +77,16 @@ class Blocks:
             for start in range(0, part.rows, step):
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
+                before = 0  # nothing has been written to this place
                 for kinds, inputs in (((TRELLIS,), turned), (PLAIN, x)):
                     with self.gate.step_back():
                         if not set(kinds) & set(part.kind[: part.count]):
                             continue
                         weights = decode_rows(part, kinds, start, stop, decoded[: stop - start])
-                    place.addmm_(inputs, torch.from_numpy(weights).t())
+                    place.addmm_(inputs, torch.from_numpy(weights).t(), beta=before)
+                    before = 1
+                if not before:
+                    place.zero_()
             offset += part.rows
         return y
 

@@ -122,8 +122,8 @@ class DeviceMemory:
             raise ResourceError(f"{device} has no memory for {size} bytes of blocks: {error}".splitlines()[0]) from None
         self.address = self._bytes.data_ptr()
 
-    def write(self, start: int, block: memoryview) -> None:
-        self._bytes[start : start + block.nbytes].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
+    def write(self, start: int, block: bytes) -> None:
+        self._bytes[start : start + len(block)].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
 
     def give_back(self, start: int, stop: int) -> None:
         """A part of an allocation cannot be returned; the slab follows when its last block is dropped."""

@@ -21,7 +21,9 @@ def test_a_parameter():
     place = Device(DEVICE, 1)
     matrix, slabs = place.matrix(20, 32), place.slabs()
     for level, block in enumerate(blocks):
-        matrix.put(level, block.kind.code, block.rank, slabs.push(block.payload))
+        room = slabs.reserve(len(block.payload))
+        room.write(block.payload)
+        matrix.put(level, block.kind.code, block.rank, room.address)
     packed = PackedWeight(place.packed([matrix], Gate()), False, torch.float32, "w", DEVICE)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for count in (2, 1):

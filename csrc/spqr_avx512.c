@@ -35,7 +35,7 @@ INLINE void unpack(const uint8_t *subtile, int bits, __m512i *code) {
         ONCE(all);
         UNROLL
         for (int j = 0; j < QUADS; j++) {
-            const __m512i low = _mm512_and_si512(j ? _mm512_srli_epi16(all, (unsigned)(2 * j)) : all, crumb);
+            const __m512i low = _mm512_and_si512(j ? _mm512_srli_epi16(all, 2 * (unsigned)j) : all, crumb);
             uint64_t third;
             memcpy(&third, subtile + 64 + 8 * j, 8);
             code[j] = _mm512_mask_add_epi8(low, _cvtu64_mask64(third), low, four);

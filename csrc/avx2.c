@@ -147,7 +147,7 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign, NULL};
+const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign, NULL, &bstack_spqr_avx2};
 
 #endif
 #if defined(__clang__)

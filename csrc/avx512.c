@@ -273,7 +273,7 @@ INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, c
 TILES(trellis)
 TILES(sign)
 
-const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign, decode};
+const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign, decode, &bstack_spqr_avx512};
 
 #endif
 #if defined(__clang__)

@@ -4,13 +4,13 @@
  * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
  * more than the product with it, and one scale for a whole row keeps every sum an exact integer.
  */
-#include "kernels.h"
+#include "spqr.h"
 
 #include <stdlib.h>
 
 enum {
     ROWS = 32,           /* rows summed at once */
-    TOKENS = 8,          /* tokens taken at once */
+    TOKENS = DIRECT_TOKENS,
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
     PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
@@ -35,6 +35,7 @@ struct job {
     int16_t *scratch; /* tokens x columns */
     struct operands trellis;
     struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
+    struct direct direct;
     int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
 };
 
@@ -80,6 +81,7 @@ static void prepare(void *argument, int token) {
         bstack_rotate(turned, 1, n);
         place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
     }
+    bstack_direct_prepare(&job->direct, token, x);
     for (int i = 0; i < job->count; i++) {
         const struct bstack_matrix *matrix = job->matrices + i;
         for (int level = 0; level < matrix->count; level++) {
@@ -145,11 +147,11 @@ static void multiply_rows(void *argument, int part) {
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
-        for (int t = 0; t < job->tokens; t++) memset(y + (size_t)t * matrix->rows + i, 0, sizeof *y * (size_t)rows);
+        bstack_direct_multiply(&job->direct, which, i, rows, y);
         for (int level = 0; level < matrix->count; level++)
             if (matrix->kind[level] == BSTACK_TRELLIS)
                 add_trellis(job, matrix, level, i, rows, y, sums);
-            else
+            else if (matrix->kind[level] == BSTACK_SIGN)
                 add_sign(job, matrix, level, &job->sign[which][level], i, rows, y, sums);
     }
 }
@@ -170,6 +172,8 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             struct operands found = {.step = code_bytes(job->columns, job->matrices[i].kind[level]), .count = job->tokens};
             if (job->matrices[i].kind[level] == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
+            } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {
+                continue;
             } else {
                 found.count *= job->matrices[i].rank[level];
             }
@@ -182,14 +186,20 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
                 job->sign[i][level] = found;
         }
 #undef TAKE
-    return at;
+    job->direct.matrices = job->matrices;
+    job->direct.count = job->count;
+    job->direct.tokens = job->tokens;
+    job->direct.columns = job->columns;
+    return bstack_direct_lay_out(&job->direct, memory, at);
 }
 
 /* Packed bytes of a row, one more than none. */
 static size_t row_bytes(const struct bstack_matrix *matrix) {
     size_t bytes = 1;
     for (int level = 0; level < matrix->count; level++)
-        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns) : sign_stride(matrix->columns);
+        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns)
+                 : matrix->kind[level] == BSTACK_SIGN  ? sign_stride(matrix->columns)
+                                                       : bstack_spqr_row_bytes(matrix, level);
     return bytes;
 }
 

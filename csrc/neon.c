@@ -98,6 +98,6 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_neon = {"neon", arrange, trellis, sign, NULL};
+const struct kernels bstack_neon = {"neon", arrange, trellis, sign, NULL, &bstack_spqr_neon};
 
 #endif

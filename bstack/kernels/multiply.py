@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from bstack.kernels import reference
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, kind_bits
 from bstack.kernels.native import pointer
 from bstack.kernels.selftest import trusted_library
 
@@ -68,18 +68,20 @@ def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]
     return outputs
 
 
-def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Rows start to stop - 1 of the sum of a matrix's blocks of one kind; zeros where it has none.
+def decode_rows(
+    matrix: Matrix, kinds: int | Collection[int], start: int, stop: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows start to stop - 1 of the sum of a matrix's blocks of some kinds; zeros where it has none.
 
-    For long prompts, with T the rows of kind TRELLIS and S those of kind SIGN::
+    For long prompts, with T the rows of kind TRELLIS and S those of the kinds PLAIN (all others)::
 
         y[:, start:stop] = rotate(x) @ T.T + x @ S.T
 
     Parameters
     ----------
     matrix : Matrix
-    kind : int
-        TRELLIS or SIGN.
+    kinds : int or collection of int
+        A kind, or several.
     start, stop : int
     out : np.ndarray, optional
         Where to write, float32, C-contiguous, shape (stop - start, n).
@@ -94,8 +96,12 @@ def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarra
     ValueError
         For another kind, rows that are not there, or an `out` of another shape or layout.
     """
-    if kind not in (SIGN, TRELLIS):
-        raise ValueError(f"kind is {kind}; allowed are {SIGN} (sign) and {TRELLIS} (trellis).")
+    kinds = (kinds,) if isinstance(kinds, int) else tuple(kinds)
+    for kind in kinds:
+        if kind not in (*PLAIN, TRELLIS):
+            raise ValueError(
+                f"kind is {kind}; allowed are {SIGN} (sign), {TRELLIS} (trellis), {SPQR} (SpQR) and {OUTLIERS} (outliers)."
+            )
     if not 0 <= start <= stop <= matrix.rows:
         raise ValueError(f"rows {start} to {stop} of a matrix with {matrix.rows}.")
     shape = (stop - start, matrix.columns)
@@ -105,9 +111,9 @@ def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarra
         raise ValueError(f"out is {out.dtype} of shape {out.shape}; needed is contiguous float32 of shape {shape}.")
     native = trusted_library()
     if native is None:
-        out[...] = reference.decode_rows(matrix, kind, start, stop)
+        out[...] = reference.decode_rows(matrix, kinds, start, stop)
     else:
-        native.bstack_decode_rows(ctypes.byref(matrix), kind, start, stop, pointer(out))
+        native.bstack_decode_rows(ctypes.byref(matrix), kind_bits(kinds), start, stop, pointer(out))
     return out
 
 

@@ -11,10 +11,10 @@ from itertools import islice
 from typing import Any
 
 import bstk
-from bstack.kernels.matrix import Matrix, check_block
+from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Room, Slabs
-from bstk.errors import DamagedError, UsageError
+from bstk.errors import UsageError
 
 __all__ = ["Residence", "Resident"]
 
@@ -202,6 +202,7 @@ class Residence:
                     for (number, chunk), room in zip(run, rooms, strict=True):
                         matrix = self._places[chunk.name]
                         # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
+                        # The file has checked what blocks say of where to read.
                         matrix.put(chunk.level, chunk.kind.code, chunk.rank, room.address, checked=True)
                         matrix.count = chunk.level + 1
                         self._count = number + 1
@@ -216,12 +217,7 @@ class Residence:
         for (_, chunk), room in zip(run, rooms, strict=True):
             if stop.is_set():
                 return
-            payload = self.file.read(chunk)
-            try:
-                check_block(*chunk.shape, chunk.kind.code, chunk.rank, payload)
-            except ValueError as error:
-                raise DamagedError(f"{self.file.source.name}: {chunk.name}, level {chunk.level}: {error}") from None
-            room.write(payload)
+            room.write(self.file.read(chunk))
 
 
 def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:

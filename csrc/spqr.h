@@ -81,8 +81,8 @@ void bstack_direct_multiply(const struct direct *direct, int which, int start, i
 
 /* Bytes of a row, on average. */
 size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level);
-/* Add a row to out, as floats. */
-void bstack_dense_add_row(const struct bstack_matrix *matrix, int level, int row, float *out);
+/* Add rows to out, as floats. */
+void bstack_dense_add_rows(const struct bstack_matrix *matrix, int level, int row, int rows, float *out);
 void bstack_outliers_add_row(const struct bstack_matrix *matrix, int level, int row, float *out);
 
 /* One instruction set. Results are added to out[token * DIRECT_ROWS + row]. */

@@ -93,7 +93,8 @@ def spqr(arguments: argparse.Namespace, threads: list[int]) -> None:
         blocks = spqr_blocks(side, side, bits, 0.01)
         bytes_ = sum(len(payload) for *_, payload in blocks)
         cases[bits] = bytes_, [Matrix.of(side, side, blocks) for _ in range(max(2, size // bytes_))]
-    print(f"\nSpQR, {side} x {side}, 1 % outliers, 1 token:\n\n| | threads | ms a product | GB/s | of the read |\n|---|---|---|---|---|")
+    print(f"\nSpQR, {side} x {side}, 1 % outliers, 1 token:\n\n| | threads | ms a product | GB/s | of the read |")
+    print("|---|---|---|---|---|")
     for count in threads:
         set_threads(count)
         torch.set_num_threads(count)

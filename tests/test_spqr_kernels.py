@@ -1,4 +1,4 @@
-"""Products with SpQR's blocks: every instruction set of this CPU against the reference, bit for bit, and that against the layout."""
+"""Products with SpQR's blocks: every instruction set against the reference, bit for bit, and that against the layout."""
 
 import ctypes
 

@@ -9,7 +9,10 @@ import numpy as np
 
 from bstack.kernels.spqr import Outliers, dense_bytes, outlier_bytes
 
-__all__ = ["BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put", "kind_bits"]
+__all__ = [
+    "BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put",
+    "kind_bits",
+]  # fmt: skip
 
 # Kinds by their codes in the container (format/SPEC.md, section 6).
 SIGN, TRELLIS, SPQR, OUTLIERS = 3, 4, 5, 6

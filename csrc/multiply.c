@@ -82,7 +82,7 @@ static void place(const struct job *job, struct operands *operands, int k, const
 }
 
 /* Part 0 of a token prepares it for all trellis blocks, part 1 + i for the sign blocks of matrix i, if there are any. */
-WIDENED static void prepare(void *argument, int part) {
+EACH_CPU static void prepare(void *argument, int part) {
     struct job *job = argument;
     const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
     const float *x = job->x + (size_t)token * (size_t)n;
@@ -107,7 +107,7 @@ WIDENED static void prepare(void *argument, int part) {
     }
 }
 
-WIDENED static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
+EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
                         float *y, int64_t *sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
@@ -125,7 +125,7 @@ WIDENED static void add_trellis(const struct job *job, const struct bstack_matri
     }
 }
 
-WIDENED static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
+EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
                      int start, int rows, float *y, int64_t *sums) {
     const size_t stride = sign_stride(matrix->columns);
     const int rank = matrix->rank[level];

@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
     def advance(self, tokens: int) -> None:
         """Count tokens that were written into the buffers behind those that are there."""
         stop = self.get_seq_length() + tokens
-        self.keys, self.values = (buffer[..., :stop, :] for buffer in self._buffers)
+        self.keys, self.values = (buffer.narrow(-2, 0, stop) for buffer in self._buffers)
 
     def reset(self) -> None:
         """Forget all tokens."""

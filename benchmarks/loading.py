@@ -4,7 +4,8 @@
 
 Rates are raw bytes of blocks a second, the fastest of the passes that fit the time, with two threads each: reading the blocks' bytes
 from the file (the system has them in memory), decoding their zstd frames, their SHA-256 digests, all of it as `bstk.Reader.read` does it,
-and a growth of a model from its smallest size to the whole file. The goal: growth at 60 % of the slower of the first two.
+and a growth of a model from its smallest size to the whole file. The goal: growth at 60 % of the slower of the first two. Then one
+shrink back to the smallest size: its time, and how much of the blocks' bytes left the process' resident memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import zstandard
 
 import bstack
 import bstk
+from bstack.memory.process import resident_bytes
 
 THREADS = 2
 PARTS = 64
@@ -66,7 +68,12 @@ def main() -> None:
     print(f"{len(blocks)} blocks above the smallest model, {size / 2**20:.1f} MB of them")
     for name, value in found.items():
         print(f"{name:24} {value / 1e6:8,.0f} MB/s")
+    resized = bstack.resize(model)
+    before, started = resident_bytes(), time.perf_counter()
+    bytes_ = resized.block_bytes - bstack.resize(model, mb=smallest).block_bytes
+    taken = time.perf_counter() - started
     print(f"growth is {found['growth'] / min(found['read'], found['decode']):.0%} of the slower of reading and decoding")
+    print(f"shrink {taken * 1e3:.1f} ms; {(before - resident_bytes()) / bytes_:.1%} of {bytes_ / 2**20:.1f} MB went back")
 
 
 if __name__ == "__main__":

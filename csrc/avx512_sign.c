@@ -118,40 +118,44 @@ INLINE void tile_of(const uint8_t *bits, size_t stride, int width, int rows, int
     UNROLL
     for (int k = 0; k < sets * deep * chains(deep); k++) high[k] = low[k] = _mm512_setzero_si512();
     const size_t tables = TABLES * PIECE / 4; /* bytes of a piece's */
-    const int whole = rows == sets * LANES ? width / PIECE * PIECE : 0;
+    /* Of whole registers of rows, pieces may be read past the end of a row: what comes there meets tables of zeros, or none,
+     * and after the last row come its factors. */
+    const int full = rows == sets * LANES;
     __m512i row[8], piece[8];
-    if (whole) {
+    int b = 0;
+    if (full) {
         UNROLL
         for (int k = 0; k < 4 * sets; k++) row[k] = four_rows(bits + (size_t)row_of(k) * stride, stride);
-    }
-    int b = 0;
-    for (; b < whole; b += PIECE, x += tables) {
-        const uint8_t *next = bits + (b + PIECE < whole ? b + PIECE : b);
-        /* A tile reads a few bytes of each row at a time, which the hardware does not foresee: ask for the tile after the
-         * next in the order of memory, and for the bytes after the next in the order of reading. */
-        const char *far = (const char *)bits + (size_t)rows * (2 * stride + (size_t)b);
-        const char *near = (const char *)next + (size_t)(b / PIECE % 4 * 4) * stride + WIDE;
-        UNROLL
-        for (int s = 0; s < sets; s++) transpose(row + 4 * s, piece + 4 * s);
-        /* The next piece is read between the look-ups, which leave room for it. */
-        UNROLL
-        for (int k = 0; k < 4 * HALVES; k++) {
-            if (k % HALVES == 0) {
-                UNROLL
-                for (int s = 0; s < sets; s++) {
-                    const int r = 4 * s + k / HALVES;
-                    row[r] = four_rows(next + (size_t)row_of(r) * stride, stride);
-                    _mm_prefetch(far + WIDE * r, _MM_HINT_T1);
-                    _mm_prefetch(near + (size_t)row_of(r) * stride, _MM_HINT_T0);
+        for (; b + PIECE <= width; b += PIECE, x += tables) {
+            const uint8_t *next = bits + (b + PIECE < width ? b + PIECE : b);
+            /* A tile reads a few bytes of each row at a time, which the hardware does not foresee: ask for the tile after
+             * the next in the order of memory, and for the bytes after the next in the order of reading. */
+            const char *far = (const char *)bits + (size_t)rows * (2 * stride + (size_t)b);
+            const char *near = (const char *)next + (size_t)(b / PIECE % 4 * 4) * stride + WIDE;
+            UNROLL
+            for (int s = 0; s < sets; s++) transpose(row + 4 * s, piece + 4 * s);
+            /* The next piece is read between the look-ups, which leave room for it. */
+            UNROLL
+            for (int k = 0; k < 4 * HALVES; k++) {
+                if (k % HALVES == 0) {
+                    UNROLL
+                    for (int s = 0; s < sets; s++) {
+                        const int r = 4 * s + k / HALVES;
+                        row[r] = four_rows(next + (size_t)row_of(r) * stride, stride);
+                        _mm_prefetch(far + WIDE * r, _MM_HINT_T1);
+                        _mm_prefetch(near + (size_t)row_of(r) * stride, _MM_HINT_T0);
+                    }
                 }
+                look_up(piece + k / HALVES, k % HALVES, sets, x + (size_t)(k / HALVES) * TABLES, step, deep, high, low);
             }
-            look_up(piece + k / HALVES, k % HALVES, sets, x + (size_t)(k / HALVES) * TABLES, step, deep, high, low);
         }
     }
     for (; b < width; b += PIECE, x += tables) {
-        UNROLL
-        for (int k = 0; k < 4 * sets; k++)
-            row[k] = last_four_rows(bits + (size_t)row_of(k) * stride + b, stride, rows - row_of(k), width - b);
+        if (!full) {
+            UNROLL
+            for (int k = 0; k < 4 * sets; k++)
+                row[k] = last_four_rows(bits + (size_t)row_of(k) * stride + b, stride, rows - row_of(k), width - b);
+        }
         UNROLL
         for (int s = 0; s < sets; s++) transpose(row + 4 * s, piece + 4 * s);
         UNROLL

@@ -63,6 +63,14 @@ const struct kernels *bstack_kernels(void);
 #define ALIGNED
 #endif
 
+/* Before a function of plain loops: it is compiled for wider registers too, and the loader takes what the CPU has. No bit
+ * depends on it: sums of floats keep their order, and nothing is contracted. */
+#if defined(BSTACK_X86) && defined(__GLIBC__)
+#define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EACH_CPU
+#endif
+
 /* OFFSET + T of SPEC.md, section 6. */
 ALIGNED extern const uint8_t bstack_table[256];
 

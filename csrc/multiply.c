@@ -32,8 +32,9 @@ struct job {
     const float *x;
     float *const *y;
     int count, tokens, columns;
-    float *turned;    /* tokens x columns */
-    int16_t *scratch; /* tokens x columns, filled up to whole groups */
+    int steps;        /* parts of the preparation of a token */
+    float *turned;    /* tokens x steps x columns */
+    int16_t *scratch; /* the same, columns filled up to whole groups */
     struct operands trellis;
     struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
     struct direct direct;
@@ -81,34 +82,34 @@ static void place(const struct job *job, struct operands *operands, int k, const
     job->kernels->arrange(codes, groups);
 }
 
-/* The inputs of one token, for all blocks. */
-static void prepare(void *argument, int token) {
+/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i, if there are any. */
+EACH_CPU static void prepare(void *argument, int part) {
     struct job *job = argument;
-    const int n = job->columns;
-    const float *x = job->x + (size_t)token * n;
-    float *turned = job->turned + (size_t)token * n;
-    int16_t *scratch = job->scratch + (size_t)token * round_up((size_t)n, GROUP);
-    if (job->trellis.count) {
+    const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
+    const float *x = job->x + (size_t)token * (size_t)n;
+    float *turned = job->turned + (size_t)part * (size_t)n;
+    int16_t *scratch = job->scratch + (size_t)part * round_up((size_t)n, GROUP);
+    if (i < 0) {
+        bstack_direct_prepare(&job->direct, token, x);
+        if (!job->trellis.count) return;
         memcpy(turned, x, sizeof *x * (size_t)n);
         bstack_rotate(turned, 1, n);
         place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
+        return;
     }
-    bstack_direct_prepare(&job->direct, token, x);
-    for (int i = 0; i < job->count; i++) {
-        const struct bstack_matrix *matrix = job->matrices + i;
-        for (int level = 0; level < matrix->count; level++) {
-            if (matrix->kind[level] != BSTACK_SIGN) continue;
-            const int rank = matrix->rank[level];
-            const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
-            for (int r = 0; r < rank; r++) {
-                for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * rank + r));
-                place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
-            }
+    const struct bstack_matrix *matrix = job->matrices + i;
+    for (int level = 0; level < matrix->count; level++) {
+        if (matrix->kind[level] != BSTACK_SIGN) continue;
+        const int rank = matrix->rank[level];
+        const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
+        for (int r = 0; r < rank; r++) {
+            for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
+            place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
         }
     }
 }
 
-static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
+EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
                         float *y, int64_t *sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
@@ -126,7 +127,7 @@ static void add_trellis(const struct job *job, const struct bstack_matrix *matri
     }
 }
 
-static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
+EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
                      int start, int rows, float *y, int64_t *sums) {
     const size_t stride = sign_stride(matrix->columns);
     const int rank = matrix->rank[level];
@@ -176,8 +177,11 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     size_t at = 0;
 #define TAKE(pointer, bytes) ((pointer) = (void *)(memory ? memory + at : NULL), at += round_up((bytes), GROUP))
     const size_t t = (size_t)job->tokens, n = (size_t)job->columns, count = (size_t)job->count;
-    TAKE(job->turned, sizeof(float) * t * n);
-    TAKE(job->scratch, sizeof(int16_t) * t * round_up(n, GROUP));
+    job->steps = 1;
+    for (size_t i = 0; i < count; i++)
+        if (memchr(job->matrices[i].kind, BSTACK_SIGN, (size_t)job->matrices[i].count)) job->steps = 1 + job->count;
+    TAKE(job->turned, sizeof(float) * t * (size_t)job->steps * n);
+    TAKE(job->scratch, sizeof(int16_t) * t * (size_t)job->steps * round_up(n, GROUP));
     TAKE(job->first, sizeof(int) * (count + 1));
     TAKE(job->rows, sizeof(int) * count);
     TAKE(job->sign, sizeof(*job->sign) * count);
@@ -257,7 +261,7 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
         job.x = x + (size_t)done * (size_t)job.columns;
         for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)taken[i].rows;
         const int parts = share_out(&job);
-        bstack_parallel(prepare, &job, job.tokens);
+        bstack_parallel(prepare, &job, job.tokens * job.steps);
         bstack_parallel(multiply_rows, &job, parts);
     }
     const int problem = !memory;

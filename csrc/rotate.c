@@ -26,7 +26,7 @@ enum { READY = KEPT };
 enum { READY = 0 };
 #endif
 
-static void flip(float *x, int columns) {
+EACH_CPU static void flip(float *x, int columns) {
     const int ready = columns < READY ? columns : READY;
     uint32_t bits;
     for (int j = 0; j < ready; j++) {
@@ -42,7 +42,7 @@ static void flip(float *x, int columns) {
 }
 
 /* Hadamard transform of blocks of `size`, a power of two, then division by its square root. */
-static void hadamard(float *x, int columns, int size) {
+EACH_CPU static void hadamard(float *x, int columns, int size) {
     for (int half = 1; half < size; half *= 2) {
         if (half == 1 && size >= 4) { /* two steps at once: loops this short are not vectorised */
             for (int j = 0; j < columns; j += 4) {
@@ -95,7 +95,7 @@ void bstack_unrotate(float *x, int tokens, int columns) {
     }
 }
 
-float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
+EACH_CPU float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
     /* As unsigned numbers, absolute values stand in their own order, infinities and NaN last: a loop that vectorises. */
     uint32_t top = 0;
     for (int j = 0; j < columns; j++) {

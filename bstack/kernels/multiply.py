@@ -21,7 +21,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     Inputs are rounded, with one scale a token: to 16 bits for trellis blocks, to 14 for sign blocks. For trellis blocks y_i
     differs from the product in real numbers by at most ``2e-5 * max_j |x_j| * sum_j |W_ij|``, both rotated; for a rank of
     a sign block by four times as much, with ``x_j V_jr`` for x_j and ``U_ir`` for W_ij. Relative to the norm of y that is
-    typically 3e-5 for trellis blocks and 3e-4 for sign blocks.
+    typically 3e-5 for trellis blocks and 2e-4 for sign blocks.
 
     A token's result is the same bits whatever else is in the call, for any number of threads and on any CPU.
 

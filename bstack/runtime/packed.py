@@ -53,6 +53,7 @@ class Blocks:
 
     def __init__(self, parts: Sequence[Matrix], gate: Gate):
         self.parts = list(parts)
+        self._starts = np.cumsum([0, *(part.rows for part in parts[:-1])])
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
         self.gate = gate
@@ -93,15 +94,13 @@ class Blocks:
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
         check_index(flat, self.rows)
-        found = torch.empty(flat.numel(), self.columns)
-        offset = 0
-        for part in self.parts:
-            inside = ((flat >= offset) & (flat < offset + part.rows)).nonzero().squeeze(1)
-            if inside.numel():
-                with self.gate.step_back():
-                    found[inside] = torch.from_numpy(lookup(part, (flat[inside] - offset).numpy()))
-            offset += part.rows
-        return found.to(dtype).reshape(*index.shape, self.columns)
+        flat, found = flat.numpy(), np.empty((flat.numel(), self.columns), np.float32)
+        which = np.searchsorted(self._starts, flat, side="right") - 1
+        for number in np.unique(which).tolist():
+            inside = which == number
+            with self.gate.step_back():
+                found[inside] = lookup(self.parts[number], flat[inside] - self._starts[number])
+        return torch.from_numpy(found).to(dtype).reshape(*index.shape, self.columns)
 
     def dense(self) -> torch.Tensor:
         def whole(part: Matrix) -> torch.Tensor:

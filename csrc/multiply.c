@@ -82,7 +82,8 @@ static void place(const struct job *job, struct operands *operands, int k, const
     job->kernels->arrange(codes, groups);
 }
 
-/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i, if there are any. */
+/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i,
+ * if there are any. */
 EACH_CPU static void prepare(void *argument, int part) {
     struct job *job = argument;
     const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;

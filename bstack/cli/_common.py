@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +41,21 @@ class FileType(click.Path):
             self.fail(
                 "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
             )
+        if _is_model(value):
+            self.fail(
+                f"{value} is a model, not a .bstk file. Compress it first: bstack compress {value} -o "
+                f"{os.path.basename(os.path.abspath(value))}.bstk", param, ctx,
+            )  # fmt: skip
         return super().convert(value, param, ctx)
+
+
+def _is_model(value: str) -> bool:
+    """Whether somebody names a model, as for ``bstack compress``, where a file is asked for."""
+    from bstack.models import embedded
+
+    if os.path.isdir(value):
+        return os.path.exists(os.path.join(value, "config.json"))
+    return value == embedded.NAME and not os.path.exists(value)
 
 
 class PlaceType(click.ParamType):

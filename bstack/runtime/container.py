@@ -130,9 +130,9 @@ def understood(shown: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (bstk.BstkError, MemoryError):
+    except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
         raise UnsupportedModelError(f"{shown}: {what}: {reason(error)}") from None
 
 

@@ -81,16 +81,17 @@ def dense_weights(
     for parameter, matrices in parts.items():
         if parameter not in shapes:
             raise UnsupportedModelError(f"The file holds {parameter}, which this transformers' model does not have.")
+        # Before the memory is asked for: the shape is what a configuration says.
+        empty = torch.empty(shapes[parameter], device="meta")
+        filled = sum(part_of(matrix, empty, blocks[0]).numel() for matrix, blocks in matrices)
+        if filled != empty.numel():
+            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {empty.numel()}.")
         tensor = torch.empty(shapes[parameter], dtype=dtype)
-        filled = 0
         for matrix, blocks in matrices:
             view = part_of(matrix, tensor, blocks[0])
             codec = codec_of_kind(blocks[0].kind)
             payloads = [file.read(block) for block in blocks]
             view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
-            filled += view.numel()
-        if filled != tensor.numel():
-            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {tensor.numel()}.")
         yield parameter, tensor
 
 

@@ -16,6 +16,7 @@ from bstack.codecs import Codec
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName
 from bstack.pipeline.encode import Matrix, add_dense, encode
+from bstack.pipeline.workers import Workers
 from bstack.workdir import WorkDirectory
 
 __all__ = ["compress_layers", "layer_part"]
@@ -36,6 +37,7 @@ def compress_layers(
     sensitivity: Sensitivity,
     codec: Codec,
     work: WorkDirectory,
+    workers: Workers,
     progress: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Finish every layer's part, and return the second moment of what reaches the head.
@@ -55,7 +57,7 @@ def compress_layers(
                     stream.run_all(index)
                 else:
                     table = gather(stream, index, layer_parameters(skeleton, index))
-                    _compress_layer(skeleton, index, table, sensitivity, codec, work)
+                    _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
         hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
     moment = sum(rows.t() @ rows for rows in hidden)
@@ -69,6 +71,7 @@ def _compress_layer(
     sensitivity: Sensitivity,
     codec: Codec,
     work: WorkDirectory,
+    workers: Workers,
 ) -> None:
     stacked = _stacked(table, layer_parameters(skeleton, index))
     with work.part(layer_part(index)) as part:
@@ -78,7 +81,7 @@ def _compress_layer(
         fitted = codec.for_layer(
             (m.weight, m.moment, m.tokens, m.sensitivity) for m in _matrices(skeleton, stacked, table, sensitivity)
         )
-        encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part)
+        encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part, workers)
 
 
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:

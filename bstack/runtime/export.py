@@ -92,7 +92,7 @@ def export_safetensors(
     cut = file.fit(mb)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
-        model = empty_model(inside, shown)
+        model = empty_model(file, inside)
         shards = _Shards(target, shard_bytes)
         _copy_files(file, inside, target)
         _write_config(target, model, dtype)

@@ -43,6 +43,8 @@ PLANES = 2
 MOST_PLANES = 14  # a stack has 16 blocks
 # Of the mean of the second moment's diagonal, as in GPTQ.
 DAMPING = 0.01
+# What an outlier's error counts in its group's fit, against other weights: it is made up for, but not in the dense part alone.
+OUTLIER_COST = 0.02
 # Scales tried for each row and group, the nearest of the eight, and zero points with each of them.
 SCALES, ZEROS = 4, 3
 ROUNDS = 2
@@ -123,7 +125,7 @@ class SpqrCodec(Codec):
         for task in tasks:
             shapes.append(tuple(task[0].shape))
             _check_width(shapes[-1])
-            counts += np.bincount(self._places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
+            counts += np.bincount(self.outlier_places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
         return SpqrCodec(
             self.bits, self.group, None if self.bpw is not None else self.outliers, self.bpw, self.planes,
             _threshold(counts, self._allowed(shapes)),
@@ -134,7 +136,7 @@ class SpqrCodec(Codec):
     ) -> Iterator[Block]:
         shape = tuple(weight.shape)
         _check_width(shape)
-        places, trusted = self._places(weight, moment, tokens, importance)
+        places, trusted = self.outlier_places(weight, moment, tokens, importance)
         threshold = self.threshold
         if threshold is None:
             threshold = _threshold(np.bincount(places.reshape(-1).numpy(), minlength=PLACES), self._allowed([shape]))
@@ -159,10 +161,13 @@ class SpqrCodec(Codec):
             total += unrotate(torch.from_numpy(decode_rows(matrix, TRELLIS_CODE, 0, matrix.rows)))
         return total
 
-    def _places(
+    def outlier_places(
         self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> tuple[torch.Tensor, Damped]:
-        """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs)."""
+        """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs).
+
+        Parameters are those of `encode`. The second moment made ready comes with it.
+        """
         trusted = damped(moment, tokens)
         scores = outlier_scores(weight[:, trusted.order], trusted.cost, self.group, 2**self.bits - 1)
         # Half the importance, by token: the predicted divergence, in the same unit for all matrices of a layer.
@@ -246,7 +251,7 @@ def code_columns(
     # Rows in whole tiles: the last one again, without weight.
     rows = torch.arange(-(-m // ROWS) * ROWS).clamp_max(m - 1)
     original = weight[rows][:, order].t().contiguous()
-    kept = (~apart)[rows][:, order].t().float().contiguous()
+    kept = torch.where(apart, OUTLIER_COST, 1.0)[rows][:, order].t().contiguous()
     share = _bounded(importance)
     share = share[rows] / share.mean()
     share[m:] = 0

@@ -13,6 +13,7 @@ import torch
 
 import bstk
 from bstack.codecs import Codec
+from bstack.codecs.contract import Task
 from bstack.numerics.errors import output_errors
 from bstack.workdir import Part
 
@@ -60,6 +61,12 @@ class Matrix:
     sensitivity: torch.Tensor
     transposed: bool = False
     even: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What a codec takes."""
+        importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
+        return self.weight.contiguous(), self.moment, self.tokens, importance
 
 
 def _processors() -> int:
@@ -114,8 +121,7 @@ def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any
         before = output_errors(weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        importance = torch.ones(weight.shape[0]) if matrix.even else matrix.sensitivity
-        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.tokens, importance)):
+        for level, block in enumerate(codec.encode(*matrix.task)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {

@@ -121,7 +121,8 @@ def encode_layers(
                         named = {}
                         for matrix, (dense, whole, size) in zip(matrices, found, strict=True):
                             bits[number] += size
-                            named[f"{matrix.name} dense"], named[f"{matrix.name} whole"] = dense, whole
+                            turned = int(matrix.transposed)
+                            named[f"{matrix.name} {turned} dense"], named[f"{matrix.name} {turned} whole"] = dense, whole
                         save_file(named, folder / f"{number}-{index}.safetensors")
             print(f"layer {index}", flush=True)
     return [total / weights for total in bits]
@@ -131,12 +132,10 @@ def put(skeleton: Skeleton, folder: Path, number: int, which: str) -> None:
     """Overwrite the loaded model's linears with a variant."""
     for index in range(len(skeleton.layers)):
         for key, tensor in load_file(folder / f"{number}-{index}.safetensors").items():
-            name, _, kind = key.rpartition(" ")
+            name, turned, kind = key.split(" ")
             if kind == which:
                 matrix = MatrixName.parse(name)
-                parameter = skeleton.parameter(matrix.parameter)
-                shape = parameter.shape if matrix.index is None else parameter[matrix.index].shape
-                matrix.view(parameter, tuple(shape) != tuple(tensor.shape)).copy_(tensor)
+                matrix.view(skeleton.parameter(matrix.parameter), turned == "1").copy_(tensor)
 
 
 def measure(model: torch.nn.Module, windows: torch.Tensor, original: list[torch.Tensor] | None) -> Callable | list | str:

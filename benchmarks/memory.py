@@ -11,66 +11,16 @@ a ratio below 1.10. Figures are in docs/memory.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from random_llama import write_model, write_text
+
 GOAL = 1.10
-WORDS = "the river follows a small stone that nobody keeps and every layer explains what it reads".split()
 IMPORTS = "import bstack.pipeline.run, transformers.models.llama.modeling_llama"
-
-
-def write_model(folder: Path, layers: int, width: int, vocabulary: int) -> int:
-    """Write a model shard by shard, so that this process stays small; return the bytes of its weights."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    heads, inner = width // 64, width * 8 // 3 // 64 * 64
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).bfloat16()
-
-    index: dict[str, str] = {}
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> int:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-        return sum(tensor.nbytes for tensor in tensors.values())
-
-    one = torch.ones(width, dtype=torch.bfloat16)
-    size = shard("outer.safetensors", {"model.embed_tokens.weight": matrix(vocabulary, width), "model.norm.weight": one})
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width // 4, width),
-              "self_attn.v_proj": (width // 4, width), "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width),
-              "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}  # fmt: skip
-    for layer in range(layers):
-        tensors = {f"model.layers.{layer}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        tensors |= {f"model.layers.{layer}.{name}.weight": one.clone() for name in norms}
-        size += shard(f"layer-{layer:03d}.safetensors", tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
-    _write_tokenizer(folder)
-    return size
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
 
 
 def peak_of(command: list[str]) -> int:
@@ -98,8 +48,13 @@ def main() -> None:
     for layers in (arguments.layers, 2 * arguments.layers):
         with tempfile.TemporaryDirectory(prefix="bstack-memory-") as name:
             folder = Path(name)
-            size = write_model(folder / "model", layers, arguments.width, arguments.vocabulary)
-            (folder / "text.txt").write_text(" ".join(WORDS[i * i % len(WORDS)] for i in range(2**16)))
+            heads = arguments.width // 64
+            size = write_model(
+                folder / "model", num_hidden_layers=layers, vocab_size=arguments.vocabulary, hidden_size=arguments.width,
+                intermediate_size=arguments.width * 8 // 3 // 64 * 64, num_attention_heads=heads, num_key_value_heads=heads // 4,
+                tie_word_embeddings=True,
+            )  # fmt: skip
+            write_text(folder / "text.txt", 2**16)
             command = [
                 sys.executable, "-m", "bstack", "compress", str(folder / "model"), "-o", str(folder / "out.bstk"), "-q",
                 "--calibration", str(folder / "text.txt"), "--samples", str(arguments.samples),

@@ -13,7 +13,6 @@ time and memory, and the stages after them do not run. Figures are in docs/scale
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -24,60 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
-WORDS = "the river follows a small stone that nobody keeps and every layer explains what it reads".split()
+from random_llama import write_model, write_text
 
-
-def write_model(folder: Path, layers: int, vocabulary: int) -> int:
-    """Write the folder, one shard a layer, so that this process stays small; return the bytes of the weights."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    index: dict[str, str] = {}
-    size = 0
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).bfloat16()
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal size
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-        size += sum(tensor.nbytes for tensor in tensors.values())
-
-    one = torch.ones(WIDTH, dtype=torch.bfloat16)
-    shard("embedding.safetensors", {"model.embed_tokens.weight": matrix(vocabulary, WIDTH), "model.norm.weight": one})
-    shard("head.safetensors", {"lm_head.weight": matrix(vocabulary, WIDTH)})
-    keys = WIDTH // HEADS * KEY_HEADS
-    shapes = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (keys, WIDTH), "self_attn.v_proj": (keys, WIDTH),
-              "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
-              "mlp.down_proj": (WIDTH, INNER)}  # fmt: skip
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        tensors = {f"{prefix}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{prefix}.{name}.weight": one.clone() for name in ("input_layernorm", "post_attention_layernorm")}
-        shard(f"layer-{layer:03d}.safetensors", tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
-    _write_tokenizer(folder)
-    return size
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+VOCABULARY = 128256
+WIDTHS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
 def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
@@ -129,8 +78,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bstack-scale-", dir=arguments.folder) as name:
         folder = Path(name)
-        size = write_model(folder / "model", arguments.layers, arguments.vocabulary)
-        (folder / "text.txt").write_text(" ".join(WORDS[i * i % len(WORDS)] for i in range(2**14)))
+        shape = WIDTHS | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
+        size = write_model(folder / "model", **shape, tie_word_embeddings=False)
+        write_text(folder / "text.txt", 2**14)
         print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
         options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(folder)]
         options += ["--ranges", str(arguments.ranges)] if arguments.ranges else []

@@ -17,11 +17,12 @@ from typing import Any
 # laptop in use, a shared server) everything runs 5 to 12 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["Settings", "compress", "load", "resident", "resize"]
+__all__ = ["Settings", "compress", "following", "load", "resident", "resize"]
 
 _HOMES = {
     "Settings": "bstack.settings",
     "compress": "bstack.pipeline.entrance",
+    "following": "bstack.runtime.follow",
     "load": "bstack.runtime.load",
     "resident": "bstack.runtime.load",
     "resize": "bstack.runtime.load",

@@ -102,8 +102,8 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
         int b = start;
         for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, deep, sum);
         if (b < stop) {
-            uint8_t rest[(EARLIER + 1) * WIDE] = {0};
-            for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * WIDE, codes + b + (size_t)e * stride, (size_t)(stop - b));
+            uint8_t rest[(EARLIER + 1) * WIDE];
+            copy_rest(rest, WIDE, codes + b, stride, stop - b);
             trellis_step(rest, WIDE, inputs_of(x, b), step, deep, sum);
         }
         UNROLL
@@ -147,7 +147,13 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_avx2 = {"avx2", arrange, trellis, sign, NULL, &bstack_spqr_avx2};
+const struct kernels bstack_avx2 = {
+    .name = "avx2",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = sign,
+    .spqr = &bstack_spqr_avx2,
+};
 
 #endif
 #if defined(__clang__)

@@ -7,6 +7,7 @@
 #elif defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
 #endif
+#include "avx512_sign.h"
 #include "tiles.h"
 
 #ifdef BSTACK_X86
@@ -221,59 +222,29 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
-/* Eight sign bytes of `tall` rows: 64 columns. */
-INLINE void sign_step(const uint8_t *bits, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
-                      __m512i *high, __m512i *low) {
-    UNROLL
-    for (int i = 0; i < tall; i++) {
-        uint64_t word = 0;
-        if (left >= 8)
-            memcpy(&word, bits + (size_t)i * stride, 8);
-        else
-            for (int b = 0; b < left; b++) word |= (uint64_t)bits[(size_t)i * stride + (size_t)b] << 8 * b;
-        const __m512i ones = _mm512_maskz_set1_epi8(_cvtu64_mask64(word), 1);
-        UNROLL
-        for (int o = 0; o < deep; o++) {
-            const uint8_t *at = x + (size_t)o * step;
-            high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], ones, _mm512_loadu_si512(at));
-            low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], ones, _mm512_loadu_si512(at + WIDE));
-        }
+#define TILE(TALL, DEEP)                                                                  \
+    static void trellis_##TALL##x##DEEP(TILE_ARGUMENTS) {                                 \
+        trellis_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);             \
     }
+TILE(4, 1)
+TILE(4, 2)
+TILE(2, 4)
+TILE(1, 1)
+
+static void trellis(SUM_ARGUMENTS) {
+    for_each_tile(packed, stride, width, rows, x, step, operands, sums, trellis_4x1, trellis_4x2, trellis_2x4, trellis_1x1);
 }
 
-INLINE void sign_tile(const uint8_t *bits, size_t stride, int width, int tall, const uint8_t *x, size_t step, int deep,
-                      int64_t *sums, int rows) {
-    __m512i high[8], low[8];
-    UNROLL
-    for (int k = 0; k < tall * deep; k++) high[k] = low[k] = _mm512_setzero_si512();
-    int b = 0;
-    const uint8_t *ahead = bits + (size_t)tall * stride + AHEAD;
-    for (; b + 8 <= width; b += 8, x += OPERAND) {
-        fetch(ahead + tall * b, tall * 8);
-        sign_step(bits + b, stride, 8, tall, x, step, deep, high, low);
-    }
-    if (b < width) sign_step(bits + b, stride, width - b, tall, x, step, deep, high, low);
-    add_sums(high, low, tall, deep, sums, rows);
-}
-
-#define TILE(NAME, TALL, DEEP)                                                            \
-    static void NAME##_##TALL##x##DEEP(TILE_ARGUMENTS) {                                  \
-        NAME##_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);              \
-    }
-#define TILES(NAME)                                                                       \
-    TILE(NAME, 4, 1)                                                                      \
-    TILE(NAME, 4, 2)                                                                      \
-    TILE(NAME, 2, 4)                                                                      \
-    TILE(NAME, 1, 1)                                                                      \
-    static void NAME(SUM_ARGUMENTS) {                                                     \
-        for_each_tile(packed, stride, width, rows, x, step, operands, sums, NAME##_4x1,   \
-                      NAME##_4x2, NAME##_2x4, NAME##_1x1);                                \
-    }
-
-TILES(trellis)
-TILES(sign)
-
-const struct kernels bstack_avx512 = {"avx512", arrange, trellis, sign, decode, &bstack_spqr_avx512};
+const struct kernels bstack_avx512 = {
+    .name = "avx512",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = bstack_avx512_sum_signs,
+    .spqr = &bstack_spqr_avx512,
+    .tabulate = bstack_avx512_tabulate,
+    .table_bytes = AVX512_TABLES,
+    .decode = decode,
+};
 
 #endif
 #if defined(__clang__)

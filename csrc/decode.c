@@ -59,19 +59,27 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
 
 static const unsigned ROTATED = 1u << BSTACK_TRELLIS;
 
-static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, float *out) {
-    for (int level = 0; level < matrix->count; level++) {
-        const int kind = matrix->kind[level];
-        if (!(kinds >> kind & 1)) continue;
-        if (kind == BSTACK_TRELLIS)
-            add_trellis(matrix, level, row, out);
-        else if (kind == BSTACK_SIGN)
-            add_sign(matrix, level, row, out);
-        else if (kind == BSTACK_SPQR)
-            bstack_dense_add_row(matrix, level, row, out);
-        else
-            bstack_outliers_add_row(matrix, level, row, out);
-    }
+/* Add some rows of the blocks of some kinds: row by row, which is good for the cache, where no block has rows in tiles. */
+static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, float *out) {
+    int step = 1;
+    for (int level = 0; level < matrix->count; level++)
+        if (matrix->kind[level] == BSTACK_SPQR && kinds >> BSTACK_SPQR & 1) step = rows;
+    for (int done = 0; done < rows; done += step)
+        for (int level = 0; level < matrix->count; level++) {
+            const int kind = matrix->kind[level];
+            if (!(kinds >> kind & 1)) continue;
+            for (int i = done; i < done + step; i++) {
+                float *to = out + (size_t)i * (size_t)matrix->columns;
+                if (kind == BSTACK_TRELLIS)
+                    add_trellis(matrix, level, row + i, to);
+                else if (kind == BSTACK_SIGN)
+                    add_sign(matrix, level, row + i, to);
+                else if (kind == BSTACK_OUTLIERS)
+                    bstack_outliers_add_row(matrix, level, row + i, to);
+                else if (i == done)
+                    bstack_dense_add_rows(matrix, level, row, rows, to);
+            }
+        }
 }
 
 struct job {
@@ -85,11 +93,10 @@ struct job {
 static void decode_part(void *argument, int part) {
     const struct job *job = argument;
     const size_t n = (size_t)job->matrix->columns;
-    for (int k = part * PART; k < job->count && k < (part + 1) * PART; k++) {
-        float *out = job->out + (size_t)k * n;
-        memset(out, 0, sizeof *out * n);
-        add_kinds(job->matrix, job->kinds, job->start + k, out);
-    }
+    const int first = part * PART, count = job->count - first < PART ? job->count - first : PART;
+    float *out = job->out + (size_t)first * n;
+    memset(out, 0, sizeof *out * n * (size_t)count);
+    add_kinds(job->matrix, job->kinds, job->start + first, count, out);
 }
 
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out) {
@@ -106,9 +113,9 @@ static void look_up_part(void *argument, int part) {
         float *out = job->out + (size_t)k * (size_t)n;
         const int row = (int)job->index[k];
         memset(out, 0, sizeof *out * (size_t)n);
-        add_kinds(job->matrix, ROTATED, row, out);
+        add_kinds(job->matrix, ROTATED, row, 1, out);
         bstack_unrotate(out, 1, n);
-        add_kinds(job->matrix, ~ROTATED, row, out);
+        add_kinds(job->matrix, ~ROTATED, row, 1, out);
     }
 }
 

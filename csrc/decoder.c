@@ -7,12 +7,6 @@
 
 #include <math.h>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
-#define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EACH_CPU
-#endif
-
 enum { LANES = 16 };
 
 EACH_CPU

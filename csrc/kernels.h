@@ -16,7 +16,8 @@ enum {
     QUARTERS = 4,      /* columns b, b + q, b + 2 q, b + 3 q share code byte b of a trellis row */
     EARLIER = 3,       /* rows of trellis codes above the first */
     SEGMENT = 8192,    /* code bytes or sign bytes summed in one call: then no 32-bit lane overflows */
-    X_LIMIT = 32639,   /* largest code of an input: its high byte, lower byte signed, stays below 128 */
+    X_LIMIT = 32639,   /* largest code of a trellis block's input: its high byte, lower byte signed, stays below 128 */
+    SIGN_LIMIT = 8159, /* of a sign block's input: so does the high byte of a sum of four */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
 
@@ -30,9 +31,12 @@ struct kernels {
      * `width` bytes are used; groups of operands stand in the order of the code bytes, four quarters in turn. */
     void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                     int64_t *sums);
-    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. */
+    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Operands are arranged like those of
+     * a trellis block, or, where there is a `tabulate`, are its tables, `table_bytes` for each group of 64 codes. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                  int64_t *sums);
+    void (*tabulate)(const int16_t *x, size_t groups, uint8_t *tables);
+    size_t table_bytes;
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null where the plain
      * loop of decode.c serves. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
@@ -57,6 +61,14 @@ const struct kernels *bstack_kernels(void);
 #define ALIGNED __attribute__((aligned(64)))
 #else
 #define ALIGNED
+#endif
+
+/* Before a function of plain loops: it is compiled for wider registers too, and the loader takes what the CPU has. No bit
+ * depends on it: sums of floats keep their order, and nothing is contracted. */
+#if defined(BSTACK_X86) && defined(__GLIBC__)
+#define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EACH_CPU
 #endif
 
 /* OFFSET + T of SPEC.md, section 6. */

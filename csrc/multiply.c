@@ -2,7 +2,8 @@
  *
  * One operand is a row of inputs as 16-bit codes with one scale: the rotated inputs of a token for all trellis blocks,
  * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
- * more than the product with it, and one scale for a whole row keeps every sum an exact integer.
+ * more than the product with it (14 for sign blocks, whose products are looked up four at a time), and one scale for a whole
+ * row keeps every sum an exact integer.
  */
 #include "spqr.h"
 
@@ -31,25 +32,33 @@ struct job {
     const float *x;
     float *const *y;
     int count, tokens, columns;
-    float *turned;    /* tokens x columns */
-    int16_t *scratch; /* tokens x columns */
+    int steps;        /* parts of the preparation of a token */
+    float *turned;    /* tokens x steps x columns */
+    int16_t *scratch; /* the same, columns filled up to whole groups */
     struct operands trellis;
     struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
     struct direct direct;
     int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
 };
 
-static size_t code_bytes(int32_t columns, int kind) {
-    const size_t bytes = kind == BSTACK_TRELLIS ? quarter_of(columns) : sign_stride(columns);
-    return kind == BSTACK_TRELLIS ? round_up(bytes, GROUP) * QUARTERS * 2 : round_up(bytes, GROUP / 8) * 8 * 2;
+/* Groups of an operand, the last one filled up with zeros. */
+static size_t groups_of(int columns, int kind) {
+    const size_t each = kind == BSTACK_TRELLIS ? quarter_of(columns) : (size_t)columns;
+    return round_up(each, GROUP) / GROUP * (kind == BSTACK_TRELLIS ? QUARTERS : 1);
 }
+
+/* Bytes of a group of a sign block's operand. */
+static size_t sign_bytes(const struct job *job) { return job->kernels->tabulate ? job->kernels->table_bytes : OPERAND; }
 
 /* Put the quantised x into place as operand number k; trellis operands by quarters, in turn for each 64 code bytes. */
 static void place(const struct job *job, struct operands *operands, int k, const float *x, int kind, int16_t *scratch) {
     const int n = job->columns;
-    int16_t *codes = (int16_t *)(operands->codes + (size_t)k * operands->step);
-    int16_t *plain = kind == BSTACK_TRELLIS ? scratch : codes;
-    operands->scale[k] = bstack_quantise(x, n, X_LIMIT, plain);
+    const size_t groups = groups_of(n, kind);
+    uint8_t *out = operands->codes + (size_t)k * operands->step;
+    int16_t *codes = (int16_t *)out;
+    const int in_place = kind == BSTACK_SIGN && !job->kernels->tabulate;
+    int16_t *plain = in_place ? codes : scratch;
+    operands->scale[k] = bstack_quantise(x, n, kind == BSTACK_TRELLIS ? X_LIMIT : SIGN_LIMIT, plain);
     int64_t total = 0;
     for (int j = 0; j < n; j++) total += plain[j];
     operands->total[k] = total;
@@ -64,39 +73,43 @@ static void place(const struct job *job, struct operands *operands, int k, const
                 if (length > 0) memcpy(codes + QUARTERS * b + quarter * GROUP, plain + from, 2 * (size_t)length);
             }
     } else {
-        memset(codes + n, 0, operands->step - 2 * (size_t)n);
+        memset(plain + n, 0, 2 * (groups * GROUP - (size_t)n));
+        if (!in_place) {
+            job->kernels->tabulate(plain, groups, out);
+            return;
+        }
     }
-    job->kernels->arrange(codes, operands->step / OPERAND);
+    job->kernels->arrange(codes, groups);
 }
 
-/* The inputs of one token, for all blocks. */
-static void prepare(void *argument, int token) {
+/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i, if there are any. */
+EACH_CPU static void prepare(void *argument, int part) {
     struct job *job = argument;
-    const int n = job->columns;
-    const float *x = job->x + (size_t)token * n;
-    float *turned = job->turned + (size_t)token * n;
-    int16_t *scratch = job->scratch + (size_t)token * n;
-    if (job->trellis.count) {
+    const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
+    const float *x = job->x + (size_t)token * (size_t)n;
+    float *turned = job->turned + (size_t)part * (size_t)n;
+    int16_t *scratch = job->scratch + (size_t)part * round_up((size_t)n, GROUP);
+    if (i < 0) {
+        bstack_direct_prepare(&job->direct, token, x);
+        if (!job->trellis.count) return;
         memcpy(turned, x, sizeof *x * (size_t)n);
         bstack_rotate(turned, 1, n);
         place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
+        return;
     }
-    bstack_direct_prepare(&job->direct, token, x);
-    for (int i = 0; i < job->count; i++) {
-        const struct bstack_matrix *matrix = job->matrices + i;
-        for (int level = 0; level < matrix->count; level++) {
-            if (matrix->kind[level] != BSTACK_SIGN) continue;
-            const int rank = matrix->rank[level];
-            const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
-            for (int r = 0; r < rank; r++) {
-                for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * rank + r));
-                place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
-            }
+    const struct bstack_matrix *matrix = job->matrices + i;
+    for (int level = 0; level < matrix->count; level++) {
+        if (matrix->kind[level] != BSTACK_SIGN) continue;
+        const int rank = matrix->rank[level];
+        const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
+        for (int r = 0; r < rank; r++) {
+            for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
+            place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
         }
     }
 }
 
-static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
+EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
                         float *y, int64_t *sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
@@ -114,25 +127,28 @@ static void add_trellis(const struct job *job, const struct bstack_matrix *matri
     }
 }
 
-static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
+EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix *matrix, int level, const struct operands *in,
                      int start, int rows, float *y, int64_t *sums) {
     const size_t stride = sign_stride(matrix->columns);
     const int rank = matrix->rank[level];
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     for (size_t b = 0; b < stride; b += SEGMENT)
         job->kernels->sign(matrix->block[level] + (size_t)start * stride + b, stride,
-                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b * 16, in->step,
-                           in->count, sums);
-    const uint8_t *u = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
-    for (int i = 0; i < rows; i++, u += 2 * (size_t)rank)
-        for (int t = 0; t < job->tokens; t++) {
-            float sum = 0.0f;
-            for (int r = 0; r < rank; r++) {
-                const int k = t * rank + r;
-                sum += (float)(2 * sums[k * rows + i] - in->total[k]) * in->scale[k] * half_to_float(u + 2 * r);
-            }
-            y[(size_t)t * matrix->rows + start + i] += sum;
+                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b / 8 * sign_bytes(job),
+                           in->step, in->count, sums);
+    const uint8_t *packed = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
+    float u[ROWS * BSTACK_RANK], total[ROWS];
+    for (int k = 0; k < rows * rank; k++) u[k] = half_to_float(packed + 2 * (size_t)k);
+    for (int t = 0; t < job->tokens; t++) {
+        memset(total, 0, sizeof total);
+        for (int r = 0; r < rank; r++) {
+            const int k = t * rank + r;
+            const int64_t *sum = sums + k * rows;
+            for (int i = 0; i < rows; i++) total[i] += (float)(2 * sum[i] - in->total[k]) * in->scale[k] * u[i * rank + r];
         }
+        float *to = y + (size_t)t * matrix->rows + start;
+        for (int i = 0; i < rows; i++) to[i] += total[i];
+    }
 }
 
 /* One part: some rows of one matrix, all blocks of it. */
@@ -145,9 +161,9 @@ static void multiply_rows(void *argument, int part) {
     const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
+    bstack_direct_multiply(&job->direct, which, start, stop - start, y);
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
-        bstack_direct_multiply(&job->direct, which, i, rows, y);
         for (int level = 0; level < matrix->count; level++)
             if (matrix->kind[level] == BSTACK_TRELLIS)
                 add_trellis(job, matrix, level, i, rows, y, sums);
@@ -161,16 +177,21 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     size_t at = 0;
 #define TAKE(pointer, bytes) ((pointer) = (void *)(memory ? memory + at : NULL), at += round_up((bytes), GROUP))
     const size_t t = (size_t)job->tokens, n = (size_t)job->columns, count = (size_t)job->count;
-    TAKE(job->turned, sizeof(float) * t * n);
-    TAKE(job->scratch, sizeof(int16_t) * t * n);
+    job->steps = 1;
+    for (size_t i = 0; i < count; i++)
+        if (memchr(job->matrices[i].kind, BSTACK_SIGN, (size_t)job->matrices[i].count)) job->steps = 1 + job->count;
+    TAKE(job->turned, sizeof(float) * t * (size_t)job->steps * n);
+    TAKE(job->scratch, sizeof(int16_t) * t * (size_t)job->steps * round_up(n, GROUP));
     TAKE(job->first, sizeof(int) * (count + 1));
     TAKE(job->rows, sizeof(int) * count);
     TAKE(job->sign, sizeof(*job->sign) * count);
     int trellis = 0;
     for (size_t i = 0; i < count; i++)
         for (int level = 0; level < job->matrices[i].count; level++) {
-            struct operands found = {.step = code_bytes(job->columns, job->matrices[i].kind[level]), .count = job->tokens};
-            if (job->matrices[i].kind[level] == BSTACK_TRELLIS) {
+            const int kind = job->matrices[i].kind[level];
+            struct operands found = {.step = groups_of(job->columns, kind), .count = job->tokens};
+            found.step *= kind == BSTACK_TRELLIS ? OPERAND : sign_bytes(job);
+            if (kind == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
             } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {
                 continue;
@@ -180,7 +201,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             TAKE(found.codes, found.step * (size_t)found.count);
             TAKE(found.scale, sizeof(float) * (size_t)found.count);
             TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
-            if (job->matrices[i].kind[level] == BSTACK_TRELLIS)
+            if (kind == BSTACK_TRELLIS)
                 job->trellis = found;
             else if (memory)
                 job->sign[i][level] = found;
@@ -240,7 +261,7 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
         job.x = x + (size_t)done * (size_t)job.columns;
         for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)taken[i].rows;
         const int parts = share_out(&job);
-        bstack_parallel(prepare, &job, job.tokens);
+        bstack_parallel(prepare, &job, job.tokens * job.steps);
         bstack_parallel(multiply_rows, &job, parts);
     }
     const int problem = !memory;

@@ -68,8 +68,8 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
         int b = start;
         for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, deep, table, sum);
         if (b < stop) {
-            uint8_t rest[(EARLIER + 1) * WIDE] = {0};
-            for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * WIDE, codes + b + (size_t)e * stride, (size_t)(stop - b));
+            uint8_t rest[(EARLIER + 1) * WIDE];
+            copy_rest(rest, WIDE, codes + b, stride, stop - b);
             trellis_step(rest, WIDE, inputs_of(x, b), step, deep, table, sum);
         }
         UNROLL
@@ -98,6 +98,12 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_neon = {"neon", arrange, trellis, sign, NULL, &bstack_spqr_neon};
+const struct kernels bstack_neon = {
+    .name = "neon",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = sign,
+    .spqr = &bstack_spqr_neon,
+};
 
 #endif

@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+enum { TOGETHER = 16 }; /* tokens rotated by one thread at a time */
+
 /* Signs of the first inputs, as their sign bits; later ones are computed. Written before any thread reads it. */
 enum { KEPT = 16384 };
 static uint32_t kept_signs[KEPT];
@@ -24,7 +26,7 @@ enum { READY = KEPT };
 enum { READY = 0 };
 #endif
 
-static void flip(float *x, int columns) {
+EACH_CPU static void flip(float *x, int columns) {
     const int ready = columns < READY ? columns : READY;
     uint32_t bits;
     for (int j = 0; j < ready; j++) {
@@ -40,7 +42,7 @@ static void flip(float *x, int columns) {
 }
 
 /* Hadamard transform of blocks of `size`, a power of two, then division by its square root. */
-static void hadamard(float *x, int columns, int size) {
+EACH_CPU static void hadamard(float *x, int columns, int size) {
     for (int half = 1; half < size; half *= 2) {
         if (half == 1 && size >= 4) { /* two steps at once: loops this short are not vectorised */
             for (int j = 0; j < columns; j += 4) {
@@ -66,11 +68,24 @@ static void hadamard(float *x, int columns, int size) {
     for (int j = 0; j < columns; j++) x[j] *= scale;
 }
 
-void bstack_rotate(float *x, int tokens, int columns) {
-    for (int t = 0; t < tokens; t++, x += columns) {
-        flip(x, columns);
-        hadamard(x, columns, columns & -columns);
+struct rows {
+    float *x;
+    int tokens, columns;
+};
+
+static void rotate_some(void *argument, int part) {
+    const struct rows *rows = argument;
+    const int start = part * TOGETHER, stop = start + TOGETHER < rows->tokens ? start + TOGETHER : rows->tokens;
+    float *x = rows->x + (size_t)start * (size_t)rows->columns;
+    for (int t = start; t < stop; t++, x += rows->columns) {
+        flip(x, rows->columns);
+        hadamard(x, rows->columns, rows->columns & -rows->columns);
     }
+}
+
+void bstack_rotate(float *x, int tokens, int columns) {
+    struct rows rows = {x, tokens, columns};
+    bstack_parallel(rotate_some, &rows, (tokens + TOGETHER - 1) / TOGETHER);
 }
 
 void bstack_unrotate(float *x, int tokens, int columns) {
@@ -80,7 +95,7 @@ void bstack_unrotate(float *x, int tokens, int columns) {
     }
 }
 
-float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
+EACH_CPU float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
     /* As unsigned numbers, absolute values stand in their own order, infinities and NaN last: a loop that vectorises. */
     uint32_t top = 0;
     for (int j = 0; j < columns; j++) {

@@ -8,7 +8,8 @@ enum {
     TILE = 16,       /* rows of a tile; inputs of a subtile, of which a group has 1, 2, 4 or 8 */
     STATISTICS = 20, /* bytes at the end of a tile: scale codes, zero codes, four halves */
     PLANES = 32,     /* bytes of 16 inputs: their high bytes, then their low ones, both signed, code = 256 high + low */
-    DIRECT_TOKENS = 8, /* tokens taken at once, at most */
+    DIRECT_ROWS = 32,  /* rows taken at once, at most: two tiles */
+    DIRECT_TOKENS = 8, /* tokens */
     LANES = 16,      /* partial sums of a row's outliers */
 };
 
@@ -60,7 +61,8 @@ struct direct {
     const struct bstack_matrix *matrices;
     int count, tokens, columns, used; /* used: some matrix has such a block */
     int16_t *codes;                   /* tokens x columns */
-    float *plain;                     /* the same as floats, which outliers read */
+    int16_t *own;                     /* tokens x width: room for the codes in another order */
+    size_t width;
     float *scale;                     /* of each token */
     struct ordered {                  /* of a dense part: the codes in its order */
         uint8_t *planes;              /* of each token, `step` bytes apart */
@@ -73,23 +75,25 @@ struct direct {
 size_t bstack_direct_lay_out(struct direct *direct, uint8_t *memory, size_t at);
 /* Fill them for one token, x its inputs. */
 void bstack_direct_prepare(struct direct *direct, int token, const float *x);
-/* Set rows start to start + rows - 1 of the product with matrix `which` to what its blocks of SpQR contribute. */
+/* Set rows start to start + rows - 1 of the product with matrix `which` to what its blocks of SpQR contribute; start is a
+ * multiple of DIRECT_ROWS. Block after block: so the inputs, which outliers read out of order, stay in the nearest cache. */
 void bstack_direct_multiply(const struct direct *direct, int which, int start, int rows, float *y);
 
 /* Bytes of a row, on average. */
 size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level);
-/* Add a row to out, as floats. */
-void bstack_dense_add_row(const struct bstack_matrix *matrix, int level, int row, float *out);
+/* Add rows to out, as floats. */
+void bstack_dense_add_rows(const struct bstack_matrix *matrix, int level, int row, int rows, float *out);
 void bstack_outliers_add_row(const struct bstack_matrix *matrix, int level, int row, float *out);
 
-/* One instruction set. Tokens stand `step` bytes or floats apart, results of a token 16 apart; each adds to `out`. */
+/* One instruction set. Results are added to out[token * DIRECT_ROWS + row]. */
 struct spqr_kernels {
-    /* One row tile: from 0, for each group in turn, add scale (sum code x - zero sum x), every operation rounded by itself. */
-    void (*dense)(const struct dense *dense, const uint8_t *tiles, const struct ordered *x, int tokens, float *out);
-    /* Some rows, from the one that `pointer` stands at: value x, outlier l in lane l mod 16 of its row, then the upper
-     * half of the lanes added to the lower, four times. */
-    void (*outliers)(const struct outliers *outliers, const uint8_t *pointer, int rows, const float *x, size_t step,
-                     int tokens, float *out);
+    /* `tall` row tiles, 1 or 2, from the one at `tiles` on. For each row: from 0, for each group in turn, add
+     * scale (sum code x - zero sum x), every operation rounded by itself. `out` has room for two. */
+    void (*dense)(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out);
+    /* Some rows, of one token: the first begins at pointer[0]; from there on stand `value` and `given`, which has inputs as
+     * codes, and room for 16 more. Outlier l of a row goes to lane l mod 16; then the upper half of the lanes is added to
+     * the lower, four times. */
+    void (*outliers)(const uint8_t *pointer, int rows, const uint8_t *value, const int16_t *given, float *out);
 };
 
 #endif

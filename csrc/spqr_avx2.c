@@ -103,7 +103,7 @@ INLINE void half_tile(const struct dense *dense, int bits, int upper, const uint
     }
     UNROLL
     for (int t = 0; t < deep; t++) {
-        float *to = out + (first + t) * TILE + upper * EIGHT;
+        float *to = out + (first + t) * DIRECT_ROWS + upper * EIGHT;
         _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), total[t]));
     }
 }
@@ -116,42 +116,42 @@ INLINE void row_tile(const struct dense *dense, int bits, const uint8_t *tiles, 
     }
 }
 
-static void dense(const struct dense *dense, const uint8_t *tiles, const struct ordered *x, int tokens, float *out) {
-    if (dense->bits == 4)
-        row_tile(dense, 4, tiles, x, tokens, out);
-    else
-        row_tile(dense, 3, tiles, x, tokens, out);
+static void dense(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out) {
+    for (; tall; tall--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
+        if (dense->bits == 4)
+            row_tile(dense, 4, tiles, x, tokens, out);
+        else
+            row_tile(dense, 3, tiles, x, tokens, out);
 }
 
 /* Add the products of 16 outliers to their lanes. */
-INLINE void add_products(const uint8_t *index, const uint8_t *value, const float *x, __m256 *lanes) {
+INLINE void add_products(const uint8_t *value, const int16_t *given, __m256 *lanes) {
     UNROLL
     for (int half = 0; half < 2; half++) {
         const __m128i bits = _mm_loadu_si128((const __m128i *)value + half);
         const __m256 factor = _mm256_set_m128(from_halves(_mm_srli_si128(bits, 8)), from_halves(bits));
-        const __m256i at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)index + half));
-        lanes[half] = _mm256_add_ps(lanes[half], _mm256_mul_ps(factor, _mm256_i32gather_ps(x, at, 4)));
+        const __m256i x = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)given + half));
+        lanes[half] = _mm256_add_ps(lanes[half], _mm256_mul_ps(factor, _mm256_cvtepi32_ps(x)));
     }
 }
 
-static void outliers(const struct outliers *outliers, const uint8_t *pointer, int rows, const float *x, size_t step,
-                     int tokens, float *out) {
+static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, const int16_t *given, float *out) {
     for (int i = 0; i < rows; i++, pointer += 4) {
-        const size_t start = load_32(pointer), count = load_32(pointer + 4) - start, whole = count / LANES * LANES;
-        const uint8_t *index = outliers->index + 2 * start, *value = outliers->value + 2 * start;
-        uint8_t last_index[2 * LANES] = {0}, last_value[2 * LANES] = {0}; /* what is missing there adds zeros */
-        memcpy(last_index, index + 2 * whole, 2 * (count - whole));
-        memcpy(last_value, value + 2 * whole, 2 * (count - whole));
-        for (int t = 0; t < tokens; t++) {
-            const float *in = x + (size_t)t * step;
-            __m256 lanes[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-            for (size_t k = 0; k < whole; k += LANES) add_products(index + 2 * k, value + 2 * k, in, lanes);
-            if (whole < count) add_products(last_index, last_value, in, lanes);
-            const __m256 eight = _mm256_add_ps(lanes[0], lanes[1]);
-            const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-            const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            out[t * TILE + i] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+        const size_t count = load_32(pointer + 4) - load_32(pointer);
+        __m256 lanes[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        size_t k = 0;
+        for (; k + LANES <= count; k += LANES) add_products(value + 2 * k, given + k, lanes);
+        if (k < count) {
+            uint8_t last[2 * LANES] = {0}; /* what is missing adds zeros */
+            memcpy(last, value + 2 * k, 2 * (count - k));
+            add_products(last, given + k, lanes);
         }
+        const __m256 eight = _mm256_add_ps(lanes[0], lanes[1]);
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        out[i] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+        value += 2 * count;
+        given += count;
     }
 }
 

@@ -8,7 +8,7 @@ static int code_of(const uint8_t *subtile, int bits, int row, int j) {
     return (subtile[bit] >> 2 * (j / 4) & 3) | (subtile[64 + 8 * (j / 4) + bit / 8] >> bit % 8 & 1) << 2;
 }
 
-static void dense(const struct dense *dense, const uint8_t *tile, const struct ordered *x, int tokens, float *out) {
+static void row_tile(const struct dense *dense, const uint8_t *tile, const struct ordered *x, int tokens, float *out) {
     const int inputs = dense->subtiles * TILE;
     const size_t subtile_bytes = (size_t)dense->bits * 32;
     float total[TILE * DIRECT_TOKENS] = {0};
@@ -34,23 +34,24 @@ static void dense(const struct dense *dense, const uint8_t *tile, const struct o
                 total[t * TILE + r] += scale * ((float)sum[t] - zero * x->sums[t * dense->groups + g]);
         }
     }
-    for (int k = 0; k < TILE * tokens; k++) out[k] += total[k];
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < TILE; r++) out[t * DIRECT_ROWS + r] += total[t * TILE + r];
 }
 
-static void outliers(const struct outliers *outliers, const uint8_t *pointer, int rows, const float *x, size_t step,
-                     int tokens, float *out) {
-    for (int i = 0; i < rows; i++, pointer += 4)
-        for (int t = 0; t < tokens; t++) {
-            const float *in = x + (size_t)t * step;
-            const uint32_t start = load_32(pointer), stop = load_32(pointer + 4);
-            float lane[LANES] = {0};
-            for (uint32_t k = start; k < stop; k++)
-                lane[(k - start) % LANES] +=
-                    half_to_float(outliers->value + 2 * (size_t)k) * in[load_16(outliers->index + 2 * (size_t)k)];
-            for (int half = LANES / 2; half; half /= 2)
-                for (int l = 0; l < half; l++) lane[l] += lane[l + half];
-            out[t * TILE + i] += lane[0];
-        }
+static void dense(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out) {
+    for (; tall; tall--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
+        row_tile(dense, tiles, x, tokens, out);
+}
+
+static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, const int16_t *given, float *out) {
+    for (int i = 0; i < rows; i++, pointer += 4) {
+        float lane[LANES] = {0};
+        const uint32_t count = load_32(pointer + 4) - load_32(pointer);
+        for (uint32_t k = 0; k < count; k++, value += 2) lane[k % LANES] += half_to_float(value) * (float)*given++;
+        for (int half = LANES / 2; half; half /= 2)
+            for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+        out[i] += lane[0];
+    }
 }
 
 const struct spqr_kernels bstack_spqr_portable = {dense, outliers};

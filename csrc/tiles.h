@@ -51,6 +51,12 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
         }                                                                                 \
     }
 
+/* The last `left` bytes of the code rows of one row, as rows of `wide` bytes that end in zeros. */
+INLINE void copy_rest(uint8_t *rest, int wide, const uint8_t *codes, size_t stride, int left) {
+    memset(rest, 0, (size_t)((EARLIER + 1) * wide));
+    for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * wide, codes + (size_t)e * stride, (size_t)left);
+}
+
 /* Where the code bytes of a row from b on find the inputs of their first quarter, for codes in their plain order. */
 INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
     return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;

@@ -4,6 +4,7 @@ import pytest
 import tiny_models
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from bstack.models.cache import GrowingLayer, growing_cache
 
@@ -46,13 +47,25 @@ def test_every_operation_between_updates():
     assert ours.get_seq_length() == theirs.get_seq_length() == 0
 
 
-def test_appending_does_not_move_what_is_there():
-    layer = GrowingLayer()
-    layer.update(*states(10, 0))
-    address = layer.keys.data_ptr()
-    for seed in range(5):
-        layer.update(*states(1, seed))
-    assert layer.keys.data_ptr() == address
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_appending_does_not_move_what_is_there(mode):
+    with mode():
+        layer = GrowingLayer()
+        layer.update(*states(10, 0))
+        address = layer.keys.data_ptr()
+        for seed in range(5):
+            layer.update(*states(1, seed))
+        assert layer.keys.data_ptr() == address
+
+
+def test_a_cache_made_under_inference_mode_goes_on_outside():
+    with torch.inference_mode():
+        ours, theirs = GrowingLayer(), DynamicLayer()
+        for layer in (ours, theirs):
+            layer.update(*states(10, 0))
+    for layer in (ours, theirs):
+        layer.update(*states(2, 1))
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
 @pytest.mark.parametrize("name", list(tiny_models.ARCHITECTURES))

@@ -20,8 +20,8 @@ import bstk
 from bstack.codecs import SignCodec, TrellisCodec
 from bstack.kernels import reference
 from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes
-from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, quantise, rotate
-from bstack.kernels.native import CHOICES, library
+from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
+from bstack.kernels.native import CHOICES, library, pointer
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.table import TABLE
 from bstack.numerics import rotation
@@ -203,7 +203,7 @@ def test_close_to_the_dense_product(codec):
     matrix = Matrix.of(m, n, [(b.kind.code, b.rank, b.payload) for b in blocks])
     y = torch.from_numpy(multiply(matrix, x[:8].numpy())).double()
     expected = x[:8].double() @ dense.t()
-    assert float((y - expected).norm() / expected.norm()) < 1e-4
+    assert float((y - expected).norm() / expected.norm()) < (1e-4 if codec.name == "trellis" else 4e-4)
     if codec.name == "trellis":
         turned = rotation.rotate(x[:8].double())
         bound = 2e-5 * turned.abs().amax(1, keepdim=True) * rotation.rotate(dense).abs().sum(1) + 1e-6
@@ -230,7 +230,7 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
         for name in INSTRUCTIONS:
             library().bstack_use(name.encode())
             for kind in (TRELLIS, SIGN):
-                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop)), name
+                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, (kind,), start, stop)), name
             assert same(lookup(matrix, index), reference.lookup(matrix, index)), name
     finally:
         library().bstack_use(before)
@@ -238,7 +238,7 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 12, 100, 576, 4096, 16384, 20000])
 def test_rotation_is_that_of_the_codec(columns):
-    x = inputs(np.random.default_rng(columns), 2, columns)
+    x = inputs(np.random.default_rng(columns), 37, columns)
     expected = rotation.rotate(torch.from_numpy(x).double()).numpy()
     assert np.abs(rotate(x) - expected).max() <= 1e-6 * np.abs(expected).max()
     assert same(rotate(x), reference.rotate(x))
@@ -249,7 +249,8 @@ def test_rotation_is_that_of_the_codec(columns):
 @needs_kernels
 def test_quantisation_is_that_of_the_reference(values, limit):
     x = np.array([values], np.float32)
-    codes, scale = quantise(x, limit)
+    codes = np.empty(x.shape, np.int16)
+    scale = np.array([library().bstack_quantise(pointer(x), x.shape[1], limit, pointer(codes))], np.float32)
     expected, expected_scale = reference.quantise(x, limit)
     assert (codes == expected).all() and np.array_equal(scale, expected_scale, equal_nan=True)
     if np.isfinite(scale).all() and np.abs(x).max() >= 1e-30:
@@ -316,7 +317,7 @@ def test_bad_calls_are_refused():
             matrix.put(1, kind, rank, 0)
     with pytest.raises(ValueError, match="level is 16"):
         matrix.put(16, TRELLIS, 2, 0)
-    with pytest.raises(ValueError, match="block 0 has 3 bytes; one of 4 x 8 has 22"):
+    with pytest.raises(ValueError, match="a block has 3 bytes; one of 4 x 8, kind 4, has 22"):
         Matrix.of(4, 8, [(TRELLIS, 2, b"abc")])
 
 

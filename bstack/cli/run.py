@@ -94,7 +94,7 @@ def command(
         raise bstk.UsageError(f"{file} holds no tokenizer, so it reads no text. bstack.load in Python gives the model alone.")
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
-        with following(model, say) if mb == AUTO else nullcontext():
+        with following(model, tell=say) if mb == AUTO else nullcontext():
             written = write_text(
                 model, tokenizer, ids, _discard if as_json else _print, seed=seed, max_new_tokens=max_new_tokens,
                 do_sample=drawing, **options,

@@ -9,7 +9,10 @@ import numpy as np
 
 from bstack.kernels.spqr import Outliers, dense_bytes, outlier_bytes
 
-__all__ = ["BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put", "kind_bits"]
+__all__ = [
+    "BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put",
+    "kind_bits",
+]  # fmt: skip
 
 # Kinds by their codes in the container (format/SPEC.md, section 6).
 SIGN, TRELLIS, SPQR, OUTLIERS = 3, 4, 5, 6
@@ -47,7 +50,7 @@ class Matrix(ctypes.Structure):
         ("block", ctypes.c_void_p * BLOCKS),
     ]
 
-    def put(self, level: int, kind: int, rank: int, address: int, payload: bytes | np.ndarray | None = None) -> None:
+    def put(self, level: int, kind: int, rank: int, address: int, *, checked: bool = False) -> None:
         """Say where the block of a level lies; `count` stays as it is.
 
         Parameters
@@ -60,15 +63,15 @@ class Matrix(ctypes.Structure):
             1 to 16 for a sign block; 2, the bits of a code, for a trellis block; bits and group of an SpQR block; 0 for outliers.
         address : int
             Of the block's bytes, which the caller keeps alive and unchanged.
-        payload : bytes or array of uint8, optional
-            The same bytes, to be checked. Blocks of kind `SPQR` and `OUTLIERS` need it: they say where to read.
+        checked : bool
+            `check_block` has found nothing wrong with these bytes. Blocks of kind `SPQR` and `OUTLIERS`, which say where to
+            read, are not taken without it.
 
         Raises
         ------
         ValueError
-            As `check_block`.
         """
-        check_put(self.rows, self.columns, level, kind, rank, payload)
+        check_put(self.rows, self.columns, level, kind, rank, checked)
         self.kind[level], self.rank[level], self.block[level] = kind, rank, address
 
     @classmethod
@@ -85,7 +88,8 @@ class Matrix(ctypes.Structure):
         matrix = cls(rows, columns)
         matrix._kept = [np.frombuffer(payload, np.uint8).copy() for _, _, payload in blocks]
         for level, ((kind, rank, _), bytes_) in enumerate(zip(blocks, matrix._kept, strict=True)):
-            matrix.put(level, kind, rank, bytes_.ctypes.data, bytes_)
+            check_block(rows, columns, kind, rank, bytes_)
+            matrix.put(level, kind, rank, bytes_.ctypes.data, checked=True)
         matrix.count = len(blocks)
         return matrix
 
@@ -103,16 +107,13 @@ def kind_bits(kinds: Iterable[int]) -> int:
     return sum(1 << kind for kind in kinds)
 
 
-def check_put(rows: int, columns: int, level: int, kind: int, rank: int, payload: bytes | np.ndarray | None) -> None:
-    """Raise ValueError for a block that a matrix cannot take; see `Matrix.put`."""
+def check_put(rows: int, columns: int, level: int, kind: int, rank: int, checked: bool) -> None:
+    """Raise ValueError for a block that a matrix does not take; see `Matrix.put`."""
     if not 0 <= level < BLOCKS:
         raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
-    if payload is not None:
-        check_block(rows, columns, kind, rank, payload)
-    elif kind in (SPQR, OUTLIERS):
-        raise ValueError(f"level {level} of kind {kind} without its bytes, which say where to read.")
-    else:
-        block_bytes(rows, columns, kind, rank)
+    block_bytes(rows, columns, kind, rank)
+    if kind in (SPQR, OUTLIERS) and not checked:
+        raise ValueError(f"a block of kind {kind} that has not been checked; it says where to read. Call check_block first.")
 
 
 def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes | np.ndarray) -> None:

@@ -12,16 +12,16 @@ from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, 
 from bstack.kernels.native import pointer
 from bstack.kernels.selftest import trusted_library
 
-__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "quantise", "rotate"]
+__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "rotate"]
 
 
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     """y = x W^T for few tokens, without building W.
 
-    Inputs are rounded to 16 bits, with one scale a token. For trellis blocks y_i differs from the product in real
-    numbers by at most ``2e-5 * max_j |x_j| * sum_j |W_ij|``, both rotated; for a rank of a sign block by as much, with
-    ``x_j V_jr`` for x_j and ``U_ir`` for W_ij. Relative to the norm of y that is typically 3e-5 for trellis blocks and
-    1e-4 for sign blocks.
+    Inputs are rounded, with one scale a token: to 16 bits for trellis blocks, to 14 for sign blocks. For trellis blocks y_i
+    differs from the product in real numbers by at most ``2e-5 * max_j |x_j| * sum_j |W_ij|``, both rotated; for a rank of
+    a sign block by four times as much, with ``x_j V_jr`` for x_j and ``U_ir`` for W_ij. Relative to the norm of y that is
+    typically 3e-5 for trellis blocks and 2e-4 for sign blocks.
 
     A token's result is the same bits whatever else is in the call, for any number of threads and on any CPU.
 
@@ -162,25 +162,6 @@ def rotate(x: np.ndarray) -> np.ndarray:
     turned = np.array(x, np.float32, order="C")
     native.bstack_rotate(pointer(turned), *turned.shape)
     return turned
-
-
-def quantise(x: np.ndarray, limit: int = reference.LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Codes, int16, and scales, float32, of rows of inputs: see `bstack.kernels.reference.quantise`.
-
-    Raises
-    ------
-    ValueError
-        For an x that is not float32 of two dimensions.
-    """
-    _check(x, x.shape[-1] if x.ndim else 0)
-    native = trusted_library()
-    if native is None:
-        return reference.quantise(x, limit)
-    x = np.ascontiguousarray(x)
-    codes, scale = np.empty(x.shape, np.int16), np.empty(len(x), np.float32)
-    for row in range(len(x)):
-        scale[row] = native.bstack_quantise(pointer(x[row]), x.shape[1], limit, pointer(codes[row]))
-    return codes, scale
 
 
 def _check(x: np.ndarray, columns: int) -> None:

@@ -11,10 +11,12 @@ from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix
 from bstack.kernels.spqr import ROWS, Dense, Outliers
 from bstack.kernels.table import TABLE
 
-__all__ = ["LIMIT", "decode_rows", "lookup", "multiply", "quantise", "rotate", "unrotate"]
+__all__ = ["LIMIT", "SIGN_LIMIT", "decode_rows", "lookup", "multiply", "quantise", "rotate", "unrotate"]
 
 # Largest code of a quantised input: its high byte and its low byte, taken as signed, both fit 8 bits.
 LIMIT = 32639
+# Of one of a sign block: so do those of a sum of four.
+SIGN_LIMIT = 8159
 EARLIER = 3
 
 
@@ -85,7 +87,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
                 bits, u, v = _sign(matrix, level)
                 total = np.zeros_like(y)
                 for r in range(matrix.rank[level]):
-                    total += _Operand(x * v[:, r]).sums(bits * np.int8(2) - np.int8(1)) * u[:, r]
+                    total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits * np.int8(2) - np.int8(1)) * u[:, r]
                 y += total
     return y
 
@@ -107,8 +109,8 @@ def _direct(matrix: Matrix, x: np.ndarray) -> np.ndarray:
 
 
 class _Operand:
-    def __init__(self, x: np.ndarray):
-        self.codes, self.scale = quantise(x)
+    def __init__(self, x: np.ndarray, limit: int = LIMIT):
+        self.codes, self.scale = quantise(x, limit)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Exact sums over the columns, as floats times the scale; in float64, which holds integers below 2**53."""

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["LANES", "ROWS", "WIDEST", "Dense", "Outliers", "dense_bytes", "form_of", "outlier_bytes", "rank_of"]
+__all__ = [
+    "GROUPS", "LANES", "ROWS", "WIDEST", "Dense", "Outliers", "dense_bytes", "form_of", "outlier_bytes", "rank_of",
+]  # fmt: skip
 
 # Rows of a tile; inputs of a subtile, the unit that groups are made of.
 ROWS = 16

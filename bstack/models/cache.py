@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
     def advance(self, tokens: int) -> None:
         """Count tokens that were written into the buffers behind those that are there."""
         stop = self.get_seq_length() + tokens
-        self.keys, self.values = (buffer[..., :stop, :] for buffer in self._buffers)
+        self.keys, self.values = (buffer.narrow(-2, 0, stop) for buffer in self._buffers)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -60,9 +60,18 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
     def _owns(self, tensor: torch.Tensor, which: int) -> bool:
-        """Whether a tensor is the start of its buffer."""
-        buffer = self._buffers[which] if self._buffers else None
-        return buffer is not None and tensor._base is buffer and tensor.data_ptr() == buffer.data_ptr()
+        """Whether a tensor is the start of its buffer, and the buffer may be written to."""
+        if self._buffers is None:
+            return False
+        buffer = self._buffers[which]
+        # Compared by memory: under torch.inference_mode a view does not know its base. Nor can what was made under it be
+        # written to outside.
+        return (
+            tensor.data_ptr() == buffer.data_ptr()
+            and tensor.stride() == buffer.stride()
+            and tensor.shape[:-2] == buffer.shape[:-2]
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+        )
 
 
 def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How much memory a model gets: a number, what is free at the start, or what is free at any time."""
+"""How much memory a model gets: what is free at the start, what is free at any time, or what a function says."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from decimal import Decimal
 from typing import Any
 
 import bstk
+from bstack.errors import reason
 from bstack.memory.free import free_memory
 from bstack.runtime.load import residence_of
 from bstack.runtime.memory import default_margin
 from bstack.runtime.policy import first_budget
+from bstack.runtime.repeat import INTERVAL, Repeating, warn
+from bstack.runtime.residence import Residence
 from bstack.runtime.watch import Watcher
 
 __all__ = ["following", "free_budget"]
@@ -29,24 +32,48 @@ def free_budget() -> tuple[Decimal | None, str]:
     return Decimal(first_budget(memory, margin)) / bstk.MB, words
 
 
-def following(model: Any, tell: Callable[[str], None]) -> Watcher:
-    """A watcher that resizes a model as memory becomes scarce or free, for the length of a `with` block.
+def following(
+    model: Any,
+    budget: Callable[[], int | float | str | Decimal | None] | None = None,
+    *,
+    tell: Callable[[str], None] = warn,
+) -> Repeating:
+    """Resize a model while it runs, for the length of a `with` block, in a thread of its own.
+
+    >>> with bstack.following(model):                  # doctest: +SKIP
+    ...     model.generate(**inputs)                   # as large as the machine's memory allows
+    >>> with bstack.following(model, lambda: my_mb):   # doctest: +SKIP
+    ...     model.generate(**inputs)                   # as large as you say
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         From ``bstack.load(..., mode="stack")``.
+    budget : callable, optional
+        Asked twice a second for a budget in MB, as `bstack.resize` takes one. By default the memory of the machine is watched
+        (docs/running.md).
     tell : callable
-        Receives warnings, one line each.
+        Receives warnings, one line each; by default a RuntimeWarning.
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    bstk.UsageError
+        The model has dense weights, or no function is given and the system does not tell how much memory is free.
     """
     residence = residence_of(model)
+    if budget is not None:
+        return _Asking(residence, budget, tell)
     file = residence.file
 
-    def resize(budget: int) -> None:
+    def resize(size: int) -> None:
         # Not waiting: while it grows the watcher goes on watching, and may change its mind.
         if error := residence.state.error:
             tell(f"The model could not grow: {error}")
-        residence.resize(Decimal(budget) / bstk.MB, wait=False)
+        residence.resize(Decimal(size) / bstk.MB, wait=False)
 
     return Watcher(
         resize,
@@ -55,3 +82,24 @@ def following(model: Any, tell: Callable[[str], None]) -> Watcher:
         largest=file.fit(None).budget,
         tell=tell,
     )
+
+
+class _Asking(Repeating):
+    """Gives a model the size that a function says."""
+
+    def __init__(self, residence: Residence, budget: Callable[[], Any], tell: Callable[[str], None]):
+        super().__init__(INTERVAL, tell)
+        self._residence, self._budget = residence, budget
+        self._last: Any = self  # no budget yet
+
+    def look(self, now: float) -> None:
+        if error := self._residence.state.error:
+            self._say(error, f"The model could not grow: {error}")
+        # Whatever the function does, the thread goes on with the next answer.
+        try:
+            wanted = self._budget()
+            if wanted != self._last:
+                self._last = wanted
+                self._residence.resize(wanted, wait=False)
+        except Exception as error:
+            self._say(reason(error), f"The model keeps its size: {reason(error)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 import warnings
 import weakref
@@ -85,8 +86,11 @@ class _Fast:
         self._turn = threading.Lock()  # one step at a time: the decoder holds the addresses of one cache
         self._cache: weakref.ref[Any] | None = None
         self._addresses: list[int] = []
-        self._modules = list(model.modules())
-        self._children = [(parent, name, child) for parent in self._modules for name, child in parent.named_children()]
+        # What `_as_loaded` looks at for every token, in lists that are compared without a step of Python for each module.
+        modules = list(model.modules())
+        children = [(parent._modules, name, child) for parent in modules for name, child in parent.named_children()]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._parents, self._names, self._children = zip(*children, strict=True)
         self._signature = inspect.signature(self._slow)
 
         @functools.wraps(self._slow)  # `generate` reads the signature
@@ -151,8 +155,8 @@ class _Fast:
         return (
             not (config.output_hidden_states or config.output_attentions)
             and config.return_dict
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
-            and all(parent._modules.get(name) is child for parent, name, child in self._children)
+            and not any(self._hooks)
+            and all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
             and self._model.dtype == torch.float32
         )
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 from bstack.numerics.rotation import unrotate
 from bstack.runtime.gate import Gate
@@ -53,6 +53,7 @@ class Blocks:
 
     def __init__(self, parts: Sequence[Matrix], gate: Gate):
         self.parts = list(parts)
+        self._starts = np.cumsum([0, *(part.rows for part in parts[:-1])])
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
         self.gate = gate
@@ -68,7 +69,7 @@ class Blocks:
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_many_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.zeros(x.shape[0], self.rows)
+        y = torch.empty(x.shape[0], self.rows)
         turned = torch.from_numpy(rotate(x.numpy()))
         step = max(1, DECODED // self.columns)
         decoded = np.empty((min(step, self.rows), self.columns), np.float32)
@@ -77,31 +78,33 @@ class Blocks:
             for start in range(0, part.rows, step):
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
-                for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
+                before = 0  # nothing has been written to this place
+                for kinds, inputs in (((TRELLIS,), turned), (PLAIN, x)):
                     with self.gate.step_back():
-                        if kind not in part.kind[: part.count]:
+                        if not set(kinds) & set(part.kind[: part.count]):
                             continue
-                        weights = decode_rows(part, kind, start, stop, decoded[: stop - start])
-                    place.addmm_(inputs, torch.from_numpy(weights).t())
+                        weights = decode_rows(part, kinds, start, stop, decoded[: stop - start])
+                    place.addmm_(inputs, torch.from_numpy(weights).t(), beta=before)
+                    before = 1
+                if not before:
+                    place.zero_()
             offset += part.rows
         return y
 
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
         check_index(flat, self.rows)
-        found = torch.empty(flat.numel(), self.columns)
-        offset = 0
-        for part in self.parts:
-            inside = ((flat >= offset) & (flat < offset + part.rows)).nonzero().squeeze(1)
-            if inside.numel():
-                with self.gate.step_back():
-                    found[inside] = torch.from_numpy(lookup(part, (flat[inside] - offset).numpy()))
-            offset += part.rows
-        return found.to(dtype).reshape(*index.shape, self.columns)
+        flat, found = flat.numpy(), np.empty((flat.numel(), self.columns), np.float32)
+        which = np.searchsorted(self._starts, flat, side="right") - 1
+        for number in np.unique(which).tolist():
+            inside = which == number
+            with self.gate.step_back():
+                found[inside] = lookup(self.parts[number], flat[inside] - self._starts[number])
+        return torch.from_numpy(found).to(dtype).reshape(*index.shape, self.columns)
 
     def dense(self) -> torch.Tensor:
         def whole(part: Matrix) -> torch.Tensor:
-            turned, plain = (torch.from_numpy(decode_rows(part, kind, 0, part.rows)) for kind in (TRELLIS, SIGN))
+            turned, plain = (torch.from_numpy(decode_rows(part, kinds, 0, part.rows)) for kinds in (TRELLIS, PLAIN))
             return unrotate(turned) + plain
 
         with self.gate.step_back():

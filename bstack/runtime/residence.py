@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import bstk
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
-from bstack.runtime.slabs import Slabs
+from bstack.runtime.slabs import Room, Slabs
 from bstk.errors import UsageError
 
 __all__ = ["Residence", "Resident"]
 
-# Chunks read and decoded ahead, by as many threads as there are usually free processors for it.
+# Threads that read and decode blocks, as many as there are usually free processors for it.
 READERS = 2
+# Bytes of blocks that one of them fills at a time, or one block.
+RUN = 2**20
+
+_Run = list[tuple[int, bstk.Chunk]]
 
 
 @dataclass(frozen=True)
@@ -178,33 +183,52 @@ class Residence:
         self._count = count
 
     def _grow(self, growth: _Growth) -> None:
-        missing = [(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count]
-        try:
-            for (number, chunk), payload in zip(missing, self._payloads(missing, growth.stop), strict=False):
-                matrix = self._places[chunk.name]
-                # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
-                matrix.put(chunk.level, chunk.kind.code, chunk.rank, self._slabs.push(payload))
-                matrix.count = chunk.level + 1
-                self._count = number + 1
-            if not growth.stop.is_set():
-                self._count = growth.count
-        except Exception as error:  # kept for whoever waits, or asks
-            growth.error = error
-
-    def _payloads(self, missing: list[tuple[int, bstk.Chunk]], stop: threading.Event) -> Iterator[bytes]:
-        """Raw bytes of chunks in order, read and decoded a little ahead; ends early when growth is to stop."""
-        pending: deque[Future[bytes]] = deque()
-        upcoming = iter(missing)
+        runs = _runs([(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count])
+        pending: deque[tuple[_Run, list[Room], Future[None]]] = deque()
+        kept = len(self._slabs)
         with ThreadPoolExecutor(READERS, thread_name_prefix="bstack-read") as pool:
             try:
-                while not stop.is_set():
-                    for _, chunk in upcoming:
-                        pending.append(pool.submit(self.file.read, chunk))
-                        if len(pending) > READERS:
-                            break
+                while not growth.stop.is_set():
+                    for run in islice(runs, 2 * READERS - len(pending)):
+                        rooms = [self._slabs.reserve(chunk.raw_length) for _, chunk in run]
+                        pending.append((run, rooms, pool.submit(self._fill, run, rooms, growth.stop)))
                     if not pending:
-                        return
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+                        self._count = growth.count
+                        break
+                    run, rooms, filled = pending.popleft()
+                    filled.result()
+                    if growth.stop.is_set():
+                        break  # the run may not be filled
+                    for (number, chunk), room in zip(run, rooms, strict=True):
+                        matrix = self._places[chunk.name]
+                        # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
+                        # The file has checked what blocks say of where to read.
+                        matrix.put(chunk.level, chunk.kind.code, chunk.rank, room.address, checked=True)
+                        matrix.count = chunk.level + 1
+                        self._count = number + 1
+                    kept += len(run)
+            except Exception as error:  # kept for whoever waits, or asks
+                growth.error = error
+            for _, _, filled in pending:
+                filled.cancel()
+        self._slabs.pop(len(self._slabs) - kept)
+
+    def _fill(self, run: _Run, rooms: list[Room], stop: threading.Event) -> None:
+        for (_, chunk), room in zip(run, rooms, strict=True):
+            if stop.is_set():
+                return
+            room.write(self.file.read(chunk))
+
+
+def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:
+    """Neighbours together, so that a small block does not cost a task of its own."""
+    run: _Run = []
+    size = 0
+    for number, chunk in blocks:
+        run.append((number, chunk))
+        size += chunk.raw_length
+        if size >= RUN:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["HostMemory", "Memory", "Slabs"]
+__all__ = ["HostMemory", "Memory", "Room", "Slabs"]
 
 SLAB = 16 * 2**20
 # Of a block: a cache line, which suits vector loads.
@@ -28,8 +28,8 @@ class Memory(Protocol):
     size: int
     address: int
 
-    def write(self, start: int, block: memoryview) -> None:
-        """Copy a block to `start`."""
+    def write(self, start: int, block: bytes) -> None:
+        """Copy a block to `start`. Several threads may write at a time, each to a place of its own."""
 
     def give_back(self, start: int, stop: int) -> None:
         """Return what can be returned of a range that is not used any more."""
@@ -53,11 +53,11 @@ class HostMemory:
             self._map = mmap.mmap(-1, self.size, **_PRIVATE)
         except OSError as error:
             raise MemoryError(f"no memory for {size} bytes of blocks: {error.strerror}") from None
-        self._view = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._first = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(self._first)
 
-    def write(self, start: int, block: memoryview) -> None:
-        self._view[start : start + block.nbytes] = block
+    def write(self, start: int, block: bytes) -> None:
+        ctypes.memmove(self.address + start, block, len(block))  # lets other threads of Python run meanwhile
 
     def give_back(self, start: int, stop: int) -> None:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -66,7 +66,7 @@ class HostMemory:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
-        self._view.release()
+        del self._first  # a mapping that something points into cannot be closed
         self._map.close()
 
 
@@ -75,6 +75,34 @@ class _Slab:
     memory: Memory
     used: int = 0
     blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a block of a stack lies, or will.
+
+    Attributes
+    ----------
+    address : int
+        A multiple of 64.
+    """
+
+    address: int
+    _memory: Memory
+    _start: int
+    _length: int
+
+    def write(self, block: bytes) -> None:
+        """Put the block there; from any thread, while nobody drops it.
+
+        Raises
+        ------
+        ValueError
+            The block has another length than the room was made for.
+        """
+        if len(block) != self._length:
+            raise ValueError(f"a block of {len(block)} bytes in a room of {self._length}.")
+        self._memory.write(self._start, block)
 
 
 class Slabs:
@@ -101,25 +129,23 @@ class Slabs:
         """Address space taken; pages that no block has touched are not in memory."""
         return sum(slab.memory.size for slab in self._slabs)
 
-    def push(self, block: bytes) -> int:
-        """Copy a block on top of the stack and return its address, a multiple of 64.
+    def reserve(self, length: int) -> Room:
+        """Make room for a block of so many bytes on top of the stack; it counts as a block from now on.
 
         Raises
         ------
         MemoryError
             There is none left.
         """
-        source = memoryview(block).cast("B")
         top = self._slabs[-1] if self._slabs else None
-        if top is None or top.used + source.nbytes > top.memory.size:
-            top = _Slab(self._memory(max(source.nbytes, self._size)))
+        if top is None or top.used + length > top.memory.size:
+            top = _Slab(self._memory(max(length, self._size)))
             self._slabs.append(top)
         start = top.used
-        top.memory.write(start, source)
-        top.used = -(-(start + source.nbytes) // ALIGNMENT) * ALIGNMENT
+        top.used = -(-(start + length) // ALIGNMENT) * ALIGNMENT
         top.blocks += 1
         self._starts.append(start)
-        return top.memory.address + start
+        return Room(top.memory.address + start, top.memory, start, length)
 
     def pop(self, count: int) -> None:
         """Drop the uppermost blocks and give their memory back. Their addresses must not be used any more."""

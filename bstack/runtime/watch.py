@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-import time
-import warnings
 from collections.abc import Callable
-from types import TracebackType
 
 from bstack.errors import reason
 from bstack.memory.free import Memory, free_memory
 from bstack.runtime.memory import default_margin
 from bstack.runtime.policy import QUIET, STEP, Policy
+from bstack.runtime.repeat import INTERVAL, Repeating, warn
 from bstk.errors import UsageError
 
-__all__ = ["INTERVAL", "Watcher"]
+__all__ = ["Watcher"]
 
-# Seconds between two readings; one takes about a millisecond.
-INTERVAL = 0.5
 MB = 2**20
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-class Watcher:
+class Watcher(Repeating):
     """Keep a model as large as memory allows for the length of a `with` block.
 
     Parameters
@@ -44,7 +35,7 @@ class Watcher:
     step : int
         Bytes of the least worthwhile growth.
     interval : float
-        Seconds between two readings.
+        Seconds between two readings; one takes about a millisecond.
     read : callable
         Returns a `Memory`, or None where the system does not tell.
     tell : callable
@@ -69,7 +60,7 @@ class Watcher:
         step: int = STEP,
         interval: float = INTERVAL,
         read: Callable[[], Memory | None] = free_memory,
-        tell: Callable[[str], None] = _warn,
+        tell: Callable[[str], None] = warn,
     ):
         memory = read()
         if memory is None:
@@ -77,41 +68,14 @@ class Watcher:
                 "This system does not tell how much memory is free, so the model cannot follow it. Give a fixed size, "
                 "such as --mb 500."
             )
-        self._resize, self._weights, self._read, self._tell = resize, weights, read, tell
-        self._interval = interval
+        super().__init__(interval, tell)
+        self._resize, self._weights, self._read = resize, weights, read
         self._policy = Policy(
             smallest, largest, default_margin(memory) if margin is None else margin, quiet=quiet, step=step
         )
-        self._told: set[str] = set()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Watcher:
-        self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="bstack-watcher", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End the thread; waits for a resize that is under way, so that the model can be closed afterwards."""
-        self._stopped.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
-            self.look(time.monotonic())
 
     def look(self, now: float) -> None:
-        """Read once and resize if that is due; what the thread does at each interval.
-
-        Parameters
-        ----------
-        now : float
-            Seconds on a clock that never goes back.
-        """
+        """Read once and resize if that is due."""
         # Whatever goes wrong, the thread must go on, and nothing may be lost in silence.
         try:
             memory = self._read()
@@ -137,8 +101,3 @@ class Watcher:
                 f"{self._policy.smallest / MB:,.2f} MB, does not leave the margin of {self._policy.margin / MB:,.0f} MB. "
                 "It stays in use; end other programs.",
             )
-
-    def _say(self, key: str, message: str) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            self._tell(message)

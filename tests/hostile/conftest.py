@@ -1,4 +1,5 @@
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,5 @@ def serve(monkeypatch):
     """Start a server: ``serve(data, attribute=value)``."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)
-    running = []
-
-    def start(data, **attributes):
-        server = RangeServer(data, **attributes)
-        running.append(server)
-        return server.__enter__()
-
-    yield start
-    for server in running:
-        server.__exit__()
+    with ExitStack() as servers:
+        yield lambda data, **attributes: servers.enter_context(RangeServer(data, **attributes))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import bstk
+from jobs import Job, fresh
 
 CALLS = ("write", "fsync", "ftruncate", "replace", "unlink", "mkdir", "rmdir")
 SMALL = 4096  # a write of no more than this is not torn: it is one page
@@ -60,6 +64,29 @@ def counted(steps: Steps) -> Iterator[Steps]:
         _AUDITED.remove(steps)
         for name, original in originals.items():
             setattr(os, name, original)
+
+
+def refusals(job: Job, folder: Path, code: int, at: Iterable[int]) -> Iterator[tuple[int, Exception]]:
+    """Do the job once for each of `at`, the change that the disk refuses with the error `code`, until it makes fewer changes.
+
+    Yields the change and the error where the job ended in one. After each the old file or the new one is whole, and the
+    same job again gets through.
+    """
+
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    for step in at:
+        fresh(job, folder)
+        with counted(Steps(step, refuse)) as steps:
+            try:
+                job.run(folder)
+            except (bstk.BstkError, OSError) as error:
+                yield step, error
+        if steps.count < step:
+            return
+        job.check_stopped(folder)
+        job.repeat(folder)
 
 
 _AUDITED: list[Steps] = []

@@ -1,12 +1,11 @@
 """Compressing on a disk that refuses the n-th change: an error that says so, the old file, and a resumption to the same bytes."""
 
 import errno
-import os
 
 import bstk
 import jobs
 import pytest
-from steps import Steps, counted
+from steps import refusals
 
 EVERY = 17  # of the steps; all of them take minutes
 
@@ -18,22 +17,9 @@ def job(tiny_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_every_change_may_be_refused(job, tmp_path, code):
-    def refuse():
-        raise OSError(code, os.strerror(code))
-
     expected = bstk.ResourceError if code == errno.ENOSPC else bstk.OutputError
-    refused = 0
-    for step in range(1 + (code == errno.EIO), 1000, EVERY):
-        folder = jobs.fresh(job, tmp_path / "folder")
-        with counted(Steps(step, refuse)) as steps:
-            try:
-                job.run(folder)
-            except (bstk.BstkError, OSError) as error:
-                # The command ends with the same code for both.
-                assert isinstance(error, expected) or getattr(error, "errno", None) == code, (step, error)
-                refused += 1
-        if steps.count < step:
-            break
-        job.check_stopped(folder)
-        job.repeat(folder)
-    assert refused >= 5
+    refused = list(refusals(job, tmp_path / "folder", code, range(1 + (code == errno.EIO), 1000, EVERY)))
+    for step, error in refused:
+        # The command ends with the same code for both.
+        assert isinstance(error, expected) or getattr(error, "errno", None) == code, (step, error)
+    assert len(refused) >= 5

@@ -6,7 +6,7 @@ import os
 import bstk
 import jobs
 import pytest
-from steps import Steps, counted
+from steps import refusals
 
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
 JOBS = ["truncate", "truncate in place", "grow", "grow whole"]
@@ -20,23 +20,10 @@ def job(good, request):
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("job", JOBS, indirect=True)
 def test_every_change_may_be_refused(job, tmp_path, code):
-    def refuse():
-        raise OSError(code, os.strerror(code))
-
-    refused = 0
-    for step in range(1, 200):
-        folder = jobs.fresh(job, tmp_path / "folder")
-        with counted(Steps(step, refuse)) as steps:
-            try:
-                job.run(folder)
-            except bstk.BstkError as error:
-                assert isinstance(error, CODES[code]) and jobs.OUT in error.args[0], step
-                refused += 1
-        if steps.count < step:
-            break
-        job.check_stopped(folder)
-        job.repeat(folder)
-    assert refused >= 3
+    refused = list(refusals(job, tmp_path / "folder", code, range(1, 200)))
+    for step, error in refused:
+        assert isinstance(error, CODES[code]) and jobs.OUT in error.args[0], step
+    assert len(refused) >= 3
 
 
 class FaultySource:

@@ -1,4 +1,5 @@
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,8 @@ def vector(tmp_path):
 @pytest.fixture
 def serve():
     """Start a server: ``serve(data, attribute=value)``."""
-    running = []
-
-    def start(data, **attributes):
-        server = RangeServer(data, **attributes)
-        running.append(server)
-        return server.__enter__()
-
-    yield start
-    for server in running:
-        server.__exit__()
+    with ExitStack() as servers:
+        yield lambda data, **attributes: servers.enter_context(RangeServer(data, **attributes))
 
 
 @pytest.fixture(autouse=True)

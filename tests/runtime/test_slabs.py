@@ -17,6 +17,12 @@ def at(address, length):
     return ctypes.string_at(address, length)
 
 
+def push(slabs, block):
+    room = slabs.reserve(len(block))
+    room.write(block)
+    return room.address
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=9000), st.integers(1, 8)), max_size=40))
 def test_a_stack_of_blocks(steps):
@@ -28,11 +34,19 @@ def test_a_stack_of_blocks(steps):
             slabs.pop(step)
             del kept[len(kept) - step :]
         else:
-            kept.append((slabs.push(step), step))
+            kept.append((push(slabs, step), step))
         assert len(slabs) == len(kept)
         assert all(at(address, len(block)) == block and address % ALIGNMENT == 0 for address, block in kept)
     slabs.pop(len(kept))
     assert slabs.mapped_bytes == 0
+
+
+def test_a_room_takes_its_own_block_only():
+    slabs = Slabs(4096)
+    room = slabs.reserve(10)
+    for length in (0, 9, 11):
+        with pytest.raises(ValueError, match="room of 10"):
+            room.write(bytes(length))
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole slabs only")
@@ -40,7 +54,7 @@ def test_dropped_blocks_leave_the_process():
     slabs = Slabs()
     block = bytes(range(256)) * 4096 * 3  # 3 MB
     for _ in range(40):
-        slabs.push(block)
+        push(slabs, block)
     full = resident_bytes()
     slabs.pop(13)  # in the middle of a slab
     freed = full - resident_bytes()

@@ -23,7 +23,7 @@ from bstack.calibration.sensitivity import layer_parameters, output_sensitivity
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import open_text, token_windows
-from bstack.codecs.spqr import Damped, SpqrCodec, code_columns, damped
+from bstack.codecs.spqr import OUTLIER_COST, Damped, SpqrCodec, code_columns, damped
 from bstack.measure.divergence import divergence
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
@@ -80,7 +80,7 @@ def half_precision_statistics(
     """As `code_columns`, but scale and zero point of each group in 16 bits each."""
     order, most = trusted.order, 2**bits - 1
     original = weight[:, order].t().contiguous()
-    kept = torch.where(apart, 0.02, 1.0)[:, order].t().contiguous()
+    kept = torch.where(apart, OUTLIER_COST / most**2, 1.0)[:, order].t().contiguous()
     errors, dense = torch.empty_like(original), torch.empty_like(original)
     added = torch.empty_like(original)
     for start in range(0, len(order), group):

@@ -43,8 +43,9 @@ PLANES = 2
 MOST_PLANES = 14  # a stack has 16 blocks
 # Of the mean of the second moment's diagonal, as in GPTQ.
 DAMPING = 0.01
-# What an outlier's error counts in its group's fit, against other weights: it is made up for, but not in the dense part alone.
-OUTLIER_COST = 0.02
+# What an outlier's error counts in its group's fit, against other weights, times the square of the largest code: it is made up
+# for, but not in the dense part alone. What leaving it out costs there, over what it brings, grows with that square.
+OUTLIER_COST = 4.5
 # Scales tried for each row and group, the nearest of the eight, and zero points with each of them.
 SCALES, ZEROS = 4, 3
 ROUNDS = 2
@@ -251,7 +252,7 @@ def code_columns(
     # Rows in whole tiles: the last one again, without weight.
     rows = torch.arange(-(-m // ROWS) * ROWS).clamp_max(m - 1)
     original = weight[rows][:, order].t().contiguous()
-    kept = torch.where(apart, OUTLIER_COST, 1.0)[rows][:, order].t().contiguous()
+    kept = torch.where(apart, OUTLIER_COST / most**2, 1.0)[rows][:, order].t().contiguous()
     share = _bounded(importance)
     share = share[rows] / share.mean()
     share[m:] = 0

@@ -23,7 +23,8 @@ from bstack.calibration.sensitivity import layer_parameters, output_sensitivity
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import open_text, token_windows
-from bstack.codecs.spqr import OUTLIER_COST, Damped, SpqrCodec, code_columns, damped
+from bstack.codecs.spqr import SpqrCodec
+from bstack.codecs.spqr_columns import OUTLIER_COST, Damped, code_columns
 from bstack.measure.divergence import divergence
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton

@@ -6,7 +6,8 @@ import pytest
 import spqr_oracle
 import torch
 from bstack.codecs import codec_of_kind, make_codec
-from bstack.codecs.spqr import SpqrCodec, damped
+from bstack.codecs.spqr import SpqrCodec
+from bstack.codecs.spqr_columns import damped
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors

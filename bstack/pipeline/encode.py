@@ -117,11 +117,12 @@ def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any
     output i per token), in nats per token; its error is tr(R H R^T) / tr(W H W^T) after it.
     """
     with torch.no_grad():  # grad mode belongs to the thread
-        weight = matrix.weight.contiguous()
+        task = matrix.task
+        weight = task[0]
         before = output_errors(weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        for level, block in enumerate(codec.encode(*matrix.task)):
+        for level, block in enumerate(codec.encode(*task)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {

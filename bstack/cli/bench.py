@@ -47,7 +47,7 @@ class Parsed(click.ParamType):
 @click.option("--against", type=Parsed("rtn,gptq:3,...", "bstack.measure.baselines.choice", "parse_against"),
               help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
-              help="Text to calibrate gptq on; by default what the file was calibrated on.")
+              help="Text to calibrate gptq and spqr on; by default what the file was calibrated on.")
 @click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.")
 @click.option("--no-speed", is_flag=True, help="Skip the speed tests.")
 @click.option("--no-quality", is_flag=True, help="Skip everything that needs a text.")
@@ -102,8 +102,8 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
         raise click.UsageError("--against quantises the original: name it with --original MODEL.")
     if given["code"] and not given["trust_remote_code"]:
         raise click.UsageError("--code names Python code to run. If you trust it, add --trust-remote-code.")
-    if given["calibration"] and not any(choice.method == "gptq" for choice in given["against"] or ()):
-        raise click.UsageError("--calibration is for --against gptq; nothing else here is calibrated.")
+    if given["calibration"] and not any(choice.method != "rtn" for choice in given["against"] or ()):
+        raise click.UsageError("--calibration is for --against gptq and spqr; nothing else here is calibrated.")
     if as_json and csv_path == "-":
         raise click.UsageError("--json and --csv - both want standard output. Give --csv a file.")
     for path in filter(None, (plot, csv_path)):

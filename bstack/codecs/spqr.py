@@ -14,38 +14,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec, Task
+from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damped
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.matrix import TRELLIS as TRELLIS_CODE
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import GROUPS, ROWS, WIDEST, Dense, Outliers, dense_bytes, outlier_bytes, rank_of
+from bstack.kernels.spqr import GROUPS, ROWS, WIDEST, Outliers, dense_bytes, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
-from bstack.numerics.feedback import factorise
-from bstack.numerics.groups import LEVELS, Coded, code_group, fit_groups, fit_levels, refit_groups
 from bstack.numerics.outliers import outlier_scores
 from bstack.numerics.rotation import unrotate
-from bstack.numerics.shrinkage import shrinkage
 from bstack.settings import Settings
 
-__all__ = ["Damped", "SpqrCodec", "code_columns", "damped"]
+__all__ = ["SpqrCodec"]
 
 # Share of the weights that the paper keeps apart, at most.
 AUTO_SHARE = 0.01
 PLANES = 2
 MOST_PLANES = 14  # a stack has 16 blocks
-# Of the mean of the second moment's diagonal, as in GPTQ.
-DAMPING = 0.01
-# Scales tried for each row and group, the nearest of the eight, and zero points with each of them.
-SCALES, ZEROS = 4, 3
-ROUNDS = 2
 # Thresholds are numbered by this many to an octave, from 2^-LOWEST on.
 TO_AN_OCTAVE, LOWEST = 1024, 200
 PLACES = 2 * LOWEST * TO_AN_OCTAVE
@@ -123,7 +116,7 @@ class SpqrCodec(Codec):
         for task in tasks:
             shapes.append(tuple(task[0].shape))
             _check_width(shapes[-1])
-            counts += np.bincount(self._places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
+            counts += np.bincount(self.outlier_places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
         return SpqrCodec(
             self.bits, self.group, None if self.bpw is not None else self.outliers, self.bpw, self.planes,
             _threshold(counts, self._allowed(shapes)),
@@ -134,7 +127,7 @@ class SpqrCodec(Codec):
     ) -> Iterator[Block]:
         shape = tuple(weight.shape)
         _check_width(shape)
-        places, trusted = self._places(weight, moment, tokens, importance)
+        places, trusted = self.outlier_places(weight, moment, tokens, importance)
         threshold = self.threshold
         if threshold is None:
             threshold = _threshold(np.bincount(places.reshape(-1).numpy(), minlength=PLACES), self._allowed([shape]))
@@ -159,14 +152,17 @@ class SpqrCodec(Codec):
             total += unrotate(torch.from_numpy(decode_rows(matrix, TRELLIS_CODE, 0, matrix.rows)))
         return total
 
-    def _places(
+    def outlier_places(
         self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> tuple[torch.Tensor, Damped]:
-        """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs)."""
+        """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs).
+
+        Parameters are those of `encode`. The second moment made ready comes with it.
+        """
         trusted = damped(moment, tokens)
         scores = outlier_scores(weight[:, trusted.order], trusted.cost, self.group, 2**self.bits - 1)
         # Half the importance, by token: the predicted divergence, in the same unit for all matrices of a layer.
-        scores *= (_bounded(importance) * (0.5 / max(tokens, 1)))[:, None]
+        scores *= (bounded(importance) * (0.5 / max(tokens, 1)))[:, None]
         numbers = ((scores.double().clamp_min(1e-300).log2() + LOWEST) * TO_AN_OCTAVE).clamp_(0, PLACES - 1).long()
         places = torch.empty_like(numbers)
         places[:, trusted.order] = numbers
@@ -186,173 +182,6 @@ class SpqrCodec(Codec):
                 f"{', or --bits 3' if self.bits == 4 else ''}."
             )
         return room // BYTES_OF_AN_OUTLIER
-
-
-class Damped(NamedTuple):
-    """A second moment made ready for feedback.
-
-    Attributes
-    ----------
-    order : torch.Tensor
-        Columns by falling second moment, int64, shape (inputs,).
-    factor : torch.Tensor
-        The feedback factor of the columns in that order (`factorise`), shape (inputs, inputs).
-    cost : torch.Tensor
-        What an error in each costs, shape (inputs,).
-    """
-
-    order: torch.Tensor
-    factor: torch.Tensor
-    cost: torch.Tensor
-
-
-def damped(moment: torch.Tensor, tokens: int) -> Damped:
-    """Shrink, order and factorise a second moment, float32, shape (inputs, inputs)."""
-    kept, ridge = shrinkage(moment, tokens)
-    order = moment.diagonal().argsort(stable=True, descending=True)
-    trusted = kept * moment[order][:, order]
-    damping = ridge + DAMPING * float(trusted.diagonal().mean())
-    return Damped(order, *factorise(trusted, damping if damping > 0 else 1.0))
-
-
-def code_columns(
-    weight: torch.Tensor, trusted: Damped, apart: torch.Tensor, importance: torch.Tensor, bits: int, group: int
-) -> tuple[Dense, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code all columns, group after group, each with the feedback of those before it.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        Float32, shape (outputs, inputs).
-    trusted : Damped
-    apart : torch.Tensor
-        True for outliers; bool, shape (outputs, inputs).
-    importance : torch.Tensor
-        Of the outputs, shape (outputs,); weighs the rows that share a second level.
-    bits, group : int
-
-    Returns
-    -------
-    dense : Dense
-    values : torch.Tensor
-        What `dense` stands for, float32, shape (outputs, inputs).
-    rows, columns : torch.Tensor
-        Places of the outliers, by row and then by column, int64.
-    added : torch.Tensor
-        What the outliers add there, float16.
-    """
-    m, n = weight.shape
-    order, most = trusted.order, 2**bits - 1
-    # Rows in whole tiles: the last one again, without weight.
-    rows = torch.arange(-(-m // ROWS) * ROWS).clamp_max(m - 1)
-    original = weight[rows][:, order].t().contiguous()
-    kept = (~apart)[rows][:, order].t().float().contiguous()
-    share = _bounded(importance)
-    share = share[rows] / share.mean()
-    share[m:] = 0
-    errors, dense, added = (torch.empty_like(original) for _ in range(3))
-    codes = np.zeros((len(rows), -(-n // group) * group), np.uint8)
-    small = np.zeros((2, len(rows), -(-n // group)), np.uint8)
-    levels = np.zeros((len(rows) // ROWS, -(-n // group), 4), np.float16)
-    for number, start in enumerate(range(0, n, group)):
-        here = slice(start, min(start + group, n))
-        target = original[here]
-        if start:
-            target = target + trusted.factor[:start, here].t() @ errors[:start]
-        found = _code(target, original[here], trusted.factor[here, here], trusted.cost[here], kept[here], share, most)
-        errors[here], dense[here], added[here] = found.coded.errors, found.coded.dense, found.coded.added
-        codes[:m, here] = found.coded.codes.t()[:m].to(torch.uint8).numpy()
-        small[:, :m, number] = found.numbers[:, :m].to(torch.uint8).numpy()
-        levels[:, number] = found.levels.numpy()
-    values, difference = torch.empty_like(weight), torch.empty_like(weight)
-    values[:, order], difference[:, order] = dense.t()[:m], added.t()[:m]
-    # An outlier that adds nothing needs no place.
-    places = ((difference != 0) & apart).nonzero(as_tuple=True)
-    packed = Dense(order.numpy(), codes, small[0], small[1], levels)
-    return packed, values, *places, difference[places].half()
-
-
-class _Found(NamedTuple):
-    coded: Coded
-    numbers: torch.Tensor
-    levels: torch.Tensor
-
-
-def _code(
-    target: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor, cost: torch.Tensor, kept: torch.Tensor,
-    share: torch.Tensor, most: int,
-) -> _Found:
-    """Code one group: fit it, quantise the fits of 16 rows together, try the nearest of those in earnest; then once more.
-
-    The second round starts from the codes of the first, and is kept for those tiles that it makes better.
-    """
-    best = None
-    scale, zero = fit_groups(target, cost, kept, most)
-    weighed = cost[:, None] * kept
-    mass = weighed.sum(0)
-    for turn in range(ROUNDS):
-        if turn:
-            wanted = target + factor.triu(1).t() @ best.coded.errors
-            scale, zero = refit_groups(wanted, best.coded.codes, weighed, scale)
-        # A relative error of the scale counts by the group's power, an error of the zero point by its mass.
-        power = (weighed * target.square()).sum(0) / scale.square()
-        wanted = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * share
-        levels = torch.stack(fit_levels(*map(_tiles, wanted)), 2).transpose(0, 1).flatten(1)
-        numbers, scales, zeros = _candidates(scale, zero, levels, most)
-        coded = code_group(target, weight, factor, cost, kept, scales, zeros, most)
-        choice = coded.cost.argmin(0)
-        chosen = coded.chosen(choice)
-        numbers = numbers.gather(1, choice.expand(2, 1, -1)).squeeze(1)
-        found = _Found(chosen, numbers, levels)
-        if best is not None:
-            better = (_tiles(share * chosen.cost).sum(1) < _tiles(share * best.coded.cost).sum(1))
-            by_row = better.repeat_interleave(ROWS)
-            mixed = Coded(*(torch.where(by_row, new, old) for new, old in zip(chosen, best.coded, strict=True)))
-            found = _Found(
-                mixed, torch.where(by_row, numbers, best.numbers), torch.where(better[:, None], levels, best.levels)
-            )
-        best = found
-    return best
-
-
-def _candidates(
-    scale: torch.Tensor, zero: torch.Tensor, levels: torch.Tensor, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The stored scales nearest to what each row wants, with the zero points that keep the middle of the range.
-
-    Returns
-    -------
-    numbers : torch.Tensor
-        Scale and zero codes, float32, shape (2, candidates, rows).
-    scales, zeros : torch.Tensor
-        What they stand for, float32, shape (candidates, rows).
-    """
-    base, step = (levels[:, i].float().repeat_interleave(ROWS) for i in (0, 1))
-    near = _near(scale, base, step, SCALES)
-    # As a decoder computes them: in float32, a product and a sum.
-    scales = base + step * near
-    wanted = most / 2 - (most / 2 - zero) * scale / torch.where(scales == 0, 1.0, scales)
-    base, step = (levels[:, i].float().repeat_interleave(ROWS) for i in (2, 3))
-    near_zero = _near(wanted, base, step, ZEROS).transpose(0, 1).flatten(0, 1)
-    near, scales = near.repeat_interleave(ZEROS, 0), scales.repeat_interleave(ZEROS, 0)
-    return torch.stack([near, near_zero]), scales, base + step * near_zero
-
-
-def _near(wanted: torch.Tensor, base: torch.Tensor, step: torch.Tensor, count: int) -> torch.Tensor:
-    """The codes of the nearest values base + step * code; float32, one more axis in front."""
-    place = (wanted - base) / torch.where(step == 0, 1.0, step)
-    first = (place - (count - 2) / 2).floor_() if count % 2 == 0 else (place - (count - 1) / 2).round_()
-    return first.clamp_(0, LEVELS - count) + torch.arange(count, dtype=torch.float32).reshape(-1, *[1] * wanted.dim())
-
-
-def _tiles(by_row: torch.Tensor) -> torch.Tensor:
-    return by_row.unflatten(-1, (-1, ROWS))
-
-
-def _bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Importance with none so small that its row would not count at all; 1 where there is none."""
-    mean = float(importance.mean())
-    return importance.clamp_min(1e-3 * mean) if mean > 0 else torch.ones_like(importance)
 
 
 def _threshold(counts: np.ndarray, allowed: int) -> int:

@@ -13,7 +13,7 @@ import bstk
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
 from bstack.errors import CalibrationError
-from bstack.measure.baselines.choice import Choice
+from bstack.measure.baselines.choice import CALIBRATED, Choice
 from bstack.measure.baselines.run import Baseline, Baselines
 from bstack.measure.reference import Reference
 from bstack.measure.results import Comparison, Point, Progress, frontier
@@ -61,7 +61,7 @@ class Against:
         ----------
         choices : sequence of Choice
         calibration : str or None
-            A text for GPTQ; None for what the file's metadata names.
+            A text for GPTQ and SpQR; None for what the file's metadata names.
 
         Raises
         ------
@@ -69,7 +69,7 @@ class Against:
             The text cannot be had, or is too short.
         """
         fitting = self._fitting(choices)
-        windows = self._calibration(calibration) if any(choice.method == "gptq" for choice in fitting) else None
+        windows = self._calibration(calibration) if any(choice.method in CALIBRATED for choice in fitting) else None
         found = []
         for method, bits, _ in fitting:
 
@@ -77,7 +77,7 @@ class Against:
                 with self._progress(f"{method} {bits} bits", self._runner.steps(method)) as step:
                     return [b.to_plain() for b in self._runner.measure(method, bits, windows, step)]
 
-            on = _hash(windows) if method == "gptq" else ""
+            on = _hash(windows) if method in CALIBRATED else ""
             found += [Baseline.from_plain(plain) for plain in self._rows.get(f"{method}:{bits}:{on}", run)]
         return found
 
@@ -102,7 +102,7 @@ class Against:
         smallest, full = self._file.smallest.file_bytes, self._file.fit().file_bytes
         fitting, left_out = [], []
         for choice in choices:
-            sizes = [size.file_bytes for size in self._runner.estimated_sizes(choice.bits)]
+            sizes = [size.file_bytes for size in self._runner.estimated_sizes(choice.method, choice.bits)]
             inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
             (fitting if choice.asked or inside else left_out).append(choice)
         if left_out:
@@ -126,12 +126,12 @@ class Against:
             if given is not None:
                 raise
             raise CalibrationError(
-                f"This file was calibrated on {source!r}, which is not here. GPTQ should have the same text: give it "
+                f"This file was calibrated on {source!r}, which is not here. Baselines should have the same text: give it "
                 "with --calibration FILE, or --calibration self."
             ) from error
         expected = settings.get("calibration_sha256")
         if (given is None or text.name == settings.get("calibration")) and expected not in (None, digest(text)):
-            self._notes.append(f"GPTQ was calibrated on {text.name}, whose text is not the one this file was calibrated on.")
+            self._notes.append(f"Baselines were calibrated on {text.name}, whose text is not the one this file was calibrated on.")
         return token_windows(text, self._tokenizer, samples, length, HELD_OUT)[:samples]
 
 

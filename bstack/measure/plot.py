@@ -20,8 +20,8 @@ __all__ = ["FORMATS", "check_plot", "save_plot"]
 
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-OURS, THEIRS, GREY = "#0072B2", {"gptq": "#D55E00", "rtn": "#009E73"}, "#555555"
-MARKERS = {"gptq": "s", "rtn": "^"}
+OURS, THEIRS, GREY = "#0072B2", {"gptq": "#D55E00", "rtn": "#009E73", "spqr": "#CC79A7"}, "#555555"
+MARKERS = {"gptq": "s", "rtn": "^", "spqr": "D"}
 # A baseline whose perplexity is so many times the worst of the file's sizes is not drawn.
 BROKEN = 4
 

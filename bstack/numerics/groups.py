@@ -36,7 +36,7 @@ def fit_groups(
     cost : torch.Tensor
         Of a squared error at each position, float32, shape (positions,).
     kept : torch.Tensor
-        1 where a weight counts, 0 for outliers; float32, shape (positions, rows).
+        How much a weight counts: 1, and less for outliers; float32, shape (positions, rows).
     most : int
         The largest code.
 
@@ -46,15 +46,13 @@ def fit_groups(
         Float32, shape (rows,); scale positive.
     """
     weight = cost[:, None] * kept
-    counts = kept > 0
-    high = target.masked_fill(~counts, -torch.inf).amax(0)
-    low = target.masked_fill(~counts, torch.inf).amin(0)
-    empty = ~counts.any(0)
-    high, low = high.masked_fill(empty, 0.0), low.masked_fill(empty, 0.0)
-    least = (torch.maximum(high.abs(), low.abs()) / (FARTHEST_ZERO * most)).clamp_min(TINY)
-    middle, half = (high + low) / 2, (high - low) / 2
-    # One more axis in front: the spans.
-    scale = torch.maximum(2 * half / most * torch.tensor(SPANS)[:, None], least)
+    apart = kept < 1
+    ranges = [_range(target, apart, most)]
+    if bool(apart.any()):
+        ranges.append(_range(target, torch.zeros_like(apart), most))
+    # One more axis in front: the ranges and the shares of them.
+    middle, half, least = torch.stack(ranges, 1).repeat_interleave(len(SPANS), 1)
+    scale = torch.maximum(2 * half / most * torch.tensor(SPANS * len(ranges))[:, None], least)
     zero = most / 2 - middle / scale
     best = None
     for step in range(REFITS + 1):
@@ -67,6 +65,16 @@ def fit_groups(
             scale = torch.maximum(scale, least)
     choice = best[0].argmin(0)[None]
     return best[1].gather(0, choice)[0], best[2].gather(0, choice)[0]
+
+
+def _range(target: torch.Tensor, without: torch.Tensor, most: int) -> torch.Tensor:
+    """Middle and half width of what each row's weights span, and the least scale; shape (3, rows)."""
+    high = target.masked_fill(without, -torch.inf).amax(0)
+    low = target.masked_fill(without, torch.inf).amin(0)
+    empty = high < low
+    high, low = high.masked_fill(empty, 0.0), low.masked_fill(empty, 0.0)
+    least = (torch.maximum(high.abs(), low.abs()) / (FARTHEST_ZERO * most)).clamp_min(TINY)
+    return torch.stack([(high + low) / 2, (high - low) / 2, least])
 
 
 def refit_groups(
@@ -146,7 +154,7 @@ class Coded(NamedTuple):
     errors : torch.Tensor
         Original weight less what is stored.
     cost : torch.Tensor
-        Of all errors of the group, given that later columns make up for them; shape (candidates, rows).
+        Of the dense part's errors, given that later columns make up for them, outliers as they count; shape (candidates, rows).
     """
 
     codes: torch.Tensor
@@ -185,7 +193,7 @@ def code_group(
     cost : torch.Tensor
         Of a squared error at each position, shape (positions,).
     kept : torch.Tensor
-        1, or 0 for outliers; float32, shape (positions, rows).
+        1, and less for outliers: how much the error counts that the dense part alone has there; float32, shape (positions, rows).
     scale, zero : torch.Tensor
         Float32, shape (candidates, rows). A scale may be 0.
     most : int
@@ -197,7 +205,7 @@ def code_group(
     added = torch.zeros(shape)
     total = torch.zeros_like(scale)
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    apart = (kept == 0).any(1).tolist()
+    apart = (kept < 1).any(1).tolist()
     for j in range(positions):
         wanted = target[j].expand_as(scale)
         if j:
@@ -207,8 +215,8 @@ def code_group(
         stored = dense[j]
         if apart[j]:
             difference = (wanted - stored).clamp_(-HALF_MAX, HALF_MAX).half().float()
-            added[j] = torch.where(kept[j] == 0, difference, 0.0)
+            added[j] = torch.where(kept[j] < 1, difference, 0.0)
             stored = stored + added[j]
         torch.sub(weight[j], stored, out=errors[j])
-        total.add_((wanted - stored).square_(), alpha=float(cost[j]))
+        total.add_((wanted - dense[j]).square_().mul_(kept[j]), alpha=float(cost[j]))
     return Coded(codes, dense, added, errors, total)

@@ -41,8 +41,8 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
     groups = -(-columns // group)
     missing = groups * group - columns
     if missing:
-        # Free of cost, and inside the range.
-        inside = weight[:, columns - group + missing :].mean(1, keepdim=True)
+        # Free of cost, and inside the range, also when the ends are gone.
+        inside = weight[:, columns - group + missing :].median(1, keepdim=True).values
         weight = torch.cat([weight, inside.expand(rows, missing)], 1)
         cost = torch.cat([cost, cost.new_zeros(missing)])
     values, places = weight.reshape(rows, groups, group).sort(2)

@@ -12,6 +12,7 @@ import torch
 
 import bstk
 from bstack.codecs import Codec
+from bstack.codecs.contract import Task
 from bstack.numerics.errors import output_errors
 from bstack.pipeline.workers import Pending, Workers
 from bstack.workdir import Part
@@ -56,6 +57,12 @@ class Matrix:
     sensitivity: torch.Tensor
     transposed: bool = False
     even: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What a codec takes."""
+        importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
+        return self.weight.contiguous(), self.moment, self.tokens, importance
 
 
 def encode(
@@ -113,11 +120,12 @@ def encode_arrays(arrays: dict[str, np.ndarray], values: dict[str, Any], codec: 
     """
     matrix = Matrix(**{name: _aligned(array) for name, array in arrays.items()}, **values)
     with torch.no_grad():  # grad mode belongs to the thread
-        before = output_errors(matrix.weight, matrix.moment)
+        task = matrix.task
+        weight = task[0]
+        before = output_errors(weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        importance = torch.ones(matrix.weight.shape[0]) if matrix.even else matrix.sensitivity
-        for level, block in enumerate(codec.encode(matrix.weight, matrix.moment, matrix.tokens, importance)):
+        for level, block in enumerate(codec.encode(*task)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from bstack.pipeline.encode import Matrix, add_dense, encode
 from bstack.pipeline.workers import Workers
 from bstack.workdir import WorkDirectory
 
-__all__ = ["compress_layers", "layer_part"]
+__all__ = ["compress_layers", "layer_matrices", "layer_part"]
 
 # Matrices below this are routers, gates and the like: next to nothing in bytes, and much in quality.
 LEAST_SIDE = 16
@@ -78,10 +78,13 @@ def _compress_layer(
         for name in skeleton.layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-        fitted = codec.for_layer(
-            (m.weight, m.moment, m.tokens, m.sensitivity) for m in _matrices(skeleton, stacked, table, sensitivity)
-        )
+        fitted = codec.for_layer(m.task for m in _matrices(skeleton, stacked, table, sensitivity))
         encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part, workers)
+
+
+def layer_matrices(skeleton: Skeleton, index: int, table: MomentTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
+    """The matrices of a loaded layer that become stacks, with what its statistics say of them."""
+    return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
 
 
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:

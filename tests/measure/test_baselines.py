@@ -158,7 +158,7 @@ def test_which_baselines():
     assert [tuple(c) for c in parse_against("rtn:4, gptq:3,rtn:4")] == [("rtn", 4, True), ("gptq", 3, True)]
     assert [(c.method, c.bits) for c in parse_against("gptq,rtn")] == [(m, b) for m in ("gptq", "rtn") for b in BITS[m]]
     assert not any(c.asked for c in parse_against("gptq"))
-    for bad in ("", "awq", "rtn,", "rtn:", "rtn:1", "rtn:9", "rtn:4.5", "rtn:-4", "GPTQ", "gptq:4:4", "gptq: 4"):
+    for bad in ("", "awq", "rtn,", "rtn:", "rtn:1", "rtn:9", "rtn:4.5", "rtn:-4", "GPTQ", "gptq:4:4", "gptq: 4", "spqr:2", "spqr:5"):
         with pytest.raises(bstk.UsageError, match="no baseline|no number of bits"):
             parse_against(bad)
 
@@ -262,3 +262,19 @@ def test_the_frontier_keeps_what_is_best_at_its_bytes():
 
     a, b, c, d, e = (Fake("m", 10, 5.0), Fake("m", 20, 6.0), Fake("m", 30, 2.0), Fake("m", 30, 1.0), Fake("n", 40, 9.0))
     assert frontier([c, b, e, a, d]) == [a, d, e]
+
+
+def test_spqr_models_improve_on_gptq(prepared):
+    from bstack.measure.baselines.run import Baselines
+
+    name, folder, skeleton, windows, reference = prepared
+    calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
+    with bstk.open(folder / "out.bstk") as file:
+        baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
+        first = baselines.measure("spqr", 3, calibration)
+        again = baselines.measure("spqr", 3, calibration)
+        gptq_ = baselines.measure("gptq", 3, calibration)
+    assert first == again
+    assert first[0].name == "spqr 3 bits, embeddings 8"
+    assert first[0].sizes.memory_bytes > gptq_[0].sizes.memory_bytes
+    assert first[0].quality.kld.value < gptq_[0].quality.kld.value, name

@@ -1,0 +1,398 @@
+"""The SpQR codec: layout against the specification, mathematics against float64 written out, promises of the contract."""
+
+import bstk
+import numpy as np
+import pytest
+import spqr_oracle
+import torch
+from bstack.codecs import codec_of_kind, make_codec
+from bstack.codecs.spqr import SpqrCodec
+from bstack.codecs.spqr_columns import damped
+from bstack.codecs.trellis import TrellisCodec
+from bstack.errors import CodecError
+from bstack.numerics.errors import output_errors
+from bstack.numerics.feedback import factorise
+from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
+from bstack.numerics.outliers import outlier_scores
+from bstack.settings import Settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
+    return x.t() @ x
+
+
+def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    """Weights with a few that stick out."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator)
+    return weight * torch.where(torch.rand(m, n, generator=generator) < 0.02, 8.0, 1.0)
+
+
+def blocks_of(codec, weight, h, importance=None, tokens=10**6):
+    importance = torch.ones(weight.shape[0]) if importance is None else importance
+    return list(codec.encode(weight, h, tokens, importance))
+
+
+def rebuilt(blocks, shape, depth=None) -> torch.Tensor:
+    some = blocks[:depth]
+    return codec_of_kind(some[0].kind).rebuild(
+        [b.payload for b in some], [b.kind for b in some], [b.rank for b in some], tuple(shape)
+    )
+
+
+# Layout
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("m", "n", "group"), [(1, 1, 16), (16, 16, 16), (17, 33, 16), (5, 70, 32), (40, 130, 64), (3, 100, 128)])
+def test_blocks_are_what_the_specification_says(m, n, group, bits):
+    weight = gaussian(m, n, m * n)
+    blocks = blocks_of(SpqrCodec(bits, group, outliers=0.05, planes=1), weight, moment(n))
+    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS]
+    assert [b.rank for b in blocks] == [group + bits, 0, 2]
+    for block in blocks:
+        length = block.kind.rule((m, n), "f16", block.rank)
+        assert len(block.payload) == length if isinstance(length, int) else len(block.payload) in length
+        if block.kind.check is not None:
+            block.kind.check(block.payload, (m, n))
+    dense = spqr_oracle.dense(blocks[0].payload, (m, n), group + bits)
+    assert (rebuilt(blocks, (m, n), 1).numpy() == dense).all()
+    both = dense + spqr_oracle.outliers(blocks[1].payload, (m, n))
+    assert (rebuilt(blocks, (m, n), 2).numpy() == both).all()
+    above = TrellisCodec.rebuild([blocks[2].payload], [bstk.TRELLIS], [2], (m, n)).numpy()
+    assert np.abs(rebuilt(blocks, (m, n)).numpy() - both - above).max() <= 1e-5 * np.abs(both).max()
+
+
+def test_columns_are_taken_by_falling_second_moment():
+    h = torch.diag(torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6]))
+    payload = blocks_of(SpqrCodec(planes=0), gaussian(4, 8), h)[0].payload
+    assert np.frombuffer(payload, "<u2", 8).tolist() == [5, 7, 4, 2, 0, 6, 1, 3]
+
+
+# The contract
+
+
+@given(
+    m=st.integers(1, 50), n=st.integers(1, 70), bits=st.sampled_from([3, 4]), group=st.sampled_from([16, 32]),
+    planes=st.integers(0, 2), share=st.sampled_from([0, 0.01, 0.2, 0.5]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bits, group, planes, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = gaussian(m, n, seed) * torch.rand(m, 1, generator=generator)
+    h = moment(n, seed % 1000)
+    blocks = blocks_of(SpqrCodec(bits, group, share, planes=planes), weight, h, torch.rand(m, generator=generator))
+    assert len(blocks) == 2 + planes
+    scale = float(output_errors(weight, h).sum())
+    before = scale
+    for depth, block in enumerate(blocks, 1):
+        error = output_errors(weight - rebuilt(blocks, (m, n), depth), h)
+        assert torch.allclose(error, block.row_errors, rtol=2e-2, atol=1e-5 * scale)
+        # An outlier of the whole may make the sum larger: the dense part's feedback counts on all of them.
+        assert float(error.sum()) <= before + 1e-5 * scale
+        before = float(error.sum())
+    assert before < (0.2 if bits == 3 else 0.1) * scale + 1e-12
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(8, 12), torch.full((8, 12), 3.0), torch.eye(16), torch.randn(8, 12) * 1e-20, torch.randn(8, 12) * 1e4],
+    ids=["zeros", "constant", "identity", "tiny", "huge"],
+)
+@pytest.mark.parametrize("h", ["plain", "zero", "one channel"])
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_degenerate_input_gives_finite_blocks(weight, h, share):
+    n = weight.shape[1]
+    matrix = {"plain": moment(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
+    codec = SpqrCodec(outliers=share, planes=1)
+    blocks = blocks_of(codec, weight, matrix, torch.zeros(weight.shape[0]))
+    values = rebuilt(blocks, weight.shape)
+    assert values.isfinite().all()
+    assert all(b.row_errors.isfinite().all() and (b.row_errors >= 0).all() for b in blocks)
+    if h == "plain":
+        assert float((rebuilt(blocks, weight.shape, 2) - weight).abs().max()) <= 0.4 * float(weight.abs().max()) + 1e-6
+
+
+def test_zero_tokens_and_an_empty_moment():
+    blocks = blocks_of(SpqrCodec(planes=1), gaussian(4, 20), torch.zeros(20, 20), tokens=0)
+    assert rebuilt(blocks, (4, 20)).isfinite().all()
+
+
+def test_weight_and_moment_stay_as_they_are_and_the_bytes_are_the_same():
+    weight, h = gaussian(40, 48), moment(48)
+    kept = weight.clone(), h.clone()
+    one, two = ([b.payload for b in blocks_of(SpqrCodec(), weight, h)] for _ in range(2))
+    assert one == two
+    assert torch.equal(weight, kept[0]) and torch.equal(h, kept[1])
+
+
+def test_a_group_is_quantised_far_better_than_one_scale_for_all():
+    """Gaussian weights, white inputs, no outliers: at least 22 dB with 4 bits and 15.5 dB with 3."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    for bits, least in ((4, 22), (3, 15.5)):
+        block = blocks_of(SpqrCodec(bits, outliers=0, planes=0), weight, torch.eye(256))[0]
+        assert 10 * np.log10(float(weight.square().sum() / block.row_errors.sum())) > least
+
+
+def test_feedback_pays_where_inputs_are_correlated():
+    n = 64
+    mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
+    x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
+    h = x.t() @ x
+    weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
+    codec = SpqrCodec(outliers=0, planes=0)
+    with_feedback = blocks_of(codec, weight, h)[0].row_errors.sum()
+    plain = weight - rebuilt(blocks_of(codec, weight, torch.diag(h.diagonal())), (256, n), 1)
+    assert float(with_feedback) < 0.75 * float(output_errors(plain, h).sum())
+
+
+def test_outliers_pay_where_weights_stick_out_and_the_dense_part_alone_stays_usable():
+    weight, h = gaussian(128, 128), moment(128)
+    none = float(blocks_of(SpqrCodec(outliers=0, planes=0), weight, h)[0].row_errors.sum())
+    dense, both = (float(b.row_errors.sum()) for b in blocks_of(SpqrCodec(outliers=0.02, planes=0), weight, h))
+    assert both < 0.7 * none
+    assert dense < 0.1 * float(output_errors(weight, h).sum())
+
+
+def test_a_weight_that_alone_decides_is_not_clipped():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight[5, 7] = 60
+    h = torch.diag(torch.where(torch.arange(64) == 7, 1e6, 1.0))
+    blocks = blocks_of(SpqrCodec(outliers=0.02, planes=0), weight, h)
+    dense = rebuilt(blocks, weight.shape, 1)
+    assert abs(float(dense[5, 7]) - 60) < 6
+    assert abs(float(rebuilt(blocks, weight.shape, 2)[5, 7]) - 60) < 0.02
+
+
+# A layer together
+
+
+def layer(seeds=(1, 2, 3)):
+    shapes = [(48, 64), (96, 64), (64, 112)]
+    return [
+        (gaussian(m, n, seed), moment(n, seed), 1000, torch.full((m,), 10.0**-seed))
+        for seed, (m, n) in zip(seeds, shapes, strict=True)
+    ]
+
+
+def outlier_count(blocks, rows):
+    return len(blocks[1].payload) // 4 - rows - 1
+
+
+@pytest.mark.parametrize(("bits", "bpw"), [(4, 5.9), (4, 6.5), (3, 4.9), (3, 8.0)])
+def test_bits_per_weight_are_met_from_below_everything_counted(bits, bpw):
+    tasks = layer()
+    codec = SpqrCodec(bits, bpw=bpw, planes=1).for_layer(iter(tasks))
+    blocks = [list(codec.encode(*task)) for task in tasks]
+    weights = sum(task[0].numel() for task in tasks)
+    used = 8 * sum(len(b.payload) for some in blocks for b in some[:2]) / weights
+    assert bpw - 0.05 < used <= bpw
+
+
+def test_the_share_is_that_of_the_layer_and_goes_where_it_matters():
+    tasks = layer()
+    codec = SpqrCodec(outliers=0.03, planes=0).for_layer(tasks)
+    counts = [outlier_count(list(codec.encode(*task)), len(task[0])) for task in tasks]
+    weights = [task[0].numel() for task in tasks]
+    assert 0.028 < sum(counts) / sum(weights) <= 0.03
+    assert counts[0] / weights[0] > counts[1] / weights[1] > counts[2] / weights[2]
+
+
+def test_without_a_layer_each_matrix_has_the_share():
+    for task in layer():
+        count = outlier_count(list(SpqrCodec(outliers=0.02, planes=0).encode(*task)), len(task[0]))
+        assert 0.018 < count / task[0].numel() <= 0.02
+
+
+def test_no_outliers_is_none():
+    task = layer()[0]
+    assert outlier_count(list(SpqrCodec(outliers=0, planes=0).encode(*task)), len(task[0])) == 0
+
+
+def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
+    with pytest.raises(CodecError, match=r"take 5\.\d+ bits per weight without any outlier.*or --bits 3"):
+        SpqrCodec(4, bpw=4.7).for_layer(layer())
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bits": 2}, "3 or 4"),
+        ({"group": 20}, "16, 32, 64, 128"),
+        ({"planes": -1}, "0 to 14"),
+        ({"planes": 15}, "0 to 14"),
+        ({"outliers": 0.6}, "0 to 0.5, or auto"),
+        ({"outliers": -0.1}, "0 to 0.5, or auto"),
+        ({"outliers": float("nan")}, "0 to 0.5, or auto"),
+        ({"outliers": "some"}, "0 to 0.5, or auto"),
+        ({"bpw": 4.6}, r"4.625 bits per weight, so --bpw takes more.*Or give --bits 3"),
+        ({"bits": 3, "bpw": 3.6}, r"3.625 bits"),
+        ({"bpw": float("nan")}, "up to 16"),
+        ({"bpw": 17.0}, "up to 16"),
+        ({"bpw": 5.0, "outliers": 0.01}, "give one"),
+        ({"rank": 4}, "--codec sign"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, words):
+    with pytest.raises(CodecError, match=words):
+        make_codec(Settings(codec="spqr", **given))
+
+
+@pytest.mark.parametrize("codec", ["trellis", "sign"])
+@pytest.mark.parametrize("given", [{"bits": 4}, {"group": 16}, {"outliers": "auto"}, {"bpw": 5.0}])
+def test_other_codecs_refuse_its_settings(codec, given):
+    with pytest.raises(CodecError, match=f"{codec} codec has none; it belongs to --codec spqr"):
+        make_codec(Settings(codec=codec, **given))
+
+
+def test_settings_are_recorded():
+    assert make_codec(Settings(codec="spqr")).settings() == {
+        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "planes": 2,
+    }  # fmt: skip
+    assert make_codec(Settings(codec="spqr", bits=3, bpw=4.0, planes=0)).settings() == {
+        "codec": "spqr", "bits": 3, "group": 16, "bpw": 4.0, "planes": 0,
+    }  # fmt: skip
+
+
+def test_more_inputs_than_16_bits_reach_are_refused():
+    wide = torch.zeros(1, 65536)
+    with pytest.raises(CodecError, match="65536 inputs.*--codec trellis"):
+        next(SpqrCodec().encode(wide, torch.zeros(1, 1), 1, torch.ones(1)))
+
+
+# Mathematics
+
+
+def test_factorise_is_the_decomposition():
+    h = moment(30)
+    factor, cost = factorise(h, 2.0)
+    again = factor.double() @ torch.diag(cost.double()) @ factor.double().t()
+    assert torch.allclose(again, h.double() + 2 * torch.eye(30).double(), rtol=1e-5, atol=1e-3)
+    # GPTQ's form: the cost of a column is one over the square of the inverse's Cholesky diagonal.
+    inverse = torch.linalg.cholesky(torch.linalg.inv(h.double() + 2 * torch.eye(30)), upper=True)
+    assert torch.allclose(cost.double(), inverse.diagonal() ** -2, rtol=1e-4)
+
+
+def test_groups_are_coded_as_written_out():
+    """One row and candidate at a time, in float64, with GPTQ's own updates of the columns that follow."""
+    rng = np.random.default_rng(0)
+    g, rows, candidates, most = 7, 5, 3, 7
+    h = moment(g, 1)
+    factor, cost = factorise(h, 0.1)
+    weight = torch.from_numpy(rng.standard_normal((g, rows))).float()
+    kept = torch.where(torch.from_numpy(rng.random((g, rows))) < 0.2, 0.02, 1.0).float()
+    scale = torch.from_numpy(rng.uniform(0.2, 0.6, (candidates, rows))).float()
+    zero = torch.from_numpy(rng.uniform(2, 5, (candidates, rows))).float()
+    found = code_group(weight, weight, factor, cost, kept, scale, zero, most)
+    damped_h = h.double() + 0.1 * torch.eye(g)
+    for c in range(candidates):
+        for r in range(rows):
+            wanted, total = weight[:, r].double().numpy().copy(), 0.0
+            for j in range(g):
+                code = np.clip(np.round(wanted[j] / float(scale[c, r]) + float(zero[c, r])), 0, most)
+                dense = float(scale[c, r]) * (code - float(zero[c, r]))
+                assert found.codes[j, c, r] == code
+                apart = float(kept[j, r]) < 1
+                stored = dense + (float(np.float16(wanted[j] - dense)) if apart else 0.0)
+                total += float(cost[j]) * float(kept[j, r]) * (wanted[j] - dense) ** 2
+                assert float(found.dense[j, c, r] + found.added[j, c, r]) == pytest.approx(stored, abs=2e-3)
+                # The error of column j, spread over the later ones by the inverse of what they share.
+                rest = torch.linalg.inv(damped_h[j:, j:]).numpy()
+                wanted[j:] -= (wanted[j] - stored) / rest[0, 0] * rest[0]
+            assert float(found.cost[c, r]) == pytest.approx(total, rel=2e-2, abs=1e-4)
+
+
+def test_chosen_takes_one_candidate_a_row():
+    g, rows = 4, 6
+    weight = torch.randn(g, rows)
+    scale = torch.rand(3, rows) + 0.1
+    found = code_group(weight, weight, torch.eye(g), torch.ones(g), torch.ones(g, rows), scale, torch.full((3, rows), 7.0), 15)
+    choice = torch.tensor([0, 1, 2, 2, 1, 0])
+    one = found.chosen(choice)
+    for r, c in enumerate(choice):
+        assert torch.equal(one.dense[:, r], found.dense[:, c, r]) and one.cost[r] == found.cost[c, r]
+
+
+@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(1, 20), most=st.sampled_from([7, 15]))
+@settings(max_examples=40, deadline=None)
+def test_a_fit_is_no_worse_than_rounding_the_whole_range(seed, positions, most):
+    generator = torch.Generator().manual_seed(seed)
+    target, cost = torch.randn(positions, 16, generator=generator), torch.rand(positions, generator=generator) + 0.1
+    scale, zero = fit_groups(target, cost, torch.ones_like(target), most)
+
+    def error(scale, zero):
+        codes = (target / scale + zero).round().clamp(0, most)
+        return (cost[:, None] * (target - scale * (codes - zero)) ** 2).sum(0)
+
+    high, low = target.amax(0), target.amin(0)
+    plain = ((high - low) / most).clamp_min(torch.maximum(high.abs(), low.abs()) / (2 * most))
+    assert (scale > 0).all()
+    assert (error(scale, zero) <= error(plain, most / 2 - (high + low) / 2 / plain) * 1.001 + 1e-9).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
+@settings(max_examples=40, deadline=None)
+def test_levels_reach_what_evenly_spaced_ones_do(seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    values = 1 + spread * torch.rand(5, 16, generator=generator)
+    weight = torch.rand(5, 16, generator=generator) + 0.01
+    base, step = fit_levels(values, weight)
+    assert base.dtype == step.dtype == torch.float16
+
+    def error(base, step):
+        levels = base[:, None, None] + step[:, None, None] * torch.arange(LEVELS)
+        return (weight * (values[..., None] - levels).abs().amin(-1) ** 2).sum(1)
+
+    low, high = values.amin(1), values.amax(1)
+    rounding = weight.sum(1) * (2.0**-10 * high) ** 2
+    assert (error(base.float(), step.float()) <= error(low, (high - low) / (LEVELS - 1)) * 1.01 + 4 * rounding).all()
+
+
+def test_scores_against_leaving_weights_out_one_by_one():
+    generator = torch.Generator().manual_seed(2)
+    weight = gaussian(12, 40, 5)
+    cost = torch.rand(40, generator=generator) + 0.2
+    group, most = 16, 15
+    scores = outlier_scores(weight, cost, group, most)
+
+    def error(values, costs):
+        return (max(values) - min(values)) ** 2 * sum(costs) / 12 / most**2 if len(values) else 0.0
+
+    for row in range(12):
+        for start in range(0, 40, group):
+            places = list(range(start, min(start + group, 40)))
+            values = {p: float(weight[row, p]) for p in places}
+            costs = {p: float(cost[p]) for p in places}
+            gains, order = [], []
+            for _ in range(3):
+                before = error(list(values.values()), list(costs.values()))
+                ends = (min(values, key=values.get), max(values, key=values.get))
+                fall = {
+                    end: before - error([v for p, v in values.items() if p != end], [c for p, c in costs.items() if p != end])
+                    for end in ends
+                }
+                end = max(fall, key=fall.get)
+                gains.append(fall[end])
+                order.append(end)
+                del values[end], costs[end]
+            # The least concave curve above the sums, by its corners.
+            sums, at, slopes = np.cumsum([0, *gains]), 0, []
+            while at < 3:
+                best = max(range(at + 1, 4), key=lambda to: (sums[to] - sums[at]) / (to - at))
+                slopes += [(sums[best] - sums[at]) / (best - at)] * (best - at)
+                at = best
+            expected = dict(zip(order, slopes, strict=True))
+            for place in places:
+                assert float(scores[row, place]) == pytest.approx(expected.get(place, 0.0), rel=1e-3, abs=1e-6)
+
+
+def test_damping_of_an_empty_moment_is_positive():
+    prepared = damped(torch.zeros(5, 5), 10)
+    assert torch.equal(prepared.factor, torch.eye(5)) and (prepared.cost > 0).all()

@@ -1,0 +1,143 @@
+"""Whole SpQR files of a tiny model, made and shown by the installed command, cut, interrupted, read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+
+import bstack
+import bstk
+import pytest
+import tiny_models
+import torch
+from bstack.settings import Settings
+
+SETTINGS = Settings(codec="spqr", bits=3, bpw=5.5, planes=1, samples=3, sequence_length=16)
+
+
+def command(*arguments):
+    installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
+    start = [installed] if installed else [sys.executable, "-m", "bstack"]
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.save("llama-tied", tmp_path_factory.mktemp("spqr") / "model")
+
+
+@pytest.fixture(scope="module")
+def made(model):
+    path = model.parent / "out.bstk"
+    done = command(
+        "compress", model, "-o", path, "--codec", "spqr", "--bits", 3, "--bpw", 5.5, "--planes", 1, "--samples", 3,
+        "--sequence-length", 16,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_stacks_are_dense_part_outliers_planes(made):
+    with bstk.open(made) as file:
+        linears = [name for name in file.names if name.startswith("model.layers.") and file.stack(name)[0].is_block]
+        assert len(linears) == 14
+        for name in linears:
+            kinds = [chunk.kind for chunk in file.stack(name)]
+            assert kinds == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS]
+            errors = [chunk.error for chunk in file.stack(name)]
+            assert errors[0] >= errors[1] >= errors[2]
+        # Embedding and head, tied here, are stacks of the default codec.
+        assert [chunk.kind for chunk in file.stack("model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
+        assert file.preamble.incompatible == 3
+        # In the smallest model there are dense parts and no outliers.
+        base = file.chunks[: file.base_count]
+        assert {chunk.kind for chunk in base if chunk.is_block} == {bstk.SPQR, bstk.TRELLIS}
+        file.verify()
+
+
+def test_inspect_counts_every_part(made):
+    done = command("inspect", made, "--json")
+    found = json.loads(done.stdout)["spqr"]
+    with bstk.open(made) as file:
+        names = {chunk.name for chunk in file.chunks if chunk.kind is bstk.SPQR}
+        total = sum(chunk.raw_length for chunk in file.chunks if chunk.name in names)
+        weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in file.chunks if chunk.kind is bstk.SPQR)
+        apart = 0
+        for chunk in file.chunks:
+            if chunk.kind is bstk.OUTLIERS:
+                apart += int.from_bytes(file.read(chunk)[4 * chunk.shape[0] :][:4], "little")
+    assert sum(found["bytes"].values()) == total and found["linears"] == 14 and found["weights"] == weights
+    assert found["outliers"] == apart and found["outlier_share"] == apart / weights
+    assert found["bits_per_weight"] == pytest.approx(8 * total / weights)
+    # Every layer has the same matrices, so the bits of the whole come as near as those of a layer.
+    assert 5.45 < found["level_bits_per_weight"] <= 5.5
+    page = command("inspect", made).stdout
+    for word in ("SpQR linears here", "permutation", "outliers", "spqr (3 bits in groups of 16)", f"{apart:,} outliers"):
+        assert word in page
+
+
+def test_inspect_says_nothing_of_it_where_there_is_none(model, tmp_path):
+    bstack.compress(model, tmp_path / "sign.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16))
+    assert "spqr" not in json.loads(command("inspect", tmp_path / "sign.bstk", "--json").stdout)
+    assert "SpQR" not in command("inspect", tmp_path / "sign.bstk").stdout
+
+
+def test_the_same_settings_give_the_same_bytes_and_so_does_an_interrupted_run(made, model, tmp_path):
+    class Stop(BaseException):
+        pass
+
+    @contextmanager
+    def stop_after_a_layer(stage, _steps):
+        def step():
+            if stage == "layers":
+                raise Stop
+
+        yield step
+
+    with pytest.raises(Stop):
+        bstack.compress(model, tmp_path / "out.bstk", settings=SETTINGS, progress=stop_after_a_layer)
+    assert (tmp_path / "out.bstk.work" / "layer-00000.json").exists()
+    bstack.compress(model, tmp_path / "out.bstk", settings=SETTINGS)
+    assert (tmp_path / "out.bstk").read_bytes() == made.read_bytes()
+
+
+def test_every_cut_is_a_model_and_the_largest_is_near_the_original(made):
+    ids = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        original = tiny_models.make("llama-tied")(ids).logits.log_softmax(-1)
+        with bstk.open(made) as file:
+            sizes = [file.smallest.budget, (file.smallest.budget + file.complete.budget) // 2, file.complete.budget]
+        found = []
+        for size in sizes:
+            model, _ = bstack.load(made, mb=size / bstk.MB)
+            logs = model(ids).logits.log_softmax(-1)
+            found.append(float((original.exp() * (original - logs)).sum(-1).mean()))
+    assert found[2] < found[1] < found[0] and found[2] < 0.1
+
+
+def test_no_planes(model, tmp_path):
+    bstack.compress(
+        model, tmp_path / "out.bstk", settings=Settings(codec="spqr", planes=0, samples=2, sequence_length=16, embeddings="dense")
+    )
+    with bstk.open(tmp_path / "out.bstk") as file:
+        assert {chunk.kind for chunk in file.chunks if chunk.is_block} == {bstk.SPQR, bstk.OUTLIERS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--bits", 4), "belongs to --codec spqr"),
+        (("--codec", "spqr", "--bits", "four"), "not a valid integer"),
+        (("--codec", "spqr", "--outliers", "few"), "neither a number nor auto"),
+        (("--codec", "spqr", "--bpw", 4.5), "Or give --bits 3"),
+        (("--codec", "spqr", "--bpw", 4.65, "--samples", 2, "--sequence-length", 16), "without any outlier"),
+    ],
+)
+def test_what_makes_no_sense_is_taught(model, tmp_path, arguments, words):
+    done = command("compress", model, "-o", tmp_path / "out.bstk", *arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.bstk").exists()

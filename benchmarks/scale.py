@@ -5,9 +5,9 @@
 Writes a folder of random bfloat16 weights with the true widths (4096 and 14336, 128256 words, head and embedding apart)
 and as many layers as are asked for, and compresses it in a child process with `--planes 2 --samples 4 --sequence-length 128`
 and a text. The child may have no more private writable memory than the limit (RLIMIT_DATA: heap and anonymous mappings, used or
-not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds and the peak memory of
-each stage. With --ranges N the embedding and the head are given up after N of their 126 ranges of rows, which all take the same
-time and memory, and the stages after them do not run. Figures are in docs/scale.md. Nothing is kept.
+not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds on the clock and of
+processors, and the peak memory of each stage. With --ranges N the embedding and the head are given up after N of their 126 ranges
+of rows, which all take the same time and memory, and the stages after them do not run. Figures are in docs/scale.md. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
 
     @contextmanager
     def progress(stage: str, steps: int) -> Iterator[Callable[[], None]]:
-        last, done = time.monotonic(), 0
+        last, worked, done = time.monotonic(), time.process_time(), 0
 
         def step() -> None:
-            nonlocal last, done
-            now, done = time.monotonic(), done + 1
-            print(f"{stage:17} {done:3} of {steps:3}  {now - last:7.1f} s  peak {peak_bytes() / 2**20:6,.0f} MB", flush=True)
-            last = now
+            nonlocal last, worked, done
+            now, processor, done = time.monotonic(), time.process_time(), done + 1
+            print(
+                f"{stage:17} {done:3} of {steps:3}  {now - last:7.1f} s, {processor - worked:7.1f} s of processors  "
+                f"peak {peak_bytes() / 2**20:6,.0f} MB", flush=True,
+            )  # fmt: skip
+            last, worked = now, processor
             if stage == "embeddings" and done == ranges:
                 raise EnoughError
 

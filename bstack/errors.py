@@ -1,11 +1,15 @@
 """Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
 
-from bstk.errors import BstkError, DamagedError, MissingPackageError, UsageError
+from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, UsageError
 
 __all__ = [
     "CalibrationError",
+    "ClusterError",
+    "ClusterLostError",
     "CodecError",
     "DamagedModelError",
+    "ForeignCodeError",
+    "ForeignCodeWarning",
     "KernelError",
     "MissingPackageError",
     "ModelNotFoundError",
@@ -30,6 +34,16 @@ class UnsupportedModelError(BstkError):
     """The model exists and is readable, but bstack cannot compress it."""
 
 
+class ForeignCodeError(UnsupportedModelError, UsageError):
+    """The model needs Python code that is not in transformers, and that the user has not allowed or not named."""
+
+    exit_code = UsageError.exit_code
+
+
+class ForeignCodeWarning(UserWarning):
+    """Python code that is neither bstack's nor transformers' is about to run, because the user allowed it."""
+
+
 class DamagedModelError(DamagedError):
     """A checkpoint file is incomplete or inconsistent."""
 
@@ -40,6 +54,16 @@ class WeightError(BstkError):
 
 class CalibrationError(BstkError):
     """The calibration text cannot be read or is too short."""
+
+
+class ClusterError(BstkError):
+    """A Dask cluster cannot be used: no scheduler, no workers, or other versions there."""
+
+
+class ClusterLostError(ClusterError):
+    """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
+
+    exit_code = Interrupted.exit_code
 
 
 class WorkDirectoryError(UsageError):

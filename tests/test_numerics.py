@@ -34,6 +34,18 @@ def test_rotated_moment_is_that_of_rotated_inputs():
     assert torch.allclose(rotate_moment(x.t() @ x), rotate(x).t() @ rotate(x), atol=1e-3)
 
 
+@given(n=st.integers(1, 40), together=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_rotated_moment_a_few_rows_at_a_time(n, together, seed):
+    moment = torch.randn(n, n, generator=torch.Generator().manual_seed(seed))  # not symmetric, so that a lost transpose shows
+    before = moment.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bstack.numerics.rotation.ROWS_TOGETHER", together)
+        turned = rotate_moment(moment)
+    assert torch.equal(moment, before) and turned.is_contiguous()
+    assert torch.allclose(turned, rotate(rotate(moment).t()), atol=1e-5)
+
+
 @pytest.mark.parametrize(("width", "size"), [(1, 1), (576, 64), (1536, 512), (4096, 4096), (11008, 256), (7, 1)])
 def test_block_size_is_the_largest_power_of_two_that_divides(width, size):
     assert block_size(width) == size
@@ -42,6 +54,19 @@ def test_block_size_is_the_largest_power_of_two_that_divides(width, size):
 def test_signs_are_balanced_and_do_not_depend_on_the_width():
     assert abs(float(signs(4096).mean())) < 0.05
     assert torch.equal(signs(100), signs(4096)[:100])
+
+
+@given(n=st.integers(1, 40), piece=st.integers(1, 900), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed))
+    h = x.t() @ x
+    expected = feedback_factor(h.clone(), 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bstack.numerics.feedback.PIECE", piece)
+        assert torch.equal(feedback_factor(h.clone(), 1.0), expected)
+        patch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", 0)  # where the moment's own memory is used
+        assert torch.allclose(feedback_factor(h, 1.0), expected, atol=1e-3)
 
 
 @given(n=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), damp=st.floats(1e-3, 1e3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,10 +14,20 @@ import click
 
 import bstk
 from bstack.cli._text import printable
+from bstack.errors import ForeignCodeWarning
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
 strict_option = click.option("--strict", is_flag=True, help="Refuse a partial file (exit code 3).")
+
+
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that the model needs and transformers does not have."
+)
+code_option = click.option(
+    "--code", metavar="FOLDER|HUB-ID",
+    help="Where that code is; by default in the hub's model that FILE was made from. FILE itself holds none.",
+)  # fmt: skip
 
 
 class FileType(click.Path):
@@ -30,7 +41,21 @@ class FileType(click.Path):
             self.fail(
                 "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
             )
+        if _is_model(value):
+            self.fail(
+                f"{value} is a model, not a .bstk file. Compress it first: bstack compress {value} -o "
+                f"{os.path.basename(os.path.abspath(value))}.bstk", param, ctx,
+            )  # fmt: skip
         return super().convert(value, param, ctx)
+
+
+def _is_model(value: str) -> bool:
+    """Whether somebody names a model, as for ``bstack compress``, where a file is asked for."""
+    from bstack.models import embedded
+
+    if os.path.isdir(value):
+        return os.path.exists(os.path.join(value, "config.json"))
+    return value == embedded.NAME and not os.path.exists(value)
 
 
 class PlaceType(click.ParamType):
@@ -79,6 +104,23 @@ def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool =
 def print_json(schema: str, result: dict[str, Any]) -> None:
     """Print a result as JSON; the schema's number grows when a field changes its meaning or goes away."""
     click.echo(json.dumps({"schema": schema, **result}, indent=2))
+
+
+@contextmanager
+def code_told(quiet: bool) -> Iterator[None]:
+    """Say on stderr which Python code of strangers runs, as soon as it does."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, ForeignCodeWarning):
+                show(message, category, *where, **more)
+            elif not quiet:
+                click.echo(printable(f"Warning: {message}"), err=True)
+
+        warnings.showwarning = tell
+        warnings.simplefilter("always", ForeignCodeWarning)
+        yield
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class Parsed(click.ParamType):
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png|svg|pdf", help="Draw quality against size.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE|-",
               help="Write the figures as CSV; - is standard output, in place of the tables.")
+@_common.trust_option
+@_common.code_option
 @_common.json_option
 @_common.quiet_option
 def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -80,8 +82,10 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
         budgets=given["budgets"], speed=not given["no_speed"], quality=not given["no_quality"], text=given["text"],
         windows=given["windows"], length=given["sequence_length"], original=given["original"], force=given["force"],
         against=given["against"] or (), calibration=given["calibration"], tasks=_names(given["tasks"]),
+        trust_remote_code=given["trust_remote_code"], code=given["code"] or given["original"],
     )  # fmt: skip
-    report = run_bench(file, options, _progress(quiet))
+    with _common.code_told(quiet):
+        report = run_bench(file, options, _progress(quiet))
     _write(report, plot, csv_path, as_json, quiet)
 
 
@@ -96,6 +100,8 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
         raise click.UsageError("--force is about --original: name one.")
     if given["against"] and given["original"] is None:
         raise click.UsageError("--against quantises the original: name it with --original MODEL.")
+    if given["code"] and not given["trust_remote_code"]:
+        raise click.UsageError("--code names Python code to run. If you trust it, add --trust-remote-code.")
     if given["calibration"] and not any(choice.method == "gptq" for choice in given["against"] or ()):
         raise click.UsageError("--calibration is for --against gptq; nothing else here is calibrated.")
     if as_json and csv_path == "-":

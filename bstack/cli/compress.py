@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from bstack.cli._common import json_option, print_json, quiet_option
+from bstack.cli._common import code_told, json_option, print_json, quiet_option, trust_option
 from bstack.cli._text import megabytes
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
@@ -60,10 +60,12 @@ class RankType(click.ParamType):
 @click.option("--seed", type=int, help="Of everything random; 0 by default.")
 @click.option("--work-dir", type=click.Path(), help="Where finished layers are kept; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@trust_option
+@click.option("--dask", metavar="SCHEDULER", help="Encode matrices on the workers of this Dask scheduler, such as tcp://10.0.0.5:8786.")
 @json_option
 @quiet_option
-def command(model: str, output: str, preset: str, work_dir: str | None, force: bool, as_json: bool, quiet: bool,
-            **changes: object) -> None:
+def command(model: str, output: str, preset: str, work_dir: str | None, force: bool, trust_remote_code: bool,
+            dask: str | None, as_json: bool, quiet: bool, **changes: object) -> None:
     """Compress MODEL into one .bstk file that can be cut to any size.
 
     MODEL is a transformers folder (safetensors), a hub id such as owner/name, a GGUF file, or smollm2, the embedded
@@ -77,9 +79,11 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     from bstack.pipeline.entrance import compress
 
     settings = PRESETS[preset].with_changes(**changes)
-    report = compress(
-        model, output, settings=settings, work_dir=work_dir, overwrite=force, progress=_progress(quiet)
-    )
+    with code_told(quiet):
+        report = compress(
+            model, output, settings=settings, work_dir=work_dir, overwrite=force, trust_remote_code=trust_remote_code,
+            dask=dask, progress=_progress(quiet),
+        )  # fmt: skip
     if as_json:
         print_json("bstack.compress/1", report.to_json())
         return

@@ -60,12 +60,14 @@ class Finite(click.FloatRange):
 @click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
 @click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
+@_common.trust_option
+@_common.code_option
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
 def command(
-    file: str, prompt: str, mb: Any, chat: bool, max_new_tokens: int, do_sample: bool, seed: int, strict: bool, as_json: bool,
-    quiet: bool, **sampling: Any,
+    file: str, prompt: str, mb: Any, chat: bool, max_new_tokens: int, do_sample: bool, seed: int, trust_remote_code: bool,
+    code: str | None, strict: bool, as_json: bool, quiet: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Write text with the model in FILE, in at most so many megabytes of memory for its weights.
 
@@ -85,7 +87,8 @@ def command(
         if not quiet:
             click.echo(line, err=True)
 
-    model, tokenizer = _load(file, mb, strict, say)
+    with _common.code_told(quiet):
+        model, tokenizer = _load(file, mb, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.runtime.follow import following
     from bstack.runtime.generate import encode_prompt, write_text
     from bstack.runtime.load import residence_of, resident
@@ -124,28 +127,28 @@ def command(
         raise Interrupted("Stopped: the text ends where you interrupted it.")
 
 
-def _load(file: str, mb: Any, strict: bool, say: Any) -> tuple[Any, Any]:
-    """The model within the budget; without one, within what is free."""
+def _load(file: str, mb: Any, say: Any, **options: Any) -> tuple[Any, Any]:
+    """The model within the budget; without one, within what is free. Options are those of `bstack.load`."""
     from bstack.runtime.follow import free_budget
     from bstack.runtime.load import load, resident, resize
 
     if mb is not None and mb != AUTO:
-        return load(file, mb=mb, mode="stack", strict=strict)
+        return load(file, mb=mb, mode="stack", **options)
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
             raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
         say(f"Using the whole file: {words}.")
-        return load(file, mode="stack", strict=strict)
+        return load(file, mode="stack", **options)
     if free <= 0:
         raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(file, mb=free, mode="stack", strict=strict)
+        model, tokenizer = load(file, mb=free, mode="stack", **options)
     else:
         # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
-        with bstk.open(file, strict=strict) as reader:
+        with bstk.open(file, strict=options["strict"]) as reader:
             smallest = reader.smallest.budget
-        model, tokenizer = load(file, mb=Decimal(smallest) / bstk.MB, mode="stack", strict=strict)
+        model, tokenizer = load(file, mb=Decimal(smallest) / bstk.MB, mode="stack", **options)
         free, words = free_budget()
         resize(model, max(free, 0) + Decimal(smallest) / bstk.MB)
     say(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")

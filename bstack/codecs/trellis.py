@@ -43,6 +43,7 @@ HEADROOM = 1.03
 # The table's unit, in standard deviations of the source it was trained on.
 UNIT = 0.0227
 COLUMNS_TOGETHER = 64
+ROWS_TOGETHER = 256
 HALF_MAX = 65504.0
 
 
@@ -81,9 +82,7 @@ class TrellisCodec(Codec):
     ) -> Iterator[Block]:
         turned = rotate_moment(moment)
         kept, ridge = shrinkage(turned, tokens)
-        trusted = kept * turned
-        trusted.diagonal().add_(ridge)
-        spectrum = spectrum_sample(trusted)
+        spectrum = spectrum_sample(_trusted(turned, kept, ridge))
         importance = _bounded(importance)
         residual = rotate(weight)
         # R H, carried along: a product with H costs as much as all the rest.
@@ -91,13 +90,15 @@ class TrellisCodec(Codec):
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if plane == 0 or later != damped_for:
-                factor, damped_for = feedback_factor(trusted, damping(*spectrum, later)), later
+                factor, damped_for = None, later  # the old one gives way first
+                factor = feedback_factor(_trusted(turned, kept, ridge), damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
             values_product = values @ turned
             scale = _refit(residual, values, kept * values_product + ridge * values)
-            residual = residual - scale.float()[:, None] * values
-            product = product - scale.float()[:, None] * values_product
+            residual -= values.mul_(scale.float()[:, None])
+            product -= values_product.mul_(scale.float()[:, None])
+            del values, values_product
             yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, (product * residual).sum(1).clamp_min(0))
 
     @staticmethod
@@ -110,6 +111,13 @@ class TrellisCodec(Codec):
             matrix = Matrix.of(*shape, [(bstk.TRELLIS.code, BITS, payload) for payload in some])
             total += torch.from_numpy(decode_rows(matrix, bstk.TRELLIS.code, 0, matrix.rows))
         return unrotate(total)
+
+
+def _trusted(turned: torch.Tensor, kept: float, ridge: float) -> torch.Tensor:
+    """The better estimate of a second moment that `shrinkage` describes."""
+    trusted = kept * turned
+    trusted.diagonal().add_(ridge)
+    return trusted
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
@@ -152,7 +160,11 @@ def _values(codes: np.ndarray) -> torch.Tensor:
     windows = codes[EARLIER:].copy()
     for above in range(1, EARLIER + 1):
         windows |= codes[EARLIER - above : -above] << (BITS * above)
-    return torch.from_numpy(np.array(TABLE, np.float32)[windows])
+    values = np.empty(windows.shape, np.float32)
+    table = np.array(TABLE, np.float32)
+    for start in range(0, len(windows), ROWS_TOGETHER):  # numpy makes indices of 8 bytes
+        values[start : start + ROWS_TOGETHER] = table[windows[start : start + ROWS_TOGETHER]]
+    return torch.from_numpy(values)
 
 
 def _refit(residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor) -> torch.Tensor:

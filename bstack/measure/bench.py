@@ -100,7 +100,7 @@ class _Run:
         self.length = window_length(self.file, options.length)
         with self.progress("text", 1) as step:
             self.text = measuring_text(options.text)
-            self._tokenizer = file_tokenizer(self.file, self.scratch / "tokenizer")
+            self._tokenizer = file_tokenizer(self.file, self.options)
             self.windows = first_windows(self.text, self._tokenizer, options.windows, self.length)
             self.windows_path = self.scratch / "windows.npy"
             np.save(self.windows_path, self.windows.numpy())
@@ -116,8 +116,8 @@ class _Run:
         )
         full = self.file.fit()
         with self.progress("own reference", len(self.windows)) as step:
-            ask(
-                self.path, _exact_mb(full.budget), windows=self.windows_path, make_reference=self.scratch / "own.ref",
+            self._ask(
+                _exact_mb(full.budget), windows=self.windows_path, make_reference=self.scratch / "own.ref",
                 progress=step,
             )  # fmt: skip
         return Reference(self.scratch / "own.ref")
@@ -128,7 +128,7 @@ class _Run:
         from bstack.models.skeleton import Skeleton
 
         with self.progress("original", 1) as step:
-            checkpoint = open_checkpoint(self.options.original)
+            checkpoint = open_checkpoint(self.options.original, self.options.trust_remote_code)
             self.skeleton = Skeleton(checkpoint)
             made_from = (self.file.metadata.get("model") or {}).get("source")
             if made_from is not None and made_from != checkpoint.provenance():
@@ -164,6 +164,10 @@ class _Run:
         }
         self.rows = Rows(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
 
+    def _ask(self, mb: Decimal, **what: Any) -> dict[str, Any]:
+        code = self.options.code if self.options.trust_remote_code else None
+        return ask(self.path, mb, code=code, trust_remote_code=self.options.trust_remote_code, **what)
+
     def point(self, mb: Decimal, cut: bstk.Cut, what: str, *, run: bool = True) -> Point:
         """Measure one size; `run` for load time, memory and speed, too."""
         speed = run and self.options.speed
@@ -172,8 +176,8 @@ class _Run:
         def measure() -> dict[str, Any]:
             windows = 0 if self.windows is None else len(self.windows)
             with self.progress(f"{what}: {mb} MB", self._repetitions(speed) + windows) as step:
-                return ask(
-                    self.path, mb, run="stack" if run else None, speed=speed, windows=self.windows_path, tasks=tasks,
+                return self._ask(
+                    mb, run="stack" if run else None, speed=speed, windows=self.windows_path, tasks=tasks,
                     reference=None if self.reference is None else Path(self.reference.path), progress=step,
                 )  # fmt: skip
 
@@ -196,8 +200,8 @@ class _Run:
 
             def measure(run: str = run, name: str = name) -> dict[str, Any]:
                 with self.progress(f"{name} in float32", self._repetitions(True)) as step:
-                    return ask(
-                        self.path, _exact_mb(cut.budget), run=run, speed=True, original=self.options.original, progress=step
+                    return self._ask(
+                        _exact_mb(cut.budget), run=run, speed=True, original=self.options.original, progress=step
                     )
 
             answer = self.rows.get(f"{run}:{cut.chunks}:{self.options.original}", measure)

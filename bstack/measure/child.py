@@ -55,6 +55,8 @@ def ask(
     reference: Path | None = None,
     make_reference: Path | None = None,
     tasks: Sequence[str] = (),
+    code: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Load a file at a size in a new process and measure it there.
@@ -79,6 +81,8 @@ def ask(
         Write the log probabilities there instead of measuring quality.
     tasks : sequence of str
         For lm-eval.
+    code, trust_remote_code
+        As for `bstack.load`.
     progress : callable
         Called after each repetition of the speed test and each window.
 
@@ -97,6 +101,7 @@ def ask(
     request = {
         "file": os.path.abspath(file), "mb": str(mb), "run": run, "speed": speed, "original": original,
         "windows": _text(windows), "reference": _text(reference), "make_reference": _text(make_reference), "tasks": list(tasks),
+        "code": code, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(

@@ -35,6 +35,10 @@ class Options:
         For GPTQ; None: what the file's metadata names.
     tasks : list of str
         For lm-eval.
+    trust_remote_code : bool
+        Run the Python code that the model needs.
+    code : str or None
+        Folder or hub id with that code.
     """
 
     budgets: Sequence[Decimal] | None = None
@@ -48,3 +52,5 @@ class Options:
     against: Sequence[Choice] = ()
     calibration: str | None = None
     tasks: Sequence[str] = ()
+    trust_remote_code: bool = False
+    code: str | None = None

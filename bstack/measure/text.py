@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 import bstk
 from bstack.calibration.texts import TextSource, open_text
 from bstack.errors import CalibrationError
+from bstack.measure.options import Options
 
 __all__ = ["DEFAULT", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
@@ -87,25 +87,32 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
-def file_tokenizer(file: bstk.Reader, folder: Path) -> Any:
-    """The tokenizer in a file, written to a folder of its own.
+def file_tokenizer(file: bstk.Reader, options: Options) -> Any:
+    """The tokenizer in a file.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    options : Options
+        Say whether Python code that it needs may run.
 
     Raises
     ------
     bstack.errors.CalibrationError
         The file has none.
+    bstack.errors.UnsupportedModelError
+        It cannot be used.
     """
-    from transformers import AutoTokenizer
+    from bstack.runtime.container import embedded_files, load_tokenizer
+    from bstack.runtime.trust import stage_code
 
     if "tokenizer_config.json" not in file.files:
         raise CalibrationError(
             "The file has no tokenizer, so no text can be read and no quality measured. Use --no-quality for its speed."
         )
-    for name in file.files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.file(name))
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with embedded_files(file) as folder:
+        trusted = stage_code(file, folder, options.trust_remote_code, options.code)
+        return load_tokenizer(folder, file.source.name, trusted)
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:

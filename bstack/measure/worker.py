@@ -68,7 +68,7 @@ def measure(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]
         from bstack.runtime.load import load
 
         # Dense: the plain way, on every machine and for every architecture.
-        model, tokenizer = load(request["file"], mb=request["mb"])
+        model, tokenizer = load(request["file"], mb=request["mb"], **_trust(request))
         if request["windows"] is not None:
             result |= _score(model, request, step)
         if request["tasks"]:
@@ -85,18 +85,18 @@ def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     with ExitStack() as stack:
 
         def packed() -> Any:
-            model, _ = load(request["file"], mb=request["mb"], mode="stack")
+            model, _ = load(request["file"], mb=request["mb"], mode="stack", **_trust(request))
             stack.callback(residence_of(model).close)
             return model
 
         def dense() -> Any:
-            return load(request["file"], mb=request["mb"])[0]
+            return load(request["file"], mb=request["mb"], **_trust(request))[0]
 
         def original() -> Any:
             from bstack.models.open import open_checkpoint
             from bstack.models.skeleton import Skeleton
 
-            skeleton = Skeleton(open_checkpoint(request["original"]))
+            skeleton = Skeleton(open_checkpoint(request["original"], request["trust_remote_code"]))
             stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
             return skeleton.model
 
@@ -105,6 +105,10 @@ def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     if request["run"] == "original":
         running = replace(running, load_seconds=None)
     return running.to_json()
+
+
+def _trust(request: dict[str, Any]) -> dict[str, Any]:
+    return {name: request[name] for name in ("trust_remote_code", "code")}
 
 
 def _score(model: Any, request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
@@ -137,7 +141,9 @@ def _import_model_code(path: str) -> None:
 
     # Whatever is wrong with the file, load() says it, and better.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), bstk.open(path) as file, torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(file.file("config.json"))))
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**json.loads(file.file("config.json"))), trust_remote_code=False
+        )
 
 
 if __name__ == "__main__":

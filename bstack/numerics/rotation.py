@@ -14,6 +14,7 @@ import torch
 __all__ = ["block_size", "rotate", "rotate_moment", "signs", "unrotate"]
 
 MASK = (1 << 64) - 1
+ROWS_TOGETHER = 512
 
 
 def block_size(width: int) -> int:
@@ -54,8 +55,31 @@ def unrotate(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_moment(moment: torch.Tensor) -> torch.Tensor:
-    """The second moment of rotated inputs, from that of the inputs; shape (width, width)."""
-    return rotate(rotate(moment).t())
+    """The second moment of rotated inputs, from that of the inputs; shape (width, width), contiguous.
+
+    Equal to ``rotate(rotate(moment).t())``, a few rows at a time, with one matrix beside the moment and not four.
+    """
+    turned = torch.empty_like(moment, memory_format=torch.contiguous_format)
+    for start in range(0, moment.shape[0], ROWS_TOGETHER):
+        rows = slice(start, start + ROWS_TOGETHER)
+        turned[rows] = rotate(moment[rows])
+    _transpose(turned)
+    for start in range(0, moment.shape[0], ROWS_TOGETHER):
+        rows = slice(start, start + ROWS_TOGETHER)
+        turned[rows] = rotate(turned[rows])
+    return turned
+
+
+def _transpose(square: torch.Tensor) -> None:
+    """Transpose a square matrix in place, tile by tile."""
+    for top in range(0, square.shape[0], ROWS_TOGETHER):
+        rows = slice(top, top + ROWS_TOGETHER)
+        square[rows, rows] = square[rows, rows].t().clone()
+        for left in range(top + ROWS_TOGETHER, square.shape[0], ROWS_TOGETHER):
+            columns = slice(left, left + ROWS_TOGETHER)
+            kept = square[rows, columns].t().clone()
+            square[rows, columns] = square[columns, rows].t()
+            square[columns, rows] = kept
 
 
 def _hadamard(matrix: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import torch
 
 __all__ = ["shrinkage"]
 
+ROWS_TOGETHER = 512
+
 
 def shrinkage(moment: torch.Tensor, tokens: int) -> tuple[float, float]:
     """How far to pull a sample second moment towards a multiple of the identity: (1 - r) H + r mean(diag H) I.
@@ -28,7 +30,8 @@ def shrinkage(moment: torch.Tensor, tokens: int) -> tuple[float, float]:
     """
     n = moment.shape[0]
     trace = float(moment.diagonal().sum(dtype=torch.float64))
-    square = float(moment.square().sum(dtype=torch.float64))
+    # A few rows at a time: the squares and their float64 copy would be three times the moment.
+    square = sum(float(rows.square().sum(dtype=torch.float64)) for rows in moment.split(ROWS_TOGETHER))
     spread = square - trace**2 / n
     if trace <= 0 or spread <= 0:
         share = 1.0

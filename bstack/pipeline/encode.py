@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import bstk
 from bstack.codecs import Codec
 from bstack.numerics.errors import output_errors
+from bstack.pipeline.workers import Pending, Workers
 from bstack.workdir import Part
 
-__all__ = ["Matrix", "add_dense", "encode"]
+__all__ = ["Matrix", "add_dense", "encode", "encode_arrays"]
+
+ALIGNMENT = 64
 
 _DTYPES = {
     torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }
-
-
-# Each matrix in work holds several copies of its second moment; those of a wide one (0.8 GB each at 14336) leave no room for
-# another matrix.
-MOST_AT_ONCE = 4
-WIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -62,70 +58,88 @@ class Matrix:
     even: bool = False
 
 
-def _processors() -> int:
-    """Processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
-
-
 def encode(
-    matrices: Iterable[Matrix], codec: Codec, part: Part, progress: Callable[[], None] = lambda: None
+    matrices: Iterable[Matrix], codec: Codec, part: Part, workers: Workers, progress: Callable[[], None] = lambda: None
 ) -> None:
     """Encode matrices, some at a time, and add their blocks to a part in order.
 
-    The search kernel is single-threaded and lets go of Python's lock, so matrices side by side keep processors busy;
-    what comes out does not depend on how many there are. `progress` is called after each.
+    What comes out does not depend on how many `workers` there are, nor where. `progress` is called after each matrix.
     """
-    workers = min(_processors(), MOST_AT_ONCE)
-    pending: deque[Future[list[tuple[bytes, dict[str, Any]]]]] = deque()
+    pending: deque[Pending] = deque()
 
     def finish_one() -> None:
         for payload, fields in pending.popleft().result():
             part.add(payload, **fields)
         progress()
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for matrix in matrices:
-                alone = matrix.weight.shape[1] > WIDE
-                while pending and alone:
-                    finish_one()
-                pending.append(pool.submit(_encode_one, matrix, codec))
-                # Only so many at a time: each holds its moment, and a layer may have hundreds of experts.
-                if alone or len(pending) > workers:
-                    finish_one()
-            while pending:
+    try:
+        for matrix in matrices:
+            # Only so many at a time: each holds its moment, and a layer may have hundreds of experts.
+            beside = workers.beside(matrix.weight.shape[1])
+            while len(pending) > beside:
                 finish_one()
-        finally:
-            for future in pending:
-                future.cancel()
+            pending.append(workers.submit(encode_arrays, *_arrays(matrix), codec))
+            if not beside:
+                finish_one()
+        while pending:
+            finish_one()
+    finally:
+        for task in pending:
+            task.cancel()
 
 
-def _encode_one(matrix: Matrix, codec: Codec) -> list[tuple[bytes, dict[str, Any]]]:
+def _arrays(matrix: Matrix) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A matrix as plain arrays and values, which can go to another process; without a copy where there is one already."""
+    arrays = {"weight": matrix.weight, "moment": matrix.moment, "sensitivity": matrix.sensitivity}
+    values = {"name": matrix.name, "tokens": matrix.tokens, "transposed": matrix.transposed, "even": matrix.even}
+    return {name: tensor.detach().contiguous().numpy() for name, tensor in arrays.items()}, values
+
+
+def encode_arrays(arrays: dict[str, np.ndarray], values: dict[str, Any], codec: Codec) -> list[tuple[bytes, dict[str, Any]]]:
     """All blocks of a matrix, each with the fields of its record.
 
     A block's gain is the predicted fall of the divergence, 1/2 sum_i E[g_i^2] (change of the squared error of
     output i per token), in nats per token; its error is tr(R H R^T) / tr(W H W^T) after it.
+
+    Parameters
+    ----------
+    arrays, values : dict
+        The attributes of a `Matrix`.
+    codec : Codec
+
+    Returns
+    -------
+    list of (bytes, dict)
     """
+    matrix = Matrix(**{name: _aligned(array) for name, array in arrays.items()}, **values)
     with torch.no_grad():  # grad mode belongs to the thread
-        weight = matrix.weight.contiguous()
-        before = output_errors(weight, matrix.moment)
+        before = output_errors(matrix.weight, matrix.moment)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
-        importance = torch.ones(weight.shape[0]) if matrix.even else matrix.sensitivity
-        for level, block in enumerate(codec.encode(weight, matrix.moment, matrix.tokens, importance)):
+        importance = torch.ones(matrix.weight.shape[0]) if matrix.even else matrix.sensitivity
+        for level, block in enumerate(codec.encode(matrix.weight, matrix.moment, matrix.tokens, importance)):
             gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {
-                "name": matrix.name, "kind": block.kind, "level": level, "shape": tuple(weight.shape), "dtype": "f16",
+                "name": matrix.name, "kind": block.kind, "level": level, "shape": tuple(matrix.weight.shape), "dtype": "f16",
                 "rank": block.rank, "transposed": matrix.transposed, "gain": gain / matrix.tokens,
                 "error": left / whole if whole > 0 else 0.0,
             }
             chunks.append((block.payload, fields))
             before = block.row_errors
     return chunks
+
+
+def _aligned(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor that begins where torch's own do: BLAS may add in another order elsewhere.
+
+    One that has come from another process lies anywhere, and may not be written to.
+    """
+    if array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return torch.from_numpy(array)
+    tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
+    tensor.numpy()[...] = array
+    return tensor
 
 
 def add_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, part: Part) -> None:

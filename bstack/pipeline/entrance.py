@@ -68,6 +68,8 @@ def compress(
     settings: Settings = PRESETS["default"],
     work_dir: str | Path | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
+    dask: str | None = None,
     progress: Progress = _no_progress,
 ) -> Report:
     """Compress a model into one .bstk file.
@@ -85,13 +87,18 @@ def compress(
         the same call resumes from it.
     overwrite : bool
         Whether an existing output may be replaced.
+    trust_remote_code : bool
+        Whether Python code that the model brings along may run; a `bstack.errors.ForeignCodeWarning` then says which.
+    dask : str, optional
+        Address of a Dask scheduler whose workers encode the matrices; by default threads of this process do. The file is the same.
     progress : callable
         Receives each stage and its steps.
 
     Raises
     ------
     bstk.BstkError
-        One of its subclasses for everything a user can mend; see `bstack.errors`.
+        One of its subclasses for everything a user can mend; see `bstack.errors`. `ForeignCodeError` for a model whose code is
+        not in transformers, without `trust_remote_code`; `ClusterError` for a cluster that cannot be used.
     """
     started = time.monotonic()
     output = Path(output)
@@ -102,7 +109,8 @@ def compress(
     from bstack.pipeline.run import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
-    result = run_stages(str(model), settings, work_path, progress)
+    with _workers(dask) as workers:
+        result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code)
     try:
         _check_output(output, overwrite)  # another run may have written it meanwhile
         with progress("write", 1) as step:
@@ -115,6 +123,16 @@ def compress(
         raise
     result.work.remove()
     return report
+
+
+def _workers(dask: str | None) -> Any:
+    if dask is None:
+        from bstack.pipeline.workers import Threads
+
+        return Threads()
+    from bstack.pipeline.cluster import Cluster
+
+    return Cluster(dask)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from bstack.codecs import Codec
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName
 from bstack.pipeline.encode import Matrix, add_dense, encode
+from bstack.pipeline.workers import Workers
 from bstack.workdir import WorkDirectory
 
 __all__ = ["compress_layers", "layer_part"]
@@ -36,6 +37,7 @@ def compress_layers(
     sensitivity: Sensitivity,
     codec: Codec,
     work: WorkDirectory,
+    workers: Workers,
     progress: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Finish every layer's part, and return the second moment of what reaches the head.
@@ -55,7 +57,7 @@ def compress_layers(
                     stream.run_all(index)
                 else:
                     table = gather(stream, index, layer_parameters(skeleton, index))
-                    _compress_layer(skeleton, index, table, sensitivity, codec, work)
+                    _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
         hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
     moment = sum(rows.t() @ rows for rows in hidden)
@@ -69,13 +71,14 @@ def _compress_layer(
     sensitivity: Sensitivity,
     codec: Codec,
     work: WorkDirectory,
+    workers: Workers,
 ) -> None:
     stacked = _stacked(table, layer_parameters(skeleton, index))
     with work.part(layer_part(index)) as part:
         for name in skeleton.layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-        encode(_matrices(skeleton, stacked, table, sensitivity), codec, part)
+        encode(_matrices(skeleton, stacked, table, sensitivity), codec, part, workers)
 
 
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:

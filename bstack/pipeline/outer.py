@@ -14,6 +14,7 @@ from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
+from bstack.pipeline.workers import Workers
 from bstack.workdir import WorkDirectory
 from bstk.errors import writing
 
@@ -97,6 +98,7 @@ def compress_outer(
     statistics: TableStatistics,
     codec: Codec | None,
     work: WorkDirectory,
+    workers: Workers,
     progress: Callable[[], None],
 ) -> None:
     """Finish the parts outside the layers; with no codec the embedding and the head stay dense."""
@@ -112,7 +114,7 @@ def compress_outer(
                         Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True)
                         for name, r in rows.items()
                     ),
-                    codec, part, progress,
+                    codec, part, workers, progress,
                 )
     if work.has(OUTER_PART):
         return

@@ -16,6 +16,7 @@ from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.errors import CalibrationError
+from bstack.models.code import Code, put_code
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
@@ -24,6 +25,7 @@ from bstack.pipeline.layers import compress_layers, layer_part
 from bstack.pipeline.outer import (
     FILES_PART, OUTER_PART, TableStatistics, add_files, check_dense, compress_outer, table_part, tables,
 )  # fmt: skip
+from bstack.pipeline.workers import Workers
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
 from bstk.frames import unpack
@@ -58,7 +60,9 @@ class Result:
     work: WorkDirectory
 
 
-def run_stages(model: str, settings: Settings, work_path: Path, progress: Progress) -> Result:
+def run_stages(
+    model: str, settings: Settings, work_path: Path, workers: Workers, progress: Progress, trust_remote_code: bool = False
+) -> Result:
     """Run or resume the stages.
 
     Parameters
@@ -68,12 +72,16 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
     settings : Settings
     work_path : Path
         The work directory; made if it is not there.
+    workers : Workers
+        Where matrices are encoded; this does not change the result.
     progress : callable
         Receives each stage and its steps.
+    trust_remote_code : bool
+        Run the Python code that the model brings along.
     """
     codec = make_codec(settings)
     with progress("open", 1) as step:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, trust_remote_code)
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings)
@@ -81,8 +89,9 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
         step()
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
     _check_length(skeleton, settings.sequence_length)
+    code = {} if checkpoint.code is None else {"code": checkpoint.code.to_json()}
     source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
-    work = WorkDirectory(work_path, {**settings_record, "model": source, "versions": _versions()})
+    work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
     try:
         all_windows = _calibrate(skeleton, settings, text, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
@@ -93,13 +102,13 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
             if not all(map(work.has, layers)):  # one of them was deleted, being damaged
                 work.forget_tensors("head")
             output = work.tensors(
-                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, step)
+                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
         table_codec = codec if settings.embeddings == "stack" else None
         statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
-            compress_outer(skeleton, statistics, table_codec, work, step)
+            compress_outer(skeleton, statistics, table_codec, work, workers, step)
         collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
         if settings.order == "paper":
             from bstack.pipeline.search import paper_order
@@ -129,6 +138,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
             "parameters": sum(p.numel() for p in skeleton.model.parameters()),
             "original_bytes": checkpoint.size_bytes,
             "source": provenance,
+            **code,
         },
         "settings": {name: value for name, value in settings_record.items() if value is not None},
         "importance": IMPORTANCE[settings.order],
@@ -166,7 +176,7 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            tokenizer = _tokenizer(work)
+            tokenizer = _tokenizer(work, skeleton.checkpoint.code)
             return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
         with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
             windows = write_windows(
@@ -177,7 +187,7 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
     return work.tensors(WINDOWS, compute)["windows"]
 
 
-def _tokenizer(work: WorkDirectory) -> Any:
+def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
     from transformers import AutoTokenizer
 
     folder = work.scratch()
@@ -191,7 +201,9 @@ def _tokenizer(work: WorkDirectory) -> Any:
             "The model has no tokenizer, so a calibration text cannot be read. Use --calibration self, or put the "
             "tokenizer's files beside the weights."
         )
-    return AutoTokenizer.from_pretrained(folder)
+    if code is not None:
+        put_code(code, folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)
 
 
 def _sensitivity(

@@ -12,10 +12,12 @@ import torch
 
 import bstk
 from bstack.errors import UnsupportedModelError, reason
+from bstack.models.code import own_attention
 from bstack.models.slices import MatrixName
+from bstack.runtime.trust import refuse_tokenizer
 from bstk.errors import DamagedError, OutputError, writing
 
-__all__ = ["embedded_files", "generation_config", "load_tokenizer", "parse_name", "part_of", "plain_tensor", "read_config"]
+__all__ = ["embedded_files", "generation_config", "load_tokenizer", "parse_name", "part_of", "plain_tensor", "read_config", "understood"]
 
 DTYPES = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -35,7 +37,9 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         The disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
-        folder = Path(name)
+        folder = Path(name) / "model"  # the same each time: transformers keeps code that it runs under the folder's name
+        with writing(str(folder)):
+            folder.mkdir()
         for inside, chunk in file.files.items():
             data = file.read(chunk)
             target = folder / inside
@@ -50,8 +54,16 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         yield folder
 
 
-def read_config(folder: Path, shown: str) -> Any:
+def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     """The model's configuration.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    folder : Path
+        Its files.
+    trusted : bool
+        Whether Python code that lies there may run (`bstack.runtime.trust`).
 
     Raises
     ------
@@ -59,29 +71,69 @@ def read_config(folder: Path, shown: str) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{shown}: its configuration cannot be used by this transformers: {reason(error)}"
-        ) from None
+    shown = file.source.name
+    with understood(shown, "its configuration cannot be used by this transformers"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        own_attention(config)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(file.chunks):
+        raise UnsupportedModelError(f"{shown}: its configuration asks for {layers} layers, but it holds {len(file.chunks)} chunks.")
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(f"{shown}: its configuration names a quantisation, but a .bstk file has its own.")
+    return config
 
 
-def generation_config(folder: Path) -> Any | None:
-    """How the model's authors want it to generate; None where they do not say."""
+def generation_config(folder: Path, shown: str) -> Any | None:
+    """How the model's authors want it to generate; None where they do not say.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
     from transformers import GenerationConfig
 
-    present = (folder / "generation_config.json").is_file()
-    return GenerationConfig.from_pretrained(folder) if present else None
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with understood(shown, "its generation settings cannot be used by this transformers"):
+        return GenerationConfig.from_pretrained(folder)
 
 
-def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer; None when the original had none."""
+def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
+    """The tokenizer; None when the original had none.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    bstack.errors.ForeignCodeError
+        It needs Python code that may not run.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with understood(shown, "its tokenizer cannot be used by this transformers"):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        except Exception:
+            if not trusted:
+                refuse_tokenizer(folder, shown)
+            raise
+
+
+@contextmanager
+def understood(shown: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers does with a stranger's files into an error that says whose they are.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
+    try:
+        yield
+    except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
+        raise UnsupportedModelError(f"{shown}: {what}: {reason(error)}") from None
 
 
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:

@@ -10,17 +10,17 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.slices import MatrixName
-from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
+from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config, understood
 from bstk.errors import DamagedError
 
 __all__ = ["dense_model", "dense_weights"]
 
 
 def dense_model(
-    file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], folder: Path, dtype: torch.dtype
+    file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], folder: Path, dtype: torch.dtype, trusted: bool = False
 ) -> Any:
     """The model of some of a file's chunks.
 
@@ -33,13 +33,15 @@ def dense_model(
         The model's files.
     dtype : torch.dtype
         Of what is floating.
+    trusted : bool
+        Whether Python code among the model's files may run.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    model = _empty_model(folder, shown)
+    model = _empty_model(file, folder, trusted)
     return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
 
 
@@ -79,32 +81,28 @@ def dense_weights(
     for parameter, matrices in parts.items():
         if parameter not in shapes:
             raise UnsupportedModelError(f"The file holds {parameter}, which this transformers' model does not have.")
+        # Before the memory is asked for: the shape is what a configuration says.
+        empty = torch.empty(shapes[parameter], device="meta")
+        filled = sum(part_of(matrix, empty, blocks[0]).numel() for matrix, blocks in matrices)
+        if filled != empty.numel():
+            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {empty.numel()}.")
         tensor = torch.empty(shapes[parameter], dtype=dtype)
-        filled = 0
         for matrix, blocks in matrices:
             view = part_of(matrix, tensor, blocks[0])
             codec = codec_of_kind(blocks[0].kind)
             payloads = [file.read(block) for block in blocks]
             view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
-            filled += view.numel()
-        if filled != tensor.numel():
-            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {tensor.numel()}.")
         yield parameter, tensor
 
 
-def _empty_model(folder: Path, shown: str) -> Any:
+def _empty_model(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder, shown)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"{shown}: this transformers cannot build its model ({config.model_type}): "
-            f"{reason(error)}"
-        ) from None
-    generation = generation_config(folder)
+    shown = file.source.name
+    config = read_config(file, folder, trusted)
+    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    generation = generation_config(folder, shown)
     if generation is not None:
         model.generation_config = generation
     return model
@@ -113,7 +111,7 @@ def _empty_model(folder: Path, shown: str) -> Any:
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:
     # from_pretrained also computes the buffers that no checkpoint holds and ties what is tied.
     cls, config, generation = type(model), model.config, model.generation_config
-    with quiet_transformers():
+    with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
         filled, info = cls.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )

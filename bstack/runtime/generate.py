@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bstack.errors import UnsupportedModelError, reason
-from bstk.errors import UsageError
+from bstack.runtime.container import understood
+from bstk.errors import BstkError, UsageError
 
 __all__ = ["Written", "encode_prompt", "write_text"]
 
@@ -53,7 +54,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     bstk.UsageError
         The prompt is empty, or there is no chat template.
     bstack.errors.UnsupportedModelError
-        The template does not work.
+        The template or the tokenizer does not work.
     """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
@@ -63,9 +64,10 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template does
             raise UnsupportedModelError(f"the model's chat template fails: {reason(error)}") from None
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        text = prompt
+    with understood("the model", "its tokenizer cannot read the prompt"):
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:
         raise UsageError("the prompt is empty; give at least one token, such as -p 'Once'.")
     return ids.long()
@@ -99,6 +101,8 @@ def write_text(
     ------
     bstk.UsageError
         An option has a value that transformers refuses, or the prompt is longer than the model reads.
+    bstack.errors.UnsupportedModelError
+        transformers cannot run the model as its files say.
     """
     from transformers import TextStreamer
 
@@ -126,14 +130,19 @@ def write_text(
     interrupted = False
     try:
         with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+            # The tokenizer is for stop strings, which a model's own settings may ask for.
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, tokenizer=tokenizer, **options)
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()
-    except ValueError as error:
-        if times:
-            raise
-        raise UsageError(f"transformers refuses these options: {reason(error)}") from None
+    except (BstkError, MemoryError, OSError):
+        raise
+    except Exception as error:  # token ids beyond the vocabulary, settings of other types: files that do not fit each other
+        if isinstance(error, ValueError) and not times:
+            raise UsageError(f"transformers refuses these options: {reason(error)}") from None
+        raise UnsupportedModelError(
+            f"the model cannot be run as its files say: {type(error).__name__}: {reason(error)}"
+        ) from error
     new = max(0, len(times) - 1)
     return Written(
         "".join(pieces), ids.shape[1], new, times[1] - times[0] if new else 0.0, times[-1] - times[1] if new else 0.0, interrupted

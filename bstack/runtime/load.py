@@ -17,6 +17,7 @@ from bstack.runtime.fused import install
 from bstack.runtime.places import place_of
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
+from bstack.runtime.trust import check_trust, stage_code
 from bstk import urls
 from bstk.errors import UsageError
 
@@ -33,6 +34,8 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     strict: bool = False,
+    trust_remote_code: bool = False,
+    code: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -53,6 +56,12 @@ def load(
         ``cpu``, or a GPU; ``mode="stack"`` runs on ``cuda`` with triton.
     strict : bool
         Refuse a partial file.
+    trust_remote_code : bool
+        Whether Python code that is not in transformers may run, if the model needs it; a
+        `bstack.errors.ForeignCodeWarning` then says which.
+    code : path or str, optional
+        The folder or hub id with that code. No .bstk file holds any; the default is the hub id from which the model was
+        compressed.
 
     Returns
     -------
@@ -67,6 +76,8 @@ def load(
         When the smallest model is larger than `mb`.
     bstk.RemoteError
         When the URL cannot be read.
+    bstack.errors.ForeignCodeError
+        When the model needs such code and may not run it.
     bstk.BstkError
         For a file that is not whole, not readable or damaged, and for an unknown mode.
     """
@@ -76,6 +87,8 @@ def load(
         raise UsageError(f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'.")
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
+    code = None if code is None else os.fspath(code)
+    check_trust(trust_remote_code, code)
     with ExitStack() as stack:
         if urls.is_url(path):
             file, chunks = stack.enter_context(cached(path, mb, strict))
@@ -83,11 +96,12 @@ def load(
             file = stack.enter_context(bstk.open(path, strict=strict))
             chunks = file.chunks[: file.fit(mb).chunks]
         with embedded_files(file) as folder:
-            tokenizer = load_tokenizer(folder)
+            trusted = stage_code(file, folder, trust_remote_code, code)
+            tokenizer = load_tokenizer(folder, file.source.name, trusted)
             if mode == "dense":
-                return dense_model(file, chunks, folder, dtype).to(device), tokenizer
+                return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
             place = place_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
-            model, residence = stacked_model(file, folder, dtype, place)
+            model, residence = stacked_model(file, folder, dtype, place, trusted)
         residence.resize(mb)
         install(model, residence.gate)
         residence.on_close(stack.pop_all().close)  # the file stays open, to grow from

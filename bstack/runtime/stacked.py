@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import bstk
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError
 from bstack.kernels.matrix import BLOCKS, RANK
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
-from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
+from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config, understood
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Table
 from bstack.runtime.places import Host, Place
@@ -29,7 +29,7 @@ TABLE = 2**20
 
 
 def stacked_model(
-    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place | None = None
+    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place | None = None, trusted: bool = False
 ) -> tuple[Any, Residence]:
     """A model without any block in memory yet, and the residence that brings them.
 
@@ -43,6 +43,8 @@ def stacked_model(
         Of activations and of small plain parameters.
     place : Place, optional
         Where blocks live and products run; by default the processor.
+    trusted : bool
+        Whether Python code among the model's files may run.
 
     Raises
     ------
@@ -50,7 +52,7 @@ def stacked_model(
     """
     shown = file.source.name
     place = place or Host()
-    model = _empty_model(folder, dtype, shown)
+    model = _empty_model(file, folder, dtype, trusted)
     stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
     for chunk in file.chunks:
         if chunk.is_block:
@@ -72,27 +74,23 @@ def stacked_model(
     for parameter, parts in by_parameter.items():
         _put(model, parameter, _packed_weight(model, parameter, parts, matrices, place, gate, dtype, shown), shown)
     _tie(model, shown)
-    generation = generation_config(folder)
+    generation = generation_config(folder, shown)
     if generation is not None:
         model.generation_config = generation
     model.to(place.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
 
 
-def _empty_model(folder: Path, dtype: torch.dtype, shown: str) -> Any:
+def _empty_model(file: bstk.Reader, folder: Path, dtype: torch.dtype, trusted: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder, shown)
-    try:
-        with parameters_on_meta():
-            # Eager experts use one expert's weights at a time, which is what packed ones can offer.
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False, experts_implementation="eager"
-            )
-    except Exception as error:  # whatever a constructor does with sizes that make no sense
-        raise UnsupportedModelError(
-            f"{shown}: this transformers cannot build its model ({config.model_type}): {reason(error)}"
-        ) from None
+    shown = file.source.name
+    config = read_config(file, folder, trusted)
+    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), parameters_on_meta():
+        # Eager experts use one expert's weights at a time, which is what packed ones can offer.
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trusted, experts_implementation="eager"
+        )
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:

@@ -154,3 +154,12 @@ def test_interrupted(model):
     assert b"Traceback" not in errors
     if process.returncode == 75:
         assert b"tokens/s" in errors and b"interrupted it" in errors
+
+
+@pytest.mark.parametrize("name", ["smollm2", "folder"])
+def test_a_model_is_not_a_file_yet(bstack, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    for command in (["run", name, "-p", "x"], ["inspect", name]):
+        done = bstack(*command)
+        assert done.returncode == 2 and f"Compress it first: bstack compress {name} -o {name}.bstk" in done.stderr

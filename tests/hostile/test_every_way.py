@@ -43,6 +43,7 @@ COMMANDS = {
     "truncate": ["{bad}", "--mb", "1", "-o", "out"],
     "truncate --dry-run": ["{bad}", "--mb", "1", "--dry-run"],
     "grow": ["{bad}", "--mb", "1", "--from", "good"],
+    "run": ["{bad}", "-p", "x", "--mb", "1"],
     "grow --from": ["good", "--mb", "1", "--from", "{bad}"],
 }
 

@@ -1,0 +1,212 @@
+"""Python code that a model needs and transformers does not have: refused, or run from a place that the user trusts.
+
+A configuration names such code in ``auto_map``: ``module.Class`` beside it, ``owner/name--module.Class`` on the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError
+from bstack.models.hub import hub_snapshot
+
+__all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "own_attention", "own_code", "put_code", "references", "refusal"]
+
+CODE_FILES = ["*.py"]
+# File -> the automatic classes that bstack uses and that the file may redirect.
+_MAPS = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_config.json": ("AutoTokenizer",)}
+_ELSEWHERE = "--"
+ADVICE = "Read it; if you trust it, add --trust-remote-code (in Python trust_remote_code=True)."
+
+
+@dataclass(frozen=True)
+class Code:
+    """Code that the user allows to run.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds the modules.
+    origin : str
+        For people: the folder, or ``owner/name@commit``.
+    hub : str or None
+        The latter; None for a folder, whose path is nobody's business.
+    modules : tuple of str
+        Files in `folder`: what the model's files name, and what those import from beside them.
+    """
+
+    folder: Path
+    origin: str
+    hub: str | None
+    modules: tuple[str, ...] = ()
+
+    def needed(self, found: dict[str, str], shown: str) -> Code:
+        """With the modules that the `references` of a model need; warns that they run.
+
+        Raises
+        ------
+        bstack.errors.ForeignCodeError
+            A module that the model's files name is not there.
+        """
+        from transformers.dynamic_module_utils import get_relative_import_files
+
+        modules = set()
+        for reference in found.values():
+            module = self.folder / (reference.rpartition(_ELSEWHERE)[2].partition(".")[0] + ".py")
+            if not module.is_file():
+                raise ForeignCodeError(f"{shown}: its configuration names {reference}, but {self.origin} holds no {module.name}.")
+            modules |= {module, *map(Path, get_relative_import_files(module))}
+        names = tuple(sorted(module.relative_to(self.folder).as_posix() for module in modules))
+        warnings.warn(
+            f"{shown}: running Python code from {self.origin}: {', '.join(names)}. It can do what you can.",
+            ForeignCodeWarning, stacklevel=3,
+        )  # fmt: skip
+        return replace(self, modules=names)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values: where it is from, if that is public, and the digests of the modules."""
+        digests = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in self.modules}
+        return {"from": self.hub, "modules": digests}
+
+
+def references(folder: Path) -> dict[str, str]:
+    """What a model's files say of code outside transformers: automatic class -> ``module.Class``."""
+    found: dict[str, str] = {}
+    for name, classes in _MAPS.items():
+        mapping = _json(folder / name).get("auto_map")
+        if isinstance(mapping, list):  # as tokenizers were once written
+            mapping = {"AutoTokenizer": mapping}
+        for auto in classes if isinstance(mapping, dict) else ():
+            value = mapping.get(auto)
+            # Of a tokenizer's two classes transformers takes the fast one.
+            values = [value] if isinstance(value, str) else value[::-1] if isinstance(value, list) else []
+            if known := [one for one in values if isinstance(one, str)]:
+                found[auto] = known[0]
+    return found
+
+
+def lacking(folder: Path) -> dict[str, str]:
+    """The `references` without which transformers cannot make the configuration or the model.
+
+    A tokenizer's is not among them: only transformers knows when it can do without.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = _json(folder / "config.json").get("model_type")
+    kind = kind if isinstance(kind, str) else None
+    own = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return {auto: name for auto, name in references(folder).items() if auto in own and kind not in own[auto]}
+
+
+def check_known(folder: Path, shown: str, advice: str) -> None:
+    """Refuse a model whose code lies outside transformers.
+
+    Raises
+    ------
+    bstack.errors.ForeignCodeError
+    """
+    if found := lacking(folder):
+        raise refusal(shown, found, advice)
+
+
+def refusal(shown: str, found: dict[str, str], advice: str) -> ForeignCodeError:
+    """The error for code that the user did not allow."""
+    return ForeignCodeError(
+        f"{shown}: this model needs Python code that is not in transformers: {', '.join(sorted(found.values()))}. Whoever wrote "
+        f"it can do with your machine what you can. {advice}"
+    )
+
+
+def own_code(folder: Path, shown: str, hub: str | None) -> Code | None:
+    """The code of a checkpoint that the user trusts; None where it names none.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    shown : str
+        Its name, for messages.
+    hub : str or None
+        Where the folder comes from: ``owner/name@commit``.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        The code is in more than one place.
+    """
+    found = references(folder)
+    places = {reference.rpartition(_ELSEWHERE)[0] for reference in found.values()}
+    if not places:
+        return None
+    if len(places) > 1:
+        raise UnsupportedModelError(
+            f"{shown}: its code is in {len(places)} places: {', '.join(sorted(found.values()))}. bstack takes it from one: copy "
+            "the modules into the model's folder and take the part before -- out of auto_map."
+        )
+    place = places.pop()
+    code = find_code(place) if place else Code(folder, hub or str(folder), hub)
+    return code.needed(found, shown)
+
+
+def find_code(place: str) -> Code:
+    """The code in a folder or on the hub (``owner/name``, optionally ``@revision``).
+
+    Raises
+    ------
+    bstack.errors.ModelNotFoundError
+    """
+    if Path(place).is_dir():
+        return Code(Path(place), place, None)
+    folder = hub_snapshot(place, CODE_FILES, "Name the folder or the hub id with the model's Python code.")
+    origin = f"{place.partition('@')[0]}@{folder.name}"
+    return Code(folder, origin, origin)
+
+
+def put_code(code: Code, folder: Path) -> None:
+    """Put the modules beside a model's files, in place of any that are there, and have the files name no others."""
+    for stranger in folder.rglob("*.py"):
+        stranger.unlink()
+    for module in code.modules:
+        (folder / module).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(code.folder / module, folder / module)
+    for name in _MAPS:
+        if "auto_map" in (content := _json(folder / name)):
+            content["auto_map"] = _without_places(content["auto_map"])
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def own_attention(config: Any) -> None:
+    """Have transformers choose how attention and experts are computed.
+
+    A configuration may name kernels of the hub for it, which are code: fetched and run where the package kernels is installed.
+    """
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, name, None) not in (None, "eager", "sdpa"):
+            setattr(config, name, None)
+    for part in getattr(config, "sub_configs", None) or ():
+        if (inner := getattr(config, part, None)) is not None:
+            own_attention(inner)
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_places(one) for one in value]
+    return value.rpartition(_ELSEWHERE)[2] if isinstance(value, str) else value
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, for transformers then says what is wrong."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,76 @@
+"""Python code that the model of a container needs: nothing of it is in the container."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bstk
+from bstack.errors import ForeignCodeError
+from bstack.models.code import check_known, find_code, put_code, references, refusal
+from bstk.errors import UsageError
+
+__all__ = ["check_trust", "refuse_tokenizer", "stage_code"]
+
+ADVICE = (
+    "No .bstk file holds code. If you trust it, add --trust-remote-code, and --code with the folder or hub id that it is in "
+    "(in Python trust_remote_code=True and code)."
+)
+
+
+def check_trust(trust_remote_code: bool, code: str | None) -> None:
+    """Refuse a place of code that may not run; raises bstk.UsageError."""
+    if code is not None and not trust_remote_code:
+        raise UsageError(f"--code {code} names Python code to run. If you trust it, add --trust-remote-code.")
+
+
+def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: str | None) -> bool:
+    """Put the code that a model needs beside its files, if the user allows it; otherwise refuse a model that needs any.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    folder : Path
+        The model's files, as transformers is to read them. What they hold of Python code themselves never runs.
+    trust_remote_code : bool
+    code : str or None
+        A folder or a hub id; None for the hub id that the file names.
+
+    Returns
+    -------
+    bool
+        Whether transformers may run code that it finds in the folder.
+
+    Raises
+    ------
+    bstack.errors.ForeignCodeError
+        Code is needed, and not allowed or not to be found.
+    """
+    shown = file.source.name
+    found = references(folder)
+    if not trust_remote_code:
+        check_known(folder, shown, ADVICE)
+        return False
+    if not found:
+        return False
+    place = code or _recorded(file)
+    if place is None:
+        raise ForeignCodeError(
+            f"{shown}: this model needs Python code: {', '.join(sorted(found.values()))}. It was compressed from a folder, and "
+            "no .bstk file holds code: name the folder or hub id that it is in with --code (in Python code=)."
+        )
+    put_code(find_code(place).needed(found, shown), folder)
+    return True
+
+
+def refuse_tokenizer(folder: Path, shown: str) -> None:
+    """Refuse a tokenizer that names code; raises bstack.errors.ForeignCodeError."""
+    if found := {auto: name for auto, name in references(folder).items() if auto == "AutoTokenizer"}:
+        raise refusal(shown, found, ADVICE)
+
+
+def _recorded(file: bstk.Reader) -> str | None:
+    """The hub id from which the model was compressed. A file that names a folder of this machine is not listened to."""
+    model = file.metadata.get("model")
+    recorded = model.get("code") if isinstance(model, dict) else None
+    place = recorded.get("from") if isinstance(recorded, dict) else None
+    return place if isinstance(place, str) and not Path(place).exists() else None

@@ -1,0 +1,210 @@
+"""``--dask``: the same file byte for byte from the workers of a cluster, also when one is killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import bstack
+import bstk
+import pytest
+from bstack.cli import main
+from bstack.errors import ClusterError, ClusterLostError
+
+distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install 'bstack[dask]'")
+
+SETTINGS = bstack.Settings(planes=2, samples=2, sequence_length=16)
+QUICK = ["--planes", "2", "--samples", "2", "--sequence-length", "16"]
+# A worker as somebody would start it, after some Python of the test's own.
+WORKER = "{}; import sys; sys.argv[0] = 'dask'; from dask.__main__ import main; main()"
+
+
+def start(processes, *arguments, before="pass", **environment):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(before), *arguments], env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    processes.append(process)
+    return process
+
+
+@pytest.fixture
+def processes():
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def scheduler(processes, tmp_path, request):
+    """A scheduler in a process of its own, with the parameter as environment; its address."""
+    file = tmp_path / "scheduler.json"
+    arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    start(processes, "scheduler", *arguments, **getattr(request, "param", {}))
+    wait_for(lambda: file.exists() and file.read_text().endswith("}"))
+    return json.loads(file.read_text())["address"]
+
+
+@pytest.fixture
+def client(scheduler):
+    with distributed.Client(scheduler, timeout=30, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture
+def add_workers(processes, scheduler, client, tmp_path):
+    def add(count, **options):
+        before = len(client.nthreads())
+        arguments = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / "dask")]
+        made = [start(processes, "worker", scheduler, *arguments, **options) for _ in range(count)]
+        client.wait_for_workers(before + count, timeout=60)
+        return made
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("expected") / "out.bstk"
+    bstack.compress(tiny_llama, path, settings=SETTINGS)
+    return path.read_bytes()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["compress", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err and "bug in bstack" not in err
+    return caught.value.code, out, err
+
+
+def busy(client):
+    """A worker that has a matrix in work; None when there is none."""
+    return next((worker for worker, tasks in client.processing().items() if tasks), None)
+
+
+def test_the_same_file(tiny_llama, tmp_path, scheduler, add_workers, expected, capsys):
+    add_workers(2)
+    assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", scheduler, *QUICK)[0] == 0
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_the_same_file_with_another_number_of_threads(tiny_llama, tmp_path, scheduler, add_workers, expected):
+    add_workers(1, OMP_NUM_THREADS="2")
+    bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
+    workers = add_workers(3, BSTACK_KERNELS="reference")  # slow, with the same result bit for bit
+    by_address = {address: pid for address, pid in client.run(os.getpid).items()}
+    killed = []
+
+    def kill_one():
+        address = wait_for(lambda: busy(client))
+        os.kill(by_address[address], signal.SIGKILL)
+        killed.append(by_address[address])
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.warns(RuntimeWarning, match="kernels reference"):
+        bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+    killer.join()
+    assert [worker.pid for worker in workers if worker.poll() == -signal.SIGKILL] == killed
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_the_scheduler_goes_away_and_the_same_command_goes_on(
+    tiny_llama, tmp_path, scheduler, client, processes, add_workers, expected, capsys
+):
+    add_workers(1, BSTACK_KERNELS="reference")
+    threading.Thread(target=lambda: (wait_for(lambda: busy(client)), processes[0].kill())).start()
+    code, _, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", scheduler, *QUICK)
+    assert code == 75 and "went away" in err and "same command again" in err, err
+    assert (tmp_path / "out.bstk.work").is_dir() and not (tmp_path / "out.bstk").exists()
+    assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", *QUICK)[0] == 0
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
+    add_workers(1, BSTACK_KERNELS="reference")
+    command = [sys.executable, "-m", "bstack", "compress", tiny_llama, "-o", tmp_path / "out.bstk", *QUICK]
+    process = subprocess.Popen([*command, "--dask", scheduler], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: busy(client))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Give the same command again" in err and "Traceback" not in err
+    wait_for(lambda: not busy(client))
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client, add_workers, expected, monkeypatch):
+    (worker,) = add_workers(1, BSTACK_KERNELS="reference")
+    monkeypatch.setattr("bstack.pipeline.cluster.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("bstack.pipeline.cluster.PATIENCE_SECONDS", 1.0)
+    threading.Thread(target=lambda: (wait_for(lambda: busy(client)), worker.kill())).start()
+    with pytest.raises(ClusterLostError, match="no workers for 1 s"), pytest.warns(RuntimeWarning):
+        bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 30.0)
+    threading.Timer(1, lambda: add_workers(1)).start()
+    bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+    assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+@pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}], indirect=True)
+def test_workers_that_keep_dying(tiny_llama, tmp_path, scheduler, add_workers):
+    """A matrix over which every worker dies is not tried for ever."""
+    kill = "import os; import bstack.pipeline.encode as e; e.encode_arrays = lambda *_: os._exit(9)"
+    add_workers(1, before=kill)
+    with pytest.raises(ClusterLostError, match="died over the same matrix"):
+        bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("import importlib.metadata as m; v = m.version; m.version = lambda p: '0.0.9' if p == 'bstack' else v(p)", "bstack 0.0.9, not"),
+        ("import importlib.metadata as m; v = m.version; m.version = lambda p: '1.0' if p == 'torch' else v(p)", "torch 1.0, not"),
+        ("import sys; sys.modules['bstack'] = None", "cannot run bstack"),
+    ],
+)
+def test_workers_with_other_versions(tiny_llama, tmp_path, scheduler, add_workers, before, words, capsys):
+    add_workers(1, before=before)
+    code, out, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", scheduler, *QUICK)
+    assert (code, out) == (1, "") and words in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "http://127.0.0.1:1", ""])
+def test_no_scheduler(tiny_llama, tmp_path, address, capsys, monkeypatch):
+    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
+    code, out, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", address, *QUICK)
+    assert (code, out) == (1, "") and "No Dask scheduler answers" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
+    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
+    with pytest.raises(ClusterError, match="no workers"):
+        bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+
+
+def test_distributed_is_not_installed(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(bstk.MissingPackageError, match=r"pip install 'bstack\[dask\]'"):
+        bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask="tcp://127.0.0.1:1")

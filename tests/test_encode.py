@@ -1,0 +1,98 @@
+"""Where matrices are encoded must not show in what comes out."""
+
+import numpy as np
+import pytest
+import torch
+from bstack.codecs import CODECS
+from bstack.pipeline.encode import Matrix, encode, encode_arrays
+from bstack.pipeline.workers import WIDE, Threads
+
+
+def arrays(rows=40, columns=24):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((100, columns)).astype(np.float32)
+    return {"weight": rng.standard_normal((rows, columns)).astype(np.float32), "moment": inputs.T @ inputs,
+            "sensitivity": rng.random(rows).astype(np.float32)}  # fmt: skip
+
+
+VALUES = {"name": "a", "tokens": 100, "transposed": False, "even": False}
+
+
+def elsewhere(array, offset):
+    """The same array, read-only, at an address that is no multiple of 64."""
+    memory = np.zeros(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    moved = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    moved.flags.writeable = False
+    return moved
+
+
+@pytest.mark.parametrize("codec", ["trellis", "sign"])
+@pytest.mark.parametrize("offset", [0, 4, 32])
+def test_arrays_may_lie_anywhere(codec, offset):
+    given = arrays()
+    moved = {name: elsewhere(array, offset) for name, array in given.items()}
+    assert encode_arrays(moved, VALUES, CODECS[codec](2)) == encode_arrays(given, VALUES, CODECS[codec](2))
+
+
+class Part:
+    def __init__(self):
+        self.names = []
+
+    def add(self, payload, **fields):
+        self.names.append((fields["name"], fields["level"]))
+
+
+class Later:
+    """Workers that do nothing until they are asked; notes how many matrices are in work."""
+
+    def __init__(self, beside):
+        self._beside, self.waiting, self.most = beside, 0, 0
+
+    def beside(self, inputs):
+        return self._beside
+
+    def submit(self, function, *arguments):
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+
+        class Task:
+            def result(task):
+                self.waiting -= 1
+                return function(*arguments)
+
+            def cancel(task):
+                self.waiting -= 1
+
+        return Task()
+
+
+def matrices(count):
+    tensors = {name: torch.from_numpy(array) for name, array in arrays().items()}
+    for number in range(count):
+        yield Matrix(**tensors, **{**VALUES, "name": str(number)})
+
+
+@pytest.mark.parametrize("beside", [0, 1, 3])
+def test_order_and_number_in_work(beside):
+    workers, part, steps = Later(beside), Part(), []
+    encode(matrices(6), CODECS["sign"](2), part, workers, lambda: steps.append(1))
+    assert part.names == [(str(number), level) for number in range(6) for level in range(2)]
+    assert workers.most == beside + 1 and len(steps) == 6
+
+
+def test_what_is_not_needed_any_more_is_cancelled():
+    def failing():
+        yield from matrices(2)
+        raise KeyboardInterrupt
+
+    workers = Later(3)
+    with pytest.raises(KeyboardInterrupt):
+        encode(failing(), CODECS["sign"](2), Part(), workers)
+    assert workers.waiting == 0
+
+
+def test_a_wide_matrix_is_alone_in_a_process():
+    with Threads() as threads:
+        assert threads.beside(WIDE + 1) == 0 <= threads.beside(WIDE) < 4

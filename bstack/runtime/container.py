@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.trust import refuse_tokenizer
 from bstk.errors import DamagedError, OutputError, writing
 
-__all__ = ["embedded_files", "generation_config", "load_tokenizer", "parse_name", "part_of", "plain_tensor", "read_config", "understood"]
+__all__ = ["embedded_files", "generation_config", "load_tokenizer", "part_of", "parts_of", "plain_tensor", "read_config", "understood"]
 
 DTYPES = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -141,13 +142,64 @@ def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(DTYPES[chunk.dtype]).reshape(chunk.shape)
 
 
-def parse_name(name: str) -> MatrixName:
-    """A stack's name, taken apart.
+def parts_of(
+    chunks: Iterable[bstk.Chunk], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]]:
+    """The stacks among some chunks by the parameter that they make up.
+
+    Parameters
+    ----------
+    chunks : iterable of bstk.Chunk
+        In the order of the file; what is no block is passed over.
+    shapes : mapping
+        State-dict name -> shape, of the whole model.
+
+    Returns
+    -------
+    dict
+        State-dict name -> name and blocks of each of its parts, in the order of their rows or slices. Together they fill it:
+        no weight is left out, and none is there twice.
 
     Raises
     ------
+    bstack.errors.UnsupportedModelError
+        A stack of a parameter that the model does not have.
     bstk.DamagedError
+        A name against the convention, a stack of another shape than its part, a gap, an overlap.
     """
+    stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        if chunk.is_block:
+            stacks[chunk.name].append(chunk)
+    found: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = defaultdict(list)
+    for name, blocks in stacks.items():
+        matrix = _parse_name(name)
+        if matrix.parameter not in shapes:
+            raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
+        part_of(matrix, torch.empty(tuple(shapes[matrix.parameter]), device="meta"), blocks[0])
+        found[matrix.parameter].append((matrix, blocks))
+    for parameter, parts in found.items():
+        length = shapes[parameter][0]
+        parts.sort(key=lambda part: _extent(part[0], length))
+        end = 0
+        for matrix, _ in parts:
+            start, stop = _extent(matrix, length)
+            if start != end or stop <= start:
+                raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices, and {matrix} follows.")
+            end = stop
+        if end != length:
+            raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices.")
+    return found
+
+
+def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
+    """First row or slice of a part, and the one after its last, along the first dimension of a parameter of that length."""
+    if matrix.index is not None:
+        return matrix.index, matrix.index + 1
+    return matrix.rows or (0, length)
+
+
+def _parse_name(name: str) -> MatrixName:
     try:
         return MatrixName.parse(name)
     except ValueError as error:

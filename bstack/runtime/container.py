@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.trust import refuse_tokenizer
 from bstk.errors import DamagedError, OutputError, writing
 
-__all__ = ["embedded_files", "generation_config", "load_tokenizer", "part_of", "parts_of", "plain_tensor", "read_config", "understood"]
+__all__ = ["build_model", "embedded_files", "load_tokenizer", "part_of", "parts_of", "plain_tensor", "understood"]
 
 DTYPES = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -55,8 +55,10 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         yield folder
 
 
-def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
-    """The model's configuration.
+def build_model(
+    file: bstk.Reader, folder: Path, trusted: bool, without_weights: AbstractContextManager[Any], **settings: Any
+) -> Any:
+    """The transformers model that a container's configuration describes, with its generation settings.
 
     Parameters
     ----------
@@ -65,11 +67,28 @@ def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
         Its files.
     trusted : bool
         Whether Python code that lies there may run (`bstack.runtime.trust`).
+    without_weights : context manager
+        Under which it is built, so that its parameters take no memory.
+    **settings
+        For transformers' `from_config`.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError
     """
+    from transformers import AutoModelForCausalLM
+
+    shown = file.source.name
+    config = _read_config(file, folder, trusted)
+    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
+    generation = _generation_config(folder, shown)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     from transformers import AutoConfig
 
     shown = file.source.name
@@ -84,13 +103,8 @@ def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     return config
 
 
-def generation_config(folder: Path, shown: str) -> Any | None:
-    """How the model's authors want it to generate; None where they do not say.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
+def _generation_config(folder: Path, shown: str) -> Any | None:
+    """How the model's authors want it to generate; None where they do not say."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():

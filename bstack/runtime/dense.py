@@ -12,7 +12,7 @@ import bstk
 from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import quiet_transformers
-from bstack.runtime.container import generation_config, part_of, parts_of, plain_tensor, read_config, understood
+from bstack.runtime.container import build_model, part_of, parts_of, plain_tensor, understood
 from bstk.errors import located
 
 __all__ = ["dense_model", "dense_weights"]
@@ -40,7 +40,7 @@ def dense_model(
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    model = _empty_model(file, folder, trusted)
+    model = build_model(file, folder, trusted, torch.device("meta"))
     return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
 
 
@@ -86,19 +86,6 @@ def dense_weights(
             payloads = [file.read(block) for block in blocks]
             view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
         yield parameter, tensor
-
-
-def _empty_model(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    shown = file.source.name
-    config = read_config(file, folder, trusted)
-    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    generation = generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
-    return model
 
 
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:

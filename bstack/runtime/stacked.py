@@ -13,7 +13,7 @@ from bstack.errors import UnsupportedModelError
 from bstack.kernels.matrix import BLOCKS, RANK
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
-from bstack.runtime.container import generation_config, parts_of, plain_tensor, read_config, understood
+from bstack.runtime.container import build_model, parts_of, plain_tensor
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Table
 from bstack.runtime.places import Host, Place
@@ -53,7 +53,8 @@ def stacked_model(
     """
     shown = file.source.name
     place = place or Host()
-    model = _empty_model(file, folder, dtype, trusted)
+    # Eager experts use one expert's weights at a time, which is what packed ones can offer.
+    model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
     with located(shown):
         parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     for parts in parameters.values():
@@ -66,23 +67,8 @@ def stacked_model(
     for parameter, parts in parameters.items():
         _put(model, parameter, _packed_weight(parameter, parts, matrices, place, gate, dtype), shown)
     _tie(model, shown)
-    generation = generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
     model.to(place.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
-
-
-def _empty_model(file: bstk.Reader, folder: Path, dtype: torch.dtype, trusted: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    shown = file.source.name
-    config = read_config(file, folder, trusted)
-    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), parameters_on_meta():
-        # Eager experts use one expert's weights at a time, which is what packed ones can offer.
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trusted, experts_implementation="eager"
-        )
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:

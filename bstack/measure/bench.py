@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.kernels.native import instructions
+from bstack.kernels.native import instructions, processors
 from bstack.measure.budgets import even_budgets
 from bstack.measure.child import Measured, ask
 from bstack.measure.options import Options
 from bstack.measure.results import Dense, Point, Progress, Report, Source
 from bstack.measure.rows import Rows
+from bstack.measure.tasks import file_digests
 from bstack.memory.free import free_memory
 
 __all__ = ["run_bench"]
@@ -160,7 +161,8 @@ class _Run:
             "full": self.file.fit().chunks,
             "versions": {package: version(package) for package in ("bstack", "torch", "transformers")},
             "kernels": instructions(),
-            "threads": [os.environ.get(name) for name in THREADS],
+            "threads": [processors(), *(os.environ.get(name) for name in THREADS)],
+            "tasks": file_digests(self.options.tasks),
         }
         self.rows = Rows(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
 

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from bstack.models import embedded
 from bstack.models.gguf import GGUFCheckpoint
+from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -203,9 +204,32 @@ def test_the_packaged_model_is_read_as_transformers_reads_it():
             assert torch.equal(skeleton.parameter(name), reference[name]), name
 
 
-def test_what_is_written_into_a_loaded_weight_is_gone_at_the_next_load(tmp_path):
-    from bstack.models.safetensors import SafetensorsCheckpoint
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_is_read_in_the_type_it_runs_in(tmp_path, name, stored):
+    """The same bits as rounding float32 afterwards, but no weight is in memory as float32; and copies here, too."""
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny_models.save(name, tmp_path / "model", dtype=stored)))
+    names = skeleton.model.state_dict()
+    with skeleton.loaded(names):
+        rounded = {name: tensor.to(torch.bfloat16) for name, tensor in skeleton.model.state_dict().items()}
+    load, found = skeleton.checkpoint.load, set()
 
+    def spied(model, names):
+        load(model, names)
+        found.update(parameter.dtype for parameter in model.parameters())
+
+    skeleton.checkpoint.load = spied
+    for _ in range(2):
+        with skeleton.loaded(names, torch.bfloat16):
+            state = skeleton.model.state_dict()
+            assert found == {torch.bfloat16}
+            assert all(torch.equal(state[name], rounded[name]) for name in rounded)
+            for tensor in state.values():
+                tensor.zero_()
+    assert {(p.dtype, p.device.type) for p in skeleton.model.parameters()} == {(torch.float32, "meta")}
+
+
+def test_what_is_written_into_a_loaded_weight_is_gone_at_the_next_load(tmp_path):
     skeleton = Skeleton(SafetensorsCheckpoint(tiny_models.save("llama", tmp_path / "model")))
     names = skeleton.layer_names(0)
     with skeleton.loaded(names):

@@ -57,7 +57,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
-        """Fill the named parameters and buffers of the bound `model` with float32 values.
+        """Fill the named parameters and buffers of the bound `model`, each in the floating type that it has there.
 
         Raises
         ------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bstack.memory.free import free_memory
+from bstack.memory.free import too_little
 from bstack.models.skeleton import Skeleton
 from bstk.errors import ResourceError
 
@@ -171,9 +171,8 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _check_memory(skeleton: Skeleton, dtype: torch.dtype) -> None:
-    memory = free_memory()  # where the system does not tell, the allocation itself has to
     needed = dtype.itemsize * sum(p.numel() for p in skeleton.model.parameters())
-    if memory is not None and needed > 0.8 * memory.free:
+    if memory := too_little(needed):
         name = str(dtype).removeprefix("torch.")
         raise ResourceError(
             f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as {name}, "

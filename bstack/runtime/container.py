@@ -14,9 +14,10 @@ import torch
 import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.models.code import own_attention
+from bstack.models.files import put_files
 from bstack.models.slices import MatrixName
 from bstack.runtime.trust import refuse_tokenizer
-from bstk.errors import DamagedError, OutputError, writing
+from bstk.errors import DamagedError, writing
 
 __all__ = ["build_model", "embedded_files", "load_tokenizer", "part_of", "parts_of", "plain_tensor", "understood"]
 
@@ -41,17 +42,7 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         folder = Path(name) / "model"  # the same each time: transformers keeps code that it runs under the folder's name
         with writing(str(folder)):
             folder.mkdir()
-        for inside, chunk in file.files.items():
-            data = file.read(chunk)
-            target = folder / inside
-            try:
-                with writing(str(target)):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data)
-            except OutputError as error:
-                raise DamagedError(
-                    f"{file.source.name}: its file {inside!r} cannot be put into a folder here: {reason(error.__cause__)}."
-                ) from None
+        put_files(((inside, file.read(chunk)) for inside, chunk in file.files.items()), folder, file.source.name)
         yield folder
 
 

@@ -19,7 +19,7 @@ from bstack.measure.baselines.grid import GridMatrix
 from bstack.measure.baselines.rtn import round_to_nearest
 from bstack.measure.quality import Quality, Scores
 from bstack.measure.reference import Reference
-from bstack.measure.streamed import run_streamed
+from bstack.measure.streamed import altered, run_streamed
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName
 
@@ -151,7 +151,8 @@ class Baselines:
                 with self._skeleton.loaded([name]):
                     tables.put(name, round_to_nearest(self._skeleton.parameter(name), embedding_bits))
             scores = Scores(self._windows, self._reference)
-            run_streamed(self._skeleton, self._windows, scores.add, alter=self._alter(store, tables), progress=progress)
+            quantised = altered(self._skeleton, self._alter(store, tables))
+            run_streamed(self._skeleton, self._windows, scores.add, loaded=quantised, progress=progress)
             found.append(Baseline(method, bits, embedding_bits, store.sizes + tables.sizes + self._rest, scores.quality()))
             tables.delete()
         store.delete()

@@ -175,7 +175,6 @@ class Baselines:
             for index, _ in stream.steps():
                 with skeleton.loaded(skeleton.layer_names(index)):
                     table = gather(stream, index, layer_parameters(skeleton, index))
-                    self._own_copies(index)
                     for name, weight in self._weights(index).items():
                         # An expert that no token reached has no moments: rounding to nearest is all there is.
                         seen = name in table.operands
@@ -184,12 +183,6 @@ class Baselines:
                         weight.copy_(matrix.dense())
                     stream.run_all(index)
                 progress()
-
-    def _own_copies(self, index: int) -> None:
-        """Give a loaded layer memory of its own: what a checkpoint maps into memory would keep what is written to it."""
-        for name in {MatrixName.parse(name).parameter for name in self._in_layer(index)}:
-            parameter = self._skeleton.parameter(name)
-            parameter.data = parameter.data.clone()
 
     def _in_layer(self, index: int) -> list[str]:
         inside = self._skeleton.layers[index][0] + "."

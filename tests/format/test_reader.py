@@ -89,6 +89,22 @@ def test_fit(good):
         assert f.fit("0.01") == f.complete
 
 
+def test_cuts_count_what_is_in_them(good):
+    with bstk.open(good) as f:
+        for count in range(len(f.all_chunks) + 1):
+            chunks = f.all_chunks[:count]
+            cut = f.cut(count)
+            end = chunks[-1].end if chunks else f.all_chunks[0].offset
+            assert cut == (count, end, sum(c.raw_length for c in chunks if c.is_weight))
+            blocks = [c for c in chunks if c.is_block]
+            weights = sum(c.shape[0] * c.shape[1] for c in blocks if c.level == 0)
+            assert f.bits_per_weight(cut) == (8 * sum(c.raw_length for c in blocks) / weights if weights else None)
+        assert f.cut(f.base_count) == f.smallest and f.cut(len(f.chunks)) == f.fit()
+        for count in (-1, len(f.all_chunks) + 1):
+            with pytest.raises(bstk.UsageError):
+                f.cut(count)
+
+
 def test_fit_bounds_memory_too(tmp_path):
     zeros = bytes(2 * 4000 * 2)
     chunks = [samples.sign("a", 0), samples.entry("b", bstk.TENSOR, zeros, shape=(8000,), dtype="f16")]

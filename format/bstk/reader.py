@@ -320,6 +320,26 @@ class Reader:
         count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget) - 1, len(self.chunks))
         return self.cut(max(count, self.base_count))
 
+    def even_cuts(self, count: int) -> dict[Cut, int]:
+        """Return the cuts within `count` budgets in equal steps, from the smallest model to all of this file.
+
+        Parameters
+        ----------
+        count : int
+            At least 2.
+
+        Returns
+        -------
+        dict of Cut to int
+            Smallest first, with the first of those budgets, in bytes, that it is the answer to. A file of few blocks has fewer.
+        """
+        first, last = self.smallest.budget, self.fit().budget
+        cuts: dict[Cut, int] = {}
+        for step in range(count):
+            budget = first + (last - first) * step // (count - 1)
+            cuts.setdefault(self.fit_bytes(budget), budget)
+        return cuts
+
     def cut(self, count: int) -> Cut:
         """Return the first `count` chunks of the complete file as a cut; those of less than the smallest model are none of use.
 

@@ -105,6 +105,18 @@ def test_cuts_count_what_is_in_them(good):
                 f.cut(count)
 
 
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_even_cuts(good, count):
+    with bstk.open(good) as f:
+        cuts = f.even_cuts(count)
+        assert list(cuts)[0] == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
+        assert 2 <= len(cuts) <= count
+        step = (f.complete.budget - f.smallest.budget) / (count - 1)
+        for cut, budget in cuts.items():
+            assert f.fit_bytes(budget) == cut
+            assert (budget - f.smallest.budget) / step == pytest.approx(round((budget - f.smallest.budget) / step), abs=1 / step)
+
+
 def test_fit_bounds_memory_too(tmp_path):
     zeros = bytes(2 * 4000 * 2)
     chunks = [samples.sign("a", 0), samples.entry("b", bstk.TENSOR, zeros, shape=(8000,), dtype="f16")]

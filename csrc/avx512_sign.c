@@ -121,7 +121,7 @@ INLINE void tile_of(const uint8_t *bits, size_t stride, int width, int rows, int
     /* Of whole registers of rows, pieces may be read past the end of a row: what comes there meets tables of zeros, or none,
      * and after the last row come its factors. */
     const int full = rows == sets * LANES;
-    __m512i row[8], piece[8];
+    __m512i row[8] = {_mm512_setzero_si512()}, piece[8];
     int b = 0;
     if (full) {
         UNROLL

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-__all__ = ["damping", "feedback_factor", "spectrum_sample"]
+__all__ = ["damping", "factorise", "feedback_factor", "spectrum_sample"]
 
 # Above this width double precision would not fit beside the rest; single precision has been enough with damping.
 DOUBLE_WIDTH = 8192
@@ -20,7 +20,12 @@ PIECE = 2**22
 
 
 def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
-    """M of moment + damp I = M D M^T.
+    """M of moment + damp I = M D M^T; see `factorise`."""
+    return factorise(moment, damp)[0]
+
+
+def factorise(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """M and D of moment + damp I = M D M^T.
 
     Made where the moment was, beside one more matrix of its size: four are 3.3 GB at a width of 14336.
 
@@ -33,8 +38,11 @@ def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
 
     Returns
     -------
-    torch.Tensor
-        Float32, unit upper triangular, shape (inputs, inputs).
+    factor : torch.Tensor
+        M, float32, unit upper triangular, shape (inputs, inputs).
+    cost : torch.Tensor
+        The diagonal of D, float32, shape (inputs,): what an error of 1 in a column costs when the later columns have made up
+        for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
     """
     dtype = torch.float64 if moment.shape[0] <= DOUBLE_WIDTH else torch.float32
     flipped = _flip(moment.to(dtype))
@@ -46,7 +54,8 @@ def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
         lower, failed = torch.linalg.cholesky_ex(flipped)
     # LAPACK's factor stands column by column, so its transpose is the one that is contiguous.
     upper = _flip(lower.t()).t()
-    return upper.div_(upper.diagonal().clone()).float()
+    diagonal = upper.diagonal().clone()
+    return upper.div_(diagonal).float(), diagonal.square().float()
 
 
 def _flip(square: torch.Tensor) -> torch.Tensor:

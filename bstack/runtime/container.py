@@ -19,7 +19,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.trust import refuse_tokenizer
 from bstk.errors import DamagedError, writing
 
-__all__ = ["build_model", "embedded_files", "load_tokenizer", "part_of", "parts_of", "plain_tensor", "understood"]
+__all__ = ["build_model", "embedded_files", "load_tokenizer", "parse_name", "part_of", "parts_of", "plain_tensor", "understood"]
 
 DTYPES = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -178,7 +178,7 @@ def parts_of(
             stacks[chunk.name].append(chunk)
     found: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = defaultdict(list)
     for name, blocks in stacks.items():
-        matrix = _parse_name(name)
+        matrix = parse_name(name)
         if matrix.parameter not in shapes:
             raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
         part_of(matrix, torch.empty(tuple(shapes[matrix.parameter]), device="meta"), blocks[0])
@@ -204,7 +204,13 @@ def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
     return matrix.rows or (0, length)
 
 
-def _parse_name(name: str) -> MatrixName:
+def parse_name(name: str) -> MatrixName:
+    """A stack's name, taken apart.
+
+    Raises
+    ------
+    bstk.DamagedError
+    """
     try:
         return MatrixName.parse(name)
     except ValueError as error:

@@ -10,7 +10,7 @@ from torch import nn
 
 import bstk
 from bstack.errors import UnsupportedModelError
-from bstack.kernels.matrix import BLOCKS, RANK
+from bstack.kernels.matrix import BLOCKS, RANK, SPQR
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import build_model, parts_of, plain_tensor
@@ -83,7 +83,7 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name:
 def _check_depth(parts: _Parts, shown: str) -> None:
     """Refuse what is more than the kernels take."""
     for _, blocks in parts:
-        rank = max(block.rank for block in blocks)
+        rank = max((block.rank for block in blocks if block.kind.code != SPQR), default=0)
         if len(blocks) > BLOCKS or rank > RANK:
             raise UnsupportedModelError(
                 f"{shown}: {blocks[0].name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "

@@ -1,6 +1,10 @@
 """Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
 
-from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, UsageError
+from __future__ import annotations
+
+import errno
+
+from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, ResourceError, UsageError
 
 __all__ = [
     "CalibrationError",
@@ -17,13 +21,39 @@ __all__ = [
     "UnsupportedModelError",
     "WeightError",
     "WorkDirectoryError",
+    "explained",
     "reason",
 ]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def reason(error: BaseException) -> str:
     """What another library's exception says, in one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """What to tell the user of an error that ends a process.
+
+    Parameters
+    ----------
+    error : exception
+
+    Returns
+    -------
+    (str, int) or None
+        The message and the exit code (docs/exit-codes.md); None for an exception that only a bug of bstack lets through.
+    """
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return str(error.args[0] if error.args else error), code
+    if isinstance(error, MemoryError):
+        return "not enough memory.", ResourceError.exit_code
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or reason(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
+    return None
 
 
 class ModelNotFoundError(UsageError):

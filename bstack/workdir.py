@@ -21,6 +21,7 @@ import bstk
 from bstack.errors import WorkDirectoryError, reason
 from bstk import locks
 from bstk.errors import DamagedError, writing
+from bstk.files import replacing, sync_folder
 
 __all__ = ["Part", "Record", "WorkDirectory"]
 
@@ -83,6 +84,7 @@ class Part:
             os.fsync(self._stream.fileno())
             self._stream.close()
         if finished:
+            sync_folder(str(self._data.parent))  # no power cut may leave the records without the bytes
             _write_whole(self._records_path, json.dumps([asdict(record) for record in self.records]).encode())
 
 
@@ -120,7 +122,7 @@ class WorkDirectory:
     def _take_up(self, settings: dict[str, Any]) -> None:
         file = self.path / SETTINGS
         if not file.exists():
-            if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".tmp"]:
+            if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
                 raise WorkDirectoryError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
                     "Choose another with --work-dir."
@@ -265,13 +267,8 @@ def _kept(marker: Path, data: Path) -> Iterator[None]:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(str(path)):
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+    with replacing(path) as (sink, _), writing(str(path)):
+        sink.write(data)
 
 
 def _differences(earlier: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -8,15 +8,14 @@ import warnings
 from pathlib import Path
 
 import bstack
-import bstack.codecs
 import bstk
 import pytest
 import tiny_models
 import torch
 from bstack.models import embedded
 from bstack.models.gguf import GGUFCheckpoint
+from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
-from bstack.runtime.dense import dense_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SETTINGS = bstack.Settings(codec="sign", planes=8, rank=6, samples=4, sequence_length=32)
@@ -205,38 +204,32 @@ def test_the_packaged_model_is_read_as_transformers_reads_it():
             assert torch.equal(skeleton.parameter(name), reference[name]), name
 
 
-@pytest.mark.parametrize(
-    ("names", "shape"),
-    [
-        (["w[07"], (4, 8)),
-        (["lm_head.weight[0:9]"], (4, 8)),
-        (["lm_head.weight[2]"], (4, 8)),
-        (["lm_head.weight"], (1, 8)),
-        (["lm_head.weight[0:4]"], (4, 8)),
-        (["lm_head.weight[0:4]", "lm_head.weight[0:4][0:1]"], (4, 8)),
-    ],
-)
-def test_stacks_that_do_not_fit_the_model_are_damage(tmp_path, names, shape):
-    """Broadcast, left empty or named against the convention: never weights that nobody wrote."""
-    payload = next(bstack.codecs.TrellisCodec(1).encode(torch.randn(shape), torch.eye(shape[1]), 9, torch.ones(shape[0]))).payload
-    frame = bstk.pack(payload)
-    entries = [
-        bstk.Entry(
-            name=name, kind=bstk.TRELLIS, level=0, shape=shape, dtype="f16", rank=2, raw_length=frame.raw_length,
-            stored_length=frame.stored_length, digest=frame.digest, stored=frame.stored,
-        )
-        for name in names
-    ]
-    bstk.write(tmp_path / "odd.bstk", {}, entries, len(entries))
-    model = torch.nn.Module()
-    model.lm_head = torch.nn.Linear(8, 8, bias=False)
-    with bstk.open(tmp_path / "odd.bstk") as file, pytest.raises(bstk.DamagedError):
-        dict(dense_weights(file, file.chunks, model, torch.float32))
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_is_read_in_the_type_it_runs_in(tmp_path, name, stored):
+    """The same bits as rounding float32 afterwards, but no weight is in memory as float32; and copies here, too."""
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny_models.save(name, tmp_path / "model", dtype=stored)))
+    names = skeleton.model.state_dict()
+    with skeleton.loaded(names):
+        rounded = {name: tensor.to(torch.bfloat16) for name, tensor in skeleton.model.state_dict().items()}
+    load, found = skeleton.checkpoint.load, set()
+
+    def spied(model, names):
+        load(model, names)
+        found.update(parameter.dtype for parameter in model.parameters())
+
+    skeleton.checkpoint.load = spied
+    for _ in range(2):
+        with skeleton.loaded(names, torch.bfloat16):
+            state = skeleton.model.state_dict()
+            assert found == {torch.bfloat16}
+            assert all(torch.equal(state[name], rounded[name]) for name in rounded)
+            for tensor in state.values():
+                tensor.zero_()
+    assert {(p.dtype, p.device.type) for p in skeleton.model.parameters()} == {(torch.float32, "meta")}
 
 
 def test_what_is_written_into_a_loaded_weight_is_gone_at_the_next_load(tmp_path):
-    from bstack.models.safetensors import SafetensorsCheckpoint
-
     skeleton = Skeleton(SafetensorsCheckpoint(tiny_models.save("llama", tmp_path / "model")))
     names = skeleton.layer_names(0)
     with skeleton.loaded(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 import bstk
 import pytest
@@ -140,3 +141,35 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_the_directorys(tmp_p
     with pytest.raises(WorkDirectoryError, match="in use"):
         WorkDirectory(tmp_path / "work", SETTINGS)
     second.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not synced there")
+def test_a_power_cut_leaves_no_records_without_their_bytes_and_no_finished_part_undone(tmp_path, monkeypatch):
+    """The bytes and their name reach the disk before the records get theirs, and that does before the part counts as done."""
+    work = WorkDirectory(tmp_path / "work", SETTINGS)
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(source, target):
+        events.append(os.path.basename(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with work.part("layer-00000") as part:
+        part.add(b"data", name="x", kind=bstk.FILE)
+    assert events == ["file", "folder", "file", "layer-00000.json", "folder"]
+    events.clear()
+    work.value("curve", lambda: [1])
+    assert events == ["file", "curve.json", "folder"]
+    work.release()
+
+
+def test_a_first_write_that_was_killed_is_no_stranger(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / ".settings.json.0123abcd.part").write_bytes(b"{")
+    WorkDirectory(tmp_path / "work", SETTINGS).remove()
+    assert not (tmp_path / "work").exists()

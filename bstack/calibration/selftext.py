@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bstack.memory.free import free_memory
+from bstack.memory.free import too_little
 from bstack.models.skeleton import Skeleton
 from bstk.errors import ResourceError
 
@@ -55,10 +55,11 @@ def write_windows(
     bstk.ResourceError
         When the whole model does not fit in the memory that is free.
     """
-    _check_memory(skeleton)
+    dtype = _dtype()
+    _check_memory(skeleton, dtype)
     generator = torch.Generator().manual_seed(seed)
     texts, text_length = _shape(samples, length)
-    with skeleton.loaded(skeleton.model.state_dict(), _dtype()), torch.no_grad():
+    with skeleton.loaded(skeleton.model.state_dict(), dtype), torch.no_grad():
         groups = [
             _write_group(skeleton, min(TOGETHER, texts - start), text_length, generator, progress)
             for start in range(0, texts, TOGETHER)
@@ -169,12 +170,12 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.searchsorted(heights, level, right=True).clamp_max(logits.shape[-1] - 1)
 
 
-def _check_memory(skeleton: Skeleton) -> None:
-    memory = free_memory()  # where the system does not tell, the allocation itself has to
-    needed = 4 * sum(p.numel() for p in skeleton.model.parameters())
-    if memory is not None and needed > 0.8 * memory.free:
+def _check_memory(skeleton: Skeleton, dtype: torch.dtype) -> None:
+    needed = dtype.itemsize * sum(p.numel() for p in skeleton.model.parameters())
+    if memory := too_little(needed):
+        name = str(dtype).removeprefix("torch.")
         raise ResourceError(
-            f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as float32, "
+            f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as {name}, "
             f"{memory.free / 2**30:.1f} GiB are free of {memory.source}. Give a text with --calibration FILE: that streams one "
             "layer at a time."
         )

@@ -17,10 +17,12 @@ __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 SELF = "self"
 # Windows beyond the samples, which calibration does not see: the quality curve in the file is measured on them.
 HELD_OUT = 4
-PLAIN = {".txt", ".md", ".raw", ".tokens", ".text", ""}
+PLAIN = {".txt", ".md", ".raw", ".tokens", ".text"}
 RECORDS = {".jsonl", ".ndjson"}
 # Characters that are read at most: enough for any request, and a bound on what a folder of a terabyte costs.
 LONGEST = 256 * 2**20
+# And of a data set of the hub, which is fetched while it is read.
+LONGEST_FETCHED = 2**24
 BETWEEN = "\n\n"
 # The shortest windows that the settings allow.
 LEAST_LENGTH = 8
@@ -59,28 +61,28 @@ def open_text(source: str) -> TextSource:
     """
     path = Path(source)
     if path.is_file():
-        text = _joined(_pieces(path))
+        text = _joined(_pieces(path), LONGEST)
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (PLAIN - {""}) | RECORDS)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
         if not files:
             raise CalibrationError(
-                f"{path} holds no text: looked for files ending in {', '.join(sorted((PLAIN - {''}) | RECORDS))}."
+                f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}."
             )
-        text = _joined(piece for file in files for piece in _pieces(file))
+        text = _joined((piece for file in files for piece in _pieces(file)), LONGEST)
     else:
-        return TextSource(source, _read_hub(source))
+        return TextSource(source, _joined(_rows(source), LONGEST_FETCHED))
     return TextSource(path.name, text)
 
 
-def _joined(pieces: Iterator[str]) -> str:
-    """The first `LONGEST` characters of pieces with a blank line between them; later pieces are not asked for."""
+def _joined(pieces: Iterator[str], longest: int) -> str:
+    """The first `longest` characters of pieces with a blank line between them; later pieces are not asked for."""
     kept, length = [], 0
     for piece in pieces:
         kept.append(piece)
         length += len(piece) + len(BETWEEN)
-        if length >= LONGEST:
+        if length >= longest:
             break
-    return BETWEEN.join(kept)[:LONGEST]
+    return BETWEEN.join(kept)[:longest]
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -114,7 +116,8 @@ def _records(path: Path) -> Iterator[str]:
             yield str(text)
 
 
-def _read_hub(source: str) -> str:
+def _rows(source: str) -> Iterator[str]:
+    """Each text of a data set of the hub, fetched as it is asked for."""
     try:
         import datasets
     except ImportError:
@@ -125,15 +128,11 @@ def _read_hub(source: str) -> str:
     name, configuration, split = (source.split(":") + ["", ""])[:3]
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        pieces, length = [], 0
         for row in rows:
             text = row.get("text")
             if not isinstance(text, str):
                 raise CalibrationError(f'{source}: rows have no "text" column, only {", ".join(sorted(row))}.')
-            pieces.append(text)
-            length += len(text)
-            if length > 2**24:
-                break
+            yield text
     except CalibrationError:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
@@ -141,7 +140,6 @@ def _read_hub(source: str) -> str:
             f"There is no file or folder {source!r}, and as a hub data set it cannot be read: "
             f"{reason(error)}"
         ) from None
-    return "\n".join(pieces)
 
 
 def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int, held_out: int = 0) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 import click
 
 from bstack.cli._text import printable
-from bstk.errors import Interrupted, ResourceError
+from bstack.errors import explained
+from bstk.errors import Interrupted
 
 
 class LazyGroup(click.Group):
@@ -66,20 +66,12 @@ class LazyGroup(click.Group):
 
 
 def _report_exception(error: Exception) -> int:
-    code = getattr(error, "exit_code", None)
-    if code is not None:
-        return _report(f"Error: {error.args[0] if error.args else error}", code)
-    if isinstance(error, MemoryError):
-        return _report("Error: not enough memory.", ResourceError.exit_code)
-    if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-        return _report(f"Error: {place}{error.strerror or error}.", ResourceError.exit_code if no_room else 1)
-    return _report(
-        f"Error: unexpected {type(error).__name__}: {error}. "
+    message, code = explained(error) or (
+        f"unexpected {type(error).__name__}: {error}. "
         "This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,
     )
+    return _report(f"Error: {message}", code)
 
 
 def _report(message: str, code: int) -> int:

@@ -49,13 +49,6 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
                 click.echo(f"\nBlocks (* in the smallest model)\n{_block_table(reader)}")
 
 
-def cuts(reader: bstk.Reader, count: int) -> list[bstk.Cut]:
-    """Return up to `count` cuts of a file, evenly spaced from the smallest model to all that is there."""
-    first, last = reader.smallest.budget, reader.fit().budget
-    budgets = [first + (last - first) * step // (count - 1) for step in range(count)]
-    return list(dict.fromkeys(reader.fit_bytes(budget) for budget in budgets))
-
-
 def _page(reader: bstk.Reader) -> str:
     sections = [
         ("Model", _model_fields(reader)),
@@ -167,7 +160,7 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cut_table(reader: bstk.Reader) -> str:
     rows = []
-    for cut in cuts(reader, _SIZES):
+    for cut in reader.even_cuts(_SIZES):
         blocks = sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks])
         bits = reader.bits_per_weight(cut)
         rows.append(
@@ -220,7 +213,7 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "linears": len({chunk.name for chunk in blocks}),
         "bits_per_weight": reader.bits_per_weight(),
         "files": {name: chunk.raw_length for name, chunk in reader.files.items()},
-        "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in cuts(reader, _SIZES)],
+        "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in reader.even_cuts(_SIZES)],
         "metadata": reader.metadata,
     }
     spqr = _spqr.summary(reader)

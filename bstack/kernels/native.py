@@ -14,7 +14,7 @@ from functools import cache
 
 from bstack.errors import KernelError
 
-__all__ = ["CHOICES", "THREADS", "VARIABLE", "instructions", "library", "pointer", "set_threads"]
+__all__ = ["CHOICES", "THREADS", "VARIABLE", "instructions", "library", "pointer", "processors", "set_threads"]
 
 VARIABLE = "BSTACK_KERNELS"
 THREADS = "BSTACK_THREADS"
@@ -83,6 +83,11 @@ def pointer(array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _load() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("bstack.kernels._native")
     if spec is None or spec.origin is None:
@@ -102,8 +107,7 @@ def _load() -> ctypes.CDLL | None:
 def _threads() -> int:
     given = os.environ.get(THREADS, "")
     if not given:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(available, MOST_THREADS)
+        return min(processors(), MOST_THREADS)
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MOST_THREADS):
         raise KernelError(f"{THREADS} is {given!r}; allowed are 1 to {MOST_THREADS}. Unset it to use every CPU.")
     return int(given)

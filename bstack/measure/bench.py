@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.kernels.native import instructions
+from bstack.kernels.native import instructions, processors
 from bstack.measure.budgets import even_budgets
 from bstack.measure.child import Measured, ask
 from bstack.measure.options import Options
 from bstack.measure.results import Dense, Point, Progress, Report, Source
 from bstack.measure.rows import Rows
-from bstack.memory.free import free_memory
+from bstack.measure.tasks import file_digests
+from bstack.memory.free import too_little
 
 __all__ = ["run_bench"]
 
@@ -160,7 +161,8 @@ class _Run:
             "full": self.file.fit().chunks,
             "versions": {package: version(package) for package in ("bstack", "torch", "transformers")},
             "kernels": instructions(),
-            "threads": [os.environ.get(name) for name in THREADS],
+            "threads": [processors(), *(os.environ.get(name) for name in THREADS)],
+            "tasks": file_digests(self.options.tasks),
         }
         self.rows = Rows(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
 
@@ -186,11 +188,10 @@ class _Run:
 
     def dense(self, cut: bstk.Cut) -> list[Dense]:
         """Measure what the packed sizes are to be compared with: float32 weights, of the file and of the original."""
-        weights = sum(math.prod(chunk.shape) for chunk in self.file.chunks if chunk.is_weight and not chunk.level)
-        memory = free_memory()
-        if memory is not None and 4 * weights > 0.8 * memory.free:
+        needed = 4 * sum(math.prod(chunk.shape) for chunk in self.file.chunks if chunk.is_weight and not chunk.level)
+        if memory := too_little(needed):
             self.notes.append(
-                f"Not compared with the speed of float32 weights: they take {4 * weights / bstk.MB:,.0f} MB, and "
+                f"Not compared with the speed of float32 weights: they take {needed / bstk.MB:,.0f} MB, and "
                 f"{memory.free / bstk.MB:,.0f} MB are free of {memory.source}."
             )
             return []

@@ -70,10 +70,8 @@ def even_budgets(file: bstk.Reader, count: int = 10) -> list[Decimal]:
 
     Rounded up to hundredths of a MB where that does not merge sizes, so that each can be typed again.
     """
-    first, last = file.smallest.budget, file.fit().budget
-    budgets = [first + (last - first) * step // (count - 1) for step in range(count)]
-    cuts = {file.fit_bytes(budget): budget for budget in reversed(budgets)}
-    exact = [Decimal(budget) / bstk.MB for _, budget in sorted(cuts.items())]
-    rounded = [Decimal(bstk.mb_ceil(budget)) for _, budget in sorted(cuts.items())]
-    same = all(file.fit(mb=size) == cut for size, cut in zip(rounded, sorted(cuts), strict=True))
+    cuts = file.even_cuts(count)
+    exact = [Decimal(budget) / bstk.MB for budget in cuts.values()]
+    rounded = [Decimal(bstk.mb_ceil(budget)) for budget in cuts.values()]
+    same = all(file.fit(mb=size) == cut for size, cut in zip(rounded, cuts, strict=True))
     return rounded if same else exact

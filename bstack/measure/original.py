@@ -14,7 +14,7 @@ import torch
 from bstack.measure.cache import cached
 from bstack.measure.quality import Scores
 from bstack.measure.reference import Reference, ReferenceWriter, file_bytes, write_reference
-from bstack.measure.streamed import run_streamed, to_bfloat16
+from bstack.measure.streamed import altered, run_streamed, to_bfloat16
 from bstack.models.skeleton import Skeleton
 
 __all__ = ["original_reference", "reference_key"]
@@ -65,7 +65,7 @@ def original_reference(
 
         def extra(half: Reference) -> dict[str, Any]:
             rounded = Scores(windows, half)
-            run_streamed(skeleton, windows, rounded.add, alter=to_bfloat16, progress=progress)
+            run_streamed(skeleton, windows, rounded.add, loaded=altered(skeleton, to_bfloat16), progress=progress)
             return {"original": own.quality().to_json(), "noise_floor": rounded.quality().to_json()}
 
         return write_reference(path, key, len(windows), fill, extra)

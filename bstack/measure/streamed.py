@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch
 from bstack.calibration.stream import LayerStream
 from bstack.models.skeleton import Skeleton
 
-__all__ = ["Alter", "run_streamed", "to_bfloat16"]
+__all__ = ["Loaded", "altered", "run_streamed", "to_bfloat16"]
 
-Alter = Callable[[str, torch.Tensor], "torch.Tensor | None"]
+# Names of parameters -> a context in which the skeleton holds them.
+Loaded = Callable[[list[str]], AbstractContextManager[None]]
 
 
 def run_streamed(
@@ -21,7 +22,7 @@ def run_streamed(
     windows: torch.Tensor,
     finish: Callable[[int, torch.Tensor], Any],
     *,
-    alter: Alter | None = None,
+    loaded: Loaded | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Hand the logits of every window to `finish`.
@@ -34,9 +35,8 @@ def run_streamed(
         Token ids, int64, shape (windows, length); each is run on its own.
     finish : callable
         Called in the order of the windows with the number and the logits, shape (length, vocabulary).
-    alter : callable, optional
-        Given the name and value of every loaded parameter: a new tensor for its place, or None to leave it.
-        The value itself must not be written to: it may be the checkpoint's memory.
+    loaded : callable, optional
+        What brings the parameters of a layer, given their names; by default `skeleton.loaded`.
     progress : callable
         Called after each layer.
     """
@@ -47,31 +47,37 @@ def run_streamed(
         logits = skeleton.model(input_ids=ids, use_cache=False).logits[0]
         finish(next(numbers), logits)
 
+    loaded = loaded or skeleton.loaded
     with (
-        _loaded(skeleton, skeleton.rest_names, alter),
-        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: _loaded(skeleton, [name], alter)) as stream,
+        loaded(skeleton.rest_names),
+        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: loaded([name])) as stream,
     ):
         for index, _ in stream.steps():
-            with _loaded(skeleton, skeleton.layer_names(index), alter):
+            with loaded(skeleton.layer_names(index)):
                 stream.run_all(index)
             progress()
 
 
-@contextmanager
-def _loaded(skeleton: Skeleton, names: list[str], alter: Alter | None) -> Iterator[None]:
-    with skeleton.loaded(names):
-        altered = []
-        for name in names if alter is not None else ():
-            parameter = skeleton.parameter(name)
-            if isinstance(parameter, torch.nn.Parameter) and (value := alter(name, parameter.data)) is not None:
-                altered.append(parameter)
-                parameter.data = value
-        try:
+def altered(skeleton: Skeleton, alter: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Loaded:
+    """Parameters as the checkpoint has them, some of them replaced.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+    alter : callable
+        Given the name and value of every loaded parameter: a new tensor for its place, or None to leave it.
+    """
+
+    @contextmanager
+    def loaded(names: list[str]) -> Iterator[None]:
+        with skeleton.loaded(names):
+            for name in names:
+                parameter = skeleton.parameter(name)
+                if isinstance(parameter, torch.nn.Parameter) and (value := alter(name, parameter.data)) is not None:
+                    parameter.data = value
             yield
-        finally:
-            for parameter in altered:
-                # The next load of this parameter would take its dtype for the model's.
-                parameter.data = torch.empty(parameter.shape)
+
+    return loaded
 
 
 def to_bfloat16(_name: str, value: torch.Tensor) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import bstk
 from bstack.errors import MissingPackageError, reason
 from bstack.measure.estimates import Estimate
 
-__all__ = ["check_tasks", "run_tasks"]
+__all__ = ["check_tasks", "file_digests", "run_tasks"]
 
 # What is shown of a task that reports several figures: the first of these that it has.
 METRICS = ("acc", "exact_match", "acc_norm", "perplexity", "word_perplexity")
@@ -45,6 +46,16 @@ def check_tasks(tasks: Sequence[str]) -> None:
                 f"--tasks: lm-eval knows no task {task!r}. `lm-eval ls tasks` lists its tasks; one of your own is named by "
                 "the path of its .yaml file."
             )
+
+
+def file_digests(tasks: Sequence[str]) -> dict[str, str]:
+    """SHA-256, in hexadecimal digits, of the tasks that are files, by path. What they include is not looked into."""
+    found = {}
+    for task in tasks:
+        if _is_file(task) and os.path.isfile(task):
+            with open(task, "rb") as stream:
+                found[task] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Estimate]:

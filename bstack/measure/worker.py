@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import bstk
+from bstack.errors import explained, reason
 
 __all__ = ["main"]
 
@@ -34,7 +35,7 @@ def main() -> int:
         _say(answers, result=measure(request, lambda: _say(answers, step=1)))
     except BaseException as error:
         _say(answers, error=_described(error))
-        if not hasattr(error, "exit_code"):
+        if explained(error) is None:
             traceback.print_exc()
     return 0
 
@@ -45,9 +46,8 @@ def _say(answers: TextIO, **message: Any) -> None:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    code = 7 if isinstance(error, MemoryError) else getattr(error, "exit_code", None)
-    message = str(error.args[0]) if error.args else type(error).__name__
-    return {"message": message if code is not None else f"{type(error).__name__}: {message}", "exit_code": code}
+    message, code = explained(error) or (f"{type(error).__name__}: {reason(error)}", None)
+    return {"message": message, "exit_code": code}
 
 
 def measure(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from bstack.memory.cgroups import groups, levels
 from bstack.memory.elsewhere import machine_elsewhere
 
-__all__ = ["Memory", "free_memory"]
+__all__ = ["Memory", "free_memory", "too_little"]
 
+# Of the free memory, what weights may take; the rest is for what is computed with them.
+WEIGHTS = 0.8
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -64,6 +66,15 @@ def free_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory | None:
     if not bounds:
         return None
     return Memory(*min(bounds, key=lambda bound: bound.free), pressure=_pressure(proc, cgroup))
+
+
+def too_little(weights: int) -> Memory | None:
+    """The memory there is, if that many bytes of weights should not be loaded into it now.
+
+    None where they may, and where the system does not tell: there the allocation itself has to.
+    """
+    memory = free_memory()
+    return memory if memory is not None and weights > WEIGHTS * memory.free else None
 
 
 def _machine(proc: Path) -> Iterator[_Bound]:

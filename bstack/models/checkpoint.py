@@ -57,7 +57,9 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
-        """Fill the named parameters and buffers of the bound `model` with float32 values.
+        """Fill the named parameters and buffers of the bound `model`, each in the floating type that it has there.
+
+        The memory is the caller's to write to: nothing of it is the checkpoint's, or shows at the next load.
 
         Raises
         ------

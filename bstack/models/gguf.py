@@ -125,11 +125,11 @@ class GGUFCheckpoint(Checkpoint):
         for name in wanted:
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
-            expected = getattr(owner, leaf).shape
-            value = torch.from_numpy(self._read(name))
-            if value.shape != expected:
+            expected = getattr(owner, leaf)
+            value = torch.from_numpy(self._read(name)).to(expected.dtype)
+            if value.shape != expected.shape:
                 raise DamagedModelError(
-                    f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected)}."
+                    f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected.shape)}."
                 )
             if leaf in owner._parameters:
                 owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)

@@ -135,6 +135,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 info, _ = convert_and_load_state_dict_in_model(
                     model,
                     {key: shards[self._headers[key].file].get_slice(key) for key in keys},
+                    # The type of what is not in the model; everything else takes the model's.
                     LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
                 )
         except SafetensorError as error:
@@ -153,7 +154,7 @@ class SafetensorsCheckpoint(Checkpoint):
         for name in names:
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
-            if leaf in owner._parameters and self.stored_dtype(name) == torch.float32:
+            if leaf in owner._parameters and self.stored_dtype(name) == owner._parameters[leaf].dtype:
                 copy = owner._parameters[leaf].detach().clone()
                 owner._parameters[leaf] = torch.nn.Parameter(copy, requires_grad=False)
 

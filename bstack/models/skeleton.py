@@ -85,19 +85,19 @@ class Skeleton:
 
     @contextmanager
     def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Hold the named parameters in memory for the length of a `with` block."""
+        """Hold the named parameters in memory for the length of a `with` block, as `dtype`; buffers stay as they are."""
         names = list(names)
-        with quiet_transformers():
-            self.checkpoint.load(self.model, names)
-        if dtype != torch.float32:
-            for owner, leaf in self._owners(names):
-                owner._parameters[leaf] = nn.Parameter(owner._parameters[leaf].to(dtype))
-        self.model.requires_grad_(False)
-        self._tie()
         try:
+            if dtype != torch.float32:
+                self._empty(names, dtype)  # what is read takes the type of what it replaces
+            with quiet_transformers():
+                self.checkpoint.load(self.model, names)
+            self.model.requires_grad_(False)
+            self._tie()
             yield
         finally:
-            self._release(names)
+            self._empty(names, torch.float32)
+            self._tie()
             give_back_freed_memory()
 
     def _tie(self) -> None:
@@ -105,11 +105,10 @@ class Skeleton:
         if self.output_name == self.input_name and self.model.get_output_embeddings() is not None:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
-    def _release(self, names: Iterable[str]) -> None:
+    def _empty(self, names: Iterable[str], dtype: torch.dtype) -> None:
         for owner, leaf in self._owners(names):
-            empty = torch.empty(owner._parameters[leaf].shape, device="meta")
+            empty = torch.empty(owner._parameters[leaf].shape, dtype=dtype, device="meta")
             owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        self._tie()
 
     def _owners(self, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
         """The module that holds each named parameter, and the parameter's name in it; buffers are passed over."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.calibration.stream import LayerStream
 from bstack.measure.divergence import divergence
+from bstack.measure.streamed import Loaded, run_streamed
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName
 from bstack.pipeline.assemble import Collected
@@ -52,19 +52,21 @@ def measure_curve(
         Smallest first: ``chunks`` kept, ``kld`` and its standard error ``kld_se`` (nats per token, over windows),
         ``same_top``, and ``perplexity`` on these windows, all over every position but the last of a window.
     """
-    original = _run(skeleton, windows, collected, None, lambda ids, logits: logits.log_softmax(-1))
+    original: list[torch.Tensor] = []
+    run_streamed(skeleton, windows, lambda _, logits: original.append(_predicting(logits).log_softmax(-1)))
     progress()
     points = []
     for count in _counts(entries, base_count):
-        # Batches end one after the other, in the order of the windows.
-        references = iter(original)
+        found: list[tuple[float, float, float]] = []
 
-        def compare(ids: torch.Tensor, logits: torch.Tensor) -> tuple[float, float, float]:
-            compared = divergence(next(references), logits)  # noqa: B023: used up before the next round
-            surprise = torch.nn.functional.cross_entropy(logits, ids[1:])
-            return float(compared.kl.mean()), float(compared.same_top.mean()), float(surprise)
+        def compare(number: int, logits: torch.Tensor) -> None:
+            logits = _predicting(logits)
+            compared = divergence(original[number], logits)
+            surprise = torch.nn.functional.cross_entropy(logits, windows[number, 1:])
+            found.append((float(compared.kl.mean()), float(compared.same_top.mean()), float(surprise)))  # noqa: B023: of this round
 
-        results = torch.tensor(_run(skeleton, windows, collected, _depths(entries[:count]), compare))
+        run_streamed(skeleton, windows, compare, loaded=_rebuilt(skeleton, collected, _depths(entries[:count])))
+        results = torch.tensor(found)
         means = results.mean(0)
         points.append(
             {
@@ -136,37 +138,21 @@ def _depths(entries: Sequence[bstk.Entry]) -> dict[str, int]:
     return depths
 
 
-def _run(
-    skeleton: Skeleton,
-    windows: torch.Tensor,
-    collected: Collected,
-    depths: dict[str, int] | None,
-    finish: Callable[[torch.Tensor, torch.Tensor], Any],
-) -> list[Any]:
-    """Run every window through the model at the given depths, or the original, one layer in memory at a time.
+def _rebuilt(skeleton: Skeleton, collected: Collected, depths: dict[str, int]) -> Loaded:
+    """Parameters rebuilt from stacks of some depths, the others from the checkpoint."""
 
-    Returns what `finish` makes of each window's ids, shape (length,), and logits, float32, (length - 1, vocabulary).
-    """
     @contextmanager
     def loaded(names: list[str]) -> Iterator[None]:
         with skeleton.loaded(names):
-            if depths is not None:
-                here = {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}
-                put(skeleton, here, depths)
+            put(skeleton, {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}, depths)
             yield
 
-    def run(ids: torch.Tensor) -> Any:
-        # Positions that predict a token of the window, in all figures, as `bstack bench` counts.
-        return finish(ids[0], skeleton.model(input_ids=ids, use_cache=False).logits[0, :-1].float())
+    return loaded
 
-    with (
-        loaded(skeleton.rest_names),
-        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: loaded([name])) as stream,
-    ):
-        for index, _ in stream.steps():
-            with loaded(skeleton.layer_names(index)):
-                stream.run_all(index)
-        return stream.results
+
+def _predicting(logits: torch.Tensor) -> torch.Tensor:
+    """Positions that predict a token of the window, in all figures, as `bstack bench` counts."""
+    return logits[:-1].float()
 
 
 def _round(value: torch.Tensor) -> float:

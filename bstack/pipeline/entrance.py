@@ -151,7 +151,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:
     blocks = [chunk for chunk in file.chunks if chunk.is_block]
-    weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in blocks if chunk.level == 0)
     return Report(
         output=str(output),
         original_bytes=original_bytes,
@@ -160,7 +159,7 @@ def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float
         memory_bytes=file.memory_bytes,
         linears=sum(chunk.level == 0 for chunk in blocks),
         blocks=len(blocks),
-        bits_per_weight=8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else 0.0,
+        bits_per_weight=file.bits_per_weight() or 0.0,
         seconds=seconds,
         peak_memory_bytes=peak_bytes(),
     )

@@ -17,6 +17,7 @@ from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, toke
 from bstack.codecs import make_codec
 from bstack.errors import CalibrationError
 from bstack.models.code import Code, put_code
+from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
@@ -190,17 +191,14 @@ def _calibrate(skeleton: Skeleton, settings: Settings, text: TextSource | None, 
 def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
     from transformers import AutoTokenizer
 
-    folder = work.scratch()
-    names = set()
-    for record, read in work.entries(FILES_PART):
-        names.add(record.name)
-        (folder / record.name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / record.name).write_bytes(unpack(read(), record.raw_length))
-    if "tokenizer_config.json" not in names:
+    kept = work.entries(FILES_PART)
+    if "tokenizer_config.json" not in {record.name for record, _ in kept}:
         raise CalibrationError(
             "The model has no tokenizer, so a calibration text cannot be read. Use --calibration self, or put the "
             "tokenizer's files beside the weights."
         )
+    folder = work.scratch()
+    put_files(((record.name, unpack(read(), record.raw_length)) for record, read in kept), folder, str(work.path))
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)

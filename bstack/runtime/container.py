@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.models.code import own_attention
+from bstack.models.files import put_files
 from bstack.models.slices import MatrixName
 from bstack.runtime.trust import refuse_tokenizer
-from bstk.errors import DamagedError, OutputError, writing
+from bstk.errors import DamagedError, writing
 
-__all__ = ["embedded_files", "generation_config", "load_tokenizer", "parse_name", "part_of", "plain_tensor", "read_config", "understood"]
+__all__ = ["build_model", "embedded_files", "load_tokenizer", "parse_name", "part_of", "parts_of", "plain_tensor", "understood"]
 
 DTYPES = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -40,22 +42,14 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         folder = Path(name) / "model"  # the same each time: transformers keeps code that it runs under the folder's name
         with writing(str(folder)):
             folder.mkdir()
-        for inside, chunk in file.files.items():
-            data = file.read(chunk)
-            target = folder / inside
-            try:
-                with writing(str(target)):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data)
-            except OutputError as error:
-                raise DamagedError(
-                    f"{file.source.name}: its file {inside!r} cannot be put into a folder here: {reason(error.__cause__)}."
-                ) from None
+        put_files(((inside, file.read(chunk)) for inside, chunk in file.files.items()), folder, file.source.name)
         yield folder
 
 
-def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
-    """The model's configuration.
+def build_model(
+    file: bstk.Reader, folder: Path, trusted: bool, without_weights: AbstractContextManager[Any], **settings: Any
+) -> Any:
+    """The transformers model that a container's configuration describes, with its generation settings.
 
     Parameters
     ----------
@@ -64,11 +58,28 @@ def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
         Its files.
     trusted : bool
         Whether Python code that lies there may run (`bstack.runtime.trust`).
+    without_weights : context manager
+        Under which it is built, so that its parameters take no memory.
+    **settings
+        For transformers' `from_config`.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError
     """
+    from transformers import AutoModelForCausalLM
+
+    shown = file.source.name
+    config = _read_config(file, folder, trusted)
+    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
+    generation = _generation_config(folder, shown)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     from transformers import AutoConfig
 
     shown = file.source.name
@@ -83,13 +94,8 @@ def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     return config
 
 
-def generation_config(folder: Path, shown: str) -> Any | None:
-    """How the model's authors want it to generate; None where they do not say.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
+def _generation_config(folder: Path, shown: str) -> Any | None:
+    """How the model's authors want it to generate; None where they do not say."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():
@@ -139,6 +145,63 @@ def understood(shown: str, what: str) -> Iterator[None]:
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:
     """The tensor of a chunk that is no block, in the type that it is stored in."""
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(DTYPES[chunk.dtype]).reshape(chunk.shape)
+
+
+def parts_of(
+    chunks: Iterable[bstk.Chunk], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]]:
+    """The stacks among some chunks by the parameter that they make up.
+
+    Parameters
+    ----------
+    chunks : iterable of bstk.Chunk
+        In the order of the file; what is no block is passed over.
+    shapes : mapping
+        State-dict name -> shape, of the whole model.
+
+    Returns
+    -------
+    dict
+        State-dict name -> name and blocks of each of its parts, in the order of their rows or slices. Together they fill it:
+        no weight is left out, and none is there twice.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        A stack of a parameter that the model does not have.
+    bstk.DamagedError
+        A name against the convention, a stack of another shape than its part, a gap, an overlap.
+    """
+    stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        if chunk.is_block:
+            stacks[chunk.name].append(chunk)
+    found: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = defaultdict(list)
+    for name, blocks in stacks.items():
+        matrix = parse_name(name)
+        if matrix.parameter not in shapes:
+            raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
+        part_of(matrix, torch.empty(tuple(shapes[matrix.parameter]), device="meta"), blocks[0])
+        found[matrix.parameter].append((matrix, blocks))
+    for parameter, parts in found.items():
+        length = shapes[parameter][0]
+        parts.sort(key=lambda part: _extent(part[0], length))
+        end = 0
+        for matrix, _ in parts:
+            start, stop = _extent(matrix, length)
+            if start != end or stop <= start:
+                raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices, and {matrix} follows.")
+            end = stop
+        if end != length:
+            raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices.")
+    return found
+
+
+def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
+    """First row or slice of a part, and the one after its last, along the first dimension of a parameter of that length."""
+    if matrix.index is not None:
+        return matrix.index, matrix.index + 1
+    return matrix.rows or (0, length)
 
 
 def parse_name(name: str) -> MatrixName:

@@ -12,11 +12,10 @@ import bstk
 from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import quiet_transformers
-from bstack.models.slices import MatrixName
-from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config, understood
-from bstk.errors import DamagedError
+from bstack.runtime.container import build_model, part_of, parts_of, plain_tensor, understood
+from bstk.errors import located
 
-__all__ = ["dense_model", "dense_weights", "empty_model"]
+__all__ = ["dense_model", "dense_weights"]
 
 
 def dense_model(
@@ -41,7 +40,7 @@ def dense_model(
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    model = empty_model(file, folder, trusted)
+    model = build_model(file, folder, trusted, torch.device("meta"))
     return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
 
 
@@ -65,27 +64,21 @@ def dense_weights(
     name : str
         State-dict name.
     tensor : torch.Tensor
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError, bstk.DamagedError
+        Of `parts_of`, before anything is read; and of reading a chunk.
     """
-    stacks: dict[str, list[bstk.Chunk]] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Before memory is asked for: the shapes are what a configuration says.
+    with located(file.source.name):
+        parts = parts_of(chunks, shapes)
     for chunk in chunks:
-        if chunk.is_block:
-            stacks.setdefault(chunk.name, []).append(chunk)
-        elif chunk.is_weight:
+        if chunk.is_weight and not chunk.is_block:
             tensor = plain_tensor(file.read(chunk), chunk)
             yield chunk.name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    parts: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = {}
-    for name, blocks in stacks.items():
-        matrix = parse_name(name)
-        parts.setdefault(matrix.parameter, []).append((matrix, blocks))
     for parameter, matrices in parts.items():
-        if parameter not in shapes:
-            raise UnsupportedModelError(f"The file holds {parameter}, which this transformers' model does not have.")
-        # Before the memory is asked for: the shape is what a configuration says.
-        empty = torch.empty(shapes[parameter], device="meta")
-        filled = sum(part_of(matrix, empty, blocks[0]).numel() for matrix, blocks in matrices)
-        if filled != empty.numel():
-            raise DamagedError(f"The stacks of {parameter} have {filled} weights, but it needs {empty.numel()}.")
         tensor = torch.empty(shapes[parameter], dtype=dtype)
         for matrix, blocks in matrices:
             view = part_of(matrix, tensor, blocks[0])
@@ -93,33 +86,6 @@ def dense_weights(
             payloads = [file.read(block) for block in blocks]
             view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], blocks[0].shape))
         yield parameter, tensor
-
-
-def empty_model(file: bstk.Reader, folder: Path, trusted: bool = False) -> Any:
-    """The model of a folder's configuration, on the meta device.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-        The container that the folder's files are from.
-    folder : Path
-    trusted : bool
-        Whether Python code that the folder names may run.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
-    from transformers import AutoModelForCausalLM
-
-    shown = file.source.name
-    config = read_config(file, folder, trusted)
-    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    generation = generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
-    return model
 
 
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:

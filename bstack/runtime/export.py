@@ -16,8 +16,8 @@ import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.folders import new_folder
 from bstack.models.skeleton import find_layers, quiet_transformers
-from bstack.runtime.container import embedded_files, parse_name
-from bstack.runtime.dense import dense_weights, empty_model
+from bstack.runtime.container import build_model, embedded_files, parse_name
+from bstack.runtime.dense import dense_weights
 from bstk.errors import DamagedError, ResourceError, UsageError, writing
 
 __all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
@@ -92,7 +92,7 @@ def export_safetensors(
     cut = file.fit(mb)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
-        model = empty_model(file, inside)
+        model = build_model(file, inside, False, torch.device("meta"))
         shards = _Shards(target, shard_bytes)
         _copy_files(file, inside, target)
         _write_config(target, model, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,20 @@ from bstack.errors import UnsupportedModelError
 from bstack.kernels.matrix import BLOCKS, RANK, SPQR
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
-from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config, understood
+from bstack.runtime.container import build_model, parts_of, plain_tensor
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Table
 from bstack.runtime.places import Host, Place
 from bstack.runtime.residence import Residence
 from bstack.runtime.weight import PackedWeight
-from bstk.errors import DamagedError
+from bstk.errors import DamagedError, located
 
 __all__ = ["stacked_model"]
 
 # A plain matrix of so many elements is a table that was meant to stay in its type; a smaller one is converted.
 TABLE = 2**20
+
+_Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 
 
 def stacked_model(
@@ -52,45 +53,22 @@ def stacked_model(
     """
     shown = file.source.name
     place = place or Host()
-    model = _empty_model(file, folder, dtype, trusted)
-    stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
+    # Eager experts use one expert's weights at a time, which is what packed ones can offer.
+    model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
+    with located(shown):
+        parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    for parts in parameters.values():
+        _check_depth(parts, shown)
     for chunk in file.chunks:
-        if chunk.is_block:
-            stacks[chunk.name].append(chunk)
-        elif chunk.is_weight:
+        if chunk.is_weight and not chunk.is_block:
             _put(model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, place.device, chunk.name), shown)
-    by_parameter: dict[str, list[tuple[MatrixName, bstk.Chunk]]] = defaultdict(list)
-    for name, blocks in stacks.items():
-        rank = max((block.rank for block in blocks if block.kind.code != SPQR), default=0)
-        if len(blocks) > BLOCKS or rank > RANK:
-            raise UnsupportedModelError(
-                f"{shown}: {name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "
-                f"rank {RANK}. bstack.load(..., mode='dense') takes any."
-            )
-        matrix = parse_name(name)
-        by_parameter[matrix.parameter].append((matrix, blocks[0]))
     matrices: dict[str, Any] = {}
     gate = Gate()
-    for parameter, parts in by_parameter.items():
-        _put(model, parameter, _packed_weight(model, parameter, parts, matrices, place, gate, dtype, shown), shown)
+    for parameter, parts in parameters.items():
+        _put(model, parameter, _packed_weight(parameter, parts, matrices, place, gate, dtype), shown)
     _tie(model, shown)
-    generation = generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
     model.to(place.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
-
-
-def _empty_model(file: bstk.Reader, folder: Path, dtype: torch.dtype, trusted: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    shown = file.source.name
-    config = read_config(file, folder, trusted)
-    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), parameters_on_meta():
-        # Eager experts use one expert's weights at a time, which is what packed ones can offer.
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trusted, experts_implementation="eager"
-        )
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
@@ -102,23 +80,26 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name:
     return tensor.to(dtype)
 
 
+def _check_depth(parts: _Parts, shown: str) -> None:
+    """Refuse what is more than the kernels take."""
+    for _, blocks in parts:
+        rank = max((block.rank for block in blocks if block.kind.code != SPQR), default=0)
+        if len(blocks) > BLOCKS or rank > RANK:
+            raise UnsupportedModelError(
+                f"{shown}: {blocks[0].name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "
+                f"rank {RANK}. bstack.load(..., mode='dense') takes any."
+            )
+
+
 def _packed_weight(
-    model: nn.Module, parameter: str, parts: list[tuple[MatrixName, bstk.Chunk]],
-    matrices: dict[str, Any], place: Place, gate: Gate, dtype: torch.dtype, shown: str,
-) -> PackedWeight:  # fmt: skip
+    parameter: str, parts: _Parts, matrices: dict[str, Any], place: Place, gate: Gate, dtype: torch.dtype
+) -> PackedWeight:
     """The stand-in of one parameter; enters its matrices in `matrices`."""
-    owner, leaf = _owner(model, parameter, shown)
-    expected = getattr(owner, leaf)
-    for matrix, block in parts:
-        part_of(matrix, expected, block)
-    if sum(block.shape[0] * block.shape[1] for _, block in parts) != expected.numel():
-        raise DamagedError(f"{shown}: the stacks of {parameter} do not fill its {expected.numel()} weights.")
-    parts = sorted(parts, key=lambda part: (part[0].index or 0, part[0].rows or (0, 0)))
-    made = [place.matrix(*block.shape) for _, block in parts]
-    matrices.update({block.name: matrix for (_, block), matrix in zip(parts, made, strict=True)})
+    made = [place.matrix(*blocks[0].shape) for _, blocks in parts]
+    matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
     whole = parts[0][0].index is None
     packed = place.packed(made, gate) if whole else [place.packed([matrix], gate) for matrix in made]
-    return PackedWeight(packed, parts[0][1].transposed, dtype, parameter, place.device)
+    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, place.device)
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:

@@ -105,10 +105,15 @@ def _close(descriptor: int) -> int:
     return -1
 
 
+def _stem(name: str) -> str:
+    """As much of a file's name as leaves room for more: file systems count 255 bytes, and a letter may take four."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
+
+
 def _create_temporary(folder: str, name: str) -> tuple[int, str]:
     """Create a locked file. The lock tells `_remove_leftovers` of other processes that somebody still writes it."""
     while True:
-        temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")
+        temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
         # Where a file system knows no locks, leftovers stay.
         with suppress(OSError):
@@ -121,7 +126,7 @@ def _create_temporary(folder: str, name: str) -> tuple[int, str]:
 
 def _remove_leftovers(folder: str, name: str) -> None:
     """Delete what killed processes left of writing `name`: the temporary files that nobody has locked."""
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name[:200])}.????????.part")):
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.????????.part")):
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDWR | _BINARY)
             try:

@@ -207,17 +207,17 @@ class Reader:
     @property
     def memory_bytes(self) -> int:
         """Raw bytes of the weights in this file."""
-        return self._memory[len(self.chunks) - 1]
+        return self._memory[len(self.chunks)]
 
     @property
     def smallest(self) -> Cut:
         """The smallest model."""
-        return self._cut(self.base_count)
+        return self.cut(self.base_count)
 
     @property
     def complete(self) -> Cut:
         """The complete file, of which this one may be a part."""
-        return self._cut(len(self.all_chunks))
+        return self.cut(len(self.all_chunks))
 
     @property
     def blocks(self) -> tuple[Chunk, ...]:
@@ -311,7 +311,7 @@ class Reader:
             The smallest model does not fit.
         """
         if mb is None:
-            return self._cut(len(self.chunks))
+            return self.cut(len(self.chunks))
         budget = budget_bytes(mb)
         if budget < self.smallest.budget:
             raise BudgetError(
@@ -324,8 +324,40 @@ class Reader:
 
     def fit_bytes(self, budget: int) -> Cut:
         """Return the largest cut of this file within `budget` bytes, as `fit` does; but never below the smallest model."""
-        count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget), len(self.chunks))
-        return self._cut(max(count, self.base_count))
+        count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget) - 1, len(self.chunks))
+        return self.cut(max(count, self.base_count))
+
+    def even_cuts(self, count: int) -> dict[Cut, int]:
+        """Return the cuts within `count` budgets in equal steps, from the smallest model to all of this file.
+
+        Parameters
+        ----------
+        count : int
+            At least 2.
+
+        Returns
+        -------
+        dict of Cut to int
+            Smallest first, with the first of those budgets, in bytes, that it is the answer to. A file of few blocks has fewer.
+        """
+        first, last = self.smallest.budget, self.fit().budget
+        cuts: dict[Cut, int] = {}
+        for step in range(count):
+            budget = first + (last - first) * step // (count - 1)
+            cuts.setdefault(self.fit_bytes(budget), budget)
+        return cuts
+
+    def cut(self, count: int) -> Cut:
+        """Return the first `count` chunks of the complete file as a cut; those of less than the smallest model are none of use.
+
+        Raises
+        ------
+        UsageError
+            There are not so many.
+        """
+        if not 0 <= count <= len(self.all_chunks):
+            raise UsageError(f"{self.source.name} has {len(self.all_chunks)} chunks; a cut of {count} was asked for.")
+        return Cut(count, self._ends[count - 1] if count else self.all_chunks[0].offset, self._memory[count])
 
     def bits_per_weight(self, cut: Cut | None = None) -> float | None:
         """Return the bits a weight of the linears takes in memory, over all their blocks in a cut.
@@ -340,11 +372,8 @@ class Reader:
         float or None
             None if the file has no linears.
         """
-        chunks = self.all_chunks[: len(self.chunks) if cut is None else cut.chunks]
-        blocks = [chunk for chunk in chunks if chunk.is_block]
-        # Every linear has exactly one block of level 0, so this counts each weight once.
-        weights = sum(math.prod(chunk.shape) for chunk in blocks if chunk.level == 0)
-        return 8 * sum(chunk.raw_length for chunk in blocks) / weights if weights else None
+        count = len(self.chunks) if cut is None else cut.chunks
+        return 8 * self._block_bytes[count] / self._weights[count] if self._weights[count] else None
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
         """Check the digest of every chunk in this file and decode it. Preamble and tables were checked by opening.
@@ -372,12 +401,21 @@ class Reader:
             "was meant, seal it with bstack truncate."
         )
 
-    def _cut(self, count: int) -> Cut:
-        return Cut(count, self._ends[count - 1], self._memory[count - 1])
+    # For each number of chunks, from none to all.
 
     @cached_property
     def _memory(self) -> list[int]:
-        return list(accumulate(chunk.raw_length if chunk.is_weight else 0 for chunk in self.all_chunks))
+        return list(accumulate((chunk.raw_length * chunk.is_weight for chunk in self.all_chunks), initial=0))
+
+    @cached_property
+    def _block_bytes(self) -> list[int]:
+        return list(accumulate((chunk.raw_length * chunk.is_block for chunk in self.all_chunks), initial=0))
+
+    @cached_property
+    def _weights(self) -> list[int]:
+        # Every linear has exactly one block of level 0, so this counts each weight once.
+        first = (math.prod(chunk.shape) if chunk.is_block and chunk.level == 0 else 0 for chunk in self.all_chunks)
+        return list(accumulate(first, initial=0))
 
     @cached_property
     def _stacks(self) -> Mapping[str, list[Chunk]]:

@@ -1,8 +1,12 @@
 """Texts that the model writes itself."""
 
+import bstack.calibration.selftext as selftext
+import pytest
 import tiny_models
 import torch
 from bstack.calibration.selftext import draw, token_steps, write_windows
+from bstack.memory.free import Memory
+from bstk.errors import ResourceError
 
 
 def test_a_model_writes_its_own_text(skeletons):
@@ -43,3 +47,15 @@ def test_draws_follow_the_distribution():
     # Each count within five standard deviations.
     assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
     assert draw(torch.tensor([[-torch.inf, -torch.inf, 0.0]] * 100), generator).eq(2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_much_memory_is_asked_for_as_the_type_takes(skeletons, monkeypatch, dtype):
+    skeleton = skeletons("llama")
+    needed = dtype.itemsize * sum(p.numel() for p in skeleton.model.parameters())
+    monkeypatch.setattr(selftext, "_dtype", lambda: dtype)
+    monkeypatch.setattr("bstack.memory.free.free_memory", lambda: Memory(int(needed / 0.8) + 1, needed, "a machine"))
+    assert write_windows(skeleton, 1, 8, seed=0).shape == (1, 8)
+    monkeypatch.setattr("bstack.memory.free.free_memory", lambda: Memory(int(needed / 0.8) - 2, needed, "a machine"))
+    with pytest.raises(ResourceError, match=f"as {str(dtype).removeprefix('torch.')}, .* free of a machine"):
+        write_windows(skeleton, 1, 8, seed=0)

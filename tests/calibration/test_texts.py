@@ -79,12 +79,25 @@ def test_hub_data_sets(monkeypatch):
         return iter([{"text": "one"}, {"text": "two"}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert open_text("owner/set") == TextSource("owner/set", "one\ntwo")
+    assert open_text("owner/set") == TextSource("owner/set", "one\n\ntwo")
     open_text("owner/set:small")
     open_text("set:small:validation")
     assert asked == [
         ("owner/set", None, "train", True), ("owner/set", "small", "train", True), ("set", "small", "validation", True),
     ]  # fmt: skip
+
+
+def test_no_more_of_a_data_set_is_fetched_than_the_bound(monkeypatch):
+    fetched = []
+
+    def rows():
+        for number in range(100):
+            fetched.append(number)
+            yield {"text": "abcdef"}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_a, **_k: rows()))
+    monkeypatch.setattr(texts, "LONGEST_FETCHED", 20)
+    assert open_text("owner/set").text == "abcdef\n\nabcdef\n\nabcd" and fetched == [0, 1, 2]
 
 
 def test_hub_data_sets_without_texts(monkeypatch):

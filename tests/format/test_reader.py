@@ -89,6 +89,34 @@ def test_fit(good):
         assert f.fit("0.01") == f.complete
 
 
+def test_cuts_count_what_is_in_them(good):
+    with bstk.open(good) as f:
+        for count in range(len(f.all_chunks) + 1):
+            chunks = f.all_chunks[:count]
+            cut = f.cut(count)
+            end = chunks[-1].end if chunks else f.all_chunks[0].offset
+            assert cut == (count, end, sum(c.raw_length for c in chunks if c.is_weight))
+            blocks = [c for c in chunks if c.is_block]
+            weights = sum(c.shape[0] * c.shape[1] for c in blocks if c.level == 0)
+            assert f.bits_per_weight(cut) == (8 * sum(c.raw_length for c in blocks) / weights if weights else None)
+        assert f.cut(f.base_count) == f.smallest and f.cut(len(f.chunks)) == f.fit()
+        for count in (-1, len(f.all_chunks) + 1):
+            with pytest.raises(bstk.UsageError):
+                f.cut(count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_even_cuts(good, count):
+    with bstk.open(good) as f:
+        cuts = f.even_cuts(count)
+        assert list(cuts)[0] == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
+        assert 2 <= len(cuts) <= count
+        step = (f.complete.budget - f.smallest.budget) / (count - 1)
+        for cut, budget in cuts.items():
+            assert f.fit_bytes(budget) == cut
+            assert (budget - f.smallest.budget) / step == pytest.approx(round((budget - f.smallest.budget) / step), abs=1 / step)
+
+
 def test_fit_bounds_memory_too(tmp_path):
     zeros = bytes(2 * 4000 * 2)
     chunks = [samples.sign("a", 0), samples.entry("b", bstk.TENSOR, zeros, shape=(8000,), dtype="f16")]

@@ -52,6 +52,8 @@ def test_too_many_sizes_stop_early():
 class File:
     """As much of a reader as the sizes need: a cut is its length."""
 
+    even_cuts = bstk.Reader.even_cuts
+
     def __init__(self, lengths):
         self.lengths = lengths
         self.smallest = bstk.Cut(0, lengths[0], lengths[0])

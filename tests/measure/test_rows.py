@@ -3,9 +3,14 @@
 import math
 import os
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from bstack.measure.options import Options
 from bstack.measure.rows import KEPT_SECONDS, Rows
+
+VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +66,35 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     rows = Rows("a")
     assert rows.get("x", lambda: 1) == 1 and rows.get("x", refuse) == 1
     rows.finish()
+
+
+@pytest.mark.parametrize("change", ["nothing", "task", "processors"])
+def test_a_stopped_run_is_another_when_what_decides_its_figures_changed(tmp_path, monkeypatch, change):
+    import bstack.measure.bench as bench
+
+    @contextmanager
+    def progress(stage, steps):
+        yield lambda: None
+
+    task, asked = tmp_path / "own.yaml", []
+
+    def ask(path, mb, **what):
+        if len(asked) == 1:  # the second size of the first run
+            asked.append("stopped")
+            raise KeyboardInterrupt
+        asked.append(mb)
+        return {"tasks": {"own acc": [0.5, None]}}
+
+    def run():
+        return bench.run_bench(VECTORS / "whole.bstk", Options(quality=False, speed=False, tasks=[str(task)]), progress)
+
+    monkeypatch.setattr(bench, "ask", ask)
+    task.write_text("task: own\nnum_fewshot: 0\n")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    if change == "task":
+        task.write_text("task: own\nnum_fewshot: 5\n")
+    elif change == "processors":
+        monkeypatch.setattr(bench, "processors", lambda: 99, raising=False)
+    run()
+    assert (asked[0] in asked[2:]) == (change != "nothing")

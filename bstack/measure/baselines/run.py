@@ -22,7 +22,7 @@ from bstack.measure.baselines.rtn import round_to_nearest
 from bstack.measure.baselines.spqr import SpqrMatrix, spqr
 from bstack.measure.quality import Quality, Scores
 from bstack.measure.reference import Reference
-from bstack.measure.streamed import run_streamed
+from bstack.measure.streamed import altered, run_streamed
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName
 
@@ -156,7 +156,8 @@ class Baselines:
                 with self._skeleton.loaded([name]):
                     tables.put(name, round_to_nearest(self._skeleton.parameter(name), embedding_bits))
             scores = Scores(self._windows, self._reference)
-            run_streamed(self._skeleton, self._windows, scores.add, alter=self._alter(store, tables), progress=progress)
+            quantised = altered(self._skeleton, self._alter(store, tables))
+            run_streamed(self._skeleton, self._windows, scores.add, loaded=quantised, progress=progress)
             found.append(Baseline(method, bits, embedding_bits, store.sizes + tables.sizes + self._rest, scores.quality()))
             tables.delete()
         store.delete()
@@ -179,7 +180,6 @@ class Baselines:
             for index, _ in stream.steps():
                 with skeleton.loaded(skeleton.layer_names(index)):
                     table = gather(stream, index, layer_parameters(skeleton, index))
-                    self._own_copies(index)
                     weights = self._weights(index)
                     # An expert that no token reached has no moments: rounding to nearest is all there is.
                     seen = {name: table.statistics(name) for name in weights if name in table.operands}
@@ -195,12 +195,6 @@ class Baselines:
                         weight.copy_(matrix.dense())
                     stream.run_all(index)
                 progress()
-
-    def _own_copies(self, index: int) -> None:
-        """Give a loaded layer memory of its own: what a checkpoint maps into memory would keep what is written to it."""
-        for name in {MatrixName.parse(name).parameter for name in self._in_layer(index)}:
-            parameter = self._skeleton.parameter(name)
-            parameter.data = parameter.data.clone()
 
     def _in_layer(self, index: int) -> list[str]:
         inside = self._skeleton.layers[index][0] + "."

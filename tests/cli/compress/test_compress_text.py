@@ -68,5 +68,5 @@ def test_text_without_a_tokenizer(refused, tmp_path):
 
 def test_too_little_memory_to_write_a_text(refused, model, monkeypatch):
     memory = Memory(free=1000, total=10**9, source="a small box")
-    monkeypatch.setattr("bstack.calibration.selftext.free_memory", lambda: memory)
+    monkeypatch.setattr("bstack.memory.free.free_memory", lambda: memory)
     refused(7, ["the whole model must be in memory", "free of a small box", "--calibration FILE"], "model")

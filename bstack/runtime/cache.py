@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -63,7 +62,7 @@ def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Rea
         except bstk.RemoteChangedError:
             remote.restart()
             path, count = _fetch(remote, mb, strict)
-    with _open_quietly(path) as file:
+    with bstk.open(path, warn=False) as file:  # what is kept is always partial
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
@@ -131,9 +130,3 @@ def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], N
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
         remote.notify = bar.set_postfix_str
         yield bar.update
-
-
-def _open_quietly(path: Path) -> bstk.Reader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bstk.PartialWarning)  # what is kept always is
-        return bstk.open(path)

@@ -126,6 +126,8 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
         The smallest model is larger than `mb`. Nothing has changed.
     bstk.DamagedError, OSError, MemoryError
         A block could not be read. The model keeps the blocks it has and runs on.
+    bstk.ResourceError
+        The system starts no further thread to load blocks. The model keeps the blocks it has.
     """
     residence = residence_of(model)
     file = residence.file

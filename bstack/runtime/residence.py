@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ import bstk
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Room, Slabs
-from bstk.errors import UsageError
+from bstk.errors import ResourceError, UsageError
 
 __all__ = ["Residence", "Resident"]
 
@@ -55,14 +55,14 @@ class Resident:
     error: str | None
 
 
-@dataclass
 class _Growth:
-    """One loading of missing blocks, up to so many chunks of the file."""
+    """One loading of missing blocks, up to so many chunks of the file, by a thread that calls `load`."""
 
-    count: int
-    stop: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-    thread: threading.Thread = field(init=False)
+    def __init__(self, count: int, load: Callable[[_Growth], None]):
+        self.count = count
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=load, args=(self,), name="bstack-grow", daemon=True)
 
 
 class Residence:
@@ -112,6 +112,8 @@ class Residence:
             The budget is nonsense, or below the smallest model. Nothing has changed then.
         bstk.DamagedError, OSError, MemoryError
             A block could not be read. The model keeps what it has.
+        bstk.ResourceError
+            The system starts no further thread. The model keeps what it has.
         """
         with self._turn:
             if self._closed:
@@ -122,11 +124,12 @@ class Residence:
             if cut.chunks < self._count:
                 self._drop(cut.chunks)
             elif cut.chunks > self._count:
-                self._growth = _Growth(cut.chunks)
-                self._growth.thread = threading.Thread(
-                    target=self._grow, args=(self._growth,), name="bstack-grow", daemon=True
-                )
-                self._growth.thread.start()
+                growth = _Growth(cut.chunks, self._grow)
+                try:
+                    growth.thread.start()
+                except RuntimeError as error:
+                    raise ResourceError(f"the model keeps its size: no thread can be started to load blocks ({error}).") from None
+                self._growth = growth  # not before: others ask it whether its thread runs, and wait for it
             growth = self._growth
         if wait and growth is not None:
             growth.thread.join()

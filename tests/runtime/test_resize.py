@@ -248,6 +248,23 @@ def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
     assert "shorter" in bstack.resident(model).error
 
 
+def test_without_a_thread_to_grow_in(path, model, monkeypatch):
+    """The growth is refused; the model can shrink, grow and be closed afterwards."""
+    small, _, full = budgets(path)
+    bstack.resize(model, small)
+    before = bstack.resident(model)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(bstk.ResourceError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", refuse)
+        bstack.resize(model, full)
+    assert bstack.resident(model) == before == bstack.resize(model, small)
+    assert bstack.resize(model, full).blocks == before.all_blocks
+    model.bstack_residence.close()
+
+
 def test_a_shrink_stops_a_growth(path, model, monkeypatch):
     small, _, full = budgets(path)
     bstack.resize(model, small)

@@ -10,8 +10,7 @@ import bstk
 from bstack.errors import reason
 from bstack.memory.free import free_memory
 from bstack.runtime.load import residence_of
-from bstack.runtime.memory import default_margin
-from bstack.runtime.policy import first_budget
+from bstack.runtime.policy import default_margin, first_budget
 from bstack.runtime.repeat import INTERVAL, Repeating, warn
 from bstack.runtime.residence import Residence
 from bstack.runtime.watch import Watcher

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from bstack.errors import reason
 from bstack.memory.free import Memory, free_memory
-from bstack.runtime.memory import default_margin
-from bstack.runtime.policy import QUIET, STEP, Policy
+from bstack.runtime.policy import QUIET, STEP, Policy, default_margin
 from bstack.runtime.repeat import INTERVAL, Repeating, warn
 from bstk.errors import UsageError
 

@@ -11,7 +11,7 @@ import bstk
 import pytest
 from bstack.memory.free import Memory, free_memory
 from bstack.memory.process import resident_bytes
-from bstack.runtime.memory import default_margin
+from bstack.runtime.policy import default_margin
 from bstack.runtime.watch import Watcher
 from simulated_machine import MB, V2_MOUNT, Machine
 

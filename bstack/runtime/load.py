@@ -87,12 +87,14 @@ def load(
             if mode == "dense":
                 return dense_model(file, chunks, folder, dtype).to(device), tokenizer
             place = place_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
-            model, residence = stacked_model(file, folder, dtype, place)
+            model, matrices, gate = stacked_model(file, folder, dtype, place)
+        opened = ExitStack()
+        fetched = mb if urls.is_url(path) else None
+        residence = Residence(file, matrices, gate, place.slabs(), close=opened.close, fetched=fetched)
         residence.resize(mb)
-        install(model, residence.gate)
-        residence.on_close(stack.pop_all().close)  # the file stays open, to grow from
+        install(model, gate)
+        opened.push(stack.pop_all())  # the file stays open, to grow from
         model.bstack_residence = residence
-        residence.fetched = urls.is_url(path)
         model.save_pretrained = model.state_dict = _refuse_to_save
         return model, tokenizer
 
@@ -121,7 +123,7 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
     Raises
     ------
     bstk.UsageError
-        The budget is nonsense, or the model has dense weights.
+        The budget is nonsense or more than was fetched, or the model has dense weights.
     bstk.BudgetError
         The smallest model is larger than `mb`. Nothing has changed.
     bstk.DamagedError, OSError, MemoryError
@@ -130,12 +132,6 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
         The system starts no further thread to load blocks. The model keeps the blocks it has.
     """
     residence = residence_of(model)
-    file = residence.file
-    if residence.fetched and mb is not None and bstk.budget_bytes(mb) > file.length < file.full_length:
-        raise UsageError(
-            f"{mb} MB is more than was fetched ({bstk.mb_ceil(file.length)} MB). Load the URL again with that budget; what "
-            "is here is not fetched twice."
-        )
     residence.resize(mb, wait=wait)
     return residence.state
 

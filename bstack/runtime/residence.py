@@ -14,6 +14,7 @@ import bstk
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Room, Slabs
+from bstk.budget import Budget
 from bstk.errors import ResourceError, UsageError
 
 __all__ = ["Residence", "Resident"]
@@ -78,11 +79,24 @@ class Residence:
         Held by whoever reads the matrices' blocks.
     slabs : Slabs
         Where the blocks go.
+    close : callable
+        What `close` calls, once: it closes the file.
+    fetched : number, str, Decimal or None
+        The budget for which the file was fetched from a URL; None where the file has all that there is.
     """
 
-    def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate, slabs: Slabs):
+    def __init__(
+        self,
+        file: bstk.Reader,
+        places: Mapping[str, Matrix],
+        gate: Gate,
+        slabs: Slabs,
+        *,
+        close: Callable[[], None],
+        fetched: Budget | None = None,
+    ):
         self.file = file
-        self._close: Callable[[], None] = file.close
+        self._close, self._fetched = close, fetched
         self._places = places
         self.gate = gate
         self._slabs = slabs
@@ -91,9 +105,8 @@ class Residence:
         self._turn = threading.Lock()
         self._growth: _Growth | None = None  # the last one, under way or not
         self._closed = False
-        self.fetched = False  # from a URL, so that the file may hold less than there is
 
-    def resize(self, mb: bstk.Budget | None, *, wait: bool = True) -> None:
+    def resize(self, mb: Budget | None, *, wait: bool = True) -> None:
         """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
 
         Memory that is dropped has gone back to the system on return. Loading goes on in a thread of its own; each block
@@ -108,8 +121,8 @@ class Residence:
 
         Raises
         ------
-        bstk.UsageError, bstk.BudgetError
-            The budget is nonsense, or below the smallest model. Nothing has changed then.
+        bstk.UsageError, BudgetError
+            The budget is nonsense, below the smallest model, or more than was fetched. Nothing has changed then.
         bstk.DamagedError, OSError, MemoryError
             A block could not be read. The model keeps what it has.
         bstk.ResourceError
@@ -119,6 +132,7 @@ class Residence:
             if self._closed:
                 raise UsageError("the model's file has been closed, so its size cannot change any more. Load it again.")
             cut = self.file.fit(mb)
+            self._require_fetched(mb)
             self._end_growth()
             self._growth = None
             if cut.chunks < self._count:
@@ -144,10 +158,6 @@ class Residence:
                 self._closed = True
                 self._close()
 
-    def on_close(self, close: Callable[[], None]) -> None:
-        """What `close` is to call instead of closing the file."""
-        self._close = close
-
     def __reduce__(self) -> Any:
         raise UsageError("a model with packed weights cannot be copied or pickled: load it once more, or with mode='dense'.")
 
@@ -167,6 +177,19 @@ class Residence:
             target_bytes=self._bytes(growth.count if growth is not None and growth.thread.is_alive() else self._count),
             error=None if growth is None or growth.error is None else str(growth.error),
         )
+
+    def _require_fetched(self, mb: Budget | None) -> None:
+        """Raise UsageError where more blocks fit a budget than were fetched."""
+        missing = self.file.all_chunks[len(self.file.chunks) :]
+        if self._fetched is None or mb is None or not missing:
+            return
+        budget = bstk.budget_bytes(mb)
+        needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
+        if budget > bstk.budget_bytes(self._fetched) and budget >= needed:
+            raise UsageError(
+                f"{mb} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL again with that "
+                "budget; what is here is not fetched twice."
+            )
 
     def _bytes(self, count: int) -> int:
         return sum(chunk.raw_length for chunk in self.file.chunks[:count] if chunk.is_weight)

@@ -17,8 +17,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Table
-from bstack.runtime.places import Host, Place
-from bstack.runtime.residence import Residence
+from bstack.runtime.places import Place
 from bstack.runtime.weight import PackedWeight
 from bstk.errors import DamagedError
 
@@ -28,28 +27,32 @@ __all__ = ["stacked_model"]
 TABLE = 2**20
 
 
-def stacked_model(
-    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place | None = None
-) -> tuple[Any, Residence]:
-    """A model without any block in memory yet, and the residence that brings them.
+def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place) -> tuple[Any, dict[str, Any], Gate]:
+    """A model without any block in memory yet, and what a `Residence` needs to bring them.
 
     Parameters
     ----------
     file : bstk.Reader
-        Stays open; it belongs to the residence.
     folder : Path
         The model's files.
     dtype : torch.dtype
         Of activations and of small plain parameters.
-    place : Place, optional
-        Where blocks live and products run; by default the processor.
+    place : Place
+        Where blocks live and products run.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    matrices : dict
+        Stack name -> its matrix, made by `place`.
+    gate : Gate
+        Of all of them.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    place = place or Host()
     model = _empty_model(folder, dtype, shown)
     stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
     for chunk in file.chunks:
@@ -76,7 +79,7 @@ def stacked_model(
     if generation is not None:
         model.generation_config = generation
     model.to(place.device)  # buffers; everything else is there
-    return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
+    return model.eval().requires_grad_(False), matrices, gate
 
 
 def _empty_model(folder: Path, dtype: torch.dtype, shown: str) -> Any:

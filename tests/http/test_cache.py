@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import bstk
 import pytest
@@ -20,6 +21,14 @@ def load(url, mb=None, strict=False):
 def local(data, mb=None):
     with bstk.open(data) as file:
         return [file.read(chunk) for chunk in file.chunks[: file.fit(mb).chunks]]
+
+
+def until(condition):
+    """Wait for something that must come; long enough for the slowest machine."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -138,3 +147,27 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
         assert tokenizer is not None
         for name, tensor in here.state_dict().items():
             assert torch.equal(tensor, there.state_dict()[name]), name
+
+
+def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, tmp_path):
+    """A larger one is refused, whoever asks for it; the budget it was loaded with is none, nor one whose next block is too large."""
+    import bstack
+
+    path = tmp_path / "tiny.bstk"
+    bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
+    with bstk.open(path) as file:
+        smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
+        mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
+    server = serve(path.read_bytes())
+    model, _ = bstack.load(server.url, mb=mb, mode="stack")
+    before = bstack.resident(model)
+    assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
+    with pytest.raises(bstk.UsageError, match="more than was fetched"):
+        bstack.resize(model, full)
+    told = []
+    with bstack.following(model, lambda: full, tell=told.append):
+        until(lambda: told)
+    assert "more than was fetched" in told[0]
+    assert bstack.resident(model) == before
+    model, _ = bstack.load(server.url, mode="stack")
+    assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

@@ -7,7 +7,6 @@ from decimal import Decimal
 from typing import Any
 
 import bstk
-from bstack.errors import reason
 from bstack.memory.free import free_memory
 from bstack.runtime.load import residence_of
 from bstack.runtime.policy import default_margin, first_budget
@@ -94,11 +93,7 @@ class _Asking(Repeating):
     def look(self, now: float) -> None:
         if error := self._residence.state.error:
             self._say(error, f"The model could not grow: {error}")
-        # Whatever the function does, the thread goes on with the next answer.
-        try:
-            wanted = self._budget()
-            if wanted != self._last:
-                self._last = wanted
-                self._residence.resize(wanted, wait=False)
-        except Exception as error:
-            self._say(reason(error), f"The model keeps its size: {reason(error)}")
+        wanted = self._budget()
+        if wanted != self._last:
+            self._last = wanted
+            self._residence.resize(wanted, wait=False)

@@ -75,7 +75,7 @@ class Watcher(Repeating):
 
     def look(self, now: float) -> None:
         """Read once and resize if that is due."""
-        # Whatever goes wrong, the thread must go on, and nothing may be lost in silence.
+        # The policy must know of what goes wrong.
         try:
             memory = self._read()
             if memory is None:

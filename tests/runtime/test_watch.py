@@ -158,6 +158,22 @@ def test_the_thread_resizes_goes_on_after_an_error_and_ends():
     assert len(model.asked) == asked
 
 
+def test_the_thread_goes_on_where_telling_fails(monkeypatch):
+    model, failures = Model(), []
+    model.failing = OSError(28, "No space left on device")
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+
+    def tell(message):
+        raise ValueError("I/O operation on closed file")
+
+    with model.watcher(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, tell=tell):
+        until(lambda: len(model.asked) > 2, "no second try")
+        model.failing = None
+        until(lambda: model.size == SMALLEST, "no shrink")
+    assert failures and all("closed file" in str(failure.exc_value) for failure in failures)
+    assert len(failures) <= 3  # once for each thing that could not be told
+
+
 def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
     model, entered, proceed = Model(), threading.Event(), threading.Event()
 

@@ -67,15 +67,11 @@ def following(
         return _Asking(residence, budget, tell)
     file = residence.file
 
-    def resize(size: int) -> None:
-        # Not waiting: while it grows the watcher goes on watching, and may change its mind.
-        if error := residence.state.error:
-            tell(f"The model could not grow: {error}")
-        residence.resize(Decimal(size) / bstk.MB, wait=False)
-
     return Watcher(
-        resize,
+        # Not waiting: while it grows the watcher goes on watching, and may change its mind.
+        lambda size: residence.resize(Decimal(size) / bstk.MB, wait=False),
         lambda: residence.state.target_bytes,
+        failure=lambda: residence.failure,
         smallest=file.smallest.budget,
         largest=file.fit(None).budget,
         tell=tell,

@@ -39,6 +39,7 @@ class Repeating(ABC):
     def __init__(self, interval: float, tell: Callable[[str], None]):
         self._interval, self._tell = interval, tell
         self._told: set[str] = set()
+        self._failure: BaseException | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -79,6 +80,11 @@ class Repeating(ABC):
         now : float
             Seconds on a clock that never goes back.
         """
+
+    def _new_failure(self, failure: BaseException | None) -> BaseException | None:
+        """A failure that was not there at the last look, or None."""
+        last, self._failure = self._failure, failure
+        return None if failure is last else failure
 
     def _say(self, key: str, message: str) -> None:
         """Warn, once for each key."""

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import bstk
+from bstack.errors import reason
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Room, Slabs
@@ -162,6 +163,12 @@ class Residence:
         raise UsageError("a model with packed weights cannot be copied or pickled: load it once more, or with mode='dense'.")
 
     @property
+    def failure(self) -> BaseException | None:
+        """What stopped the last growth before its end: the same object until the next resize."""
+        growth = self._growth
+        return None if growth is None else growth.error
+
+    @property
     def state(self) -> Resident:
         """What is in memory now."""
         growth = self._growth
@@ -175,7 +182,7 @@ class Residence:
             all_blocks=len(self._blocks),
             bits_per_weight=8 * block_bytes / weights if weights else None,
             target_bytes=self._bytes(growth.count if growth is not None and growth.thread.is_alive() else self._count),
-            error=None if growth is None or growth.error is None else str(growth.error),
+            error=None if growth is None or growth.error is None else reason(growth.error),
         )
 
     def _require_fetched(self, mb: Budget | None) -> None:

@@ -4,11 +4,13 @@ import copy
 import shutil
 import threading
 import time
+from itertools import pairwise
 
 import bstack
 import bstk
 import pytest
 import torch
+from bstack.memory.free import Memory
 from bstack.runtime.residence import Residence
 
 IDS = torch.tensor([[5, 9, 44, 7, 101]])
@@ -157,6 +159,42 @@ def test_following_a_function(path, model, monkeypatch):
         answers.append(full)
         assert until(lambda: bstack.resident(model).blocks == bstack.resident(model).all_blocks)
     assert not [thread for thread in threading.enumerate() if thread.name == "bstack-watcher"]
+
+
+class Machine:
+    """Readings for a watcher of a model, and a clock of its looks: what the model does not take is free."""
+
+    def __init__(self, model):
+        self.now, self.told = 0.0, []
+        self.model, self.room = model, 4000 * bstk.MB
+        self.watcher = bstack.following(model, tell=self.told.append)
+        self.watcher._read = lambda: Memory(self.room - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
+
+    def live(self, seconds):
+        """Look twice a second; a growth is through before the next look."""
+        for _ in range(2 * seconds):
+            self.now += 0.5
+            self.watcher.look(self.now)
+            growth = self.model.bstack_residence._growth
+            if growth is not None:
+                growth.thread.join(20)
+
+
+def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeypatch):
+    """It is said once, and tried again, ever more rarely, until it succeeds."""
+    model = damaged(path, tmp_path, flip_a_late_byte)
+    machine = Machine(model)
+    tries = []
+    original = Residence.resize
+    monkeypatch.setattr(Residence, "resize", lambda *args, **options: (tries.append(machine.now), original(*args, **options))[1])
+    machine.live(600)
+    waits = [later - earlier for earlier, later in pairwise(tries)]
+    assert 4 <= len(tries) <= 8 and waits == sorted(waits) and waits[0] < waits[-1]
+    (message,) = machine.told
+    assert "could not grow" in message and "copy.bstk" in message
+    flip_a_late_byte(tmp_path / "copy.bstk")  # back
+    machine.live(200)
+    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(machine.told) == 1
 
 
 def test_following_needs_packed_weights(path):

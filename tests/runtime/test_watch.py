@@ -118,6 +118,26 @@ def test_growing_that_fails_waits_longer_each_time():
     assert 2 <= len(model.asked) <= 5 and len(model.said) == 1
 
 
+def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
+    model = Model()
+    failure = None
+
+    def resize(target):
+        nonlocal failure
+        model.asked.append(target)
+        failure = MemoryError()  # after it has returned
+
+    watcher = Watcher(
+        resize, lambda: model.size, failure=lambda: failure, smallest=SMALLEST, largest=LARGEST, quiet=2,
+        read=lambda: Memory(2000 * MB, 8000 * MB, "a test"), tell=model.said.append,
+    )  # fmt: skip
+    for now in range(60):
+        watcher.look(now)
+    assert 2 <= len(model.asked) <= 5
+    (message,) = model.said
+    assert "could not grow: MemoryError" in message
+
+
 def test_a_reading_that_fails_or_says_nothing_is_survived():
     answers = iter([Memory(0, 8000 * MB, "a test"), RuntimeError("no such thing"), None, Memory(0, 8000 * MB, "a test")])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 import bstk
+from bstack.errors import reason
 from bstack.memory.free import free_memory
 from bstack.runtime.load import residence_of
 from bstack.runtime.policy import default_margin, first_budget
@@ -15,6 +17,9 @@ from bstack.runtime.residence import Residence
 from bstack.runtime.watch import Watcher
 
 __all__ = ["following", "free_budget"]
+
+# Seconds until a budget that a function still asks for is tried again after a failure.
+RETRY = 10.0
 
 
 def free_budget() -> tuple[Decimal | None, str]:
@@ -85,11 +90,14 @@ class _Asking(Repeating):
         super().__init__(INTERVAL, tell)
         self._residence, self._budget = residence, budget
         self._last: Any = self  # no budget yet
+        self._again = inf  # when the last budget is to be tried once more, though the answer is the same
 
     def look(self, now: float) -> None:
-        if error := self._residence.state.error:
-            self._say(error, f"The model could not grow: {error}")
+        if (failure := self._new_failure(self._residence.failure)) is not None:
+            self._again = now + RETRY
+            self._say(reason(failure), f"The model could not grow: {reason(failure)}. It is tried again later.")
         wanted = self._budget()
-        if wanted != self._last:
-            self._last = wanted
+        if wanted != self._last or now >= self._again:
+            self._last, self._again = wanted, now + RETRY
             self._residence.resize(wanted, wait=False)
+            self._again = inf

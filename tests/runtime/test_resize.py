@@ -197,6 +197,37 @@ def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeyp
     assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(machine.told) == 1
 
 
+def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
+    """The same answer is tried again, after a pause, and the failure said once."""
+    model = damaged(path, tmp_path, flip_a_late_byte)
+    small, _, full = budgets(path)
+    answers, told = [full], []
+    follower = bstack.following(model, lambda: answers[-1], tell=told.append)
+
+    def look(now):
+        follower.look(now)
+        growth = model.bstack_residence._growth
+        if growth is not None:
+            growth.thread.join(20)
+        return growth
+
+    failed = look(0)
+    assert failed.error is not None
+    assert look(1) is look(9) is failed and len(told) == 1 and "copy.bstk" in told[0]
+    again = look(11)
+    assert again is not failed and again.error is not None
+    assert look(12) is again and len(told) == 1
+    answers.append(small)
+    look(13)  # another answer does not wait
+    assert bstack.resident(model).weight_bytes <= small * bstk.MB
+    answers.append(full)
+    look(14)
+    flip_a_late_byte(tmp_path / "copy.bstk")  # back
+    look(15)
+    look(26)
+    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(told) == 1
+
+
 def test_following_needs_packed_weights(path):
     with pytest.raises(bstk.UsageError, match="dense weights"):
         bstack.following(bstack.load(path)[0])

@@ -75,7 +75,8 @@ def following(
     return Watcher(
         # Not waiting: while it grows the watcher goes on watching, and may change its mind.
         lambda size: residence.resize(Decimal(size) / bstk.MB, wait=False),
-        lambda: residence.state.target_bytes,
+        # In the measure of the budgets, which is the file's length where that is more than the blocks take.
+        lambda: residence.budget,
         failure=lambda: residence.failure,
         smallest=file.smallest.budget,
         largest=file.fit(None).budget,

@@ -91,7 +91,7 @@ class Policy:
         memory : Memory
             What the system says now.
         current : int
-            Bytes of the blocks that are resident now.
+            Bytes of the budget that gives what is resident now, between `smallest` and `largest`.
 
         Returns
         -------

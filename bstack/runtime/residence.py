@@ -169,6 +169,12 @@ class Residence:
         return None if growth is None else growth.error
 
     @property
+    def budget(self) -> int:
+        """Bytes of the least budget that gives what is in memory when the growth under way is through."""
+        count = self._target()
+        return max(self.file.chunks[count - 1].end, self._bytes(count))
+
+    @property
     def state(self) -> Resident:
         """What is in memory now."""
         growth = self._growth
@@ -181,7 +187,7 @@ class Residence:
             blocks=len(loaded),
             all_blocks=len(self._blocks),
             bits_per_weight=8 * block_bytes / weights if weights else None,
-            target_bytes=self._bytes(growth.count if growth is not None and growth.thread.is_alive() else self._count),
+            target_bytes=self._bytes(self._target()),
             error=None if growth is None or growth.error is None else reason(growth.error),
         )
 
@@ -197,6 +203,11 @@ class Residence:
                 f"{mb} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL again with that "
                 "budget; what is here is not fetched twice."
             )
+
+    def _target(self) -> int:
+        """Chunks in memory when the growth under way is through."""
+        growth = self._growth
+        return growth.count if growth is not None and growth.thread.is_alive() else self._count
 
     def _bytes(self, count: int) -> int:
         return sum(chunk.raw_length for chunk in self.file.chunks[:count] if chunk.is_weight)

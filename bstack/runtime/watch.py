@@ -24,7 +24,7 @@ class Watcher(Repeating):
         Receives a budget in bytes between `smallest` and `largest`. Called in the watcher's thread, never twice at once; what
         else uses the model must be kept out by the callable itself. A growth may go on after it has returned.
     weights : callable
-        Returns the bytes of the blocks that are resident now.
+        Returns the budget in bytes that gives what is resident now.
     failure : callable
         Returns what stopped a growth after `resize` had returned, the same object until the next resize; or None.
     smallest, largest : int

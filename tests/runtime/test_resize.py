@@ -180,6 +180,20 @@ class Machine:
                 growth.thread.join(20)
 
 
+def test_following_asks_a_whole_model_for_nothing(path, model):
+    """Though its file is longer than its blocks are large. At the smallest size it is as still."""
+    with bstk.open(path) as file:
+        assert file.length > file.memory_bytes and file.smallest.budget > file.smallest.memory_bytes
+    residence, machine, asked = model.bstack_residence, Machine(model), []
+    machine.watcher._resize = asked.append
+    machine.live(60)
+    assert asked == [] and residence.budget == machine.watcher._policy.largest
+    bstack.resize(model, budgets(path)[0])
+    machine.room = 0
+    machine.live(5)
+    assert asked == [] and residence.budget == machine.watcher._policy.smallest
+
+
 def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeypatch):
     """It is said once, and tried again, ever more rarely, until it succeeds."""
     model = damaged(path, tmp_path, flip_a_late_byte)

@@ -90,6 +90,29 @@ def test_other_structures_keep_their_own_code(name, file_of):
     assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
 
 
+@pytest.mark.parametrize("asked", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_a_configuration_that_asks_for_more_keeps_the_models_own_code(asked, file_of, monkeypatch):
+    """Without a warning: nothing is wrong with the results."""
+    from bstack.runtime import stacked
+
+    def read_config(*args):
+        config = original(*args)
+        for name, value in asked.items():
+            setattr(config, name, value)
+        return config
+
+    original = stacked.read_config
+    monkeypatch.setattr(stacked, "read_config", read_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+    if "return_dict" not in asked:  # transformers' own code fails where it is
+        with torch.no_grad():
+            out = model(IDS)
+        assert all(name.removeprefix("output_") in out for name in asked)
+
+
 def test_a_model_of_other_arithmetic_is_found_out(file_of, monkeypatch):
     """The structure of the family, but a multiplier that the kernels do not know."""
     from transformers.models.llama.modeling_llama import LlamaMLP

@@ -14,7 +14,7 @@ from bstack.runtime.cache import cached
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
 from bstack.runtime.fused import install
-from bstack.runtime.places import place_of
+from bstack.runtime.places import device_of, place_of
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
 from bstk import urls
@@ -63,12 +63,14 @@ def load(
 
     Raises
     ------
+    bstk.UsageError
+        For an unknown mode or type, or a device that is not here; before anything is read.
     bstk.BudgetError
         When the smallest model is larger than `mb`.
     bstk.RemoteError
         When the URL cannot be read.
     bstk.BstkError
-        For a file that is not whole, not readable or damaged, and for an unknown mode.
+        For a file that is not whole, not readable or damaged.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
@@ -76,6 +78,7 @@ def load(
         raise UsageError(f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'.")
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
+    device = device_of(device, packed=mode == "stack")
     with ExitStack() as stack:
         if urls.is_url(path):
             file, chunks = stack.enter_context(cached(path, mb, strict))

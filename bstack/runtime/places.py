@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bstack.errors import MissingPackageError
+from bstack.errors import MissingPackageError, reason
 from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.runtime.gate import Gate
@@ -15,7 +15,7 @@ from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, check_index
 from bstack.runtime.slabs import Slabs
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["Device", "Host", "Place", "place_of"]
+__all__ = ["Device", "Host", "Place", "device_of", "place_of"]
 
 
 class Place(Protocol):
@@ -64,13 +64,9 @@ class Device:
     """
 
     def __init__(self, device: torch.device, matrices: int):
-        try:
-            from bstack.kernels import device as kernels
-        except ImportError:
-            raise MissingPackageError("Packed weights on a GPU need the package triton: pip install 'bstack[gpu]'") from None
         self.device = device
-        self._kernels = kernels
-        self._table = kernels.MatrixTable(matrices, device)
+        self._kernels = _device_kernels()
+        self._table = self._kernels.MatrixTable(matrices, device)
         self._made = 0
 
     def matrix(self, rows: int, columns: int) -> Any:
@@ -84,25 +80,50 @@ class Device:
         return Slabs(memory=lambda size: DeviceMemory(size, self.device))
 
 
-def place_of(device: str | torch.device, matrices: int) -> Place:
-    """The place that a device name stands for.
+def device_of(device: str | torch.device, packed: bool) -> torch.device:
+    """The device of a name, if weights can be put on it.
+
+    Parameters
+    ----------
+    device : str or torch.device
+    packed : bool
+        Whether the weights are packed, which run on fewer devices.
 
     Raises
     ------
     bstk.UsageError
         There is no such device here, or packed weights do not run on it.
+    bstack.errors.MissingPackageError
+        Packed weights need triton there, and it is not installed.
     """
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(f"{device!r} is no device; allowed are cpu, cuda and cuda:N.") from None
-    if found.type == "cpu":
-        return Host()
-    if found.type != "cuda":
+    if packed and found.type not in ("cpu", "cuda"):
         raise UsageError(f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there.")
-    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"torch finds no {found} here; it finds {torch.cuda.device_count()} CUDA devices.")
-    return Device(found, matrices)
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # of many kinds, for a device that this torch was not built for
+        raise UsageError(f"torch cannot use {found} here: {reason(error)}") from None
+    if packed and found.type == "cuda":
+        _device_kernels()
+    return found
+
+
+def place_of(device: torch.device, matrices: int) -> Place:
+    """Where so many packed matrices live on a device that `device_of` has given."""
+    return Host() if device.type == "cpu" else Device(device, matrices)
+
+
+def _device_kernels() -> Any:
+    try:
+        from bstack.kernels import device
+    except ImportError:
+        raise MissingPackageError("Packed weights on a GPU need the package triton: pip install 'bstack[gpu]'") from None
+    return device
 
 
 class DeviceMemory:

@@ -1,11 +1,12 @@
 """Packed weights on a GPU, or under triton's interpreter, which is too slow for a whole model."""
 
+import bstack
 import bstk
 import pytest
 import torch
 from bstack.codecs.trellis import TrellisCodec
 from bstack.runtime.gate import Gate
-from bstack.runtime.places import Device, place_of
+from bstack.runtime.places import Device, device_of
 from bstack.runtime.weight import PackedWeight
 from torch.nn import functional
 
@@ -43,4 +44,11 @@ def test_a_parameter():
 )
 def test_devices_that_are_not(device, words):
     with pytest.raises(bstk.UsageError, match=words):
-        place_of(device, 1)
+        device_of(device, packed=True)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize(("device", "words"), [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")])
+def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
+    with pytest.raises(bstk.UsageError, match=words):
+        bstack.load(tmp_path / "none.bstk", device=device, mode=mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,11 +116,10 @@ def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool) -> tuple[Pa
 def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool) -> bstk.Reader:
     head = remote.read(0, preamble.LENGTH)
     if len(head) == preamble.LENGTH and head.startswith(preamble.MAGIC):
-        path = kept_path(preamble.parse(head).root())
-        try:
-            return bstk.open(_Kept(remote, path), strict=strict)
-        except bstk.DamagedError:
-            path.unlink(missing_ok=True)  # if it is not at fault, the server's file is refused below
+        kept = _Kept(remote, kept_path(preamble.parse(head).root()))
+        # Whichever is damaged: the server's file is refused below, and a kept one is begun anew under its lock, by `begin`.
+        with suppress(bstk.DamagedError):
+            return bstk.open(kept, strict=strict)
     return bstk.open(remote, strict=strict)
 
 

@@ -6,6 +6,7 @@ import time
 
 import bstk
 import pytest
+from bstk.files import LockedFile
 from bstk.http import HEAD
 from served_files import cut_sizes
 
@@ -98,6 +99,38 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
             load(server.url)
         assert kept.stat().st_size == chunk.offset
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_a_copy_is_not_dropped_for_what_the_server_sends(long_head, serve, kept):
+    server = serve(long_head)
+    load(server.url)
+    damaged = bytearray(long_head)
+    damaged[70_000] ^= 1  # in the tables
+    kept.write_bytes(damaged)
+    server.data, server.etag = bytes(damaged), '"two"'
+    with pytest.raises(bstk.DamagedError):
+        load(server.url)
+    assert kept.read_bytes() == damaged
+    server.data, server.etag = long_head, '"three"'
+    assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_a_damaged_copy_is_left_alone_while_another_process_has_it(long_head, serve, kept):
+    server = serve(long_head)
+    load(server.url)
+    damaged = bytearray(long_head)
+    damaged[70_000] ^= 1
+    kept.write_bytes(damaged)
+    server.asked.clear()
+    found = []
+    loading = threading.Thread(target=lambda: found.append(load(server.url)))
+    with LockedFile(kept):
+        loading.start()
+        until(lambda: len(server.asked) >= 2)  # it has met the damage and asked the server for the tables
+        time.sleep(0.05)
+        assert kept.read_bytes() == damaged
+    loading.join(60)
+    assert found == [local(long_head)] and kept.read_bytes() == long_head
 
 
 def test_several_at_once(long_head, serve, kept):

@@ -6,6 +6,7 @@ import math
 import sys
 from contextlib import nullcontext
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import click
@@ -85,7 +86,7 @@ def command(
         if not quiet:
             click.echo(line, err=True)
 
-    model, tokenizer = _load(file, mb, strict, say)
+    model, tokenizer = _load(file, mb, strict, quiet, say)
     from bstack.runtime.follow import following
     from bstack.runtime.generate import encode_prompt, write_text
     from bstack.runtime.load import residence_of, resident
@@ -124,31 +125,32 @@ def command(
         raise Interrupted("Stopped: the text ends where you interrupted it.")
 
 
-def _load(file: str, mb: Any, strict: bool, say: Any) -> tuple[Any, Any]:
+def _load(file: str, mb: Any, strict: bool, quiet: bool, say: Any) -> tuple[Any, Any]:
     """The model within the budget; without one, within what is free."""
+    with _common.open_file(file, strict, quiet) as reader:  # its warning, and its refusal, before anything heavy
+        smallest = Decimal(reader.smallest.budget) / bstk.MB
+    from bstack.runtime import load as loading
     from bstack.runtime.follow import free_budget
-    from bstack.runtime.load import load, resident, resize
 
+    load = partial(loading.load, file, mode="stack", strict=strict, warn=False)
     if mb is not None and mb != AUTO:
-        return load(file, mb=mb, mode="stack", strict=strict)
+        return load(mb=mb)
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
             raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
         say(f"Using the whole file: {words}.")
-        return load(file, mode="stack", strict=strict)
+        return load()
     if free <= 0:
         raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(file, mb=free, mode="stack", strict=strict)
+        model, tokenizer = load(mb=free)
     else:
         # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
-        with bstk.open(file, strict=strict) as reader:
-            smallest = reader.smallest.budget
-        model, tokenizer = load(file, mb=Decimal(smallest) / bstk.MB, mode="stack", strict=strict)
+        model, tokenizer = load(mb=smallest)
         free, words = free_budget()
-        resize(model, max(free, 0) + Decimal(smallest) / bstk.MB)
-    say(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
+        loading.resize(model, max(free, 0) + smallest)
+    say(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

@@ -33,6 +33,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     strict: bool = False,
+    warn: bool = True,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -53,6 +54,8 @@ def load(
         ``cpu``, or a GPU; ``mode="stack"`` runs on ``cuda`` with triton.
     strict : bool
         Refuse a partial file.
+    warn : bool
+        Warn about a partial file, as `bstk.open` does.
 
     Returns
     -------
@@ -81,9 +84,9 @@ def load(
     device = device_of(device, packed=mode == "stack")
     with ExitStack() as stack:
         if urls.is_url(path):
-            file, chunks = stack.enter_context(cached(path, mb, strict))
+            file, chunks = stack.enter_context(cached(path, mb, strict, warn))
         else:
-            file = stack.enter_context(bstk.open(path, strict=strict))
+            file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
             chunks = file.chunks[: file.fit(mb).chunks]
         with embedded_files(file) as folder:
             tokenizer = load_tokenizer(folder)

@@ -115,6 +115,19 @@ def test_a_prompt_that_is_too_long(bstack, model):
     assert done.returncode == 2 and "at most 4096" in done.stderr
 
 
+def test_a_partial_file(bstack, model, tmp_path):
+    """One line of warning, however much is asked for; none if it is not wanted; refused where the whole is asked for."""
+    part = tmp_path / "part.bstk"
+    part.write_bytes(model.read_bytes()[:-10])
+    run = ("run", part, "-p", "the river", "--max-new-tokens", 3)
+    for options in ([], ["--mb", mb(model, 0.5)]):
+        done = bstack(*run, *options)
+        assert done.returncode == 0 and done.stderr.startswith(f"Warning: {part}: the file is partial")
+        assert done.stderr.count("the file is partial") == 1 and ".py" not in done.stderr
+    assert bstack(*run, "-q").stderr == ""
+    assert bstack(*run, "--strict").returncode == 3
+
+
 def test_no_tokenizer(bstack, without_tokenizer):
     done = bstack("run", without_tokenizer, "-p", "x")
     assert done.returncode == 2 and "no tokenizer" in done.stderr

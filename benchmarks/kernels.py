@@ -3,19 +3,23 @@
     python benchmarks/kernels.py [--megabytes 256] [--seconds 0.3] [--instructions avx512 avx2]
 
 A roofline: each line is one kernel reading matrices that together are larger than the caches, as a share of a plain
-read of a buffer as large, by as many threads. Then all products of a token of SmolLM2-135M, and the decoding of rows.
+read of a buffer as large, by as many threads. Then SpQR beside that read and torch's product with a dense matrix, all products
+of a token of SmolLM2-135M, and the decoding of rows.
 """
 
 import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
+import torch
 
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix, block_bytes
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes
 from bstack.kernels.multiply import decode_rows, multiply_many
 from bstack.kernels.native import CHOICES, instructions, library, set_threads
 from bstack.kernels.selftest import random_payload, trusted_library
+from bstack.kernels.spqr import rank_of
 
 MB = 2**20
 
@@ -71,6 +75,41 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
             print(f"| {label}, {name} | {rows} x {columns} | {tokens} | " + " | ".join(shown) + " |", flush=True)
 
 
+def spqr_blocks(rows: int, columns: int, bits: int, share: float) -> list[tuple[int, int, bytes]]:
+    """The dense part of a matrix, in groups of 16, and its outliers."""
+    rng, rank = np.random.default_rng(0), rank_of(bits, 16)
+    dense = SPQR, rank, random_payload(rng, rows, columns, SPQR, rank)
+    return [dense, (OUTLIERS, 0, random_payload(rng, rows, columns, OUTLIERS, 0, int(share * rows * columns)))]
+
+
+def spqr(arguments: argparse.Namespace, threads: list[int]) -> None:
+    """SpQR at batch 1, with 1 % outliers, beside the plain read and the dense product in float32."""
+    side, size = 4096, arguments.megabytes * MB
+    buffer = np.ones(size, np.uint8)
+    weights = [torch.randn(side, side) for _ in range(2)]
+    x = torch.randn(side)
+    cases = {}
+    for bits in (3, 4):
+        blocks = spqr_blocks(side, side, bits, 0.01)
+        bytes_ = sum(len(payload) for *_, payload in blocks)
+        cases[bits] = bytes_, [Matrix.of(side, side, blocks) for _ in range(max(2, size // bytes_))]
+    print(f"\nSpQR, {side} x {side}, 1 % outliers, 1 token:\n\n| | threads | ms a product | GB/s | of the read |")
+    print("|---|---|---|---|---|")
+    for count in threads:
+        set_threads(count)
+        torch.set_num_threads(count)
+        memory = read_rate(buffer, count, arguments.seconds)
+        print(f"| plain read | {count} | | {memory / 1e9:.1f} | 100% |")
+        found = rate(lambda: [torch.mv(weight, x) for weight in weights], 4 * side * side * len(weights), arguments.seconds)
+        print(f"| dense, float32, torch | {count} | {4 * side * side / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |")
+        for bits, (bytes_, matrices) in cases.items():
+            for name in arguments.instructions:
+                library().bstack_use(name.encode())
+                found = rate(lambda: multiply_many(matrices, x[None].numpy()), bytes_ * len(matrices), arguments.seconds)
+                label = f"{bits} bits ({8 * bytes_ / side**2:.2f} in all), {name}"
+                print(f"| {label} | {count} | {bytes_ / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |", flush=True)
+
+
 def token(arguments: argparse.Namespace, threads: list[int]) -> None:
     """All products of one token of SmolLM2-135M, trellis blocks, 2.4 of them a matrix on average."""
     rng = np.random.default_rng(0)
@@ -98,15 +137,18 @@ def token(arguments: argparse.Namespace, threads: list[int]) -> None:
 
 
 def decoding(arguments: argparse.Namespace, threads: list[int]) -> None:
-    """Rows of trellis blocks as floats, which long prompts multiply with."""
-    print("\nRows of 256 x 4096 decoded, one trellis block:")
-    (matrix, *_), out = copies(256, 4096, TRELLIS, 2, 0), np.empty((256, 4096), np.float32)
-    for name in arguments.instructions:
+    """Rows as floats, which long prompts multiply with."""
+    print("\nRows of 256 x 4096 decoded:")
+    out = np.empty((256, 4096), np.float32)
+    cases = {"trellis": (copies(256, 4096, TRELLIS, 2, 0)[0], (TRELLIS,))}
+    for bits in (3, 4):
+        cases[f"SpQR, {bits} bits"] = Matrix.of(256, 4096, spqr_blocks(256, 4096, bits, 0.01)), PLAIN
+    for (label, (matrix, kinds)), name in product(cases.items(), arguments.instructions):
         library().bstack_use(name.encode())
         for count in threads:
             set_threads(count)
-            found = rate(lambda: decode_rows(matrix, TRELLIS, 0, 256, out), out.size, arguments.seconds)
-            print(f"  {name}, {count} thread(s): {found / 1e9:.2f} billion weights a second", flush=True)
+            found = rate(lambda: decode_rows(matrix, kinds, 0, 256, out), out.size, arguments.seconds)
+            print(f"  {label}, {name}, {count} thread(s): {found / 1e9:.2f} billion weights a second", flush=True)
 
 
 def main() -> None:
@@ -115,14 +157,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="time a figure")
     parser.add_argument("--instructions", nargs="+", choices=CHOICES[1:], help="default: all that this CPU has but portable")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--only", choices=("roofline", "token", "decoding"))
+    parser.add_argument("--only", choices=("roofline", "spqr", "token", "decoding"))
     arguments = parser.parse_args()
     if trusted_library() is None:
         parser.error("there are no C kernels to measure")
     print(f"best instruction set here: {instructions()}")
     offered = [name for name in reversed(CHOICES[1:]) if library().bstack_offers(name.encode()) == 0]
     arguments.instructions = arguments.instructions or [name for name in offered if name != "portable"]
-    for name, measure in (("roofline", roofline), ("token", token), ("decoding", decoding)):
+    for name, measure in (("roofline", roofline), ("spqr", spqr), ("token", token), ("decoding", decoding)):
         if arguments.only in (None, name):
             measure(arguments, arguments.threads)
 

@@ -24,7 +24,13 @@ class Settings:
     rank : int or "auto" or None
         Rank of the sign codec's magnitudes; None: auto. No other codec has one.
     planes : int or None
-        Blocks per linear; None: the codec's own number.
+        Blocks per linear, with the SpQR codec residual planes on top of it; None: the codec's own number.
+    bits, group : int or None
+        SpQR codec: bits of a code, and inputs that share a scale and a zero point; None: 4 and 16. No other codec has them.
+    outliers : float or "auto" or None
+        SpQR codec: share of the weights that are kept apart; None: auto.
+    bpw : float or None
+        SpQR codec: bits per weight that dense part and outliers of a layer may take together; decides the share of outliers.
     order : str
         ``gain``: predicted gain per byte, levels interleaved; ``paper``: BitStack's perplexity search, level by level.
     embeddings : str
@@ -40,6 +46,10 @@ class Settings:
     codec: str = "trellis"
     rank: int | str | None = None
     planes: int | None = None
+    bits: int | None = None
+    group: int | None = None
+    outliers: float | str | None = None
+    bpw: float | None = None
     order: str = "gain"
     embeddings: str = "stack"
     calibration: str = "self"

@@ -147,7 +147,13 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_avx2 = {.name = "avx2", .arrange = arrange, .trellis = trellis, .sign = sign};
+const struct kernels bstack_avx2 = {
+    .name = "avx2",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = sign,
+    .spqr = &bstack_spqr_avx2,
+};
 
 #endif
 #if defined(__clang__)

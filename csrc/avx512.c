@@ -240,6 +240,7 @@ const struct kernels bstack_avx512 = {
     .arrange = arrange,
     .trellis = trellis,
     .sign = bstack_avx512_sum_signs,
+    .spqr = &bstack_spqr_avx512,
     .tabulate = bstack_avx512_tabulate,
     .table_bytes = AVX512_TABLES,
     .decode = decode,

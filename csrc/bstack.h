@@ -1,7 +1,8 @@
 /* Arithmetic on matrices that stay packed: what the runtime, and C code that runs a whole decoder step, may call.
  *
  * A matrix of m rows (outputs) and n columns (inputs) is a stack of blocks, each the raw bytes of a chunk
- * (format/SPEC.md, section 6), at any address: no alignment is asked for, and no byte past the block is read.
+ * (format/SPEC.md, section 6), at any address: no alignment is asked for, and no byte past the block is read. The owner
+ * has checked what blocks say of their own layout: the order of an SpQR block's inputs, and the row pointer of outliers.
  *
  * Results are the same bits for every instruction set, number of threads and number of tokens in a call: sums are
  * exact integers, and the few float operations around them have one fixed order.
@@ -17,6 +18,8 @@ enum {
     BSTACK_RANK = 16,   /* rank of a sign block, at most */
     BSTACK_SIGN = 3,    /* kinds, by their codes in the container */
     BSTACK_TRELLIS = 4,
+    BSTACK_SPQR = 5,
+    BSTACK_OUTLIERS = 6,
 };
 
 /* A call reads `count` once, at its start, and only entries below it. So the owner may raise it while calls run, after it
@@ -26,7 +29,7 @@ struct bstack_matrix {
     int32_t rows, columns;
     int32_t count;               /* blocks in use, from the first; 0 is a matrix of zeros */
     uint8_t kind[BSTACK_BLOCKS];
-    uint8_t rank[BSTACK_BLOCKS]; /* of sign blocks, 1 to BSTACK_RANK */
+    uint8_t rank[BSTACK_BLOCKS]; /* of sign blocks, 1 to BSTACK_RANK; of SpQR blocks, 16 (group / 16) + bits */
     const uint8_t *block[BSTACK_BLOCKS];
 };
 
@@ -36,9 +39,9 @@ struct bstack_matrix {
  * Returns 0, or 1 when there is no memory (y is then undefined). */
 int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y);
 
-/* Rows start to stop - 1 of the sum of the stack's blocks of one kind: out, (stop - start) x columns.
- * BSTACK_SIGN: of the matrix that multiplies x.   BSTACK_TRELLIS: of the one that multiplies rotate(x). */
-void bstack_decode_rows(const struct bstack_matrix *matrix, int kind, int start, int stop, float *out);
+/* Rows start to stop - 1 of the sum of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
+ * BSTACK_TRELLIS: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
+void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
 
 /* Rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out);

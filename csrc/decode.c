@@ -1,5 +1,6 @@
 /* Rows of a matrix as floats: for products with the BLAS (long prompts), and for embeddings. */
 #include "kernels.h"
+#include "spqr.h"
 
 enum { PART = 16, RUN = 256 }; /* rows of a part; columns taken together, in loops that vectorise */
 
@@ -56,32 +57,52 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
     }
 }
 
-static void add_kind(const struct bstack_matrix *matrix, int kind, int row, float *out) {
+static const unsigned ROTATED = 1u << BSTACK_TRELLIS;
+
+/* Add some rows of the blocks of some kinds: row by row, which is good for the cache, where no block has rows in tiles. */
+static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, float *out) {
+    int step = 1;
     for (int level = 0; level < matrix->count; level++)
-        if (matrix->kind[level] == kind) (kind == BSTACK_TRELLIS ? add_trellis : add_sign)(matrix, level, row, out);
+        if (matrix->kind[level] == BSTACK_SPQR && kinds >> BSTACK_SPQR & 1) step = rows;
+    for (int done = 0; done < rows; done += step)
+        for (int level = 0; level < matrix->count; level++) {
+            const int kind = matrix->kind[level];
+            if (!(kinds >> kind & 1)) continue;
+            for (int i = done; i < done + step; i++) {
+                float *to = out + (size_t)i * (size_t)matrix->columns;
+                if (kind == BSTACK_TRELLIS)
+                    add_trellis(matrix, level, row + i, to);
+                else if (kind == BSTACK_SIGN)
+                    add_sign(matrix, level, row + i, to);
+                else if (kind == BSTACK_OUTLIERS)
+                    bstack_outliers_add_row(matrix, level, row + i, to);
+                else if (i == done)
+                    bstack_dense_add_rows(matrix, level, row, rows, to);
+            }
+        }
 }
 
 struct job {
     const struct bstack_matrix *matrix;
     const int64_t *index;
-    int kind, start, count;
+    unsigned kinds;
+    int start, count;
     float *out;
 };
 
 static void decode_part(void *argument, int part) {
     const struct job *job = argument;
     const size_t n = (size_t)job->matrix->columns;
-    for (int k = part * PART; k < job->count && k < (part + 1) * PART; k++) {
-        float *out = job->out + (size_t)k * n;
-        memset(out, 0, sizeof *out * n);
-        add_kind(job->matrix, job->kind, job->start + k, out);
-    }
+    const int first = part * PART, count = job->count - first < PART ? job->count - first : PART;
+    float *out = job->out + (size_t)first * n;
+    memset(out, 0, sizeof *out * n * (size_t)count);
+    add_kinds(job->matrix, job->kinds, job->start + first, count, out);
 }
 
-void bstack_decode_rows(const struct bstack_matrix *matrix, int kind, int start, int stop, float *out) {
+void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out) {
     struct bstack_matrix taken;
     bstack_take(&taken, matrix);
-    struct job job = {.matrix = &taken, .kind = kind, .start = start, .count = stop - start, .out = out};
+    struct job job = {.matrix = &taken, .kinds = kinds, .start = start, .count = stop - start, .out = out};
     bstack_parallel(decode_part, &job, (job.count + PART - 1) / PART);
 }
 
@@ -92,9 +113,9 @@ static void look_up_part(void *argument, int part) {
         float *out = job->out + (size_t)k * (size_t)n;
         const int row = (int)job->index[k];
         memset(out, 0, sizeof *out * (size_t)n);
-        add_kind(job->matrix, BSTACK_TRELLIS, row, out);
+        add_kinds(job->matrix, ROTATED, row, 1, out);
         bstack_unrotate(out, 1, n);
-        add_kind(job->matrix, BSTACK_SIGN, row, out);
+        add_kinds(job->matrix, ~ROTATED, row, 1, out);
     }
 }
 

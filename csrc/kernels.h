@@ -40,15 +40,20 @@ struct kernels {
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null where the plain
      * loop of decode.c serves. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
+    const struct spqr_kernels *spqr; /* spqr.h */
 };
 
+struct spqr_kernels;
 extern const struct kernels bstack_portable;
+extern const struct spqr_kernels bstack_spqr_portable;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define BSTACK_X86 1
 extern const struct kernels bstack_avx2, bstack_avx512;
+extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
 #define BSTACK_NEON 1
 extern const struct kernels bstack_neon;
+extern const struct spqr_kernels bstack_spqr_neon;
 #endif
 const struct kernels *bstack_kernels(void);
 

@@ -5,13 +5,13 @@
  * more than the product with it (14 for sign blocks, whose products are looked up four at a time), and one scale for a whole
  * row keeps every sum an exact integer.
  */
-#include "kernels.h"
+#include "spqr.h"
 
 #include <stdlib.h>
 
 enum {
     ROWS = 32,           /* rows summed at once */
-    TOKENS = 8,          /* tokens taken at once */
+    TOKENS = DIRECT_TOKENS,
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
     PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
@@ -37,6 +37,7 @@ struct job {
     int16_t *scratch; /* the same, columns filled up to whole groups */
     struct operands trellis;
     struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
+    struct direct direct;
     int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
 };
 
@@ -81,7 +82,8 @@ static void place(const struct job *job, struct operands *operands, int k, const
     job->kernels->arrange(codes, groups);
 }
 
-/* Part 0 of a token prepares it for all trellis blocks, part 1 + i for the sign blocks of matrix i, if there are any. */
+/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i,
+ * if there are any. */
 EACH_CPU static void prepare(void *argument, int part) {
     struct job *job = argument;
     const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
@@ -89,6 +91,7 @@ EACH_CPU static void prepare(void *argument, int part) {
     float *turned = job->turned + (size_t)part * (size_t)n;
     int16_t *scratch = job->scratch + (size_t)part * round_up((size_t)n, GROUP);
     if (i < 0) {
+        bstack_direct_prepare(&job->direct, token, x);
         if (!job->trellis.count) return;
         memcpy(turned, x, sizeof *x * (size_t)n);
         bstack_rotate(turned, 1, n);
@@ -159,13 +162,13 @@ static void multiply_rows(void *argument, int part) {
     const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
+    bstack_direct_multiply(&job->direct, which, start, stop - start, y);
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
-        for (int t = 0; t < job->tokens; t++) memset(y + (size_t)t * matrix->rows + i, 0, sizeof *y * (size_t)rows);
         for (int level = 0; level < matrix->count; level++)
             if (matrix->kind[level] == BSTACK_TRELLIS)
                 add_trellis(job, matrix, level, i, rows, y, sums);
-            else
+            else if (matrix->kind[level] == BSTACK_SIGN)
                 add_sign(job, matrix, level, &job->sign[which][level], i, rows, y, sums);
     }
 }
@@ -191,6 +194,8 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             found.step *= kind == BSTACK_TRELLIS ? OPERAND : sign_bytes(job);
             if (kind == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
+            } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {
+                continue;
             } else {
                 found.count *= job->matrices[i].rank[level];
             }
@@ -203,14 +208,20 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
                 job->sign[i][level] = found;
         }
 #undef TAKE
-    return at;
+    job->direct.matrices = job->matrices;
+    job->direct.count = job->count;
+    job->direct.tokens = job->tokens;
+    job->direct.columns = job->columns;
+    return bstack_direct_lay_out(&job->direct, memory, at);
 }
 
 /* Packed bytes of a row, one more than none. */
 static size_t row_bytes(const struct bstack_matrix *matrix) {
     size_t bytes = 1;
     for (int level = 0; level < matrix->count; level++)
-        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns) : sign_stride(matrix->columns);
+        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns)
+                 : matrix->kind[level] == BSTACK_SIGN  ? sign_stride(matrix->columns)
+                                                       : bstack_spqr_row_bytes(matrix, level);
     return bytes;
 }
 

@@ -98,6 +98,12 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 ROW_BY_ROW(trellis)
 ROW_BY_ROW(sign)
 
-const struct kernels bstack_neon = {.name = "neon", .arrange = arrange, .trellis = trellis, .sign = sign};
+const struct kernels bstack_neon = {
+    .name = "neon",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = sign,
+    .spqr = &bstack_spqr_neon,
+};
 
 #endif

@@ -39,4 +39,10 @@ static void sign(const uint8_t *bits, size_t stride, int width, int rows, const 
         }
 }
 
-const struct kernels bstack_portable = {.name = "portable", .arrange = arrange, .trellis = trellis, .sign = sign};
+const struct kernels bstack_portable = {
+    .name = "portable",
+    .arrange = arrange,
+    .trellis = trellis,
+    .sign = sign,
+    .spqr = &bstack_spqr_portable,
+};

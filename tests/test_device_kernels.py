@@ -8,7 +8,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import numpy as np
 from bstack.kernels import device, reference
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix, block_bytes
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes
+from bstack.kernels.selftest import random_payload
+from bstack.kernels.spqr import rank_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,10 @@ def blocks(rows, columns, kinds, seed):
     random = np.random.default_rng(seed)
     made = []
     for kind, rank in kinds:
+        if kind in (SPQR, OUTLIERS):
+            count = int(rows * columns * random.choice([0, 0.05, 1]))
+            made.append((kind, rank, random_payload(random, rows, columns, kind, rank, count)))
+            continue
         tail = 2 * rows if kind == TRELLIS else 2 * rank * (rows + columns)
         head = random.integers(0, 256, block_bytes(rows, columns, kind, rank) - tail, dtype=np.uint8).tobytes()
         made.append((kind, rank, head + random.normal(size=tail // 2).astype("<f2").tobytes()))
@@ -31,12 +37,18 @@ def pair(rows, columns, kinds, seed):
     matrix = device.DeviceMatrix(rows, columns, table, 1)
     held = [torch.frombuffer(bytearray(b"\0" * (seed % 3) + payload), dtype=torch.uint8).to(DEVICE) for _, _, payload in payloads]
     for level, ((kind, rank, _), tensor) in enumerate(zip(payloads, held, strict=True)):
-        matrix.put(level, kind, rank, tensor.data_ptr() + seed % 3)
+        matrix.put(level, kind, rank, tensor.data_ptr() + seed % 3, checked=True)
     matrix.count = len(payloads)
     return Matrix.of(rows, columns, payloads), matrix, held
 
 
-KINDS = st.lists(st.one_of(st.just((TRELLIS, 2)), st.tuples(st.just(SIGN), st.integers(1, 5))), min_size=0, max_size=3)
+FORMS = st.builds(rank_of, st.sampled_from([3, 4]), st.sampled_from([16, 32, 64, 128]))
+KINDS = st.lists(
+    st.one_of(
+        st.just((TRELLIS, 2)), st.tuples(st.just(SIGN), st.integers(1, 5)), st.tuples(st.just(SPQR), FORMS), st.just((OUTLIERS, 0))
+    ),
+    min_size=0, max_size=3,
+)  # fmt: skip
 
 
 @settings(max_examples=12, deadline=None)
@@ -49,9 +61,9 @@ def test_against_the_reference(rows, columns, kinds, tokens, seed):
     device.multiply(matrix, torch.from_numpy(x).to(DEVICE), torch.from_numpy(turned).to(DEVICE), out)
     index = torch.randint(0, rows, (7,), generator=torch.Generator().manual_seed(seed))
     total = np.zeros((tokens, rows))
-    for kind, given_inputs in ((TRELLIS, turned), (SIGN, x)):
-        dense = reference.decode_rows(expected, kind, 0, rows)
-        found = device.decode(matrix, kind, index.to(DEVICE), torch.float32).cpu().numpy()
+    for kinds, given_inputs in (((TRELLIS,), turned), (PLAIN, x)):
+        dense = reference.decode_rows(expected, kinds, 0, rows)
+        found = device.decode(matrix, kinds, index.to(DEVICE), torch.float32).cpu().numpy()
         assert np.allclose(found, dense[index], rtol=1e-5, atol=1e-4 * (1 + np.abs(dense).max()))
         total += given_inputs.astype(np.float64) @ dense.T
     assert np.allclose(out.cpu().numpy(), total, rtol=1e-4, atol=1e-4 * (1 + np.abs(total).max()))
@@ -63,8 +75,8 @@ def test_blocks_come_and_go():
     index = torch.arange(20, device=DEVICE)
     for count in (3, 1, 0, 2):
         matrix.count = expected.count = count
-        found = device.decode(matrix, TRELLIS, index, torch.float32).cpu().numpy()
-        assert np.allclose(found, reference.decode_rows(expected, TRELLIS, 0, 20), atol=1e-3)
+        found = device.decode(matrix, (TRELLIS,), index, torch.float32).cpu().numpy()
+        assert np.allclose(found, reference.decode_rows(expected, (TRELLIS,), 0, 20), atol=1e-3)
 
 
 def test_levels_that_are_not():

@@ -10,14 +10,14 @@ import bstk
 from bstack.codecs import codec_of_kind
 
 VECTORS = Path(__file__).parents[1] / "format" / "vectors"
-EXPECTED = json.loads((VECTORS / "expected-weights.json").read_text())
+EXPECTED = {file: json.loads((VECTORS / f"expected-{file}.json").read_text()) for file in ("weights", "spqr")}
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_blocks_add_up_to_the_pinned_matrix(name):
-    with bstk.open(VECTORS / "weights.bstk") as file:
+@pytest.mark.parametrize(("golden", "name"), [(golden, name) for golden, found in EXPECTED.items() for name in sorted(found)])
+def test_blocks_add_up_to_the_pinned_matrix(golden, name):
+    with bstk.open(VECTORS / f"{golden}.bstk") as file:
         blocks = file.stack(name)
-        for depth, rows in enumerate(EXPECTED[name], 1):
+        for depth, rows in enumerate(EXPECTED[golden][name], 1):
             part = blocks[:depth]
             rebuilt = codec_of_kind(part[0].kind).rebuild(
                 [file.read(b) for b in part], [b.kind for b in part], [b.rank for b in part], part[0].shape

@@ -230,7 +230,7 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
         for name in INSTRUCTIONS:
             library().bstack_use(name.encode())
             for kind in (TRELLIS, SIGN):
-                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, kind, start, stop)), name
+                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, (kind,), start, stop)), name
             assert same(lookup(matrix, index), reference.lookup(matrix, index)), name
     finally:
         library().bstack_use(before)
@@ -317,7 +317,7 @@ def test_bad_calls_are_refused():
             matrix.put(1, kind, rank, 0)
     with pytest.raises(ValueError, match="level is 16"):
         matrix.put(16, TRELLIS, 2, 0)
-    with pytest.raises(ValueError, match="block 0 has 3 bytes; one of 4 x 8 has 22"):
+    with pytest.raises(ValueError, match="a block has 3 bytes; one of 4 x 8, kind 4, has 22"):
         Matrix.of(4, 8, [(TRELLIS, 2, b"abc")])
 
 

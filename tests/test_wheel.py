@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason=
 
 
 # Imported only where their package is installed.
-NEEDS_AN_EXTRA = {"bstack.kernels.device"}
+NEEDS_AN_EXTRA = {"bstack.kernels.device", "bstack.kernels.device_spqr"}
 
 
 def packages() -> dict[str, Path]:

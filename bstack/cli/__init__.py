@@ -16,6 +16,7 @@ COMMANDS = {
     "truncate": "Cut a .bstk file to at most N megabytes.",
     "grow": "Add the next blocks to a cut, from a larger file.",
     "inspect": "Show what is inside a .bstk file.",
+    "export": "Write a plain transformers folder.",
     "verify": "Check every digest of a .bstk file.",
     "run": "Write text in at most N megabytes.",
     "bench": "Measure quality, speed and memory at several sizes.",

@@ -39,16 +39,40 @@ class RankType(click.ParamType):
             self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
 
 
+class ShareType(click.ParamType):
+    """A number, or the word auto."""
+
+    name = "FRACTION|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "auto" or isinstance(value, float):
+            return value
+        try:
+            return float(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+
+
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The .bstk file to write.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True,
               help="Settings to start from; paper is BitStack as published: sign codec, rank 16, 16 planes, paper order.")
-@click.option("--codec", type=click.Choice(["trellis", "sign"]),
-              help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes.")
-@click.option("--planes", type=int, help="Blocks per linear; 4 with the trellis codec, 8 with sign, by default.")
+@click.option("--codec", type=click.Choice(["trellis", "sign", "spqr"]),
+              help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes. "
+                   "spqr: groups of 3 or 4 bits with outliers apart, trellis blocks on top.")
+@click.option("--planes", type=int,
+              help="Blocks per linear; 4 with the trellis codec, 8 with sign, by default. With spqr the blocks on top of "
+                   "dense part and outliers, 0 and more; 2 by default.")
 @click.option("--rank", type=RankType(), metavar="N|auto",
               help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.")
+@click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
+@click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
+@click.option("--outliers", type=ShareType(), metavar="FRACTION|auto",
+              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01.")
+@click.option("--bpw", type=float, metavar="X",
+              help="SpQR codec: find the outliers' threshold at which dense part and outliers of each layer take at most X "
+                   "bits per weight, everything counted. In place of --outliers.")
 @click.option("--order", type=click.Choice(ORDERS),
               help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS),
@@ -72,6 +96,7 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     \b
     Example:
       bstack compress smollm2 -o smollm2.bstk
+      bstack compress smollm2 -o near-lossless.bstk --codec spqr --bpw 4.75
       bstack compress ./Llama-3.1-8B -o llama.bstk --calibration corpus.txt --samples 128 --sequence-length 512
     """
     from bstack.pipeline.entrance import compress

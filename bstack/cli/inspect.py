@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli import _common, _quality
+from bstack.cli import _common, _quality, _spqr
 from bstack.cli._text import fields, megabytes, number, printable, table
 
 _SIZES = 8  # rows of the table of cuts
@@ -65,11 +65,14 @@ def _page(reader: bstk.Reader) -> str:
     ]
     parts = [f"{title}\n{fields(pairs)}" for title, pairs in sections if pairs]
     parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
+    spqr = _spqr.summary(reader)
+    if spqr is not None:
+        parts.insert(3, f"SpQR linears here\n{_spqr.render(spqr)}")
     points = _quality.curve(reader.metadata)
     if points:
         more = any(point["file_bytes"] > reader.length for point in points)
         title = "Quality measured when the model was compressed" + (" (-: larger than this file)" if more else "")
-        parts.insert(4, f"{title}\n{_quality.render(points, here=reader.length)}")
+        parts.insert(len(parts) - 1, f"{title}\n{_quality.render(points, here=reader.length)}")
     return "\n\n".join([printable(reader.source.name), *parts])
 
 
@@ -135,13 +138,17 @@ def _kind_summary(blocks: list[bstk.Chunk]) -> list[str]:
     ranks: dict[bstk.Kind, set[int]] = {}
     for chunk in blocks:
         ranks.setdefault(chunk.kind, set()).add(chunk.rank)
-    return [f"{kind} ({_rank_words(kind, min(found), max(found))})" for kind, found in ranks.items()]
+    return [f"{kind}{_rank_words(kind, min(found), max(found))}" for kind, found in ranks.items()]
 
 
 def _rank_words(kind: bstk.Kind, least: int, most: int) -> str:
     """What the record's field called rank says, in the words of the kind."""
     span = f"{least}" if least == most else f"{least} to {most}"
-    return f"{span} bits per weight" if kind is bstk.TRELLIS else f"rank {span}"
+    if kind is bstk.OUTLIERS:
+        return ""
+    if kind is bstk.SPQR and least == most:
+        return f" ({most % 16} bits in groups of {most - most % 16})"
+    return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
 
 
 def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
@@ -216,6 +223,9 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in cuts(reader, _SIZES)],
         "metadata": reader.metadata,
     }
+    spqr = _spqr.summary(reader)
+    if spqr is not None:
+        result["spqr"] = spqr
     if with_blocks:
         result["stack"] = [
             _chunk_as_json(chunk, position < reader.base_count)

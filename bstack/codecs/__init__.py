@@ -5,13 +5,14 @@ from __future__ import annotations
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.codecs.sign import SignCodec
+from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.settings import Settings
 
 __all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TrellisCodec, SignCodec)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TrellisCodec, SignCodec, SpqrCodec)}
 
 
 def codec_of_kind(kind: bstk.Kind) -> type[Codec]:

@@ -7,16 +7,23 @@ It knows arrays, not files, models or names. One codec a file; the registry in `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 import bstk
+from bstack.errors import CodecError
 from bstack.settings import Settings
 
-__all__ = ["Block", "Codec"]
+__all__ = ["Block", "Codec", "Task"]
+
+# Settings that one codec alone has.
+_OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
+
+# What `Codec.encode` takes: weight, moment, tokens, importance.
+Task = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,33 @@ class Codec(ABC):
         bstack.errors.CodecError
             For a value that the codec does not allow, or a setting that it does not have.
         """
+
+    @classmethod
+    def refuse_foreign(cls, settings: Settings) -> None:
+        """Raise CodecError for a setting that belongs to another codec."""
+        for field, owner in _OWNERS.items():
+            value = getattr(settings, field)
+            if owner != cls.name and value is not None:
+                raise CodecError(f"{field} is {value}, but the {cls.name} codec has none; it belongs to --codec {owner}.")
+
+    def for_layer(self, tasks: Iterable[Task]) -> Codec:
+        """The encoder for the matrices of one layer, which it may look at together first; by default, as it is.
+
+        Parameters
+        ----------
+        tasks : iterable of tuple
+            By matrix: weight, moment, tokens and importance, as `encode` takes them.
+
+        Raises
+        ------
+        bstack.errors.CodecError
+            For a setting that these matrices make impossible.
+        """
+        return self
+
+    def for_tables(self) -> Codec:
+        """The encoder for embeddings and heads; by default, this one."""
+        return self
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class SignCodec(Codec):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> SignCodec:
+        cls.refuse_foreign(settings)
         given = {"planes": settings.planes, "rank": settings.rank}
         return cls(**{name: value for name, value in given.items() if value is not None})
 

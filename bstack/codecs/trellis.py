@@ -69,8 +69,7 @@ class TrellisCodec(Codec):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> TrellisCodec:
-        if settings.rank is not None:
-            raise CodecError(f"rank is {settings.rank}, but the trellis codec has none; it belongs to --codec sign.")
+        cls.refuse_foreign(settings)
         return cls() if settings.planes is None else cls(settings.planes)
 
     def settings(self) -> dict[str, Any]:

@@ -8,11 +8,14 @@ What the CPU kernels compute in integers these compute in single precision: resu
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import triton
 import triton.language as tl
 
-from bstack.kernels.matrix import BLOCKS, SIGN, TRELLIS, block_bytes
+from bstack.kernels.device_spqr import add_rows, dense_sums, half, outlier_sums
+from bstack.kernels.matrix import BLOCKS, OUTLIERS, SIGN, SPQR, TRELLIS, check_put
 from bstack.kernels.table import TABLE
 
 __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
@@ -21,6 +24,8 @@ __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
 FIELDS = 1 + 2 * BLOCKS
 _TRELLIS: tl.constexpr = tl.constexpr(TRELLIS)
 _SIGN: tl.constexpr = tl.constexpr(SIGN)
+_SPQR: tl.constexpr = tl.constexpr(SPQR)
+_OUTLIERS: tl.constexpr = tl.constexpr(OUTLIERS)
 
 
 class MatrixTable:
@@ -66,11 +71,9 @@ class DeviceMatrix:
         self.entry[0] = count
         self._count = count
 
-    def put(self, level: int, kind: int, rank: int, address: int) -> None:
+    def put(self, level: int, kind: int, rank: int, address: int, *, checked: bool = False) -> None:
         """Say where the block of a level lies; `count` stays as it is. Raises ValueError as `Matrix.put`."""
-        if not 0 <= level < BLOCKS:
-            raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
-        block_bytes(self.rows, self.columns, kind, rank)
+        check_put(self.rows, self.columns, level, kind, rank, checked)
         self.entry[1 + 2 * level : 3 + 2 * level] = torch.tensor([address, 256 * kind + rank])
         self.kind[level], self.rank[level] = kind, rank
 
@@ -93,14 +96,14 @@ def multiply(matrix: DeviceMatrix, x: torch.Tensor, turned: torch.Tensor, out: t
     )  # fmt: skip
 
 
-def decode(matrix: DeviceMatrix, kind: int, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the sum of a matrix's blocks of one kind; see `bstack.kernels.multiply.decode_rows`.
+def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the sum of a matrix's blocks of some kinds; see `bstack.kernels.multiply.decode_rows`.
 
     Parameters
     ----------
     matrix : DeviceMatrix
-    kind : int
-        TRELLIS (of the matrix that multiplies rotated inputs) or SIGN.
+    kinds : collection of int
+        TRELLIS alone (of the matrix that multiplies rotated inputs), or PLAIN.
     index : torch.Tensor
         Which rows, int64, shape (k,).
     dtype : torch.dtype
@@ -110,23 +113,21 @@ def decode(matrix: DeviceMatrix, kind: int, index: torch.Tensor, dtype: torch.dt
     torch.Tensor
         Shape (k, n).
     """
-    out = torch.empty(index.numel(), matrix.columns, dtype=dtype, device=index.device)
+    spqr = TRELLIS not in kinds and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
+    out = torch.empty(index.numel(), matrix.columns, dtype=torch.float32 if spqr else dtype, device=index.device)
     if out.numel():
         block_rows, block = 16, 64
         grid = (triton.cdiv(index.numel(), block_rows), triton.cdiv(triton.cdiv(matrix.columns, 4), block), 4)
         _decode[grid](
             matrix.entry, matrix.table.values, index, out, index.numel(), matrix.rows, matrix.columns,
-            KIND=kind, BLOCK_ROWS=block_rows, BLOCK=block,
+            KIND=TRELLIS if TRELLIS in kinds else SIGN, BLOCK_ROWS=block_rows, BLOCK=block,
         )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _half(place, mask):
-    """Half precision at any address: blocks of odd lengths come before it."""
-    low = tl.load(place, mask=mask, other=0).to(tl.uint16)
-    high = tl.load(place + 1, mask=mask, other=0).to(tl.uint16)
-    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+        if spqr:
+            add_rows[(triton.cdiv(index.numel(), block_rows), triton.cdiv(matrix.columns, block))](
+                matrix.entry, index, out, index.numel(), matrix.rows, matrix.columns,
+                BLOCK_ROWS=block_rows, SUBTILES=block // 16, BLOCK=block,
+            )  # fmt: skip
+    return out.to(dtype)
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter):
 
 @triton.jit
 def _trellis_scale(block, row, inside, rows, quarter_bytes):
-    return _half(block + (rows.to(tl.int64) + 3) * quarter_bytes + 2 * row, inside)
+    return half(block + (rows.to(tl.int64) + 3) * quarter_bytes + 2 * row, inside)
 
 
 @triton.jit
@@ -154,8 +155,8 @@ def _sign_weights(block, row, column, mask, rows, columns, rank):
     right = left + 2 * rows.to(tl.int64) * rank
     size = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
     for r in range(rank):
-        u = _half(left + 2 * (row * rank + r), row < rows)
-        v = _half(right + 2 * (column.to(tl.int64) * rank + r), column < columns)
+        u = half(left + 2 * (row * rank + r), row < rows)
+        v = half(right + 2 * (column.to(tl.int64) * rank + r), column < columns)
         size += u[:, None] * v[None, :]
     return sign * size
 
@@ -183,6 +184,10 @@ def _multiply(
                     weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
                     sums += tl.sum(weights * given[None, :], 1)
             total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes)
+        elif form // 256 == _SPQR:
+            total += dense_sums(block, row, rows, columns, x + token * columns, form % 256, BLOCK // 16)
+        elif form // 256 == _OUTLIERS:
+            total += outlier_sums(block, row, rows, x + token * columns, BLOCK)
         else:
             for start in range(0, columns, BLOCK):
                 column = start + tl.arange(0, BLOCK)

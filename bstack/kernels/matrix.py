@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["BLOCKS", "RANK", "SIGN", "TRELLIS", "Matrix", "block_bytes"]
+from bstack.kernels.spqr import Outliers, dense_bytes, outlier_bytes
+
+__all__ = [
+    "BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put",
+    "kind_bits",
+]  # fmt: skip
 
 # Kinds by their codes in the container (format/SPEC.md, section 6).
-SIGN, TRELLIS = 3, 4
+SIGN, TRELLIS, SPQR, OUTLIERS = 3, 4, 5, 6
+# Those that multiply the inputs themselves; trellis blocks multiply the rotated ones.
+PLAIN = (SIGN, SPQR, OUTLIERS)
 # Blocks of a stack and rank of a sign block, at most.
 BLOCKS, RANK = 16, 16
 
@@ -29,7 +36,7 @@ class Matrix(ctypes.Structure):
     count : int
         Blocks in use; with 0 the matrix is zero.
     kind, rank : array of 16 uint8
-        `SIGN` or `TRELLIS`, and the rank of a sign block.
+        `SIGN`, `TRELLIS`, `SPQR` or `OUTLIERS`, and the record's rank.
     block : array of 16 addresses
         Of the chunks' raw bytes.
     """
@@ -43,7 +50,7 @@ class Matrix(ctypes.Structure):
         ("block", ctypes.c_void_p * BLOCKS),
     ]
 
-    def put(self, level: int, kind: int, rank: int, address: int) -> None:
+    def put(self, level: int, kind: int, rank: int, address: int, *, checked: bool = False) -> None:
         """Say where the block of a level lies; `count` stays as it is.
 
         Parameters
@@ -51,19 +58,20 @@ class Matrix(ctypes.Structure):
         level : int
             0 to 15.
         kind : int
-            `SIGN` or `TRELLIS`.
+            `SIGN`, `TRELLIS`, `SPQR` or `OUTLIERS`.
         rank : int
-            1 to 16 for a sign block; 2, the bits of a code, for a trellis block.
+            1 to 16 for a sign block; 2, the bits of a code, for a trellis block; bits and group of an SpQR block; 0 for outliers.
         address : int
-            Of `block_bytes` bytes, which the caller keeps alive and unchanged.
+            Of the block's bytes, which the caller keeps alive and unchanged.
+        checked : bool
+            `check_block` has found nothing wrong with these bytes. Blocks of kind `SPQR` and `OUTLIERS`, which say where to
+            read, are not taken without it.
 
         Raises
         ------
         ValueError
         """
-        if not 0 <= level < BLOCKS:
-            raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
-        block_bytes(self.rows, self.columns, kind, rank)
+        check_put(self.rows, self.columns, level, kind, rank, checked)
         self.kind[level], self.rank[level], self.block[level] = kind, rank, address
 
     @classmethod
@@ -80,21 +88,65 @@ class Matrix(ctypes.Structure):
         matrix = cls(rows, columns)
         matrix._kept = [np.frombuffer(payload, np.uint8).copy() for _, _, payload in blocks]
         for level, ((kind, rank, _), bytes_) in enumerate(zip(blocks, matrix._kept, strict=True)):
-            expected = block_bytes(rows, columns, kind, rank)
-            if bytes_.size != expected:
-                raise ValueError(f"block {level} has {bytes_.size} bytes; one of {rows} x {columns} has {expected}.")
-            matrix.put(level, kind, rank, bytes_.ctypes.data)
+            check_block(rows, columns, kind, rank, bytes_)
+            matrix.put(level, kind, rank, bytes_.ctypes.data, checked=True)
         matrix.count = len(blocks)
         return matrix
 
     def payload(self, level: int) -> np.ndarray:
         """The bytes of a block, uint8, where they lie; valid as long as the owner keeps them."""
-        length = block_bytes(self.rows, self.columns, self.kind[level], self.rank[level])
+        count = 0
+        if self.kind[level] == OUTLIERS:
+            count = ctypes.c_uint32.from_address(self.block[level] + 4 * self.rows).value  # a row pointer need not be aligned
+        length = block_bytes(self.rows, self.columns, self.kind[level], self.rank[level], count)
         return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.block[level]))
 
 
-def block_bytes(rows: int, columns: int, kind: int, rank: int) -> int:
-    """Length of a block in bytes.
+def kind_bits(kinds: Iterable[int]) -> int:
+    """A set of kinds as the C kernels take it: bit k for kind k."""
+    return sum(1 << kind for kind in kinds)
+
+
+def check_put(rows: int, columns: int, level: int, kind: int, rank: int, checked: bool) -> None:
+    """Raise ValueError for a block that a matrix does not take; see `Matrix.put`."""
+    if not 0 <= level < BLOCKS:
+        raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
+    block_bytes(rows, columns, kind, rank)
+    if kind in (SPQR, OUTLIERS) and not checked:
+        raise ValueError(f"a block of kind {kind} that has not been checked; it says where to read. Call check_block first.")
+
+
+def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes | np.ndarray) -> None:
+    """See that products with a block read nothing outside of it and of its inputs.
+
+    Parameters
+    ----------
+    rows, columns : int
+    kind, rank : int
+    payload : bytes or array of uint8
+        The chunk's raw bytes.
+
+    Raises
+    ------
+    ValueError
+        For another length than `block_bytes`, an order of inputs that is no permutation, or outliers out of place.
+    """
+    bytes_ = np.frombuffer(payload, np.uint8)
+    if kind == OUTLIERS:
+        block_bytes(rows, columns, kind, rank)
+        Outliers.unpack(bytes_, rows, columns)
+        return
+    expected = block_bytes(rows, columns, kind, rank)
+    if bytes_.size != expected:
+        raise ValueError(f"a block has {bytes_.size} bytes; one of {rows} x {columns}, kind {kind}, has {expected}.")
+    if kind == SPQR:
+        order = bytes_[: 2 * columns].view("<u2")
+        if order.max() >= columns or (np.bincount(order, minlength=columns) != 1).any():
+            raise ValueError(f"the order of an SpQR block's inputs is no permutation of 0 to {columns - 1}.")
+
+
+def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -> int:
+    """Length of a block in bytes; `count` is that of outliers.
 
     Raises
     ------
@@ -105,8 +157,16 @@ def block_bytes(rows: int, columns: int, kind: int, rank: int) -> int:
         if rank != 2:
             raise ValueError(f"a trellis block of rank {rank}; it has 2 bits per code.")
         return (rows + 3) * -(-columns // 4) + 2 * rows
+    if kind == SPQR:
+        return dense_bytes(rows, columns, rank)
+    if kind == OUTLIERS:
+        if rank:
+            raise ValueError(f"a block of outliers of rank {rank}; it has rank 0.")
+        return outlier_bytes(rows, count)
     if kind != SIGN:
-        raise ValueError(f"a block of kind {kind}; the kernels know {SIGN} (sign) and {TRELLIS} (trellis).")
+        raise ValueError(
+            f"a block of kind {kind}; the kernels know {SIGN} (sign), {TRELLIS} (trellis), {SPQR} (SpQR) and {OUTLIERS} (outliers)."
+        )
     if not 1 <= rank <= RANK:
         raise ValueError(f"a sign block of rank {rank}; the kernels take 1 to {RANK}.")
     return rows * -(-columns // 8) + 2 * rank * (rows + columns)

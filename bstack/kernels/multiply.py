@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from bstack.kernels import reference
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, kind_bits
 from bstack.kernels.native import pointer
 from bstack.kernels.selftest import trusted_library
 
@@ -21,7 +21,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     Inputs are rounded, with one scale a token: to 16 bits for trellis blocks, to 14 for sign blocks. For trellis blocks y_i
     differs from the product in real numbers by at most ``2e-5 * max_j |x_j| * sum_j |W_ij|``, both rotated; for a rank of
     a sign block by four times as much, with ``x_j V_jr`` for x_j and ``U_ir`` for W_ij. Relative to the norm of y that is
-    typically 3e-5 for trellis blocks and 3e-4 for sign blocks.
+    typically 3e-5 for trellis blocks and 2e-4 for sign blocks.
 
     A token's result is the same bits whatever else is in the call, for any number of threads and on any CPU.
 
@@ -68,18 +68,20 @@ def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]
     return outputs
 
 
-def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Rows start to stop - 1 of the sum of a matrix's blocks of one kind; zeros where it has none.
+def decode_rows(
+    matrix: Matrix, kinds: int | Collection[int], start: int, stop: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows start to stop - 1 of the sum of a matrix's blocks of some kinds; zeros where it has none.
 
-    For long prompts, with T the rows of kind TRELLIS and S those of kind SIGN::
+    For long prompts, with T the rows of kind TRELLIS and S those of the kinds PLAIN (all others)::
 
         y[:, start:stop] = rotate(x) @ T.T + x @ S.T
 
     Parameters
     ----------
     matrix : Matrix
-    kind : int
-        TRELLIS or SIGN.
+    kinds : int or collection of int
+        A kind, or several.
     start, stop : int
     out : np.ndarray, optional
         Where to write, float32, C-contiguous, shape (stop - start, n).
@@ -94,8 +96,12 @@ def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarra
     ValueError
         For another kind, rows that are not there, or an `out` of another shape or layout.
     """
-    if kind not in (SIGN, TRELLIS):
-        raise ValueError(f"kind is {kind}; allowed are {SIGN} (sign) and {TRELLIS} (trellis).")
+    kinds = (kinds,) if isinstance(kinds, int) else tuple(kinds)
+    for kind in kinds:
+        if kind not in (*PLAIN, TRELLIS):
+            raise ValueError(
+                f"kind is {kind}; allowed are {SIGN} (sign), {TRELLIS} (trellis), {SPQR} (SpQR) and {OUTLIERS} (outliers)."
+            )
     if not 0 <= start <= stop <= matrix.rows:
         raise ValueError(f"rows {start} to {stop} of a matrix with {matrix.rows}.")
     shape = (stop - start, matrix.columns)
@@ -105,9 +111,9 @@ def decode_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarra
         raise ValueError(f"out is {out.dtype} of shape {out.shape}; needed is contiguous float32 of shape {shape}.")
     native = trusted_library()
     if native is None:
-        out[...] = reference.decode_rows(matrix, kind, start, stop)
+        out[...] = reference.decode_rows(matrix, kinds, start, stop)
     else:
-        native.bstack_decode_rows(ctypes.byref(matrix), kind, start, stop, pointer(out))
+        native.bstack_decode_rows(ctypes.byref(matrix), kind_bits(kinds), start, stop, pointer(out))
     return out
 
 

@@ -21,7 +21,7 @@ THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
 CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512")
 MOST_THREADS = 256
-INTERFACE = 2
+INTERFACE = 3
 
 
 @cache

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 import numpy as np
 
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix
+from bstack.kernels.spqr import ROWS, Dense, Outliers
 from bstack.kernels.table import TABLE
 
 __all__ = ["LIMIT", "SIGN_LIMIT", "decode_rows", "lookup", "multiply", "quantise", "rotate", "unrotate"]
@@ -75,19 +77,35 @@ def quantise(x: np.ndarray, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     """x W^T, float32, shape (t, m), for x of shape (t, n)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        y = np.zeros((x.shape[0], matrix.rows), np.float32)
+        y = _direct(matrix, x)
         turned = _Operand(rotate(x)) if TRELLIS in matrix.kind[: matrix.count] else None
         for level in range(matrix.count):
             if matrix.kind[level] == TRELLIS:
                 values, scale = _trellis(matrix, level, slice(0, matrix.rows))
                 y += turned.sums(values) * scale
-            else:
+            elif matrix.kind[level] == SIGN:
                 bits, u, v = _sign(matrix, level)
                 total = np.zeros_like(y)
                 for r in range(matrix.rank[level]):
                     total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits * np.int8(2) - np.int8(1)) * u[:, r]
                 y += total
     return y
+
+
+def _direct(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """What the blocks of SpQR contribute: their sums come first, whatever their level, and are scaled together."""
+    total = np.zeros((x.shape[0], matrix.rows), np.float32)
+    kinds = matrix.kind[: matrix.count]
+    if SPQR not in kinds and OUTLIERS not in kinds:
+        return total
+    codes, scale = quantise(x)
+    for level, kind in enumerate(kinds):
+        if kind == SPQR:
+            dense = Dense.unpack(matrix.payload(level), matrix.columns, matrix.rank[level], 0, matrix.rows)
+            total += dense.sums(codes)[:, : matrix.rows]
+        elif kind == OUTLIERS:
+            total += Outliers.unpack(matrix.payload(level), matrix.rows, matrix.columns).sums(codes)
+    return scale[:, None] * total
 
 
 class _Operand:
@@ -100,10 +118,10 @@ class _Operand:
         return exact.astype(np.float32) * self.scale[:, None]
 
 
-def decode_rows(matrix: Matrix, kind: int, start: int, stop: int) -> np.ndarray:
-    """Rows start to stop - 1 of the sum of a matrix's blocks of one kind, float32, shape (stop - start, n)."""
+def decode_rows(matrix: Matrix, kinds: Collection[int], start: int, stop: int) -> np.ndarray:
+    """Rows start to stop - 1 of the sum of a matrix's blocks of some kinds, float32, shape (stop - start, n)."""
     out = np.zeros((stop - start, matrix.columns), np.float32)
-    _add_rows(matrix, kind, start, stop, out)
+    _add_rows(matrix, kinds, start, stop, out)
     return out
 
 
@@ -111,24 +129,30 @@ def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
     """Rows of W itself, float32, shape (k, n), for indices of shape (k,)."""
     out = np.empty((len(index), matrix.columns), np.float32)
     for k, row in enumerate(index.tolist()):
-        out[k] = unrotate(decode_rows(matrix, TRELLIS, row, row + 1))
-        _add_rows(matrix, SIGN, row, row + 1, out[k : k + 1])
+        out[k] = unrotate(decode_rows(matrix, (TRELLIS,), row, row + 1))
+        _add_rows(matrix, PLAIN, row, row + 1, out[k : k + 1])
     return out
 
 
-def _add_rows(matrix: Matrix, kind: int, start: int, stop: int, out: np.ndarray) -> None:
+def _add_rows(matrix: Matrix, kinds: Collection[int], start: int, stop: int, out: np.ndarray) -> None:
     for level in range(matrix.count):
-        if matrix.kind[level] != kind:
+        kind = matrix.kind[level]
+        if kind not in kinds:
             continue
         if kind == TRELLIS:
             values, scale = _trellis(matrix, level, slice(start, stop))
             out += values.astype(np.float32) * scale[:, None]
-        else:
+        elif kind == SIGN:
             bits, u, v = _sign(matrix, level)
             product = np.zeros_like(out)
             for r in range(matrix.rank[level]):
                 product += u[start:stop, r, None] * v[:, r]
             out += np.where(bits[start:stop], product, -product)
+        elif kind == SPQR:
+            dense = Dense.unpack(matrix.payload(level), matrix.columns, matrix.rank[level], start, stop)
+            out += dense.weights()[start % ROWS :][: stop - start]
+        else:
+            Outliers.unpack(matrix.payload(level), matrix.rows, matrix.columns).add_to(out, start)
 
 
 def _trellis(matrix: Matrix, level: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-__all__ = ["damping", "feedback_factor", "spectrum_sample"]
+__all__ = ["damping", "factorise", "feedback_factor", "spectrum_sample"]
 
 # Above this width double precision would not fit beside the rest; single precision has been enough with damping.
 DOUBLE_WIDTH = 8192
@@ -19,7 +19,12 @@ LEAST_DAMPING = 1e-3
 
 
 def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
-    """M of moment + damp I = M D M^T.
+    """M of moment + damp I = M D M^T; see `factorise`."""
+    return factorise(moment, damp)[0]
+
+
+def factorise(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """M and D of moment + damp I = M D M^T.
 
     Parameters
     ----------
@@ -30,8 +35,11 @@ def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
 
     Returns
     -------
-    torch.Tensor
-        Float32, unit upper triangular, shape (inputs, inputs).
+    factor : torch.Tensor
+        M, float32, unit upper triangular, shape (inputs, inputs).
+    cost : torch.Tensor
+        The diagonal of D, float32, shape (inputs,): what an error of 1 in a column costs when the later columns have made up
+        for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
     """
     dtype = torch.float64 if moment.shape[0] <= DOUBLE_WIDTH else torch.float32
     flipped = moment.to(dtype).flip(0, 1)
@@ -42,7 +50,7 @@ def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
         damp *= 10
         lower, failed = torch.linalg.cholesky_ex(flipped)
     upper = lower.flip(0, 1)
-    return (upper / upper.diagonal()).float()
+    return (upper / upper.diagonal()).float(), upper.diagonal().square().float()
 
 
 def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> float:

@@ -75,7 +75,10 @@ def _compress_layer(
         for name in skeleton.layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-        encode(_matrices(skeleton, stacked, table, sensitivity), codec, part)
+        fitted = codec.for_layer(
+            (m.weight, m.moment, m.tokens, m.sensitivity) for m in _matrices(skeleton, stacked, table, sensitivity)
+        )
+        encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part)
 
 
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:

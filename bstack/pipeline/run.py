@@ -95,7 +95,7 @@ def run_stages(model: str, settings: Settings, work_path: Path, progress: Progre
             output = work.tensors(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, step)
             )
-        table_codec = codec if settings.embeddings == "stack" else None
+        table_codec = codec.for_tables() if settings.embeddings == "stack" else None
         statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:

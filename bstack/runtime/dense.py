@@ -16,7 +16,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
 from bstk.errors import DamagedError
 
-__all__ = ["dense_model", "dense_weights"]
+__all__ = ["dense_model", "dense_weights", "empty_model"]
 
 
 def dense_model(
@@ -39,7 +39,7 @@ def dense_model(
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    model = _empty_model(folder, shown)
+    model = empty_model(folder, shown)
     return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
 
 
@@ -92,7 +92,20 @@ def dense_weights(
         yield parameter, tensor
 
 
-def _empty_model(folder: Path, shown: str) -> Any:
+def empty_model(folder: Path, shown: str) -> Any:
+    """The model of a folder's configuration, on the meta device.
+
+    Parameters
+    ----------
+    folder : Path
+        With the model's files.
+    shown : str
+        What messages call the container.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder, shown)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 from bstack.numerics.rotation import unrotate
 from bstack.runtime.gate import Gate
@@ -79,11 +79,11 @@ class Blocks:
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
                 before = 0  # nothing has been written to this place
-                for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
+                for kinds, inputs in (((TRELLIS,), turned), (PLAIN, x)):
                     with self.gate.step_back():
-                        if kind not in part.kind[: part.count]:
+                        if not set(kinds) & set(part.kind[: part.count]):
                             continue
-                        weights = decode_rows(part, kind, start, stop, decoded[: stop - start])
+                        weights = decode_rows(part, kinds, start, stop, decoded[: stop - start])
                     place.addmm_(inputs, torch.from_numpy(weights).t(), beta=before)
                     before = 1
                 if not before:
@@ -104,7 +104,7 @@ class Blocks:
 
     def dense(self) -> torch.Tensor:
         def whole(part: Matrix) -> torch.Tensor:
-            turned, plain = (torch.from_numpy(decode_rows(part, kind, 0, part.rows)) for kind in (TRELLIS, SIGN))
+            turned, plain = (torch.from_numpy(decode_rows(part, kinds, 0, part.rows)) for kinds in (TRELLIS, PLAIN))
             return unrotate(turned) + plain
 
         with self.gate.step_back():

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from bstack.errors import MissingPackageError, reason
-from bstack.kernels.matrix import SIGN, TRELLIS, Matrix
+from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, check_index
@@ -190,9 +190,9 @@ class DeviceBlocks:
         step = max(1, 16 * DECODED // self.columns)
         for start in range(0, part.rows, step):
             index = torch.arange(start, min(start + step, part.rows), device=x.device)
-            for kind, inputs in ((TRELLIS, turned), (SIGN, x)):
-                if kind in part.kind[: part.count]:
-                    y[:, start : start + step] += inputs @ self._kernels.decode(part, kind, index, x.dtype).t()
+            for kinds, inputs in (((TRELLIS,), turned), (PLAIN, x)):
+                if set(kinds) & set(part.kind[: part.count]):
+                    y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
 
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
@@ -211,5 +211,5 @@ class DeviceBlocks:
             return torch.cat([self._rows(part, torch.arange(part.rows, device=part.entry.device)) for part in self.parts])
 
     def _rows(self, part: Any, index: torch.Tensor) -> torch.Tensor:
-        turned, plain = (self._kernels.decode(part, kind, index, torch.float32) for kind in (TRELLIS, SIGN))
+        turned, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in ((TRELLIS,), PLAIN))
         return unrotate(turned) + plain

@@ -246,7 +246,8 @@ class Residence:
                     for (number, chunk), room in zip(run, rooms, strict=True):
                         matrix = self._places[chunk.name]
                         # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
-                        matrix.put(chunk.level, chunk.kind.code, chunk.rank, room.address)
+                        # The file has checked what blocks say of where to read.
+                        matrix.put(chunk.level, chunk.kind.code, chunk.rank, room.address, checked=True)
                         matrix.count = chunk.level + 1
                         self._count = number + 1
                     kept += len(run)

@@ -11,7 +11,7 @@ from torch import nn
 
 import bstk
 from bstack.errors import UnsupportedModelError, reason
-from bstack.kernels.matrix import BLOCKS, RANK
+from bstack.kernels.matrix import BLOCKS, RANK, SPQR
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import generation_config, parse_name, part_of, plain_tensor, read_config
@@ -62,7 +62,7 @@ def stacked_model(file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Pl
             _put(model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, place.device, chunk.name), shown)
     by_parameter: dict[str, list[tuple[MatrixName, bstk.Chunk]]] = defaultdict(list)
     for name, blocks in stacks.items():
-        rank = max(block.rank for block in blocks)
+        rank = max((block.rank for block in blocks if block.kind.code != SPQR), default=0)
         if len(blocks) > BLOCKS or rank > RANK:
             raise UnsupportedModelError(
                 f"{shown}: {name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "

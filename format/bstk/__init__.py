@@ -41,7 +41,7 @@ from .frames import Frame, pack
 from .growing import grow, plan_growth
 from .http import HttpSource
 from .index import Chunk
-from .kinds import FILE, SIGN, TENSOR, TRELLIS, Kind
+from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, Kind
 from .reader import Cut, Reader, open
 from .sources import BytesSource, FileSource, Source
 from .urls import is_url
@@ -50,7 +50,9 @@ from .writer import Entry, write
 __all__ = [
     "FILE",
     "MB",
+    "OUTLIERS",
     "SIGN",
+    "SPQR",
     "TENSOR",
     "TRELLIS",
     "BstkError",

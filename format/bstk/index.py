@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
     name : str
         What it is a part of: a file name, or a parameter of the model, perhaps with a slice.
     kind : Kind
-        `bstk.FILE`, `bstk.TENSOR` or `bstk.SIGN`.
+        One of the kinds in `bstk.kinds`.
     level : int
         Which block of its name's stack it is, from 0.
     offset, stored_length : int
@@ -193,7 +193,11 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
             if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.most_raw(stored_length):
                 raise _bad("raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes")
             if determined is not None and raw_length != determined:
-                raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
+                if not isinstance(determined, range):
+                    raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
+                if raw_length not in determined:
+                    allowed = f"{determined.start} to {determined.stop - 1} in steps of {determined.step}"
+                    raise _bad("raw length", raw_length, f"{allowed}, as its shape has it")
             if level and not kind.is_block:
                 raise _bad("level", level, f"0 for a {kind}")
             if not -_INFINITY < importance < _INFINITY:
@@ -210,8 +214,8 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
         chunks.append(
             _new_chunk(
-                (name, kind, level, offset, stored_length, determined or raw_length, shape, dtype, rank, transposed,
-                 importance, error, digest)
+                (name, kind, level, offset, stored_length, determined if determined == raw_length else raw_length, shape, dtype,
+                 rank, transposed, importance, error, digest)
             )
         )  # fmt: skip
         offset += stored_length
@@ -225,14 +229,14 @@ _new_chunk = partial(tuple.__new__, Chunk)
 
 
 class _Form(NamedTuple):
-    """What a record says of its matrix, and the raw length that this determines."""
+    """What a record says of its matrix, and the raw length that this determines, or lengths that it allows."""
 
     kind: kinds.Kind
     shape: tuple[int, ...]
     dtype: str
     rank: int
     transposed: bool
-    determined: int | None
+    determined: kinds.Length
 
 
 def _parse_form(kind_code: int, packed: bytes) -> _Form:

@@ -1,7 +1,8 @@
 """What a chunk can be: the one table. A new kind is a rule function and one line here, and a section in ``SPEC.md``.
 
-A rule takes what the record says (shape, dtype name, rank) and returns the raw length these determine, or None where
-they determine none; it raises ValueError, with words for the user, where they contradict the kind.
+A rule takes what the record says (shape, dtype name, rank) and returns the raw length these determine, a range of lengths
+where they leave a choice, or None where any is right; it raises ValueError, with words for the user, where they contradict
+the kind.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import dtypes
+from . import contents, dtypes
 
-Rule = Callable[[tuple[int, ...], str, int], "int | None"]
+Length = int | range | None
+Rule = Callable[[tuple[int, ...], str, int], Length]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Kind:
     feature : int
         The bits of the preamble's incompatible-flags word that announce it; 0 for the kinds of version 1.0, which every
         reader knows. They are set in a file if and only if the file has a chunk of the kind.
+    check : callable or None
+        Takes a chunk's raw bytes and shape, after their length has been checked, and raises ValueError where a decoder
+        would be led outside the matrix.
     """
 
     code: int
@@ -40,12 +45,13 @@ class Kind:
     is_block: bool
     rule: Rule = field(repr=False, compare=False)
     feature: int = 0
+    check: Callable[[bytes, tuple[int, ...]], None] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.name
 
 
-def _file(shape: tuple[int, ...], dtype: str, rank: int) -> int | None:
+def _file(shape: tuple[int, ...], dtype: str, rank: int) -> Length:
     if shape or dtype != "none" or rank:
         raise ValueError(f"a file has no shape, dtype or rank, found {shape}, {dtype}, {rank}")
     return None
@@ -79,12 +85,48 @@ def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     return (rows + 3) * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
 
 
+def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
+    if len(shape) != 2:
+        raise ValueError(f"an spqr block has two dimensions, found shape {shape}")
+    rows, columns = shape
+    if dtype != "f16":
+        raise ValueError(f"the statistics of an spqr block are f16, found {dtype}")
+    subtiles, bits = divmod(rank, 16)
+    if bits not in (3, 4) or subtiles not in (1, 2, 4, 8):
+        raise ValueError(
+            f"the rank of an spqr block is its columns in a group, 16, 32, 64 or 128, plus its bits per code, 3 or 4; found {rank}"
+        )
+    if columns > MAX_SPARSE_COLUMNS:
+        raise ValueError(f"an spqr block has at most {MAX_SPARSE_COLUMNS} columns, found {columns}")
+    tiles = -(-rows // 16) * -(-columns // (16 * subtiles))
+    return -(-2 * columns // 64) * 64 + tiles * (subtiles * 32 * bits + 20)
+
+
+def _outliers(shape: tuple[int, ...], dtype: str, rank: int) -> range:
+    if len(shape) != 2:
+        raise ValueError(f"an outliers block has two dimensions, found shape {shape}")
+    rows, columns = shape
+    if dtype != "f16":
+        raise ValueError(f"the values of an outliers block are f16, found {dtype}")
+    if rank:
+        raise ValueError(f"the rank of an outliers block is 0, found {rank}")
+    if columns > MAX_SPARSE_COLUMNS:
+        raise ValueError(f"an outliers block has at most {MAX_SPARSE_COLUMNS} columns, found {columns}")
+    least = 4 * (rows + 1)
+    return range(least, least + 4 * rows * columns + 1, 4)
+
+
+MAX_SPARSE_COLUMNS = 2**16 - 1
+"""Columns that the 16-bit positions of the spqr and outliers kinds reach."""
+
 FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)
 TENSOR = Kind(2, "tensor", is_weight=True, is_block=False, rule=_tensor)
 SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign)
 TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis)
+SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=contents.check_spqr)
+OUTLIERS = Kind(6, "outliers", is_weight=True, is_block=True, rule=_outliers, feature=1 << 1, check=contents.check_outliers)
 
-BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS)}
+BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}
 
 
 def known_features() -> int:

@@ -265,7 +265,7 @@ class Reader:
         Raises
         ------
         DamagedError
-            The chunk does not match its digest, or does not decode.
+            The chunk does not match its digest, does not decode, or holds positions outside its matrix.
         UsageError
             The chunk is cut off: it is one of `all_chunks`, but not of `chunks`.
         OSError
@@ -278,7 +278,14 @@ class Reader:
                 stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
                 if hashlib.sha256(stored).digest() != chunk.digest:
                     raise DamagedError("its SHA-256 does not match the index. Copy or download the file again.")
-                return frames.unpack(stored, chunk.raw_length)
+                raw = frames.unpack(stored, chunk.raw_length)
+                if chunk.kind.check is not None:
+                    chunk.kind.check(raw, chunk.shape)
+                return raw
+            except ValueError as problem:
+                error = DamagedError(f"{problem}. Its digest matches, so the file was written wrongly; make it again.")
+                error.chunk = chunk
+                raise error from problem
             except DamagedError as error:
                 error.chunk = chunk
                 raise

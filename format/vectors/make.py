@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests" / "format")]
 import bad_files  # noqa: E402
 import bstk  # noqa: E402
 import samples  # noqa: E402
+import zstandard  # noqa: E402
 
 
 def digest(reader: bstk.Reader) -> str:
@@ -55,8 +57,6 @@ def _whole() -> bytes:
 
 def _weights() -> bytes:
     """Blocks of every kind with plausible factors; what they add up to is pinned in expected-weights.json."""
-    import struct
-
     entries = []
     for level, (kind, name, shape, rank) in enumerate(
         [(bstk.SIGN, "sign", (5, 11), 2), (bstk.SIGN, "sign", (5, 11), 1), (bstk.TRELLIS, "trellis", (6, 24), 2),
@@ -70,8 +70,66 @@ def _weights() -> bytes:
         own = sum(entry.name == name for entry in entries)
         entries.append(samples.entry(name, kind, raw[:packed] + factors, level=own, shape=shape, dtype="f16", rank=rank))
     entries.sort(key=lambda entry: entry.level)
+    return _written(entries, 3)
+
+
+def _spqr() -> bytes:
+    """SpQR stacks of both widths of code and two widths of group; what they add up to is pinned in expected-spqr.json."""
+    entries = []
+    for name, (m, n), rank, counts in (
+        ("three", (18, 40), 16 + 3, [2] * 18),
+        ("four", (5, 33), 16 + 4, [0, 33, 1, 0, 2]),
+        ("wide", (17, 70), 32 + 4, [0] * 17),
+    ):
+        entries.append(samples.entry(name, bstk.SPQR, _spqr_block(name, m, n, rank), shape=(m, n), dtype="f16", rank=rank))
+        entries.append(
+            samples.entry(name, bstk.OUTLIERS, _outliers_block(name, n, counts), level=1, shape=(m, n), dtype="f16", rank=0)
+        )
+    packed, m = 21 * 10, 18
+    noise = samples.noise("above", packed + m)
+    scales = struct.pack(f"<{m}e", *(byte / 4096 for byte in noise[packed:]))
+    entries.append(
+        samples.entry("three", bstk.TRELLIS, noise[:packed] + scales, level=2, shape=(18, 40), dtype="f16", rank=2)
+    )
+    entries.sort(key=lambda entry: entry.level)
+    return _written(entries, 3)
+
+
+def _spqr_block(seed: str, m: int, n: int, rank: int) -> bytes:
+    bits, g = rank % 16, rank - rank % 16
+    order = sorted(range(n), key=lambda column: hashlib.sha256(f"{seed} column {column}".encode()).digest())
+    parts = [struct.pack(f"<{n}H", *order).ljust(-(-2 * n // 64) * 64, b"\0")]
+    for tile in range(-(-m // 16) * -(-n // g)):
+        raw = samples.noise(f"{seed} tile {tile}", 2 * bits * g + 16)
+        s0, s1, z0, z1 = raw[-4:]
+        parts.append(raw[:-4] + struct.pack("<4e", s0 / 2048, s1 / 4096, z0 / 32, z1 / 256))
+    return b"".join(parts)
+
+
+def _outliers_block(seed: str, n: int, counts: list[int]) -> bytes:
+    pointer, columns = [0], []
+    for row, count in enumerate(counts):
+        ranked = sorted(range(n), key=lambda column: hashlib.sha256(f"{seed} {row} {column}".encode()).digest())
+        columns += sorted(ranked[:count])
+        pointer.append(len(columns))
+    values = [byte / 64 - 2 for byte in samples.noise(f"{seed} outliers", len(columns))]
+    return struct.pack(f"<{len(pointer)}I{len(columns)}H{len(columns)}e", *pointer, *columns, *values)
+
+
+def _spqr_with(record: int, at: int, changed: bytes) -> bytes:
+    """The SpQR file with bytes of one block overwritten, all digests right."""
+
+    def change(draft: samples.Draft) -> None:
+        raw = bytearray(zstandard.ZstdDecompressor().decompress(draft.chunks[record]))
+        raw[at : at + len(changed)] = changed
+        draft.chunk(record, samples.frame(bytes(raw)))
+
+    return bad_files.build(change, (HERE / "spqr.bstk").read_bytes())
+
+
+def _written(entries: list[bstk.Entry], base_count: int) -> bytes:
     path = HERE / "temporary"
-    bstk.write(path, {}, entries, 3)
+    bstk.write(path, {}, entries, base_count)
     data = path.read_bytes()
     path.unlink()
     return data
@@ -103,6 +161,13 @@ FILES = {
     "compatible-flag.bstk": lambda: bad_files.build(_flag("compatible"), _whole()),
     "read-only-compatible-flag.bstk": lambda: bad_files.build(_flag("read_only_compatible"), _whole()),
     "weights.bstk": lambda: _weights(),
+    "spqr.bstk": lambda: _spqr(),
+    "bad-spqr-permutation-past-the-matrix.bstk": lambda: _spqr_with(0, 6, b"\x28\0"),
+    "bad-spqr-permutation-column-twice.bstk": lambda: _spqr_with(0, 0, struct.pack("<H", 3) * 2),
+    "bad-outliers-pointer-falls.bstk": lambda: _spqr_with(3, 8, struct.pack("<I", 1)),
+    "bad-outliers-pointer-too-far.bstk": lambda: _spqr_with(3, 4 * 18, struct.pack("<I", 37)),
+    "bad-outliers-column-past-the-matrix.bstk": lambda: _spqr_with(3, 4 * 19 + 2, b"\x28\0"),
+    "bad-outliers-columns-fall.bstk": lambda: _spqr_with(3, 4 * 19, b"\x27\0"),
     "chunk-flip.bstk": lambda: _whole()[:-20] + bytes([_whole()[-20] ^ 4]) + _whole()[-19:],
     **{
         f"bad-{case}.bstk": lambda case=case: bad_files.build(bad_files.OPEN[case][0], _whole())

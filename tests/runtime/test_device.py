@@ -4,6 +4,7 @@ import bstack
 import bstk
 import pytest
 import torch
+from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.runtime.gate import Gate
 from bstack.runtime.places import Device, device_of
@@ -13,29 +14,29 @@ from torch.nn import functional
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_a_parameter():
+@pytest.mark.parametrize("codec", [TrellisCodec(2), SpqrCodec(3, outliers=0.05, planes=1)], ids=lambda codec: codec.name)
+def test_a_parameter(codec):
     """Blocks in the device's slabs, products of few and many tokens, an embedding, a shallower stack."""
     pytest.importorskip("triton", reason="triton is not installed")
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
-    codec = TrellisCodec(2)
     blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
     place = Device(DEVICE, 1)
     matrix, slabs = place.matrix(20, 32), place.slabs()
     for level, block in enumerate(blocks):
         room = slabs.reserve(len(block.payload))
         room.write(block.payload)
-        matrix.put(level, block.kind.code, block.rank, room.address)
+        matrix.put(level, block.kind.code, block.rank, room.address, checked=True)
     packed = PackedWeight(place.packed([matrix], Gate()), False, torch.float32, "w", DEVICE)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for count in (2, 1):
+    for count in (len(blocks), 1, 2):
         matrix.count = count
         payloads = [b.payload for b in blocks[:count]]
-        dense = codec.rebuild(payloads, [bstk.TRELLIS] * count, [2] * count, (20, 32)).to(DEVICE)
+        dense = codec.rebuild(payloads, [b.kind for b in blocks[:count]], [b.rank for b in blocks[:count]], (20, 32)).to(DEVICE)
         for tokens in (2, 10):
             assert torch.allclose(functional.linear(x[:tokens], packed), x[:tokens] @ dense.t(), atol=1e-4)
         ids = torch.tensor([[3, 19, 3]], device=DEVICE)
         assert torch.allclose(functional.embedding(ids, packed), dense[ids], atol=1e-5)
-    slabs.pop(2)
+    slabs.pop(len(blocks))
     assert slabs.mapped_bytes == 0
 
 

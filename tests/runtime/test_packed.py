@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bstack.codecs.sign import SignCodec
+from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-CODECS = {"trellis": TrellisCodec(2), "sign": SignCodec(planes=3, rank=2)}
+CODECS = {"trellis": TrellisCodec(2), "sign": SignCodec(planes=3, rank=2), "spqr": SpqrCodec(3, outliers=0.05, planes=1)}
 
 
 def matrix(rows, columns, seed, codec="trellis"):

@@ -1,0 +1,66 @@
+"""``bstack export``."""
+
+from __future__ import annotations
+
+import click
+
+from bstack.cli import _common
+from bstack.cli._text import megabytes, printable
+
+_DTYPES = ("bf16", "fp16", "fp32")
+
+
+@click.command("export")
+@_common.place_argument
+@click.option("--to", "form", type=click.Choice(["safetensors"]), required=True, help="What to write.")
+@click.argument("folder", type=click.Path(), metavar="DIR")
+@_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True, help="Type of the weights.")
+@_common.strict_option
+@_common.json_option
+@_common.quiet_option
+def command(
+    file: str, form: str, folder: str, mb: str | None, dtype: str, strict: bool, as_json: bool, quiet: bool
+) -> None:
+    """Write the model in FILE as a plain transformers folder, with dense weights, for programs that do not know bstack.
+
+    DIR gets the configuration, the tokenizer and the weights as safetensors, in several files where they are large. It must
+    not exist, or be empty, and appears whole or not at all. The weights take the memory of the original, whatever the
+    budget: --mb decides how good they are. One layer at a time is in memory.
+
+    Of a URL only the blocks that the budget admits are fetched.
+
+    \b
+    Example:
+      bstack export model.bstk --to safetensors model/
+      bstack export model.bstk --to safetensors small/ --mb 3000 --dtype fp16
+    """
+    with _common.open_file(file, strict=strict, quiet=quiet) as reader:
+        cut = reader.fit(mb)
+        # Before seconds are spent on importing torch.
+        from bstack.folders import check_free
+
+        check_free(folder)
+        from bstack.runtime.export import DTYPES, export_safetensors
+
+        total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
+        with _common.transfer(reader, total, "export", quiet) as advance:
+            done = export_safetensors(reader, folder, mb=mb, dtype=DTYPES[dtype], progress=advance)
+        bits = reader.bits_per_weight(cut)
+    if as_json:
+        _common.print_json(
+            "bstack.export/1",
+            {
+                "input": reader.source.name,
+                "output": folder,
+                "dtype": dtype,
+                "parameters": done.parameters,
+                "weight_bytes": done.weight_bytes,
+                "files": done.files,
+                "cut": {**cut._asdict(), "bits_per_weight": bits},
+            },
+        )
+        return
+    click.echo(f"{printable(folder)}: {len(done.files)} files, {megabytes(done.weight_bytes)} of weights as {dtype}")
+    words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
+    click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")

@@ -1,0 +1,214 @@
+"""Uniform codes in small groups with a scale and a zero point each, which are quantised themselves (SpQR, arXiv 2306.03078).
+
+A weight is scale * (code - zero), codes 0 to `most`. Arrays here are laid out (positions of the group, rows): what a step
+needs of one position is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["LEVELS", "Coded", "code_group", "fit_groups", "fit_levels", "refit_groups"]
+
+# Scales and zero points are codes of 3 bits.
+LEVELS = 8
+# Share of the range of a group's weights that the codes span at first: all of it, or less, clipping the extremes.
+SPANS = (1.0, 0.85)
+LEVEL_SPANS = (1.0, 0.85, 0.7)
+REFITS = 2
+# A zero point lies at most this many code ranges away, so that a group whose weights are nearly equal gets one that is stored well.
+FARTHEST_ZERO = 2
+HALF_MAX = 65504.0
+TINY = 1e-30
+
+
+def fit_groups(
+    target: torch.Tensor, cost: torch.Tensor, kept: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row's group: least squares and rounding in turn, from several clipped ranges.
+
+    Parameters
+    ----------
+    target : torch.Tensor
+        What to represent, float32, shape (positions, rows).
+    cost : torch.Tensor
+        Of a squared error at each position, float32, shape (positions,).
+    kept : torch.Tensor
+        1 where a weight counts, 0 for outliers; float32, shape (positions, rows).
+    most : int
+        The largest code.
+
+    Returns
+    -------
+    scale, zero : torch.Tensor
+        Float32, shape (rows,); scale positive.
+    """
+    weight = cost[:, None] * kept
+    counts = kept > 0
+    high = target.masked_fill(~counts, -torch.inf).amax(0)
+    low = target.masked_fill(~counts, torch.inf).amin(0)
+    empty = ~counts.any(0)
+    high, low = high.masked_fill(empty, 0.0), low.masked_fill(empty, 0.0)
+    least = (torch.maximum(high.abs(), low.abs()) / (FARTHEST_ZERO * most)).clamp_min(TINY)
+    middle, half = (high + low) / 2, (high - low) / 2
+    # One more axis in front: the spans.
+    scale = torch.maximum(2 * half / most * torch.tensor(SPANS)[:, None], least)
+    zero = most / 2 - middle / scale
+    best = None
+    for step in range(REFITS + 1):
+        codes = (target / scale[:, None] + zero[:, None]).round_().clamp_(0, most)
+        error = (weight * (target - scale[:, None] * (codes - zero[:, None])).square_()).sum(1)
+        found = torch.stack([error, scale, zero])
+        best = found if best is None else torch.where(error < best[0], found, best)
+        if step < REFITS:
+            scale, zero = refit_groups(target, codes, weight, scale)
+            scale = torch.maximum(scale, least)
+    choice = best[0].argmin(0)[None]
+    return best[1].gather(0, choice)[0], best[2].gather(0, choice)[0]
+
+
+def refit_groups(
+    target: torch.Tensor, codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares of target ~ scale * (codes - zero), by row; where all codes are equal the scale stays as it is.
+
+    Parameters
+    ----------
+    target, weight : torch.Tensor
+        Float32, shape (positions, rows).
+    codes : torch.Tensor
+        Float32, shape (..., positions, rows).
+    scale : torch.Tensor
+        Float32, shape (..., rows).
+    """
+    total = weight.sum(0).clamp_min(TINY)
+    mean, middle = (weight * target).sum(0) / total, (weight * codes).sum(-2) / total
+    centred = codes - middle[..., None, :]
+    spread = (weight * centred.square()).sum(-2)
+    found = (weight * centred * (target - mean)).sum(-2) / spread.clamp_min(TINY)
+    scale = torch.where((spread > 1e-6 * total) & (found > 0), found, scale)
+    return scale, middle - mean / scale
+
+
+def fit_levels(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second level: base + step * (0 to 7) for the numbers of each tile, as it is stored.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        Scales or zero points, float32, shape (..., rows of a tile).
+    weight : torch.Tensor
+        Of a squared error in each, float32, the same shape.
+
+    Returns
+    -------
+    base, step : torch.Tensor
+        Float16, shape (...).
+    """
+    high, low = values.amax(-1), values.amin(-1)
+    total = weight.sum(-1).clamp_min(TINY)
+    mean = (weight * values).sum(-1) / total
+    around = values - mean[..., None]
+    spans = torch.tensor(LEVEL_SPANS).reshape(-1, *[1] * high.dim())
+    step = (high - low) * spans / (LEVELS - 1)
+    base = (high + low) / 2 - step * (LEVELS - 1) / 2
+    best = None
+    for turn in range(REFITS + 1):
+        codes = ((values - base[..., None]) / step.clamp_min(TINY)[..., None]).round_().clamp_(0, LEVELS - 1)
+        error = (weight * (values - base[..., None] - step[..., None] * codes).square_()).sum(-1)
+        found = torch.stack([error, base, step])
+        best = found if best is None else torch.where(error < best[0], found, best)
+        if turn < REFITS:
+            middle = (weight * codes).sum(-1) / total
+            centred = codes - middle[..., None]
+            spread = (weight * centred.square()).sum(-1)
+            slope = (weight * centred * around).sum(-1) / spread.clamp_min(TINY)
+            step = torch.where(spread > 1e-6 * total, slope, step)
+            base = mean - step * middle
+    choice = best[0].argmin(0)[None]
+    base, step = (part.gather(0, choice)[0].clamp(-HALF_MAX, HALF_MAX).half() for part in best[1:])
+    return base, step
+
+
+class Coded(NamedTuple):
+    """Groups after coding, for each of some candidates of scale and zero; shape (positions, candidates, rows).
+
+    Attributes
+    ----------
+    codes : torch.Tensor
+        Whole numbers, float32.
+    dense : torch.Tensor
+        scale * (code - zero), rounded as a decoder does.
+    added : torch.Tensor
+        What an outlier adds to that, rounded to half precision; 0 for other weights.
+    errors : torch.Tensor
+        Original weight less what is stored.
+    cost : torch.Tensor
+        Of all errors of the group, given that later columns make up for them; shape (candidates, rows).
+    """
+
+    codes: torch.Tensor
+    dense: torch.Tensor
+    added: torch.Tensor
+    errors: torch.Tensor
+    cost: torch.Tensor
+
+    def chosen(self, candidate: torch.Tensor) -> Coded:
+        """One candidate for each row; `candidate` is int64, shape (rows,). The axis of candidates goes."""
+        index = candidate.expand(self.codes.shape[0], 1, -1)
+        parts = (part.gather(1, index).squeeze(1) for part in self[:4])
+        return Coded(*parts, self.cost.gather(0, candidate[None]).squeeze(0))
+
+
+def code_group(
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    cost: torch.Tensor,
+    kept: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    most: int,
+) -> Coded:
+    """Code a group position by position, each with the feedback of those before it.
+
+    Parameters
+    ----------
+    target : torch.Tensor
+        The weights, with the feedback of earlier groups; float32, shape (positions, rows).
+    weight : torch.Tensor
+        The original weights, likewise.
+    factor : torch.Tensor
+        The group's own part of the feedback factor, unit upper triangular, shape (positions, positions).
+    cost : torch.Tensor
+        Of a squared error at each position, shape (positions,).
+    kept : torch.Tensor
+        1, or 0 for outliers; float32, shape (positions, rows).
+    scale, zero : torch.Tensor
+        Float32, shape (candidates, rows). A scale may be 0.
+    most : int
+        The largest code.
+    """
+    positions, rows = target.shape
+    shape = (positions, *scale.shape)
+    codes, dense, errors = torch.empty(shape), torch.empty(shape), torch.empty(shape)
+    added = torch.zeros(shape)
+    total = torch.zeros_like(scale)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    apart = (kept == 0).any(1).tolist()
+    for j in range(positions):
+        wanted = target[j].expand_as(scale)
+        if j:
+            wanted = wanted + (factor[:j, j] @ errors[:j].view(j, -1)).view_as(scale)
+        torch.addcmul(zero, wanted, inverse, out=codes[j]).round_().clamp_(0, most)
+        torch.mul(scale, codes[j] - zero, out=dense[j])
+        stored = dense[j]
+        if apart[j]:
+            difference = (wanted - stored).clamp_(-HALF_MAX, HALF_MAX).half().float()
+            added[j] = torch.where(kept[j] == 0, difference, 0.0)
+            stored = stored + added[j]
+        torch.sub(weight[j], stored, out=errors[j])
+        total.add_((wanted - stored).square_(), alpha=float(cost[j]))
+    return Coded(codes, dense, added, errors, total)

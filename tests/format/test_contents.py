@@ -1,0 +1,112 @@
+"""Blocks that hold positions: what is read points into the matrix, whatever a file says."""
+
+import struct
+
+import bstk
+import pytest
+import samples
+from bstk import contents, kinds
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def block(pointer, columns):
+    values = [0.5] * len(columns)
+    return struct.pack(f"<{len(pointer)}I{len(columns)}H{len(columns)}e", *pointer, *columns, *values)
+
+
+@pytest.mark.parametrize(
+    ("pointer", "columns", "words"),
+    [
+        ([1, 1, 2], [0, 1], "start at 0"),
+        ([0, 2, 1], [0], "falls"),
+        ([0, 2**32 - 1, 2], [0, 1], "falls"),
+        ([0, 1, 3], [0, 1], "ends at 3, but its length has room for 2"),
+        ([0, 1, 1], [0, 1], "ends at 1"),
+        ([0, 1, 2], [0, 5], "column 5; the matrix has 5"),
+        ([0, 2, 2], [3, 3], "do not rise"),
+        ([0, 1, 4], [3, 1, 2, 0], "do not rise"),
+    ],
+)
+def test_bad_outliers(pointer, columns, words):
+    with pytest.raises(ValueError, match=words):
+        contents.check_outliers(block(pointer, columns), (2, 5))
+
+
+@pytest.mark.parametrize(
+    ("pointer", "columns"), [([0, 0, 0], []), ([0, 1, 2], [4, 0]), ([0, 0, 5], [0, 1, 2, 3, 4]), ([0, 2, 2], [0, 4])]
+)
+def test_good_outliers(pointer, columns):
+    contents.check_outliers(block(pointer, columns), (2, 5))
+
+
+@given(data=st.binary(min_size=12, max_size=40).filter(lambda data: len(data) % 4 == 0))
+def test_what_passes_can_be_decoded(data):
+    try:
+        contents.check_outliers(data, (2, 3))
+    except ValueError:
+        return
+    count = (len(data) - 12) // 4
+    pointer, columns = struct.unpack_from("<3I", data), struct.unpack_from(f"<{count}H", data, 12)
+    for row in range(2):
+        places = columns[pointer[row] : pointer[row + 1]]
+        assert list(places) == sorted(set(places)) and all(column < 3 for column in places)
+    assert pointer[0] == 0 and pointer[2] == count
+
+
+@pytest.mark.parametrize(("permutation", "fine"), [((2, 0, 1), True), ((0, 1, 1), False), ((0, 1, 3), False)])
+def test_permutation(permutation, fine):
+    raw = struct.pack("<3H", *permutation).ljust(64 + 148, b"\0")
+    if fine:
+        contents.check_spqr(raw, (1, 3))
+    else:
+        with pytest.raises(ValueError, match="each of the 3 columns once"):
+            contents.check_spqr(raw, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "rank", "length"),
+    [
+        (kinds.SPQR, (16, 16), 20, 64 + 148),
+        (kinds.SPQR, (17, 33), 19, 128 + 2 * 3 * 116),
+        (kinds.SPQR, (1, 1), 132, 64 + 2 * 4 * 128 + 20),
+        (kinds.OUTLIERS, (3, 2), 0, range(16, 16 + 24 + 1, 4)),
+    ],
+)
+def test_lengths(kind, shape, rank, length):
+    assert kind.rule(shape, "f16", rank) == length
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "rank", "words"),
+    [
+        (kinds.SPQR, (4,), "f16", 19, "two dimensions"),
+        (kinds.SPQR, (4, 4), "f32", 19, "are f16"),
+        (kinds.SPQR, (4, 4), "f16", 18, "3 or 4"),
+        (kinds.SPQR, (4, 4), "f16", 3, "16, 32, 64 or 128"),
+        (kinds.SPQR, (4, 4), "f16", 52, "16, 32, 64 or 128"),
+        (kinds.SPQR, (4, 65536), "f16", 19, "at most 65535 columns"),
+        (kinds.OUTLIERS, (4, 65536), "f16", 0, "at most 65535 columns"),
+        (kinds.OUTLIERS, (4, 4), "f16", 1, "is 0"),
+        (kinds.OUTLIERS, (4, 4, 1), "f16", 0, "two dimensions"),
+        (kinds.OUTLIERS, (4, 4), "bf16", 0, "are f16"),
+    ],
+)
+def test_what_the_rules_refuse(kind, shape, dtype, rank, words):
+    with pytest.raises(ValueError, match=words):
+        kind.rule(shape, dtype, rank)
+
+
+@pytest.mark.parametrize("length", [8, 14, 12 + 4 * 6 + 4])
+def test_lengths_that_the_index_may_not_state(length, tmp_path):
+    entry = samples.entry("w", bstk.OUTLIERS, bytes(length), shape=(2, 3), dtype="f16", rank=0)
+    with pytest.raises(bstk.UsageError, match="12 to 36 in steps of 4"):
+        bstk.write(tmp_path / "out.bstk", {}, [entry], 1)
+
+
+def test_reading_names_the_block(tmp_path):
+    entry = samples.entry("w", bstk.OUTLIERS, block([0, 1, 1], [7]), shape=(2, 3), dtype="f16", rank=0)
+    bstk.write(tmp_path / "out.bstk", {}, [entry], 1)
+    with bstk.open(tmp_path / "out.bstk") as file, pytest.raises(bstk.DamagedError, match="outliers 'w' level 0.*column 7") as caught:
+        file.verify()
+    assert caught.value.chunk == file.chunks[0]

@@ -11,7 +11,7 @@ from bstack.errors import MissingPackageError, reason
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.runtime.gate import Gate
-from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, check_index
+from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, Parts
 from bstack.runtime.slabs import Slabs
 from bstk.errors import ResourceError, UsageError
 
@@ -74,7 +74,7 @@ class Device:
         return self._kernels.DeviceMatrix(rows, columns, self._table, self._made - 1)
 
     def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
-        return DeviceBlocks(parts, gate)
+        return DeviceBlocks(parts, gate, self._kernels)
 
     def slabs(self) -> Slabs:
         return Slabs(memory=lambda size: DeviceMemory(size, self.device))
@@ -155,15 +155,12 @@ class DeviceMemory:
             torch.cuda.empty_cache()  # waits for the kernels that still read it, and gives it to other programs
 
 
-class DeviceBlocks:
-    """As `bstack.runtime.packed.Blocks`, on a device."""
+class DeviceBlocks(Parts):
+    """Of `bstack.kernels.device.DeviceMatrix`; `kernels` is that module."""
 
-    def __init__(self, parts: Sequence[Any], gate: Gate):
-        from bstack.kernels import device as kernels
-
-        self.parts, self.gate, self._kernels = list(parts), gate, kernels
-        self.rows = sum(part.rows for part in parts)
-        self.columns = parts[0].columns
+    def __init__(self, parts: Sequence[Any], gate: Gate, kernels: Any):
+        super().__init__(parts, gate)
+        self._kernels = kernels
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns)
@@ -171,19 +168,16 @@ class DeviceBlocks:
             y = torch.empty(flat.shape[0], self.rows, device=x.device)
             given = flat.float().contiguous()
             turned = rotate(given).contiguous()
-            self._for_parts(lambda part, start, stop: self._kernels.multiply(part, given, turned, y[:, start:stop]))
+            for part, start in zip(self.parts, self.starts, strict=True):
+                with self.gate.step_back():
+                    self._kernels.multiply(part, given, turned, y[:, start : start + part.rows])
         else:
             y = x.new_empty(flat.shape[0], self.rows)
             turned = rotate(flat.float()).to(x.dtype)
-            self._for_parts(lambda part, start, stop: self._decode_and_multiply(part, flat, turned, y[:, start:stop]))
+            for part, start in zip(self.parts, self.starts, strict=True):
+                with self.gate.step_back():
+                    self._decode_and_multiply(part, flat, turned, y[:, start : start + part.rows])
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
-
-    def _for_parts(self, work: Any) -> None:
-        start = 0
-        for part in self.parts:
-            with self.gate.step_back():
-                work(part, start, start + part.rows)
-            start += part.rows
 
     def _decode_and_multiply(self, part: Any, x: torch.Tensor, turned: torch.Tensor, y: torch.Tensor) -> None:
         y.zero_()
@@ -194,22 +188,7 @@ class DeviceBlocks:
                 if set(kinds) & set(part.kind[: part.count]):
                     y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
 
-    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        flat = index.reshape(-1)
-        check_index(flat, self.rows)
-        found = torch.empty(flat.numel(), self.columns, device=index.device)
-
-        def fill(part: Any, start: int, stop: int) -> None:
-            inside = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
-            found[inside] = self._rows(part, flat[inside] - start)
-
-        self._for_parts(fill)
-        return found.to(dtype).reshape(*index.shape, self.columns)
-
-    def dense(self) -> torch.Tensor:
-        with self.gate.step_back():
-            return torch.cat([self._rows(part, torch.arange(part.rows, device=part.entry.device)) for part in self.parts])
-
-    def _rows(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+        index = index.to(part.entry.device)
         turned, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in ((TRELLIS,), PLAIN))
         return unrotate(turned) + plain

@@ -143,7 +143,7 @@ class Residence:
                 try:
                     growth.thread.start()
                 except RuntimeError as error:
-                    raise ResourceError(f"the model keeps its size: no thread can be started to load blocks ({error}).") from None
+                    raise ResourceError(f"the model keeps its size: no thread starts to load blocks ({error}).") from None
                 self._growth = growth  # not before: others ask it whether its thread runs, and wait for it
             growth = self._growth
         if wait and growth is not None:

@@ -183,7 +183,7 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
 
 
 def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, tmp_path):
-    """A larger one is refused, whoever asks for it; the budget it was loaded with is none, nor one whose next block is too large."""
+    """A larger one is refused, whoever asks. The budget of the load is not, nor one that is too small for the next block."""
     import bstack
 
     path = tmp_path / "tiny.bstk"

@@ -74,7 +74,9 @@ def test_devices_that_are_not(device, words):
 
 
 @pytest.mark.parametrize("mode", ["dense", "stack"])
-@pytest.mark.parametrize(("device", "words"), [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")])
+@pytest.mark.parametrize(
+    ("device", "words"), [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")]
+)
 def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
     with pytest.raises(bstk.UsageError, match=words):
         bstack.load(tmp_path / "none.bstk", device=device, mode=mode)

@@ -93,9 +93,7 @@ def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool =
     """Open a .bstk file or URL; a partial one gives a warning on stderr, unless `warn` is off, or with `strict` an error."""
     # Retries are news for somebody who watches, as progress is.
     note = None if quiet or not sys.stderr.isatty() else lambda text: click.echo(printable(text), err=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bstk.PartialWarning)
-        reader = bstk.open(bstk.HttpSource(path, note) if bstk.is_url(path) else path, strict=strict)
+    reader = bstk.open(bstk.HttpSource(path, note) if bstk.is_url(path) else path, strict=strict, warn=False)
     if reader.state == "partial" and warn and not quiet:
         click.echo(printable(f"Warning: {reader.source.name}: {reader.partial_message()}"), err=True)
     return reader

@@ -6,6 +6,7 @@ import math
 import sys
 from contextlib import nullcontext
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import click
@@ -88,7 +89,7 @@ def command(
             click.echo(line, err=True)
 
     with _common.code_told(quiet):
-        model, tokenizer = _load(file, mb, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
+        model, tokenizer = _load(file, mb, quiet, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.runtime.follow import following
     from bstack.runtime.generate import encode_prompt, write_text
     from bstack.runtime.load import residence_of, resident
@@ -127,31 +128,32 @@ def command(
         raise Interrupted("Stopped: the text ends where you interrupted it.")
 
 
-def _load(file: str, mb: Any, say: Any, **options: Any) -> tuple[Any, Any]:
+def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[Any, Any]:
     """The model within the budget; without one, within what is free. Options are those of `bstack.load`."""
+    with _common.open_file(file, options["strict"], quiet) as reader:  # its warning, and its refusal, before anything heavy
+        smallest = Decimal(reader.smallest.budget) / bstk.MB
+    from bstack.runtime import load as loading
     from bstack.runtime.follow import free_budget
-    from bstack.runtime.load import load, resident, resize
 
+    load = partial(loading.load, file, mode="stack", warn=False, **options)
     if mb is not None and mb != AUTO:
-        return load(file, mb=mb, mode="stack", **options)
+        return load(mb=mb)
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
             raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
         say(f"Using the whole file: {words}.")
-        return load(file, mode="stack", **options)
+        return load()
     if free <= 0:
         raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(file, mb=free, mode="stack", **options)
+        model, tokenizer = load(mb=free)
     else:
         # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
-        with bstk.open(file, strict=options["strict"]) as reader:
-            smallest = reader.smallest.budget
-        model, tokenizer = load(file, mb=Decimal(smallest) / bstk.MB, mode="stack", **options)
+        model, tokenizer = load(mb=smallest)
         free, words = free_budget()
-        resize(model, max(free, 0) + Decimal(smallest) / bstk.MB)
-    say(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
+        loading.resize(model, max(free, 0) + smallest)
+    say(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

@@ -86,9 +86,10 @@ class TrellisCodec(Codec):
         residual = rotate(weight)
         # R H, carried along: a product with H costs as much as all the rest.
         product = residual @ turned
+        factor = damped_for = None
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
-            if plane == 0 or later != damped_for:
+            if later != damped_for:
                 factor, damped_for = None, later  # the old one gives way first
                 factor = feedback_factor(_trusted(turned, kept, ridge), damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)

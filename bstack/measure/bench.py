@@ -7,7 +7,6 @@ import json
 import math
 import os
 import tempfile
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from decimal import Decimal
@@ -52,9 +51,7 @@ def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress
         Anything else that `bstack.load` or a text may raise.
     """
     with ExitStack() as stack:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", bstk.PartialWarning)
-            file = stack.enter_context(bstk.open(path))
+        file = stack.enter_context(bstk.open(path, warn=False))
         budgets = list(options.budgets or even_budgets(file))
         cuts = [file.fit(mb=mb) for mb in budgets]
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bstack-bench-")))

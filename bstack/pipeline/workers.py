@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
+
+from bstack.kernels.native import processors
 
 __all__ = ["Pending", "Threads", "Workers"]
 
@@ -42,7 +43,7 @@ class Threads:
     """
 
     def __init__(self) -> None:
-        self._count = min(_processors(), MOST_AT_ONCE)
+        self._count = min(processors(), MOST_AT_ONCE)
         self._pool = ThreadPoolExecutor(self._count)
 
     def __enter__(self) -> Threads:
@@ -56,11 +57,3 @@ class Threads:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Pending:
         return self._pool.submit(function, *arguments)
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1

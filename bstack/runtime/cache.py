@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +26,9 @@ def kept_path(root: bytes) -> Path:
 
 
 @contextmanager
-def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
+def cached(
+    url: str, mb: Budget | None, strict: bool, warn: bool = True
+) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
     """Fetch what a budget needs of a model behind a URL and is not kept yet.
 
     Each call asks the server for the first 64 KiB, to learn which model it has. Nothing else is fetched twice. Several
@@ -40,6 +41,8 @@ def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Rea
         The budget, as in `bstk.Reader.fit`.
     strict : bool
         Refuse a file that is partial on the server.
+    warn : bool
+        Warn about one.
 
     Yields
     ------
@@ -59,11 +62,11 @@ def cached(url: str, mb: Budget | None, strict: bool) -> Iterator[tuple[bstk.Rea
     """
     with closing(bstk.HttpSource(url)) as remote:
         try:
-            path, count = _fetch(remote, mb, strict)
+            path, count = _fetch(remote, mb, strict, warn)
         except bstk.RemoteChangedError:
             remote.restart()
-            path, count = _fetch(remote, mb, strict)
-    with _open_quietly(path) as file:
+            path, count = _fetch(remote, mb, strict, warn)
+    with bstk.open(path, warn=False) as file:  # what is kept is always partial
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
@@ -97,9 +100,9 @@ class _Kept:
         pass  # the owner closes the connections
 
 
-def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool) -> tuple[Path, int]:
+def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool, warn: bool) -> tuple[Path, int]:
     """Make sure that all within the budget is kept; return where, and how many chunks that is."""
-    reader = _open_with_kept_tables(remote, strict)
+    reader = _open_with_kept_tables(remote, strict, warn)
     cut = reader.fit(mb)
     path = kept_path(reader.root)
     with writing(str(path.parent)):
@@ -114,15 +117,14 @@ def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool) -> tuple[Pa
     return path, cut.chunks
 
 
-def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool) -> bstk.Reader:
+def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool, warn: bool) -> bstk.Reader:
     head = remote.read(0, preamble.LENGTH)
     if len(head) == preamble.LENGTH and head.startswith(preamble.MAGIC):
-        path = kept_path(preamble.parse(head).root())
-        try:
-            return bstk.open(_Kept(remote, path), strict=strict)
-        except bstk.DamagedError:
-            path.unlink(missing_ok=True)  # if it is not at fault, the server's file is refused below
-    return bstk.open(remote, strict=strict)
+        kept = _Kept(remote, kept_path(preamble.parse(head).root()))
+        # Whichever is damaged: the server's file is refused below, and a kept one is begun anew under its lock, by `begin`.
+        with suppress(bstk.DamagedError):
+            return bstk.open(kept, strict=strict, warn=warn)
+    return bstk.open(remote, strict=strict, warn=warn)
 
 
 @contextmanager
@@ -131,9 +133,3 @@ def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], N
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
         remote.notify = bar.set_postfix_str
         yield bar.update
-
-
-def _open_quietly(path: Path) -> bstk.Reader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bstk.PartialWarning)  # what is kept always is
-        return bstk.open(path)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 import bstk
 from bstack.errors import reason
 from bstack.memory.free import free_memory
 from bstack.runtime.load import residence_of
-from bstack.runtime.memory import default_margin
-from bstack.runtime.policy import first_budget
+from bstack.runtime.policy import default_margin, first_budget
 from bstack.runtime.repeat import INTERVAL, Repeating, warn
 from bstack.runtime.residence import Residence
 from bstack.runtime.watch import Watcher
 
 __all__ = ["following", "free_budget"]
+
+# Seconds until a budget that a function still asks for is tried again after a failure.
+RETRY = 10.0
 
 
 def free_budget() -> tuple[Decimal | None, str]:
@@ -69,15 +72,12 @@ def following(
         return _Asking(residence, budget, tell)
     file = residence.file
 
-    def resize(size: int) -> None:
-        # Not waiting: while it grows the watcher goes on watching, and may change its mind.
-        if error := residence.state.error:
-            tell(f"The model could not grow: {error}")
-        residence.resize(Decimal(size) / bstk.MB, wait=False)
-
     return Watcher(
-        resize,
-        lambda: residence.state.target_bytes,
+        # Not waiting: while it grows the watcher goes on watching, and may change its mind.
+        lambda size: residence.resize(Decimal(size) / bstk.MB, wait=False),
+        # In the measure of the budgets, which is the file's length where that is more than the blocks take.
+        lambda: residence.budget,
+        failure=lambda: residence.failure,
         smallest=file.smallest.budget,
         largest=file.fit(None).budget,
         tell=tell,
@@ -91,15 +91,14 @@ class _Asking(Repeating):
         super().__init__(INTERVAL, tell)
         self._residence, self._budget = residence, budget
         self._last: Any = self  # no budget yet
+        self._again = inf  # when the last budget is to be tried once more, though the answer is the same
 
     def look(self, now: float) -> None:
-        if error := self._residence.state.error:
-            self._say(error, f"The model could not grow: {error}")
-        # Whatever the function does, the thread goes on with the next answer.
-        try:
-            wanted = self._budget()
-            if wanted != self._last:
-                self._last = wanted
-                self._residence.resize(wanted, wait=False)
-        except Exception as error:
-            self._say(reason(error), f"The model keeps its size: {reason(error)}")
+        if (failure := self._new_failure(self._residence.failure)) is not None:
+            self._again = now + RETRY
+            self._say(reason(failure), f"The model could not grow: {reason(failure)}. It is tried again later.")
+        wanted = self._budget()
+        if wanted != self._last or now >= self._again:
+            self._last, self._again = wanted, now + RETRY
+            self._residence.resize(wanted, wait=False)
+            self._again = inf

@@ -65,7 +65,10 @@ def install(model: Any, gate: Gate) -> bool:
     except (AttributeError, KeyError, ValueError):
         return False  # another structure
     fast = _Fast(model, decoder, gate)
-    if not fast.agrees():
+    agrees = fast.agrees()
+    if agrees is None:
+        return False
+    if not agrees:
         warnings.warn(
             f"The fast path of decoding does not give {type(model).__name__}'s results, so its own code is used, which is "
             "slower. Please report the architecture.",
@@ -114,16 +117,18 @@ class _Fast:
         logits = torch.from_numpy(self._step(given["input_ids"], cache))[None, None]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def agrees(self) -> bool:
-        """Whether a few tokens give the logits of the model's own code."""
+    def agrees(self) -> bool | None:
+        """Whether a few tokens give the logits of the model's own code; None where it would not be used for them."""
+        if not self._as_loaded():
+            return None
         vocabulary = self._decoder.vocabulary
         ids = (torch.arange(6) * 7919 % vocabulary)[None]
         cache = growing_cache(self._model)
         with torch.no_grad():
-            expected = self._slow(ids).logits[0, 3:]
-            self._slow(ids[:, :3], past_key_values=cache, use_cache=True)
+            expected = self._slow(ids, return_dict=True).logits[0, 3:]
+            self._slow(ids[:, :3], past_key_values=cache, use_cache=True, return_dict=True)
             if not self._applies(ids[:, 3:4], past_key_values=cache):
-                return False
+                return None
             found = torch.stack([torch.from_numpy(self._step(ids[:, at : at + 1], cache)) for at in (3, 4, 5)])
         return bool((found - expected).abs().max() <= TOLERANCE * expected.std())
 

@@ -14,7 +14,7 @@ from bstack.runtime.cache import cached
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
 from bstack.runtime.fused import install
-from bstack.runtime.places import place_of
+from bstack.runtime.places import device_of, place_of
 from bstack.runtime.residence import Residence, Resident
 from bstack.runtime.stacked import stacked_model
 from bstack.runtime.trust import check_trust, stage_code
@@ -36,6 +36,7 @@ def load(
     strict: bool = False,
     trust_remote_code: bool = False,
     code: str | os.PathLike[str] | None = None,
+    warn: bool = True,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -62,6 +63,8 @@ def load(
     code : path or str, optional
         The folder or hub id with that code. No .bstk file holds any; the default is the hub id from which the model was
         compressed.
+    warn : bool
+        Warn about a partial file, as `bstk.open` does.
 
     Returns
     -------
@@ -72,6 +75,8 @@ def load(
 
     Raises
     ------
+    bstk.UsageError
+        For an unknown mode or type, or a device that is not here; before anything is read.
     bstk.BudgetError
         When the smallest model is larger than `mb`.
     bstk.RemoteError
@@ -79,7 +84,7 @@ def load(
     bstack.errors.ForeignCodeError
         When the model needs such code and may not run it.
     bstk.BstkError
-        For a file that is not whole, not readable or damaged, and for an unknown mode.
+        For a file that is not whole, not readable or damaged.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
@@ -89,11 +94,12 @@ def load(
         raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
+    device = device_of(device, packed=mode == "stack")
     with ExitStack() as stack:
         if urls.is_url(path):
-            file, chunks = stack.enter_context(cached(path, mb, strict))
+            file, chunks = stack.enter_context(cached(path, mb, strict, warn))
         else:
-            file = stack.enter_context(bstk.open(path, strict=strict))
+            file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
             chunks = file.chunks[: file.fit(mb).chunks]
         with embedded_files(file) as folder:
             trusted = stage_code(file, folder, trust_remote_code, code)
@@ -101,12 +107,14 @@ def load(
             if mode == "dense":
                 return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
             place = place_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
-            model, residence = stacked_model(file, folder, dtype, place, trusted)
+            model, matrices, gate = stacked_model(file, folder, dtype, place, trusted)
+        opened = ExitStack()
+        fetched = mb if urls.is_url(path) else None
+        residence = Residence(file, matrices, gate, place.slabs(), close=opened.close, fetched=fetched)
         residence.resize(mb)
-        install(model, residence.gate)
-        residence.on_close(stack.pop_all().close)  # the file stays open, to grow from
+        install(model, gate)
+        opened.push(stack.pop_all())  # the file stays open, to grow from
         model.bstack_residence = residence
-        residence.fetched = urls.is_url(path)
         model.save_pretrained = model.state_dict = _refuse_to_save
         return model, tokenizer
 
@@ -135,19 +143,15 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
     Raises
     ------
     bstk.UsageError
-        The budget is nonsense, or the model has dense weights.
+        The budget is nonsense or more than was fetched, or the model has dense weights.
     bstk.BudgetError
         The smallest model is larger than `mb`. Nothing has changed.
     bstk.DamagedError, OSError, MemoryError
         A block could not be read. The model keeps the blocks it has and runs on.
+    bstk.ResourceError
+        The system starts no further thread to load blocks. The model keeps the blocks it has.
     """
     residence = residence_of(model)
-    file = residence.file
-    if residence.fetched and mb is not None and bstk.budget_bytes(mb) > file.length < file.full_length:
-        raise UsageError(
-            f"{mb} MB is more than was fetched ({bstk.mb_ceil(file.length)} MB). Load the URL again with that budget; what "
-            "is here is not fetched twice."
-        )
     residence.resize(mb, wait=wait)
     return residence.state
 

@@ -5,18 +5,19 @@ Both kinds offer the same three operations, on torch tensors of any floating typ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
-from bstack.numerics.rotation import unrotate
 from bstack.runtime.gate import Gate
 
-__all__ = ["Blocks", "Packed", "Table", "check_index"]
+__all__ = ["Blocks", "Packed", "Parts", "Table"]
 
 # Up to so many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
 FEW = 8
@@ -40,23 +41,51 @@ class Packed(Protocol):
         """W, float32, shape (m, n)."""
 
 
-class Blocks:
+class Parts(ABC):
     """A parameter made of stacks; its depth may change between any two calls, and during one.
 
     Parameters
     ----------
-    parts : sequence of Matrix
+    parts : sequence of matrices
         One under the other, all with the same number of columns.
     gate : Gate
         Held while a kernel reads the blocks. Who drops blocks lowers `count` under it, and then nobody reads them.
     """
 
-    def __init__(self, parts: Sequence[Matrix], gate: Gate):
+    def __init__(self, parts: Sequence[Any], gate: Gate):
         self.parts = list(parts)
-        self._starts = np.cumsum([0, *(part.rows for part in parts[:-1])])
+        self.starts = list(accumulate((part.rows for part in parts[:-1]), initial=0))
+        self._bounds = torch.tensor(self.starts[1:], dtype=torch.int64)
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
         self.gate = gate
+
+    @abstractmethod
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Packed.multiply`."""
+
+    @abstractmethod
+    def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+        """Rows of one part, the gate held: int64 (k,), anywhere -> float32 (k, n), where the blocks are."""
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        flat = index.reshape(-1)
+        check_index(flat, self.rows)
+        found = torch.empty(flat.numel(), self.columns, device=index.device)
+        which = torch.bucketize(flat, self._bounds.to(flat.device), right=True)
+        for number in set(which.tolist()):
+            inside = (which == number).nonzero().squeeze(1)
+            with self.gate.step_back():
+                found[inside] = self.rows_of(self.parts[number], flat[inside] - self.starts[number])
+        return found.to(dtype).reshape(*index.shape, self.columns)
+
+    def dense(self) -> torch.Tensor:
+        with self.gate.step_back():
+            return torch.cat([self.rows_of(part, torch.arange(part.rows)) for part in self.parts])
+
+
+class Blocks(Parts):
+    """Of `bstack.kernels.matrix.Matrix`, in the processor's memory."""
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns).to(torch.float32).contiguous()
@@ -73,8 +102,7 @@ class Blocks:
         turned = torch.from_numpy(rotate(x.numpy()))
         step = max(1, DECODED // self.columns)
         decoded = np.empty((min(step, self.rows), self.columns), np.float32)
-        offset = 0
-        for part in self.parts:
+        for part, offset in zip(self.parts, self.starts, strict=True):
             for start in range(0, part.rows, step):
                 stop = min(start + step, part.rows)
                 place = y[:, offset + start : offset + stop]
@@ -88,27 +116,10 @@ class Blocks:
                     before = 1
                 if not before:
                     place.zero_()
-            offset += part.rows
         return y
 
-    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        flat = index.reshape(-1)
-        check_index(flat, self.rows)
-        flat, found = flat.numpy(), np.empty((flat.numel(), self.columns), np.float32)
-        which = np.searchsorted(self._starts, flat, side="right") - 1
-        for number in np.unique(which).tolist():
-            inside = which == number
-            with self.gate.step_back():
-                found[inside] = lookup(self.parts[number], flat[inside] - self._starts[number])
-        return torch.from_numpy(found).to(dtype).reshape(*index.shape, self.columns)
-
-    def dense(self) -> torch.Tensor:
-        def whole(part: Matrix) -> torch.Tensor:
-            turned, plain = (torch.from_numpy(decode_rows(part, kinds, 0, part.rows)) for kinds in (TRELLIS, PLAIN))
-            return unrotate(turned) + plain
-
-        with self.gate.step_back():
-            return torch.cat([whole(part) for part in self.parts])
+    def rows_of(self, part: Matrix, index: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(lookup(part, index.numpy()))
 
 
 def check_index(index: torch.Tensor, rows: int) -> None:

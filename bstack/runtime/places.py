@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 import torch
 
-from bstack.errors import MissingPackageError
+from bstack.errors import MissingPackageError, reason
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.runtime.gate import Gate
-from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, check_index
+from bstack.runtime.packed import DECODED, FEW, Blocks, Packed, Parts
 from bstack.runtime.slabs import Slabs
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["Device", "Host", "Place", "place_of"]
+__all__ = ["Device", "Host", "Place", "device_of", "place_of"]
 
 
 class Place(Protocol):
@@ -64,13 +64,9 @@ class Device:
     """
 
     def __init__(self, device: torch.device, matrices: int):
-        try:
-            from bstack.kernels import device as kernels
-        except ImportError:
-            raise MissingPackageError("Packed weights on a GPU need the package triton: pip install 'bstack[gpu]'") from None
         self.device = device
-        self._kernels = kernels
-        self._table = kernels.MatrixTable(matrices, device)
+        self._kernels = _device_kernels()
+        self._table = self._kernels.MatrixTable(matrices, device)
         self._made = 0
 
     def matrix(self, rows: int, columns: int) -> Any:
@@ -78,31 +74,56 @@ class Device:
         return self._kernels.DeviceMatrix(rows, columns, self._table, self._made - 1)
 
     def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
-        return DeviceBlocks(parts, gate)
+        return DeviceBlocks(parts, gate, self._kernels)
 
     def slabs(self) -> Slabs:
         return Slabs(memory=lambda size: DeviceMemory(size, self.device))
 
 
-def place_of(device: str | torch.device, matrices: int) -> Place:
-    """The place that a device name stands for.
+def device_of(device: str | torch.device, packed: bool) -> torch.device:
+    """The device of a name, if weights can be put on it.
+
+    Parameters
+    ----------
+    device : str or torch.device
+    packed : bool
+        Whether the weights are packed, which run on fewer devices.
 
     Raises
     ------
     bstk.UsageError
         There is no such device here, or packed weights do not run on it.
+    bstack.errors.MissingPackageError
+        Packed weights need triton there, and it is not installed.
     """
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(f"{device!r} is no device; allowed are cpu, cuda and cuda:N.") from None
-    if found.type == "cpu":
-        return Host()
-    if found.type != "cuda":
+    if packed and found.type not in ("cpu", "cuda"):
         raise UsageError(f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there.")
-    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"torch finds no {found} here; it finds {torch.cuda.device_count()} CUDA devices.")
-    return Device(found, matrices)
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # of many kinds, for a device that this torch was not built for
+        raise UsageError(f"torch cannot use {found} here: {reason(error)}") from None
+    if packed and found.type == "cuda":
+        _device_kernels()
+    return found
+
+
+def place_of(device: torch.device, matrices: int) -> Place:
+    """Where so many packed matrices live on a device that `device_of` has given."""
+    return Host() if device.type == "cpu" else Device(device, matrices)
+
+
+def _device_kernels() -> Any:
+    try:
+        from bstack.kernels import device
+    except ImportError:
+        raise MissingPackageError("Packed weights on a GPU need the package triton: pip install 'bstack[gpu]'") from None
+    return device
 
 
 class DeviceMemory:
@@ -134,15 +155,12 @@ class DeviceMemory:
             torch.cuda.empty_cache()  # waits for the kernels that still read it, and gives it to other programs
 
 
-class DeviceBlocks:
-    """As `bstack.runtime.packed.Blocks`, on a device."""
+class DeviceBlocks(Parts):
+    """Of `bstack.kernels.device.DeviceMatrix`; `kernels` is that module."""
 
-    def __init__(self, parts: Sequence[Any], gate: Gate):
-        from bstack.kernels import device as kernels
-
-        self.parts, self.gate, self._kernels = list(parts), gate, kernels
-        self.rows = sum(part.rows for part in parts)
-        self.columns = parts[0].columns
+    def __init__(self, parts: Sequence[Any], gate: Gate, kernels: Any):
+        super().__init__(parts, gate)
+        self._kernels = kernels
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns)
@@ -150,19 +168,16 @@ class DeviceBlocks:
             y = torch.empty(flat.shape[0], self.rows, device=x.device)
             given = flat.float().contiguous()
             turned = rotate(given).contiguous()
-            self._for_parts(lambda part, start, stop: self._kernels.multiply(part, given, turned, y[:, start:stop]))
+            for part, start in zip(self.parts, self.starts, strict=True):
+                with self.gate.step_back():
+                    self._kernels.multiply(part, given, turned, y[:, start : start + part.rows])
         else:
             y = x.new_empty(flat.shape[0], self.rows)
             turned = rotate(flat.float()).to(x.dtype)
-            self._for_parts(lambda part, start, stop: self._decode_and_multiply(part, flat, turned, y[:, start:stop]))
+            for part, start in zip(self.parts, self.starts, strict=True):
+                with self.gate.step_back():
+                    self._decode_and_multiply(part, flat, turned, y[:, start : start + part.rows])
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
-
-    def _for_parts(self, work: Any) -> None:
-        start = 0
-        for part in self.parts:
-            with self.gate.step_back():
-                work(part, start, start + part.rows)
-            start += part.rows
 
     def _decode_and_multiply(self, part: Any, x: torch.Tensor, turned: torch.Tensor, y: torch.Tensor) -> None:
         y.zero_()
@@ -173,22 +188,7 @@ class DeviceBlocks:
                 if set(kinds) & set(part.kind[: part.count]):
                     y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
 
-    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        flat = index.reshape(-1)
-        check_index(flat, self.rows)
-        found = torch.empty(flat.numel(), self.columns, device=index.device)
-
-        def fill(part: Any, start: int, stop: int) -> None:
-            inside = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
-            found[inside] = self._rows(part, flat[inside] - start)
-
-        self._for_parts(fill)
-        return found.to(dtype).reshape(*index.shape, self.columns)
-
-    def dense(self) -> torch.Tensor:
-        with self.gate.step_back():
-            return torch.cat([self._rows(part, torch.arange(part.rows, device=part.entry.device)) for part in self.parts])
-
-    def _rows(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
+        index = index.to(part.entry.device)
         turned, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in ((TRELLIS,), PLAIN))
         return unrotate(turned) + plain

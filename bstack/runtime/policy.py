@@ -7,19 +7,28 @@ from dataclasses import dataclass, field
 
 from bstack.memory.free import Memory
 
-__all__ = ["QUIET", "SHARE", "STALL", "STEP", "Policy", "first_budget"]
+__all__ = ["QUIET", "SHARE", "STALL", "STEP", "Policy", "default_margin", "first_budget"]
 
+MB = 2**20
+# The share of all memory that is left alone: the cache of a longer dialogue, other programs, the system's own needs. Not
+# less than what a burst of a small program takes, nor more than a large machine misses.
+MARGIN_SHARE, LEAST_MARGIN, LARGEST_MARGIN = 16, 64 * MB, 2048 * MB
 # Seconds without need before the model grows. A growth that is soon undone doubles them, up to so many times.
 QUIET, MOST_PATIENCE = 10.0, 16
 # A shrink within so many quiet times of a growth undoes it.
 SOON = 6
 # The least change that is worth reading blocks for: so many bytes, and this share of what fits.
-STEP, SHARE = 16 * 2**20, 0.02
+STEP, SHARE = 16 * MB, 0.02
 # Percent of time spent waiting for memory that is an alarm, and seconds until it counts as another one: the kernel's average
 # moves every 2 seconds.
 STALL, STALL_PERIOD = 10.0, 3.0
 # What an alarm costs: it tells that memory is short, not how much.
 ALARM_SHARE = 1 / 8
+
+
+def default_margin(memory: Memory) -> int:
+    """Bytes to leave free: a sixteenth of all there are, at least 64 MB and at most 2048 MB."""
+    return min(max(memory.total // MARGIN_SHARE, LEAST_MARGIN), LARGEST_MARGIN)
 
 
 def first_budget(memory: Memory, margin: int, step: int = STEP) -> int:
@@ -82,7 +91,7 @@ class Policy:
         memory : Memory
             What the system says now.
         current : int
-            Bytes of the blocks that are resident now.
+            Bytes of the budget that gives what is resident now, between `smallest` and `largest`.
 
         Returns
         -------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
+
+from bstack.errors import reason
 
 __all__ = ["INTERVAL", "Repeating", "warn"]
 
@@ -35,6 +39,7 @@ class Repeating(ABC):
     def __init__(self, interval: float, tell: Callable[[str], None]):
         self._interval, self._tell = interval, tell
         self._told: set[str] = set()
+        self._failure: BaseException | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,17 +59,32 @@ class Repeating(ABC):
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
-            self.look(time.monotonic())
+            try:
+                self.look(time.monotonic())
+            except Exception as error:  # the thread has to go on, whatever a look meets
+                self._trouble(error)
+
+    def _trouble(self, error: Exception) -> None:
+        try:
+            self._say(reason(error), f"The model keeps its size: {reason(error)}")
+        except Exception:  # telling is what fails: a closed stderr, warnings as errors, a user's function
+            with suppress(Exception):
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
     @abstractmethod
     def look(self, now: float) -> None:
-        """What is done at each interval. It must not raise: the thread has to go on.
+        """What is done at each interval. What it raises is said, once, and the thread goes on.
 
         Parameters
         ----------
         now : float
             Seconds on a clock that never goes back.
         """
+
+    def _new_failure(self, failure: BaseException | None) -> BaseException | None:
+        """A failure that was not there at the last look, or None."""
+        last, self._failure = self._failure, failure
+        return None if failure is last else failure
 
     def _say(self, key: str, message: str) -> None:
         """Warn, once for each key."""

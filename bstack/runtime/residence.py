@@ -6,15 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import bstk
+from bstack.errors import reason
 from bstack.kernels.matrix import Matrix
 from bstack.runtime.gate import Gate
 from bstack.runtime.slabs import Room, Slabs
-from bstk.errors import UsageError
+from bstk.budget import Budget
+from bstk.errors import ResourceError, UsageError
 
 __all__ = ["Residence", "Resident"]
 
@@ -55,14 +57,14 @@ class Resident:
     error: str | None
 
 
-@dataclass
 class _Growth:
-    """One loading of missing blocks, up to so many chunks of the file."""
+    """One loading of missing blocks, up to so many chunks of the file, by a thread that calls `load`."""
 
-    count: int
-    stop: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-    thread: threading.Thread = field(init=False)
+    def __init__(self, count: int, load: Callable[[_Growth], None]):
+        self.count = count
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=load, args=(self,), name="bstack-grow", daemon=True)
 
 
 class Residence:
@@ -78,11 +80,24 @@ class Residence:
         Held by whoever reads the matrices' blocks.
     slabs : Slabs
         Where the blocks go.
+    close : callable
+        What `close` calls, once: it closes the file.
+    fetched : number, str, Decimal or None
+        The budget for which the file was fetched from a URL; None where the file has all that there is.
     """
 
-    def __init__(self, file: bstk.Reader, places: Mapping[str, Matrix], gate: Gate, slabs: Slabs):
+    def __init__(
+        self,
+        file: bstk.Reader,
+        places: Mapping[str, Matrix],
+        gate: Gate,
+        slabs: Slabs,
+        *,
+        close: Callable[[], None],
+        fetched: Budget | None = None,
+    ):
         self.file = file
-        self._close: Callable[[], None] = file.close
+        self._close, self._fetched = close, fetched
         self._places = places
         self.gate = gate
         self._slabs = slabs
@@ -91,9 +106,8 @@ class Residence:
         self._turn = threading.Lock()
         self._growth: _Growth | None = None  # the last one, under way or not
         self._closed = False
-        self.fetched = False  # from a URL, so that the file may hold less than there is
 
-    def resize(self, mb: bstk.Budget | None, *, wait: bool = True) -> None:
+    def resize(self, mb: Budget | None, *, wait: bool = True) -> None:
         """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
 
         Memory that is dropped has gone back to the system on return. Loading goes on in a thread of its own; each block
@@ -108,25 +122,29 @@ class Residence:
 
         Raises
         ------
-        bstk.UsageError, bstk.BudgetError
-            The budget is nonsense, or below the smallest model. Nothing has changed then.
+        bstk.UsageError, BudgetError
+            The budget is nonsense, below the smallest model, or more than was fetched. Nothing has changed then.
         bstk.DamagedError, OSError, MemoryError
             A block could not be read. The model keeps what it has.
+        bstk.ResourceError
+            The system starts no further thread. The model keeps what it has.
         """
         with self._turn:
             if self._closed:
                 raise UsageError("the model's file has been closed, so its size cannot change any more. Load it again.")
             cut = self.file.fit(mb)
+            self._require_fetched(mb)
             self._end_growth()
             self._growth = None
             if cut.chunks < self._count:
                 self._drop(cut.chunks)
             elif cut.chunks > self._count:
-                self._growth = _Growth(cut.chunks)
-                self._growth.thread = threading.Thread(
-                    target=self._grow, args=(self._growth,), name="bstack-grow", daemon=True
-                )
-                self._growth.thread.start()
+                growth = _Growth(cut.chunks, self._grow)
+                try:
+                    growth.thread.start()
+                except RuntimeError as error:
+                    raise ResourceError(f"the model keeps its size: no thread starts to load blocks ({error}).") from None
+                self._growth = growth  # not before: others ask it whether its thread runs, and wait for it
             growth = self._growth
         if wait and growth is not None:
             growth.thread.join()
@@ -141,12 +159,20 @@ class Residence:
                 self._closed = True
                 self._close()
 
-    def on_close(self, close: Callable[[], None]) -> None:
-        """What `close` is to call instead of closing the file."""
-        self._close = close
-
     def __reduce__(self) -> Any:
         raise UsageError("a model with packed weights cannot be copied or pickled: load it once more, or with mode='dense'.")
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the last growth before its end: the same object until the next resize."""
+        growth = self._growth
+        return None if growth is None else growth.error
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the least budget that gives what is in memory when the growth under way is through."""
+        count = self._target()
+        return max(self.file.chunks[count - 1].end, self._bytes(count))
 
     @property
     def state(self) -> Resident:
@@ -161,9 +187,27 @@ class Residence:
             blocks=len(loaded),
             all_blocks=len(self._blocks),
             bits_per_weight=8 * block_bytes / weights if weights else None,
-            target_bytes=self._bytes(growth.count if growth is not None and growth.thread.is_alive() else self._count),
-            error=None if growth is None or growth.error is None else str(growth.error),
+            target_bytes=self._bytes(self._target()),
+            error=None if growth is None or growth.error is None else reason(growth.error),
         )
+
+    def _require_fetched(self, mb: Budget | None) -> None:
+        """Raise UsageError where more blocks fit a budget than were fetched."""
+        missing = self.file.all_chunks[len(self.file.chunks) :]
+        if self._fetched is None or mb is None or not missing:
+            return
+        budget = bstk.budget_bytes(mb)
+        needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
+        if budget > bstk.budget_bytes(self._fetched) and budget >= needed:
+            raise UsageError(
+                f"{mb} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL again with that "
+                "budget; what is here is not fetched twice."
+            )
+
+    def _target(self) -> int:
+        """Chunks in memory when the growth under way is through."""
+        growth = self._growth
+        return growth.count if growth is not None and growth.thread.is_alive() else self._count
 
     def _bytes(self, count: int) -> int:
         return sum(chunk.raw_length for chunk in self.file.chunks[:count] if chunk.is_weight)

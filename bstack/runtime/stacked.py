@@ -16,8 +16,7 @@ from bstack.models.slices import MatrixName
 from bstack.runtime.container import build_model, parts_of, plain_tensor
 from bstack.runtime.gate import Gate
 from bstack.runtime.packed import Table
-from bstack.runtime.places import Host, Place
-from bstack.runtime.residence import Residence
+from bstack.runtime.places import Place
 from bstack.runtime.weight import PackedWeight
 from bstk.errors import DamagedError, located
 
@@ -30,29 +29,35 @@ _Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 
 
 def stacked_model(
-    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place | None = None, trusted: bool = False
-) -> tuple[Any, Residence]:
-    """A model without any block in memory yet, and the residence that brings them.
+    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place, trusted: bool = False
+) -> tuple[Any, dict[str, Any], Gate]:
+    """A model without any block in memory yet, and what a `Residence` needs to bring them.
 
     Parameters
     ----------
     file : bstk.Reader
-        Stays open; it belongs to the residence.
     folder : Path
         The model's files.
     dtype : torch.dtype
         Of activations and of small plain parameters.
-    place : Place, optional
-        Where blocks live and products run; by default the processor.
+    place : Place
+        Where blocks live and products run.
     trusted : bool
         Whether Python code among the model's files may run.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    matrices : dict
+        Stack name -> its matrix, made by `place`.
+    gate : Gate
+        Of all of them.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
     shown = file.source.name
-    place = place or Host()
     # Eager experts use one expert's weights at a time, which is what packed ones can offer.
     model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
     with located(shown):
@@ -68,7 +73,7 @@ def stacked_model(
         _put(model, parameter, _packed_weight(parameter, parts, matrices, place, gate, dtype), shown)
     _tie(model, shown)
     model.to(place.device)  # buffers; everything else is there
-    return model.eval().requires_grad_(False), Residence(file, matrices, gate, place.slabs())
+    return model.eval().requires_grad_(False), matrices, gate
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from bstack.errors import reason
 from bstack.memory.free import Memory, free_memory
-from bstack.runtime.memory import default_margin
-from bstack.runtime.policy import QUIET, STEP, Policy
+from bstack.runtime.policy import QUIET, STEP, Policy, default_margin
 from bstack.runtime.repeat import INTERVAL, Repeating, warn
 from bstk.errors import UsageError
 
@@ -23,9 +22,11 @@ class Watcher(Repeating):
     ----------
     resize : callable
         Receives a budget in bytes between `smallest` and `largest`. Called in the watcher's thread, never twice at once; what
-        else uses the model must be kept out by the callable itself.
+        else uses the model must be kept out by the callable itself. A growth may go on after it has returned.
     weights : callable
-        Returns the bytes of the blocks that are resident now.
+        Returns the budget in bytes that gives what is resident now.
+    failure : callable
+        Returns what stopped a growth after `resize` had returned, the same object until the next resize; or None.
     smallest, largest : int
         Bounds of the budget in bytes.
     margin : int, optional
@@ -53,6 +54,7 @@ class Watcher(Repeating):
         resize: Callable[[int], object],
         weights: Callable[[], int],
         *,
+        failure: Callable[[], BaseException | None] = lambda: None,
         smallest: int,
         largest: int,
         margin: int | None = None,
@@ -69,14 +71,17 @@ class Watcher(Repeating):
                 "such as --mb 500."
             )
         super().__init__(interval, tell)
-        self._resize, self._weights, self._read = resize, weights, read
+        self._resize, self._weights, self._failure_now, self._read = resize, weights, failure, read
         self._policy = Policy(
             smallest, largest, default_margin(memory) if margin is None else margin, quiet=quiet, step=step
         )
 
     def look(self, now: float) -> None:
         """Read once and resize if that is due."""
-        # Whatever goes wrong, the thread must go on, and nothing may be lost in silence.
+        if (failure := self._new_failure(self._failure_now())) is not None:
+            self._policy.failed()
+            self._say("grow", f"The model could not grow: {reason(failure)}. It is tried again later.")
+        # The policy must know of what goes wrong.
         try:
             memory = self._read()
             if memory is None:

@@ -86,30 +86,37 @@ class PackedWeight(torch.Tensor):
         return _dense(func, args, kwargs or {})
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is_matrix(weight) or weight.transposed or isinstance(x, PackedWeight):
+# Packed forms. Parameters are called as torch calls them, since a model's code may name them; `rest` are those that a packed
+# form knows nothing of, such as `out`.
+
+
+def _linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> Any:
+    if rest or not _is_matrix(weight) or weight.transposed or isinstance(input, PackedWeight):
         return NotImplemented
-    y = weight.packed.multiply(x)
+    y = weight.packed.multiply(input)
     return y if bias is None else y + bias
 
 
-def _matmul(x: Any, weight: Any) -> Any:
-    if not _is_matrix(weight) or not weight.transposed or isinstance(x, PackedWeight) or x.dim() < 2:
+def _matmul(input: Any, other: Any, **rest: Any) -> Any:
+    if rest or not _is_matrix(other) or not other.transposed or isinstance(input, PackedWeight) or input.dim() < 2:
         return NotImplemented
-    return weight.packed.multiply(x)
+    return other.packed.multiply(input)
 
 
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    y = _matmul(x, weight)
-    return y if y is NotImplemented or beta != 1 or alpha != 1 else bias + y
+def _mm(input: Any, mat2: Any, **rest: Any) -> Any:
+    return _matmul(input, mat2, **rest)
 
 
-def _embedding(index: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, **rest: Any) -> Any:
+    y = _matmul(mat1, mat2, **rest) if beta == alpha == 1 else NotImplemented
+    return y if y is NotImplemented else input + y
+
+
+def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **rest: Any) -> Any:
     # The other arguments concern gradients, but for a largest norm, which no language model sets.
-    largest = args[1] if len(args) > 1 else kwargs.get("max_norm")
-    if not _is_matrix(weight) or weight.transposed or largest is not None:
+    if not _is_matrix(weight) or weight.transposed or max_norm is not None:
         return NotImplemented
-    return weight.packed.lookup(index, weight.dtype)
+    return weight.packed.lookup(input, weight.dtype)
 
 
 def _item(weight: Any, index: Any) -> Any:
@@ -120,11 +127,14 @@ def _item(weight: Any, index: Any) -> Any:
     return PackedWeight(weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]", weight.device)
 
 
-def _turned(weight: PackedWeight, *axes: int) -> Any:
-    two_last = {axis % weight.dim() for axis in axes} == {weight.dim() - 1, weight.dim() - 2}
-    if axes and not two_last or not axes and weight.dim() != 2:
+def _transpose(input: PackedWeight, dim0: int, dim1: int, **rest: Any) -> Any:
+    if rest or {axis % input.dim() for axis in (dim0, dim1)} != {input.dim() - 1, input.dim() - 2}:
         return NotImplemented
-    return PackedWeight(weight.packed, not weight.transposed, weight.dtype, weight.label, weight.device)
+    return PackedWeight(input.packed, not input.transposed, input.dtype, input.label, input.device)
+
+
+def _t(input: PackedWeight, **rest: Any) -> Any:
+    return _transpose(input, 0, 1, **rest) if input.dim() == 2 else NotImplemented
 
 
 def _is_matrix(weight: Any) -> bool:
@@ -136,13 +146,11 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     functional.embedding: _embedding,
     torch.addmm: _addmm,
     torch.Tensor.__getitem__: _item,
-    torch.Tensor.t: _turned,
-    torch.t: _turned,
-    torch.Tensor.T.__get__: _turned,
-    torch.Tensor.mT.__get__: lambda weight: _turned(weight, -1, -2),
-    torch.Tensor.transpose: _turned,
-    torch.transpose: _turned,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.t, torch.Tensor.t, torch.Tensor.T.__get__), _t),
+    torch.Tensor.mT.__get__: lambda weight: _transpose(weight, -1, -2),
+    **dict.fromkeys((torch.transpose, torch.Tensor.transpose), _transpose),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), _mm),
 }
 
 # What a tensor without data can answer itself.

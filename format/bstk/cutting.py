@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 from . import reader, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
 from .download import download
-from .errors import PartialWarning, RemoteChangedError, UsageError, writing
+from .errors import RemoteChangedError, UsageError, writing
 from .files import LockedFile, replacing
 from .reader import Cut, Reader
 
@@ -70,7 +69,7 @@ def truncate(
         return _truncate(src, dst, mb, seal, progress)
     if dst is None and not urls.is_url(src):
         return _cut_in_place(os.fspath(src), mb, seal)
-    with _open(src) as source:
+    with reader.open(src, warn=False) as source:  # cutting is the cure that the warning names
         return _truncate(source, dst, mb, seal, progress)
 
 
@@ -119,7 +118,7 @@ def _truncate(
 
         write(header_of(source, cut.file_bytes if seal else 0))
         copy_chunks(source, source.chunks[: cut.chunks], write)
-        _open(temporary).close()
+        reader.open(temporary, warn=False).close()
     return cut
 
 
@@ -133,10 +132,10 @@ def _fetch(source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, 
 
 def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
     """Unseal, shorten, seal, each on disk before the next begins: unsealed, the file is valid at either length."""
-    _open(path).close()  # what is no good file is refused as such, and not for want of the right to write
+    reader.open(path, warn=False).close()  # what is no good file is refused as such, and not for want of the right to write
     with LockedFile(path) as file:
         # Read again: until it was locked, another process may have changed it.
-        with _open(path) as source:
+        with reader.open(path, warn=False) as source:
             cut = plan(source, mb)
         steps = []
         if source.seal:
@@ -149,12 +148,6 @@ def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
                 step()
                 os.fsync(file.fileno())
     return cut
-
-
-def _open(what: str | os.PathLike[str]) -> Reader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PartialWarning)  # cutting is the cure that the warning names
-        return reader.open(what)
 
 
 def _is_remote(source: Reader) -> bool:

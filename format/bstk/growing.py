@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 from . import reader as readers
 from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
-from .errors import OtherModelError, PartialWarning, RemoteChangedError, UsageError
+from .errors import OtherModelError, RemoteChangedError, UsageError
 from .files import LockedFile
 from .reader import Cut, Reader
 
@@ -59,11 +58,11 @@ def grow(
     ResourceError, OutputError
         The file cannot be written.
     """
-    with _open(path) as small:  # what is no good file is refused before anything is asked of a server
+    with readers.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
         readers.require_rewritable(small)
     if isinstance(source, Reader):
         return _grow(path, mb, source, progress)
-    with _open(source) as larger:
+    with readers.open(source, warn=False) as larger:
         return _grow(path, mb, larger, progress)
 
 
@@ -76,7 +75,7 @@ def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Pr
 
 
 def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    with _open(file.path) as small:
+    with readers.open(file.path, warn=False) as small:
         cut = plan_growth(small, mb, larger)
     unsealed = small.preamble.sealed(0).to_bytes()
 
@@ -120,9 +119,3 @@ def plan_growth(small: Reader, mb: Budget, larger: Reader) -> Cut:
             )
         raise UsageError(f"{name}: nothing to add: {why}")
     return cut
-
-
-def _open(what: str | os.PathLike[str]) -> Reader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PartialWarning)  # growing is a cure for it
-        return readers.open(what)

@@ -54,7 +54,7 @@ class Cut(NamedTuple):
 
 
 def open(
-    what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source, strict: bool = False
+    what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source, strict: bool = False, *, warn: bool = True
 ) -> Reader:
     """Open a ``.bstk`` file for reading.
 
@@ -65,6 +65,8 @@ def open(
         ``read(offset, length)`` and ``close()``; it is closed with the reader.
     strict : bool
         Refuse a partial file instead of warning about it.
+    warn : bool
+        Warn about a partial file; False for callers that expect one or say it themselves.
 
     Returns
     -------
@@ -87,7 +89,7 @@ def open(
     Warns
     -----
     PartialWarning
-        It is partial: unsealed, and shorter than the complete file.
+        It is partial: unsealed, and shorter than the complete file; and `warn` is set.
     """
     source = as_source(what)
     try:
@@ -95,7 +97,8 @@ def open(
         if reader.state == "partial":
             if strict:
                 raise PartialError(f"{source.name}: {reader.partial_message()}")
-            warnings.warn(f"{source.name}: {reader.partial_message()}", PartialWarning, stacklevel=2)
+            if warn:
+                warnings.warn(f"{source.name}: {reader.partial_message()}", PartialWarning, stacklevel=2)
     except BaseException:
         source.close()
         raise

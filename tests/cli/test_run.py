@@ -46,7 +46,7 @@ def test_text_and_summary(bstack, model):
 
 
 def test_it_is_the_text_of_the_model(bstack, model):
-    loaded, tokenizer = library.load(model, mb=mb(model, 0.5))
+    loaded, tokenizer = library.load(model, mode="stack", mb=mb(model, 0.5))
     ids = tokenizer("the river", return_tensors="pt")
     text = loaded.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
     done = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", mb(model, 0.5), "--json", "-q")
@@ -113,6 +113,19 @@ def test_no_prompt(bstack, model):
 def test_a_prompt_that_is_too_long(bstack, model):
     done = bstack("run", model, "-p", "the river " * 5000)
     assert done.returncode == 2 and "at most 4096" in done.stderr
+
+
+def test_a_partial_file(bstack, model, tmp_path):
+    """One line of warning, however much is asked for; none if it is not wanted; refused where the whole is asked for."""
+    part = tmp_path / "part.bstk"
+    part.write_bytes(model.read_bytes()[:-10])
+    run = ("run", part, "-p", "the river", "--max-new-tokens", 3)
+    for options in ([], ["--mb", mb(model, 0.5)]):
+        done = bstack(*run, *options)
+        assert done.returncode == 0 and done.stderr.startswith(f"Warning: {part}: the file is partial")
+        assert done.stderr.count("the file is partial") == 1 and ".py" not in done.stderr
+    assert bstack(*run, "-q").stderr == ""
+    assert bstack(*run, "--strict").returncode == 3
 
 
 def test_no_tokenizer(bstack, without_tokenizer):

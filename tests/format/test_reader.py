@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import bstk
 import pytest
@@ -73,6 +74,11 @@ def test_partial_warns_or_is_refused(good):
         bstk.open(prefix)
     with pytest.raises(bstk.PartialError, match=f"{len(prefix)} of {len(good)} bytes"):
         bstk.open(prefix, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bstk.open(prefix, warn=False).state == "partial"
+    with pytest.raises(bstk.PartialError):
+        bstk.open(prefix, strict=True, warn=False)
 
 
 def test_fit(good):

@@ -140,8 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, stop, 4096):
                 piece = data[start : min(start + 4096, stop)]
                 time.sleep(pause)
+                asked.sent += len(piece)  # first: the client, and the test, may go on before this thread does
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if server.chunked else piece)
-                asked.sent += len(piece)
             if server.chunked and stop == len(data):
                 self.wfile.write(b"0\r\n\r\n")
         except OSError:  # the client has what it wants

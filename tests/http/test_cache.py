@@ -2,9 +2,11 @@
 
 import os
 import threading
+import time
 
 import bstk
 import pytest
+from bstk.files import LockedFile
 from bstk.http import HEAD
 from served_files import cut_sizes
 
@@ -20,6 +22,14 @@ def load(url, mb=None, strict=False):
 def local(data, mb=None):
     with bstk.open(data) as file:
         return [file.read(chunk) for chunk in file.chunks[: file.fit(mb).chunks]]
+
+
+def until(condition):
+    """Wait for something that must come; long enough for the slowest machine."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -91,6 +101,38 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
 
 
+def test_a_copy_is_not_dropped_for_what_the_server_sends(long_head, serve, kept):
+    server = serve(long_head)
+    load(server.url)
+    damaged = bytearray(long_head)
+    damaged[70_000] ^= 1  # in the tables
+    kept.write_bytes(damaged)
+    server.data, server.etag = bytes(damaged), '"two"'
+    with pytest.raises(bstk.DamagedError):
+        load(server.url)
+    assert kept.read_bytes() == damaged
+    server.data, server.etag = long_head, '"three"'
+    assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_a_damaged_copy_is_left_alone_while_another_process_has_it(long_head, serve, kept):
+    server = serve(long_head)
+    load(server.url)
+    damaged = bytearray(long_head)
+    damaged[70_000] ^= 1
+    kept.write_bytes(damaged)
+    server.asked.clear()
+    found = []
+    loading = threading.Thread(target=lambda: found.append(load(server.url)))
+    with LockedFile(kept):
+        loading.start()
+        until(lambda: len(server.asked) >= 2)  # it has met the damage and asked the server for the tables
+        time.sleep(0.05)
+        assert kept.read_bytes() == damaged
+    loading.join(60)
+    assert found == [local(long_head)] and kept.read_bytes() == long_head
+
+
 def test_several_at_once(long_head, serve, kept):
     server = serve(long_head, pause=0.002)
     found = []
@@ -138,3 +180,27 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
         assert tokenizer is not None
         for name, tensor in here.state_dict().items():
             assert torch.equal(tensor, there.state_dict()[name]), name
+
+
+def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, tmp_path):
+    """A larger one is refused, whoever asks. The budget of the load is not, nor one that is too small for the next block."""
+    import bstack
+
+    path = tmp_path / "tiny.bstk"
+    bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
+    with bstk.open(path) as file:
+        smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
+        mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
+    server = serve(path.read_bytes())
+    model, _ = bstack.load(server.url, mb=mb, mode="stack")
+    before = bstack.resident(model)
+    assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
+    with pytest.raises(bstk.UsageError, match="more than was fetched"):
+        bstack.resize(model, full)
+    told = []
+    with bstack.following(model, lambda: full, tell=told.append):
+        until(lambda: told)
+    assert "more than was fetched" in told[0]
+    assert bstack.resident(model) == before
+    model, _ = bstack.load(server.url, mode="stack")
+    assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

@@ -17,11 +17,15 @@ FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
 IDS = torch.tensor([[5, 9, 44, 7, 101]])
 
 
-
 def slowly(model):
     """The same model without the fast path."""
     del model.forward  # that of its class remains
     return model
+
+
+def agree(packed, dense):
+    """Logits: packed products round their inputs to 16 bits. Texts may differ with nothing wrong, where two words are as likely."""
+    return bool((packed - dense).abs().max() <= 1e-3 * dense.std())
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -57,14 +61,20 @@ def test_texts_are_those_of_the_models_own_code(name, options, file_of):
 
 
 def test_batches_and_padding_take_the_models_own_code(file_of):
-    model, _ = bstack.load(file_of("llama"), mode="stack")
+    model, slow = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(2))
+    slowly(slow)
     dense, _ = bstack.load(file_of("llama"))
     ids = torch.tensor([[0, 0, 5, 9], [6, 7, 8, 9]])
     mask = (ids != 0).long()
-    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
-    alone = {"attention_mask": mask[:1], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids[:1], **alone), dense.generate(ids[:1], **alone))
+    for rows in (2, 1):
+        settings = {"attention_mask": mask[:rows], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(ids[:rows], **settings)
+        assert torch.equal(text, slow.generate(ids[:rows], **settings))
+        whole = torch.cat([mask[:rows], torch.ones(rows, text.shape[1] - 4, dtype=torch.long)], 1)
+        positions = (whole.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            found, expected = (m(text, attention_mask=whole, position_ids=positions).logits for m in (model, dense))
+        assert agree(found[whole.bool()], expected[whole.bool()])
 
 
 def test_what_is_asked_beyond_logits_is_answered(file_of):
@@ -88,6 +98,29 @@ def test_other_structures_keep_their_own_code(name, file_of):
         model, _ = bstack.load(file_of(name), mode="stack")
     assert "forward" not in vars(model)
     assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+@pytest.mark.parametrize("asked", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_a_configuration_that_asks_for_more_keeps_the_models_own_code(asked, file_of, monkeypatch):
+    """Without a warning: nothing is wrong with the results."""
+    from bstack.runtime import container
+
+    def read_config(*args):
+        config = original(*args)
+        for name, value in asked.items():
+            setattr(config, name, value)
+        return config
+
+    original = container.read_config
+    monkeypatch.setattr(container, "read_config", read_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+    if "return_dict" not in asked:  # transformers' own code fails where it is
+        with torch.no_grad():
+            out = model(IDS)
+        assert all(name.removeprefix("output_") in out for name in asked)
 
 
 def test_a_model_of_other_arithmetic_is_found_out(file_of, monkeypatch):
@@ -124,11 +157,15 @@ def test_budgets(file_of):
     path = file_of("llama")
     with bstk.open(path) as file:
         small = (file.smallest.budget + 1) / bstk.MB
-    model, _ = bstack.load(path, mode="stack", mb=small)
+    model, slow = (bstack.load(path, mode="stack", mb=small)[0] for _ in range(2))
+    slowly(slow)
     dense, _ = bstack.load(path, mb=small)
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
-    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
-    assert tiny_models.VOCABULARY == model(IDS).logits.shape[-1]
+    text = model.generate(IDS, **settings)
+    assert torch.equal(text, slow.generate(IDS, **settings))
+    with torch.no_grad():
+        found, expected = model(text).logits, dense(text).logits
+    assert agree(found, expected) and tiny_models.VOCABULARY == found.shape[-1]
 
 
 def test_two_texts_at_once(file_of):
@@ -158,10 +195,10 @@ def test_what_is_changed_after_loading_counts(file_of):
     assert len(calls) == 5
     handle.remove()
     model.model.layers[0].mlp.act_fn = torch.nn.Identity()
-    dense, _ = bstack.load(file_of("llama"))
-    dense.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    slow = slowly(bstack.load(file_of("llama"), mode="stack")[0])
+    slow.model.layers[0].mlp.act_fn = torch.nn.Identity()
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
+    assert torch.equal(model.generate(IDS, **settings), slow.generate(IDS, **settings))
 
 
 def test_calls_as_of_any_model(file_of):

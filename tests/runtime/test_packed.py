@@ -78,6 +78,46 @@ def test_transposed_ones():
         assert close(operation(weight), operation(dense), dense, x)
 
 
+X = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+BIAS = torch.randn(30, generator=torch.Generator().manual_seed(1))
+KEYWORDS = {
+    "linear": lambda w: functional.linear(input=X, weight=w.t(), bias=BIAS),
+    "linear-weight": lambda w: functional.linear(X, weight=w.t()),
+    "matmul": lambda w: torch.matmul(input=X, other=w),
+    "Tensor.matmul": lambda w: X.matmul(other=w),
+    "mm": lambda w: torch.mm(input=X, mat2=w),
+    "Tensor.mm": lambda w: X.mm(mat2=w),
+    "addmm": lambda w: torch.addmm(input=BIAS, mat1=X, mat2=w, beta=1, alpha=1),
+    "t": lambda w: functional.linear(X, torch.t(input=w)),
+    "transpose": lambda w: functional.linear(X, torch.transpose(input=w, dim0=0, dim1=1)),
+    "Tensor.transpose": lambda w: functional.linear(X, w.transpose(dim0=0, dim1=-1)),
+    "embedding": lambda w: functional.embedding(input=torch.tensor([3, 29]), weight=w.t(), padding_idx=0, sparse=False),
+}
+WITHOUT_A_PACKED_FORM = {
+    "matmul": lambda w: torch.matmul(X, w, out=torch.empty(5, 30)),
+    "mm": lambda w: torch.mm(X, w, out=torch.empty(5, 30)),
+    "addmm": lambda w: torch.addmm(BIAS, X, w, beta=2, alpha=0.5),
+    "addmm-out": lambda w: torch.addmm(BIAS, X, w, out=torch.empty(5, 30)),
+    "embedding": lambda w: functional.embedding(torch.tensor([3, 29]), w.t(), max_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_torchs_own_keywords(name):
+    weight, dense = packed(30, 48, transposed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # packed
+        found = KEYWORDS[name](weight)
+    assert close(found, KEYWORDS[name](dense), dense, X)
+
+
+@pytest.mark.filterwarnings("ignore:The model.s code applies")
+@pytest.mark.parametrize("name", WITHOUT_A_PACKED_FORM)
+def test_other_arguments_get_the_dense_weights(name):
+    weight, dense = packed(30, 48, transposed=True)
+    assert close(WITHOUT_A_PACKED_FORM[name](weight), WITHOUT_A_PACKED_FORM[name](dense), dense, X)
+
+
 def test_embedding():
     weight, dense = packed(40, 24)
     ids = torch.tensor([[0, 39, 13], [12, 14, 0]])

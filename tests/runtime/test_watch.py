@@ -11,7 +11,7 @@ import bstk
 import pytest
 from bstack.memory.free import Memory, free_memory
 from bstack.memory.process import resident_bytes
-from bstack.runtime.memory import default_margin
+from bstack.runtime.policy import default_margin
 from bstack.runtime.watch import Watcher
 from simulated_machine import MB, V2_MOUNT, Machine
 
@@ -118,6 +118,26 @@ def test_growing_that_fails_waits_longer_each_time():
     assert 2 <= len(model.asked) <= 5 and len(model.said) == 1
 
 
+def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
+    model = Model()
+    failure = None
+
+    def resize(target):
+        nonlocal failure
+        model.asked.append(target)
+        failure = MemoryError()  # after it has returned
+
+    watcher = Watcher(
+        resize, lambda: model.size, failure=lambda: failure, smallest=SMALLEST, largest=LARGEST, quiet=2,
+        read=lambda: Memory(2000 * MB, 8000 * MB, "a test"), tell=model.said.append,
+    )  # fmt: skip
+    for now in range(60):
+        watcher.look(now)
+    assert 2 <= len(model.asked) <= 5
+    (message,) = model.said
+    assert "could not grow: MemoryError" in message
+
+
 def test_a_reading_that_fails_or_says_nothing_is_survived():
     answers = iter([Memory(0, 8000 * MB, "a test"), RuntimeError("no such thing"), None, Memory(0, 8000 * MB, "a test")])
 
@@ -156,6 +176,22 @@ def test_the_thread_resizes_goes_on_after_an_error_and_ends():
     model.size = LARGEST
     time.sleep(0.02)
     assert len(model.asked) == asked
+
+
+def test_the_thread_goes_on_where_telling_fails(monkeypatch):
+    model, failures = Model(), []
+    model.failing = OSError(28, "No space left on device")
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+
+    def tell(message):
+        raise ValueError("I/O operation on closed file")
+
+    with model.watcher(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, tell=tell):
+        until(lambda: len(model.asked) > 2, "no second try")
+        model.failing = None
+        until(lambda: model.size == SMALLEST, "no shrink")
+    assert failures and all("closed file" in str(failure.exc_value) for failure in failures)
+    assert len(failures) <= 3  # once for each thing that could not be told
 
 
 def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():

@@ -111,8 +111,8 @@ def test_a_configuration_that_asks_for_more_keeps_the_models_own_code(asked, fil
             setattr(config, name, value)
         return config
 
-    original = container.read_config
-    monkeypatch.setattr(container, "read_config", read_config)
+    original = container._read_config
+    monkeypatch.setattr(container, "_read_config", read_config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         model, _ = bstack.load(file_of("llama"), mode="stack")

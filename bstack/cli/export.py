@@ -16,12 +16,15 @@ _DTYPES = ("bf16", "fp16", "fp32")
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True, help="Type of the weights.")
+@_common.trust_option
+@_common.code_option
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
 def command(
-    file: str, form: str, folder: str, mb: str | None, dtype: str, strict: bool, as_json: bool, quiet: bool
-) -> None:
+    file: str, form: str, folder: str, mb: str | None, dtype: str, trust_remote_code: bool, code: str | None, strict: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Write the model in FILE as a plain transformers folder, with dense weights, for programs that do not know bstack.
 
     DIR gets the configuration, the tokenizer and the weights as safetensors, in several files where they are large. It must
@@ -44,8 +47,10 @@ def command(
         from bstack.runtime.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _common.transfer(reader, total, "export", quiet) as advance:
-            done = export_safetensors(reader, folder, mb=mb, dtype=DTYPES[dtype], progress=advance)
+        with _common.transfer(reader, total, "export", quiet) as advance, _common.code_told(quiet):
+            done = export_safetensors(
+                reader, folder, mb=mb, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, code=code, progress=advance
+            )
         bits = reader.bits_per_weight(cut)
     if as_json:
         _common.print_json(

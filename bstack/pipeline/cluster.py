@@ -20,6 +20,7 @@ import torch
 
 from bstack.errors import ClusterError, ClusterLostError, MissingPackageError, reason
 from bstack.kernels.native import instructions
+from bstk.errors import UsageError
 
 __all__ = ["Cluster"]
 
@@ -44,6 +45,8 @@ class Cluster:
     ------
     bstack.errors.MissingPackageError
         distributed is not installed.
+    bstk.UsageError
+        `address` is none.
     bstack.errors.ClusterError
         There is no scheduler, it has no workers, or one of them has other versions.
     """
@@ -53,6 +56,8 @@ class Cluster:
             import distributed
         except ImportError:
             raise MissingPackageError("Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'") from None
+        if ":" not in address:
+            raise UsageError(f"--dask {address!r} is no address of a scheduler; they look like tcp://10.0.0.5:8786.")
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised, in words
         self._address = address
         self._threads = _torch_threads()

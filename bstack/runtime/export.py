@@ -18,6 +18,7 @@ from bstack.folders import new_folder
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstack.runtime.container import build_model, embedded_files, parse_name
 from bstack.runtime.dense import dense_weights
+from bstack.runtime.trust import check_trust, stage_code
 from bstk.errors import DamagedError, ResourceError, UsageError, writing
 
 __all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
@@ -27,6 +28,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Endings of what `bstack compress` puts into a container.
+KINDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".codes")
+# Of these, what says where weights are.
+REFUSED = (INDEX, "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def export_safetensors(
     mb: int | float | str | Decimal | None = None,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
+    code: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Exported:
     """Write a container's model as transformers keeps models: configuration, tokenizer, dense weights in safetensors.
@@ -73,6 +80,8 @@ def export_safetensors(
         Of all weights that are floating.
     shard_bytes : int
         Weights go into a next file before one grows beyond this; a layer that is larger is split by parameters.
+    trust_remote_code, code
+        As for `bstack.load`. The code itself is not written.
     progress : callable
         Receives the stored bytes of each group of chunks that is done.
 
@@ -83,16 +92,21 @@ def export_safetensors(
     bstk.BudgetError
         The smallest model is larger than `mb`.
     bstk.DamagedError
-        A chunk is damaged, does not fit the model, or a file inside has the name of one that is written here.
+        A chunk is damaged or does not fit the model, or a file inside is none that a model has beside its weights.
+    bstack.errors.ForeignCodeError
+        The model needs Python code that is not in transformers, and may not run it.
     bstack.errors.UnsupportedModelError
         This transformers cannot build the model, or parameters of it are missing.
     bstk.ResourceError, bstk.OutputError
         It cannot be written.
     """
+    check_trust(trust_remote_code, code)
     cut = file.fit(mb)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
-        model = build_model(file, inside, False, torch.device("meta"))
+        _check_names(file)
+        trusted = stage_code(file, inside, trust_remote_code, code)
+        model = build_model(file, inside, trusted, torch.device("meta"))
         shards = _Shards(target, shard_bytes)
         _copy_files(file, inside, target)
         _write_config(target, model, dtype)
@@ -205,10 +219,20 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
             raise UsageError(f"{shown}: {name} has weights beyond 65504, which fp16 cannot hold. Export as bf16 or fp32.")
 
 
+def _check_names(file: bstk.Reader) -> None:
+    """Let nothing into the folder but what a model has beside its weights: other programs act on names (git on `.git`,
+    transformers on pickled weights and modules)."""
+    for name in file.files:
+        hidden = any(part.startswith((".", "~")) for part in name.split("/"))
+        if hidden or name.lower() in REFUSED or not name.endswith(KINDS):
+            raise DamagedError(
+                f"{file.source.name}: its file {name!r} is none that a model has beside its weights; those end in "
+                f"{', '.join(KINDS)}, and do not begin with a dot."
+            )
+
+
 def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
     for name in file.files:
-        if name in (WEIGHTS, INDEX) or name.endswith(".safetensors") or name.endswith(".part"):
-            raise DamagedError(f"{file.source.name}: its file {name!r} has the name of a weight file, and is none of them.")
         copy = target / name
         with writing(str(copy)):
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -158,9 +158,11 @@ class LockedFile:
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False):
         self.path = os.fspath(path)
+        # What is made here may not be a link that somebody else has put there.
+        flags = os.O_RDWR | _BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
         with writing(self.path):
             while True:
-                self._descriptor = os.open(path, os.O_RDWR | _BINARY | (os.O_CREAT if create else 0), 0o666)
+                self._descriptor = os.open(path, flags, 0o666)
                 try:
                     self._take_lock(wait)
                     if locks.is_at(self._descriptor, self.path):

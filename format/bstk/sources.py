@@ -60,12 +60,12 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.name = os.fspath(path)
+        # Before opening: a pipe opens only when somebody writes to it.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
         self._file = open(path, "rb", buffering=0)
         self._lock = threading.Lock()
-        status = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            self._file.close()
-            raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
         self.restart()
 
     def changed(self) -> bool:

@@ -230,3 +230,10 @@ def test_import_is_lean():
     heavy = ("torch", "transformers", "numpy", "click", "tqdm")
     code = f"import bstk, sys; print([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(bstk.UsageError, match="not a regular file"):
+        bstk.open(tmp_path / "pipe")

@@ -8,6 +8,7 @@ import bstk
 import pytest
 import samples
 from bstack.runtime.container import embedded_files
+from bstack.runtime.export import export_safetensors
 
 
 def with_files(tmp_path, *names):
@@ -40,3 +41,14 @@ def test_names_that_cannot_stand_beside_each_other(tmp_path, names, monkeypatch)
     except bstk.DamagedError as error:
         assert "cannot be put into a folder here" in str(error)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["files.bstk"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".git/config", "a/.hidden.json", "~/.bashrc", "~x.json", "pytorch_model.bin", "modeling_x.py", "adapter_config.json",
+     "Model.safetensors.index.json", "model.safetensors", "model-00001.safetensors", "a.part", "noending"],
+)  # fmt: skip
+def test_an_exported_folder_gets_no_file_that_other_programs_act_on(tmp_path, name):
+    with with_files(tmp_path, "config.json", name) as file, pytest.raises(bstk.DamagedError, match="beside its weights"):
+        export_safetensors(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -225,6 +225,16 @@ def test_a_sealed_part_and_a_longer_one_are_used(model, serve, tmp_path):
     assert len(server.asked) == 1  # the header alone
 
 
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the system opens links as what they point to")
+def test_a_link_in_the_place_of_the_part_is_not_followed(model, serve, tmp_path):
+    other = tmp_path / "other.bstk"
+    other.write_bytes(model)
+    (tmp_path / "out.bstk.part").symlink_to(other)
+    with pytest.raises(bstk.OutputError):
+        bstk.truncate(serve(model).url, tmp_path / "out.bstk", cut_sizes(model)[4])
+    assert other.read_bytes() == model and not (tmp_path / "out.bstk").exists()
+
+
 def test_a_stranger_in_the_place_of_the_part_is_left_alone(model, serve, tmp_path):
     (tmp_path / "out.bstk.part").write_text("my notes")
     with pytest.raises(bstk.OutputError, match="in the way"):

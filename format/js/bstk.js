@@ -188,14 +188,13 @@ export class BstkFile {
         throw new UnsupportedVersionError(`read-only-compatible flags 0x${flags} are set: this reader may read it, but not cut it`);
       }
       const { fileBytes: end } = fit(this.chunks, this.baseCount, megabytes);
-      const sealed = this.state !== "partial";
-      if (end === this.length && (sealed || !seal)) throw new UsageError(`nothing to cut: all of it fits in ${megabytes} MB`);
+      if (end === this.length && this.state !== "partial") throw new UsageError(`nothing to cut: all of it fits in ${megabytes} MB`);
       return { head: withSeal(this.#header, seal ? end : 0), end };
     });
   }
 
   async #read(chunk, zstd) {
-    if (!this.chunks.includes(chunk)) throw new UsageError("read takes one of this file's chunks");
+    if (this.chunks[chunk?.number] !== chunk) throw new UsageError("read takes one of this file's chunks");
     checkHoldable(chunk);
     const stored = await this.#source.read(chunk.offset, chunk.end);
     checkDigest(chunk, await sha256(stored));
@@ -209,7 +208,8 @@ export class BstkFile {
 
 async function sourceOf(from, options) {
   if (from instanceof Blob) return new BlobSource(from);
-  if (from instanceof Uint8Array) return new BytesSource(from);
+  // A view of its own: slice() of Node's Buffer would not copy.
+  if (from instanceof Uint8Array) return new BytesSource(new Uint8Array(from.buffer, from.byteOffset, from.length));
   if (from instanceof ArrayBuffer) return new BytesSource(new Uint8Array(from));
   if (typeof from?.stream === "function" && typeof from.read === "function") return from;
   const url = from instanceof URL ? from.href : from;

@@ -31,7 +31,8 @@ const COMMANDS = {
   async truncate(file, { mb, output, force, "no-seal": noSeal }) {
     if (mb === undefined || output === undefined) throw new UsageError(`truncate needs --mb N and -o OUT\n${HELP}`);
     if (existsSync(output) && !force) throw new UsageError(`${output}: exists; --force replaces it`);
-    return { file_bytes: await writeCut(file, output, mb, { seal: !noSeal }), ...file.fit(mb), fileBytes: undefined };
+    const { chunks, memoryBytes } = file.fit(mb);
+    return { file_bytes: await writeCut(file, output, mb, { seal: !noSeal }), memory_bytes: memoryBytes, chunks };
   },
 };
 

@@ -18,6 +18,11 @@ export class UsageError extends BstkError {
   static exitCode = 2;
 }
 
+/** A cut cannot be written. */
+export class OutputError extends BstkError {
+  static exitCode = 1;
+}
+
 /** The file is partial, and a whole one was asked for. */
 export class PartialError extends BstkError {
   static exitCode = 3;

@@ -2,6 +2,7 @@
 
 import {
   RemoteAccessError, RemoteAnswerError, RemoteChangedError, RemoteError, RemoteNotFoundError, TransferError, UnreachableError,
+  UsageError,
 } from "./errors.js";
 import { concat } from "./sources.js";
 
@@ -13,6 +14,9 @@ export class HttpSource {
 
   constructor(url, { fetch = globalThis.fetch, signal } = {}) {
     this.url = new URL(url);
+    if (this.url.username || this.url.password) {
+      throw new UsageError("a user in a URL is refused by fetch; hand in a fetch that adds an Authorization header");
+    }
     this.name = this.url.origin + this.url.pathname; // neither user nor query: both may be secrets
     this.fetch = fetch;
     this.signal = signal;
@@ -127,7 +131,7 @@ export class HttpSource {
 
   async *#body(answer, wanted) {
     if (!wanted) return;
-    const reader = answer.body.getReader();
+    const reader = (answer.body ?? new Blob([]).stream()).getReader();
     let found = 0;
     try {
       while (true) {

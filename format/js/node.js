@@ -4,7 +4,7 @@ import { open as openHandle, rename, rm } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 
 import { open } from "./bstk.js";
-import { DamagedError, UsageError } from "./errors.js";
+import { BstkError, DamagedError, OutputError, UsageError } from "./errors.js";
 import { PIECE } from "./sources.js";
 
 class HandleSource {
@@ -64,7 +64,7 @@ export async function writeCut(file, path, megabytes, options = {}) {
   let written = 0;
   try {
     for await (const piece of file.cutPieces(megabytes, options)) {
-      handle ??= await openPart(part, path); // not before the budget was found good
+      handle ??= await openHandle(part, "wx"); // not before the budget was found good
       await handle.writeFile(piece);
       written += piece.length;
     }
@@ -74,15 +74,8 @@ export async function writeCut(file, path, megabytes, options = {}) {
   } catch (error) {
     await handle?.close().catch(() => {});
     await rm(part, { force: true });
-    throw error;
+    if (error instanceof BstkError || !error.code) throw error;
+    throw new OutputError(`${path}: cannot be written (${error.code})`, { cause: error });
   }
   return written;
-}
-
-async function openPart(part, path) {
-  try {
-    return await openHandle(part, "wx");
-  } catch (cause) {
-    throw new UsageError(`${path}: cannot be written (${cause.code})`, { cause });
-  }
 }

@@ -41,12 +41,15 @@ export function parsePreamble(bytes) {
   const u32 = (at) => view.getUint32(at, true);
   const u64 = (at) => view.getBigUint64(at, true);
   const [major, minor, preambleLength] = [u16(8), u16(10), u32(12)];
-  // Only a preamble of 256 bytes must have its CRC there; that of a newer version may be longer.
-  if (preambleLength === PREAMBLE_LENGTH || major === 1) {
-    const found = crc32(bytes.subarray(0, 252));
-    if (found !== u32(252)) throw new DamagedError(`preamble: its CRC-32 is ${found}, and ${u32(252)} is written there`);
+  const version = `version ${major}.${minor}; this reader reads 1.x`;
+  // Only a preamble of 256 bytes ends in its CRC there; that of a newer version may be longer.
+  if (preambleLength !== PREAMBLE_LENGTH) {
+    if (major !== 1) throw new UnsupportedVersionError(version);
+    throw new DamagedError(`preamble: its length is ${preambleLength}; it must be ${PREAMBLE_LENGTH}`);
   }
-  if (major !== 1) throw new UnsupportedVersionError(`version ${major}.${minor}; this reader reads 1.x`);
+  const found = crc32(bytes.subarray(0, 252));
+  if (found !== u32(252)) throw new DamagedError(`preamble: its CRC-32 is ${found}, and ${u32(252)} is written there`);
+  if (major !== 1) throw new UnsupportedVersionError(version);
   const incompatible = u64(16);
   if (incompatible & ~KNOWN_INCOMPATIBLE) {
     const unknown = (incompatible & ~KNOWN_INCOMPATIBLE).toString(16);
@@ -59,7 +62,6 @@ export function parsePreamble(bytes) {
   const within = (field, found, least, most) =>
     must(found >= least && found <= most, `the ${field} is ${found}; allowed: ${least} to ${most}`);
 
-  exactly("preamble length", preambleLength, PREAMBLE_LENGTH);
   const [fullLength, smallestLength] = [u64(40), u64(56)];
   const [chunkCount, baseCount] = [u32(64), u32(68)];
   const [namesLength, metadataLength] = [u64(96), u64(112)];

@@ -1,8 +1,7 @@
 /** Does the jobs of test_javascript.py: a list in JSON on stdin, a list of results on stdout. */
 
 import { createHash, randomBytes } from "node:crypto";
-import { readFileSync } from "node:fs";
-import { openAsBlob } from "node:fs";
+import { openAsBlob, readFileSync } from "node:fs";
 
 import { open } from "../../format/js/bstk.js";
 import { openPath } from "../../format/js/node.js";
@@ -27,21 +26,20 @@ const OPEN = {
   url: (job, options) => open(job.url, options),
 };
 
-async function zstdOf(url) {
-  if (!url) return undefined;
-  return async (frame) => {
+/** A decoder that asks the test's server, or none. */
+function zstdOf(url) {
+  return url && (async (frame) => {
     const answer = await fetch(url, { method: "POST", body: frame });
     if (!answer.ok) throw new Error(await answer.text());
     return new Uint8Array(await answer.arrayBuffer());
-  };
+  });
 }
 
 async function examine(job) {
   const warnings = [];
-  const options = { root: job.root, strict: job.strict, zstd: await zstdOf(job.zstd), warn: (words) => warnings.push(words) };
+  const options = { root: job.root, strict: job.strict, zstd: zstdOf(job.zstd), warn: (words) => warnings.push(words) };
   const file = await OPEN[job.from ?? "path"](job, options);
-  const result = { state: file.state, root: file.root, warnings: warnings.length, requests: file.requests,
-                   memory: file.memoryBytes, metadata: file.metadata };
+  const result = { state: file.state, root: file.root, warnings: warnings.length, memory: file.memoryBytes, metadata: file.metadata };
   if (job.content) {
     result.content = [];
     for (const c of file.chunks) {
@@ -55,7 +53,7 @@ async function examine(job) {
   for (const [mb, seal] of job.cuts ?? []) {
     result.cuts.push(await outcome(async () => digest(new Uint8Array(await (await file.cut(mb, { seal })).arrayBuffer()))));
   }
-  result.requests = file.requests;
+  result.requests = file.requests; // with those of the cuts
   await file.close();
   return result;
 }

@@ -176,6 +176,42 @@ def test_files_with_fields_set_to_anything(good, tmp_path, zstd):
         assert in_javascript(result) == opened(data), (i, result)
 
 
+TEXTS = [
+    *('{"a":%s}' % value for value in (
+        "01", "1.", ".5", "+1", "-", "1e", "-0.0", "1e-999", "1e308", "0e999", "1.7976931348623159e308", "0x10", "1_0", "tru", "truee",
+        "\uff11", '"\t"', '"\\x41"', '"\\u12"', '"\\/"', '"\x7f"', '"\\ud83d\\u0041"', '"\\ud83d\\ude00"', "[1,]", "[,]", "[}", "{1:1}",
+        "1 2", "1]", "", "9" * 5000, "0." + "1" * 5000,
+    )),
+    " \t\r\n{ } ", "{}\0", "{}\v", "\xa0{}", "{,}", '{"a":1,}', '{"a" 1}', '{"a"', '{"', '{"\\', "[{}]", "  ", "{}//",
+    '{"__proto__":1,"constructor":2}', '{"__proto__":1,"__proto__":1}', '{"":1,"":2}', '{"1":1,"01":2}', '{"\\ud83d\\ude00":1,"\U0001f600":2}',
+    '{"\u2028\ufeff":1}',
+]  # fmt: skip
+
+
+def test_metadata_is_json_and_no_more(good, tmp_path, zstd):
+    files = []
+    for i, text in enumerate(TEXTS):
+        draft = samples.Draft(good)
+        draft.metadata = text.encode()
+        files.append(draft.bytes())
+        (tmp_path / str(i)).write_bytes(files[-1])
+    results = node([{"path": str(tmp_path / str(i)), "content": True, "zstd": zstd} for i in range(len(TEXTS))])
+    accepted = 0
+    for text, data, result in zip(TEXTS, files, results, strict=True):
+        assert in_javascript(result) == opened(data), text
+        if "error" not in result:
+            assert result["metadata"] == bstk.open(data).metadata, text
+            accepted += 1
+    assert 10 < accepted < 20
+
+
+def test_every_byte_flipped(good, tmp_path):
+    for i in range(len(good)):
+        (tmp_path / str(i)).write_bytes(good[:i] + bytes([good[i] ^ 0x80]) + good[i + 1 :])
+    for i, result in enumerate(node([{"path": str(tmp_path / str(i)), "verify": True} for i in range(len(good))])):
+        assert "error" in result or "error" in result["verify"], i
+
+
 def expected_cut(path, out, mb, seal):
     try:
         bstk.truncate(path, out, mb=mb, seal=seal)
@@ -209,12 +245,37 @@ def test_cuts_are_byte_for_byte_those_of_truncate(how, tmp_path):
     assert compared > 100
 
 
-def test_a_damaged_chunk_is_not_cut_out():
-    (result,) = node([{"path": str(VECTORS / "chunk-flip.bstk"), "cuts": [[(1966 - 1) / 2**20, True]], "verify": True}])
-    with bstk.open(VECTORS / "chunk-flip.bstk") as f:
-        with pytest.raises(bstk.DamagedError) as caught:
-            f.verify()
-    assert caught.value.chunk.name in result["verify"]["message"]
+@pytest.mark.parametrize("how", ["path", "bytes", "blob"])
+def test_a_damaged_chunk_is_not_cut_out(how, good, tmp_path):
+    with bstk.open(good) as f:
+        chunk = f.chunks[f.base_count]
+    damaged = tmp_path / "damaged.bstk"
+    damaged.write_bytes(good[: chunk.offset] + bytes([good[chunk.offset] ^ 1]) + good[chunk.offset + 1 :])
+    cuts = [(chunk.offset / bstk.MB, True), (chunk.end / bstk.MB, True)]
+    (result,) = node([{"path": str(damaged), "from": how, "cuts": cuts, "verify": True}])
+    assert result["cuts"][0] == expected_cut(damaged, tmp_path / "out.bstk", *cuts[0])
+    assert result["cuts"][1]["error"] == result["verify"]["error"] == "DamagedError"
+    assert f'("{chunk.name}") at offset {chunk.offset}' in result["verify"]["message"]
+
+
+@pytest.mark.parametrize("how", ["path", "bytes", "blob"])
+def test_a_chunk_that_is_checked_as_it_streams(how, tmp_path, zstd):
+    length = 2**24 + 1000
+    raw = random.Random(1).randbytes(length)
+    path = tmp_path / "large.bstk"
+    entries = [samples.entry("a", bstk.TENSOR, raw, shape=(length,), dtype="u8"), samples.sign("b", 0), samples.sign("b", 1)]
+    bstk.write(path, {}, entries, 2)
+    data = path.read_bytes()
+    with bstk.open(data) as f:
+        start, end = f.chunks[0].offset, f.chunks[0].end
+        mb = f.smallest_length / bstk.MB
+    for name, at in {"first": start, "inside": start + 2**23, "last": end - 1}.items():
+        (tmp_path / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    jobs = [{"path": str(tmp_path / name), "from": how, "verify": True} for name in ("first", "inside", "last")]
+    results = node([{"path": str(path), "from": how, "cuts": [(mb, True)], "contents": True, "zstd": zstd}, *jobs])
+    assert results[0]["cuts"] == [expected_cut(path, tmp_path / "out.bstk", mb, True)]
+    assert results[0]["contents"]["contents"] is True
+    assert [result["verify"].get("error") for result in results[1:]] == ["DamagedError"] * 3
 
 
 def test_root_strict_and_the_streaming_digest():
@@ -282,6 +343,12 @@ def test_a_large_file_from_a_server_without_ranges_is_not_fetched(model):
     with RangeServer(data, ranges=False) as server:
         assert by_url(server)["error"] == "RemoteAnswerError"
         assert server.sent < len(data)
+
+
+def test_no_user_in_a_url(model):
+    with RangeServer(model) as server:
+        (result,) = node([{"url": server.url.replace("//", "//me:secret@"), "from": "url"}])
+        assert result["error"] == "UsageError" and "secret" not in result["message"] and not server.asked
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Finite(click.FloatRange):
 )
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, in the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most.")
-@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest; any option below asks for it too.")
+@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest; the next four options ask for it too.")
 @click.option("--temperature", type=Finite(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=Finite(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share.")

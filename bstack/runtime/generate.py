@@ -52,10 +52,14 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     Raises
     ------
     bstk.UsageError
-        The prompt is empty, or there is no chat template.
+        The prompt is empty or no text, or there is no chat template.
     bstack.errors.UnsupportedModelError
         The template or the tokenizer does not work.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is no text in UTF-8; convert it first.") from None
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template; leave --chat out and write the prompt as the model expects it.")

@@ -33,7 +33,8 @@ def parse(data: bytes) -> dict[str, Any]:
     _check_structure(data)
     try:
         value = json.loads(
-            data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
+            data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_finite_integer,
+            object_pairs_hook=_unique,
         )
         if b"\\u" in data:
             _check_texts(value)
@@ -103,6 +104,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is too large for a number")
     return value
+
+
+def _finite_integer(text: str) -> int:
+    if len(text) > 300:  # fewer digits are always finite as a double
+        _finite(text)
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def test_mistakes(bstack, model, options, code, words):
     assert done.stdout == ""
 
 
+def test_a_prompt_that_is_no_text(bstack, model):
+    done = bstack("run", model, "-p", "the river \udcff")
+    assert done.returncode == 2 and "UTF-8" in done.stderr
+
+
 def test_no_prompt(bstack, model):
     assert bstack("run", model).returncode == 2
     done = bstack("run", model, "-p", "")

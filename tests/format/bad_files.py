@@ -220,6 +220,7 @@ OPEN = {
     "metadata-nan": (meta(b'{"a":NaN}'), D),
     "metadata-infinity": (meta(b'{"a":-Infinity}'), D),
     "metadata-1e999": (meta(b'{"a":1e999}'), D),
+    "metadata-400-digits": (meta(b'{"a":' + b"9" * 400 + b"}"), D),
     "metadata-repeated-key": (meta(b'{"a":1,"a":1}'), D),
     "metadata-repeated-key-inside": (meta(b'{"b":[{"a":1,"\\u0061":2}]}'), D),
     "metadata-array": (meta(b"[]"), D),

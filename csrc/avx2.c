@@ -2,9 +2,9 @@
  *
  * Inputs are arranged so that the even and the odd of 32 codes each fill a register, which is how bytes fall into words.
  */
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC target("avx2")
 #endif
 #include "tiles.h"
@@ -156,6 +156,6 @@ const struct kernels bstack_avx2 = {
 };
 
 #endif
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -2,9 +2,9 @@
  *
  * Inputs are arranged in two planes: high bytes and low bytes of 64 codes, both signed, code = 256 high + low.
  */
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
 #endif
 #include "avx512_sign.h"
@@ -247,6 +247,6 @@ const struct kernels bstack_avx512 = {
 };
 
 #endif
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop
 #endif

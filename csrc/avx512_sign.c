@@ -4,9 +4,9 @@
  * looks up the sums of 16 rows, four to a row, which a dot product with ones adds to the row's 32-bit lane (look-ups in
  * place of products: T-MAC, arXiv 2407.00088). Sums have a high and a low byte, both signed, and a table for each.
  */
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
 #endif
 #include "avx512_sign.h"
@@ -198,6 +198,6 @@ void bstack_avx512_sum_signs(SUM_ARGUMENTS) {
 }
 
 #endif
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop
 #endif

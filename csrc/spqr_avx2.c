@@ -1,7 +1,7 @@
 /* SpQR with AVX2: a lane is a row, eight rows at a time. */
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC target("avx2")
 #endif
 #include "spqr.h"
@@ -158,6 +158,6 @@ static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, con
 const struct spqr_kernels bstack_spqr_avx2 = {dense, outliers};
 
 #endif
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop
 #endif

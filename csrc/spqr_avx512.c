@@ -1,7 +1,7 @@
 /* SpQR with AVX-512, VBMI and VNNI: a lane is a row, a dot product of bytes takes four inputs of each of the 16 rows. */
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
 #endif
 #include "spqr.h"
@@ -177,6 +177,6 @@ static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, con
 const struct spqr_kernels bstack_spqr_avx512 = {dense, outliers};
 
 #endif
-#if defined(__clang__)
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop
 #endif

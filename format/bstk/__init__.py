@@ -10,6 +10,7 @@ The format is described in ``format/SPEC.md``.
 
 from . import errors, limits
 from .budget import MB, budget_bytes, mb_ceil
+from .cuts import Cut
 from .cutting import plan, truncate
 from .errors import (
     BstkError,
@@ -42,7 +43,8 @@ from .growing import grow, plan_growth
 from .http import HttpSource
 from .index import Chunk
 from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, Kind
-from .reader import Cut, Reader, open
+from .opening import open
+from .reader import Reader
 from .sources import BytesSource, FileSource, Source
 from .urls import is_url
 from .writer import Entry, write

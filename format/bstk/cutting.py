@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-from . import reader, urls
+from . import opening, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
+from .cuts import Cut
 from .download import download
 from .errors import RemoteChangedError, UsageError, writing
 from .files import LockedFile, replacing
-from .reader import Cut, Reader
+from .reader import Reader
 
 
 def truncate(
@@ -69,7 +70,7 @@ def truncate(
         return _truncate(src, dst, mb, seal, progress)
     if dst is None and not urls.is_url(src):
         return _cut_in_place(os.fspath(src), mb, seal)
-    with reader.open(src, warn=False) as source:  # cutting is the cure that the warning names
+    with opening.open(src, warn=False) as source:  # cutting is the cure that the warning names
         return _truncate(source, dst, mb, seal, progress)
 
 
@@ -82,7 +83,7 @@ def plan(source: Reader, mb: Budget) -> Cut:
         As in `truncate`.
     """
     name = source.source.name
-    reader.require_rewritable(source)
+    opening.require_rewritable(source)
     cut = source.fit(mb)
     # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed. And all of a file
     # on a server is worth fetching.
@@ -104,7 +105,7 @@ def _truncate(
         try:
             return _fetch(source, dst, mb, seal, progress)
         except RemoteChangedError:
-            return _fetch(reader.reopen(source), dst, mb, seal, progress)
+            return _fetch(opening.reopen(source), dst, mb, seal, progress)
     cut = plan(source, mb)
     if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
         raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
@@ -118,7 +119,7 @@ def _truncate(
 
         write(header_of(source, cut.file_bytes if seal else 0))
         copy_chunks(source, source.chunks[: cut.chunks], write)
-        reader.open(temporary, warn=False).close()
+        opening.open(temporary, warn=False).close()
     return cut
 
 
@@ -132,10 +133,10 @@ def _fetch(source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, 
 
 def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
     """Unseal, shorten, seal, each on disk before the next begins: unsealed, the file is valid at either length."""
-    reader.open(path, warn=False).close()  # what is no good file is refused as such, and not for want of the right to write
+    opening.open(path, warn=False).close()  # what is no good file is refused as such, and not for want of the right to write
     with LockedFile(path) as file:
         # Read again: until it was locked, another process may have changed it.
-        with reader.open(path, warn=False) as source:
+        with opening.open(path, warn=False) as source:
             cut = plan(source, mb)
         steps = []
         if source.seal:

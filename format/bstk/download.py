@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 from .copying import Progress, extend, header_of, intact, overwrite_preamble
+from .cuts import Cut
 from .errors import BstkError, OutputError, writing
 from .files import LockedFile, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
-from .reader import Cut, Reader
+from .reader import Reader
 
 
 def part_of(dst: str | os.PathLike[str]) -> str:

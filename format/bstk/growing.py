@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
-from . import reader as readers
+from . import opening
 from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
+from .cuts import Cut
 from .errors import OtherModelError, RemoteChangedError, UsageError
 from .files import LockedFile
-from .reader import Cut, Reader
+from .reader import Reader
 
 
 def grow(
@@ -58,11 +59,11 @@ def grow(
     ResourceError, OutputError
         The file cannot be written.
     """
-    with readers.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
-        readers.require_rewritable(small)
+    with opening.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
+        opening.require_rewritable(small)
     if isinstance(source, Reader):
         return _grow(path, mb, source, progress)
-    with readers.open(source, warn=False) as larger:
+    with opening.open(source, warn=False) as larger:
         return _grow(path, mb, larger, progress)
 
 
@@ -71,11 +72,11 @@ def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Pr
         try:
             return _append(file, mb, larger, progress)
         except RemoteChangedError:
-            return _append(file, mb, readers.reopen(larger), progress)
+            return _append(file, mb, opening.reopen(larger), progress)
 
 
 def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    with readers.open(file.path, warn=False) as small:
+    with opening.open(file.path, warn=False) as small:
         cut = plan_growth(small, mb, larger)
     unsealed = small.preamble.sealed(0).to_bytes()
 
@@ -98,7 +99,7 @@ def plan_growth(small: Reader, mb: Budget, larger: Reader) -> Cut:
         As in `grow`.
     """
     name, other = small.source.name, larger.source.name
-    readers.require_rewritable(small)
+    opening.require_rewritable(small)
     if small.root != larger.root:
         raise OtherModelError(
             f"{name}: {other} belongs to another model: its root digest is {larger.root.hex()}, that of {name} is "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import dtypes, frames, header, index, kinds, limits, preamble, reader
+from . import dtypes, frames, header, index, kinds, limits, opening, preamble
 from . import metadata as metadata_module
 from .errors import DamagedError, UsageError, located, writing
 from .files import replacing
@@ -85,7 +85,7 @@ def write(
             with writing(shown):
                 sink.write(stored)
         # What a reader will make of it, before it takes the place of anything.
-        reader.open(temporary, strict=True).close()
+        opening.open(temporary, strict=True).close()
 
 
 def build_header(

@@ -2,7 +2,7 @@
 
 import pytest
 from bstack.memory.free import Memory
-from bstack.runtime.policy import MOST_PATIENCE, QUIET, SHARE, STALL, STEP, Policy, default_margin, first_budget
+from bstack.runtime.policy import MOST_PATIENCE, QUIET, STALL, STEP, Policy, default_margin, first_budget
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -190,11 +190,19 @@ def test_workers_with_other_versions(tiny_llama, tmp_path, scheduler, add_worker
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "http://127.0.0.1:1", ""])
-def test_no_scheduler(tiny_llama, tmp_path, address, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "code", "words"),
+    [
+        ("tcp://127.0.0.1:1", 1, "No Dask scheduler answers"),
+        ("http://127.0.0.1:1", 1, "No Dask scheduler answers"),
+        ("nonsense", 2, "is no address of a scheduler; they look like tcp://"),
+        ("", 2, "is no address of a scheduler; they look like tcp://"),
+    ],
+)
+def test_no_scheduler(tiny_llama, tmp_path, address, code, words, capsys, monkeypatch):
     monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
-    code, out, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", address, *QUICK)
-    assert (code, out) == (1, "") and "No Dask scheduler answers" in err and err.count("\n") == 1
+    *answer, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", address, *QUICK)
+    assert answer == [code, ""] and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

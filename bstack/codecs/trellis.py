@@ -95,11 +95,11 @@ class TrellisCodec(Codec):
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
             values_product = values @ turned
-            scale = _refit(residual, values, kept * values_product + ridge * values)
+            scale = _refit(residual, values, values_product, kept, ridge)
             residual -= values.mul_(scale.float()[:, None])
             product -= values_product.mul_(scale.float()[:, None])
             del values, values_product
-            yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, (product * residual).sum(1).clamp_min(0))
+            yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, _row_sums(product, residual).clamp_min(0))
 
     @staticmethod
     def rebuild(
@@ -141,16 +141,17 @@ def _encode(
     weight = importance * scale.square()
     weight = (weight / weight.mean().clamp_min(1e-38)).numpy()
     columns = residual.t().contiguous()
-    errors = torch.empty(n, m)
     codes = np.empty((n, EARLIER + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
-        target = columns[start:stop] + factor[:start, start:stop].t() @ errors[:start]
-        codes[start:stop], group_errors = encode_columns(
+        # What is not needed any more gives way to what is: up to `start` these are the columns' errors.
+        target = columns[start:stop] + factor[:start, start:stop].t() @ columns[:start]
+        codes[start:stop], errors = encode_columns(
             target.numpy(), columns[start:stop].numpy(), factor[start:stop, start:stop].contiguous().numpy(),
             table, scale.numpy(), weight,
         )
-        errors[start:stop] = torch.from_numpy(group_errors)
+        columns[start:stop] = torch.from_numpy(errors)
+    del columns
     codes = np.ascontiguousarray(codes.T)
     return _values(codes), codes
 
@@ -162,15 +163,34 @@ def _values(codes: np.ndarray) -> torch.Tensor:
         windows |= codes[EARLIER - above : -above] << (BITS * above)
     values = np.empty(windows.shape, np.float32)
     table = np.array(TABLE, np.float32)
-    for start in range(0, len(windows), ROWS_TOGETHER):  # numpy makes indices of 8 bytes
-        values[start : start + ROWS_TOGETHER] = table[windows[start : start + ROWS_TOGETHER]]
+    for rows in _parts(windows):  # numpy makes indices of 8 bytes
+        values[rows] = table[windows[rows]]
     return torch.from_numpy(values)
 
 
-def _refit(residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """Scale of each row that leaves the smallest output error, v H r / v H v, from v H; half precision, shape (m,)."""
-    scale = (product * residual).sum(1) / (product * values).sum(1).clamp_min(1e-30)
+def _refit(
+    residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor, kept: float, ridge: float
+) -> torch.Tensor:
+    """Scale of each row that leaves the smallest output error, v H r / v H v; half precision, shape (m,).
+
+    `product` is v times the moment as it was measured; H is the better estimate of it (`_trusted`).
+    """
+    scale = torch.empty(len(values))
+    for rows in _parts(values):
+        trusted = kept * product[rows] + ridge * values[rows]
+        scale[rows] = (trusted * residual[rows]).sum(1) / (trusted * values[rows]).sum(1).clamp_min(1e-30)
     return scale.clamp(-HALF_MAX, HALF_MAX).half()
+
+
+def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The sum of a times b over each row, shape (m,)."""
+    return torch.cat([(a[rows] * b[rows]).sum(1) for rows in _parts(a)])
+
+
+def _parts(matrix: torch.Tensor | np.ndarray) -> Iterator[slice]:
+    """Rows a few at a time: of a large matrix not even a product's copy should be in memory."""
+    for start in range(0, len(matrix), ROWS_TOGETHER):
+        yield slice(start, start + ROWS_TOGETHER)
 
 
 def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:

@@ -140,7 +140,7 @@ def _encode(
     # Errors are weighed in units of the output, so by the squared scale too.
     weight = importance * scale.square()
     weight = (weight / weight.mean().clamp_min(1e-38)).numpy()
-    columns = residual.t().contiguous()
+    columns = residual.t().clone(memory_format=torch.contiguous_format)  # a copy also of a single row
     codes = np.empty((n, EARLIER + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)

@@ -61,12 +61,22 @@ def test_signs_are_balanced_and_do_not_depend_on_the_width():
 def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
     x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed))
     h = x.t() @ x
-    expected = feedback_factor(h.clone(), 1.0)
+    expected = feedback_factor(h.clone, 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bstack.numerics.feedback.PIECE", piece)
-        assert torch.equal(feedback_factor(h.clone(), 1.0), expected)
+        assert torch.equal(feedback_factor(h.clone, 1.0), expected)
         patch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", 0)  # where the moment's own memory is used
-        assert torch.allclose(feedback_factor(h, 1.0), expected, atol=1e-3)
+        assert torch.allclose(feedback_factor(h.clone, 1.0), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("double_width", [0, 100])
+def test_feedback_factor_holds_back_where_there_is_none(double_width, monkeypatch):
+    """No Cholesky factor of H + d I exists for d of 1 or 10, as the smallest eigenvalue of H is -50; one does for 100."""
+    monkeypatch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", double_width)
+    x = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    h = x.t() @ x
+    h -= (torch.linalg.eigvalsh(h)[0] + 50) * torch.eye(7)
+    assert torch.allclose(feedback_factor(h.clone, 1.0), feedback_factor(h.clone, 100.0))
 
 
 @given(n=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), damp=st.floats(1e-3, 1e3))
@@ -74,7 +84,7 @@ def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
 def test_feedback_factor_is_a_unit_triangular_factor(n, seed, damp):
     x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed))
     h = x.t() @ x
-    factor = feedback_factor(h, damp).double()
+    factor = feedback_factor(h.clone, damp).double()
     assert torch.equal(factor.triu(), factor)
     assert torch.allclose(factor.diagonal(), torch.ones(n, dtype=torch.float64))
     inverse = torch.linalg.inv(factor)

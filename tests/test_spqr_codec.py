@@ -272,7 +272,7 @@ def test_more_inputs_than_16_bits_reach_are_refused():
 
 def test_factorise_is_the_decomposition():
     h = moment(30)
-    factor, cost = factorise(h, 2.0)
+    factor, cost = factorise(h.clone, 2.0)
     again = factor.double() @ torch.diag(cost.double()) @ factor.double().t()
     assert torch.allclose(again, h.double() + 2 * torch.eye(30).double(), rtol=1e-5, atol=1e-3)
     # GPTQ's form: the cost of a column is one over the square of the inverse's Cholesky diagonal.
@@ -285,7 +285,7 @@ def test_groups_are_coded_as_written_out():
     rng = np.random.default_rng(0)
     g, rows, candidates, most = 7, 5, 3, 7
     h = moment(g, 1)
-    factor, cost = factorise(h, 0.1)
+    factor, cost = factorise(h.clone, 0.1)
     weight = torch.from_numpy(rng.standard_normal((g, rows))).float()
     kept = torch.where(torch.from_numpy(rng.random((g, rows))) < 0.2, 0.02, 1.0).float()
     scale = torch.from_numpy(rng.uniform(0.2, 0.6, (candidates, rows))).float()

@@ -46,9 +46,8 @@ def damped(moment: torch.Tensor, tokens: int) -> Damped:
     """Shrink, order and factorise a second moment, float32, shape (inputs, inputs)."""
     kept, ridge = shrinkage(moment, tokens)
     order = moment.diagonal().argsort(stable=True, descending=True)
-    trusted = kept * moment[order][:, order]
-    damping = ridge + DAMPING * float(trusted.diagonal().mean())
-    return Damped(order, *factorise(trusted, damping if damping > 0 else 1.0))
+    damping = ridge + DAMPING * float((kept * moment.diagonal()[order]).mean())
+    return Damped(order, *factorise(lambda: kept * moment[order][:, order], damping if damping > 0 else 1.0))
 
 
 def code_columns(

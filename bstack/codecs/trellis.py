@@ -91,7 +91,7 @@ class TrellisCodec(Codec):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if later != damped_for:
                 factor, damped_for = None, later  # the old one gives way first
-                factor = feedback_factor(_trusted(turned, kept, ridge), damping(*spectrum, later))
+                factor = feedback_factor(lambda: _trusted(turned, kept, ridge), damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
             values_product = values @ turned

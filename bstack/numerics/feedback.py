@@ -7,6 +7,7 @@ is tr(D) times that of the quantiser (LDLQ, QuIP, arXiv 2307.13304, section 3; t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -19,20 +20,20 @@ LEAST_DAMPING = 1e-3
 PIECE = 2**22
 
 
-def feedback_factor(moment: torch.Tensor, damp: float) -> torch.Tensor:
-    """M of moment + damp I = M D M^T; see `factorise`."""
+def feedback_factor(moment: Callable[[], torch.Tensor], damp: float) -> torch.Tensor:
+    """M of moment() + damp I = M D M^T; see `factorise`."""
     return factorise(moment, damp)[0]
 
 
-def factorise(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and D of moment + damp I = M D M^T.
+def factorise(moment: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """M and D of moment() + damp I = M D M^T.
 
-    Made where the moment was, beside one more matrix of its size: four are 3.3 GB at a width of 14336.
+    Made where the moment was, without another matrix of its size: one is .8 GB at a width of 14336.
 
     Parameters
     ----------
-    moment : torch.Tensor
-        H, float32, shape (inputs, inputs), contiguous. It may be overwritten.
+    moment : callable
+        Returns H, float32, shape (inputs, inputs), contiguous, which is overwritten; called again where rounding spoils a factor.
     damp : float
         d, positive: how far the feedback is held back.
 
@@ -44,18 +45,22 @@ def factorise(moment: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Te
         The diagonal of D, float32, shape (inputs,): what an error of 1 in a column costs when the later columns have made up
         for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
     """
-    dtype = torch.float64 if moment.shape[0] <= DOUBLE_WIDTH else torch.float32
-    flipped = _flip(moment.to(dtype))
-    flipped.diagonal().add_(damp)
-    lower, failed = torch.linalg.cholesky_ex(flipped)
-    while int(failed):  # rounding made a tiny eigenvalue negative: hold the feedback back further
-        flipped.diagonal().add_(9 * damp)
-        damp *= 10
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+    while (factor := _cholesky(moment(), damp)) is None:
+        damp *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
     # LAPACK's factor stands column by column, so its transpose is the one that is contiguous.
-    upper = _flip(lower.t()).t()
+    upper = _flip(factor.t()).t()
     diagonal = upper.diagonal().clone()
     return upper.div_(diagonal).float(), diagonal.square().float()
+
+
+def _cholesky(moment: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """Cholesky factor of the flipped, damped moment in the moment's own memory, if it is wide; None where there is none."""
+    flipped = _flip(moment.double() if len(moment) <= DOUBLE_WIDTH else moment)
+    flipped.diagonal().add_(damp)
+    columns = flipped.t()  # as LAPACK wants it; it is symmetric
+    failed = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(columns, out=(columns, failed))
+    return None if int(failed) else columns
 
 
 def _flip(square: torch.Tensor) -> torch.Tensor:

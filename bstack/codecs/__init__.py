@@ -13,6 +13,7 @@ from bstack.settings import Settings
 __all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TrellisCodec, SignCodec, SpqrCodec)}
+_OF_KIND = {kind: codec for codec in CODECS.values() for kind in codec.kinds}
 
 
 def codec_of_kind(kind: bstk.Kind) -> type[Codec]:
@@ -21,9 +22,9 @@ def codec_of_kind(kind: bstk.Kind) -> type[Codec]:
     Raises
     ------
     KeyError
-        For a kind that is no codec's; the container's reader refuses such files first.
+        For a kind that no stack begins with; the container's reader refuses such files first.
     """
-    return next(codec for codec in CODECS.values() if kind in codec.kinds)
+    return _OF_KIND[kind]
 
 
 def make_codec(settings: Settings) -> Codec:

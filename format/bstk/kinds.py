@@ -34,6 +34,10 @@ class Kind:
     feature : int
         The bits of the preamble's incompatible-flags word that announce it; 0 for the kinds of version 1.0, which every
         reader knows. They are set in a file if and only if the file has a chunk of the kind.
+    first : bool
+        It may be the first chunk of its name.
+    on : tuple of str
+        Names of the kinds that the block below it may be of.
     check : callable or None
         Takes a chunk's raw bytes and shape, after their length has been checked, and raises ValueError where a decoder
         would be led outside the matrix.
@@ -45,6 +49,8 @@ class Kind:
     is_block: bool
     rule: Rule = field(repr=False, compare=False)
     feature: int = 0
+    first: bool = True
+    on: tuple[str, ...] = ()
     check: Callable[[bytes, tuple[int, ...]], None] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -121,10 +127,13 @@ MAX_SPARSE_COLUMNS = 2**16 - 1
 
 FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)
 TENSOR = Kind(2, "tensor", is_weight=True, is_block=False, rule=_tensor)
-SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign)
-TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis)
+SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign, on=("sign",))
+TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis, on=("trellis", "spqr", "outliers"))
 SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=contents.check_spqr)
-OUTLIERS = Kind(6, "outliers", is_weight=True, is_block=True, rule=_outliers, feature=1 << 1, check=contents.check_outliers)
+OUTLIERS = Kind(
+    6, "outliers", is_weight=True, is_block=True, rule=_outliers, feature=1 << 1, first=False, on=("spqr",),
+    check=contents.check_outliers,
+)  # fmt: skip
 
 BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}
 

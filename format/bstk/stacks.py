@@ -30,11 +30,16 @@ def check(chunks: Sequence[Chunk], preamble: Preamble) -> None:
                 raise _wrong(chunk, f"its name first appears after the smallest model ({preamble.base_count} chunks)")
             if chunk.level != 0:
                 raise _wrong(chunk, f"the first block of a name has level 0, found {chunk.level}")
+            if not kind.first:
+                raise _wrong(chunk, f"a stack does not begin with {kind}; allowed below it: {' or '.join(kind.on)}")
         else:
             if not (kind.is_block and below.kind.is_block):
                 raise _wrong(chunk, "its name appears twice, and only blocks stack")
             if chunk.level != below.level + 1:
                 raise _wrong(chunk, f"level {chunk.level} follows level {below.level}; allowed: {below.level + 1}")
+            if below.kind.name not in kind.on:
+                allowed = " or ".join(kind.on) or "nothing, it is the first of its stack"
+                raise _wrong(chunk, f"{kind} stands on {below.kind}; allowed below it: {allowed}")
             if chunk.shape != below.shape or chunk.transposed != below.transposed:
                 raise _wrong(
                     chunk,

@@ -12,29 +12,30 @@ const MAX_DIMENSION = 2 ** 31 - 1;
 const ceil = (a, b) => Math.ceil(a / b);
 
 /**
- * For each kind: whether it is a block, the incompatible flag that it needs, and `rule(record)`, which returns the raw
- * length that the rest of the record asks for, or a text that says what is wrong.
+ * For each kind: whether it is a block, the kinds that the chunk below it in its stack may be of (`on`; "" stands for none,
+ * the kind may be first), the incompatible flag that it needs, and `rule(record)`, which returns the raw length that the
+ * rest of the record asks for, or a text that says what is wrong.
  *
  * Numbers suffice: a product past 2^53 loses digits, but never falls back to the 2^31 that a raw length can be.
  */
 const KINDS = new Map([
-  [1, { name: "file", rule: ({ shape, dtype, rank, rawLength }) =>
+  [1, { name: "file", on: [""], rule: ({ shape, dtype, rank, rawLength }) =>
     shape.length || dtype !== "none" || rank ? "a file has no shape, dtype or rank" : rawLength }],
-  [2, { name: "tensor", rule: ({ shape, dtype, rank }) =>
+  [2, { name: "tensor", on: [""], rule: ({ shape, dtype, rank }) =>
     dtype === "none" || rank ? "a tensor has a dtype and no rank"
       : shape.reduce((product, n) => product * n, DTYPE_BYTES[DTYPES.indexOf(dtype)]) }],
-  [3, { name: "sign", block: true, rule: ({ shape: [m, n], rank }) =>
+  [3, { name: "sign", block: true, on: ["", "sign"], rule: ({ shape: [m, n], rank }) =>
     rank < 1 || rank > Math.min(m, n) ? `rank ${rank}; allowed: 1 to ${Math.min(m, n)}`
       : m * ceil(n, 8) + 2 * rank * (m + n) }],
-  [4, { name: "trellis", block: true, rule: ({ shape: [m, n], rank }) =>
+  [4, { name: "trellis", block: true, on: ["", "trellis", "spqr", "outliers"], rule: ({ shape: [m, n], rank }) =>
     rank !== 2 ? `rank ${rank}; a trellis block has 2` : (m + 3) * ceil(n, 4) + 2 * m }],
-  [5, { name: "spqr", block: true, narrow: true, flag: 1n, rule: ({ shape: [m, n], rank }) => {
+  [5, { name: "spqr", block: true, on: [""], narrow: true, flag: 1n, rule: ({ shape: [m, n], rank }) => {
     const bits = [3, 4].find((b) => [16, 32, 64, 128].includes(rank - b));
     if (!bits) return `rank ${rank}; allowed: 16, 32, 64 or 128, plus 3 or 4`;
     const group = rank - bits;
     return 64 * ceil(2 * n, 64) + ceil(m, 16) * ceil(n, group) * (2 * bits * group + 20);
   } }],
-  [6, { name: "outliers", block: true, narrow: true, flag: 2n, rule: ({ shape: [m, n], rank, rawLength }) => {
+  [6, { name: "outliers", block: true, on: ["spqr"], narrow: true, flag: 2n, rule: ({ shape: [m, n], rank, rawLength }) => {
     if (rank) return `rank ${rank}; an outliers block has 0`;
     const values = (rawLength - 4 * (m + 1)) / 4;
     return Number.isInteger(values) && values >= 0 && values <= m * n ? rawLength
@@ -130,6 +131,10 @@ function checkStack(chunk, before, must) {
   must(!before || (before.isBlock && chunk.isBlock), "a name with several chunks has only blocks");
   must(chunk.level === level, before ? `level ${chunk.level} follows level ${before.level}; allowed: ${level}`
     : `level ${chunk.level} is the first of its name; it must be 0`);
+  const on = KINDS.get(chunk.kindCode).on;
+  const below = before ? before.kind : "";
+  must(on.includes(below), `${chunk.kind} ${below ? `stands on ${below}` : "is the first of its stack"}; ` +
+    `allowed: ${on.map((kind) => (kind ? `on ${kind}` : "first")).join(", ")}`);
   if (before) {
     must(chunk.shape.every((n, i) => n === before.shape[i]), "its shape is another than that of the block below");
     must(chunk.transposed === before.transposed, "it is transposed where the block below is not, or the reverse");

@@ -38,6 +38,10 @@ def name(number: int, text: bytes) -> Callable:
     return lambda draft: draft.names.__setitem__(number, text)
 
 
+def stack(*kinds: str) -> Callable:
+    return lambda draft: samples.stack(draft, *kinds)
+
+
 def table(change: Callable[[list[bytes]], bytes]) -> Callable:
     return lambda draft: setattr(draft, "names_table", change([struct.pack("<I", len(n)) + n for n in draft.names]))
 
@@ -189,6 +193,20 @@ OPEN = {
     "blocks-of-two-shapes": (shape(UP2, 3, 12), D),
     "blocks-of-two-orientations": (record(UP2, flags=1), D),
     "tensor-twice": (_tensor_twice, D),
+    "stack-of-outliers": (stack("outliers"), D),
+    "stack-of-outliers-and-trellis": (stack("outliers", "trellis"), D),
+    "stack-of-outliers-and-spqr": (stack("outliers", "spqr"), D),
+    "stack-of-spqr-twice": (stack("spqr", "spqr"), D),
+    "stack-of-spqr-and-sign": (stack("spqr", "sign"), D),
+    "stack-of-spqr-and-outliers-twice": (stack("spqr", "outliers", "outliers"), D),
+    "stack-of-spqr-trellis-and-outliers": (stack("spqr", "trellis", "outliers"), D),
+    "stack-of-spqr-outliers-and-spqr": (stack("spqr", "outliers", "spqr"), D),
+    "stack-of-trellis-and-outliers": (stack("trellis", "outliers"), D),
+    "stack-of-trellis-spqr-and-outliers": (stack("trellis", "spqr", "outliers"), D),
+    "stack-of-trellis-and-sign": (stack("trellis", "trellis", "sign"), D),
+    "stack-of-sign-and-trellis": (stack("sign", "trellis"), D),
+    "stack-of-sign-and-spqr": (stack("sign", "spqr"), D),
+    "stack-of-sign-and-outliers": (stack("sign", "outliers"), D),
     "block-on-a-file": (record(UP1, name=0), D),
     "name-after-the-smallest-model": (_smaller_base, D),
     # names

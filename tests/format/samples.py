@@ -93,6 +93,25 @@ def frame(raw: bytes, **settings) -> bytes:
     return zstandard.ZstdCompressor(**settings).compress(raw)
 
 
+_BLOCKS = {  # kind -> code, rank, incompatible flag, raw bytes of a block of 4 x 10
+    "sign": (3, 1, 0, noise("sign", 36)),
+    "trellis": (4, 2, 0, noise("trellis", 21) + bytes(8)),
+    "spqr": (5, 19, 1, struct.pack("<10H", *range(10)).ljust(64, b"\0") + noise("spqr", 108) + bytes(8)),
+    "outliers": (6, 0, 2, bytes(20)),
+}
+
+
+def stack(draft: Draft, *kinds: str) -> None:
+    """Have the stack of three blocks in the good file (records 3, 5 and 7) be one of up to three blocks of these kinds."""
+    records = (3, 5, 7)
+    for record, kind in zip(records, kinds, strict=False):
+        code, rank, flag, raw = _BLOCKS[kind]
+        draft.chunk(record, frame(raw), kind=code, rank=rank, raw=len(raw))
+        draft.forced["incompatible"] = draft.forced.get("incompatible", 0) | flag
+    for record in reversed(records[len(kinds) :]):
+        draft.drop(record)
+
+
 class Draft:
     """A file in pieces: `preamble` and each of `records` are dicts; `names`, `metadata` and `chunks` are bytes.
 

@@ -76,6 +76,9 @@ def test_the_last_of_many_names_stands_twice():
         ("major-2", "version 2.0; .* reads 1.x"),
         ("incompatible-flag-63", "flags 0x8000000000000000"),
         ("level-gap", "level 3 follows level 1; allowed: 2"),
+        ("stack-of-outliers", "does not begin with outliers; allowed below it: spqr"),
+        ("stack-of-sign-and-trellis", "trellis stands on sign; allowed below it: trellis or spqr or outliers"),
+        ("stack-of-trellis-spqr-and-outliers", "spqr stands on trellis; allowed below it: nothing"),
         ("metadata-repeated-key", "'a' appears twice"),
     ],
 )

@@ -97,16 +97,24 @@ def test_what_the_rules_refuse(kind, shape, dtype, rank, words):
         kind.rule(shape, dtype, rank)
 
 
+def spqr_stack(outliers):
+    """A 2 x 3 matrix: an spqr block and one of outliers."""
+    dense = struct.pack("<3H", 0, 1, 2).ljust(64 + 148, b"\0")
+    fields = {"shape": (2, 3), "dtype": "f16"}
+    return [
+        samples.entry("w", bstk.SPQR, dense, rank=20, **fields),
+        samples.entry("w", bstk.OUTLIERS, outliers, level=1, rank=0, **fields),
+    ]
+
+
 @pytest.mark.parametrize("length", [8, 14, 12 + 4 * 6 + 4])
 def test_lengths_that_the_index_may_not_state(length, tmp_path):
-    entry = samples.entry("w", bstk.OUTLIERS, bytes(length), shape=(2, 3), dtype="f16", rank=0)
     with pytest.raises(bstk.UsageError, match="12 to 36 in steps of 4"):
-        bstk.write(tmp_path / "out.bstk", {}, [entry], 1)
+        bstk.write(tmp_path / "out.bstk", {}, spqr_stack(bytes(length)), 1)
 
 
 def test_reading_names_the_block(tmp_path):
-    entry = samples.entry("w", bstk.OUTLIERS, block([0, 1, 1], [7]), shape=(2, 3), dtype="f16", rank=0)
-    bstk.write(tmp_path / "out.bstk", {}, [entry], 1)
-    with bstk.open(tmp_path / "out.bstk") as file, pytest.raises(bstk.DamagedError, match="outliers 'w' level 0.*column 7") as caught:
+    bstk.write(tmp_path / "out.bstk", {}, spqr_stack(block([0, 1, 1], [7])), 1)
+    with bstk.open(tmp_path / "out.bstk") as file, pytest.raises(bstk.DamagedError, match="outliers 'w' level 1.*column 7") as caught:
         file.verify()
-    assert caught.value.chunk == file.chunks[0]
+    assert caught.value.chunk == file.chunks[1]

@@ -5,7 +5,7 @@ import pytest
 import samples
 from bstk import kinds
 
-LATER = kinds.Kind(900, "later", is_weight=True, is_block=True, rule=lambda shape, dtype, rank: None, feature=1 << 5)
+LATER = kinds.Kind(900, "later", is_weight=True, is_block=True, rule=lambda shape, dtype, rank: None, feature=1 << 5, on=("sign",))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The reader in format/js, which was written from SPEC.md alone, comes to the verdicts of `bstk`."""
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -149,6 +150,22 @@ def test_named_bad_files(good, tmp_path, zstd):
             refused = [i for i, (*_, raw) in enumerate(result["content"]) if isinstance(raw, dict)]
             assert refused == [number] and result["content"][number][-1]["error"] == "DamagedError", case
             assert result["contents"]["error"] == "DamagedError", case
+
+
+def test_stacks_of_all_kinds(good, tmp_path, zstd):
+    """Each row of three kinds and fewer: both readers take it, or neither does."""
+    every = [stack for length in (1, 2, 3) for stack in itertools.product(("sign", "trellis", "spqr", "outliers"), repeat=length)]
+    for number, stack in enumerate(every):
+        draft = samples.Draft(good)
+        samples.stack(draft, *stack)
+        (tmp_path / str(number)).write_bytes(draft.bytes())
+    jobs = [{"path": str(tmp_path / str(number)), "content": True, "zstd": zstd} for number in range(len(every))]
+    taken = 0
+    for number, (stack, result) in enumerate(zip(every, node(jobs), strict=True)):
+        expected = opened((tmp_path / str(number)).read_bytes())
+        assert in_javascript(result) == expected, stack
+        taken += not isinstance(expected, str)
+    assert 0 < taken < len(every)
 
 
 def test_files_with_fields_set_to_anything(good, tmp_path, zstd):

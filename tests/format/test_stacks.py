@@ -1,0 +1,47 @@
+"""Of which kinds a stack may be: what both readers take, and what the codecs can rebuild."""
+
+import bstk
+import pytest
+import samples
+from bstk import kinds
+
+from bstack.codecs import codec_of_kind
+
+GOOD = [
+    ("sign",),
+    ("sign", "sign", "sign"),
+    ("trellis",),
+    ("trellis", "trellis", "trellis"),
+    ("spqr",),
+    ("spqr", "outliers"),
+    ("spqr", "outliers", "trellis"),
+    ("spqr", "trellis", "trellis"),
+]
+
+
+@pytest.mark.parametrize("stack", GOOD)
+def test_good_stacks_are_read_and_rebuilt(stack, good):
+    draft = samples.Draft(good)
+    samples.stack(draft, *stack)
+    with bstk.open(draft.bytes()) as file:
+        file.verify()
+        blocks = file.stack("layers.0.up")
+        payloads = [file.read(block) for block in blocks]
+    assert [block.kind.name for block in blocks] == list(stack)
+    for depth in range(1, len(blocks) + 1):
+        part = blocks[:depth]
+        matrix = codec_of_kind(part[0].kind).rebuild(
+            payloads[:depth], [block.kind for block in part], [block.rank for block in part], part[0].shape
+        )
+        assert matrix.shape == (4, 10)
+
+
+def test_every_kind_that_a_stack_begins_with_has_a_codec():
+    blocks = [kind for kind in kinds.BY_CODE.values() if kind.is_block]
+    for kind in blocks:
+        if kind.first:
+            assert kind in codec_of_kind(kind).kinds
+        else:
+            with pytest.raises(KeyError):
+                codec_of_kind(kind)
+    assert {name for kind in blocks for name in kind.on} <= {kind.name for kind in blocks}

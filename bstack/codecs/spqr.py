@@ -25,12 +25,10 @@ from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damped
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
-from bstack.kernels.matrix import TRELLIS as TRELLIS_CODE
 from bstack.kernels.multiply import decode_rows
 from bstack.kernels.spqr import GROUPS, ROWS, WIDEST, Outliers, dense_bytes, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
 from bstack.numerics.outliers import outlier_scores
-from bstack.numerics.rotation import unrotate
 from bstack.settings import Settings
 
 __all__ = ["SpqrCodec"]
@@ -146,10 +144,12 @@ class SpqrCodec(Codec):
     def rebuild(
         payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
     ) -> torch.Tensor:
-        matrix = Matrix.of(*shape, [(kind.code, rank, p) for kind, rank, p in zip(kinds, ranks, payloads, strict=True)])
+        below = sum(kind is not bstk.TRELLIS for kind in kinds)
+        blocks = zip(kinds[:below], ranks[:below], payloads[:below], strict=True)
+        matrix = Matrix.of(*shape, [(kind.code, rank, payload) for kind, rank, payload in blocks])
         total = torch.from_numpy(decode_rows(matrix, PLAIN, 0, matrix.rows))
-        if bstk.TRELLIS in kinds:
-            total += unrotate(torch.from_numpy(decode_rows(matrix, TRELLIS_CODE, 0, matrix.rows)))
+        if below < len(kinds):  # of which there may be more than a packed matrix takes
+            total += TrellisCodec.rebuild(payloads[below:], kinds[below:], ranks[below:], shape)
         return total
 
     def outlier_places(

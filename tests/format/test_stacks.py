@@ -36,6 +36,19 @@ def test_good_stacks_are_read_and_rebuilt(stack, good):
         assert matrix.shape == (4, 10)
 
 
+@pytest.mark.parametrize("first", ["trellis", "spqr", "sign"])
+def test_a_stack_of_any_depth_is_rebuilt(first, good):
+    # Packed matrices take 16 blocks; the format has no such limit.
+    draft = samples.Draft(good)
+    samples.stack(draft, first, "sign" if first == "sign" else "trellis")
+    with bstk.open(draft.bytes()) as file:
+        below, above = map(file.read, file.stack("layers.0.up"))
+        kind, other = (block.kind for block in file.stack("layers.0.up"))
+        rank, shape = file.stack("layers.0.up")[0].rank, file.stack("layers.0.up")[0].shape
+    kinds_, ranks = [kind, *[other] * 20], [rank, *[1 if first == "sign" else 2] * 20]
+    assert codec_of_kind(kind).rebuild([below, *[above] * 20], kinds_, ranks, shape).shape == shape
+
+
 def test_every_kind_that_a_stack_begins_with_has_a_codec():
     blocks = [kind for kind in kinds.BY_CODE.values() if kind.is_block]
     for kind in blocks:

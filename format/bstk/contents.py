@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import sys
 from array import array
+from bisect import bisect_left
+from itertools import compress, islice
+from itertools import count as numbers
 from operator import le
 
 _WORDS = {2: "H", 4: next(code for code in "IL" if array(code).itemsize == 4)}
@@ -42,17 +45,19 @@ def check_outliers(raw: bytes, shape: tuple[int, ...]) -> None:
     rows, columns = shape
     count = len(raw) // 4 - (rows + 1)
     pointer = _integers(raw, 0, rows + 1, 4)
-    if pointer[0] or not all(map(le, pointer, pointer[1:])):
+    if pointer[0] or not all(map(le, pointer, islice(pointer, 1, None))):
         raise ValueError("its row pointer does not start at 0, or falls")
     if pointer[-1] != count:
         raise ValueError(f"its row pointer ends at {pointer[-1]}, but its length has room for {count} values")
     places = _integers(raw, 4 * (rows + 1), count, 2)
     if count and max(places) >= columns:
         raise ValueError(f"it has a value in column {max(places)}; the matrix has {columns} columns")
-    # Where a column does not rise, a row must begin.
-    falls = [after for after, fell in enumerate(map(le, places[1:], places), 1) if fell]
-    if falls and not set(falls) <= set(pointer):
-        raise ValueError("the columns of a row do not rise")
+    # Where a column does not rise, a row must begin. Looked at one by one: there may be as many as values.
+    row = 0
+    for fall in compress(numbers(1), map(le, islice(places, 1, None), places)):
+        row = bisect_left(pointer, fall, row)
+        if pointer[row] != fall:
+            raise ValueError(f"the columns of row {row - 1} do not rise")
 
 
 def _integers(raw: bytes, start: int, count: int, size: int) -> array:

@@ -1,6 +1,7 @@
 """Blocks that hold positions: what is read points into the matrix, whatever a file says."""
 
 import struct
+import tracemalloc
 
 import bstk
 import pytest
@@ -97,10 +98,12 @@ def test_what_the_rules_refuse(kind, shape, dtype, rank, words):
         kind.rule(shape, dtype, rank)
 
 
-def spqr_stack(outliers):
-    """A 2 x 3 matrix: an spqr block and one of outliers."""
-    dense = struct.pack("<3H", 0, 1, 2).ljust(64 + 148, b"\0")
-    fields = {"shape": (2, 3), "dtype": "f16"}
+def spqr_stack(outliers, shape=(2, 3)):
+    """An spqr block and one of outliers."""
+    columns = shape[1]
+    length = kinds.SPQR.rule(shape, "f16", 20)
+    dense = struct.pack(f"<{columns}H", *range(columns)).ljust(length, b"\0")
+    fields = {"shape": shape, "dtype": "f16"}
     return [
         samples.entry("w", bstk.SPQR, dense, rank=20, **fields),
         samples.entry("w", bstk.OUTLIERS, outliers, level=1, rank=0, **fields),
@@ -118,3 +121,20 @@ def test_reading_names_the_block(tmp_path):
     with bstk.open(tmp_path / "out.bstk") as file, pytest.raises(bstk.DamagedError, match="outliers 'w' level 1.*column 7") as caught:
         file.verify()
     assert caught.value.chunk == file.chunks[1]
+
+
+def test_a_block_of_zeros_takes_little_memory(tmp_path):
+    # A million values in column 0, in 16 kB of the file: none of them rises.
+    count = 2**20 - 16
+    raw = struct.pack("<17I", 0, *[count] * 16) + bytes(4 * count)
+    bstk.write(tmp_path / "out.bstk", {}, spqr_stack(raw, (16, 65535)), 1)
+    with bstk.open(tmp_path / "out.bstk") as file:
+        chunk = file.chunks[1]
+        assert chunk.stored_length < 2**15
+        tracemalloc.start()
+        try:
+            with pytest.raises(bstk.DamagedError, match="columns of row 0 do not rise"):
+                file.read(chunk)
+            assert tracemalloc.get_traced_memory()[1] < 2 * len(raw)
+        finally:
+            tracemalloc.stop()

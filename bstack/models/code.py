@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError
+from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, reason
 from bstack.models.hub import hub_snapshot
 
 __all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "own_attention", "own_code", "put_code", "references", "refusal"]
@@ -52,22 +52,40 @@ class Code:
         Raises
         ------
         bstack.errors.ForeignCodeError
-            A module that the model's files name is not there.
+            A module that the model's files name is not there, cannot be read, or has a name that transformers does not take.
         """
-        from transformers.dynamic_module_utils import get_relative_import_files
-
-        modules = set()
+        modules: set[str] = set()
         for reference in found.values():
-            module = self.folder / (reference.rpartition(_ELSEWHERE)[2].partition(".")[0] + ".py")
-            if not module.is_file():
-                raise ForeignCodeError(f"{shown}: its configuration names {reference}, but {self.origin} holds no {module.name}.")
-            modules |= {module, *map(Path, get_relative_import_files(module))}
-        names = tuple(sorted(module.relative_to(self.folder).as_posix() for module in modules))
+            module, _, name = reference.rpartition(_ELSEWHERE)[2].partition(".")
+            if not (module.isidentifier() and name.isidentifier()):
+                raise ForeignCodeError(
+                    f"{shown}: its configuration names code as {reference!r}; allowed is module.Class, a file beside it and a class in it."
+                )
+            if not (self.folder / f"{module}.py").is_file():
+                raise ForeignCodeError(f"{shown}: its configuration names {reference}, but {self.origin} holds no {module}.py.")
+            self._add_imports(module, modules, shown)
+        names = tuple(f"{module}.py" for module in sorted(modules))
         warnings.warn(
             f"{shown}: running Python code from {self.origin}: {', '.join(names)}. It can do what you can.",
             ForeignCodeWarning, stacklevel=3,
         )  # fmt: skip
         return replace(self, modules=names)
+
+    def _add_imports(self, module: str, known: set[str], shown: str) -> None:
+        """Add a module to those known, and what it imports from beside it."""
+        from transformers.dynamic_module_utils import get_relative_imports
+
+        if module in known:
+            return
+        if not module.isidentifier():
+            raise ForeignCodeError(f"{shown}: its code imports .{module}; transformers takes modules only from beside those that import them.")
+        known.add(module)
+        try:
+            imported = get_relative_imports(self.folder / f"{module}.py")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ForeignCodeError(f"{shown}: its code is in {module}.py of {self.origin}, which cannot be read: {reason(error)}.") from None
+        for other in sorted(imported):
+            self._add_imports(other, known, shown)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values: where it is from, if that is public, and the digests of the modules."""
@@ -171,10 +189,12 @@ def find_code(place: str) -> Code:
 
 def put_code(code: Code, folder: Path) -> None:
     """Put the modules beside a model's files, in place of any that are there, and have the files name no others."""
-    for stranger in folder.rglob("*.py"):
-        stranger.unlink()
+    for stranger in sorted(folder.rglob("*.py")):  # a folder before what is in it
+        if stranger.is_dir():
+            shutil.rmtree(stranger)
+        else:
+            stranger.unlink(missing_ok=True)
     for module in code.modules:
-        (folder / module).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(code.folder / module, folder / module)
     for name in _MAPS:
         if "auto_map" in (content := _json(folder / name)):

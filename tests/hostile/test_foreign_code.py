@@ -135,6 +135,22 @@ def logits(model):
         return model(torch.arange(10)[None]).logits
 
 
+def rewritten(path, target, changed):
+    """A container with other files inside."""
+    with bstk.open(path) as file:
+        data = {name: file.file(name) for name in file.files} | changed
+        chunks = [c for c in file.chunks if c.kind != bstk.FILE]
+        entries = [samples.entry(name, bstk.FILE, content) for name, content in data.items()]
+        entries += [
+            samples.entry(
+                c.name, c.kind, file.read(c), level=c.level, shape=c.shape, dtype=c.dtype, rank=c.rank, transposed=c.transposed
+            )
+            for c in chunks
+        ]  # fmt: skip
+        bstk.write(target, file.metadata, entries, file.base_count + len(entries) - len(file.chunks))
+    return target
+
+
 def test_refused_without_the_flag(model, tmp_path, marker, run):
     with pytest.raises(ForeignCodeError, match="configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*--trust-remote-code"):
         bstack.compress(model, tmp_path / "own.bstk", settings=SETTINGS)
@@ -224,6 +240,44 @@ def test_code_inside_a_container_never_runs(packed, model, tmp_path, marker):
                 bstack.load(tmp_path / "evil.bstk", trust_remote_code=True, code=model)
             assert stranger.taken() == set() and marker.taken() == {"configuration", "model", "tokenizer"}
             forget()
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("/abs/path/evil.Class", "'/abs/path/evil.Class'; allowed is module.Class"),
+        ("../evil.Class", "allowed is module.Class"),
+        ("modeling_own", "allowed is module.Class"),
+        ("modeling_own.Own.Class", "allowed is module.Class"),
+        ("absent.Class", "holds no absent.py"),
+        ("latin.Class", "latin.py of .* cannot be read"),
+        ("deep.Class", "imports .sub.mod"),
+        ("up.Class", "imports .*transformers takes modules only from beside"),
+        ("lost.Class", "its code is in nowhere.py of .* cannot be read"),
+    ],
+)
+def test_references_that_lead_nowhere(model, tmp_path, packed, marker, run, reference, words):
+    (tmp_path / "abs").mkdir()
+    (model / "latin.py").write_bytes(b"# caf\xe9\n")
+    (model / "deep.py").write_text("from .sub.mod import Class\n")
+    (model / "up.py").write_text("from ..own.helper import Class\n")
+    (model / "lost.py").write_text("from .nowhere import Class\n")
+    edit(model / "config.json", auto_map={**MAP, "AutoConfig": reference})
+    with pytest.raises(ForeignCodeError, match=words):
+        open_checkpoint(model, trust_remote_code=True)
+    code, out, err = run("compress", model, "-o", tmp_path / "out.bstk", "--trust-remote-code", *QUICK)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    changed = rewritten(packed, tmp_path / "changed.bstk", {"config.json": (model / "config.json").read_bytes()})
+    with pytest.raises(ForeignCodeError, match=words):
+        bstack.load(changed, trust_remote_code=True, code=model)
+    assert marker.taken() == set()
+
+
+def test_a_folder_in_place_of_a_module(packed, model, tmp_path, marker):
+    changed = rewritten(packed, tmp_path / "changed.bstk", {"helper.py/x.json": b"{}", "a.py/b.py/c.py": b"1"})
+    with pytest.warns(ForeignCodeWarning):
+        loaded, _ = bstack.load(changed, trust_remote_code=True, code=model)
+    assert type(loaded).__name__ == "OwnForCausalLM"
 
 
 def test_commands(model, tmp_path, marker, run, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +18,7 @@ from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedMode
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.code import ADVICE, check_known, own_attention, own_code
 from bstack.models.skeleton import check_finite
+from bstack.models.staging import staged
 
 __all__ = ["SafetensorsCheckpoint"]
 
@@ -58,7 +61,12 @@ class SafetensorsCheckpoint(Checkpoint):
             self.code = own_code(folder, self.name, hub)
         else:
             check_known(folder, self.name, ADVICE)
-        self.config = _read_config(folder, self.code is not None)
+        # Without weights: transformers runs the code that it finds there, so that must be what was announced and recorded.
+        self._beside = folder
+        if self.code is not None:
+            self._beside = staged(folder, self.code)
+            weakref.finalize(self, shutil.rmtree, self._beside, ignore_errors=True)
+        self.config = _read_config(self._beside, self.code is not None, folder)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)
         self._read_headers()
@@ -86,7 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> list[str]:
         from bstack.models.tokenizer import export
 
-        return export(folder, self.folder, self.code is not None)
+        return export(folder, self._beside, self.code is not None, shown=self.folder)
 
     def bind(self, model: torch.nn.Module) -> None:
         # transformers renames and fuses checkpoint tensors while loading (one tensor per expert becomes one for all);
@@ -183,17 +191,17 @@ def _opened(file: Path) -> Iterator[Any]:
         yield shard
 
 
-def _read_config(folder: Path, trusted: bool):
+def _read_config(folder: Path, trusted: bool, shown: Path):
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"{folder} holds no config.json, so it is not a transformers folder.")
+        raise ModelNotFoundError(f"{shown} holds no config.json, so it is not a transformers folder.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         own_attention(config)
         return config
     except Exception as error:  # whatever a configuration class does with values that make no sense
-        raise UnsupportedModelError(f"{folder / 'config.json'} cannot be used: {reason(error)}") from None
+        raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {reason(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

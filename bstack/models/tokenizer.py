@@ -16,7 +16,7 @@ __all__ = ["export"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def export(target: Path, source: Path, trusted: bool = False, **kwargs: str) -> list[str]:
+def export(target: Path, source: Path, trusted: bool = False, shown: Path | None = None, **kwargs: str) -> list[str]:
     """Write tokenizer and generation settings of a checkpoint into a folder.
 
     Parameters
@@ -27,6 +27,8 @@ def export(target: Path, source: Path, trusted: bool = False, **kwargs: str) -> 
         The checkpoint's folder.
     trusted : bool
         Whether code that lies there may run.
+    shown : Path, optional
+        What to call the folder in messages; by default what it is.
     **kwargs
         Passed to transformers (``gguf_file``).
 
@@ -37,6 +39,7 @@ def export(target: Path, source: Path, trusted: bool = False, **kwargs: str) -> 
     """
     from transformers import AutoTokenizer, GenerationConfig
 
+    shown = shown or source
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **kwargs)
         # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
@@ -45,10 +48,10 @@ def export(target: Path, source: Path, trusted: bool = False, **kwargs: str) -> 
         # transformers says in many ways that a folder has no tokenizer; the model stays usable with token ids. But one
         # that is there and cannot be read must not be lost in silence.
         if not trusted and (found := references(source)):
-            raise refusal(f"{source}: the tokenizer", found, ADVICE) from None
+            raise refusal(f"{shown}: the tokenizer", found, ADVICE) from None
         if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
             raise UnsupportedModelError(
-                f"{source / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
+                f"{shown / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
             ) from None
         words = None
     if words:

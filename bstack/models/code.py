@@ -16,7 +16,7 @@ from typing import Any
 from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, reason
 from bstack.models.hub import hub_snapshot
 
-__all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "own_attention", "own_code", "put_code", "references", "refusal"]
+__all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "own_attention", "own_code", "put_code", "references", "refusal", "required"]
 
 CODE_FILES = ["*.py"]
 # File -> the automatic classes that bstack uses and that the file may redirect.
@@ -39,12 +39,15 @@ class Code:
         The latter; None for a folder, whose path is nobody's business.
     modules : tuple of str
         Files in `folder`: what the model's files name, and what those import from beside them.
+    classes : tuple of str
+        The automatic classes that need them.
     """
 
     folder: Path
     origin: str
     hub: str | None
     modules: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def needed(self, found: dict[str, str], shown: str) -> Code:
         """With the modules that the `references` of a model need; warns that they run.
@@ -69,7 +72,7 @@ class Code:
             f"{shown}: running Python code from {self.origin}: {', '.join(names)}. It can do what you can.",
             ForeignCodeWarning, stacklevel=3,
         )  # fmt: skip
-        return replace(self, modules=names)
+        return replace(self, modules=names, classes=tuple(found))
 
     def _add_imports(self, module: str, known: set[str], shown: str) -> None:
         """Add a module to those known, and what it imports from beside it."""
@@ -123,6 +126,17 @@ def lacking(folder: Path) -> dict[str, str]:
     return {auto: name for auto, name in references(folder).items() if auto in own and kind not in own[auto]}
 
 
+def required(folder: Path) -> dict[str, str]:
+    """The `references` whose code must run.
+
+    All where transformers lacks the configuration or the model; else that of a tokenizer which it cannot make without, or none.
+    """
+    found = references(folder)
+    if lacking(folder):
+        return found
+    return {auto: name for auto, name in found.items() if auto == "AutoTokenizer" and not _has_tokenizer(folder)}
+
+
 def check_known(folder: Path, shown: str, advice: str) -> None:
     """Refuse a model whose code lies outside transformers.
 
@@ -143,7 +157,7 @@ def refusal(shown: str, found: dict[str, str], advice: str) -> ForeignCodeError:
 
 
 def own_code(folder: Path, shown: str, hub: str | None) -> Code | None:
-    """The code of a checkpoint that the user trusts; None where it names none.
+    """The code of a checkpoint that the user trusts; None where it needs none.
 
     Parameters
     ----------
@@ -159,7 +173,7 @@ def own_code(folder: Path, shown: str, hub: str | None) -> Code | None:
     bstack.errors.UnsupportedModelError
         The code is in more than one place.
     """
-    found = references(folder)
+    found = required(folder)
     places = {reference.rpartition(_ELSEWHERE)[0] for reference in found.values()}
     if not places:
         return None
@@ -188,7 +202,10 @@ def find_code(place: str) -> Code:
 
 
 def put_code(code: Code, folder: Path) -> None:
-    """Put the modules beside a model's files, in place of any that are there, and have the files name no others."""
+    """Put the modules beside a model's files, in place of any that are there, and have the files name no others.
+
+    What the files say of code that is not needed is taken out, for transformers would run it.
+    """
     for stranger in sorted(folder.rglob("*.py")):  # a folder before what is in it
         if stranger.is_dir():
             shutil.rmtree(stranger)
@@ -196,9 +213,14 @@ def put_code(code: Code, folder: Path) -> None:
             stranger.unlink(missing_ok=True)
     for module in code.modules:
         shutil.copyfile(code.folder / module, folder / module)
-    for name in _MAPS:
+    for name, classes in _MAPS.items():
         if "auto_map" in (content := _json(folder / name)):
-            content["auto_map"] = _without_places(content["auto_map"])
+            mapping = _without_places(content["auto_map"])
+            if isinstance(mapping, list):
+                mapping = {"AutoTokenizer": mapping}
+            if isinstance(mapping, dict):
+                mapping = {auto: value for auto, value in mapping.items() if auto not in classes or auto in code.classes}
+            content["auto_map"] = mapping
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -221,6 +243,17 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(one) for one in value]
     return value.rpartition(_ELSEWHERE)[2] if isinstance(value, str) else value
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether transformers makes the tokenizer without its code, which only it knows."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # in many ways
+        return False
+    return True
 
 
 def _json(file: Path) -> dict[str, Any]:

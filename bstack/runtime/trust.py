@@ -6,7 +6,7 @@ from pathlib import Path
 
 import bstk
 from bstack.errors import ForeignCodeError
-from bstack.models.code import check_known, find_code, put_code, references, refusal
+from bstack.models.code import check_known, find_code, put_code, references, refusal, required
 from bstk.errors import UsageError
 
 __all__ = ["check_trust", "refuse_tokenizer", "stage_code"]
@@ -46,11 +46,10 @@ def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: s
         Code is needed, and not allowed or not to be found.
     """
     shown = file.source.name
-    found = references(folder)
     if not trust_remote_code:
         check_known(folder, shown, ADVICE)
         return False
-    if not found:
+    if not (found := required(folder)):
         return False
     place = code or _recorded(file)
     if place is None:

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from bstack.cli import main
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
+from bstack.models.hub import hub_snapshot
 from bstack.models.open import open_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -172,12 +173,30 @@ def test_a_tokenizer_alone_is_refused_too(tiny_llama, tmp_path, marker, run):
     assert marker.taken() == set()
 
 
-def test_a_model_that_transformers_has_needs_no_code(tiny_llama, tmp_path, marker):
+@pytest.mark.parametrize("trusting", [False, True])
+def test_a_model_that_transformers_has_needs_no_code(tiny_llama, tmp_path, marker, trusting):
     folder = put_modules(shutil.copytree(tiny_llama, tmp_path / "own"), marker)
     edit(folder / "config.json", auto_map=MAP)
-    bstack.compress(folder, tmp_path / "out.bstk", settings=SETTINGS)
-    model, _ = bstack.load(tmp_path / "out.bstk")
+    bstack.compress(folder, tmp_path / "out.bstk", settings=SETTINGS, trust_remote_code=trusting)
+    model, _ = bstack.load(tmp_path / "out.bstk", trust_remote_code=trusting)
     assert type(model).__module__.startswith("transformers.models.llama") and marker.taken() == set()
+
+
+def test_a_tokenizer_alone_runs_alone(tiny_llama, tmp_path, marker):
+    folder = put_modules(shutil.copytree(tiny_llama, tmp_path / "own"), marker)
+    edit(folder / "config.json", auto_map=MAP)
+    edit(
+        folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer",
+        auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]},
+    )  # fmt: skip
+    with pytest.warns(ForeignCodeWarning, match="helper.py, tokenization_own.py"):
+        bstack.compress(folder, tmp_path / "out.bstk", settings=SETTINGS, trust_remote_code=True)
+    assert marker.taken() == {"tokenizer"}
+    forget()
+    with pytest.warns(ForeignCodeWarning, match="helper.py, tokenization_own.py"):
+        model, tokenizer = bstack.load(tmp_path / "out.bstk", trust_remote_code=True, code=folder)
+    assert type(model).__module__.startswith("transformers.models.llama") and type(tokenizer).__name__ == "OwnTokenizerFast"
+    assert marker.taken() == {"tokenizer"}
 
 
 def test_the_file_holds_no_code_and_no_path(packed, tmp_path):
@@ -303,13 +322,8 @@ def test_commands(model, tmp_path, marker, run, monkeypatch):
     assert run(*measuring, "--original", "own", "--no-speed", "--trust-remote-code")[0] == 0
 
 
-def test_code_of_the_hub(model, tmp_path, marker, monkeypatch):
+def test_code_of_the_hub(model, hub, tmp_path, marker):
     """Compressed from the hub, a file knows where the code is, and at which commit."""
-    home = tmp_path / "hub" / "models--owner--own"
-    shutil.copytree(model, home / "snapshots" / ("1" * 40))
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("1" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ForeignCodeError):
         open_checkpoint("owner/own")
     with pytest.warns(ForeignCodeWarning, match=f"owner/own@{'1' * 40}"):
@@ -320,7 +334,7 @@ def test_code_of_the_hub(model, tmp_path, marker, monkeypatch):
     with pytest.warns(ForeignCodeWarning, match=f"from owner/own@{'1' * 40}"):
         loaded, _ = bstack.load(tmp_path / "own.bstk", trust_remote_code=True)
     assert type(loaded).__name__ == "OwnForCausalLM"
-    # A folder that borrows its code from there.
+    # A folder that borrows some of its code from there.
     borrowed = tmp_path / "borrowed"
     shutil.copytree(model, borrowed, ignore=shutil.ignore_patterns("*.py"))
     edit(borrowed / "config.json", auto_map={auto: f"owner/own--{name}" for auto, name in MAP.items()})
@@ -328,6 +342,46 @@ def test_code_of_the_hub(model, tmp_path, marker, monkeypatch):
         open_checkpoint(borrowed, trust_remote_code=True)
     with pytest.raises(ForeignCodeError):
         open_checkpoint(borrowed)
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    """A cache of the hub in which owner/own is the model; its folder."""
+    home = tmp_path / "hub" / "models--owner--own"
+    shutil.copytree(model, home / "snapshots" / ("1" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return home
+
+
+@pytest.fixture
+def borrowed(model, tmp_path):
+    """A folder that borrows all its code from there."""
+    folder = tmp_path / "borrowed"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.py"))
+    edit(folder / "config.json", auto_map={auto: f"owner/own--{name}" for auto, name in MAP.items()})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "owner/own--tokenization_own.OwnTokenizerFast"]})
+    return folder
+
+
+def test_the_code_that_runs_is_the_code_that_was_announced(hub, borrowed, tmp_path, marker, monkeypatch):
+    """The hub has another commit as soon as the first one is fetched."""
+    stranger = Marker(tmp_path / "stranger")
+    put_modules(hub / "snapshots" / ("2" * 40), stranger)
+
+    def fetched(*arguments):
+        folder = hub_snapshot(*arguments)
+        (hub / "refs" / "main").write_text("2" * 40)
+        return folder
+
+    monkeypatch.setattr("bstack.models.code.hub_snapshot", fetched)
+    with pytest.warns(ForeignCodeWarning, match=f"owner/own@{'1' * 40}"):
+        bstack.compress(borrowed, tmp_path / "own.bstk", settings=SETTINGS, trust_remote_code=True)
+    assert (marker.taken(), stranger.taken()) == ({"configuration", "model", "tokenizer"}, set())
+    with bstk.open(tmp_path / "own.bstk") as file:
+        assert file.metadata["model"]["code"]["from"] == f"owner/own@{'1' * 40}"
+    assert b"bstack-" not in (tmp_path / "own.bstk").read_bytes()
 
 
 def test_a_configuration_chooses_no_kernels_of_the_hub(tiny_llama, tmp_path):

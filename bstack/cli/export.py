@@ -62,6 +62,7 @@ def command(
                 "parameters": done.parameters,
                 "weight_bytes": done.weight_bytes,
                 "files": done.files,
+                "code": done.code,
                 "cut": {**cut._asdict(), "bits_per_weight": bits},
             },
         )
@@ -69,3 +70,5 @@ def command(
     click.echo(f"{printable(folder)}: {len(done.files)} files, {megabytes(done.weight_bytes)} of weights as {dtype}")
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
     click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
+    if done.code:
+        click.echo(f"  put its Python code beside it: {printable(', '.join(done.code))}")

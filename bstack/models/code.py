@@ -16,7 +16,7 @@ from typing import Any
 from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, reason
 from bstack.models.hub import hub_snapshot
 
-__all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "own_attention", "own_code", "put_code", "references", "refusal", "required"]
+__all__ = ["ADVICE", "CODE_FILES", "Code", "check_known", "find_code", "lacking", "name_place", "names_beside", "own_attention", "own_code", "put_code", "references", "refusal", "required"]
 
 CODE_FILES = ["*.py"]
 # File -> the automatic classes that bstack uses and that the file may redirect.
@@ -224,6 +224,24 @@ def put_code(code: Code, folder: Path) -> None:
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
+def name_place(code: Code, folder: Path) -> None:
+    """Have a model's files say on the hub where the code is, if it is there."""
+    if code.hub is None:
+        return
+    place = code.hub.partition("@")[0]
+    for name, classes in _MAPS.items():
+        content = _json(folder / name)
+        mapping = content.get("auto_map")
+        if isinstance(mapping, dict):
+            content["auto_map"] = {auto: _placed(value, place) if auto in classes else value for auto, value in mapping.items()}
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def names_beside(folder: Path) -> bool:
+    """Whether a model's files need code that is to lie beside them."""
+    return any(_ELSEWHERE not in name for name in required(folder).values())
+
+
 def own_attention(config: Any) -> None:
     """Have transformers choose how attention and experts are computed.
 
@@ -243,6 +261,12 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(one) for one in value]
     return value.rpartition(_ELSEWHERE)[2] if isinstance(value, str) else value
+
+
+def _placed(value: Any, place: str) -> Any:
+    if isinstance(value, list):
+        return [_placed(one, place) for one in value]
+    return f"{place}{_ELSEWHERE}{value.rpartition(_ELSEWHERE)[2]}" if isinstance(value, str) else value
 
 
 def _has_tokenizer(folder: Path) -> bool:

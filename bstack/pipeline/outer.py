@@ -11,6 +11,7 @@ import bstk
 from bstack.calibration.sensitivity import Sensitivity
 from bstack.codecs import Codec
 from bstack.errors import UnsupportedModelError
+from bstack.models.code import name_place
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
@@ -132,6 +133,8 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
     names = checkpoint.export_tokenizer(folder)
     with writing(str(folder)):
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
+        if checkpoint.code is not None:
+            name_place(checkpoint.code, folder)
     with work.part(FILES_PART) as part:
         for name in sorted({*names, "config.json"}):
             if data := (folder / name).read_bytes():

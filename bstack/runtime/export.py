@@ -15,6 +15,7 @@ import torch
 import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.folders import new_folder
+from bstack.models.code import names_beside
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstack.runtime.container import build_model, embedded_files, parse_name
 from bstack.runtime.dense import dense_weights
@@ -48,12 +49,15 @@ class Exported:
         All files, sorted.
     cut : bstk.Cut
         What of the container was used.
+    code : list of str
+        Modules that the configuration names as beside it; the folder does not have them, and works when they are put there.
     """
 
     parameters: int
     weight_bytes: int
     files: list[str]
     cut: bstk.Cut
+    code: list[str]
 
 
 def export_safetensors(
@@ -105,10 +109,10 @@ def export_safetensors(
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
         _check_names(file)
+        _copy_files(file, inside, target)  # as they are: what runs here is not named as where it is from
         trusted = stage_code(file, inside, trust_remote_code, code)
         model = build_model(file, inside, trusted, torch.device("meta"))
         shards = _Shards(target, shard_bytes)
-        _copy_files(file, inside, target)
         _write_config(target, model, dtype)
         written: set[str] = set()
         for chunks in _groups(file.chunks[: cut.chunks], model):
@@ -122,7 +126,8 @@ def export_safetensors(
             raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
         shards.finish()
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-    return Exported(shards.parameters, shards.bytes, files, cut)
+        beside = sorted(module.name for module in inside.glob("*.py")) if trusted and names_beside(target) else []
+    return Exported(shards.parameters, shards.bytes, files, cut, beside)
 
 
 class _Shards:

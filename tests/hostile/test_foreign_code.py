@@ -384,6 +384,32 @@ def test_the_code_that_runs_is_the_code_that_was_announced(hub, borrowed, tmp_pa
     assert b"bstack-" not in (tmp_path / "own.bstk").read_bytes()
 
 
+@pytest.mark.parametrize("place", ["owner/own", "borrowed"])
+def test_an_exported_folder_says_where_on_the_hub_its_code_is(place, hub, borrowed, tmp_path, marker, run):
+    source = borrowed if place == "borrowed" else place
+    with pytest.warns(ForeignCodeWarning):
+        bstack.compress(source, tmp_path / "own.bstk", settings=SETTINGS, trust_remote_code=True)
+    arguments = ["export", tmp_path / "own.bstk", "--to", "safetensors", tmp_path / "out", "--trust-remote-code"]
+    status, out, err = run(*arguments, "--json")
+    assert status == 0 and json.loads(out)["code"] == [], err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {auto: f"owner/own--{name}" for auto, name in MAP.items()}
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
+    assert "owner/own--tokenization_own.OwnTokenizerFast" in found
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+
+
+def test_an_exported_folder_needs_the_code_of_a_folder_beside_it(packed, model, tmp_path, run):
+    arguments = ["export", packed, "--to", "safetensors", tmp_path / "out", "--trust-remote-code", "--code", model]
+    status, out, _ = run(*arguments)
+    modules = ["configuration_own.py", "helper.py", "modeling_own.py", "tokenization_own.py"]
+    assert status == 0 and f"put its Python code beside it: {', '.join(modules)}" in out
+    assert not list((tmp_path / "out").glob("*.py"))
+    for name in modules:
+        shutil.copy(model / name, tmp_path / "out")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)).__name__ == "OwnForCausalLM"
+
+
 def test_a_configuration_chooses_no_kernels_of_the_hub(tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     edit(folder / "config.json", attn_implementation="owner/kernel", experts_implementation="owner/kernel")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from decimal import Decimal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bstk
+from bstack.errors import ForeignCodeWarning
 from bstack.kernels.native import instructions, processors
 from bstack.measure.budgets import even_budgets
 from bstack.measure.child import Measured, ask
@@ -147,7 +149,7 @@ class _Run:
             return original_reference(self.skeleton, self.windows, self.scratch, step)
 
     def open_rows(self) -> None:
-        """Find what a run that was stopped has measured on the same file, texts and versions."""
+        """Find what a run that was stopped has measured on the same file, texts, code and versions."""
         from bstack.measure.original import reference_key
 
         on = None if self.windows is None else hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
@@ -160,8 +162,21 @@ class _Run:
             "kernels": instructions(),
             "threads": [processors(), *(os.environ.get(name) for name in THREADS)],
             "tasks": file_digests(self.options.tasks),
+            "code": self._code(),
         }
         self.rows = Rows(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
+
+    def _code(self) -> dict[str, Any] | None:
+        """Digests of the Python code that the model needs; None where it needs none."""
+        from bstack.runtime.container import embedded_files
+        from bstack.runtime.trust import allowed_code
+
+        if not self.options.trust_remote_code:
+            return None
+        # Who runs it announces it.
+        with embedded_files(self.file) as folder, warnings.catch_warnings(action="ignore", category=ForeignCodeWarning):
+            code = allowed_code(self.file, folder, True, self.options.code)
+        return None if code is None else code.to_json()
 
     def _ask(self, mb: Decimal, **what: Any) -> dict[str, Any]:
         code = self.options.code if self.options.trust_remote_code else None

@@ -21,12 +21,14 @@ __all__ = ["original_reference", "reference_key"]
 
 
 def reference_key(skeleton: Skeleton, windows: torch.Tensor) -> str:
-    """What decides the log probabilities: the checkpoint's digests, the token ids, and who computes."""
+    """What decides the log probabilities: the checkpoint's digests, its code, the token ids, and who computes."""
+    code = skeleton.checkpoint.code
     about = {
         "model": skeleton.checkpoint.provenance(),
         "windows": list(windows.shape),
         "ids": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
+        **({} if code is None else {"code": code.to_json()}),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

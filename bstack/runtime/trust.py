@@ -6,10 +6,10 @@ from pathlib import Path
 
 import bstk
 from bstack.errors import ForeignCodeError
-from bstack.models.code import check_known, find_code, put_code, references, refusal, required
+from bstack.models.code import Code, check_known, find_code, put_code, references, refusal, required
 from bstk.errors import UsageError
 
-__all__ = ["check_trust", "refuse_tokenizer", "stage_code"]
+__all__ = ["allowed_code", "check_trust", "refuse_tokenizer", "stage_code"]
 
 ADVICE = (
     "No .bstk file holds code. If you trust it, add --trust-remote-code, and --code with the folder or hub id that it is in "
@@ -23,8 +23,8 @@ def check_trust(trust_remote_code: bool, code: str | None) -> None:
         raise UsageError(f"--code {code} names Python code to run. If you trust it, add --trust-remote-code.")
 
 
-def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: str | None) -> bool:
-    """Put the code that a model needs beside its files, if the user allows it; otherwise refuse a model that needs any.
+def allowed_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: str | None) -> Code | None:
+    """The code that a model needs, if the user allows it; otherwise refuse a model that needs any.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: s
 
     Returns
     -------
-    bool
-        Whether transformers may run code that it finds in the folder.
+    Code or None
+        With its modules; None where the model needs none.
 
     Raises
     ------
@@ -48,16 +48,27 @@ def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: s
     shown = file.source.name
     if not trust_remote_code:
         check_known(folder, shown, ADVICE)
-        return False
+        return None
     if not (found := required(folder)):
-        return False
+        return None
     place = code or _recorded(file)
     if place is None:
         raise ForeignCodeError(
             f"{shown}: this model needs Python code: {', '.join(sorted(found.values()))}. It was compressed from a folder, and "
             "no .bstk file holds code: name the folder or hub id that it is in with --code (in Python code=)."
         )
-    put_code(find_code(place).needed(found, shown), folder)
+    return find_code(place).needed(found, shown)
+
+
+def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: str | None) -> bool:
+    """Put the `allowed_code` beside a model's files; return whether transformers may run code that it finds there.
+
+    Parameters and errors are those of `allowed_code`.
+    """
+    found = allowed_code(file, folder, trust_remote_code, code)
+    if found is None:
+        return False
+    put_code(found, folder)
     return True
 
 

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import bstk
 import pytest
 from bstack.measure.options import Options
 from bstack.measure.rows import KEPT_SECONDS, Rows
@@ -17,6 +18,16 @@ VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "bstack" / "bench"
+
+
+FIELDS = ("level", "shape", "dtype", "rank", "transposed")
+
+
+def _entry(name, kind, raw, **fields):
+    frame = bstk.pack(raw)
+    return bstk.Entry(
+        name=name, kind=kind, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest, stored=frame.stored, **fields
+    )
 
 
 def refuse():
@@ -68,7 +79,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     rows.finish()
 
 
-@pytest.mark.parametrize("change", ["nothing", "task", "processors"])
+@pytest.mark.parametrize("change", ["nothing", "task", "processors", "code"])
 def test_a_stopped_run_is_another_when_what_decides_its_figures_changed(tmp_path, monkeypatch, change):
     import bstack.measure.bench as bench
 
@@ -86,14 +97,22 @@ def test_a_stopped_run_is_another_when_what_decides_its_figures_changed(tmp_path
         return {"tasks": {"own acc": [0.5, None]}}
 
     def run():
-        return bench.run_bench(VECTORS / "whole.bstk", Options(quality=False, speed=False, tasks=[str(task)]), progress)
+        options = Options(quality=False, speed=False, tasks=[str(task)], trust_remote_code=True, code=str(tmp_path))
+        return bench.run_bench(tmp_path / "own.bstk", options, progress)
 
+    with bstk.open(VECTORS / "whole.bstk") as file:
+        others = [_entry(c.name, c.kind, file.read(c), **{f: getattr(c, f) for f in FIELDS}) for c in file.chunks[1:]]
+        config = _entry("config.json", bstk.FILE, b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+        bstk.write(tmp_path / "own.bstk", {}, [config, *others], file.base_count)
+    (tmp_path / "own.py").write_text("class Config: pass")
     monkeypatch.setattr(bench, "ask", ask)
     task.write_text("task: own\nnum_fewshot: 0\n")
     with pytest.raises(KeyboardInterrupt):
         run()
     if change == "task":
         task.write_text("task: own\nnum_fewshot: 5\n")
+    elif change == "code":
+        (tmp_path / "own.py").write_text("class Config: other = 1")
     elif change == "processors":
         monkeypatch.setattr(bench, "processors", lambda: 99, raising=False)
     run()

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import bstack
 import bstk
 import pytest
 from bstack.cli import main
 from bstack.errors import ClusterError, ClusterLostError
+from bstack.pipeline import cluster
 
 distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install 'bstack[dask]'")
 
@@ -164,6 +166,22 @@ def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client
     threading.Timer(1, lambda: add_workers(1)).start()
     bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     assert (tmp_path / "out.bstk").read_bytes() == expected
+
+
+def test_an_encoder_that_times_out_is_not_asked_for_ever():
+    class Failed:
+        status, asked = "error", 0
+
+        def result(self, timeout):
+            self.asked += 1
+            raise self.exception() if self.asked < 5 else AssertionError("asked again and again")
+
+        def exception(self):
+            return TimeoutError("a slow disk")
+
+    client = SimpleNamespace(status="running", nthreads=lambda: {"one": 1})
+    with pytest.raises(TimeoutError, match="a slow disk"):
+        cluster._Task(Failed(), client, "tcp://127.0.0.1:1").result()
 
 
 @pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}], indirect=True)

@@ -130,6 +130,8 @@ class _Task:
             except CancelledError:
                 raise _lost(self._address, GONE) from None
             except TimeoutError:
+                if self._future.status == "error" and isinstance(self._future.exception(), TimeoutError):
+                    raise  # the encoder's own
                 if self._client.status != "running":
                     raise _lost(self._address, GONE) from None
                 now = time.monotonic()

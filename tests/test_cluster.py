@@ -168,6 +168,18 @@ def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
+def test_a_worker_that_comes_late_with_other_kernels_is_told_of_once(scheduler, client, add_workers):
+    (first,) = add_workers(1)
+    with cluster.Cluster(scheduler) as workers:
+        assert workers.submit(os.getpid).result() == first.pid
+        first.kill()
+        wait_for(lambda: not client.nthreads())
+        (late,) = add_workers(1, BSTACK_KERNELS="reference")
+        with pytest.warns(RuntimeWarning, match="kernels reference") as told:
+            assert [workers.submit(os.getpid).result() for _ in range(3)] == [late.pid] * 3
+        assert len(told) == 1
+
+
 def test_an_encoder_that_times_out_is_not_asked_for_ever():
     class Failed:
         status, asked = "error", 0
@@ -181,7 +193,7 @@ def test_an_encoder_that_times_out_is_not_asked_for_ever():
 
     client = SimpleNamespace(status="running", nthreads=lambda: {"one": 1})
     with pytest.raises(TimeoutError, match="a slow disk"):
-        cluster._Task(Failed(), client, "tcp://127.0.0.1:1").result()
+        cluster._Task(Failed(), client, "tcp://127.0.0.1:1", lambda *_: None).result()
 
 
 @pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}], indirect=True)

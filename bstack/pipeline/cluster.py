@@ -61,6 +61,7 @@ class Cluster:
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised, in words
         self._address = address
         self._threads = _torch_threads()
+        self._compared: set[str] = set()
         try:
             self._client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:  # TimeoutError among them; ValueError: no address
@@ -87,7 +88,7 @@ class Cluster:
     def submit(self, function: Callable[..., Any], *arguments: Any) -> _Task:
         with _still_there(self._address), warnings.catch_warnings(action="ignore", category=UserWarning):  # of large arrays
             future = self._client.submit(_call, function, arguments, facts(), self._threads, pure=False)
-        return _Task(future, self._client, self._address)
+        return _Task(future, self._client, self._address, self._compare)
 
     def _check_workers(self) -> None:
         try:
@@ -101,19 +102,27 @@ class Cluster:
                     f"The worker {worker} cannot run bstack: {reason(found)}. Install bstack {here['bstack']} in its environment, too."
                 )
             _check_versions(here, found, worker)
-            if different := [f"{name} {found[name]}, here {here[name]}" for name in ("processor", "kernels") if found[name] != here[name]]:
-                warnings.warn(
-                    f"The worker {worker} computes with other instructions ({'; '.join(different)}): the file is as good, but may "
-                    "not be the same byte for byte.",
-                    RuntimeWarning, stacklevel=4,
-                )  # fmt: skip
+            self._compare(worker, found)
+
+    def _compare(self, worker: str, found: dict[str, str]) -> None:
+        """Warn of a worker that computes otherwise, once."""
+        if worker in self._compared:
+            return
+        self._compared.add(worker)
+        here = facts()
+        if different := [f"{name} {found[name]}, here {here[name]}" for name in ("processor", "kernels") if found[name] != here[name]]:
+            warnings.warn(
+                f"The worker {worker} computes with other instructions ({'; '.join(different)}): the file is as good, but may "
+                "not be the same byte for byte.",
+                RuntimeWarning, stacklevel=5,
+            )  # fmt: skip
 
 
 class _Task:
     """A matrix in work on the cluster."""
 
-    def __init__(self, future: Any, client: Any, address: str):
-        self._future, self._client, self._address = future, client, address
+    def __init__(self, future: Any, client: Any, address: str, compare: Callable[[str, dict[str, str]], None]):
+        self._future, self._client, self._address, self._compare = future, client, address, compare
 
     def result(self) -> Any:
         from distributed import KilledWorker
@@ -121,7 +130,9 @@ class _Task:
         deserted = None
         while True:
             try:
-                return self._future.result(timeout=POLL_SECONDS)
+                found, worker, there = self._future.result(timeout=POLL_SECONDS)
+                self._compare(worker, there)
+                return found
             except KilledWorker as error:
                 raise ClusterLostError(
                     f"Several workers of {self._address} died over the same matrix, the last {error.last_worker.address}: most likely they "
@@ -174,15 +185,18 @@ def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) ->
         )
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], expected: dict[str, str], threads: int) -> Any:
-    """On a worker. One that came later has not been checked yet."""
+def _call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], expected: dict[str, str], threads: int
+) -> tuple[Any, str, dict[str, str]]:
+    """On a worker. One that came later has not been checked yet; its address and facts go back with the result."""
     import distributed
 
-    _check_versions(expected, facts(), distributed.get_worker().address)
+    worker, here = distributed.get_worker().address, facts()
+    _check_versions(expected, here, worker)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # sums over other shares of a product round otherwise
     try:
-        return function(*arguments)
+        return function(*arguments), worker, here
     finally:
         torch.set_num_threads(before)
 

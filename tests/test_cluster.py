@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bstack
@@ -72,9 +73,12 @@ def add_workers(processes, scheduler, client, tmp_path):
 
 @pytest.fixture(scope="module")
 def expected(tiny_llama, tmp_path_factory):
-    path = tmp_path_factory.mktemp("expected") / "out.bstk"
-    bstack.compress(tiny_llama, path, settings=SETTINGS)
-    return path.read_bytes()
+    return compressed(tiny_llama, tmp_path_factory.mktemp("expected"), SETTINGS)
+
+
+def compressed(model, folder, settings, **options):
+    bstack.compress(model, folder / "out.bstk", settings=settings, **options)
+    return (folder / "out.bstk").read_bytes()
 
 
 def wait_for(condition, seconds=60):
@@ -105,10 +109,12 @@ def test_the_same_file(tiny_llama, tmp_path, scheduler, add_workers, expected, c
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
-def test_the_same_file_with_another_number_of_threads(tiny_llama, tmp_path, scheduler, add_workers, expected):
+@pytest.mark.parametrize("codec", ["trellis", "spqr", "sign"])
+def test_the_same_file_with_another_number_of_threads(codec, tiny_llama, tmp_path_factory, scheduler, add_workers):
     add_workers(1, OMP_NUM_THREADS="2")
-    bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
-    assert (tmp_path / "out.bstk").read_bytes() == expected
+    settings = replace(SETTINGS, codec=codec)
+    here = compressed(tiny_llama, tmp_path_factory.mktemp("here"), settings)
+    assert compressed(tiny_llama, tmp_path_factory.mktemp("there"), settings, dask=scheduler) == here
 
 
 def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers, expected):

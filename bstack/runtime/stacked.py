@@ -10,7 +10,7 @@ from torch import nn
 
 import bstk
 from bstack.errors import UnsupportedModelError
-from bstack.kernels.matrix import BLOCKS, RANK, SPQR
+from bstack.kernels.matrix import check_put
 from bstack.models.skeleton import parameters_on_meta
 from bstack.models.slices import MatrixName
 from bstack.runtime.container import build_model, parts_of, plain_tensor
@@ -86,14 +86,16 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name:
 
 
 def _check_depth(parts: _Parts, shown: str) -> None:
-    """Refuse what is more than the kernels take."""
+    """Refuse what the kernels do not take."""
     for _, blocks in parts:
-        rank = max((block.rank for block in blocks if block.kind.code != SPQR), default=0)
-        if len(blocks) > BLOCKS or rank > RANK:
-            raise UnsupportedModelError(
-                f"{shown}: {blocks[0].name} has {len(blocks)} blocks of rank up to {rank}; packed ones run up to {BLOCKS} blocks and "
-                f"rank {RANK}. bstack.load(..., mode='dense') takes any."
-            )
+        for block in blocks:
+            try:
+                check_put(*block.shape, block.level, block.kind.code, block.rank, checked=True)
+            except ValueError as error:
+                raise UnsupportedModelError(
+                    f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} bstack.load(..., mode='dense') "
+                    "takes any."
+                ) from None
 
 
 def _packed_weight(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import bstack
 import bstack.codecs
 import bstk
 import pytest
 import tiny_models
 import torch
+from bstack.errors import UnsupportedModelError
+from bstack.runtime import stacked
 from bstack.runtime.container import parts_of
 from bstack.runtime.dense import dense_weights
 
@@ -86,3 +90,24 @@ def test_rows_that_are_there_twice_are_damage(tmp_path, mode):
         bstk.write(tmp_path / "twice.bstk", file.metadata, entries, file.base_count)
     with pytest.raises(bstk.DamagedError, match="2040"):
         bstack.load(tmp_path / "twice.bstk", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([(bstk.TRELLIS, 2)] * 16, None),
+        ([(bstk.SIGN, 16)], None),
+        ([(bstk.SPQR, 128 + 4), (bstk.OUTLIERS, 0), (bstk.TRELLIS, 2)], None),
+        ([(bstk.TRELLIS, 2)] * 17, "17 blocks.*levels 0 to 15.*mode='dense'"),
+        ([(bstk.SIGN, 17)], "rank 17.*1 to 16"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(blocks, words):
+    stack = [
+        SimpleNamespace(name="w", kind=kind, rank=rank, level=level, shape=(40, 40)) for level, (kind, rank) in enumerate(blocks)
+    ]
+    if words is None:
+        stacked._check_depth([(None, stack)], "file")
+        return
+    with pytest.raises(UnsupportedModelError, match=words):
+        stacked._check_depth([(None, stack)], "file")

@@ -7,6 +7,8 @@ from typing import Any
 
 import bstk
 from bstack.cli._text import megabytes, table
+from bstk.contents import outlier_count
+from bstk.kinds import spqr_parts
 
 _PARTS = ("codes", "statistics", "permutation", "outliers", "planes")
 
@@ -27,16 +29,12 @@ def summary(reader: bstk.Reader) -> dict[str, Any] | None:
         if chunk.name not in names:
             continue
         if chunk.kind is bstk.SPQR:
-            rows, columns = chunk.shape
-            bits, group = chunk.rank % 16, chunk.rank - chunk.rank % 16
-            tiles = -(-rows // 16) * -(-columns // group)
-            parts["codes"] += tiles * 2 * bits * group
-            parts["statistics"] += tiles * 20
-            parts["permutation"] += chunk.raw_length - tiles * (2 * bits * group + 20)
+            for part, size in spqr_parts(chunk.shape, chunk.rank)._asdict().items():
+                parts[part] += size
             weights += math.prod(chunk.shape)
         elif chunk.kind is bstk.OUTLIERS:
             parts["outliers"] += chunk.raw_length
-            outliers += chunk.raw_length // 4 - (chunk.shape[0] + 1)
+            outliers += outlier_count(chunk.shape, chunk.raw_length)
         else:
             parts["planes"] += chunk.raw_length
     total = sum(parts.values())

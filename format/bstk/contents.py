@@ -43,7 +43,7 @@ def check_outliers(raw: bytes, shape: tuple[int, ...]) -> None:
         (rows, columns).
     """
     rows, columns = shape
-    count = len(raw) // 4 - (rows + 1)
+    count = outlier_count(shape, len(raw))
     pointer = _integers(raw, 0, rows + 1, 4)
     if pointer[0] or not all(map(le, pointer, islice(pointer, 1, None))):
         raise ValueError("its row pointer does not start at 0, or falls")
@@ -58,6 +58,11 @@ def check_outliers(raw: bytes, shape: tuple[int, ...]) -> None:
         row = bisect_left(pointer, fall, row)
         if pointer[row] != fall:
             raise ValueError(f"the columns of row {row - 1} do not rise")
+
+
+def outlier_count(shape: tuple[int, ...], raw_length: int) -> int:
+    """Return how many values an outliers block has, of a length that its rule allows."""
+    return raw_length // 4 - (shape[0] + 1)
 
 
 def _integers(raw: bytes, start: int, count: int, size: int) -> array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from . import contents, dtypes
 
@@ -91,10 +92,26 @@ def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     return (rows + 3) * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
 
 
+class SpqrParts(NamedTuple):
+    """Bytes of the parts of an spqr block, zeros between them counted to the first."""
+
+    permutation: int
+    codes: int
+    statistics: int
+
+
+def spqr_parts(shape: tuple[int, ...], rank: int) -> SpqrParts:
+    """Return what the parts of an spqr block take; `rank` is one that the kind's rule allows."""
+    rows, columns = shape
+    bits, group = rank % 16, rank // 16 * 16
+    tiles = -(-rows // 16) * -(-columns // group)
+    return SpqrParts(-(-2 * columns // 64) * 64, tiles * 2 * bits * group, tiles * 20)
+
+
 def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     if len(shape) != 2:
         raise ValueError(f"an spqr block has two dimensions, found shape {shape}")
-    rows, columns = shape
+    columns = shape[1]
     if dtype != "f16":
         raise ValueError(f"the statistics of an spqr block are f16, found {dtype}")
     subtiles, bits = divmod(rank, 16)
@@ -104,8 +121,7 @@ def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
         )
     if columns > MAX_SPARSE_COLUMNS:
         raise ValueError(f"an spqr block has at most {MAX_SPARSE_COLUMNS} columns, found {columns}")
-    tiles = -(-rows // 16) * -(-columns // (16 * subtiles))
-    return -(-2 * columns // 64) * 64 + tiles * (subtiles * 32 * bits + 20)
+    return sum(spqr_parts(shape, rank))
 
 
 def _outliers(shape: tuple[int, ...], dtype: str, rank: int) -> range:

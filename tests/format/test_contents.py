@@ -1,5 +1,6 @@
 """Blocks that hold positions: what is read points into the matrix, whatever a file says."""
 
+import math
 import struct
 import tracemalloc
 
@@ -76,6 +77,19 @@ def test_permutation(permutation, fine):
 )
 def test_lengths(kind, shape, rank, length):
     assert kind.rule(shape, "f16", rank) == length
+
+
+@given(rows=st.integers(1, 200), columns=st.integers(1, 700), group=st.sampled_from([16, 32, 64, 128]), bits=st.sampled_from([3, 4]))
+def test_parts_of_an_spqr_block(rows, columns, group, bits):
+    """Against the table of SPEC.md, section 6, and what the tiles hold one by one."""
+    parts = kinds.spqr_parts((rows, columns), group + bits)
+    tiles = sum(1 for _ in range(0, rows, 16) for _ in range(0, columns, group))
+    assert parts.codes * 8 == tiles * 16 * group * bits and parts.statistics == tiles * (6 + 6 + 8)
+    assert sum(parts) == 64 * math.ceil(2 * columns / 64) + math.ceil(rows / 16) * math.ceil(columns / group) * (2 * bits * group + 20)
+
+
+def test_number_of_outliers():
+    assert contents.outlier_count((2, 5), len(block([0, 1, 2], [4, 0]))) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,8 @@
 /* SpQR with AVX2: a lane is a row, eight rows at a time. */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx2")
-#endif
+#include "avx2.h"
 #include "spqr.h"
-#include "tiles.h"
 
 #ifdef BSTACK_X86
-#include <immintrin.h>
-
 enum {
     QUADS = 4, /* inputs of a subtile, four at a time */
     EIGHT = 8, /* rows of a register */
@@ -27,17 +20,12 @@ INLINE void unpack(const uint8_t *subtile, int bits, int upper, __m256i *code) {
             code[2 * h + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
         }
     } else {
-        const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, //
-                                                2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-        const __m256i one = _mm256_set1_epi64x((int64_t)0x8040201008040201u);
         const __m256i all = _mm256_loadu_si256((const __m256i *)at);
         UNROLL
         for (int j = 0; j < QUADS; j++) {
             const __m256i low = _mm256_and_si256(_mm256_srli_epi16(all, 2 * j), _mm256_set1_epi8(3));
-            const __m256i bits_ = _mm256_set1_epi32((int)load_32(subtile + 64 + 8 * j + 4 * upper));
-            const __m256i byte = _mm256_and_si256(_mm256_shuffle_epi8(bits_, spread), one);
-            const __m256i third = _mm256_and_si256(_mm256_cmpeq_epi8(byte, one), _mm256_set1_epi8(4));
-            code[j] = _mm256_or_si256(low, third);
+            const __m256i third = bytes_of_bits(load_32(subtile + 64 + 8 * j + 4 * upper));
+            code[j] = _mm256_or_si256(low, _mm256_and_si256(third, _mm256_set1_epi8(4)));
         }
     }
 }
@@ -157,7 +145,5 @@ static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, con
 
 const struct spqr_kernels bstack_spqr_avx2 = {dense, outliers};
 
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
+END_OF_TARGET
 #endif

@@ -4,7 +4,6 @@
 
 #ifdef BSTACK_X86
 enum {
-    QUADS = 4,    /* inputs of a subtile, four at a time */
     AHEAD = 3072, /* bytes between what is summed and what is fetched */
 };
 

@@ -15,14 +15,9 @@ from bstack.numerics.feedback import factorise
 from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
 from bstack.numerics.outliers import outlier_scores
 from bstack.settings import Settings
+from codec_inputs import correlated_moment, moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-
-def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
-    return x.t() @ x
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -140,9 +135,7 @@ def test_a_group_is_quantised_far_better_than_one_scale_for_all():
 
 def test_feedback_pays_where_inputs_are_correlated():
     n = 64
-    mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
-    x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
-    h = x.t() @ x
+    h = correlated_moment(n)
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
     codec = SpqrCodec(outliers=0, planes=0)
     with_feedback = blocks_of(codec, weight, h)[0].row_errors.sum()

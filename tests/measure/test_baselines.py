@@ -238,19 +238,22 @@ def test_rounded_models_are_what_the_formula_says(prepared):
         assert found.sizes.file_bytes == sum(bstk.pack(matrix.payload()).stored_length for matrix in packed) + other
 
 
-def test_gptq_models_improve_on_rounded_ones(prepared):
+def measured(prepared, *runs):
+    """What one `Baselines` finds for some methods and bits, one after the other."""
     from bstack.measure.baselines.run import Baselines
 
-    name, folder, skeleton, windows, reference = prepared
+    _, folder, skeleton, windows, reference = prepared
     calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
     with bstk.open(folder / "out.bstk") as file:
         baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
-        first = baselines.measure("gptq", 4, calibration)
-        again = baselines.measure("gptq", 4, calibration)
-        rounded = baselines.measure("rtn", 4, None)
+        return [baselines.measure(method, bits, None if method == "rtn" else calibration) for method, bits in runs]
+
+
+def test_gptq_models_improve_on_rounded_ones(prepared):
+    first, again, rounded = measured(prepared, ("gptq", 4), ("gptq", 4), ("rtn", 4))
     assert first == again
     assert first[0].sizes.memory_bytes == rounded[0].sizes.memory_bytes
-    assert first[0].quality.kld.value < rounded[0].quality.kld.value, name
+    assert first[0].quality.kld.value < rounded[0].quality.kld.value, prepared[0]
 
 
 def test_the_frontier_keeps_what_is_best_at_its_bytes():
@@ -265,16 +268,8 @@ def test_the_frontier_keeps_what_is_best_at_its_bytes():
 
 
 def test_spqr_models_improve_on_gptq(prepared):
-    from bstack.measure.baselines.run import Baselines
-
-    name, folder, skeleton, windows, reference = prepared
-    calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
-    with bstk.open(folder / "out.bstk") as file:
-        baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
-        first = baselines.measure("spqr", 3, calibration)
-        again = baselines.measure("spqr", 3, calibration)
-        gptq_ = baselines.measure("gptq", 3, calibration)
+    first, again, gptq_ = measured(prepared, ("spqr", 3), ("spqr", 3), ("gptq", 3))
     assert first == again
     assert first[0].name == "spqr 3 bits, embeddings 8"
     assert first[0].sizes.memory_bytes > gptq_[0].sizes.memory_bytes
-    assert first[0].quality.kld.value < gptq_[0].quality.kld.value, name
+    assert first[0].quality.kld.value < gptq_[0].quality.kld.value, prepared[0]

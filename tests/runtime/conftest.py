@@ -20,3 +20,15 @@ def file_of(tmp_path_factory):
         return made[name, codec]
 
     return get
+
+
+@pytest.fixture
+def path(file_of):
+    """The file of a tiny Llama; a test module may put another in its place."""
+    return file_of("llama")
+
+
+@pytest.fixture
+def model(path):
+    """It, loaded with packed weights."""
+    return bstack.load(path, mode="stack")[0]

@@ -11,11 +11,11 @@ import tiny_models
 import torch
 from bstack.kernels.native import library
 from bstack.models.cache import growing_cache
+from packed_models import IDS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 
 FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
-IDS = torch.tensor([[5, 9, 44, 7, 101]])
 
 
 def slowly(model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bstack.kernels.native import library
 from bstack.models.cache import growing_cache
+from packed_models import logits
 
 IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 
@@ -13,11 +14,6 @@ IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 @pytest.fixture
 def path(file_of):
     return file_of("llama", codec="spqr")
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(IDS[:, :tokens]).logits
 
 
 def sizes(path):
@@ -49,9 +45,9 @@ def test_packed_agrees_with_dense_at_every_size(path, tokens):
     for mb in (*sizes(path), *reversed(sizes(path))):
         bstack.resize(model, mb)
         dense, _ = bstack.load(path, mb=mb)
-        expected = logits(dense, tokens)
-        assert (logits(model, tokens) - expected).abs().max() <= 1e-3 * expected.std()
-        seen.append(logits(model, tokens))
+        expected = logits(dense, IDS[:, :tokens])
+        assert (logits(model, IDS[:, :tokens]) - expected).abs().max() <= 1e-3 * expected.std()
+        seen.append(logits(model, IDS[:, :tokens]))
     assert torch.equal(seen[0], seen[-1]) and not torch.equal(seen[0], seen[len(seen) // 2])
 
 

@@ -8,7 +8,7 @@ from . import opening, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
 from .cuts import Cut
-from .download import download
+from .download import download, remove_part
 from .errors import RemoteChangedError, UsageError, writing
 from .files import LockedFile, replacing
 from .reader import Reader
@@ -26,7 +26,8 @@ def truncate(
     The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Each chunk is checked
     against its digest while it is copied. Memory stays small however large the file is.
 
-    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there.
+    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there; a call
+    that gets `dst` from a file on disk deletes it.
 
     Parameters
     ----------
@@ -120,6 +121,7 @@ def _truncate(
         write(header_of(source, cut.file_bytes if seal else 0))
         copy_chunks(source, source.chunks[: cut.chunks], write)
         opening.open(temporary, warn=False).close()
+    remove_part(dst, name)
     return cut
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 
 from .copying import Progress, extend, header_of, intact, overwrite_preamble
 from .cuts import Cut
@@ -72,13 +74,36 @@ def begin(part: LockedFile, reader: Reader) -> None:
     """
     header = header_of(reader, 0)
     there = part.read(0, len(header))
-    if there[: len(MAGIC)] != MAGIC[: len(there)]:
+    if not _may_be_ours(there):
         raise OutputError(f"{part.path}: in the way: it is no part of a .bstk file. Move it, or name another output.")
     # The preamble pins the tables and they pin all chunks, so equal headers mean the same file. Only the seal and its
     # CRC may differ.
     if _unsealed(there) != header:
         part.shorten(0)
     part.write(0, header)
+
+
+def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
+    """Delete what an earlier, stopped download to `dst` left, now that `dst` is there from elsewhere.
+
+    What is no beginning of a .bstk file is left alone, and so is a link, a download that still runs, and `source`, the file
+    that `dst` was made from. If it cannot be deleted, it stays.
+    """
+    path = part_of(dst)
+    with suppress(OSError, BstkError):
+        if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
+            return
+        with LockedFile(path) as part:
+            ours = _may_be_ours(part.read(0, len(MAGIC)))
+            if ours and os.name != "nt":  # which cannot delete an open file
+                os.unlink(path)
+        if ours and os.name == "nt":
+            os.unlink(path)
+
+
+def _may_be_ours(there: bytes) -> bool:
+    """Whether a file that begins so may be the beginning of a .bstk file."""
+    return there[: len(MAGIC)] == MAGIC[: len(there)]
 
 
 def _unsealed(header: bytes) -> bytes:

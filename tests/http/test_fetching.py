@@ -5,11 +5,12 @@ import time
 
 import bstk
 import pytest
+from bstk.files import LockedFile
 from bstk.http import HEAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
-from served_files import cut_sizes
+from served_files import cut_sizes, make
 
 
 def expected(data, mb, folder, seal=True):
@@ -240,6 +241,43 @@ def test_a_stranger_in_the_place_of_the_part_is_left_alone(model, serve, tmp_pat
     with pytest.raises(bstk.OutputError, match="in the way"):
         bstk.truncate(serve(model).url, tmp_path / "out.bstk", 1)
     assert (tmp_path / "out.bstk.part").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("how", ["truncate", "write"])
+def test_a_part_goes_when_the_output_comes_from_elsewhere(how, model, serve, tmp_path, monkeypatch):
+    out, part, source = tmp_path / "out.bstk", tmp_path / "out.bstk.part", tmp_path / "source.bstk"
+    source.write_bytes(model)
+    mb = cut_sizes(model)[3]
+
+    def succeed(source=source):
+        if how == "truncate":
+            bstk.truncate(source, out, mb)
+        else:
+            make(out, blocks=2)
+
+    interrupted(serve(model), out, 1000, monkeypatch)
+    assert part.exists()
+    with LockedFile(part):  # a download that still runs
+        succeed()
+        assert part.exists()
+    succeed()
+    assert not part.exists()
+    part.touch()
+    succeed()
+    assert not part.exists()
+    # Not ours, or the source itself.
+    part.write_text("my notes")
+    succeed()
+    assert part.read_text() == "my notes"
+    part.unlink()
+    part.symlink_to(source)
+    succeed()
+    assert part.is_symlink() and source.read_bytes() == model
+    if how == "truncate":
+        part.unlink()
+        part.write_bytes(model)
+        succeed(part)
+        assert part.read_bytes() == model
 
 
 def test_damage_on_the_server(model, serve, tmp_path):

@@ -20,6 +20,7 @@ def truncate(
     mb: Budget,
     seal: bool = True,
     progress: Progress | None = None,
+    overwrite: bool = True,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -44,6 +45,8 @@ def truncate(
         unsealed `src` gives exactly its first bytes.
     progress : callable or None
         Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
+    overwrite : bool
+        Replace what is at `dst`. Without it that is refused at the start, and again at the end if it appeared meanwhile.
 
     Returns
     -------
@@ -53,7 +56,7 @@ def truncate(
     Raises
     ------
     UsageError
-        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, or None for a URL.
+        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, None for a URL, or there already.
     BusyError
         Another process changes the file in place, or fetches to the same `dst`.
     BudgetError
@@ -68,11 +71,11 @@ def truncate(
         The result cannot be written; nothing was changed.
     """
     if isinstance(src, Reader):
-        return _truncate(src, dst, mb, seal, progress)
+        return _truncate(src, dst, mb, seal, progress, overwrite)
     if dst is None and not urls.is_url(src):
         return _cut_in_place(os.fspath(src), mb, seal)
     with opening.open(src, warn=False) as source:  # cutting is the cure that the warning names
-        return _truncate(source, dst, mb, seal, progress)
+        return _truncate(source, dst, mb, seal, progress, overwrite)
 
 
 def plan(source: Reader, mb: Budget) -> Cut:
@@ -97,20 +100,25 @@ def plan(source: Reader, mb: Budget) -> Cut:
 
 
 def _truncate(
-    source: Reader, dst: str | os.PathLike[str] | None, mb: Budget, seal: bool, progress: Progress | None
+    source: Reader,
+    dst: str | os.PathLike[str] | None,
+    mb: Budget,
+    seal: bool,
+    progress: Progress | None,
+    overwrite: bool,
 ) -> Cut:
     name = source.source.name
     if dst is None:
         raise UsageError(f"{name}: an open file or one on a server is not cut in place. Name an output.")
     if _is_remote(source):
         try:
-            return _fetch(source, dst, mb, seal, progress)
+            return _fetch(source, dst, mb, seal, progress, overwrite)
         except RemoteChangedError:
-            return _fetch(opening.reopen(source), dst, mb, seal, progress)
+            return _fetch(opening.reopen(source), dst, mb, seal, progress, overwrite)
     cut = plan(source, mb)
     if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
         raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
-    with replacing(dst) as (sink, temporary):
+    with replacing(dst, overwrite) as (sink, temporary):
 
         def write(data: bytes | memoryview) -> None:
             with writing(os.fspath(dst)):
@@ -125,11 +133,13 @@ def _truncate(
     return cut
 
 
-def _fetch(source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None) -> Cut:
+def _fetch(
+    source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None, overwrite: bool
+) -> Cut:
     cut = plan(source, mb)
     everything = cut.chunks == len(source.chunks) and source.state != "partial"
     length = source.seal if everything else cut.file_bytes
-    download(source, cut, dst, length if seal else 0, progress)
+    download(source, cut, dst, length if seal else 0, progress, overwrite)
     return cut
 
 

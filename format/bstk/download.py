@@ -9,7 +9,7 @@ from contextlib import suppress
 from .copying import Progress, extend, header_of, intact, overwrite_preamble
 from .cuts import Cut
 from .errors import BstkError, OutputError, writing
-from .files import LockedFile, sync_folder, target_of
+from .files import LockedFile, require_free, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
 
@@ -19,7 +19,14 @@ def part_of(dst: str | os.PathLike[str]) -> str:
     return os.path.realpath(dst) + ".part"
 
 
-def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None = None) -> None:
+def download(
+    reader: Reader,
+    cut: Cut,
+    dst: str | os.PathLike[str],
+    seal: int,
+    progress: Progress | None = None,
+    overwrite: bool = True,
+) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all.
 
     Until then what has arrived is in ``DST.part``, and stays there if this ends early. It is used again by a later call
@@ -37,9 +44,13 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
         The seal to write, or 0 for none.
     progress : callable or None
         Called with the number of bytes that are there, for those of an earlier call at once.
+    overwrite : bool
+        Replace what is at `dst`.
 
     Raises
     ------
+    UsageError
+        Something is at `dst` that is not to be replaced. If it appeared while this fetched, what has arrived is kept.
     BusyError
         Another process fetches to `dst`.
     DamagedError
@@ -49,6 +60,8 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
     ResourceError, OutputError
         It cannot be written.
     """
+    if not overwrite:
+        require_free(dst)
     target = target_of(dst)
     chunks = reader.all_chunks[: cut.chunks]
     with LockedFile(part_of(dst), create=True) as part:
@@ -59,6 +72,8 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
                 progress(part.length)
         extend(part, reader, chunks, progress)
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
+        if not overwrite:
+            require_free(dst)
         with writing(os.fspath(dst)):
             part.rename(target)
     sync_folder(os.path.dirname(target))

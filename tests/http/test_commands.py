@@ -174,6 +174,20 @@ def test_the_second_download_to_one_output_is_refused(bstack, command, long_head
     assert first.wait() == 0 and (tmp_path / "out.bstk").read_bytes() == long_head
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_appears_during_a_download(bstack, command, long_head, serve, tmp_path, force):
+    server = serve(long_head, pause=0.02)
+    out, part = tmp_path / "out.bstk", tmp_path / "out.bstk.part"
+    process = command("truncate", server.url, "--mb", 1, "-o", "out.bstk", *["--force"] * force)
+    until(lambda: part.exists() and part.stat().st_size > 110_000)
+    out.write_text("of somebody else")
+    _, err = process.communicate()
+    if force:
+        assert process.returncode == 0 and out.read_bytes() == long_head
+    else:
+        assert process.returncode == 2 and "is there already" in err and out.read_text() == "of somebody else"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_retries_are_shown_on_a_terminal(long_head, serve, tmp_path):
     import pty

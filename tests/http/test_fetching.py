@@ -280,6 +280,27 @@ def test_a_part_goes_when_the_output_comes_from_elsewhere(how, model, serve, tmp
         assert part.read_bytes() == model
 
 
+@pytest.mark.parametrize("remote", [True, False])
+def test_an_output_that_appears_meanwhile_is_not_replaced(remote, long_head, serve, tmp_path):
+    out, source, sizes = tmp_path / "out.bstk", tmp_path / "source.bstk", cut_sizes(long_head)
+    source.write_bytes(long_head)
+    server = serve(long_head)
+    place = server.url if remote else source
+    with pytest.raises(bstk.UsageError, match="is there already. Allow to replace it"):
+        bstk.truncate(place, out, sizes[-1], overwrite=False, progress=lambda count: out.write_text("of somebody else"))
+    assert out.read_text() == "of somebody else"
+    with pytest.raises(bstk.UsageError, match="is there already"):
+        bstk.truncate(place, out, sizes[-1], overwrite=False)
+    assert (tmp_path / "out.bstk.part").exists() == remote
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    server.asked.clear()
+    bstk.truncate(place, out, sizes[-1])
+    assert out.read_bytes() == expected(long_head, sizes[-1], tmp_path)
+    if remote:  # what had arrived was kept
+        with bstk.open(long_head) as file:
+            assert max(last for _, last in server.ranges_asked()) < file.preamble.header_length
+
+
 def test_damage_on_the_server(model, serve, tmp_path):
     with bstk.open(model) as file:
         chunk = file.chunks[7]

@@ -27,7 +27,7 @@ def kept_path(root: bytes) -> Path:
 
 @contextmanager
 def cached(
-    url: str, mb: Budget | None, strict: bool, warn: bool = True
+    url: str, mb: Budget | None, strict: bool, warn: bool = True, notify: Callable[[str], None] | None = None
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
     """Fetch what a budget needs of a model behind a URL and is not kept yet.
 
@@ -43,6 +43,8 @@ def cached(
         Refuse a file that is partial on the server.
     warn : bool
         Warn about one.
+    notify : callable or None
+        Called with one line about each retry, but for those that a progress line on a terminal shows.
 
     Yields
     ------
@@ -60,7 +62,7 @@ def cached(
     bstk.BstkError
         As `bstk.open` and `bstk.Reader.fit`.
     """
-    with closing(bstk.HttpSource(url)) as remote:
+    with closing(bstk.HttpSource(url, notify)) as remote:
         try:
             path, count = _fetch(remote, mb, strict, warn)
         except bstk.RemoteChangedError:
@@ -131,5 +133,6 @@ def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool, warn: bool) ->
 def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], None]]:
     # disable=None: drawn on terminals only.
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
-        remote.notify = bar.set_postfix_str
+        if not bar.disable:
+            remote.notify = bar.set_postfix_str
         yield bar.update

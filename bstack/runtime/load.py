@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from decimal import Decimal
 from typing import Any
@@ -37,6 +38,7 @@ def load(
     trust_remote_code: bool = False,
     code: str | os.PathLike[str] | None = None,
     warn: bool = True,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -65,6 +67,8 @@ def load(
         compressed.
     warn : bool
         Warn about a partial file, as `bstk.open` does.
+    notify : callable, optional
+        Called with one line about each retry of a URL; on a terminal the progress line shows them while blocks are fetched.
 
     Returns
     -------
@@ -97,7 +101,7 @@ def load(
     device = device_of(device, packed=mode == "stack")
     with ExitStack() as stack:
         if urls.is_url(path):
-            file, chunks = stack.enter_context(cached(path, mb, strict, warn))
+            file, chunks = stack.enter_context(cached(path, mb, strict, warn, notify))
         else:
             file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
             chunks = file.chunks[: file.fit(mb).chunks]

@@ -12,12 +12,16 @@ import bstk
 from bstack.folders import cache_folder
 from bstk import preamble
 from bstk.budget import Budget
-from bstk.copying import extend
+from bstk.copying import extend, intact
 from bstk.download import begin
 from bstk.errors import writing
 from bstk.files import LockedFile
 
-__all__ = ["cached", "kept_path"]
+__all__ = ["KeptCopyError", "cached", "kept_path"]
+
+
+class KeptCopyError(bstk.DamagedError):
+    """The kept copy of a model was damaged on this disk; what was damaged is no longer kept."""
 
 
 def kept_path(root: bytes) -> Path:
@@ -57,8 +61,10 @@ def cached(
     ------
     bstk.RemoteError
         The URL cannot be read.
+    KeptCopyError
+        A kept chunk does not match its digest. What is kept is dropped from there on, and the next call fetches it again.
     bstk.DamagedError
-        A chunk does not match its digest. If it was a kept one it is dropped, and the next call fetches it again.
+        What the server sends is damaged.
     bstk.BstkError
         As `bstk.open` and `bstk.Reader.fit`.
     """
@@ -72,11 +78,18 @@ def cached(
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
-            if error.chunk is not None:
-                with LockedFile(path, wait=True) as kept, writing(kept.path):
-                    kept.shorten(min(kept.length, error.chunk.offset))
-                error.args = (f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.",)
+            if error.chunk is not None and _drop_damaged(path, error.chunk):
+                raise KeptCopyError(f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.") from None
             raise
+
+
+def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
+    """Cut a kept file off before a chunk, if that does not match its digest there; say whether it did not."""
+    with LockedFile(path, wait=True) as kept, writing(kept.path):
+        if kept.length < chunk.end or intact(kept, [chunk]) == chunk.end:
+            return False
+        kept.shorten(chunk.offset)
+    return True
 
 
 class _Kept:

@@ -208,10 +208,7 @@ def test_a_damaged_part_is_mended(long_head, serve, tmp_path, monkeypatch, place
         place = {-1: len(data) - 1, 20_000: file.preamble.header_length + 20_000}.get(place, place)
     data[place] ^= 1
     part.write_bytes(data)
-    if place == len(data) - 1:  # within a chunk that is not complete: found when the rest of it has arrived
-        with pytest.raises(bstk.DamagedError, match="Give the same command again"):
-            bstk.truncate(server.url, out, mb)
-        assert part.stat().st_size < len(data)
+    # The last byte is within a chunk that is not complete: found when the rest of it has arrived.
     bstk.truncate(server.url, out, mb)
     assert out.read_bytes() == expected(long_head, mb, tmp_path)
 

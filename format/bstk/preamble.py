@@ -13,6 +13,9 @@ from .errors import DamagedError, UnsupportedVersionError
 MAGIC = b"\x89BSTK\r\n\x1a"
 LENGTH = 256
 MAJOR, MINOR = 1, 0
+SPECIFICATION = "1.1"
+"""Version of ``SPEC.md`` that is read and written. Files say MAJOR.MINOR, and in flags what of a later version they have."""
+
 RECORD_LENGTH = 128
 
 # magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, smallest

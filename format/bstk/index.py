@@ -20,6 +20,7 @@ _FORM = struct.Struct("<4I BBHI")
 _NAME_HEAD = struct.Struct("<I")
 _TRANSPOSED = 1
 _RESERVED = bytes(24)
+_MOST_FORMS = 4096  # remembered at once: a hostile index has another one in every record
 _INFINITY = math.inf
 
 
@@ -184,6 +185,8 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 used += 1
             form = forms.get((code, packed))
             if form is None:
+                if len(forms) == _MOST_FORMS:
+                    forms.clear()
                 form = forms[code, packed] = _parse_form(code, packed)
             kind, shape, dtype, rank, transposed, determined = form
             if found_offset != offset:

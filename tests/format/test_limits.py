@@ -9,6 +9,8 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
+import types
 from pathlib import Path
 
 import bstk
@@ -135,6 +137,32 @@ def test_rank(good):
         draft = samples.Draft(good)
         draft.set(7, rank=rank, raw=8 + 28 * rank)
         assert opens(draft.bytes()) is accepted
+
+
+def test_memory_of_a_hostile_index():
+    """Every record has a name, a shape and numbers of its own, so nothing of it is shared: docs/security.md says how much that is."""
+    count = 50_000
+    record = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
+    names = b"".join(struct.pack("<I", 5) + b"%05x" % number for number in range(count))
+    header = 256 + 128 * count + len(names) + 2
+    offset, records = header, []
+    for number in range(count):
+        rows, columns, stored = 300 + number % 1500, 300 + number // 1500, 3000 + number
+        fields = (number, 2, 0, offset, stored, rows * columns, rows, columns, 1, 1, 6, 4, 0, 0, 1.0 + number, 0.5 + number)
+        records.append(record.pack(*fields, bytes(24), struct.pack("<4Q", number, 1, 1, 1)))
+        offset += stored
+    tables = b"".join(records), names, b"{}"
+    head = preamble.Preamble(offset, offset, count, count, len(names), 2, *(hashlib.sha256(part).digest() for part in tables))
+    data = head.to_bytes() + b"".join(tables)
+    source = types.SimpleNamespace(name="hostile", length=offset, read=lambda at, length: data[at : at + length], close=lambda: None)
+    del records
+    tracemalloc.start()
+    try:
+        with bstk.open(source) as file:
+            assert len(file.chunks) == count
+        assert tracemalloc.get_traced_memory()[1] < 6 * header
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("past", [0, 1])

@@ -198,7 +198,7 @@ def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
             "tokenizer's files beside the weights."
         )
     folder = work.scratch()
-    put_files(((record.name, unpack(read(), record.raw_length)) for record, read in kept), folder, str(work.path))
+    put_files(((record.name, [unpack(read(), record.raw_length)]) for record, read in kept), folder, str(work.path))
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)

@@ -22,13 +22,14 @@ from bstack.settings import Settings
 QUICK = {"samples": 2, "sequence_length": 16}
 CODECS = {
     "spqr": Settings(codec="spqr", planes=1, **QUICK),
+    "spqr, none apart": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
     "trellis": Settings(codec="trellis", planes=2, **QUICK),
     "sign": Settings(codec="sign", planes=2, rank=2, **QUICK),
 }
 # A plain one, tied weights, transposed ones, fused experts, stacked experts, a projection outside the layers.
 CASES = [
     ("llama", "spqr"), ("llama-tied", "trellis"), ("gpt2", "spqr"), ("gpt2", "sign"), ("mixtral", "spqr"), ("gpt-oss", "trellis"),
-    ("opt-projected", "spqr"),
+    ("opt-projected", "spqr"), ("llama", "spqr, none apart"),
 ]  # fmt: skip
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 

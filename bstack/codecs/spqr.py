@@ -1,7 +1,7 @@
 """SpQR: small groups of 3 or 4 bits with outliers apart (arXiv 2306.03078), and trellis blocks on top of them.
 
     level 0   dense part: groups of inputs with a scale and a zero point each, both codes of 3 bits
-    level 1   outliers: what the dense part lacks at the places where a group would suffer most
+    next      outliers: what the dense part lacks at the places where a group would suffer most; none, no block
     above     trellis blocks of what these two leave
 
 The encoder takes the columns in order of falling second moment and feeds each column's error on to the later ones
@@ -111,15 +111,15 @@ class SpqrCodec(Codec):
 
     def for_layer(self, tasks: Iterable[Task]) -> SpqrCodec:
         """Find the threshold that gives all matrices of a layer together the outliers that they may have."""
-        counts = np.zeros(PLACES, np.int64)
+        prices = np.zeros(PLACES, np.int64)
         shapes = []
         for task in tasks:
             shapes.append(tuple(task[0].shape))
             _check_width(shapes[-1])
-            counts += np.bincount(self.outlier_places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
+            prices += self._prices(self.outlier_places(*task)[0])
         return SpqrCodec(
             self.bits, self.group, None if self.bpw is not None else self.outliers, self.bpw, self.planes,
-            _threshold(counts, self._allowed(shapes)),
+            _threshold(prices, self._allowed(shapes)),
         )  # fmt: skip
 
     def encode(
@@ -130,15 +130,16 @@ class SpqrCodec(Codec):
         places, trusted = self.outlier_places(weight, moment, tokens, importance)
         threshold = self.threshold
         if threshold is None:
-            threshold = _threshold(np.bincount(places.reshape(-1).numpy(), minlength=PLACES), self._allowed([shape]))
+            threshold = _threshold(self._prices(places), self._allowed([shape]))
         apart = places >= threshold
         dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, self.bits, self.group)
         residual = weight - values
         rank = rank_of(self.bits, self.group)
         yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, moment))
-        residual[rows, columns] -= added.float()
-        outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
-        yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, moment))
+        if len(added):
+            residual[rows, columns] -= added.float()
+            outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
+            yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, moment))
         if self.planes:
             yield from TrellisCodec(self.planes).encode(residual, moment, tokens, importance)
 
@@ -168,25 +169,34 @@ class SpqrCodec(Codec):
         places[:, trusted.order] = numbers
         return places, trusted
 
+    def _prices(self, places: torch.Tensor) -> np.ndarray:
+        """What the outliers at each place cost one matrix: their count, or with `bpw` their bytes; int64, shape (PLACES,)."""
+        counts = np.bincount(places.reshape(-1).numpy(), minlength=PLACES)
+        if self.bpw is None:
+            return counts
+        counts *= BYTES_OF_AN_OUTLIER
+        counts[int(places.max())] += outlier_bytes(len(places), 0)  # the first of a matrix brings the row pointer
+        return counts
+
     def _allowed(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Outliers that matrices of these shapes may have."""
+        """What outliers of matrices of these shapes may cost together, in the unit of `_prices`."""
         weights = sum(math.prod(shape) for shape in shapes)
         if self.bpw is None:
             return int((AUTO_SHARE if self.outliers == "auto" else self.outliers) * weights)
-        fixed = sum(dense_bytes(*shape, rank_of(self.bits, self.group)) + outlier_bytes(shape[0], 0) for shape in shapes)
+        fixed = sum(dense_bytes(*shape, rank_of(self.bits, self.group)) for shape in shapes)
         room = int(self.bpw * weights / 8 - fixed)
         if room < 0:
             raise CodecError(
                 f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {8 * fixed / weights:.4f} bits per weight "
-                "without any outlier, with their row pointers and the order of their inputs counted. Give more"
+                "without any outlier, with the order of their inputs counted. Give more"
                 f"{', or --bits 3' if self.bits == 4 else ''}."
             )
-        return room // BYTES_OF_AN_OUTLIER
+        return room
 
 
-def _threshold(counts: np.ndarray, allowed: int) -> int:
-    """The smallest threshold above 0 that no more than `allowed` of the counted scores reach."""
-    reaching = counts[::-1].cumsum()[::-1]
+def _threshold(prices: np.ndarray, allowed: int) -> int:
+    """The smallest threshold above 0 at which the scores that reach it cost no more than `allowed`."""
+    reaching = prices[::-1].cumsum()[::-1]
     return max(1, int((reaching > allowed).sum()))
 
 

@@ -20,7 +20,7 @@ class SpqrMatrix:
     Attributes
     ----------
     dense_part, outliers : bytes
-        The blocks.
+        The blocks; no outliers, no bytes.
     rank : int
         Of the dense part's block.
     shape : tuple of int
@@ -38,7 +38,8 @@ class SpqrMatrix:
 
     def dense(self) -> torch.Tensor:
         """The matrix, float32."""
-        return SpqrCodec.rebuild([self.dense_part, self.outliers], [bstk.SPQR, bstk.OUTLIERS], [self.rank, 0], self.shape)
+        blocks = [(self.dense_part, bstk.SPQR, self.rank), (self.outliers, bstk.OUTLIERS, 0)]
+        return SpqrCodec.rebuild(*zip(*(block for block in blocks if block[0]), strict=True), self.shape)
 
 
 def spqr(weights: Mapping[str, tuple[torch.Tensor, torch.Tensor, int]], bits: int) -> dict[str, SpqrMatrix]:
@@ -59,6 +60,7 @@ def spqr(weights: Mapping[str, tuple[torch.Tensor, torch.Tensor, int]], bits: in
     codec = SpqrCodec(bits, planes=0).for_layer(tasks.values())
     found = {}
     for name, task in tasks.items():
-        dense_part, outliers = codec.encode(*task)
-        found[name] = SpqrMatrix(dense_part.payload, outliers.payload, dense_part.rank, tuple(task[0].shape))
+        dense_part, *outliers = codec.encode(*task)
+        payload = b"".join(block.payload for block in outliers)
+        found[name] = SpqrMatrix(dense_part.payload, payload, dense_part.rank, tuple(task[0].shape))
     return found

@@ -1,5 +1,8 @@
 """The SpQR codec: layout against the specification, mathematics against float64 written out, promises of the contract."""
 
+import math
+import re
+
 import bstk
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from bstack.codecs import codec_of_kind, make_codec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.spqr_columns import damped
+from bstack.codecs.spqr_target import range_of
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
@@ -247,6 +251,63 @@ def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
         SpqrCodec(4, bpw=4.7).for_layer(layer())
 
 
+# What shapes allow
+
+
+def encoded_range(bits, group, shapes):
+    """Bits per weight without outliers and with as many as there can be, of what the encoder writes."""
+    found = []
+    for share in (0, 0.5):
+        blocks = [
+            list(SpqrCodec(bits, group, share, planes=0).encode(gaussian(m, n, m), moment(n), 1000, torch.ones(m)))
+            for m, n in shapes
+        ]
+        found.append(bits_used(blocks, sum(m * n for m, n in shapes)))
+    return found
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, 16), (4, 32)])
+@pytest.mark.parametrize("shapes", [[(48, 64), (16, 80)], [(97, 81)], [(112, 48)]])
+def test_the_range_is_that_of_what_is_encoded(bits, group, shapes):
+    least, most = range_of(shapes, bits, group)
+    found = encoded_range(bits, group, shapes)
+    assert found[0] == pytest.approx(least) and least < found[1] <= most
+    if not any(n % group for _, n in shapes):
+        assert found[1] > 0.98 * most  # an outlier that adds nothing is left out
+    layers = [[[shape] for shape in shapes]]
+    for bpw in (least, (least + most) / 2):
+        SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
+    for bpw in (least - 0.001, most + 0.001):
+        with pytest.raises(CodecError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Give --bpw"):
+            SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
+
+
+def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes():
+    layers = [[[(64, 64)], [(64, 256), (256, 64)]], [[(32, 64)]]]
+    with pytest.raises(CodecError, match="Give --bpw ") as refused:
+        SpqrCodec(bpw=4.7).check_shapes(layers)
+    low, high = re.search(r"Give --bpw ([\d.]+) to ([\d.]+)\.", str(refused.value)).groups()
+    for bpw in (float(low), float(high)):
+        SpqrCodec(bpw=bpw).check_shapes(layers)
+        for shapes in ([(64, 64), (64, 256)], [(64, 64), (256, 64)], [(32, 64)]):
+            least, most = range_of(shapes, 4, 16)
+            assert least <= bpw <= most
+    # What only one of the readings rules out is left to the layer.
+    least, likely = (range_of([(64, 64), shape], 4, 16).least for shape in ((256, 64), (64, 256)))
+    SpqrCodec(bpw=(least + likely) / 2).check_shapes(layers[:1])
+
+
+def test_matrices_too_small_for_any_target():
+    with pytest.raises(CodecError, match="none to give: leave --bpw out, or choose another --group"):
+        SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])
+
+
+def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
+    SpqrCodec().check_shapes([[[(70000, 64), (64, 70000)]]])  # it may be the outputs that are so many
+    with pytest.raises(CodecError, match="70000 inputs"):
+        SpqrCodec().check_shapes([[[(64, 70000)]]])
+
+
 # Settings
 
 
@@ -261,10 +322,11 @@ def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
         ({"outliers": -0.1}, "0 to 0.5, or auto"),
         ({"outliers": float("nan")}, "0 to 0.5, or auto"),
         ({"outliers": "some"}, "0 to 0.5, or auto"),
-        ({"bpw": 4.6}, r"4.625 bits per weight, so --bpw takes more.*Or give --bits 3"),
-        ({"bits": 3, "bpw": 3.6}, r"3.625 bits"),
-        ({"bpw": float("nan")}, "up to 16"),
-        ({"bpw": 17.0}, "up to 16"),
+        ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or give --bits 3.$"),
+        ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
+        ({"bpw": float("nan")}, "up to about 10.625.$"),
+        ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),
+        ({"bits": 3, "group": 128, "bpw": 100.0}, r"with 3 bits in groups of 128.*more than 3.07812, up to about 3.82812.$"),
         ({"bpw": 5.0, "outliers": 0.01}, "give one"),
         ({"rank": 4}, "--codec sign"),
     ],

@@ -14,6 +14,9 @@ import bstk
 import pytest
 import tiny_models
 import torch
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
+from bstack.pipeline.layers import layer_shapes
 from bstack.settings import Settings
 
 SETTINGS = Settings(codec="spqr", bits=3, bpw=5.5, planes=1, samples=3, sequence_length=16)
@@ -149,10 +152,27 @@ def test_no_planes(model, tmp_path):
         (("--codec", "spqr", "--bits", "four"), "not a valid integer"),
         (("--codec", "spqr", "--outliers", "few"), "neither a number nor auto"),
         (("--codec", "spqr", "--bpw", 4.5), "Or give --bits 3"),
-        (("--codec", "spqr", "--bpw", 4.65, "--samples", 2, "--sequence-length", 16), "without any outlier"),
+        (("--codec", "spqr", "--bpw", 4.65), "Give --bpw 5.552 to 12.312. Or give --bits 3."),
+        (("--codec", "spqr", "--bpw", 15), "Give --bpw 5.552 to 12.312."),
+        (("--codec", "spqr", "--bpw", 100), "with 4 bits in groups of 16"),
     ],
 )
 def test_what_makes_no_sense_is_taught(model, tmp_path, arguments, words):
     done = command("compress", model, "-o", tmp_path / "out.bstk", *arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out.bstk").exists()
+    assert not list(tmp_path.iterdir())  # no work directory either
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss"])
+def test_shapes_are_known_before_a_layer_is_run(name, tmp_path):
+    folder = tiny_models.save(name, tmp_path / "model")
+    bstack.compress(folder, tmp_path / "out.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16))
+    layers = list(layer_shapes(Skeleton(open_checkpoint(folder))))
+    with bstk.open(tmp_path / "out.bstk") as file:
+        for index, layer in enumerate(layers):
+            found = [chunk.shape for chunk in file.chunks if chunk.is_block and f".{index}." in chunk.name]
+            assert len(found) == len(layer)
+            for shapes in layer:
+                found.remove(next(shape for shape in found if shape in shapes))
+            if name == "llama":
+                assert all(len(shapes) == 1 for shapes in layer)

@@ -22,12 +22,13 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec, Task
 from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damped
+from bstack.codecs.spqr_target import Shape, check_target, check_target_of_layers, range_of
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.matrix import TRELLIS as TRELLIS_CODE
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import GROUPS, ROWS, WIDEST, Outliers, dense_bytes, outlier_bytes, rank_of
+from bstack.kernels.spqr import GROUPS, WIDEST, Outliers, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
 from bstack.numerics.outliers import outlier_scores
 from bstack.numerics.rotation import unrotate
@@ -86,12 +87,8 @@ class SpqrCodec(Codec):
         outliers = "auto" if outliers is None else outliers
         if outliers != "auto" and not (isinstance(outliers, (int, float)) and 0 <= outliers <= 0.5):
             raise CodecError(f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto.")
-        least = bits + 160 / (ROWS * group)
-        if bpw is not None and not least < bpw <= 16:
-            raise CodecError(
-                f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {least:g} bits per weight, so "
-                f"--bpw takes more than that, up to 16.{' Or give --bits 3.' if bits == 4 else ''}"
-            )
+        if bpw is not None:
+            check_target(bpw, bits, group)
         self.bits, self.group, self.outliers, self.bpw, self.planes = bits, group, outliers, bpw, planes
         self.threshold = threshold
 
@@ -108,6 +105,14 @@ class SpqrCodec(Codec):
     def for_tables(self) -> Codec:
         """Embeddings and heads are stacks of the default codec: they are cut into finer steps."""
         return TrellisCodec()
+
+    def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
+        layers = list(layers)
+        for layer in layers:
+            for shapes in layer:
+                _check_width(min(shapes, key=lambda shape: shape[1]))
+        if self.bpw is not None:
+            check_target_of_layers(self.bpw, self.bits, self.group, layers)
 
     def for_layer(self, tasks: Iterable[Task]) -> SpqrCodec:
         """Find the threshold that gives all matrices of a layer together the outliers that they may have."""
@@ -178,20 +183,19 @@ class SpqrCodec(Codec):
         counts[int(places.max())] += outlier_bytes(len(places), 0)  # the first of a matrix brings the row pointer
         return counts
 
-    def _allowed(self, shapes: Sequence[tuple[int, int]]) -> int:
+    def _allowed(self, shapes: Sequence[Shape]) -> int:
         """What outliers of matrices of these shapes may cost together, in the unit of `_prices`."""
         weights = sum(math.prod(shape) for shape in shapes)
         if self.bpw is None:
             return int((AUTO_SHARE if self.outliers == "auto" else self.outliers) * weights)
-        fixed = sum(dense_bytes(*shape, rank_of(self.bits, self.group)) for shape in shapes)
-        room = int(self.bpw * weights / 8 - fixed)
-        if room < 0:
+        least, _ = range_of(shapes, self.bits, self.group)
+        if self.bpw < least:
             raise CodecError(
-                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {8 * fixed / weights:.4f} bits per weight "
+                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {least:.4f} bits per weight "
                 "without any outlier, with the order of their inputs counted. Give more"
                 f"{', or --bits 3' if self.bits == 4 else ''}."
             )
-        return room
+        return int((self.bpw - least) * weights / 8)
 
 
 def _threshold(prices: np.ndarray, allowed: int) -> int:
@@ -206,7 +210,7 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
     return pointer
 
 
-def _check_width(shape: tuple[int, int]) -> None:
+def _check_width(shape: Shape) -> None:
     if shape[1] > WIDEST:
         raise CodecError(
             f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {WIDEST}. Use --codec trellis."

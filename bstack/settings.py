@@ -28,7 +28,7 @@ class Settings:
     bits, group : int or None
         SpQR codec: bits of a code, and inputs that share a scale and a zero point; None: 4 and 16. No other codec has them.
     outliers : float or "auto" or None
-        SpQR codec: share of the weights that are kept apart; None: auto.
+        SpQR codec: share of the weights that are kept apart; None: auto, 1 % or what `bpw` leaves room for.
     bpw : float or None
         SpQR codec: bits per weight that dense part and outliers of a layer may take together; decides the share of outliers.
     order : str

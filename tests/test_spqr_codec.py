@@ -327,7 +327,8 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"bpw": float("nan")}, "up to about 10.625.$"),
         ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),
         ({"bits": 3, "group": 128, "bpw": 100.0}, r"with 3 bits in groups of 128.*more than 3.07812, up to about 3.82812.$"),
-        ({"bpw": 5.0, "outliers": 0.01}, "give one"),
+        ({"bpw": 5.0, "outliers": 0.01}, "outliers is 0.01 and bpw is 5.0; give one"),
+        ({"bpw": 5.0, "outliers": 0}, "give one"),
         ({"rank": 4}, "--codec sign"),
     ],
 )
@@ -345,11 +346,18 @@ def test_other_codecs_refuse_its_settings(codec, given):
 
 def test_settings_are_recorded():
     assert make_codec(Settings(codec="spqr")).settings() == {
-        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "planes": 2,
+        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "bpw": None, "planes": 2,
     }  # fmt: skip
     assert make_codec(Settings(codec="spqr", bits=3, bpw=4.0, planes=0)).settings() == {
-        "codec": "spqr", "bits": 3, "group": 16, "bpw": 4.0, "planes": 0,
+        "codec": "spqr", "bits": 3, "group": 16, "outliers": None, "bpw": 4.0, "planes": 0,
     }  # fmt: skip
+
+
+def test_auto_outliers_are_those_of_the_target():
+    tasks = layer()
+    said, unsaid = (make_codec(Settings(codec="spqr", bpw=5.9, planes=0, outliers=given)) for given in ("auto", None))
+    assert said.settings() == unsaid.settings()
+    assert said.for_layer(tasks).threshold == unsaid.for_layer(tasks).threshold != SpqrCodec().for_layer(tasks).threshold
 
 
 def test_more_inputs_than_16_bits_reach_are_refused():

@@ -69,10 +69,11 @@ class ShareType(click.ParamType):
 @click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
 @click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
 @click.option("--outliers", type=ShareType(), metavar="FRACTION|auto",
-              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01.")
+              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01, "
+                   "or with --bpw what that leaves room for.")
 @click.option("--bpw", type=float, metavar="X",
               help="SpQR codec: find the outliers' threshold at which dense part and outliers of each layer take at most X "
-                   "bits per weight, everything counted. In place of --outliers.")
+                   "bits per weight, everything counted. In place of --outliers FRACTION.")
 @click.option("--order", type=click.Choice(ORDERS),
               help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS),

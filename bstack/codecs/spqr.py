@@ -56,9 +56,9 @@ class SpqrCodec(Codec):
     group : int
         Inputs that share a scale and a zero point: 16, 32, 64 or 128.
     outliers : float or "auto"
-        Share of the weights of each layer that are kept apart, 0 to .5; auto is 1 %.
+        Share of the weights of each layer that are kept apart, 0 to .5; auto is 1 %, or what `bpw` leaves room for.
     bpw : float, optional
-        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of `outliers`.
+        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of a share.
     planes : int
         Trellis blocks on top, 0 to 14.
     threshold : int, optional
@@ -82,9 +82,9 @@ class SpqrCodec(Codec):
             raise CodecError(f"group is {group}; the spqr codec takes {', '.join(map(str, GROUPS))}.")
         if not 0 <= planes <= MOST_PLANES:
             raise CodecError(f"planes is {planes}; the spqr codec takes 0 to {MOST_PLANES} (2 bits per weight each).")
-        if bpw is not None and outliers is not None:
-            raise CodecError(f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are.")
         outliers = "auto" if outliers is None else outliers
+        if bpw is not None and outliers != "auto":
+            raise CodecError(f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are.")
         if outliers != "auto" and not (isinstance(outliers, (int, float)) and 0 <= outliers <= 0.5):
             raise CodecError(f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto.")
         if bpw is not None:
@@ -99,8 +99,11 @@ class SpqrCodec(Codec):
         return cls(**{name: value for name in names if (value := getattr(settings, name)) is not None})
 
     def settings(self) -> dict[str, Any]:
-        share = {"outliers": self.outliers} if self.bpw is None else {"bpw": self.bpw}
-        return {"codec": self.name, "bits": self.bits, "group": self.group, **share, "planes": self.planes}
+        # With a target there is no share to record, also where auto was given in words.
+        share = self.outliers if self.bpw is None else None
+        return {
+            "codec": self.name, "bits": self.bits, "group": self.group, "outliers": share, "bpw": self.bpw, "planes": self.planes,
+        }  # fmt: skip
 
     def for_tables(self) -> Codec:
         """Embeddings and heads are stacks of the default codec: they are cut into finer steps."""
@@ -123,7 +126,7 @@ class SpqrCodec(Codec):
             _check_width(shapes[-1])
             prices += self._prices(self.outlier_places(*task)[0])
         return SpqrCodec(
-            self.bits, self.group, None if self.bpw is not None else self.outliers, self.bpw, self.planes,
+            self.bits, self.group, self.outliers, self.bpw, self.planes,
             _threshold(prices, self._allowed(shapes)),
         )  # fmt: skip
 

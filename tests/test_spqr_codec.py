@@ -321,7 +321,6 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"outliers": 0.6}, "0 to 0.5, or auto"),
         ({"outliers": -0.1}, "0 to 0.5, or auto"),
         ({"outliers": float("nan")}, "0 to 0.5, or auto"),
-        ({"outliers": "some"}, "0 to 0.5, or auto"),
         ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or give --bits 3.$"),
         ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
         ({"bpw": float("nan")}, "up to about 10.625.$"),

@@ -14,6 +14,7 @@ import bstk
 import pytest
 import tiny_models
 import torch
+from bstack.cli.compress import command as compress_command
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.pipeline.layers import layer_shapes
@@ -155,12 +156,24 @@ def test_no_planes(model, tmp_path):
         (("--codec", "spqr", "--bpw", 4.65), "Give --bpw 5.552 to 12.312. Or give --bits 3."),
         (("--codec", "spqr", "--bpw", 15), "Give --bpw 5.552 to 12.312."),
         (("--codec", "spqr", "--bpw", 100), "with 4 bits in groups of 16"),
+        (("--preset", "paper", "--codec", "spqr"), "--preset paper is made of settings for --codec sign, and --codec spqr has others"),
+        (("--codec", "trellis", "--preset", "paper", "--planes", 3), "--codec trellis has others. Leave one of them out"),
+        (("--codec", "spqr", "--rank", 4), "rank is 4, but the spqr codec has none; it belongs to --codec sign"),
     ],
 )
 def test_what_makes_no_sense_is_taught(model, tmp_path, arguments, words):
     done = command("compress", model, "-o", tmp_path / "out.bstk", *arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())  # no work directory either
+
+
+def test_a_preset_goes_with_its_own_codec_and_the_default_with_all(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("bstack.pipeline.entrance.compress", lambda *_, settings, **__: seen.append(settings) or sys.exit(0))
+    for arguments in (["--preset", "paper", "--codec", "sign"], ["--preset", "default", "--codec", "spqr"], ["--preset", "paper"]):
+        with pytest.raises(SystemExit):
+            compress_command.main(["model", "-o", str(tmp_path / "out.bstk"), *arguments])
+    assert [settings.codec for settings in seen] == ["sign", "spqr", "sign"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss"])

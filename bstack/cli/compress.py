@@ -104,6 +104,7 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     """
     from bstack.pipeline.entrance import compress
 
+    _check_preset(preset, changes["codec"])
     settings = PRESETS[preset].with_changes(**changes)
     with code_told(quiet):
         report = compress(
@@ -126,6 +127,15 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     click.echo(f"{output}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")
+
+
+def _check_preset(preset: str, codec: object) -> None:
+    """Refuse another codec than that of a preset whose settings are its codec's own."""
+    own = PRESETS[preset].codec
+    if preset != "default" and codec not in (None, own):
+        raise click.UsageError(
+            f"--preset {preset} is made of settings for --codec {own}, and --codec {codec} has others. Leave one of them out."
+        )
 
 
 def _duration(seconds: float) -> str:

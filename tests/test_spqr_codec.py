@@ -278,15 +278,15 @@ def test_the_range_is_that_of_what_is_encoded(bits, group, shapes):
     for bpw in (least, (least + most) / 2):
         SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
     for bpw in (least - 0.001, most + 0.001):
-        with pytest.raises(CodecError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Give --bpw"):
+        with pytest.raises(CodecError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Allowed is"):
             SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
 
 
 def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes():
     layers = [[[(64, 64)], [(64, 256), (256, 64)]], [[(32, 64)]]]
-    with pytest.raises(CodecError, match="Give --bpw ") as refused:
+    with pytest.raises(CodecError, match="Allowed is ") as refused:
         SpqrCodec(bpw=4.7).check_shapes(layers)
-    low, high = re.search(r"Give --bpw ([\d.]+) to ([\d.]+)\.", str(refused.value)).groups()
+    low, high = re.search(r"Allowed is ([\d.]+) to ([\d.]+)\.", str(refused.value)).groups()
     for bpw in (float(low), float(high)):
         SpqrCodec(bpw=bpw).check_shapes(layers)
         for shapes in ([(64, 64), (64, 256)], [(64, 64), (256, 64)], [(32, 64)]):
@@ -298,7 +298,7 @@ def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes
 
 
 def test_matrices_too_small_for_any_target():
-    with pytest.raises(CodecError, match="none to give: leave --bpw out, or choose another --group"):
+    with pytest.raises(CodecError, match="none to give: leave it out, or choose another group"):
         SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])
 
 
@@ -321,7 +321,7 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"outliers": 0.6}, "0 to 0.5, or auto"),
         ({"outliers": -0.1}, "0 to 0.5, or auto"),
         ({"outliers": float("nan")}, "0 to 0.5, or auto"),
-        ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or give --bits 3.$"),
+        ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or take 3 bits.$"),
         ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
         ({"bpw": float("nan")}, "up to about 10.625.$"),
         ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),

@@ -50,7 +50,7 @@ def check_target(bpw: float, bits: int, group: int) -> None:
     if not dense < bpw <= LARGEST:
         raise CodecError(
             f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {dense:g} bits per weight, and "
-            f"outliers at most {32 * MOST_OF_A_GROUP / group:g} more, so --bpw takes more than {dense:g}, up to about "
+            f"outliers at most {32 * MOST_OF_A_GROUP / group:g} more. Allowed is more than {dense:g}, up to about "
             f"{dense + 32 * MOST_OF_A_GROUP / group:g}.{_fewer_bits(bpw <= dense, bits)}"
         )
 
@@ -87,8 +87,8 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
         f"order of their inputs counted, and at most {high:g}, with {MOST_OF_A_GROUP} outliers in every group."
     )
     if low > min(high, LARGEST):
-        raise CodecError(f"{what} So there is none to give: leave --bpw out, or choose another --group.")
-    raise CodecError(f"{what} Give --bpw {low:g} to {min(high, LARGEST):g}.{_fewer_bits(bpw < low, bits)}")
+        raise CodecError(f"{what} So there is none to give: leave it out, or choose another group.")
+    raise CodecError(f"{what} Allowed is {low:g} to {min(high, LARGEST):g}.{_fewer_bits(bpw < low, bits)}")
 
 
 def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
@@ -96,4 +96,4 @@ def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
 
 
 def _fewer_bits(below: bool, bits: int) -> str:
-    return " Or give --bits 3." if below and bits == 4 else ""
+    return " Or take 3 bits." if below and bits == 4 else ""

@@ -297,6 +297,14 @@ def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes
     SpqrCodec(bpw=(least + likely) / 2).check_shapes(layers[:1])
 
 
+def test_a_layer_without_matrices_rules_nothing_out():
+    codec = SpqrCodec(bpw=5.0)
+    codec.check_shapes([])
+    codec.check_shapes([[], [[(64, 64)]]])
+    assert codec.for_layer([]).bpw == 5.0
+    assert SpqrCodec().for_layer([]).outliers == "auto"
+
+
 def test_matrices_too_small_for_any_target():
     with pytest.raises(CodecError, match="none to give: leave it out, or choose another group"):
         SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])

@@ -191,6 +191,8 @@ class SpqrCodec(Codec):
         weights = sum(math.prod(shape) for shape in shapes)
         if self.bpw is None:
             return int((AUTO_SHARE if self.outliers == "auto" else self.outliers) * weights)
+        if not shapes:
+            return 0
         least, _ = range_of(shapes, self.bits, self.group)
         if self.bpw < least:
             raise CodecError(

@@ -71,7 +71,7 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
         With the range that is good for every layer.
     """
     possible, certain = [], []  # under some reading of the shapes, and under every one
-    for layer in layers:
+    for layer in filter(None, layers):  # a layer may have no matrix that is large enough
         readings = [[range_of([shape], bits, group) for shape in shapes] for shapes in layer]
         weights = [math.prod(shapes[0]) for shapes in layer]
         for found, lower, upper in ((possible, min, max), (certain, max, min)):

@@ -75,7 +75,8 @@ def encode(matrix: Matrix, codec: SpqrCodec, variant: Variant) -> tuple[torch.Te
     else:
         values, whole = half_precision_statistics(weight, trusted, apart, codec.bits, codec.group)
         per_group, count = codec.bits + 32 / codec.group, int(apart.sum())
-    return values, whole, per_group * m * n + 16 * n + 32 * (m + 1) + 32 * count
+    apart_bits = 32 * (m + 1) + 32 * count if count else 0
+    return values, whole, per_group * m * n + 16 * n + apart_bits
 
 
 def half_precision_statistics(

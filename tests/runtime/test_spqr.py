@@ -11,9 +11,9 @@ from packed_models import logits
 IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 
 
-@pytest.fixture
-def path(file_of):
-    return file_of("llama", codec="spqr")
+@pytest.fixture(params=["spqr", "spqr, none apart"])
+def path(request, file_of):
+    return file_of("llama", codec=request.param)
 
 
 def sizes(path):
@@ -29,12 +29,21 @@ def sizes(path):
         return [budget / bstk.MB for budget in (*found, file.complete.budget)]
 
 
-def test_the_file_has_all_three_kinds(path):
-    with bstk.open(path) as file:
+def test_the_file_has_all_three_kinds(file_of):
+    with bstk.open(file_of("llama", codec="spqr")) as file:
         kinds = {chunk.kind for chunk in file.chunks if chunk.is_block}
         assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS} <= kinds
         smallest = [chunk for chunk in file.chunks[: file.smallest.chunks] if chunk.is_block]
         assert bstk.OUTLIERS not in {chunk.kind for chunk in smallest}
+
+
+def test_without_outliers_planes_stand_on_the_dense_part(file_of):
+    with bstk.open(file_of("llama", codec="spqr, none apart")) as file:
+        assert {tuple(chunk.kind for chunk in file.stack(name)) for name in file.names if file.stack(name)[0].kind is bstk.SPQR} == {
+            (bstk.SPQR, bstk.TRELLIS)
+        }
+        assert file.preamble.incompatible == bstk.SPQR.feature
+        file.verify()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12])

@@ -51,6 +51,9 @@ VARIANTS = [
     Variant("4 bits, half-precision statistics, group 64", {"bits": 4, "group": 64, "outliers": 0.0055}, quantised=False),
     Variant("3 bits, 3.95", {"bits": 3, "bpw": 3.95}),
     Variant("3 bits, no outliers", {"bits": 3, "outliers": 0}),
+    # For models of different widths, whose other parts take different shares.
+    Variant("4 bits, .5 % outliers", {"bits": 4, "outliers": 0.005}),
+    Variant("3 bits, .5 % outliers", {"bits": 3, "outliers": 0.005}),
     Variant("3 bits, no feedback, 3.95", {"bits": 3, "bpw": 3.95}, feedback=False),
 ]
 
@@ -72,7 +75,8 @@ def encode(matrix: Matrix, codec: SpqrCodec, variant: Variant) -> tuple[torch.Te
     else:
         values, whole = half_precision_statistics(weight, trusted, apart, codec.bits, codec.group)
         per_group, count = codec.bits + 32 / codec.group, int(apart.sum())
-    return values, whole, per_group * m * n + 16 * n + 32 * (m + 1) + 32 * count
+    apart_bits = 32 * (m + 1) + 32 * count if count else 0
+    return values, whole, per_group * m * n + 16 * n + apart_bits
 
 
 def half_precision_statistics(
@@ -162,7 +166,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--only", action="append", default=[], help="only variants with this in their name; may be given again")
     given = parser.parse_args()
+    variants = [one for one in VARIANTS if not given.only or any(words in one.name for words in given.only)]
     torch.set_num_threads(1)
     skeleton = Skeleton(open_checkpoint(given.model))
     with tempfile.TemporaryDirectory() as name:
@@ -176,11 +182,11 @@ def main() -> None:
         ids = tokenizer(open_text(given.text).text[: 100 * given.windows * given.length], add_special_tokens=False)["input_ids"]
         text = torch.tensor(ids[: given.windows * given.length]).view(given.windows, given.length)
         sensitivity = output_sensitivity(skeleton, list(windows[:4].split(2)), seed=0, scratch=folder, progress=lambda: None)
-        bits = encode_layers(skeleton, list(windows.split(8)), sensitivity, VARIANTS, folder)
+        bits = encode_layers(skeleton, list(windows.split(8)), sensitivity, variants, folder)
         with skeleton.loaded(list(skeleton.model.state_dict())), torch.no_grad():
             original = measure(skeleton.model, text, None)
             print("variant | bits per weight | KLD | perplexity | same top")
-            for number, variant in enumerate(VARIANTS):
+            for number, variant in enumerate(variants):
                 for which in ("whole", "dense"):
                     if which == "dense" and (variant.settings.get("outliers") == 0 or not variant.feedback or not variant.quantised):
                         continue

@@ -29,17 +29,18 @@ def check_free(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     bstk.UsageError
-        There is a file, or a folder with something in it.
+        There is something there already: a file, a link that leads nowhere, or a folder with something in it.
     bstk.OutputError
-        The parent is no folder, or cannot be read.
+        Nothing can be made there: the parent is no folder, or the system refuses to look.
     """
     target = Path(os.path.abspath(path))
     shown = os.fspath(path)
-    if not target.parent.is_dir():
-        raise OutputError(f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first.")
-    if os.path.lexists(target) and not target.is_dir():
-        raise UsageError(f"{shown} is a file; name a folder that is not there yet, or an empty one.")
     with writing(shown):
+        if not target.parent.is_dir():
+            raise OutputError(f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first.")
+        if os.path.lexists(target) and not target.is_dir():
+            what = "a file" if target.exists() else "a link that leads nowhere"
+            raise UsageError(f"{shown} is {what}; name a folder that is not there yet, or an empty one.")
         if target.is_dir() and (inside := next(target.iterdir(), None)) is not None:
             raise UsageError(f"{shown} is not empty: it holds {inside.name}. Name a folder that is not there yet, or an empty one.")
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,16 @@ __all__ = ["PRESETS", "Settings"]
 
 ORDERS = ("gain", "paper")
 EMBEDDINGS = ("stack", "dense")
+AUTO = "auto"
+
+# What a field may be: types, and values of none of them.
+_WHOLE, _NUMBER, _TEXT = ((int,), "a whole number"), ((int, float), "a number"), ((str,), "a text")
+_FIELDS: dict[str, tuple[tuple[tuple[type, ...], str], tuple[str | None, ...]]] = {
+    "codec": (_TEXT, ()), "rank": (_WHOLE, (AUTO, None)), "planes": (_WHOLE, (None,)), "bits": (_WHOLE, (None,)),
+    "group": (_WHOLE, (None,)), "outliers": (_NUMBER, (AUTO, None)), "bpw": (_NUMBER, (None,)), "order": (_TEXT, ()),
+    "embeddings": (_TEXT, ()), "calibration": (_TEXT, ()), "samples": (_WHOLE, ()), "sequence_length": (_WHOLE, ()),
+    "seed": (_WHOLE, ()),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,19 +39,24 @@ class Settings:
     bits, group : int or None
         SpQR codec: bits of a code, and inputs that share a scale and a zero point; None: 4 and 16. No other codec has them.
     outliers : float or "auto" or None
-        SpQR codec: share of the weights that are kept apart; None: auto.
+        SpQR codec: share of the weights that are kept apart; None: auto, 1 % or what `bpw` leaves room for.
     bpw : float or None
         SpQR codec: bits per weight that dense part and outliers of a layer may take together; decides the share of outliers.
     order : str
         ``gain``: predicted gain per byte, levels interleaved; ``paper``: BitStack's perplexity search, level by level.
     embeddings : str
         ``stack``: embeddings and head become stacks like every linear; ``dense``: they stay as they are.
-    calibration : str
+    calibration : str or path
         ``self``, a file, a folder or a hub data set.
     samples, sequence_length : int
         Calibration windows and tokens in each.
     seed : int
         Of everything random.
+
+    Raises
+    ------
+    bstack.errors.CodecError
+        For a value of another type, or out of range. What depends on the codec is checked by the codec.
     """
 
     codec: str = "trellis"
@@ -58,6 +74,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        for name in _FIELDS:
+            _check_type(name, getattr(self, name))
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
                 raise CodecError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
@@ -73,6 +93,18 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
+
+
+def _check_type(name: str, value: Any) -> None:
+    (types, words), others = _FIELDS[name]
+    # True is an int to Python, and 1 to nobody who means it.
+    if isinstance(value, types) and not isinstance(value, bool):
+        return
+    if (value is None or isinstance(value, str)) and value in others:
+        return
+    allowed = [words, *(repr(other) for other in others)]
+    listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}" if others else words
+    raise CodecError(f"{name} is {value!r}, of type {type(value).__name__}; allowed is {listed}.")
 
 
 PRESETS = {

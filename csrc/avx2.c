@@ -2,16 +2,9 @@
  *
  * Inputs are arranged so that the even and the odd of 32 codes each fill a register, which is how bytes fall into words.
  */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx2")
-#endif
-#include "tiles.h"
+#include "avx2.h"
 
 #ifdef BSTACK_X86
-#include <immintrin.h>
-
 enum {
     WIDE = 32,
     FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
@@ -113,12 +106,7 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
 
 /* Four sign bytes of one row: 32 columns. */
 INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int deep, __m256i *sum) {
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, //
-                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i one = _mm256_set1_epi64x((int64_t)0x8040201008040201u);
-    const __m256i byte = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(byte, one), one);
-    const __m256i value = _mm256_and_si256(set, _mm256_set1_epi8(1));
+    const __m256i value = _mm256_and_si256(bytes_of_bits(bits), _mm256_set1_epi8(1));
     UNROLL
     for (int o = 0; o < deep; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
 }
@@ -155,7 +143,5 @@ const struct kernels bstack_avx2 = {
     .spqr = &bstack_spqr_avx2,
 };
 
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
+END_OF_TARGET
 #endif

@@ -2,17 +2,10 @@
  *
  * Inputs are arranged in two planes: high bytes and low bytes of 64 codes, both signed, code = 256 high + low.
  */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
-#endif
+#include "avx512.h"
 #include "avx512_sign.h"
-#include "tiles.h"
 
 #ifdef BSTACK_X86
-#include <immintrin.h>
-
 enum {
     WIDE = 64,    /* bytes of a register */
     SHORT = 16,   /* code bytes whose windows fill one */
@@ -22,16 +15,9 @@ enum {
 static void arrange(int16_t *x, size_t groups) {
     for (size_t g = 0; g < groups; g++, x += GROUP) {
         const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + GROUP / 2);
-        __m512i code[2] = {first, second}, high[2], low[2];
-        for (int i = 0; i < 2; i++) {
-            low[i] = _mm512_srai_epi16(_mm512_slli_epi16(code[i], 8), 8);
-            high[i] = _mm512_srai_epi16(_mm512_sub_epi16(code[i], low[i]), 8);
-        }
-        __m256i *out = (__m256i *)x;
-        for (int i = 0; i < 2; i++) {
-            _mm256_storeu_si256(out + i, _mm512_cvtepi16_epi8(high[i]));
-            _mm256_storeu_si256(out + 2 + i, _mm512_cvtepi16_epi8(low[i]));
-        }
+        uint8_t *out = (uint8_t *)x;
+        write_bytes(first, out, out + WIDE);
+        write_bytes(second, out + WIDE / 2, out + WIDE + WIDE / 2);
     }
 }
 
@@ -121,14 +107,6 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall
     }
 }
 
-/* 16 bytes from each quarter's inputs. */
-INLINE __m512i from_quarters(const uint8_t *at) {
-    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
-    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + OPERAND)), 1);
-    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 2 * OPERAND)), 2);
-    return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 3 * OPERAND)), 3);
-}
-
 /* 16 code bytes of `tall` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
 INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step,
                                int deep, const __m512i *table, __m512i *high, __m512i *low) {
@@ -152,7 +130,8 @@ INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, in
     }
     UNROLL
     for (int o = 0; o < deep; o++) {
-        const __m512i x_high = from_quarters(x + (size_t)o * step), x_low = from_quarters(x + (size_t)o * step + WIDE);
+        const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
+        const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
         UNROLL
         for (int i = 0; i < tall; i++) {
             high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value[i], x_high);
@@ -246,7 +225,5 @@ const struct kernels bstack_avx512 = {
     .decode = decode,
 };
 
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
+END_OF_TARGET
 #endif

@@ -4,17 +4,10 @@
  * looks up the sums of 16 rows, four to a row, which a dot product with ones adds to the row's 32-bit lane (look-ups in
  * place of products: T-MAC, arXiv 2407.00088). Sums have a high and a low byte, both signed, and a table for each.
  */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
-#endif
+#include "avx512.h"
 #include "avx512_sign.h"
-#include "tiles.h"
 
 #ifdef BSTACK_X86
-#include <immintrin.h>
-
 enum {
     WIDE = 64,          /* bytes of a register */
     PIECE = 16,         /* sign bytes of a row that are read at once */
@@ -23,9 +16,6 @@ enum {
     COLUMNS = 32,       /* of a lane: four bytes of signs */
     TABLES = AVX512_TABLES * COLUMNS / GROUP, /* for either half of a byte: high bytes, low bytes */
 };
-
-/* Have a register loaded once for several uses: compilers would rather read memory each time, which takes longer here. */
-#define KEEP(vector) __asm__("" : "+v"(vector))
 
 /* The sums of four inputs for each of 16 choices, of two groups of four. */
 INLINE __m512i sums_of(const int16_t *first, const int16_t *second) {
@@ -46,21 +36,12 @@ void bstack_avx512_tabulate(const int16_t *x, size_t groups, uint8_t *out) {
         for (int half = 0; half < HALVES; half++, out += 2 * WIDE)
             for (int i = 0; i < 2; i++) { /* bytes 0 and 1 of the lane, and 2 and 3 */
                 const int16_t *at = x + 16 * i + 4 * half;
-                const __m512i sums = sums_of(at, at + 8);
-                const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16(sums, 8), 8);
-                const __m512i high = _mm512_srai_epi16(_mm512_sub_epi16(sums, low), 8);
-                _mm256_storeu_si256((__m256i *)out + i, _mm512_cvtepi16_epi8(high));
-                _mm256_storeu_si256((__m256i *)(out + WIDE) + i, _mm512_cvtepi16_epi8(low));
+                write_bytes(sums_of(at, at + 8), out + WIDE / 2 * i, out + WIDE + WIDE / 2 * i);
             }
 }
 
 /* 16 bytes of rows 0, 4, 8 and 12 from `at`, a row in each 128 bits. */
-INLINE __m512i four_rows(const uint8_t *at, size_t stride) {
-    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
-    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 4 * stride)), 1);
-    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 8 * stride)), 2);
-    return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 12 * stride)), 3);
-}
+INLINE __m512i four_rows(const uint8_t *at, size_t stride) { return from_four(at, 4 * stride); }
 
 /* The same where only `rows` rows and `left` bytes of each are there; zeros elsewhere. */
 INLINE __m512i last_four_rows(const uint8_t *at, size_t stride, int rows, int left) {
@@ -197,7 +178,5 @@ void bstack_avx512_sum_signs(SUM_ARGUMENTS) {
     }
 }
 
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
+END_OF_TARGET
 #endif

@@ -8,6 +8,7 @@ enum {
     TILE = 16,       /* rows of a tile; inputs of a subtile, of which a group has 1, 2, 4 or 8 */
     STATISTICS = 20, /* bytes at the end of a tile: scale codes, zero codes, four halves */
     PLANES = 32,     /* bytes of 16 inputs: their high bytes, then their low ones, both signed, code = 256 high + low */
+    QUADS = 4,       /* words of one of them: four inputs each */
     DIRECT_ROWS = 32,  /* rows taken at once, at most: two tiles */
     DIRECT_TOKENS = 8, /* tokens */
     LANES = 16,      /* partial sums of a row's outliers */

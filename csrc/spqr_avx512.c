@@ -1,22 +1,11 @@
 /* SpQR with AVX-512, VBMI and VNNI: a lane is a row, a dot product of bytes takes four inputs of each of the 16 rows. */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
-#endif
+#include "avx512.h"
 #include "spqr.h"
-#include "tiles.h"
 
 #ifdef BSTACK_X86
-#include <immintrin.h>
-
 enum {
-    QUADS = 4,    /* inputs of a subtile, four at a time */
     AHEAD = 3072, /* bytes between what is summed and what is fetched */
 };
-
-/* Have a register loaded once: compilers load it again for each use, at two cycles where it lies across lines. */
-#define ONCE(a) __asm__("" : "+v"(a))
 
 /* The codes of four inputs after another of 16 rows. */
 INLINE void unpack(const uint8_t *subtile, int bits, __m512i *code) {
@@ -25,14 +14,14 @@ INLINE void unpack(const uint8_t *subtile, int bits, __m512i *code) {
         UNROLL
         for (int h = 0; h < 2; h++) {
             __m512i both = _mm512_loadu_si512(subtile + 64 * h);
-            ONCE(both);
+            KEEP(both);
             code[2 * h] = _mm512_and_si512(both, nibble);
             code[2 * h + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
         }
     } else {
         const __m512i crumb = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
         __m512i all = _mm512_loadu_si512(subtile);
-        ONCE(all);
+        KEEP(all);
         UNROLL
         for (int j = 0; j < QUADS; j++) {
             const __m512i low = _mm512_and_si512(j ? _mm512_srli_epi16(all, 2 * (unsigned)j) : all, crumb);
@@ -176,7 +165,5 @@ static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, con
 
 const struct spqr_kernels bstack_spqr_avx512 = {dense, outliers};
 
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
+END_OF_TARGET
 #endif

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -240,6 +242,37 @@ def test_no_scheduler(tiny_llama, tmp_path, address, code, words, capsys, monkey
     *answer, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", address, *QUICK)
     assert answer == [code, ""] and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+_CONNECT = """
+import sys
+from bstack.pipeline import cluster
+cluster.CONNECT_SECONDS = 1.0
+try:
+    cluster.Cluster(sys.argv[1])
+except cluster.ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b""])
+def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it(answer):
+    """In a process of its own, as dask's words came when it ended."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{'tls' if answer is None else 'tcp'}://127.0.0.1:{server.getsockname()[1]}"
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.sendall(answer or b"")
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        done = subprocess.run([sys.executable, "-c", _CONNECT, address], capture_output=True, text=True)
+        server.shutdown(socket.SHUT_RDWR)
+    assert done.stdout.startswith(f"No Dask scheduler answers at {address}: ") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):

@@ -46,6 +46,11 @@ def test_links_lead_somewhere(document):
             assert anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
+def test_the_readme_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"](docs/{page.name}" not in readme] == []
+
+
 @each_document
 def test_named_files_exist(document):
     text = document.read_text(encoding="utf-8")

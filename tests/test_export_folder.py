@@ -15,20 +15,21 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from bstack.folders import new_folder
+from bstack.folders import check_free, new_folder
 from bstack.runtime.export import export_safetensors
 from bstack.settings import Settings
 
 QUICK = {"samples": 2, "sequence_length": 16}
 CODECS = {
     "spqr": Settings(codec="spqr", planes=1, **QUICK),
+    "spqr, none apart": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
     "trellis": Settings(codec="trellis", planes=2, **QUICK),
     "sign": Settings(codec="sign", planes=2, rank=2, **QUICK),
 }
 # A plain one, tied weights, transposed ones, fused experts, stacked experts, a projection outside the layers.
 CASES = [
     ("llama", "spqr"), ("llama-tied", "trellis"), ("gpt2", "spqr"), ("gpt2", "sign"), ("mixtral", "spqr"), ("gpt-oss", "trellis"),
-    ("opt-projected", "spqr"),
+    ("opt-projected", "spqr"), ("llama", "spqr, none apart"),
 ]  # fmt: skip
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -134,13 +135,38 @@ def test_where_something_is_already(tiny, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, words in (("full", "is not empty: it holds mine.txt"), ("file", "is a file"), ("no/such", "is not a folder")):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    # 2 where something is there, 1 where nothing can be made.
+    for name, code, words in (
+        ("full", 2, "is not empty: it holds mine.txt"), ("link", 2, "is not empty: it holds mine.txt"), ("file", 2, "is a file"),
+        ("nowhere", 2, "is a link that leads nowhere"), ("no/such", 1, "is not a folder"), ("file/under", 1, "is not a folder"),
+        ("a" * 300, 1, "cannot write: "),
+    ):  # fmt: skip
+        kind = bstk.UsageError if code == 2 else bstk.OutputError
+        with pytest.raises(kind) as refused:
+            check_free(tmp_path / name)
+        assert words in str(refused.value) and refused.value.exit_code == code
+    for name, code in (("full", 2), ("no/such", 1)):
         done = command("export", tiny, "--to", "safetensors", tmp_path / name)
-        assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
+        assert done.returncode == code and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "link", "mine.txt", "nowhere"]
     (tmp_path / "empty").mkdir()
     assert command("export", tiny, "--to", "safetensors", tmp_path / "empty", "-q").returncode == 0
     assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_that_umask_gives(tiny, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with bstk.open(tiny) as file:
+            export_safetensors(file, tmp_path / "out", shard_bytes=30_000)
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(found) > 4 and set(found.values()) == {0o666 & ~mask}, found
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 def test_it_appears_whole_or_not_at_all(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """Choosing the C kernels: environment variables, self-test, what is said when they are missing."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -84,6 +85,22 @@ def test_kernels_that_fail_the_self_test_are_not_used(monkeypatch, broken):
     monkeypatch.setattr(selftest.reference, broken, lambda *_: np.zeros(1))
     with pytest.warns(RuntimeWarning, match="failed their self-test"):
         assert selftest.trusted_library.__wrapped__() is None
+
+
+@built
+@pytest.mark.parametrize("row", [0, 7, 33, 70])
+@pytest.mark.parametrize("token", [0, 4])
+def test_a_single_wrong_result_fails_the_self_test(row, token):
+    """Also in a row or for a token that only the widest loops reach."""
+
+    class Wrong:
+        def bstack_multiply(self, matrices, count, x, tokens, y):
+            native.library().bstack_multiply(matrices, count, x, tokens, y)
+            results = (ctypes.c_float * (tokens * selftest.ROWS)).from_address(y[0])
+            results[token * selftest.ROWS + row] += 1
+
+    assert selftest._failure(native.library()) == ""
+    assert selftest._failure(Wrong()).startswith("a product with a trellis block")
 
 
 def test_the_reference_on_request_is_no_reason_to_warn():

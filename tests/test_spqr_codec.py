@@ -1,5 +1,8 @@
 """The SpQR codec: layout against the specification, mathematics against float64 written out, promises of the contract."""
 
+import math
+import re
+
 import bstk
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from bstack.codecs import codec_of_kind, make_codec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.spqr_columns import damped
+from bstack.codecs.spqr_target import range_of
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
@@ -15,14 +19,9 @@ from bstack.numerics.feedback import factorise
 from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
 from bstack.numerics.outliers import outlier_scores
 from bstack.settings import Settings
+from codec_inputs import correlated_moment, moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-
-def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
-    return x.t() @ x
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -48,10 +47,10 @@ def rebuilt(blocks, shape, depth=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize(("m", "n", "group"), [(1, 1, 16), (16, 16, 16), (17, 33, 16), (5, 70, 32), (40, 130, 64), (3, 100, 128)])
+@pytest.mark.parametrize(("m", "n", "group"), [(1, 2, 16), (16, 16, 16), (17, 33, 16), (5, 70, 32), (40, 130, 64), (3, 100, 128)])
 def test_blocks_are_what_the_specification_says(m, n, group, bits):
     weight = gaussian(m, n, m * n)
-    blocks = blocks_of(SpqrCodec(bits, group, outliers=0.05, planes=1), weight, moment(n))
+    blocks = blocks_of(SpqrCodec(bits, group, outliers=0.5 if m * n < 20 else 0.05, planes=1), weight, moment(n))
     assert [b.kind for b in blocks] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS]
     assert [b.rank for b in blocks] == [group + bits, 0, 2]
     for block in blocks:
@@ -86,7 +85,9 @@ def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bi
     weight = gaussian(m, n, seed) * torch.rand(m, 1, generator=generator)
     h = moment(n, seed % 1000)
     blocks = blocks_of(SpqrCodec(bits, group, share, planes=planes), weight, h, torch.rand(m, generator=generator))
-    assert len(blocks) == 2 + planes
+    apart = [bstk.OUTLIERS] if outlier_count(blocks, m) else []
+    assert [b.kind for b in blocks] == [bstk.SPQR, *apart, *[bstk.TRELLIS] * planes]
+    assert bool(apart) <= bool(share)
     scale = float(output_errors(weight, h).sum())
     before = scale
     for depth, block in enumerate(blocks, 1):
@@ -140,9 +141,7 @@ def test_a_group_is_quantised_far_better_than_one_scale_for_all():
 
 def test_feedback_pays_where_inputs_are_correlated():
     n = 64
-    mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
-    x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
-    h = x.t() @ x
+    h = correlated_moment(n)
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
     codec = SpqrCodec(outliers=0, planes=0)
     with_feedback = blocks_of(codec, weight, h)[0].row_errors.sum()
@@ -180,7 +179,7 @@ def layer(seeds=(1, 2, 3)):
 
 
 def outlier_count(blocks, rows):
-    return len(blocks[1].payload) // 4 - rows - 1
+    return sum(len(b.payload) // 4 - rows - 1 for b in blocks if b.kind is bstk.OUTLIERS)
 
 
 @pytest.mark.parametrize(("bits", "bpw"), [(4, 5.9), (4, 6.5), (3, 4.9), (3, 8.0)])
@@ -189,8 +188,25 @@ def test_bits_per_weight_are_met_from_below_everything_counted(bits, bpw):
     codec = SpqrCodec(bits, bpw=bpw, planes=1).for_layer(iter(tasks))
     blocks = [list(codec.encode(*task)) for task in tasks]
     weights = sum(task[0].numel() for task in tasks)
-    used = 8 * sum(len(b.payload) for some in blocks for b in some[:2]) / weights
-    assert bpw - 0.05 < used <= bpw
+    assert bpw - 0.05 < bits_used(blocks, weights) <= bpw
+
+
+def bits_used(blocks, weights):
+    return 8 * sum(len(b.payload) for some in blocks for b in some if b.kind is not bstk.TRELLIS) / weights
+
+
+def test_a_target_buys_no_row_pointers_where_nothing_is_apart():
+    """With room for the outliers of one matrix of three, the others have no block."""
+    tasks = layer()
+    weights = sum(task[0].numel() for task in tasks)
+    least = bits_used([list(SpqrCodec(outliers=0, planes=0).encode(*task)) for task in tasks], weights)
+    codec = SpqrCodec(bpw=least, planes=1).for_layer(tasks)
+    blocks = [list(codec.encode(*task)) for task in tasks]
+    assert all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS] for some in blocks) and bits_used(blocks, weights) == least
+    codec = SpqrCodec(bpw=least + 0.15, planes=0).for_layer(tasks)
+    blocks = [list(codec.encode(*task)) for task in tasks]
+    assert [len(some) for some in blocks] == [2, 1, 1]
+    assert least + 0.1 < bits_used(blocks, weights) <= least + 0.15
 
 
 def test_the_share_is_that_of_the_layer_and_goes_where_it_matters():
@@ -210,12 +226,87 @@ def test_without_a_layer_each_matrix_has_the_share():
 
 def test_no_outliers_is_none():
     task = layer()[0]
-    assert outlier_count(list(SpqrCodec(outliers=0, planes=0).encode(*task)), len(task[0])) == 0
+    blocks = list(SpqrCodec(outliers=0, planes=2).encode(*task))
+    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.TRELLIS, bstk.TRELLIS]
+    errors = [float(b.row_errors.sum()) for b in blocks]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_matrix_whose_weights_are_all_alike_has_no_outliers_block():
+    tasks = [*layer(), (torch.full((32, 64), 0.5), moment(64), 1000, torch.ones(32))]
+    codec = SpqrCodec(planes=1).for_layer(tasks)
+    kinds = [[b.kind for b in codec.encode(*task)] for task in tasks]
+    assert kinds[0] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS] and kinds[3] == [bstk.SPQR, bstk.TRELLIS]
 
 
 def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
-    with pytest.raises(CodecError, match=r"take 5\.\d+ bits per weight without any outlier.*or --bits 3"):
+    with pytest.raises(CodecError, match=r"take 4\.8750 bits per weight without any outlier.*or --bits 3"):
         SpqrCodec(4, bpw=4.7).for_layer(layer())
+
+
+# What shapes allow
+
+
+def encoded_range(bits, group, shapes):
+    """Bits per weight without outliers and with as many as there can be, of what the encoder writes."""
+    found = []
+    for share in (0, 0.5):
+        blocks = [
+            list(SpqrCodec(bits, group, share, planes=0).encode(gaussian(m, n, m), moment(n), 1000, torch.ones(m)))
+            for m, n in shapes
+        ]
+        found.append(bits_used(blocks, sum(m * n for m, n in shapes)))
+    return found
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, 16), (4, 32)])
+@pytest.mark.parametrize("shapes", [[(48, 64), (16, 80)], [(97, 81)], [(112, 48)]])
+def test_the_range_is_that_of_what_is_encoded(bits, group, shapes):
+    least, most = range_of(shapes, bits, group)
+    found = encoded_range(bits, group, shapes)
+    assert found[0] == pytest.approx(least) and least < found[1] <= most
+    if not any(n % group for _, n in shapes):
+        assert found[1] > 0.98 * most  # an outlier that adds nothing is left out
+    layers = [[[shape] for shape in shapes]]
+    for bpw in (least, (least + most) / 2):
+        SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
+    for bpw in (least - 0.001, most + 0.001):
+        with pytest.raises(CodecError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Allowed is"):
+            SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
+
+
+def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes():
+    layers = [[[(64, 64)], [(64, 256), (256, 64)]], [[(32, 64)]]]
+    with pytest.raises(CodecError, match="Allowed is ") as refused:
+        SpqrCodec(bpw=4.7).check_shapes(layers)
+    low, high = re.search(r"Allowed is ([\d.]+) to ([\d.]+)\.", str(refused.value)).groups()
+    for bpw in (float(low), float(high)):
+        SpqrCodec(bpw=bpw).check_shapes(layers)
+        for shapes in ([(64, 64), (64, 256)], [(64, 64), (256, 64)], [(32, 64)]):
+            least, most = range_of(shapes, 4, 16)
+            assert least <= bpw <= most
+    # What only one of the readings rules out is left to the layer.
+    least, likely = (range_of([(64, 64), shape], 4, 16).least for shape in ((256, 64), (64, 256)))
+    SpqrCodec(bpw=(least + likely) / 2).check_shapes(layers[:1])
+
+
+def test_a_layer_without_matrices_rules_nothing_out():
+    codec = SpqrCodec(bpw=5.0)
+    codec.check_shapes([])
+    codec.check_shapes([[], [[(64, 64)]]])
+    assert codec.for_layer([]).bpw == 5.0
+    assert SpqrCodec().for_layer([]).outliers == "auto"
+
+
+def test_matrices_too_small_for_any_target():
+    with pytest.raises(CodecError, match="none to give: leave it out, or choose another group"):
+        SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])
+
+
+def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
+    SpqrCodec().check_shapes([[[(70000, 64), (64, 70000)]]])  # it may be the outputs that are so many
+    with pytest.raises(CodecError, match="70000 inputs"):
+        SpqrCodec().check_shapes([[[(64, 70000)]]])
 
 
 # Settings
@@ -231,12 +322,13 @@ def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
         ({"outliers": 0.6}, "0 to 0.5, or auto"),
         ({"outliers": -0.1}, "0 to 0.5, or auto"),
         ({"outliers": float("nan")}, "0 to 0.5, or auto"),
-        ({"outliers": "some"}, "0 to 0.5, or auto"),
-        ({"bpw": 4.6}, r"4.625 bits per weight, so --bpw takes more.*Or give --bits 3"),
-        ({"bits": 3, "bpw": 3.6}, r"3.625 bits"),
-        ({"bpw": float("nan")}, "up to 16"),
-        ({"bpw": 17.0}, "up to 16"),
-        ({"bpw": 5.0, "outliers": 0.01}, "give one"),
+        ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or take 3 bits.$"),
+        ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
+        ({"bpw": float("nan")}, "up to about 10.625.$"),
+        ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),
+        ({"bits": 3, "group": 128, "bpw": 100.0}, r"with 3 bits in groups of 128.*more than 3.07812, up to about 3.82812.$"),
+        ({"bpw": 5.0, "outliers": 0.01}, "outliers is 0.01 and bpw is 5.0; give one"),
+        ({"bpw": 5.0, "outliers": 0}, "give one"),
         ({"rank": 4}, "--codec sign"),
     ],
 )
@@ -254,11 +346,18 @@ def test_other_codecs_refuse_its_settings(codec, given):
 
 def test_settings_are_recorded():
     assert make_codec(Settings(codec="spqr")).settings() == {
-        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "planes": 2,
+        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "bpw": None, "planes": 2,
     }  # fmt: skip
     assert make_codec(Settings(codec="spqr", bits=3, bpw=4.0, planes=0)).settings() == {
-        "codec": "spqr", "bits": 3, "group": 16, "bpw": 4.0, "planes": 0,
+        "codec": "spqr", "bits": 3, "group": 16, "outliers": None, "bpw": 4.0, "planes": 0,
     }  # fmt: skip
+
+
+def test_auto_outliers_are_those_of_the_target():
+    tasks = layer()
+    said, unsaid = (make_codec(Settings(codec="spqr", bpw=5.9, planes=0, outliers=given)) for given in ("auto", None))
+    assert said.settings() == unsaid.settings()
+    assert said.for_layer(tasks).threshold == unsaid.for_layer(tasks).threshold != SpqrCodec().for_layer(tasks).threshold
 
 
 def test_more_inputs_than_16_bits_reach_are_refused():

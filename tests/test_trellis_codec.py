@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from codec_inputs import correlated_moment, moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,12 +21,6 @@ from bstack.numerics.errors import output_errors
 from bstack.settings import Settings
 
 SPEC = Path(__file__).parents[1] / "format" / "SPEC.md"
-
-
-def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
-    return x.t() @ x
 
 
 def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
@@ -143,9 +138,7 @@ def test_gaussian_weights_reach_the_rate_of_the_code():
 
 def test_feedback_pays_where_inputs_are_correlated():
     n = 64
-    mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
-    x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing
-    h = x.t() @ x
+    h = correlated_moment(n)
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
     with_feedback = next(TrellisCodec(1).encode(weight, h, 10**6, torch.ones(256)))
     without = next(TrellisCodec(1).encode(weight, torch.eye(n), 10**6, torch.ones(256)))

@@ -31,9 +31,9 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
     from importlib.metadata import PackageNotFoundError, version
 
     from bstack.kernels.native import instructions
-    from bstk.preamble import MAJOR, MINOR
+    from bstk.preamble import SPECIFICATION
 
-    parts = f"format {MAJOR}.{MINOR}, Python {platform.python_version()}, kernels: {instructions()}"
+    parts = f"reads and writes format {SPECIFICATION}, Python {platform.python_version()}, kernels: {instructions()}"
     click.echo(f"bstack {version('bstack')} ({parts})")
     for package in ("torch", "transformers", "zstandard", "numpy"):
         try:

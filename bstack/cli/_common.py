@@ -15,6 +15,7 @@ import click
 import bstk
 from bstack.cli._text import printable
 from bstack.errors import ForeignCodeWarning
+from bstk import urls
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
@@ -91,12 +92,15 @@ def mb_option(required: bool, help: str):
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:
     """Open a .bstk file or URL; a partial one gives a warning on stderr, unless `warn` is off, or with `strict` an error."""
-    # Retries are news for somebody who watches, as progress is.
-    note = None if quiet or not sys.stderr.isatty() else lambda text: click.echo(printable(text), err=True)
-    reader = bstk.open(bstk.HttpSource(path, note) if bstk.is_url(path) else path, strict=strict, warn=False)
+    reader = bstk.open(bstk.HttpSource(path, retries(path, quiet)) if bstk.is_url(path) else path, strict=strict, warn=False)
     if reader.state == "partial" and warn and not quiet:
         click.echo(printable(f"Warning: {reader.source.name}: {reader.partial_message()}"), err=True)
     return reader
+
+
+def retries(url: str, quiet: bool) -> Callable[[str], None] | None:
+    """Return what tells of the retries of a URL, one line on stderr for each: a silent server may take minutes."""
+    return None if quiet else lambda text: click.echo(printable(f"{urls.shown(url)}: {text}"), err=True)
 
 
 def print_json(schema: str, result: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ def progress(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], Non
 
 @contextmanager
 def transfer(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """As `progress`, for bytes that come from `reader`: the bar also shows the retries of one that is behind a URL."""
+    """As `progress`, for bytes that come from `reader`: the bar, if there is one, shows the retries of one behind a URL."""
     with _bar(total, what, quiet) as bar:
         if bar is None:
             yield lambda done: None

@@ -44,8 +44,10 @@ class Parsed(click.ParamType):
 @click.option("--windows", type=click.IntRange(1, 2**20), default=16, show_default=True, help="Windows of the text.")
 @click.option("--sequence-length", type=click.IntRange(8, 2**20),
               help="Tokens in each window; 512 by default, or what the model reads if that is less.")
-@click.option("--against", type=Parsed("rtn,gptq:3,...", "bstack.measure.baselines.choice", "parse_against"),
-              help="Also measure one-size quantisers, at all usual bits or at the bits named; needs --original.")
+@click.option("--against", type=Parsed("rtn,gptq:3,spqr:4@4.75,...", "bstack.measure.baselines.choice", "parse_against"),
+              help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
+                   "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
+                   "are 1 % of the weights.")
 @click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
               help="Text to calibrate gptq and spqr on; by default what the file was calibrated on.")
 @click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.")

@@ -69,10 +69,11 @@ class ShareType(click.ParamType):
 @click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
 @click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
 @click.option("--outliers", type=ShareType(), metavar="FRACTION|auto",
-              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01.")
+              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01, "
+                   "or with --bpw what that leaves room for.")
 @click.option("--bpw", type=float, metavar="X",
               help="SpQR codec: find the outliers' threshold at which dense part and outliers of each layer take at most X "
-                   "bits per weight, everything counted. In place of --outliers.")
+                   "bits per weight, everything counted. In place of --outliers FRACTION.")
 @click.option("--order", type=click.Choice(ORDERS),
               help="gain: predicted gain per byte. paper: BitStack's perplexity search, slow, holds the model in memory.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS),
@@ -103,6 +104,7 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     """
     from bstack.pipeline.entrance import compress
 
+    _check_preset(preset, changes["codec"])
     settings = PRESETS[preset].with_changes(**changes)
     with code_told(quiet):
         report = compress(
@@ -125,6 +127,15 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
     click.echo(f"{output}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")
+
+
+def _check_preset(preset: str, codec: object) -> None:
+    """Refuse another codec than that of a preset whose settings are its codec's own."""
+    own = PRESETS[preset].codec
+    if preset != "default" and codec not in (None, own):
+        raise click.UsageError(
+            f"--preset {preset} is made of settings for --codec {own}, and --codec {codec} has others. Leave one of them out."
+        )
 
 
 def _duration(seconds: float) -> str:

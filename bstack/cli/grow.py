@@ -21,7 +21,8 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
     The blocks that come next are appended from a larger file of the same model, on disk or behind a URL. Only those are
     read, and each is checked. The root digests of the two must be equal; otherwise FILE is not touched.
 
-    Interrupted, FILE is a valid partial model, larger than before, and the same command continues.
+    If that fails, FILE is what it was before, byte for byte. Only of a URL what has arrived is kept when the transfer breaks
+    off or is interrupted: FILE is then a valid partial model, larger than before, and the same command continues.
 
     \b
     Example:

@@ -135,7 +135,7 @@ def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[An
     from bstack.runtime import load as loading
     from bstack.runtime.follow import free_budget
 
-    load = partial(loading.load, file, mode="stack", warn=False, **options)
+    load = partial(loading.load, file, mode="stack", warn=False, notify=_common.retries(file, quiet), **options)
     if mb is not None and mb != AUTO:
         return load(mb=mb)
     free, words = free_budget()

@@ -42,7 +42,7 @@ def command(
     Of a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part: the same
     command continues from there. A budget above the size of the file fetches all of it.
 
-    An existing OUT is only replaced with --force. Every block is checked while it is copied; --in-place copies nothing and
+    An existing OUT is only replaced with --force, also one that appears while this runs. Every block is checked while it is copied; --in-place copies nothing and
     checks nothing.
 
     \b
@@ -71,7 +71,7 @@ def command(
             points = _quality.curve(reader.metadata)
         elif not in_place:
             with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, "copy", quiet) as advance:
-                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance)
+                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:
             bstk.truncate(source, None, mb=mb, seal=not no_seal)

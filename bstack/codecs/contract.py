@@ -76,6 +76,20 @@ class Codec(ABC):
             if owner != cls.name and value is not None:
                 raise CodecError(f"{field} is {value}, but the {cls.name} codec has none; it belongs to --codec {owner}.")
 
+    def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:
+        """Refuse settings that matrices of these shapes make impossible, before any work; by default, none are.
+
+        Parameters
+        ----------
+        layers : iterable
+            By layer and matrix: the shapes (outputs, inputs) that it may have. They are two where it only shows in use which
+            of its sides the inputs are.
+
+        Raises
+        ------
+        bstack.errors.CodecError
+        """
+
     def for_layer(self, tasks: Iterable[Task]) -> Codec:
         """The encoder for the matrices of one layer, which it may look at together first; by default, as it is.
 

@@ -1,7 +1,7 @@
 """SpQR: small groups of 3 or 4 bits with outliers apart (arXiv 2306.03078), and trellis blocks on top of them.
 
     level 0   dense part: groups of inputs with a scale and a zero point each, both codes of 3 bits
-    level 1   outliers: what the dense part lacks at the places where a group would suffer most
+    next      outliers: what the dense part lacks at the places where a group would suffer most; none, no block
     above     trellis blocks of what these two leave
 
 The encoder takes the columns in order of falling second moment and feeds each column's error on to the later ones
@@ -22,11 +22,12 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec, Task
 from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damped
+from bstack.codecs.spqr_target import Shape, check_target, check_target_of_layers, range_of
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import GROUPS, ROWS, WIDEST, Outliers, dense_bytes, outlier_bytes, rank_of
+from bstack.kernels.spqr import GROUPS, WIDEST, Outliers, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
 from bstack.numerics.outliers import outlier_scores
 from bstack.settings import Settings
@@ -53,9 +54,9 @@ class SpqrCodec(Codec):
     group : int
         Inputs that share a scale and a zero point: 16, 32, 64 or 128.
     outliers : float or "auto"
-        Share of the weights of each layer that are kept apart, 0 to .5; auto is 1 %.
+        Share of the weights of each layer that are kept apart, 0 to .5; auto is 1 %, or what `bpw` leaves room for.
     bpw : float, optional
-        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of `outliers`.
+        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of a share.
     planes : int
         Trellis blocks on top, 0 to 14.
     threshold : int, optional
@@ -79,17 +80,13 @@ class SpqrCodec(Codec):
             raise CodecError(f"group is {group}; the spqr codec takes {', '.join(map(str, GROUPS))}.")
         if not 0 <= planes <= MOST_PLANES:
             raise CodecError(f"planes is {planes}; the spqr codec takes 0 to {MOST_PLANES} (2 bits per weight each).")
-        if bpw is not None and outliers is not None:
-            raise CodecError(f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are.")
         outliers = "auto" if outliers is None else outliers
+        if bpw is not None and outliers != "auto":
+            raise CodecError(f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are.")
         if outliers != "auto" and not (isinstance(outliers, (int, float)) and 0 <= outliers <= 0.5):
             raise CodecError(f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto.")
-        least = bits + 160 / (ROWS * group)
-        if bpw is not None and not least < bpw <= 16:
-            raise CodecError(
-                f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {least:g} bits per weight, so "
-                f"--bpw takes more than that, up to 16.{' Or give --bits 3.' if bits == 4 else ''}"
-            )
+        if bpw is not None:
+            check_target(bpw, bits, group)
         self.bits, self.group, self.outliers, self.bpw, self.planes = bits, group, outliers, bpw, planes
         self.threshold = threshold
 
@@ -100,24 +97,35 @@ class SpqrCodec(Codec):
         return cls(**{name: value for name in names if (value := getattr(settings, name)) is not None})
 
     def settings(self) -> dict[str, Any]:
-        share = {"outliers": self.outliers} if self.bpw is None else {"bpw": self.bpw}
-        return {"codec": self.name, "bits": self.bits, "group": self.group, **share, "planes": self.planes}
+        # With a target there is no share to record, also where auto was given in words.
+        share = self.outliers if self.bpw is None else None
+        return {
+            "codec": self.name, "bits": self.bits, "group": self.group, "outliers": share, "bpw": self.bpw, "planes": self.planes,
+        }  # fmt: skip
 
     def for_tables(self) -> Codec:
         """Embeddings and heads are stacks of the default codec: they are cut into finer steps."""
         return TrellisCodec()
 
+    def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
+        layers = list(layers)
+        for layer in layers:
+            for shapes in layer:
+                _check_width(min(shapes, key=lambda shape: shape[1]))
+        if self.bpw is not None:
+            check_target_of_layers(self.bpw, self.bits, self.group, layers)
+
     def for_layer(self, tasks: Iterable[Task]) -> SpqrCodec:
         """Find the threshold that gives all matrices of a layer together the outliers that they may have."""
-        counts = np.zeros(PLACES, np.int64)
+        prices = np.zeros(PLACES, np.int64)
         shapes = []
         for task in tasks:
             shapes.append(tuple(task[0].shape))
             _check_width(shapes[-1])
-            counts += np.bincount(self.outlier_places(*task[:3], task[3])[0].reshape(-1).numpy(), minlength=PLACES)
+            prices += self._prices(self.outlier_places(*task)[0])
         return SpqrCodec(
-            self.bits, self.group, None if self.bpw is not None else self.outliers, self.bpw, self.planes,
-            _threshold(counts, self._allowed(shapes)),
+            self.bits, self.group, self.outliers, self.bpw, self.planes,
+            _threshold(prices, self._allowed(shapes)),
         )  # fmt: skip
 
     def encode(
@@ -128,15 +136,16 @@ class SpqrCodec(Codec):
         places, trusted = self.outlier_places(weight, moment, tokens, importance)
         threshold = self.threshold
         if threshold is None:
-            threshold = _threshold(np.bincount(places.reshape(-1).numpy(), minlength=PLACES), self._allowed([shape]))
+            threshold = _threshold(self._prices(places), self._allowed([shape]))
         apart = places >= threshold
         dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, self.bits, self.group)
         residual = weight - values
         rank = rank_of(self.bits, self.group)
         yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, moment))
-        residual[rows, columns] -= added.float()
-        outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
-        yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, moment))
+        if len(added):
+            residual[rows, columns] -= added.float()
+            outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
+            yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, moment))
         if self.planes:
             yield from TrellisCodec(self.planes).encode(residual, moment, tokens, importance)
 
@@ -168,25 +177,35 @@ class SpqrCodec(Codec):
         places[:, trusted.order] = numbers
         return places, trusted
 
-    def _allowed(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Outliers that matrices of these shapes may have."""
+    def _prices(self, places: torch.Tensor) -> np.ndarray:
+        """What the outliers at each place cost one matrix: their count, or with `bpw` their bytes; int64, shape (PLACES,)."""
+        counts = np.bincount(places.reshape(-1).numpy(), minlength=PLACES)
+        if self.bpw is None:
+            return counts
+        counts *= BYTES_OF_AN_OUTLIER
+        counts[int(places.max())] += outlier_bytes(len(places), 0)  # the first of a matrix brings the row pointer
+        return counts
+
+    def _allowed(self, shapes: Sequence[Shape]) -> int:
+        """What outliers of matrices of these shapes may cost together, in the unit of `_prices`."""
         weights = sum(math.prod(shape) for shape in shapes)
         if self.bpw is None:
             return int((AUTO_SHARE if self.outliers == "auto" else self.outliers) * weights)
-        fixed = sum(dense_bytes(*shape, rank_of(self.bits, self.group)) + outlier_bytes(shape[0], 0) for shape in shapes)
-        room = int(self.bpw * weights / 8 - fixed)
-        if room < 0:
+        if not shapes:
+            return 0
+        least, _ = range_of(shapes, self.bits, self.group)
+        if self.bpw < least:
             raise CodecError(
-                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {8 * fixed / weights:.4f} bits per weight "
-                "without any outlier, with their row pointers and the order of their inputs counted. Give more"
+                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {least:.4f} bits per weight "
+                "without any outlier, with the order of their inputs counted. Give more"
                 f"{', or --bits 3' if self.bits == 4 else ''}."
             )
-        return room // BYTES_OF_AN_OUTLIER
+        return int((self.bpw - least) * weights / 8)
 
 
-def _threshold(counts: np.ndarray, allowed: int) -> int:
-    """The smallest threshold above 0 that no more than `allowed` of the counted scores reach."""
-    reaching = counts[::-1].cumsum()[::-1]
+def _threshold(prices: np.ndarray, allowed: int) -> int:
+    """The smallest threshold above 0 at which the scores that reach it cost no more than `allowed`."""
+    reaching = prices[::-1].cumsum()[::-1]
     return max(1, int((reaching > allowed).sum()))
 
 
@@ -196,7 +215,7 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
     return pointer
 
 
-def _check_width(shape: tuple[int, int]) -> None:
+def _check_width(shape: Shape) -> None:
     if shape[1] > WIDEST:
         raise CodecError(
             f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {WIDEST}. Use --codec trellis."

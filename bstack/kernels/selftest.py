@@ -17,7 +17,8 @@ from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
 
 __all__ = ["random_payload", "trusted_library"]
 
-ROWS, COLUMNS, TOKENS = 7, 300, 3
+# More rows than the loops take at a time, twice over and some left; more tokens than they take at a time.
+ROWS, COLUMNS, TOKENS = 71, 300, 5
 BLOCKS = {
     "trellis": [(TRELLIS, 2)],
     "sign": [(SIGN, 3)],

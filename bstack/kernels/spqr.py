@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 __all__ = [
-    "GROUPS", "LANES", "ROWS", "WIDEST", "Dense", "Outliers", "dense_bytes", "form_of", "outlier_bytes", "rank_of",
+    "GROUPS", "LANES", "ROWS", "STATISTICS", "WIDEST", "Dense", "Outliers", "dense_bytes", "form_of", "outlier_bytes", "rank_of",
 ]  # fmt: skip
 
 # Rows of a tile; inputs of a subtile, the unit that groups are made of.
@@ -21,6 +21,7 @@ ROWS = 16
 # Partial sums of a row's outliers.
 LANES = 16
 ALIGNMENT = 64
+# Bytes of a tile's scale and zero codes and their second level.
 STATISTICS = 20
 GROUPS = (16, 32, 64, 128)
 # Columns are numbered by 16 bits.

@@ -71,14 +71,14 @@ class Against:
         fitting = self._fitting(choices)
         windows = self._calibration(calibration) if any(choice.method in CALIBRATED for choice in fitting) else None
         found = []
-        for method, bits, _ in fitting:
+        for choice in fitting:
 
-            def run(method: str = method, bits: int = bits) -> list[Any]:
-                with self._progress(f"{method} {bits} bits", self._runner.steps(method)) as step:
-                    return [b.to_plain() for b in self._runner.measure(method, bits, windows, step)]
+            def run(choice: Choice = choice) -> list[Any]:
+                with self._progress(f"{choice.name} bits", self._runner.steps(choice.method)) as step:
+                    return [b.to_plain() for b in self._runner.measure(choice.method, choice.bits, windows, step, choice.bpw)]
 
-            on = _hash(windows) if method in CALIBRATED else ""
-            found += [Baseline.from_plain(plain) for plain in self._rows.get(f"{method}:{bits}:{on}", run)]
+            on = _hash(windows) if choice.method in CALIBRATED else ""
+            found += [Baseline.from_plain(plain) for plain in self._rows.get(f"{choice.name}:{on}", run)]
         return found
 
     def compare(self, baselines: Sequence[Baseline], point: Callable[[int, str], Point]) -> list[Comparison]:
@@ -106,7 +106,7 @@ class Against:
             inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
             (fitting if choice.asked or inside else left_out).append(choice)
         if left_out:
-            names = ", ".join(f"{choice.method}:{choice.bits}" for choice in left_out)
+            names = ", ".join(choice.name for choice in left_out)
             self._notes.append(f"Left out, as they are larger or smaller than every cut of this file: {names}.")
         return fitting
 

@@ -144,9 +144,18 @@ class _Run:
                     f"{self.options.original} has a vocabulary of {vocabulary}; this file's tokenizer goes beyond it. "
                     "It is not the model the file was made from."
                 )
+            self._check_targets()
             step()
         with self.progress("reference", 2 * len(self.skeleton.layers)) as step:
             return original_reference(self.skeleton, self.windows, self.scratch, step)
+
+    def _check_targets(self) -> None:
+        """Before the minutes that come now: can the baselines' linears have the sizes that were named?"""
+        from bstack.measure.baselines.spqr import check_targets
+
+        stacks = [chunk for chunk in self.file.chunks if chunk.is_block and chunk.level == 0]
+        layers = [[chunk.shape for chunk in stacks if chunk.name.startswith(f"{name}.")] for name, _ in self.skeleton.layers]
+        check_targets(self.options.against, [shapes for shapes in layers if shapes])
 
     def open_rows(self) -> None:
         """Find what a run that was stopped has measured on the same file, texts, code and versions."""

@@ -136,7 +136,7 @@ def _baselines(report: Report, sign: str) -> str:
     for b in report.baselines:
         q = b.quality
         rows.append([
-            b.method, str(b.bits), str(b.embedding_bits), _size(b.sizes.file_bytes), _size(b.sizes.memory_bytes),
+            b.method, b.width, str(b.embedding_bits), _size(b.sizes.file_bytes), _size(b.sizes.memory_bytes),
             *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign),
         ])  # fmt: skip
     return _markdown(head, rows, left=1)
@@ -214,7 +214,7 @@ def as_csv(report: Report) -> str:
     for baseline in report.baselines:
         flat = baseline.to_json()
         sizes = {key: flat[key] for key in ("file_bytes", "memory_bytes")}
-        series = f"{baseline.method}:{baseline.bits}, embeddings {baseline.embedding_bits}"
+        series = f"{baseline.method}:{baseline.width}, embeddings {baseline.embedding_bits}"
         writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
     return text.getvalue()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bstack.errors import DamagedError, reason
 from bstk.errors import OutputError, writing
+from bstk.files import Sink
 
 __all__ = ["put_files"]
 
@@ -17,13 +18,13 @@ NAMES = (
 )  # fmt: skip
 
 
-def put_files(files: Iterable[tuple[str, bytes]], folder: Path, shown: str) -> None:
+def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, shown: str) -> None:
     """Write files into a folder.
 
     Parameters
     ----------
-    files : iterable of (str, bytes)
-        Path inside the folder, parts separated by slashes, and content.
+    files : iterable of (str, iterable of bytes)
+        Path inside the folder, parts separated by slashes, and content in pieces.
     folder : Path
         An existing one.
     shown : str
@@ -36,12 +37,17 @@ def put_files(files: Iterable[tuple[str, bytes]], folder: Path, shown: str) -> N
     bstk.ResourceError, bstk.OutputError
         The disk is full, or cannot be written.
     """
-    for name, data in files:
+    for name, pieces in files:
         target = folder / name
         try:
             with writing(str(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
+                out = open(target, "wb", buffering=0)
+            with out:
+                sink = Sink(out.fileno())
+                for piece in pieces:
+                    with writing(str(target)):
+                        sink.write(piece)
         except OutputError as error:
             if error.__cause__.errno not in NAMES:
                 raise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["outlier_scores"]
+__all__ = ["MOST_OF_A_GROUP", "outlier_scores"]
 
 # Weights of one group that may be outliers.
-STEPS = 3
+MOST_OF_A_GROUP = 3
 
 
 def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
     left = cost.sum(2, keepdim=True)
     error = _error(values, low, high, left)
     taken, falls = [], []
-    for _ in range(min(STEPS, group - 1)):
+    for _ in range(min(MOST_OF_A_GROUP, group - 1)):
         below, above = (left - cost.gather(2, places.gather(2, end)) for end in (low, high))
         without_low, without_high = _error(values, low + 1, high, below), _error(values, low, high - 1, above)
         lower = without_low < without_high

@@ -6,6 +6,7 @@ task's arrays until it is done, so what a worker had in work when it died goes t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import platform
 import time
@@ -63,8 +64,10 @@ class Cluster:
         self._threads = _torch_threads()
         self._compared: set[str] = set()
         try:
+            _knock(address)
             self._client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, TypeError) as error:  # TimeoutError among them; ValueError: no address
+        except (OSError, ValueError, TypeError, MemoryError) as error:
+            # TimeoutError among them. ValueError: no address; MemoryError: what answers there speaks another protocol.
             raise ClusterError(
                 f"No Dask scheduler answers at {address}: {reason(error)}. Start one (dask scheduler), and give its address, such as "
                 "tcp://10.0.0.5:8786."
@@ -116,6 +119,22 @@ class Cluster:
                 "not be the same byte for byte.",
                 RuntimeWarning, stacklevel=5,
             )  # fmt: skip
+
+
+def _knock(address: str) -> None:
+    """Connect once and hang up, or raise what the address is wrong about.
+
+    A client that cannot connect is half made: when it is collected it waits for 20 seconds, and then Python prints its traceback.
+    """
+    from distributed.comm import connect
+
+    async def call() -> None:
+        comm = await connect(address, timeout=CONNECT_SECONDS)
+        await comm.close()
+
+    # In a thread, as a notebook's own has an event loop already.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, call()).result()
 
 
 class _Task:

@@ -19,7 +19,7 @@ from bstack.pipeline.encode import Matrix, add_dense, encode
 from bstack.pipeline.workers import Workers
 from bstack.workdir import WorkDirectory
 
-__all__ = ["compress_layers", "layer_matrices", "layer_part"]
+__all__ = ["compress_layers", "layer_matrices", "layer_part", "layer_shapes"]
 
 # Matrices below this are routers, gates and the like: next to nothing in bytes, and much in quality.
 LEAST_SIDE = 16
@@ -87,6 +87,31 @@ def layer_matrices(skeleton: Skeleton, index: int, table: MomentTable, sensitivi
     return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
 
 
+def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
+    """The shapes of the matrices that become stacks, by layer, as far as they can be known before anything is loaded.
+
+    Each matrix has the shapes (outputs, inputs) that it may have: one, or two where its module does not say which side is which.
+    A parameter that turns out not to be used as a matrix (docs/architecture.md, product watching) is among them.
+    """
+    for index in range(len(skeleton.layers)):
+        parameters = layer_parameters(skeleton, index)
+        total = sum(p.numel() for p in parameters.values())
+        layer = []
+        for name, parameter in parameters.items():
+            if _large(parameter.shape, total):
+                rows, columns = parameter.shape[-2:]
+                module = skeleton.model.get_submodule(name.rpartition(".")[0])
+                certain = getattr(module, "out_features", None) == rows and getattr(module, "in_features", None) == columns
+                shapes = [(rows, columns)] if certain or rows == columns else [(rows, columns), (columns, rows)]
+                layer += [shapes] * math.prod(parameter.shape[:-2])
+        yield layer
+
+
+def _large(shape: Sequence[int], total: int) -> bool:
+    """Whether a parameter of a layer of `total` weights is to be a stack, if it is used as a matrix."""
+    return min(shape[-2:]) >= LEAST_SIDE and math.prod(shape) >= LEAST_SHARE * total
+
+
 def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
     """Choose the parameters that become stacks; for each, its matrices."""
     seen: dict[str, Operand] = {}
@@ -96,7 +121,7 @@ def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[st
     chosen: dict[str, list[Operand]] = {}
     for name, operand in seen.items():
         shape = parameters[name].shape
-        if min(shape[-2:]) < LEAST_SIDE or math.prod(shape) < LEAST_SHARE * total:
+        if not _large(shape, total):
             continue
         if len(shape) == 2:
             chosen[name] = [operand]

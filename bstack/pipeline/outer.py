@@ -127,7 +127,13 @@ def compress_outer(
 
 
 def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
-    """Pack configuration and tokenizer files; return whether there is a tokenizer."""
+    """Pack configuration and tokenizer files; return whether there is a tokenizer.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        They are larger than the files of a container may be.
+    """
     folder: Path = work.scratch()
     checkpoint = skeleton.checkpoint
     names = checkpoint.export_tokenizer(folder)
@@ -135,6 +141,12 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
         if checkpoint.code is not None:
             name_place(checkpoint.code, folder)
+    size = sum((folder / name).stat().st_size for name in {*names, "config.json"})
+    if size > bstk.limits.MAX_FILES_LENGTH:
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
+            f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB."
+        )
     with work.part(FILES_PART) as part:
         for name in sorted({*names, "config.json"}):
             if data := (folder / name).read_bytes():

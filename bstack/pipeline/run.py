@@ -22,7 +22,7 @@ from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.pipeline.assemble import collect, gain_order, to_entries
 from bstack.pipeline.curve import SIZES, measure_curve, with_sizes
-from bstack.pipeline.layers import compress_layers, layer_part
+from bstack.pipeline.layers import compress_layers, layer_part, layer_shapes
 from bstack.pipeline.outer import (
     FILES_PART, OUTER_PART, TableStatistics, add_files, check_dense, compress_outer, table_part, tables,
 )  # fmt: skip
@@ -86,6 +86,7 @@ def run_stages(
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings)
+        codec.check_shapes(layer_shapes(skeleton))
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
@@ -198,7 +199,7 @@ def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
             "tokenizer's files beside the weights."
         )
     folder = work.scratch()
-    put_files(((record.name, unpack(read(), record.raw_length)) for record, read in kept), folder, str(work.path))
+    put_files(((record.name, [unpack(read(), record.raw_length)]) for record, read in kept), folder, str(work.path))
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)

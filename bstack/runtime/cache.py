@@ -12,12 +12,16 @@ import bstk
 from bstack.folders import cache_folder
 from bstk import preamble
 from bstk.budget import Budget
-from bstk.copying import extend
+from bstk.copying import extend, intact
 from bstk.download import begin
 from bstk.errors import writing
 from bstk.files import LockedFile
 
-__all__ = ["cached", "kept_path"]
+__all__ = ["KeptCopyError", "cached", "kept_path"]
+
+
+class KeptCopyError(bstk.DamagedError):
+    """The kept copy of a model was damaged on this disk; what was damaged is no longer kept."""
 
 
 def kept_path(root: bytes) -> Path:
@@ -27,7 +31,7 @@ def kept_path(root: bytes) -> Path:
 
 @contextmanager
 def cached(
-    url: str, mb: Budget | None, strict: bool, warn: bool = True
+    url: str, mb: Budget | None, strict: bool, warn: bool = True, notify: Callable[[str], None] | None = None
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
     """Fetch what a budget needs of a model behind a URL and is not kept yet.
 
@@ -43,6 +47,8 @@ def cached(
         Refuse a file that is partial on the server.
     warn : bool
         Warn about one.
+    notify : callable or None
+        Called with one line about each retry, but for those that a progress line on a terminal shows.
 
     Yields
     ------
@@ -55,12 +61,14 @@ def cached(
     ------
     bstk.RemoteError
         The URL cannot be read.
+    KeptCopyError
+        A kept chunk does not match its digest. What is kept is dropped from there on, and the next call fetches it again.
     bstk.DamagedError
-        A chunk does not match its digest. If it was a kept one it is dropped, and the next call fetches it again.
+        What the server sends is damaged.
     bstk.BstkError
         As `bstk.open` and `bstk.Reader.fit`.
     """
-    with closing(bstk.HttpSource(url)) as remote:
+    with closing(bstk.HttpSource(url, notify)) as remote:
         try:
             path, count = _fetch(remote, mb, strict, warn)
         except bstk.RemoteChangedError:
@@ -70,11 +78,18 @@ def cached(
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
-            if error.chunk is not None:
-                with LockedFile(path, wait=True) as kept, writing(kept.path):
-                    kept.shorten(min(kept.length, error.chunk.offset))
-                error.args = (f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.",)
+            if error.chunk is not None and _drop_damaged(path, error.chunk):
+                raise KeptCopyError(f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.") from None
             raise
+
+
+def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
+    """Cut a kept file off before a chunk, if that does not match its digest there; say whether it did not."""
+    with LockedFile(path, wait=True) as kept, writing(kept.path):
+        if kept.length < chunk.end or intact(kept, [chunk]) == chunk.end:
+            return False
+        kept.shorten(chunk.offset)
+    return True
 
 
 class _Kept:
@@ -131,5 +146,6 @@ def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool, warn: bool) ->
 def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], None]]:
     # disable=None: drawn on terminals only.
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
-        remote.notify = bar.set_postfix_str
+        if not bar.disable:
+            remote.notify = bar.set_postfix_str
         yield bar.update

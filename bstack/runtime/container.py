@@ -42,7 +42,7 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         folder = Path(name) / "model"  # the same each time: transformers keeps code that it runs under the folder's name
         with writing(str(folder)):
             folder.mkdir()
-        put_files(((inside, file.read(chunk)) for inside, chunk in file.files.items()), folder, file.source.name)
+        put_files(((inside, file.file_pieces(inside)) for inside in file.files), folder, file.source.name)
         yield folder
 
 

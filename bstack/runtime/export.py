@@ -171,8 +171,11 @@ class _Shards:
 
         target = self._temporary(len(self._shards))
         with writing(str(target)):
+            target.touch()
+            mode = target.stat().st_mode  # what a new file gets here; safetensors makes its own for its owner alone
             try:
                 safetensors.torch.save_file(self._pending, target, metadata={"format": "pt"})
+                target.chmod(mode)
             except safetensors.SafetensorError as error:  # its way to say that the disk is full
                 raise ResourceError(f"{target}: cannot write: {reason(error)}. Free some space, or write to another disk.") from None
         self._shards.append(list(self._pending))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import threading
 import warnings
@@ -35,6 +36,8 @@ _NORMS = {"q_norm", "k_norm"}
 _FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
 # Tables of positions that do not depend on how long the text is.
 _ROTARY = {"default", "linear", "llama3", "yarn"}
+# What the kernels were told of, beside weights and children: attributes of modules that a program may set.
+_SETTINGS = ("training", "scaling", "variance_epsilon", "eps")
 # Largest difference of a logit from the model's own, as a share of their standard deviation: products round their
 # inputs in another order, and that is all.
 TOLERANCE = 0.02
@@ -89,11 +92,8 @@ class _Fast:
         self._turn = threading.Lock()  # one step at a time: the decoder holds the addresses of one cache
         self._cache: weakref.ref[Any] | None = None
         self._addresses: list[int] = []
-        # What `_as_loaded` looks at for every token, in lists that are compared without a step of Python for each module.
-        modules = list(model.modules())
-        children = [(parent._modules, name, child) for parent in modules for name, child in parent.named_children()]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._parents, self._names, self._children = zip(*children, strict=True)
+        self._capacity = 0
+        self._loaded = _Loaded(model)
         self._signature = inspect.signature(self._slow)
 
         @functools.wraps(self._slow)  # `generate` reads the signature
@@ -114,8 +114,10 @@ class _Fast:
             return self._slow(**given)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        logits = torch.from_numpy(self._step(given["input_ids"], cache))[None, None]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        logits = self._step(given["input_ids"], cache)
+        if logits is None:
+            return self._slow(**given)
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[None, None], past_key_values=cache)
 
     def agrees(self) -> bool | None:
         """Whether a few tokens give the logits of the model's own code; None where it would not be used for them."""
@@ -155,24 +157,29 @@ class _Fast:
         return position_ids is None or int(position_ids) == used
 
     def _as_loaded(self) -> bool:
-        """Whether no module was replaced, moved or hooked since, and nothing but logits is asked for by the configuration."""
+        """Whether the model is what it was, and nothing but logits is asked for by the configuration."""
         config = self._model.config
         return (
             not (config.output_hidden_states or config.output_attentions)
             and config.return_dict
-            and not any(self._hooks)
-            and all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+            and self._loaded.holds()
             and self._model.dtype == torch.float32
         )
 
-    def _step(self, input_ids: torch.Tensor, cache: Any) -> np.ndarray:
+    def _step(self, input_ids: torch.Tensor, cache: Any) -> np.ndarray | None:
+        """One token through the kernels; None, and nothing done, where the layers of the cache are not of one length."""
         with self._turn:
             position = cache.layers[0].get_seq_length()
             buffers = [layer.reserve(1) for layer in cache.layers]
             addresses = [buffer.data_ptr() for pair in buffers for buffer in pair]
-            if self._cache is None or self._cache() is not cache or addresses != self._addresses:
-                self._decoder.use_cache(addresses[0::2], addresses[1::2], buffers[0][0].shape[-2])
-                self._cache, self._addresses = weakref.ref(cache), addresses
+            # The addresses do not tell: where a buffer was freed, another of a new length may begin.
+            capacity = buffers[0][0].shape[-2]
+            if any(buffer.shape[-2] != capacity for pair in buffers for buffer in pair):
+                return None
+            known = self._cache is not None and self._cache() is cache
+            if not known or addresses != self._addresses or capacity != self._capacity:
+                self._decoder.use_cache(addresses[0::2], addresses[1::2], capacity)
+                self._cache, self._addresses, self._capacity = weakref.ref(cache), addresses, capacity
             self._place(position)
             x = self._model.get_input_embeddings()(input_ids)[0, 0].float().contiguous().numpy()
             with self._gate.step_back():
@@ -188,6 +195,41 @@ class _Fast:
         positions = torch.arange(position + POSITIONS)[None]
         cosine, sine = self._rotary(torch.zeros(1), positions)
         self._cosine, self._sine = (np.ascontiguousarray(t[0].float().numpy()) for t in (cosine, sine))
+
+
+class _Loaded:
+    """A model's modules as they are now: what was not hooked, replaced or set since.
+
+    It is asked for every token, so what it compares is in lists that need no step of Python for each module.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks += [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+        # A forward of a module's own, in the place of its class's; the model has one, which asks here.
+        self._own = [vars(module) for module in modules if module is not model]
+        classes = {type(module) for module in modules if module is not model}
+        self._classes, self._forwards = list(classes), [kind.forward for kind in classes]
+        parts = [
+            (owner, name, part)
+            for module in modules
+            for owner in (module._modules, module._parameters)
+            for name, part in owner.items()
+        ]
+        self._owners, self._names, self._parts = zip(*parts, strict=True)
+        settings = [(vars(module), name, vars(module)[name]) for module in modules for name in _SETTINGS if name in vars(module)]
+        self._holders, self._settings, self._values = zip(*settings, strict=True)
+
+    def holds(self) -> bool:
+        """Whether the modules are what they were."""
+        return (
+            not any(self._hooks)
+            and not any(map(operator.contains, self._own, itertools.repeat("forward")))
+            and all(map(operator.is_, map(operator.attrgetter("forward"), self._classes), self._forwards))
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._parts))
+            and all(map(operator.eq, map(dict.get, self._holders, self._settings), self._values))
+        )
 
 
 def _decoder(model: Any) -> Decoder:

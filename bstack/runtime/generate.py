@@ -11,6 +11,7 @@ import torch
 
 from bstack.errors import UnsupportedModelError, reason
 from bstack.runtime.container import understood
+from bstack.runtime.template import render
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["Written", "encode_prompt", "write_text"]
@@ -63,11 +64,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template; leave --chat out and write the prompt as the model expects it.")
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a template does
-            raise UnsupportedModelError(f"the model's chat template fails: {reason(error)}") from None
+        text = render(tokenizer, prompt)
     else:
         text = prompt
     with understood("the model", "its tokenizer cannot read the prompt"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import torch
 
 import bstk
-from bstack.runtime.cache import cached
+from bstack.runtime.cache import KeptCopyError, cached
 from bstack.runtime.container import embedded_files, load_tokenizer
 from bstack.runtime.dense import dense_model
 from bstack.runtime.fused import install
@@ -37,6 +39,7 @@ def load(
     trust_remote_code: bool = False,
     code: str | os.PathLike[str] | None = None,
     warn: bool = True,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -65,6 +68,8 @@ def load(
         compressed.
     warn : bool
         Warn about a partial file, as `bstk.open` does.
+    notify : callable, optional
+        Called with one line about each retry of a URL; on a terminal the progress line shows them while blocks are fetched.
 
     Returns
     -------
@@ -95,14 +100,28 @@ def load(
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed=mode == "stack")
+    read = partial(
+        _read, path, mb=mb, mode=mode, dtype=dtype, device=device, strict=strict, trusted=trust_remote_code, code=code, warn=warn,
+        notify=notify,
+    )  # fmt: skip
+    try:
+        return read()
+    except KeptCopyError:  # it is dropped, and fetched anew
+        return read()
+
+
+def _read(
+    path: Any, *, mb: Any, mode: str, dtype: torch.dtype, device: torch.device, strict: bool, trusted: bool, code: str | None,
+    warn: bool, notify: Callable[[str], None] | None,
+) -> tuple[Any, Any]:  # fmt: skip
     with ExitStack() as stack:
         if urls.is_url(path):
-            file, chunks = stack.enter_context(cached(path, mb, strict, warn))
+            file, chunks = stack.enter_context(cached(path, mb, strict, warn, notify))
         else:
             file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
             chunks = file.chunks[: file.fit(mb).chunks]
         with embedded_files(file) as folder:
-            trusted = stage_code(file, folder, trust_remote_code, code)
+            trusted = stage_code(file, folder, trusted, code)
             tokenizer = load_tokenizer(folder, file.source.name, trusted)
             if mode == "dense":
                 return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer

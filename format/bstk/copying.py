@@ -104,7 +104,8 @@ def extend(
     Raises
     ------
     DamagedError
-        A chunk does not match its digest. `file` was cut back to the end of the chunk before it.
+        A chunk does not match its digest. `file` was cut back to the end of the chunk before it. If part of the chunk was in
+        `file` before, it was first read anew, whole.
     OutputError, ResourceError
         `file` cannot be written.
     """
@@ -126,13 +127,17 @@ def extend(
             file.write(position, data)
         position += len(data)
 
-    try:
-        copy_chunks(reader, chunks[first:], write, progress, there, begun)
-    except DamagedError as error:
-        if error.chunk is not None:
-            with writing(file.path):
-                file.shorten(min(file.length, error.chunk.offset))
-        raise
+    while True:
+        try:
+            return copy_chunks(reader, chunks[first:], write, progress, there, begun)
+        except DamagedError as error:
+            if error.chunk is not None:
+                with writing(file.path):
+                    file.shorten(min(file.length, error.chunk.offset))
+            if not (there and error.chunk is chunks[first]):
+                raise
+        # What was there may be what is damaged.
+        position, there, begun = chunks[first].offset, 0, None
 
 
 def intact(file: LockedFile, chunks: Sequence[Chunk]) -> int:

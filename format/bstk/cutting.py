@@ -8,7 +8,7 @@ from . import opening, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
 from .cuts import Cut
-from .download import download
+from .download import download, remove_part
 from .errors import RemoteChangedError, UsageError, writing
 from .files import LockedFile, replacing
 from .reader import Reader
@@ -20,13 +20,15 @@ def truncate(
     mb: Budget,
     seal: bool = True,
     progress: Progress | None = None,
+    overwrite: bool = True,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
     The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Each chunk is checked
     against its digest while it is copied. Memory stays small however large the file is.
 
-    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there.
+    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there; a call
+    that gets `dst` from a file on disk deletes it.
 
     Parameters
     ----------
@@ -43,6 +45,8 @@ def truncate(
         unsealed `src` gives exactly its first bytes.
     progress : callable or None
         Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
+    overwrite : bool
+        Replace what is at `dst`. Without it that is refused at the start, and again at the end if it appeared meanwhile.
 
     Returns
     -------
@@ -52,7 +56,7 @@ def truncate(
     Raises
     ------
     UsageError
-        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, or None for a URL.
+        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, None for a URL, or there already.
     BusyError
         Another process changes the file in place, or fetches to the same `dst`.
     BudgetError
@@ -67,11 +71,11 @@ def truncate(
         The result cannot be written; nothing was changed.
     """
     if isinstance(src, Reader):
-        return _truncate(src, dst, mb, seal, progress)
+        return _truncate(src, dst, mb, seal, progress, overwrite)
     if dst is None and not urls.is_url(src):
         return _cut_in_place(os.fspath(src), mb, seal)
     with opening.open(src, warn=False) as source:  # cutting is the cure that the warning names
-        return _truncate(source, dst, mb, seal, progress)
+        return _truncate(source, dst, mb, seal, progress, overwrite)
 
 
 def plan(source: Reader, mb: Budget) -> Cut:
@@ -96,20 +100,25 @@ def plan(source: Reader, mb: Budget) -> Cut:
 
 
 def _truncate(
-    source: Reader, dst: str | os.PathLike[str] | None, mb: Budget, seal: bool, progress: Progress | None
+    source: Reader,
+    dst: str | os.PathLike[str] | None,
+    mb: Budget,
+    seal: bool,
+    progress: Progress | None,
+    overwrite: bool,
 ) -> Cut:
     name = source.source.name
     if dst is None:
         raise UsageError(f"{name}: an open file or one on a server is not cut in place. Name an output.")
     if _is_remote(source):
         try:
-            return _fetch(source, dst, mb, seal, progress)
+            return _fetch(source, dst, mb, seal, progress, overwrite)
         except RemoteChangedError:
-            return _fetch(opening.reopen(source), dst, mb, seal, progress)
+            return _fetch(opening.reopen(source), dst, mb, seal, progress, overwrite)
     cut = plan(source, mb)
     if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
         raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
-    with replacing(dst) as (sink, temporary):
+    with replacing(dst, overwrite) as (sink, temporary):
 
         def write(data: bytes | memoryview) -> None:
             with writing(os.fspath(dst)):
@@ -120,14 +129,17 @@ def _truncate(
         write(header_of(source, cut.file_bytes if seal else 0))
         copy_chunks(source, source.chunks[: cut.chunks], write)
         opening.open(temporary, warn=False).close()
+    remove_part(dst, name)
     return cut
 
 
-def _fetch(source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None) -> Cut:
+def _fetch(
+    source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None, overwrite: bool
+) -> Cut:
     cut = plan(source, mb)
     everything = cut.chunks == len(source.chunks) and source.state != "partial"
     length = source.seal if everything else cut.file_bytes
-    download(source, cut, dst, length if seal else 0, progress)
+    download(source, cut, dst, length if seal else 0, progress, overwrite)
     return cut
 
 

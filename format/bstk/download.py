@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 
 from .copying import Progress, extend, header_of, intact, overwrite_preamble
 from .cuts import Cut
 from .errors import BstkError, OutputError, writing
-from .files import LockedFile, sync_folder, target_of
+from .files import LockedFile, require_free, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
 
@@ -17,7 +19,14 @@ def part_of(dst: str | os.PathLike[str]) -> str:
     return os.path.realpath(dst) + ".part"
 
 
-def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None = None) -> None:
+def download(
+    reader: Reader,
+    cut: Cut,
+    dst: str | os.PathLike[str],
+    seal: int,
+    progress: Progress | None = None,
+    overwrite: bool = True,
+) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all.
 
     Until then what has arrived is in ``DST.part``, and stays there if this ends early. It is used again by a later call
@@ -35,9 +44,13 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
         The seal to write, or 0 for none.
     progress : callable or None
         Called with the number of bytes that are there, for those of an earlier call at once.
+    overwrite : bool
+        Replace what is at `dst`.
 
     Raises
     ------
+    UsageError
+        Something is at `dst` that is not to be replaced. If it appeared while this fetched, what has arrived is kept.
     BusyError
         Another process fetches to `dst`.
     DamagedError
@@ -47,6 +60,8 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
     ResourceError, OutputError
         It cannot be written.
     """
+    if not overwrite:
+        require_free(dst)
     target = target_of(dst)
     chunks = reader.all_chunks[: cut.chunks]
     with LockedFile(part_of(dst), create=True) as part:
@@ -57,6 +72,8 @@ def download(reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, p
                 progress(part.length)
         extend(part, reader, chunks, progress)
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
+        if not overwrite:
+            require_free(dst)
         with writing(os.fspath(dst)):
             part.rename(target)
     sync_folder(os.path.dirname(target))
@@ -72,13 +89,36 @@ def begin(part: LockedFile, reader: Reader) -> None:
     """
     header = header_of(reader, 0)
     there = part.read(0, len(header))
-    if there[: len(MAGIC)] != MAGIC[: len(there)]:
+    if not _may_be_ours(there):
         raise OutputError(f"{part.path}: in the way: it is no part of a .bstk file. Move it, or name another output.")
     # The preamble pins the tables and they pin all chunks, so equal headers mean the same file. Only the seal and its
     # CRC may differ.
     if _unsealed(there) != header:
         part.shorten(0)
     part.write(0, header)
+
+
+def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
+    """Delete what an earlier, stopped download to `dst` left, now that `dst` is there from elsewhere.
+
+    What is no beginning of a .bstk file is left alone, and so is a link, a download that still runs, and `source`, the file
+    that `dst` was made from. If it cannot be deleted, it stays.
+    """
+    path = part_of(dst)
+    with suppress(OSError, BstkError):
+        if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
+            return
+        with LockedFile(path) as part:
+            ours = _may_be_ours(part.read(0, len(MAGIC)))
+            if ours and os.name != "nt":  # which cannot delete an open file
+                os.unlink(path)
+        if ours and os.name == "nt":
+            os.unlink(path)
+
+
+def _may_be_ours(there: bytes) -> bool:
+    """Whether a file that begins so may be the beginning of a .bstk file."""
+    return there[: len(MAGIC)] == MAGIC[: len(there)]
 
 
 def _unsealed(header: bytes) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from . import locks
-from .errors import BusyError, OutputError, writing
+from .errors import BusyError, OutputError, UsageError, writing
 
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -32,7 +32,7 @@ class Sink:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
+def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[tuple[Sink, str]]:
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
     Yields the sink and the path of the temporary file, which stands in the same folder and is synced before it is renamed.
@@ -41,11 +41,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
 
     Raises
     ------
+    UsageError
+        With `overwrite` off, and something is at `path`, then or when all is written.
     ResourceError
         The disk is full.
     OutputError
         `path` cannot be written, or is no regular file.
     """
+    if not overwrite:
+        require_free(path)
     target = target_of(path)
     folder, name = os.path.split(target)
     shown = os.fspath(path)
@@ -58,6 +62,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
             os.fsync(descriptor)
             if os.name == "nt":  # cannot rename an open file
                 descriptor = _close(descriptor)
+            if not overwrite:
+                require_free(path)
             # Elsewhere still locked: to others it is no leftover as long as it has this name.
             os.replace(temporary, target)
     except BaseException:
@@ -69,6 +75,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Sink, str]]:
     with suppress(OSError):  # all of it is on the disk already
         _close(descriptor)
     sync_folder(folder)
+
+
+def require_free(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError if there is something at `path`."""
+    if os.path.exists(path):
+        raise UsageError(f"{os.fspath(path)}: is there already. Allow to replace it (--force), or name another output.")
 
 
 def target_of(path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import zstandard
@@ -15,6 +16,7 @@ DEFAULT_LEVEL = 3
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SHORT_BLOCK = 1024
+_FED = 256  # a block of 128 KiB may take 4 bytes, so this much becomes at most 8 MiB
 
 
 class Frame(NamedTuple):
@@ -123,6 +125,31 @@ def unpack(stored: bytes, raw_length: int) -> bytes:
     if len(raw) != raw_length:
         raise DamagedError(f"its zstd frame decodes to {len(raw)} bytes, the index says {raw_length}.")
     return raw
+
+
+def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
+    """Decode one chunk as `unpack` does, in pieces of which none needs much memory.
+
+    Raises
+    ------
+    DamagedError
+        As `unpack`. What was yielded before is then not to be used.
+    """
+    check(stored, raw_length)
+    decoder = zstandard.ZstdDecompressor().decompressobj()
+    length = 0
+    for start in range(0, len(stored), _FED):
+        if decoder.eof:
+            raise DamagedError("its zstd frame is followed by other bytes.")
+        try:
+            piece = decoder.decompress(stored[start : start + _FED])
+        except zstandard.ZstdError as error:
+            raise DamagedError(f"its zstd frame does not decode: {error}.") from error
+        length += len(piece)
+        if piece:
+            yield piece
+    if not decoder.eof or decoder.unused_data or length != raw_length:
+        raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
 
 
 def _pack_short(compressor: zstandard.ZstdCompressor, view: memoryview) -> bytes:

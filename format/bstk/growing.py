@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 
-from . import opening
+from . import opening, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
 from .cuts import Cut
-from .errors import OtherModelError, RemoteChangedError, UsageError
+from .errors import (
+    BstkError,
+    DamagedError,
+    OtherModelError,
+    OutputError,
+    RemoteChangedError,
+    RemoteError,
+    UsageError,
+    writing,
+)
 from .files import LockedFile
+from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
 
 
@@ -23,8 +33,11 @@ def grow(
 
     The result is byte for byte what `truncate` makes of the larger file with the same budget, or the larger file itself if
     all of it fits and it is whole. Only the missing bytes are read, each chunk of them is checked against its digest, and
-    nothing is changed before the first of them have arrived. If this ends early the file is partial: valid, larger than
-    before, not sealed; the same call goes on from there.
+    nothing is changed before the first of them have arrived.
+
+    If this fails, the file is as it was before, byte for byte. With a URL it is so where the disk refuses; where the transfer
+    fails or is interrupted, what has arrived is kept: then the file is partial, which is valid, larger than before and not
+    sealed, and the same call goes on from there. A killed process leaves it partial too.
 
     Parameters
     ----------
@@ -57,7 +70,7 @@ def grow(
     RemoteError
         The URL cannot be read; see its subclasses.
     ResourceError, OutputError
-        The file cannot be written.
+        The file cannot be written. If it cannot be brought back to what it was either, the message says what it is now.
     """
     with opening.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
         opening.require_rewritable(small)
@@ -69,10 +82,21 @@ def grow(
 
 def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
     with LockedFile(path) as file:
+        with writing(file.path):
+            length, preamble = file.length, file.read(0, LENGTH)
         try:
-            return _append(file, mb, larger, progress)
-        except RemoteChangedError:
-            return _append(file, mb, opening.reopen(larger), progress)
+            try:
+                return _append(file, mb, larger, progress)
+            except RemoteChangedError:
+                return _append(file, mb, opening.reopen(larger), progress)
+        except BaseException as error:
+            if not (urls.is_url(larger.source.name) and isinstance(error, _TRANSFER)):
+                _bring_back(file, length, preamble, error)
+            raise
+
+
+# Of a URL, what has arrived when one of these comes is worth more than the old file.
+_TRANSFER = (RemoteError, DamagedError, KeyboardInterrupt)
 
 
 def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
@@ -88,6 +112,49 @@ def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | N
     seal = 0 if cut.file_bytes == larger.full_length else cut.file_bytes
     overwrite_preamble(file, small.preamble.sealed(seal).to_bytes())
     return cut
+
+
+def _bring_back(file: LockedFile, length: int, preamble: bytes, error: BaseException) -> None:
+    """Make a file that was not grown to the end what it was before: unseal, shorten, seal, each on disk before the next.
+
+    Raises
+    ------
+    OutputError
+        It cannot be, and `error` is none of ours. To one of ours its message is added instead.
+    """
+    try:
+        there = file.read(0, LENGTH)
+        if there == preamble and file.length == length:
+            return
+        # The last step of growing may have written the new seal. The old one is on the disk only once the length is.
+        if any(there[SEAL]):
+            file.write(0, parse(preamble).sealed(0).to_bytes())
+            file.sync()
+        file.shorten(min(length, file.length))
+        file.sync()
+        file.write(0, preamble)
+        file.sync()
+    except OSError as problem:
+        message = (
+            f"The file could not be brought back to what it was: {problem.strerror or problem}. {_state_of(file.path)}"
+        )
+        if not isinstance(error, BstkError):
+            raise OutputError(f"{file.path}: growing it failed ({type(error).__name__}). {message}") from error
+        error.args = (f"{error.args[0]} {message}", *error.args[1:])
+
+
+def _state_of(path: str) -> str:
+    """Return what to say of a file that could be neither grown nor brought back."""
+    try:
+        with opening.open(path, warn=False) as file:
+            if file.state == "partial":
+                return (
+                    f"It is partial now: a valid model with {len(file.chunks)} chunks in {file.length} bytes. Once the disk "
+                    "can be written to, the same command goes on from there."
+                )
+            return f"It is {file.state} now, with {len(file.chunks)} chunks in {file.length} bytes."
+    except (BstkError, OSError) as problem:
+        return f"What it is now cannot be said ({problem}); check it with bstack verify."
 
 
 def plan_growth(small: Reader, mb: Budget, larger: Reader) -> Cut:

@@ -20,6 +20,7 @@ _FORM = struct.Struct("<4I BBHI")
 _NAME_HEAD = struct.Struct("<I")
 _TRANSPOSED = 1
 _RESERVED = bytes(24)
+_MOST_FORMS = 4096  # remembered at once: a hostile index has another one in every record
 _INFINITY = math.inf
 
 
@@ -172,6 +173,7 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
     chunks: list[Chunk] = []
     forms: dict[tuple[int, bytes], _Form] = {}  # a file has few, and their rules need not be applied to every record
     used = 0
+    files_left = limits.MAX_FILES_LENGTH
     offset = start
     for number, fields in enumerate(_FORMED_RECORD.iter_unpack(data)):
         name_id, code, level, found_offset, stored_length, raw_length, packed, importance, error, reserved, digest = fields
@@ -183,6 +185,8 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 used += 1
             form = forms.get((code, packed))
             if form is None:
+                if len(forms) == _MOST_FORMS:
+                    forms.clear()
                 form = forms[code, packed] = _parse_form(code, packed)
             kind, shape, dtype, rank, transposed, determined = form
             if found_offset != offset:
@@ -209,6 +213,11 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
             name = names[name_id]
             if kind is kinds.FILE:
                 check_name(name, file=True)
+                files_left -= raw_length
+                if files_left < 0:
+                    raise _bad(
+                        "raw length", raw_length, f"{files_left + raw_length}, as all files take at most {limits.MAX_FILES_LENGTH}"
+                    )
         except ValueError as problem:
             name = repr(names[name_id]) if name_id < len(names) else "no name"
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem

@@ -34,6 +34,12 @@ MAX_DIMENSION = 2**31 - 1
 MAX_RAW_LENGTH = 2**31
 """Bytes of one decoded chunk. A larger parameter is written as several row ranges."""
 
+MAX_FILES_LENGTH = 2**28
+"""Decoded bytes of all embedded files together: whoever loads a model puts them on the disk first, and no budget counts them.
+
+Tokenizers, the largest of them, take less than 64 MiB.
+"""
+
 EXPANSION_SLACK = 2**20
 MAX_EXPANSION = 1024
 """A chunk of s stored bytes decodes to at most ``EXPANSION_SLACK + MAX_EXPANSION * s`` bytes.

@@ -13,12 +13,17 @@ from .errors import DamagedError, UnsupportedVersionError
 MAGIC = b"\x89BSTK\r\n\x1a"
 LENGTH = 256
 MAJOR, MINOR = 1, 0
+SPECIFICATION = "1.1"
+"""Version of ``SPEC.md`` that is read and written. Files say MAJOR.MINOR, and in flags what of a later version they have."""
+
 RECORD_LENGTH = 128
 
 # magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, smallest
 # length | chunk count, base count | offset and length of index, names, metadata | their SHA-256 | reserved | CRC-32
 _LAYOUT = struct.Struct("<8sHHI QQQ QQQ II QQQQQQ 32s32s32s 36s I")
-_SEAL = slice(48, 56)
+SEAL = slice(48, 56)
+"""Where the seal stands."""
+
 _CRC = slice(252, 256)
 
 
@@ -88,7 +93,7 @@ class Preamble:
         authenticates a file and every cut of it, and is the same for all of them.
         """
         data = bytearray(self.to_bytes())
-        data[_SEAL] = bytes(8)
+        data[SEAL] = bytes(8)
         return hashlib.sha256(data[: _CRC.start]).digest()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
@@ -157,17 +158,47 @@ class Reader:
         OSError
             The source cannot be read.
         """
+        with self._reading(chunk):
+            raw = frames.unpack(self._stored(chunk), chunk.raw_length)
+            if chunk.kind.check is not None:
+                chunk.kind.check(raw, chunk.shape)
+            return raw
+
+    def file_pieces(self, name: str) -> Iterator[bytes]:
+        """Yield an embedded file in pieces, so that a large one needs little memory.
+
+        Raises
+        ------
+        KeyError
+            There is no such file.
+        DamagedError
+            As `file`; perhaps not before the last piece.
+        """
+        chunk = self.files[name]
+        with self._reading(chunk):
+            pieces = frames.unpack_pieces(self._stored(chunk), chunk.raw_length)
+        while True:
+            with self._reading(chunk):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def _stored(self, chunk: Chunk) -> bytes:
+        """Return the stored bytes of a chunk, which match its digest."""
+        if chunk.end > self.length:
+            raise UsageError(f"it ends at {chunk.end}, and this file at {self.length}. Read it from a larger cut.")
+        stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
+        if hashlib.sha256(stored).digest() != chunk.digest:
+            raise DamagedError("its SHA-256 does not match the index. Copy or download the file again.")
+        return stored
+
+    @contextmanager
+    def _reading(self, chunk: Chunk) -> Iterator[None]:
+        """Let errors say which chunk it was."""
         with located(f"{self.source.name}: {chunk.describe()}"):
-            if chunk.end > self.length:
-                raise UsageError(f"it ends at {chunk.end}, and this file at {self.length}. Read it from a larger cut.")
             try:
-                stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
-                if hashlib.sha256(stored).digest() != chunk.digest:
-                    raise DamagedError("its SHA-256 does not match the index. Copy or download the file again.")
-                raw = frames.unpack(stored, chunk.raw_length)
-                if chunk.kind.check is not None:
-                    chunk.kind.check(raw, chunk.shape)
-                return raw
+                yield
             except ValueError as problem:
                 error = DamagedError(f"{problem}. Its digest matches, so the file was written wrongly; make it again.")
                 error.chunk = chunk

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import dtypes, frames, header, index, kinds, limits, opening, preamble
 from . import metadata as metadata_module
+from .download import remove_part
 from .errors import DamagedError, UsageError, located, writing
 from .files import replacing
 from .index import Chunk
@@ -50,7 +51,7 @@ def write(
 ) -> None:
     """Write a complete, unsealed file; it replaces what is at `path` when it is all there, and not before.
 
-    Equal arguments give equal bytes.
+    Equal arguments give equal bytes. What a stopped download left in ``PATH.part`` is deleted then.
 
     Parameters
     ----------
@@ -86,6 +87,7 @@ def write(
                 sink.write(stored)
         # What a reader will make of it, before it takes the place of anything.
         opening.open(temporary, strict=True).close()
+    remove_part(path)
 
 
 def build_header(

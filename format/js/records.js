@@ -8,6 +8,7 @@ import { hex } from "./sha256.js";
 const DTYPES = ["none", "f32", "f16", "bf16", "f64", "i8", "u8", "i16", "i32", "i64", "bool"];
 const DTYPE_BYTES = [0, 4, 2, 2, 8, 1, 1, 2, 4, 8, 1];
 const MAX_RAW = 2n ** 31n;
+const MAX_FILES = 2 ** 28;
 const MAX_DIMENSION = 2 ** 31 - 1;
 const ceil = (a, b) => Math.ceil(a / b);
 
@@ -51,6 +52,7 @@ export function parseRecords(index, names, preamble) {
   let used = 0;
   let offset = preamble.headerLength;
   let flags = 0n;
+  let files = 0;
   for (let number = 0; number < preamble.chunkCount; number++) {
     const chunk = parseRecord(view, number, names, offset, preamble.fullLength);
     const must = (holds, what) => holds || fail(chunk.where, what);
@@ -61,6 +63,8 @@ export function parseRecords(index, names, preamble) {
       must(number < preamble.baseCount, "its name begins after the smallest model");
     }
     checkStack(chunk, before, must);
+    if (!chunk.isWeight) files += chunk.rawLength;
+    must(files <= MAX_FILES, `raw length ${chunk.rawLength}; all files together take at most ${MAX_FILES}`);
     stacks[chunk.nameId] = chunk;
     flags |= KINDS.get(chunk.kindCode).flag ?? 0n;
     offset = chunk.end;

@@ -236,6 +236,15 @@ def test_what_cannot_be_done_is_refused_first(bench, home, args, code, words):
     assert (home / "model.bstk").read_bytes() == before
 
 
+def test_spqr_at_a_target(bench, tiny_llama, sizes):
+    ask = ("--budgets", sizes[1], "--original", tiny_llama, *SMALL, "--no-speed", "--calibration", "self")
+    done = bench(*ask, "--against", "spqr:3@7", "--csv", "-")
+    assert done.returncode == 0, done.stderr
+    assert '"spqr:3@7, embeddings 8"' in done.stdout
+    done = bench(*ask, "--against", "spqr:3,spqr:3@3.7")
+    assert done.returncode == 2 and "--against spqr:3@3.7: bpw is 3.7; with 3 bits in groups of 16" in done.stderr
+
+
 def test_a_text_too_short(bench, home):
     (home / "short.txt").write_text("A few words only.")
     done = bench("--text", "short.txt")

@@ -83,6 +83,11 @@ def _tensor_twice(draft):
         draft.set(number, name=draft.records[number]["name"] - 1)
 
 
+def _two_long_files(draft):
+    draft.chunk(FILE, bytes(2**18), raw=2**28 - 11)
+    draft.set(NORM, kind=1, shape=bytes(16), ndim=0, dtype=0, raw=12)
+
+
 def _far_window(stored: bytes, raw: bytes) -> bytes:
     # Magic, descriptor (content size of 8 bytes, checksum), window 2**24, content size, one empty last block.
     return b"\x28\xb5\x2f\xfd\xc4" + bytes([(24 - 10) << 3]) + struct.pack("<Q", len(raw)) + b"\x01\x00\x00" + bytes(4)
@@ -161,6 +166,8 @@ OPEN = {
     "raw-more": (record(NORM, raw=13), D),
     "raw-huge": (record(FILE, raw=2**64 - 1), D),
     "raw-bomb": (record(FILE, raw=2**21), D),
+    "file-of-256-mib-and-a-byte": (chunk(FILE, lambda s, raw: bytes(2**18), raw=2**28 + 1), D),
+    "files-of-256-mib-and-more": (_two_long_files, D),
     "ndim-5": (shape(NORM, 3, ndim=5), D),
     "ndim-255": (shape(NORM, 3, ndim=255), D),
     "dimension-0": (shape(NORM, 0, ndim=1), D),

@@ -1,4 +1,4 @@
-/** Does the jobs of test_javascript.py: a list in JSON on stdin, a list of results on stdout. */
+/** Does the jobs of javascript_reader.py: a list in JSON on stdin, a list of results on stdout. */
 
 import { createHash, randomBytes } from "node:crypto";
 import { openAsBlob, readFileSync } from "node:fs";

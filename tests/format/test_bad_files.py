@@ -45,6 +45,10 @@ def test_refused_on_reading(case, good):
             assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
         finally:
             tracemalloc.stop()
+        if f.chunks[number].kind == bstk.FILE:
+            with pytest.raises(bstk.DamagedError, match=f"{f.chunks[number].name}.*offset {f.chunks[number].offset}") as caught:
+                list(f.file_pieces(f.chunks[number].name))
+            assert caught.value.chunk == f.chunks[number]
         with pytest.raises(bstk.DamagedError) as caught:
             f.verify()
         assert caught.value.chunk == f.chunks[number]

@@ -1,11 +1,9 @@
 """The reader in format/js, which was written from SPEC.md alone, comes to the verdicts of `bstk`."""
 
-import hashlib
 import itertools
 import json
 import random
 import re
-import shutil
 import subprocess
 import threading
 import warnings
@@ -17,42 +15,13 @@ import bstk
 import pytest
 import samples
 import zstandard
-from range_server import RangeServer
-from served_files import cut_sizes, make
+from javascript_reader import MARKS, expected_cut, node, sha256
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 VERDICTS = json.loads((VECTORS / "verdicts.json").read_text())
 COMMAND = Path(__file__).parents[2] / "format" / "js" / "cli.js"
-JOBS = Path(__file__).with_name("javascript_jobs.mjs")
-LEAST = 20
 
-
-def _missing():
-    node = shutil.which("node")
-    if node is None:
-        return "node is not installed"
-    version = subprocess.run([node, "--version"], capture_output=True, text=True).stdout
-    found = re.match(r"v(\d+)\.", version)
-    return "" if found and int(found[1]) >= LEAST else f"node is {version.strip()}; {LEAST} or newer is needed"
-
-
-MISSING = _missing()
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=MISSING),
-    pytest.mark.filterwarnings("ignore::bstk.PartialWarning"),
-]
-
-
-def node(jobs):
-    """Return the result of each job of `javascript_jobs.mjs`; all run in one process."""
-    command = ["node", "--no-warnings", str(JOBS)]
-    run = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +200,6 @@ def test_bytes_flipped(good, tmp_path):
         assert "error" in result or "error" in result["verify"], i
 
 
-def expected_cut(path, out, mb, seal):
-    try:
-        bstk.truncate(path, out, mb=mb, seal=seal)
-    except bstk.BstkError as error:
-        return type(error).__name__
-    return sha256(out.read_bytes())
-
-
 def budgets(path):
     with bstk.open(path) as f:
         sizes = [size for c in f.chunks[f.base_count - 1 :] for size in (c.end - 1, c.end, c.end + 1, f.memory_bytes)]
@@ -315,85 +276,6 @@ def test_decoding_without_a_decoder_says_what_is_missing():
     # Node 22.15 and later decode themselves.
     contents = result["contents"]
     assert contents.get("contents") is True or (contents["error"] == "MissingZstdError" and "22.15" in contents["message"])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A file of 100 KB; its header comes with the first request."""
-    return make(tmp_path_factory.mktemp("model") / "model.bstk")
-
-
-@pytest.fixture(scope="module")
-def long_head(tmp_path_factory):
-    """A file whose header is longer than the first request."""
-    return make(tmp_path_factory.mktemp("model") / "model.bstk", head=100_000)
-
-
-def by_url(server, **job):
-    (result,) = node([{"url": server.url, "from": "url", **job}])
-    return result
-
-
-@pytest.mark.parametrize(("which", "to_open"), [("model", 1), ("long_head", 2)])
-def test_from_a_url(which, to_open, request, tmp_path):
-    data = request.getfixturevalue(which)
-    (tmp_path / "model.bstk").write_bytes(data)
-    mb = cut_sizes(data)[20]
-    with RangeServer(data) as server:
-        assert by_url(server)["requests"] == to_open
-        result = by_url(server, cuts=[(mb, True)])
-        asked = server.asked[to_open:]
-        ranges = server.ranges_asked()[to_open:]
-    assert result["cuts"] == [expected_cut(tmp_path / "model.bstk", tmp_path / "out.bstk", mb, True)]
-    length = (tmp_path / "out.bstk").stat().st_size
-    assert result["requests"] == len(asked) == to_open + 1
-    assert [first for first, _ in ranges[1:]] == [last + 1 for _, last in ranges[:-1]] and ranges[-1][1] == length - 1
-    assert all(a.headers.get("accept-encoding", a.headers.get("Accept-Encoding")) == "identity" for a in asked)
-    assert [a.headers.get("if-range", a.headers.get("If-Range")) for a in asked] == [None] + ['"one"'] * to_open
-
-
-def test_a_small_file_from_a_server_without_ranges(good):
-    with RangeServer(good, ranges=False) as server:
-        assert by_url(server, verify=True)["verify"]["chunks"] == 8
-
-
-def test_a_large_file_from_a_server_without_ranges_is_not_fetched(model):
-    data = model + bytes(2**26)
-    with RangeServer(data, ranges=False) as server:
-        assert by_url(server)["error"] == "RemoteAnswerError"
-        assert server.sent < len(data)
-
-
-def test_no_user_in_a_url(model):
-    with RangeServer(model) as server:
-        (result,) = node([{"url": server.url.replace("//", "//me:secret@"), "from": "url"}])
-        assert result["error"] == "UsageError" and "secret" not in result["message"] and not server.asked
-
-
-@pytest.mark.parametrize(
-    ("attributes", "expected"),
-    [
-        ({"compress": "always"}, "RemoteAnswerError"),
-        ({"statuses": [404]}, "RemoteNotFoundError"),
-        ({"statuses": [403]}, "RemoteAccessError"),
-        ({"statuses": [503]}, "RemoteAnswerError"),
-        ({"statuses": [-1]}, "UnreachableError"),
-        ({"drop_after": 1000}, "TransferError"),
-        ({"then": {1: {"etag": '"two"'}}}, "RemoteChangedError"),
-        ({"then": {1: {"overwrite": {"ETag": '"two"'}}}}, "RemoteChangedError"),
-        ({"etag": None, "modified": "x", "then": {1: {"modified": "y"}}}, "RemoteChangedError"),
-        ({"overwrite": {"Content-Range": ""}}, "RemoteAnswerError"),
-        ({"overwrite": {"Content-Range": "bytes 1-65536/200000"}}, "RemoteAnswerError"),
-        ({"overwrite": {"Content-Range": "bytes 0-65535/*"}}, "RemoteAnswerError"),
-        ({"overwrite": {"Content-Range": "bytes 0-65535/99999999999999999999"}}, "RemoteAnswerError"),
-        ({"overwrite": {"Content-Range": "bytes 0-9/10"}, "chunked": True}, "RemoteAnswerError"),
-    ],
-)
-def test_servers_that_cannot_be_relied_on(attributes, expected, long_head):
-    with RangeServer(long_head, **attributes) as server:
-        result = by_url(server)
-    assert result.get("error") == expected, result
-    assert result["message"].startswith(server.url)
 
 
 def test_the_command(tmp_path):

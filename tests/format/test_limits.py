@@ -1,15 +1,22 @@
 """Every limit of the table in SPEC.md: accepted at it, refused one past it."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import re
 import struct
+import subprocess
+import sys
+import tracemalloc
+import types
 from pathlib import Path
 
 import bstk
 import pytest
 import samples
+import zstandard
 from bstk import frames, limits, preamble
 
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
@@ -37,6 +44,7 @@ def test_the_table_in_the_specification_is_the_module():
         "dimensions": limits.MAX_NDIM,
         "one dimension": limits.MAX_DIMENSION,
         "raw length of a chunk": limits.MAX_RAW_LENGTH,
+        "raw length of all files together": limits.MAX_FILES_LENGTH,
         "expansion of a chunk": (limits.EXPANSION_SLACK, limits.MAX_EXPANSION),
         "zstd window": limits.MAX_WINDOW_LENGTH,
     }
@@ -129,6 +137,75 @@ def test_rank(good):
         draft = samples.Draft(good)
         draft.set(7, rank=rank, raw=8 + 28 * rank)
         assert opens(draft.bytes()) is accepted
+
+
+def test_memory_of_a_hostile_index():
+    """Every record has a name, a shape and numbers of its own, so nothing of it is shared: docs/security.md says how much that is."""
+    count = 50_000
+    record = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
+    names = b"".join(struct.pack("<I", 5) + b"%05x" % number for number in range(count))
+    header = 256 + 128 * count + len(names) + 2
+    offset, records = header, []
+    for number in range(count):
+        rows, columns, stored = 300 + number % 1500, 300 + number // 1500, 3000 + number
+        fields = (number, 2, 0, offset, stored, rows * columns, rows, columns, 1, 1, 6, 4, 0, 0, 1.0 + number, 0.5 + number)
+        records.append(record.pack(*fields, bytes(24), struct.pack("<4Q", number, 1, 1, 1)))
+        offset += stored
+    tables = b"".join(records), names, b"{}"
+    head = preamble.Preamble(offset, offset, count, count, len(names), 2, *(hashlib.sha256(part).digest() for part in tables))
+    data = head.to_bytes() + b"".join(tables)
+    source = types.SimpleNamespace(name="hostile", length=offset, read=lambda at, length: data[at : at + length], close=lambda: None)
+    del records
+    tracemalloc.start()
+    try:
+        with bstk.open(source) as file:
+            assert len(file.chunks) == count
+        assert tracemalloc.get_traced_memory()[1] < 6 * header
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("past", [0, 1])
+def test_length_of_the_files(good, past):
+    draft = samples.Draft(good)
+    draft.chunk(0, bytes(2**18), raw=limits.MAX_FILES_LENGTH - 12 + past)
+    draft.set(1, kind=1, shape=bytes(16), ndim=0, dtype=0, raw=12)
+    assert opens(draft.bytes()) is not bool(past)
+
+
+_READ_FILE = """
+import hashlib, sys
+import bstk
+from resource import RUSAGE_SELF, getrusage
+def peak():
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before, digest, length = peak(), hashlib.sha256(), 0
+with bstk.open(sys.argv[1]) as file:
+    for piece in file.file_pieces("config.json"):
+        digest.update(piece)
+        length += len(piece)
+print(length, digest.hexdigest(), peak() - before)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="measures with getrusage")
+def test_the_largest_file_is_read_in_little_memory(good, tmp_path):
+    """A thousand times as long as what is stored of it."""
+    writer = zstandard.ZstdCompressor(write_checksum=True).compressobj(size=limits.MAX_FILES_LENGTH)
+    digest, parts = hashlib.sha256(), []
+    for piece in [samples.noise("file", 2**18), *[bytes(2**18)] * (limits.MAX_FILES_LENGTH // 2**18 - 1)]:
+        digest.update(piece)
+        parts.append(writer.compress(piece))
+    parts.append(writer.flush())
+    draft = samples.Draft(good)
+    draft.chunk(0, b"".join(parts), raw=limits.MAX_FILES_LENGTH)
+    data = draft.bytes()
+    assert len(data) < 2**19
+    (tmp_path / "x.bstk").write_bytes(data)
+    read = subprocess.run([sys.executable, "-c", _READ_FILE, tmp_path / "x.bstk"], capture_output=True, text=True, check=True)
+    length, found, memory = read.stdout.split()
+    assert (int(length), found) == (limits.MAX_FILES_LENGTH, digest.hexdigest())
+    assert int(memory) < 64 * 2**20
 
 
 @pytest.mark.parametrize(("exponent", "accepted"), [(23, True), (24, False)])

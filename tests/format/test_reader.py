@@ -8,6 +8,9 @@ import warnings
 import bstk
 import pytest
 import samples
+from bstk import frames
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_reads_what_was_written(good):
@@ -237,3 +240,26 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(bstk.UsageError, match="not a regular file"):
         bstk.open(tmp_path / "pipe")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    parts=st.lists(st.one_of(st.binary(min_size=1, max_size=300), st.integers(1, 300_000).map(bytes)), min_size=1, max_size=4),
+    level=st.integers(1, 19),
+    damage=st.none() | st.tuples(st.integers(0, 2**32), st.integers(1, 255)),
+    more=st.binary(max_size=600),
+)
+def test_a_frame_in_pieces_is_the_frame_at_once(parts, level, damage, more):
+    raw = b"".join(parts)
+    stored = bytearray(bstk.pack(raw, level).stored + more)
+    if damage is not None:
+        stored[damage[0] % len(stored)] ^= damage[1]
+    stored = bytes(stored)
+
+    def result(unpack):
+        try:
+            return unpack(stored, len(raw))
+        except bstk.DamagedError:
+            return None
+
+    assert result(frames.unpack) == result(lambda *what: b"".join(frames.unpack_pieces(*what)))

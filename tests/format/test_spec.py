@@ -4,12 +4,18 @@ import re
 from pathlib import Path
 
 from bstk import dtypes, kinds
+from bstk.preamble import SPECIFICATION
 
 SPEC = (Path(__file__).parents[2] / "format" / "SPEC.md").read_text()
 
 
 def section(number):
     return SPEC.split(f"\n## {number}. ")[1].split("\n## ")[0]
+
+
+def test_version():
+    assert SPEC.startswith(f"# The `.bstk` container, version {SPECIFICATION}\n")
+    assert re.findall(r"^\| (\d+\.\d+) \|", SPEC.split("## Version log")[1], re.MULTILINE)[-1] == SPECIFICATION
 
 
 def test_element_types():

@@ -16,7 +16,7 @@ SMALL = 4096  # a write of no more than this is not torn: it is one page
 
 
 class Steps:
-    """Counts the calls; at the call `stop` does `act`.
+    """Counts the calls; at the call `stop`, and with `lasting` at all after it, does `act`.
 
     Attributes
     ----------
@@ -24,14 +24,14 @@ class Steps:
         Calls so far.
     """
 
-    def __init__(self, stop: int = 0, act: Callable[[], None] = lambda: None):
+    def __init__(self, stop: int = 0, act: Callable[[], None] = lambda: None, lasting: bool = False):
         self.count = 0
-        self._stop, self._act = stop, act
+        self._stop, self._act, self._lasting = stop, act, lasting
 
     def take(self) -> bool:
-        """Count a call; whether it is the one to stop at."""
+        """Count a call; whether it is one to stop at."""
         self.count += 1
-        return self.count == self._stop
+        return self.count == self._stop or (self._lasting and self.count > self._stop)
 
     def act(self) -> None:
         self._act()

@@ -1,12 +1,13 @@
 """The disk refuses the n-th change, or the n-th read fails or comes short, for every n."""
 
+import dataclasses
 import errno
 import os
 
 import bstk
 import jobs
 import pytest
-from steps import refusals
+from steps import Steps, counted, refusals
 
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
 JOBS = ["truncate", "truncate in place", "grow", "grow whole"]
@@ -24,6 +25,61 @@ def test_every_change_may_be_refused(job, tmp_path, code):
     for step, error in refused:
         assert isinstance(error, CODES[code]) and jobs.OUT in error.args[0], step
     assert len(refused) >= 3
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("state", ["sealed", "partial", "partial within a block"])
+@pytest.mark.parametrize("job", ["grow", "grow whole"], indirect=True)
+def test_a_refused_growth_leaves_the_old_file(job, state, good, tmp_path, code):
+    """Byte for byte; so that a full disk is not met by a file that took all of it."""
+    old = job.old
+    if state != "sealed":
+        old = good[: len(old) + 7 * (state == "partial within a block")]
+
+    def prepare(folder):
+        (folder / "source.bstk").write_bytes(good)
+        (folder / jobs.OUT).write_bytes(old)
+
+    job = dataclasses.replace(job, old=old, prepare=prepare)
+    steps = 0
+    for steps, _ in refusals(job, tmp_path / "folder", code, range(1, 200)):
+        assert (tmp_path / "folder" / jobs.OUT).read_bytes() == old, steps
+    assert steps >= 4
+
+
+@pytest.mark.parametrize("job", ["grow"], indirect=True)
+@pytest.mark.parametrize("first", range(2, 8))
+def test_a_disk_that_goes_away_leaves_a_valid_file_and_says_what_it_is(job, tmp_path, first):
+    """From the n-th change on it refuses all, the rolling back too."""
+    folder = jobs.fresh(job, tmp_path / "folder")
+
+    def refuse():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with counted(Steps(first, refuse, lasting=True)) as steps, pytest.raises(bstk.OutputError) as caught:
+        job.run(folder)
+    assert steps.count >= first
+    job.check_stopped(folder)
+    found = (folder / jobs.OUT).read_bytes()
+    if found != job.old:
+        assert "could not be brought back to what it was: Input/output error" in caught.value.args[0]
+        assert f"It is {'sealed' if any(found[48:56]) else 'partial'} now" in caught.value.args[0]
+    if found != job.wanted:
+        job.repeat(folder)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, MemoryError, RuntimeError("of a caller")])
+@pytest.mark.parametrize("job", ["grow", "grow whole"], indirect=True)
+def test_a_growth_from_disk_that_is_stopped_leaves_the_old_file(job, tmp_path, problem):
+    folder = jobs.fresh(job, tmp_path / "folder")
+
+    def stop(count):
+        raise problem
+
+    with pytest.raises(type(problem) if isinstance(problem, Exception) else problem):
+        bstk.grow(folder / jobs.OUT, len(job.wanted) / bstk.MB, folder / "source.bstk", progress=stop)
+    assert (folder / jobs.OUT).read_bytes() == job.old
+    job.repeat(folder)
 
 
 class FaultySource:
@@ -71,6 +127,8 @@ def test_every_read_may_fail(good, tmp_path, fault, name):
         except (bstk.DamagedError, bstk.NotBstkError, OSError):
             failed += 1
         assert source.reads >= step or failed == step - 1
+        if name == "grow":
+            assert (folder / jobs.OUT).read_bytes() in (job.old, job.wanted)
         job.check_stopped(folder)
         job.repeat(folder)
         if source.reads < step:

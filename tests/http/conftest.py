@@ -4,19 +4,7 @@ from pathlib import Path
 
 import pytest
 from range_server import RangeServer
-from served_files import make
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A file of some 100 KB whose header comes with the first request."""
-    return make(tmp_path_factory.mktemp("model") / "model.bstk")
-
-
-@pytest.fixture(scope="session")
-def long_head(tmp_path_factory):
-    """A file whose header is longer than the first request."""
-    return make(tmp_path_factory.mktemp("model") / "model.bstk", head=100_000)
+from served_files import long_head, make, model  # noqa: F401: fixtures
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""Files to serve."""
+"""Files to serve, two of them as fixtures for the conftest.py of each folder that serves them."""
 
 import hashlib
 
 import bstk
+import pytest
 
 
 def make(path, head=0, blocks=30, seed="a"):
@@ -29,3 +30,15 @@ def cut_sizes(data):
     """The budget in megabytes of each cut of a file, in bytes `data`, but the complete one."""
     with bstk.open(data) as file:
         return [chunk.end / bstk.MB for chunk in file.chunks[file.base_count - 1 : -1]]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A file of some 100 KB whose header comes with the first request."""
+    return make(tmp_path_factory.mktemp("model") / "model.bstk")
+
+
+@pytest.fixture(scope="session")
+def long_head(tmp_path_factory):
+    """A file whose header is longer than the first request."""
+    return make(tmp_path_factory.mktemp("model") / "model.bstk", head=100_000)

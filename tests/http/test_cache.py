@@ -95,10 +95,49 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
     data[{"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place]] ^= 1
     kept.write_bytes(data)
     if place == "chunk":
-        with pytest.raises(bstk.DamagedError, match="load again to fetch it anew"):
+        with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
             load(server.url)
         assert kept.stat().st_size == chunk.offset
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_a_damaged_end_of_a_stopped_transfer_is_fetched_anew(long_head, serve, kept, monkeypatch):
+    server = serve(long_head, drop_after=70_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("bstk.http.RETRIES_IN_ALL", 0)
+        with pytest.raises(bstk.TransferError):
+            load(server.url)
+    server.drop_after = None
+    data = bytearray(kept.read_bytes())
+    with bstk.open(long_head) as file:
+        assert len(data) not in [chunk.end for chunk in file.chunks]
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+@pytest.mark.parametrize("mode", ["dense", "stack"])
+def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_path, mode):
+    bstack = pytest.importorskip("bstack")
+    settings = bstack.Settings(codec="sign", planes=2, rank=1, samples=2, sequence_length=16)
+    bstack.compress(tiny_llama, tmp_path / "x.bstk", settings=settings)
+    data = (tmp_path / "x.bstk").read_bytes()
+    server = serve(data)
+    with bstk.open(data) as file:
+        kept, chunk = cache.kept_path(file.root), file.chunks[-3]
+    bstack.load(server.url)
+    damaged = bytearray(data)
+    damaged[chunk.offset + 9] ^= 1
+    kept.write_bytes(damaged)
+    bstack.load(server.url, mode=mode)
+    assert kept.read_bytes() == data
+    # What the server itself sends wrongly is told, and not asked for again and again.
+    server.data, server.etag = bytes(damaged), '"two"'
+    kept.unlink()
+    server.asked.clear()
+    with pytest.raises(bstk.DamagedError, match="SHA-256 does not match"):
+        bstack.load(server.url, mode=mode)
+    assert len(server.asked) <= 3
 
 
 def test_a_copy_is_not_dropped_for_what_the_server_sends(long_head, serve, kept):

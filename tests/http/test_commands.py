@@ -174,6 +174,31 @@ def test_the_second_download_to_one_output_is_refused(bstack, command, long_head
     assert first.wait() == 0 and (tmp_path / "out.bstk").read_bytes() == long_head
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_appears_during_a_download(bstack, command, long_head, serve, tmp_path, force):
+    server = serve(long_head, pause=0.02)
+    out, part = tmp_path / "out.bstk", tmp_path / "out.bstk.part"
+    process = command("truncate", server.url, "--mb", 1, "-o", "out.bstk", *["--force"] * force)
+    until(lambda: part.exists() and part.stat().st_size > 110_000)
+    out.write_text("of somebody else")
+    _, err = process.communicate()
+    if force:
+        assert process.returncode == 0 and out.read_bytes() == long_head
+    else:
+        assert process.returncode == 2 and "is there already" in err and out.read_text() == "of somebody else"
+
+
+def test_retries_are_lines_where_there_is_no_terminal(bstack, long_head, serve):
+    server = serve(long_head, statuses=[503, 0, 0, 0], drop_after=80_000, drops=1)
+    code, _, err = bstack("truncate", server.url, "--mb", 1, "-o", "out.bstk")
+    assert code == 0
+    shown = err.splitlines()
+    assert shown[0] == f"{server.url}: the server answers 503; retry 1 of 5 in 0.5 s"
+    assert len(shown) == 2 and "the connection broke off" in shown[1]
+    server.statuses = [503]
+    assert bstack("inspect", server.url, "-q")[2] == ""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_retries_are_shown_on_a_terminal(long_head, serve, tmp_path):
     import pty

@@ -5,11 +5,12 @@ import time
 
 import bstk
 import pytest
+from bstk.files import LockedFile
 from bstk.http import HEAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
-from served_files import cut_sizes
+from served_files import cut_sizes, make
 
 
 def expected(data, mb, folder, seal=True):
@@ -207,10 +208,7 @@ def test_a_damaged_part_is_mended(long_head, serve, tmp_path, monkeypatch, place
         place = {-1: len(data) - 1, 20_000: file.preamble.header_length + 20_000}.get(place, place)
     data[place] ^= 1
     part.write_bytes(data)
-    if place == len(data) - 1:  # within a chunk that is not complete: found when the rest of it has arrived
-        with pytest.raises(bstk.DamagedError, match="Give the same command again"):
-            bstk.truncate(server.url, out, mb)
-        assert part.stat().st_size < len(data)
+    # The last byte is within a chunk that is not complete: found when the rest of it has arrived.
     bstk.truncate(server.url, out, mb)
     assert out.read_bytes() == expected(long_head, mb, tmp_path)
 
@@ -240,6 +238,64 @@ def test_a_stranger_in_the_place_of_the_part_is_left_alone(model, serve, tmp_pat
     with pytest.raises(bstk.OutputError, match="in the way"):
         bstk.truncate(serve(model).url, tmp_path / "out.bstk", 1)
     assert (tmp_path / "out.bstk.part").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("how", ["truncate", "write"])
+def test_a_part_goes_when_the_output_comes_from_elsewhere(how, model, serve, tmp_path, monkeypatch):
+    out, part, source = tmp_path / "out.bstk", tmp_path / "out.bstk.part", tmp_path / "source.bstk"
+    source.write_bytes(model)
+    mb = cut_sizes(model)[3]
+
+    def succeed(source=source):
+        if how == "truncate":
+            bstk.truncate(source, out, mb)
+        else:
+            make(out, blocks=2)
+
+    interrupted(serve(model), out, 1000, monkeypatch)
+    assert part.exists()
+    with LockedFile(part):  # a download that still runs
+        succeed()
+        assert part.exists()
+    succeed()
+    assert not part.exists()
+    part.touch()
+    succeed()
+    assert not part.exists()
+    # Not ours, or the source itself.
+    part.write_text("my notes")
+    succeed()
+    assert part.read_text() == "my notes"
+    part.unlink()
+    part.symlink_to(source)
+    succeed()
+    assert part.is_symlink() and source.read_bytes() == model
+    if how == "truncate":
+        part.unlink()
+        part.write_bytes(model)
+        succeed(part)
+        assert part.read_bytes() == model
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_an_output_that_appears_meanwhile_is_not_replaced(remote, long_head, serve, tmp_path):
+    out, source, sizes = tmp_path / "out.bstk", tmp_path / "source.bstk", cut_sizes(long_head)
+    source.write_bytes(long_head)
+    server = serve(long_head)
+    place = server.url if remote else source
+    with pytest.raises(bstk.UsageError, match="is there already. Allow to replace it"):
+        bstk.truncate(place, out, sizes[-1], overwrite=False, progress=lambda count: out.write_text("of somebody else"))
+    assert out.read_text() == "of somebody else"
+    with pytest.raises(bstk.UsageError, match="is there already"):
+        bstk.truncate(place, out, sizes[-1], overwrite=False)
+    assert (tmp_path / "out.bstk.part").exists() == remote
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    server.asked.clear()
+    bstk.truncate(place, out, sizes[-1])
+    assert out.read_bytes() == expected(long_head, sizes[-1], tmp_path)
+    if remote:  # what had arrived was kept
+        with bstk.open(long_head) as file:
+            assert max(last for _, last in server.ranges_asked()) < file.preamble.header_length
 
 
 def test_damage_on_the_server(model, serve, tmp_path):

@@ -1,5 +1,6 @@
 """Growing a cut: byte for byte what a larger cut would have been, and nothing is read that is there already."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -130,18 +131,57 @@ def test_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp
     assert small.read_bytes() == large.read_bytes()
 
 
-def test_a_damaged_block_is_not_appended(model, cut, tmp_path):
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
     with bstk.open(model) as file:
         chunk = file.chunks[10]
     small = cut(model, cut_sizes(model)[0])
+    before = small.read_bytes()
     data = bytearray(model)
     data[chunk.offset] ^= 1
     (tmp_path / "source.bstk").write_bytes(data)
     with pytest.raises(bstk.DamagedError) as caught:
-        bstk.grow(small, 1000, tmp_path / "source.bstk")
-    assert caught.value.chunk == chunk and small.stat().st_size == chunk.offset
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
+    assert caught.value.chunk == chunk
+    if remote:  # what was fetched before it is kept
+        assert small.stat().st_size == chunk.offset
+        with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
+            file.verify()
+    else:
+        assert small.read_bytes() == before
+
+
+def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve, cut, monkeypatch):
+    sizes = cut_sizes(long_head)
+    small = cut(long_head, sizes[2])
+    before = small.read_bytes()
+    server = serve(long_head)
+    arrived = []
+
+    def stop(count):
+        arrived.append(count)
+        if len(arrived) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bstk.grow(small, 1000, server.url, progress=stop)
+    kept = small.read_bytes()
+    assert len(kept) == len(before) + sum(arrived)
     with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
         file.verify()
+
+    def full(count):  # once something was written of this call
+        monkeypatch.setattr("bstk.files.LockedFile.write", refuse)
+
+    def refuse(file, offset, data):
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(bstk.ResourceError):
+        bstk.grow(small, 1000, server.url, progress=full)
+    assert small.read_bytes() == kept
+    bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == long_head
 
 
 def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut):

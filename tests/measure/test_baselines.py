@@ -155,12 +155,19 @@ def test_bits_per_weight_count_scales_and_zeros(bits, expected):
 
 
 def test_which_baselines():
-    assert [tuple(c) for c in parse_against("rtn:4, gptq:3,rtn:4")] == [("rtn", 4, True), ("gptq", 3, True)]
+    assert [tuple(c) for c in parse_against("rtn:4, gptq:3,rtn:4")] == [("rtn", 4, True, None), ("gptq", 3, True, None)]
+    assert parse_against("spqr:4@4.75,spqr:4,spqr:3@4,spqr:4@4.750") == [
+        ("spqr", 4, True, 4.75), ("spqr", 4, True, None), ("spqr", 3, True, 4.0),
+    ]  # fmt: skip
+    assert [c.name for c in parse_against("spqr:4@4.75,spqr:4,rtn:8,spqr:3@4.0")] == ["spqr:4@4.75", "spqr:4", "rtn:8", "spqr:3@4"]
     assert [(c.method, c.bits) for c in parse_against("gptq,rtn")] == [(m, b) for m in ("gptq", "rtn") for b in BITS[m]]
     assert not any(c.asked for c in parse_against("gptq"))
-    for bad in ("", "awq", "rtn,", "rtn:", "rtn:1", "rtn:9", "rtn:4.5", "rtn:-4", "GPTQ", "gptq:4:4", "gptq: 4", "spqr:2", "spqr:5"):
+    for bad in ("", "awq", "rtn,", "rtn:", "rtn:1", "rtn:9", "rtn:4.5", "rtn:-4", "GPTQ", "gptq:4:4", "gptq: 4", "spqr:2", "spqr:5", "spqr@4.75", "spqr:@4.75",
+                "spqr:4@", "spqr:4@nan", "spqr:4@-5", "spqr:4@1e2", "spqr:2@4.75", "spqr:4@4.7@4"):  # fmt: skip
         with pytest.raises(bstk.UsageError, match="no baseline|no number of bits"):
             parse_against(bad)
+    with pytest.raises(bstk.UsageError, match="gptq has no outliers"):
+        parse_against("gptq:4@4.75")
 
 
 # The whole of a baseline on a model.
@@ -238,19 +245,22 @@ def test_rounded_models_are_what_the_formula_says(prepared):
         assert found.sizes.file_bytes == sum(bstk.pack(matrix.payload()).stored_length for matrix in packed) + other
 
 
-def test_gptq_models_improve_on_rounded_ones(prepared):
+def measured(prepared, *runs):
+    """What one `Baselines` finds for some methods and bits, one after the other."""
     from bstack.measure.baselines.run import Baselines
 
-    name, folder, skeleton, windows, reference = prepared
+    _, folder, skeleton, windows, reference = prepared
     calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
     with bstk.open(folder / "out.bstk") as file:
         baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
-        first = baselines.measure("gptq", 4, calibration)
-        again = baselines.measure("gptq", 4, calibration)
-        rounded = baselines.measure("rtn", 4, None)
+        return [baselines.measure(method, bits, None if method == "rtn" else calibration) for method, bits in runs]
+
+
+def test_gptq_models_improve_on_rounded_ones(prepared):
+    first, again, rounded = measured(prepared, ("gptq", 4), ("gptq", 4), ("rtn", 4))
     assert first == again
     assert first[0].sizes.memory_bytes == rounded[0].sizes.memory_bytes
-    assert first[0].quality.kld.value < rounded[0].quality.kld.value, name
+    assert first[0].quality.kld.value < rounded[0].quality.kld.value, prepared[0]
 
 
 def test_the_frontier_keeps_what_is_best_at_its_bytes():
@@ -265,16 +275,33 @@ def test_the_frontier_keeps_what_is_best_at_its_bytes():
 
 
 def test_spqr_models_improve_on_gptq(prepared):
-    from bstack.measure.baselines.run import Baselines
-
-    name, folder, skeleton, windows, reference = prepared
-    calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
-    with bstk.open(folder / "out.bstk") as file:
-        baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
-        first = baselines.measure("spqr", 3, calibration)
-        again = baselines.measure("spqr", 3, calibration)
-        gptq_ = baselines.measure("gptq", 3, calibration)
+    first, again, gptq_ = measured(prepared, ("spqr", 3), ("spqr", 3), ("gptq", 3))
     assert first == again
     assert first[0].name == "spqr 3 bits, embeddings 8"
     assert first[0].sizes.memory_bytes > gptq_[0].sizes.memory_bytes
-    assert first[0].quality.kld.value < gptq_[0].quality.kld.value, name
+    assert first[0].quality.kld.value < gptq_[0].quality.kld.value, prepared[0]
+
+
+def test_spqr_meets_a_target(prepared):
+    from bstack.measure.baselines.run import Baseline, Baselines
+
+    _, folder, skeleton, windows, reference = prepared
+    calibration = torch.randint(3, tiny_models.VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(6))
+    with bstk.open(folder / "out.bstk") as file:
+        baselines = Baselines(file, skeleton, windows, reference, folder / "scratch")
+        small, large = (baselines.measure("spqr", 3, calibration, bpw=bpw)[0] for bpw in (6.0, 7.0))
+        weights = sum(math.prod(chunk.shape) for chunk in baselines._linears.values())
+    assert small.name == "spqr 3@6 bits, embeddings 8" and small.to_json()["bpw"] == 6.0
+    assert Baseline.from_plain(small.to_plain()) == small
+    # Experts that no token reached are rounded to nearest, in fewer bits.
+    assert 0.5 < 8 * (large.sizes.memory_bytes - small.sizes.memory_bytes) / weights < 1.05
+
+
+def test_a_target_that_shapes_rule_out_is_refused_with_the_choice():
+    from bstack.measure.baselines.spqr import check_targets
+
+    layers = [[(64, 64), (128, 64)]]
+    check_targets(parse_against("rtn,spqr:4,spqr:4@5"), layers)
+    for choice, words in (("spqr:4@4.7", r"--against spqr:4@4.7: bpw is 4.7; .* Allowed is 4\.\d+ to"), ("spqr:3@100", "3 bits in groups of 16")):
+        with pytest.raises(bstk.UsageError, match=words):
+            check_targets(parse_against(choice), layers)

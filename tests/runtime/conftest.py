@@ -2,7 +2,7 @@ import bstack
 import pytest
 import tiny_models
 
-SETTINGS = {"trellis": {"planes": 3}, "spqr": {"bits": 3, "planes": 1}}
+SETTINGS = {"trellis": {"planes": 3}, "spqr": {"bits": 3, "planes": 1}, "spqr, none apart": {"codec": "spqr", "planes": 1, "outliers": 0}}
 
 
 @pytest.fixture(scope="session")
@@ -14,9 +14,21 @@ def file_of(tmp_path_factory):
         if (name, codec) not in made:
             folder = tmp_path_factory.mktemp("runtime")
             model = tiny_models.add_tokenizer(tiny_models.save(name, folder / "model", **changes))
-            settings = bstack.Settings(codec=codec, samples=4, sequence_length=32, **SETTINGS[codec])
+            settings = bstack.Settings(**{"codec": codec, "samples": 4, "sequence_length": 32, **SETTINGS[codec]})
             bstack.compress(model, folder / "model.bstk", settings=settings)
             made[name, codec] = folder / "model.bstk"
         return made[name, codec]
 
     return get
+
+
+@pytest.fixture
+def path(file_of):
+    """The file of a tiny Llama; a test module may put another in its place."""
+    return file_of("llama")
+
+
+@pytest.fixture
+def model(path):
+    """It, loaded with packed weights."""
+    return bstack.load(path, mode="stack")[0]

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from contextlib import ExitStack
 
 import bstack
 import bstk
@@ -10,11 +11,11 @@ import tiny_models
 import torch
 from bstack.kernels.native import library
 from bstack.models.cache import growing_cache
+from packed_models import IDS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 
 FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
-IDS = torch.tensor([[5, 9, 44, 7, 101]])
 
 
 def slowly(model):
@@ -199,6 +200,89 @@ def test_what_is_changed_after_loading_counts(file_of):
     slow.model.layers[0].mlp.act_fn = torch.nn.Identity()
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS, **settings), slow.generate(IDS, **settings))
+
+
+def patched_forward(model, undo):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+
+
+def patched_class(model, undo):
+    kind = type(model.model.layers[1].mlp)
+    own = kind.forward
+    kind.forward = lambda self, x: 2 * own(self, x)
+    undo.callback(setattr, kind, "forward", own)
+
+
+def replaced_weight(model, undo):
+    model.model.norm.weight = torch.nn.Parameter(torch.linspace(-1, 1, len(model.model.norm.weight)))
+
+
+def written_weight(model, undo):
+    model.model.norm.weight.data.mul_(torch.linspace(-1, 1, len(model.model.norm.weight)))
+
+
+def other_scaling(model, undo):
+    model.model.layers[0].self_attn.scaling = 10.0
+
+
+def global_hook(model, undo):
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: -out if module is model.model.layers[0].mlp else None
+    )
+    undo.callback(hook.remove)
+
+
+@pytest.mark.parametrize(
+    "change", [patched_forward, patched_class, replaced_weight, written_weight, other_scaling, global_hook]
+)
+def test_every_change_after_loading_counts(change, file_of):
+    fast, slow, unchanged = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(3))
+    slowly(slow)
+    caches = [growing_cache(model) for model in (fast, slow, unchanged)]
+    word = torch.tensor([[7]])
+    with torch.no_grad():
+        for model, cache in zip((fast, slow, unchanged), caches, strict=True):
+            model(IDS, past_key_values=cache, use_cache=True)
+        before = unchanged(word, past_key_values=caches[2], use_cache=True).logits
+        found = []
+        for model, cache in zip((fast, slow), caches, strict=False):
+            with ExitStack() as undo:
+                change(model, undo)
+                found.append(model(word, past_key_values=cache, use_cache=True).logits)
+    found, expected = found
+    assert (found - expected).norm() <= 1e-2 * expected.norm()
+    assert (before - expected).norm() > 0.05 * expected.norm()
+
+
+def test_a_cache_of_another_length_at_the_same_place(file_of, monkeypatch):
+    """An allocator may give a new buffer the address of one that was freed."""
+    fast, slow = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(2))
+    slowly(slow)
+    places = {}
+
+    def buffer(new, old, used, capacity):
+        shape = (*new.shape[:-2], capacity, new.shape[-1])
+        count = torch.Size(shape).numel()
+        place = places.setdefault(len(buffer.made) % (2 * len(fast.model.layers)), torch.zeros(2**16))
+        buffer.made.append(shape)
+        return place[:count].view(shape)
+
+    buffer.made = []
+    cache = growing_cache(fast)
+    with torch.no_grad():
+        for length in (10, 90):
+            ids = torch.arange(length)[None] + 3
+            with monkeypatch.context() as patch:
+                patch.setattr("bstack.models.cache._buffer", buffer)
+                cache.reset()
+                fast(ids, past_key_values=cache, use_cache=True)
+                found = fast(IDS[:, :1], past_key_values=cache, use_cache=True).logits
+            own = growing_cache(slow)
+            slow(ids, past_key_values=own, use_cache=True)
+            expected = slow(IDS[:, :1], past_key_values=own, use_cache=True).logits
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+    assert len({shape[-2] for shape in buffer.made}) == 2 and len(places) == 2 * len(fast.model.layers)
 
 
 def test_calls_as_of_any_model(file_of):

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-CODECS = {"trellis": TrellisCodec(2), "sign": SignCodec(planes=3, rank=2), "spqr": SpqrCodec(3, outliers=0.05, planes=1)}
+CODECS = {"trellis": TrellisCodec(2), "sign": SignCodec(planes=3, rank=2), "spqr": SpqrCodec(3, outliers=0.05, planes=1),
+          "spqr, none apart": SpqrCodec(3, outliers=0, planes=1)}  # fmt: skip
 
 
 def matrix(rows, columns, seed, codec="trellis"):

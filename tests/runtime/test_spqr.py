@@ -6,18 +6,14 @@ import pytest
 import torch
 from bstack.kernels.native import library
 from bstack.models.cache import growing_cache
+from packed_models import logits
 
 IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 
 
-@pytest.fixture
-def path(file_of):
-    return file_of("llama", codec="spqr")
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(IDS[:, :tokens]).logits
+@pytest.fixture(params=["spqr", "spqr, none apart"])
+def path(request, file_of):
+    return file_of("llama", codec=request.param)
 
 
 def sizes(path):
@@ -33,12 +29,21 @@ def sizes(path):
         return [budget / bstk.MB for budget in (*found, file.complete.budget)]
 
 
-def test_the_file_has_all_three_kinds(path):
-    with bstk.open(path) as file:
+def test_the_file_has_all_three_kinds(file_of):
+    with bstk.open(file_of("llama", codec="spqr")) as file:
         kinds = {chunk.kind for chunk in file.chunks if chunk.is_block}
         assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS} <= kinds
         smallest = [chunk for chunk in file.chunks[: file.smallest.chunks] if chunk.is_block]
         assert bstk.OUTLIERS not in {chunk.kind for chunk in smallest}
+
+
+def test_without_outliers_planes_stand_on_the_dense_part(file_of):
+    with bstk.open(file_of("llama", codec="spqr, none apart")) as file:
+        assert {tuple(chunk.kind for chunk in file.stack(name)) for name in file.names if file.stack(name)[0].kind is bstk.SPQR} == {
+            (bstk.SPQR, bstk.TRELLIS)
+        }
+        assert file.preamble.incompatible == bstk.SPQR.feature
+        file.verify()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12])
@@ -49,9 +54,9 @@ def test_packed_agrees_with_dense_at_every_size(path, tokens):
     for mb in (*sizes(path), *reversed(sizes(path))):
         bstack.resize(model, mb)
         dense, _ = bstack.load(path, mb=mb)
-        expected = logits(dense, tokens)
-        assert (logits(model, tokens) - expected).abs().max() <= 1e-3 * expected.std()
-        seen.append(logits(model, tokens))
+        expected = logits(dense, IDS[:, :tokens])
+        assert (logits(model, IDS[:, :tokens]) - expected).abs().max() <= 1e-3 * expected.std()
+        seen.append(logits(model, IDS[:, :tokens]))
     assert torch.equal(seen[0], seen[-1]) and not torch.equal(seen[0], seen[len(seen) // 2])
 
 

@@ -15,7 +15,7 @@ import bstk
 from bstack.calibration.sensitivity import layer_parameters
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
-from bstack.measure.baselines.choice import CALIBRATED
+from bstack.measure.baselines.choice import CALIBRATED, width
 from bstack.measure.baselines.gptq import gptq
 from bstack.measure.baselines.grid import GridMatrix
 from bstack.measure.baselines.rtn import round_to_nearest
@@ -54,6 +54,8 @@ class Baseline:
         Of the linears, and of embeddings and head (always rounded to nearest).
     sizes : Sizes
     quality : Quality
+    bpw : float or None
+        SpQR: what the linears of a layer may take, in bits per weight, if it was chosen.
     """
 
     method: str
@@ -61,16 +63,22 @@ class Baseline:
     embedding_bits: int
     sizes: Sizes
     quality: Quality
+    bpw: float | None = None
 
     @property
     def name(self) -> str:
         """Short, for tables."""
-        return f"{self.method} {self.bits} bits, embeddings {self.embedding_bits}"
+        return f"{self.method} {self.width} bits, embeddings {self.embedding_bits}"
+
+    @property
+    def width(self) -> str:
+        """Bits of the linears, as ``--against`` names them."""
+        return width(self.bits, self.bpw)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
-            "method": self.method, "bits": self.bits, "embedding_bits": self.embedding_bits,
+            "method": self.method, "bits": self.bits, "bpw": self.bpw, "embedding_bits": self.embedding_bits,
             "file_bytes": self.sizes.file_bytes, "memory_bytes": self.sizes.memory_bytes, **self.quality.to_json(),
         }  # fmt: skip
 
@@ -129,8 +137,9 @@ class Baselines:
         return len(self._skeleton.layers) * (1 + len(EMBEDDING_BITS))
 
     def measure(
-        self, method: str, bits: int, calibration: torch.Tensor | None, progress: Callable[[], None] = lambda: None
-    ) -> list[Baseline]:
+        self, method: str, bits: int, calibration: torch.Tensor | None, progress: Callable[[], None] = lambda: None,
+        bpw: float | None = None,
+    ) -> list[Baseline]:  # fmt: skip
         """Quantise and measure, with the embeddings at 8 bits and at 4.
 
         Parameters
@@ -143,10 +152,12 @@ class Baselines:
             Token ids, int64, shape (samples, length), which GPTQ and SpQR need.
         progress : callable
             Called once for each layer while quantising, and in each pass of measuring.
+        bpw : float, optional
+            SpQR: bits per weight that the linears of a layer may take together.
         """
         store = _Store(self._scratch / f"{method}-{bits}")
         if method in CALIBRATED:
-            self._quantise_in_order(method, calibration, bits, store, progress)
+            self._quantise_in_order(method, calibration, bits, store, progress, bpw)
         else:
             self._quantise_each(bits, store, progress)
         found = []
@@ -158,7 +169,8 @@ class Baselines:
             scores = Scores(self._windows, self._reference)
             quantised = altered(self._skeleton, self._alter(store, tables))
             run_streamed(self._skeleton, self._windows, scores.add, loaded=quantised, progress=progress)
-            found.append(Baseline(method, bits, embedding_bits, store.sizes + tables.sizes + self._rest, scores.quality()))
+            sizes = store.sizes + tables.sizes + self._rest
+            found.append(Baseline(method, bits, embedding_bits, sizes, scores.quality(), bpw))
             tables.delete()
         store.delete()
         return found
@@ -171,7 +183,7 @@ class Baselines:
             progress()
 
     def _quantise_in_order(
-        self, method: str, calibration: torch.Tensor, bits: int, store: _Store, progress: Callable[[], None]
+        self, method: str, calibration: torch.Tensor, bits: int, store: _Store, progress: Callable[[], None], bpw: float | None
     ) -> None:
         """Layer after layer, each calibrated on what the quantised layers before it put out, as the paper does."""
         batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
@@ -185,7 +197,7 @@ class Baselines:
                     seen = {name: table.statistics(name) for name in weights if name in table.operands}
                     together = {}
                     if method == "spqr":
-                        together = spqr({n: (weights[n], s.moment, s.tokens) for n, s in seen.items()}, bits)
+                        together = spqr({n: (weights[n], s.moment, s.tokens) for n, s in seen.items()}, bits, bpw)
                     for name, weight in weights.items():
                         if name not in seen:
                             matrix = round_to_nearest(weight, bits)

@@ -1,0 +1,99 @@
+"""Which bits per weight SpQR stacks can have, dense part and outliers together: from bits, group and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from bstack.errors import CodecError
+from bstack.kernels.spqr import ROWS, STATISTICS, dense_bytes, outlier_bytes, rank_of
+from bstack.numerics.outliers import MOST_OF_A_GROUP
+
+__all__ = ["LARGEST", "Range", "Shape", "check_target", "check_target_of_layers", "range_of"]
+
+# Bits of a weight in half precision: nobody means more than that.
+LARGEST = 16
+
+# Outputs and inputs.
+Shape = tuple[int, int]
+
+
+class Range(NamedTuple):
+    """Bits per weight: of the dense part alone, and with as many outliers as a group can have."""
+
+    least: float
+    most: float
+
+
+def range_of(shapes: Iterable[Shape], bits: int, group: int) -> Range:
+    """What matrices of these shapes can take together, everything counted."""
+    least = most = weights = 0
+    for rows, columns in shapes:
+        dense = dense_bytes(rows, columns, rank_of(bits, group))
+        whole, rest = divmod(columns, group)
+        apart = whole * MOST_OF_A_GROUP + min(rest, MOST_OF_A_GROUP)
+        least += dense
+        most += dense + outlier_bytes(rows, rows * apart)
+        weights += rows * columns
+    return Range(8 * least / weights, 8 * most / weights)
+
+
+def check_target(bpw: float, bits: int, group: int) -> None:
+    """Refuse a target that matrices of no shape can have.
+
+    Raises
+    ------
+    bstack.errors.CodecError
+    """
+    dense = bits + 8 * STATISTICS / (ROWS * group)
+    if not dense < bpw <= LARGEST:
+        raise CodecError(
+            f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {dense:g} bits per weight, and "
+            f"outliers at most {32 * MOST_OF_A_GROUP / group:g} more. Allowed is more than {dense:g}, up to about "
+            f"{dense + 32 * MOST_OF_A_GROUP / group:g}.{_fewer_bits(bpw <= dense, bits)}"
+        )
+
+
+def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
+    """Refuse a target that the matrices of some layer cannot have.
+
+    Parameters
+    ----------
+    bpw : float
+    bits, group : int
+    layers : iterable
+        By layer and matrix: the shapes it may have, as `bstack.codecs.Codec.check_shapes` takes them.
+
+    Raises
+    ------
+    bstack.errors.CodecError
+        With the range that is good for every layer.
+    """
+    possible, certain = [], []  # under some reading of the shapes, and under every one
+    for layer in filter(None, layers):  # a layer may have no matrix that is large enough
+        readings = [[range_of([shape], bits, group) for shape in shapes] for shapes in layer]
+        weights = [math.prod(shapes[0]) for shapes in layer]
+        for found, lower, upper in ((possible, min, max), (certain, max, min)):
+            least = _mean((lower(r.least for r in some) for some in readings), weights)
+            found.append(Range(least, _mean((upper(r.most for r in some) for some in readings), weights)))
+    if not possible or max(r.least for r in possible) <= bpw <= min(r.most for r in possible):
+        return
+    # Rounded inwards, so that what the message offers is taken.
+    low = math.ceil(max(r.least for r in certain) * 1000) / 1000
+    high = math.floor(min(r.most for r in certain) * 1000) / 1000
+    what = (
+        f"bpw is {bpw}; with {bits} bits in groups of {group} the linears of this model take at least {low:g} bits per weight, with the "
+        f"order of their inputs counted, and at most {high:g}, with {MOST_OF_A_GROUP} outliers in every group."
+    )
+    if low > min(high, LARGEST):
+        raise CodecError(f"{what} So there is none to give: leave it out, or choose another group.")
+    raise CodecError(f"{what} Allowed is {low:g} to {min(high, LARGEST):g}.{_fewer_bits(bpw < low, bits)}")
+
+
+def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _fewer_bits(below: bool, bits: int) -> str:
+    return " Or take 3 bits." if below and bits == 4 else ""

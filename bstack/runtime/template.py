@@ -1,0 +1,136 @@
+"""The chat template of a stranger's model, rendered in a process of its own: ``python -P -m bstack.runtime.template``.
+
+transformers renders templates in jinja's sandbox, which keeps them from running code but not from running for ever or filling
+the memory: ``{% for %}`` inside ``{% for %}``, ``'x' * 10**10``, ``10**(10**9)``. No check inside one process ends all of these.
+
+The request is a JSON object on stdin, the answer one on stdout: {"text": ...} or {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bstack.errors import UnsupportedModelError, reason
+
+__all__ = ["main", "render"]
+
+SECONDS = 10
+"""Processor time that a template may take; those of known models take some milliseconds."""
+
+WALL_SECONDS = 120
+"""Time after which the process is ended in any case: where it cannot be limited, or waits for a busy machine."""
+
+MEMORY = 256 * 2**20
+"""Bytes that it may take beside the libraries, on Linux."""
+
+LONGEST = 2**22
+"""Characters that it may give beside the prompt."""
+
+
+def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
+    """A prompt as a user's message in the model's chat template, as ``tokenizer.apply_chat_template`` gives it.
+
+    Parameters
+    ----------
+    tokenizer
+        From `bstack.load`, with a chat template.
+    prompt : str
+    seconds : int
+        Processor time that it may take.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        The template fails, or takes too much time or memory.
+    """
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        if _has_its_own_way(tokenizer):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        request = {
+            "conversations": [messages], "chat_template": tokenizer.get_chat_template(), "add_generation_prompt": True,
+            **tokenizer.special_tokens_map,
+        }  # fmt: skip
+    except Exception as error:  # whatever the files of a stranger make of it
+        raise _failed(reason(error)) from None
+    limits = {"seconds": seconds, "longest": LONGEST + len(prompt)}
+    data = json.dumps({"limits": limits, "request": request}, default=str).encode()
+    command = [sys.executable, "-P", "-m", "bstack.runtime.template"]
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise _failed(f"it does not end within {WALL_SECONDS} seconds.") from None
+    if not done.stdout:
+        # Ended from outside: for its time, or by a system that is out of memory.
+        raise _failed(f"it takes more than {seconds} seconds, or too much memory.")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise _failed(answer["error"])
+    return answer["text"]
+
+
+def _has_its_own_way(tokenizer: Any) -> bool:
+    """Whether a tokenizer does not render templates as others do: one without them, or with code that the user trusts."""
+    from transformers import PreTrainedTokenizerBase
+
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _failed(problem: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the model's chat template fails: {problem} Leave --chat out to write the prompt yourself.")
+
+
+def main() -> None:
+    """Answer one request."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    asked = json.load(sys.stdin.buffer)
+    with os.fdopen(answers, "wb") as out:
+        out.write(json.dumps(_answer(asked["request"], **asked["limits"])).encode())
+
+
+def _answer(request: dict[str, Any], seconds: int, longest: int) -> dict[str, str]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit(seconds)
+    try:
+        (text,), _ = render_jinja_template(**request)
+    except MemoryError:
+        return {"error": f"it takes more than {MEMORY // 2**20} MB of memory."}
+    except Exception as error:  # whatever a template does
+        return {"error": reason(error).rstrip(".") + "."}
+    if len(text) > longest:
+        return {"error": f"it makes {len(text)} characters of the prompt, and at most {longest} are allowed."}
+    return {"text": text}
+
+
+def _limit(seconds: int) -> None:
+    """Let the system end this process after so much more processor time, and refuse it more than `MEMORY`."""
+    try:
+        import resource
+    except ImportError:  # Windows: WALL_SECONDS holds
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + seconds)
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
+
+
+def _lower(what: int, limit: int) -> None:
+    import resource
+
+    _, most = resource.getrlimit(what)
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(what, (limit, most))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+/* The first include of a file for AVX2: from here to END_OF_TARGET, functions are compiled for it. */
+#ifndef BSTACK_AVX2_H
+#define BSTACK_AVX2_H
+
+/* Before all other headers, whose inline functions are compiled for it too. */
+#if defined(__x86_64__) && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#define END_OF_TARGET _Pragma("clang attribute pop")
+#elif defined(__x86_64__) && defined(__GNUC__)
+#pragma GCC target("avx2")
+#define END_OF_TARGET
+#endif
+
+#include "tiles.h"
+
+#ifdef BSTACK_X86
+#include <immintrin.h>
+
+/* Bytes of ones for the set bits of a word, of zeros for the others. */
+INLINE __m256i bytes_of_bits(uint32_t bits) {
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, //
+                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i one = _mm256_set1_epi64x((int64_t)0x8040201008040201u);
+    const __m256i byte = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(byte, one), one);
+}
+
+#endif
+#endif

@@ -1,0 +1,72 @@
+"""The settings of a compression: what each may be."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import bstack
+import bstk
+import numpy as np
+import pytest
+from bstack.settings import PRESETS, Settings
+
+# By field: values that are right, and values of a wrong type.
+WHOLE = [True, "4", 4.0, np.int64(4), [4], float("nan")]
+NUMBER = [True, "4.75", np.float32(4.75), np.ones(2), 1j, (0.01,)]
+TEXT = [True, None, 3, b"self", ["self"]]
+VALUES = {
+    "codec": (["sign", "spqr"], TEXT),
+    "rank": ([4, "auto", None], [*WHOLE, "Auto", ""]),
+    "planes": ([4, None], [*WHOLE, "auto"]),
+    "bits": ([3, None], [*WHOLE, "auto"]),
+    "group": ([32, None], [*WHOLE, "auto"]),
+    "outliers": ([0.01, 0, "auto", None], [*NUMBER, "some"]),
+    "bpw": ([4.75, 5, None], [*NUMBER, "auto"]),
+    "order": (["gain", "paper"], TEXT),
+    "embeddings": (["stack", "dense"], TEXT),
+    "calibration": (["self", "corpus.txt"], TEXT),
+    "samples": ([1, 64], [*WHOLE, None]),
+    "sequence_length": ([8, 256], [*WHOLE, None]),
+    "seed": ([0, 2**63 - 1], [*WHOLE, None]),
+}
+
+
+def test_every_field_is_tested():
+    assert list(VALUES) == [field.name for field in fields(Settings)]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (right, _) in VALUES.items() for value in right])
+def test_what_is_right_is_taken(name, value):
+    assert getattr(Settings(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, wrong) in VALUES.items() for value in wrong])
+@pytest.mark.parametrize("how", ["made", "changed"])
+def test_another_type_is_refused_by_name(name, value, how):
+    if how == "changed" and value is None:
+        return  # stays as it was
+    with pytest.raises(bstk.UsageError) as refused:
+        Settings(**{name: value}) if how == "made" else PRESETS["default"].with_changes(**{name: value})
+    words = str(refused.value)
+    assert words.startswith(f"{name} is {value!r}, of type {type(value).__name__}; allowed is a ")
+    for other in ("auto", None):
+        assert (repr(other) in words.partition("allowed")[2]) == (other in VALUES[name][0])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"order": "best"}, "order is 'best'; allowed are gain, paper."),
+        ({"embeddings": "no"}, "embeddings is 'no'; allowed are stack, dense."),
+        ({"samples": 0}, "samples is 0; allowed are 1 to 1048576."),
+        ({"sequence_length": 7}, "sequence-length is 7; allowed are 8 to 1048576."),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_values_out_of_range(given, words):
+    with pytest.raises(bstk.UsageError, match=re.escape(words)):
+        bstack.Settings(**given)
+
+
+def test_a_path_is_a_name_of_a_text():
+    assert Settings(calibration=Path("some") / "corpus.txt").calibration == str(Path("some") / "corpus.txt")

@@ -209,8 +209,13 @@ class _Loaded:
         self._hooks += [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
         # A forward of a module's own, in the place of its class's; the model has one, which asks here.
         self._own = [vars(module) for module in modules if module is not model]
+        self._modules, self._kinds = modules, [type(module) for module in modules]
         classes = {type(module) for module in modules if module is not model}
         self._classes, self._forwards = list(classes), [kind.forward for kind in classes]
+        # A parameter may be the same and its values others, in other memory: torch itself moves them so. The kernels have the
+        # addresses of those that are not packed.
+        self._plain = [parameter for parameter in model.parameters() if not isinstance(parameter, PackedWeight)]
+        self._places = [parameter.data_ptr() for parameter in self._plain]
         parts = [
             (owner, name, part)
             for module in modules
@@ -226,7 +231,9 @@ class _Loaded:
         return (
             not any(self._hooks)
             and not any(map(operator.contains, self._own, itertools.repeat("forward")))
+            and all(map(operator.is_, map(type, self._modules), self._kinds))
             and all(map(operator.is_, map(operator.attrgetter("forward"), self._classes), self._forwards))
+            and all(map(operator.eq, map(torch.Tensor.data_ptr, self._plain), self._places))
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._parts))
             and all(map(operator.eq, map(dict.get, self._holders, self._settings), self._values))
         )

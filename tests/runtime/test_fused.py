@@ -222,6 +222,22 @@ def written_weight(model, undo):
     model.model.norm.weight.data.mul_(torch.linspace(-1, 1, len(model.model.norm.weight)))
 
 
+def other_memory(model, undo):
+    model.model.norm.weight.data = torch.linspace(-1, 1, len(model.model.norm.weight))
+
+
+def there_and_back(model, undo):
+    model.model.norm.weight.data.mul_(torch.linspace(-1, 1, len(model.model.norm.weight)))
+    model.model.norm.to(torch.bfloat16).float()
+    model.model.norm.weight.data.mul_(2)
+
+
+def other_class(model, undo):
+    mlp = model.model.layers[1].mlp
+    own = type(mlp)
+    mlp.__class__ = type("Doubled", (own,), {"forward": lambda self, x: 2 * own.forward(self, x)})
+
+
 def other_scaling(model, undo):
     model.model.layers[0].self_attn.scaling = 10.0
 
@@ -234,8 +250,12 @@ def global_hook(model, undo):
 
 
 @pytest.mark.parametrize(
-    "change", [patched_forward, patched_class, replaced_weight, written_weight, other_scaling, global_hook]
-)
+    "change",
+    [
+        patched_forward, patched_class, replaced_weight, written_weight, other_memory, there_and_back, other_class,
+        other_scaling, global_hook,
+    ],
+)  # fmt: skip
 def test_every_change_after_loading_counts(change, file_of):
     fast, slow, unchanged = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(3))
     slowly(slow)

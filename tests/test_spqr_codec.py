@@ -322,6 +322,8 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"outliers": 0.6}, "0 to 0.5, or auto"),
         ({"outliers": -0.1}, "0 to 0.5, or auto"),
         ({"outliers": float("nan")}, "0 to 0.5, or auto"),
+        ({"outliers": 0.2}, "with groups of 16 it is at most 0.1875, as at most 3 of a group"),
+        ({"outliers": 0.03, "group": 128}, "with groups of 128 it is at most 0.0234375"),
         ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or take 3 bits.$"),
         ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
         ({"bpw": float("nan")}, "up to about 10.625.$"),

@@ -52,8 +52,9 @@ def summary(reader: bstk.Reader) -> dict[str, Any] | None:
 def render(found: dict[str, Any]) -> str:
     """Return a summary as a table."""
     weights = found["weights"]
+    share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
     words = {
-        "outliers": f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights",
+        "outliers": share if found["outliers"] else "none here",
         "planes": "blocks above dense part and outliers",
     }
     rows = [
@@ -63,6 +64,5 @@ def render(found: dict[str, Any]) -> str:
     planes = found["bytes"]["planes"]
     all_ = sum(found["bytes"].values())
     rows.append(["dense + outliers", megabytes(all_ - planes), f"{level:.4f}", f"of {found['linears']} linears"])
-    if planes:
-        rows.append(["all", megabytes(all_), f"{total:.4f}", ""])
+    rows.append(["all", megabytes(all_), f"{total:.4f}", ""])
     return table(["part", "in memory", "bits/weight", ""], rows, left=[0, 3])

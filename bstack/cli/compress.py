@@ -69,8 +69,8 @@ class ShareType(click.ParamType):
 @click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
 @click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
 @click.option("--outliers", type=ShareType(), metavar="FRACTION|auto",
-              help="SpQR codec: share of a layer's weights to keep apart; auto (the default) is 0.01, "
-                   "or with --bpw what that leaves room for.")
+              help="SpQR codec: share of a layer's weights to keep apart, at most 3 of a group; auto (the default) "
+                   "is 0.01, or with --bpw what that leaves room for.")
 @click.option("--bpw", type=float, metavar="X",
               help="SpQR codec: find the outliers' threshold at which dense part and outliers of each layer take at most X "
                    "bits per weight, everything counted. In place of --outliers FRACTION.")

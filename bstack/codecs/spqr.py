@@ -29,7 +29,7 @@ from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
 from bstack.kernels.spqr import GROUPS, WIDEST, Outliers, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
-from bstack.numerics.outliers import outlier_scores
+from bstack.numerics.outliers import MOST_OF_A_GROUP, outlier_scores
 from bstack.settings import Settings
 
 __all__ = ["SpqrCodec"]
@@ -94,7 +94,14 @@ class SpqrCodec(Codec):
     def from_settings(cls, settings: Settings) -> SpqrCodec:
         cls.refuse_foreign(settings)
         names = ("bits", "group", "outliers", "bpw", "planes")
-        return cls(**{name: value for name in names if (value := getattr(settings, name)) is not None})
+        codec = cls(**{name: value for name in names if (value := getattr(settings, name)) is not None})
+        # Only groups that are cut off at a matrix's end have room for a larger share.
+        if codec.outliers != "auto" and codec.outliers > (most := MOST_OF_A_GROUP / codec.group):
+            raise CodecError(
+                f"outliers is {codec.outliers}; with groups of {codec.group} it is at most {most:g}, as at most {MOST_OF_A_GROUP} of a group "
+                "are kept apart."
+            )
+        return codec
 
     def settings(self) -> dict[str, Any]:
         # With a target there is no share to record, also where auto was given in words.

@@ -21,6 +21,7 @@ __all__ = ["FORMATS", "check_plot", "save_plot"]
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 OURS, THEIRS, GREY = "#0072B2", {"gptq": "#D55E00", "rtn": "#009E73", "spqr": "#CC79A7"}, "#555555"
+NAMES = {"spqr": "SpQR"}
 MARKERS = {"gptq": "s", "rtn": "^", "spqr": "D"}
 # A baseline whose perplexity is so many times the worst of the file's sizes is not drawn.
 BROKEN = 4
@@ -121,7 +122,7 @@ def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None
         pairs = [(b.sizes.file_bytes / MB, getattr(b.quality, figure)) for b in members]
         _line(
             axes, pairs, bars, color=THEIRS.get(method, GREY), marker=MARKERS.get(method, "x"), linestyle="--", linewidth=1.2,
-            label=f"{method.upper()}, one run a size" if bars else None, markersize=5.5, markerfacecolor="white",
+            label=f"{NAMES.get(method, method.upper())}, one run a size" if bars else None, markersize=5.5, markerfacecolor="white",
         )  # fmt: skip
 
 

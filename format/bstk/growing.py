@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from . import opening, urls
+from . import opening
 from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
 from .cuts import Cut
@@ -90,7 +90,7 @@ def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Pr
             except RemoteChangedError:
                 return _append(file, mb, opening.reopen(larger), progress)
         except BaseException as error:
-            arrived = urls.is_url(larger.source.name) and isinstance(error, _TRANSFER)
+            arrived = opening.is_remote(larger) and isinstance(error, _TRANSFER)
             if not (arrived and file.length > old.length):
                 _bring_back(file, old, error)
             raise

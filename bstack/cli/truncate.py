@@ -42,8 +42,10 @@ def command(
     Of a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part: the same
     command continues from there. A budget above the size of the file fetches all of it.
 
-    An existing OUT is only replaced with --force, also one that appears while this runs. Every block is checked while it is copied; --in-place copies nothing and
-    checks nothing.
+    Without --force an existing OUT is not replaced. This is looked at when the command starts and again when all is
+    written; a file that another program puts there in the instant after that is replaced.
+
+    Every block is checked while it is copied; --in-place copies nothing and checks nothing.
 
     \b
     Example:

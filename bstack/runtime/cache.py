@@ -21,7 +21,7 @@ __all__ = ["KeptCopyError", "cached", "kept_path"]
 
 
 class KeptCopyError(bstk.DamagedError):
-    """The kept copy of a model was damaged on this disk; what was damaged is no longer kept."""
+    """The kept copy of a model was damaged on this disk, or became shorter while it was read. Loading again mends that."""
 
 
 def kept_path(root: bytes) -> Path:
@@ -62,7 +62,8 @@ def cached(
     bstk.RemoteError
         The URL cannot be read.
     KeptCopyError
-        A kept chunk does not match its digest. What is kept is dropped from there on, and the next call fetches it again.
+        A kept chunk is damaged, or gone because another process found it so. What is kept is dropped from there on, and the
+        next call fetches it again.
     bstk.DamagedError
         What the server sends is damaged.
     bstk.BstkError
@@ -75,18 +76,26 @@ def cached(
             remote.restart()
             path, count = _fetch(remote, mb, strict, warn)
     with bstk.open(path, warn=False) as file:  # what is kept is always partial
+        if len(file.chunks) < count:
+            raise KeptCopyError(f"{path}: another process found the kept copy damaged and dropped its end: load again.")
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
-            if error.chunk is not None and _drop_damaged(path, error.chunk):
-                raise KeptCopyError(f"{error.args[0]} The kept copy is dropped from there on: load again to fetch it anew.") from None
-            raise
+            if error.chunk is None:
+                raise
+            if _drop_damaged(path, error.chunk):
+                state = "The kept copy is dropped from there on: load again to fetch it anew."
+            else:
+                state = "The kept copy matches its digest now: load again. If that ends so too, the file was made wrongly."
+            raise KeptCopyError(f"{error.args[0]} {state}") from None
 
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
-    """Cut a kept file off before a chunk, if that does not match its digest there; say whether it did not."""
+    """Cut a kept file off before a chunk that does not match its digest there; say whether the chunk is gone, through whomever."""
     with LockedFile(path, wait=True) as kept, writing(kept.path):
-        if kept.length < chunk.end or intact(kept, [chunk]) == chunk.end:
+        if kept.length < chunk.end:
+            return True
+        if intact(kept, [chunk]) == chunk.end:
             return False
         kept.shorten(chunk.offset)
     return True

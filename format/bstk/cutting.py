@@ -91,7 +91,7 @@ def plan(source: Reader, mb: Budget) -> Cut:
     cut = source.fit(mb)
     # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed. And all of a file
     # on a server is worth fetching.
-    if cut.chunks == len(source.chunks) and source.state != "partial" and not _is_remote(source):
+    if cut.chunks == len(source.chunks) and source.state != "partial" and not opening.is_remote(source):
         raise UsageError(
             f"{name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {mb} MB. "
             "Give a smaller budget, or use the file as it is."
@@ -110,7 +110,7 @@ def _truncate(
     name = source.source.name
     if dst is None:
         raise UsageError(f"{name}: an open file or one on a server is not cut in place. Name an output.")
-    if _is_remote(source):
+    if opening.is_remote(source):
         try:
             return _fetch(source, dst, mb, seal, progress, overwrite)
         except RemoteChangedError:
@@ -161,7 +161,3 @@ def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
                 step()
                 os.fsync(file.fileno())
     return cut
-
-
-def _is_remote(source: Reader) -> bool:
-    return urls.is_url(source.source.name)

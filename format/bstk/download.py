@@ -101,15 +101,16 @@ def begin(part: LockedFile, reader: Reader) -> None:
 def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
     """Delete what an earlier, stopped download to `dst` left, now that `dst` is there from elsewhere.
 
-    What is no beginning of a .bstk file is left alone, and so is a link, a download that still runs, and `source`, the file
-    that `dst` was made from. If it cannot be deleted, it stays.
+    Only what a stopped download is: the beginning of a .bstk file, not sealed. What is whole or sealed is left alone, and so is
+    another file, a link, a download that still runs, and `source`, the file that `dst` was made from. If it cannot be deleted,
+    it stays.
     """
     path = part_of(dst)
     with suppress(OSError, BstkError):
         if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
             return
         with LockedFile(path) as part:
-            ours = _may_be_ours(part.read(0, len(MAGIC)))
+            ours = _is_stopped(part)
             if ours and os.name != "nt":  # which cannot delete an open file
                 os.unlink(path)
         if ours and os.name == "nt":
@@ -119,6 +120,23 @@ def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
 def _may_be_ours(there: bytes) -> bool:
     """Whether a file that begins so may be the beginning of a .bstk file."""
     return there[: len(MAGIC)] == MAGIC[: len(there)]
+
+
+def _is_stopped(part: LockedFile) -> bool:
+    """Whether a file is what a download leaves that was stopped: empty, a part of the preamble, or unsealed and not whole.
+
+    Raises
+    ------
+    DamagedError, UnsupportedVersionError
+        Its preamble is not one that a download writes.
+    """
+    there = part.read(0, LENGTH)
+    if not _may_be_ours(there):
+        return False
+    if len(there) < LENGTH:
+        return True
+    preamble = parse(there)
+    return not preamble.seal and part.length < preamble.full_length
 
 
 def _unsealed(header: bytes) -> bytes:

@@ -42,7 +42,8 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
     Raises
     ------
     UsageError
-        With `overwrite` off, and something is at `path`, then or when all is written.
+        With `overwrite` off, and something is at `path`, then or when all is written. What another process puts there between
+        that look and the renaming is replaced.
     ResourceError
         The disk is full.
     OutputError

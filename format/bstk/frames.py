@@ -146,6 +146,9 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
         except zstandard.ZstdError as error:
             raise DamagedError(f"its zstd frame does not decode: {error}.") from error
         length += len(piece)
+        # zstd itself compares with the declared size only where the frame ends, if that is larger than its window.
+        if length > raw_length:
+            raise DamagedError(f"its zstd frame decodes to more than {raw_length} bytes.")
         if piece:
             yield piece
     if not decoder.eof or decoder.unused_data or length != raw_length:

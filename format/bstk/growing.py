@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
-from . import opening, urls
+from . import opening
 from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
 from .cuts import Cut
@@ -36,8 +37,8 @@ def grow(
     nothing is changed before the first of them have arrived.
 
     If this fails, the file is as it was before, byte for byte. With a URL it is so where the disk refuses; where the transfer
-    fails or is interrupted, what has arrived is kept: then the file is partial, which is valid, larger than before and not
-    sealed, and the same call goes on from there. A killed process leaves it partial too.
+    fails or is interrupted, what has arrived is kept if the file is larger with it: then the file is partial, which is valid,
+    and not sealed, and the same call goes on from there. A killed process leaves it partial too.
 
     Parameters
     ----------
@@ -82,21 +83,35 @@ def grow(
 
 def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
     with LockedFile(path) as file:
-        with writing(file.path):
-            length, preamble = file.length, file.read(0, LENGTH)
+        old = _old(file)
         try:
             try:
                 return _append(file, mb, larger, progress)
             except RemoteChangedError:
                 return _append(file, mb, opening.reopen(larger), progress)
         except BaseException as error:
-            if not (urls.is_url(larger.source.name) and isinstance(error, _TRANSFER)):
-                _bring_back(file, length, preamble, error)
+            arrived = opening.is_remote(larger) and isinstance(error, _TRANSFER)
+            if not (arrived and file.length > old.length):
+                _bring_back(file, old, error)
             raise
 
 
 # Of a URL, what has arrived when one of these comes is worth more than the old file.
 _TRANSFER = (RemoteError, DamagedError, KeyboardInterrupt)
+
+
+class _Old(NamedTuple):
+    """What growing may change of a file. `tail` is what follows its last complete chunk, less than one chunk."""
+
+    preamble: bytes
+    length: int
+    tail: bytes
+
+
+def _old(file: LockedFile) -> _Old:
+    with opening.open(file.path, warn=False) as small, writing(file.path):
+        end = small.chunks[-1].end
+        return _Old(file.read(0, LENGTH), file.length, file.read(end, file.length - end))
 
 
 def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
@@ -114,23 +129,27 @@ def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | N
     return cut
 
 
-def _bring_back(file: LockedFile, length: int, preamble: bytes, error: BaseException) -> None:
-    """Make a file that was not grown to the end what it was before: unseal, shorten, seal, each on disk before the next.
+def _bring_back(file: LockedFile, old: _Old, error: BaseException) -> None:
+    """Make a file that was not grown to the end what it was before: unseal, its length, seal, each on disk before the next.
 
     Raises
     ------
     OutputError
         It cannot be, and `error` is none of ours. To one of ours its message is added instead.
     """
+    preamble, length, tail = old
+    end = length - len(tail)
     try:
         there = file.read(0, LENGTH)
-        if there == preamble and file.length == length:
+        if there == preamble and file.length == length and file.read(end, len(tail)) == tail:
             return
         # The last step of growing may have written the new seal. The old one is on the disk only once the length is.
         if any(there[SEAL]):
             file.write(0, parse(preamble).sealed(0).to_bytes())
             file.sync()
         file.shorten(min(length, file.length))
+        if tail:
+            file.write(end, tail)
         file.sync()
         file.write(0, preamble)
         file.sync()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
+from . import urls
 from .errors import DamagedError, PartialError, PartialWarning, RemoteChangedError, UnsupportedVersionError
 from .reader import Reader
 from .sources import Source, as_source
@@ -66,6 +67,11 @@ def reopen(reader: Reader) -> Reader:
     """Return a new reader of the same source, after the file behind it was replaced on its server."""
     reader.source.restart()
     return Reader(reader.source)
+
+
+def is_remote(reader: Reader) -> bool:
+    """Whether a reader reads from a server."""
+    return urls.is_url(reader.source.name)
 
 
 def require_rewritable(reader: Reader) -> None:

@@ -1,6 +1,7 @@
 """Reading good files: what a reader says, cuts of every length, sources that fail."""
 
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -263,3 +264,15 @@ def test_a_frame_in_pieces_is_the_frame_at_once(parts, level, damage, more):
             return None
 
     assert result(frames.unpack) == result(lambda *what: b"".join(frames.unpack_pieces(*what)))
+
+
+def test_a_frame_in_pieces_yields_no_more_than_it_declares():
+    """zstd alone finds out at the end of the frame if the declared size is larger than the window, 8 MiB here."""
+    raw_length, block = 16 * 2**20, 128 * 2**10
+    head = b"\x28\xb5\x2f\xfd" + bytes([2 << 6 | 1 << 2, (23 - 10) << 3]) + struct.pack("<I", raw_length)
+    blocks = [struct.pack("<I", 1 << 1 | block << 3)[:3] + b"\0"] * 1000  # each is one byte, repeated
+    yielded = 0
+    with pytest.raises(bstk.DamagedError, match="more than"):
+        for piece in frames.unpack_pieces(head + b"".join(blocks), raw_length):
+            yielded += len(piece)
+    assert raw_length // 2 <= yielded <= raw_length

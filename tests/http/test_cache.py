@@ -101,6 +101,48 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_two_readers_of_a_damaged_copy_both_may_load_again(long_head, serve, kept, mended):
+    """The one that comes second finds the damaged block gone, or whole again."""
+    server = serve(long_head)
+    load(server.url)
+    with bstk.open(long_head) as file:
+        chunk = file.chunks[7]
+    data = bytearray(long_head)
+    data[chunk.offset + 3] ^= 1
+    kept.write_bytes(data)
+    with (
+        pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "load again to fetch it anew"),
+        cache.cached(server.url, None, False) as (file, _),
+    ):
+        try:
+            file.read(chunk)
+        finally:
+            with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
+                load(server.url)
+            if mended:
+                load(server.url)
+    assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
+
+
+def test_a_copy_whose_end_is_dropped_before_it_is_opened(long_head, serve, kept, monkeypatch):
+    server = serve(long_head)
+    load(server.url)
+    with bstk.open(long_head) as file:
+        chunk = file.chunks[7]
+
+    def fetch_and_drop(*what, fetch=cache._fetch):
+        found = fetch(*what)
+        os.truncate(kept, chunk.offset)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_fetch", fetch_and_drop)
+        with pytest.raises(cache.KeptCopyError, match="another process found the kept copy damaged"):
+            load(server.url)
+    assert load(server.url) == local(long_head)
+
+
 def test_a_damaged_end_of_a_stopped_transfer_is_fetched_anew(long_head, serve, kept, monkeypatch):
     server = serve(long_head, drop_after=70_000)
     with monkeypatch.context() as patch:

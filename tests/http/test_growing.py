@@ -151,6 +151,27 @@ def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
         assert small.read_bytes() == before
 
 
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("damaged", [0, 1], ids=["the block", "its own end and the next block"])
+def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, model, serve, tmp_path):
+    with bstk.open(model) as file:
+        chunks = file.chunks[10:12]
+    small = tmp_path / "small.bstk"
+    before = bytearray(model[: chunks[0].offset + 7])
+    before[-1] ^= damaged
+    small.write_bytes(before)
+    data = bytearray(model)
+    data[chunks[damaged].offset + 20] ^= 1
+    (tmp_path / "source.bstk").write_bytes(data)
+    with pytest.raises(bstk.DamagedError) as caught:
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
+    assert caught.value.chunk == chunks[damaged]
+    if remote and damaged:  # the block that arrived whole is worth more
+        assert small.read_bytes() == model[: chunks[0].end]
+    else:
+        assert small.read_bytes() == before
+
+
 def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve, cut, monkeypatch):
     sizes = cut_sizes(long_head)
     small = cut(long_head, sizes[2])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bstack.errors import UnsupportedModelError, WeightError, reason
-from bstack.models.allocator import give_back_freed_memory
+from bstack.models.allocator import give_back_freed_memory, no_large_blocks_in_heaps
 
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.name} is an encoder-decoder ({config.model_type}); bstack compresses causal language models."
         )
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(), no_large_blocks_in_heaps():
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=checkpoint.code is not None, experts_implementation="eager"
             )

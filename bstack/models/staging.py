@@ -28,16 +28,18 @@ def staged(folder: Path, code: Code) -> Path:
     Returns
     -------
     Path
-        A temporary folder, which the caller deletes.
+        A folder alone in a temporary one, which the caller deletes.
 
     Raises
     ------
     bstk.ResourceError, bstk.OutputError
         It cannot be written.
     """
-    target = Path(tempfile.mkdtemp(prefix="bstack-"))
+    temporary = Path(tempfile.mkdtemp(prefix="bstack-"))
+    target = temporary / "model"  # the same each time: transformers keeps code that it runs under the folder's name
     try:
         with writing(str(target)):
+            target.mkdir()
             for file in folder.rglob("*"):
                 inside = file.relative_to(folder)
                 if file.is_file() and file.suffix not in WEIGHTS and not any(part.startswith(".") for part in inside.parts):
@@ -45,6 +47,6 @@ def staged(folder: Path, code: Code) -> Path:
                     shutil.copyfile(file, target / inside)
             put_code(code, target)
     except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target

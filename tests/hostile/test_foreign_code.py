@@ -1,5 +1,6 @@
 """Models whose code is not in transformers: it runs only where the user says so, and never out of a .bstk."""
 
+import gc
 import json
 import shutil
 import sys
@@ -417,6 +418,19 @@ def test_a_configuration_chooses_no_kernels_of_the_hub(tiny_llama, tmp_path):
     assert config._attn_implementation is None and config._experts_implementation is None
     edit(folder / "config.json", attn_implementation="eager")
     assert open_checkpoint(folder).config._attn_implementation == "eager"
+
+
+def test_opening_often_leaves_no_more_than_once(model, tmp_path, marker, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    left = []
+    for _ in range(3):
+        with pytest.warns(ForeignCodeWarning):
+            open_checkpoint(model, trust_remote_code=True)
+        gc.collect()
+        left.append(sorted(path for path in (tmp_path / "modules").rglob("*") if "__pycache__" not in path.parts))
+    assert left[0] == left[1] == left[2] != []
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_no_question_is_asked(model, monkeypatch):

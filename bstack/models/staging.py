@@ -9,10 +9,11 @@ from pathlib import Path
 from bstack.models.code import Code, put_code
 from bstk.errors import writing
 
-__all__ = ["staged"]
+__all__ = ["BESIDE", "staged"]
 
-# Endings of weights, in the formats that models are published in.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+# What is read beside the weights: configuration, vocabularies, chat templates. A checkpoint may hold anything else too: data
+# sets, its weights once more in other formats.
+BESIDE = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.bpe", "*.spm"]
 
 
 def staged(folder: Path, code: Code) -> Path:
@@ -40,13 +41,19 @@ def staged(folder: Path, code: Code) -> Path:
     try:
         with writing(str(target)):
             target.mkdir()
-            for file in folder.rglob("*"):
-                inside = file.relative_to(folder)
-                if file.is_file() and file.suffix not in WEIGHTS and not any(part.startswith(".") for part in inside.parts):
-                    (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target / inside)
+            for file in _beside(folder):
+                copy = target / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
             put_code(code, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _beside(folder: Path) -> list[Path]:
+    from transformers.utils import CHAT_TEMPLATE_DIR
+
+    places = (folder, folder / CHAT_TEMPLATE_DIR)
+    return [file for place in places for pattern in BESIDE for file in sorted(place.glob(pattern)) if file.is_file()]

@@ -16,6 +16,7 @@ from bstack.cli import main
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
 from bstack.models.hub import hub_snapshot
 from bstack.models.open import open_checkpoint
+from bstack.models.staging import staged
 from transformers import AutoModelForCausalLM
 
 SETTINGS = bstack.Settings(codec="sign", planes=2, rank=2, samples=2, sequence_length=16)
@@ -431,6 +432,20 @@ def test_opening_often_leaves_no_more_than_once(model, tmp_path, marker, monkeyp
         left.append(sorted(path for path in (tmp_path / "modules").rglob("*") if "__pycache__" not in path.parts))
     assert left[0] == left[1] == left[2] != []
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_is_read_is_copied_and_nothing_else(model, tmp_path, marker):
+    read = ["additional_chat_templates/tools.jinja", "qwen.tiktoken"]
+    for name in [*read, "onnx/model.onnx_data", "onnx/config.json", "weights.npz", "data/train.txt", "notes.pdf"]:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"x")
+    own = [path.name for path in model.iterdir() if path.suffix in (".json", ".jinja")]
+    with pytest.warns(ForeignCodeWarning):
+        code = open_checkpoint(model, trust_remote_code=True).code
+    folder = staged(model, code)
+    copied = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder.parent)
+    assert copied == {*read, *own, *code.modules}
 
 
 def test_no_question_is_asked(model, monkeypatch):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from bstack.errors import UnsupportedModelError, reason
 from bstack.models.code import Code, put_code
+from bstack.models.files import put_files
 from bstk.errors import writing
 
 __all__ = ["BESIDE", "staged"]
@@ -14,6 +17,7 @@ __all__ = ["BESIDE", "staged"]
 # What is read beside the weights: configuration, vocabularies, chat templates. A checkpoint may hold anything else too: data
 # sets, its weights once more in other formats.
 BESIDE = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.bpe", "*.spm"]
+PIECE = 2**20
 
 
 def staged(folder: Path, code: Code) -> Path:
@@ -35,16 +39,16 @@ def staged(folder: Path, code: Code) -> Path:
     ------
     bstk.ResourceError, bstk.OutputError
         It cannot be written.
+    bstack.errors.UnsupportedModelError
+        A file of the checkpoint cannot be read.
     """
     temporary = Path(tempfile.mkdtemp(prefix="bstack-"))
     target = temporary / "model"  # the same each time: transformers keeps code that it runs under the folder's name
     try:
         with writing(str(target)):
             target.mkdir()
-            for file in _beside(folder):
-                copy = target / file.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+        put_files(((file.relative_to(folder).as_posix(), _pieces(file)) for file in _beside(folder)), target, str(folder))
+        with writing(str(target)):
             put_code(code, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,3 +61,12 @@ def _beside(folder: Path) -> list[Path]:
 
     places = (folder, folder / CHAT_TEMPLATE_DIR)
     return [file for place in places for pattern in BESIDE for file in sorted(place.glob(pattern)) if file.is_file()]
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        with open(file, "rb") as stream:
+            while piece := stream.read(PIECE):
+                yield piece
+    except OSError as error:
+        raise UnsupportedModelError(f"{file} cannot be read: {error.strerror or reason(error)}.") from None

@@ -13,7 +13,7 @@ import samples
 import tiny_models
 import torch
 from bstack.cli import main
-from bstack.errors import ForeignCodeError, ForeignCodeWarning
+from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError
 from bstack.models.hub import hub_snapshot
 from bstack.models.open import open_checkpoint
 from bstack.models.staging import staged
@@ -446,6 +446,16 @@ def test_what_is_read_is_copied_and_nothing_else(model, tmp_path, marker):
     copied = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     shutil.rmtree(folder.parent)
     assert copied == {*read, *own, *code.modules}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that nobody can read, root neither")
+def test_a_file_that_cannot_be_read_is_named(model, tmp_path, marker, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (model / "notes.txt").symlink_to("/proc/self/mem")
+    with pytest.warns(ForeignCodeWarning), pytest.raises(UnsupportedModelError, match=rf"^{model}/notes.txt cannot be read: "):
+        open_checkpoint(model, trust_remote_code=True)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_no_question_is_asked(model, monkeypatch):

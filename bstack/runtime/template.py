@@ -48,7 +48,7 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
     Raises
     ------
     bstack.errors.UnsupportedModelError
-        The template fails, or takes too much time or memory.
+        The template fails, or takes too much time or memory, or the process that renders it cannot do its work.
     """
     messages = [{"role": "user", "content": prompt}]
     try:
@@ -64,16 +64,24 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
     data = json.dumps({"limits": limits, "request": request}, default=str).encode()
     command = [sys.executable, "-P", "-m", "bstack.runtime.template"]
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS)
+        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS, env=_environment())
     except subprocess.TimeoutExpired:
         raise _failed(f"it does not end within {WALL_SECONDS} seconds.") from None
-    if not done.stdout:
+    if done.returncode < 0:
         # Ended from outside: for its time, or by a system that is out of memory.
         raise _failed(f"it takes more than {seconds} seconds, or too much memory.")
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"]
+        raise _failed(f"the process that renders it ended with status {done.returncode}: {said[-1].rstrip('.')}.")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise _failed(answer["error"])
     return answer["text"]
+
+
+def _environment() -> dict[str, str]:
+    """With bstack where it is for this process, also where that is no place of the interpreter's own."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _has_its_own_way(tokenizer: Any) -> bool:

@@ -64,6 +64,35 @@ def test_what_no_limit_ends_is_ended_from_outside(tokenizer, monkeypatch):
         template.render(tokenizer, "the river")
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "it takes more than 10 seconds, or too much memory"),
+        ("import sys; sys.exit('no such thing')", "ended with status 1: .*no such thing. Leave"),
+        ("import os; os._exit(3)", "ended with status 3: it says nothing. Leave"),
+    ],
+)
+def test_a_process_that_breaks_says_why(tokenizer, tmp_path, monkeypatch, code, words):
+    if sys.platform == "win32" and "kill" in code:
+        pytest.skip("no signals")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif '-P' in sys.orig_argv: exec({code!r})")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokenizer.chat_template = GOOD[0]
+    with pytest.raises(UnsupportedModelError, match=words):
+        template.render(tokenizer, "the river")
+
+
+def test_the_process_imports_from_where_this_one_does_and_not_from_the_folder_it_is_in(tokenizer, tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sitecustomize.py").write_text(f"open({str(tmp_path / name / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "there"), *sys.path])
+    tokenizer.chat_template = GOOD[0]
+    template.render(tokenizer, "the river")
+    assert not (tmp_path / "here" / "run").exists() and (tmp_path / "there" / "run").exists()
+
+
 def test_templates_of_no_kind(tokenizer):
     tokenizer.chat_template = {"tool_use": "x"}
     with pytest.raises(UnsupportedModelError, match="chat template fails"):

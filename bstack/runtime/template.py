@@ -125,6 +125,7 @@ def _limit(seconds: int) -> None:
         import resource
     except ImportError:  # Windows: WALL_SECONDS holds
         return
+    _lower(resource.RLIMIT_CORE, 0)  # the end for time writes the memory to disk otherwise
     used = resource.getrusage(resource.RUSAGE_SELF)
     _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + seconds)
     with suppress(OSError):

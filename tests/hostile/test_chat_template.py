@@ -1,5 +1,6 @@
 """Chat templates that never end, or fill the memory: one documented error, soon, and none of it in this process."""
 
+import subprocess
 import sys
 
 import bstack
@@ -62,6 +63,13 @@ def test_what_no_limit_ends_is_ended_from_outside(tokenizer, monkeypatch):
     tokenizer.chat_template = GOOD[0]
     with pytest.raises(UnsupportedModelError, match="does not end within 0.01 seconds"):
         template.render(tokenizer, "the river")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits")
+def test_a_process_that_is_ended_leaves_no_core():
+    ask = "import resource as r; from bstack.runtime import template; {}; template._limit(9); print(r.getrlimit(r.RLIMIT_CORE)[0])"
+    raised = "r.setrlimit(r.RLIMIT_CORE, (r.getrlimit(r.RLIMIT_CORE)[1],) * 2)"
+    assert subprocess.run([sys.executable, "-c", ask.format(raised)], capture_output=True, text=True, check=True).stdout == "0\n"
 
 
 @pytest.mark.parametrize(

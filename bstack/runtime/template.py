@@ -8,11 +8,13 @@ The request is a JSON object on stdin, the answer one on stdout: {"text": ...} o
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,13 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
     try:
         if _has_its_own_way(tokenizer):
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        names = tokenizer.special_tokens_map
         request = {
-            "conversations": [messages], "chat_template": tokenizer.get_chat_template(), "add_generation_prompt": True,
-            **tokenizer.special_tokens_map,
+            **names, "conversations": [messages], "chat_template": tokenizer.get_chat_template(), "add_generation_prompt": True,
         }  # fmt: skip
     except Exception as error:  # whatever the files of a stranger make of it
         raise _failed(reason(error)) from None
+    _refuse_taken(names)
     limits = {"seconds": seconds, "longest": LONGEST + len(prompt)}
     data = json.dumps({"limits": limits, "request": request}, default=str).encode()
     command = [sys.executable, "-P", "-m", "bstack.runtime.template"]
@@ -77,6 +80,14 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
     if "error" in answer:
         raise _failed(answer["error"])
     return answer["text"]
+
+
+def _refuse_taken(names: Iterable[str]) -> None:
+    """Refuse special tokens under names that mean something else to transformers, which does not take them either."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if taken := sorted({"messages", *inspect.signature(render_jinja_template).parameters}.intersection(names)):
+        raise _failed(f"the tokenizer calls a special token {taken[0]!r}, which is the name of something else in a template.")
 
 
 def _environment() -> dict[str, str]:

@@ -48,6 +48,20 @@ def test_gives_what_transformers_gives(tokenizer, text):
     assert template.render(tokenizer, prompt) == wanted
 
 
+def test_special_tokens_of_other_names(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.chat_template = "{{ image_token }}" + GOOD[0]
+    assert template.render(tokenizer, "the river") == "<image><user>the river<assistant>"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "conversations", "tools", "messages"])
+def test_special_tokens_of_names_that_are_taken(tiny_llama, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, extra_special_tokens={name: ""})
+    tokenizer.chat_template = GOOD[0]
+    with pytest.raises(UnsupportedModelError, match=f"calls a special token '{name}'"):
+        template.render(tokenizer, "the river")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
 @pytest.mark.parametrize("case", BAD)
 def test_ends_soon_and_says_why(tokenizer, case):

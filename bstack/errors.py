@@ -83,7 +83,7 @@ class WeightError(BstkError):
 
 
 class CalibrationError(BstkError):
-    """The calibration text cannot be read or is too short."""
+    """The calibration text cannot be read, is too short, or makes the model compute NaN."""
 
 
 class ClusterError(BstkError):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 from bstack.errors import CodecError
@@ -14,9 +17,9 @@ ORDERS = ("gain", "paper")
 EMBEDDINGS = ("stack", "dense")
 AUTO = "auto"
 
-# What a field may be: types, and values of none of them.
-_WHOLE, _NUMBER, _TEXT = ((int,), "a whole number"), ((int, float), "a number"), ((str,), "a text")
-_FIELDS: dict[str, tuple[tuple[tuple[type, ...], str], tuple[str | None, ...]]] = {
+# What a field may be: a type (numpy's numbers are of Python's abstract ones), what makes a plain value of it; and values of none.
+_WHOLE, _NUMBER, _TEXT = (Integral, int, "a whole number"), (Real, float, "a number"), (str, str.__str__, "a text")
+_FIELDS: dict[str, tuple[tuple[type, Callable[[Any], Any], str], tuple[str | None, ...]]] = {
     "codec": (_TEXT, ()), "rank": (_WHOLE, (AUTO, None)), "planes": (_WHOLE, (None,)), "bits": (_WHOLE, (None,)),
     "group": (_WHOLE, (None,)), "outliers": (_NUMBER, (AUTO, None)), "bpw": (_NUMBER, (None,)), "order": (_TEXT, ()),
     "embeddings": (_TEXT, ()), "calibration": (_TEXT, ()), "samples": (_WHOLE, ()), "sequence_length": (_WHOLE, ()),
@@ -77,7 +80,7 @@ class Settings:
         if isinstance(self.calibration, os.PathLike):
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
         for name in _FIELDS:
-            _check_type(name, getattr(self, name))
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
                 raise CodecError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
@@ -95,13 +98,15 @@ class Settings:
         return asdict(self)
 
 
-def _check_type(name: str, value: Any) -> None:
-    (types, words), others = _FIELDS[name]
+def _checked(name: str, value: Any) -> Any:
+    """The value as one that JSON has, or an error that says what it may be."""
+    (kind, plain, words), others = _FIELDS[name]
     # True is an int to Python, and 1 to nobody who means it.
-    if isinstance(value, types) and not isinstance(value, bool):
-        return
+    if isinstance(value, kind) and not isinstance(value, bool):
+        with suppress(OverflowError):  # a whole number that no float is as large as
+            return plain(value)
     if (value is None or isinstance(value, str)) and value in others:
-        return
+        return value
     allowed = [words, *(repr(other) for other in others)]
     listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}" if others else words
     raise CodecError(f"{name} is {value!r}, of type {type(value).__name__}; allowed is {listed}.")

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import bstack
@@ -20,6 +21,7 @@ from bstack.errors import ClusterError, ClusterLostError
 from bstack.pipeline import cluster
 
 distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install 'bstack[dask]'")
+dask = pytest.importorskip("dask")
 
 SETTINGS = bstack.Settings(planes=2, samples=2, sequence_length=16)
 QUICK = ["--planes", "2", "--samples", "2", "--sequence-length", "16"]
@@ -279,6 +281,21 @@ def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
     monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(ClusterError, match="no workers"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
+
+
+PEM = str(Path(__file__).parent / "http" / "self-signed.pem")
+TLS = {"distributed.comm.tls.ca-file": PEM} | {
+    f"distributed.comm.tls.{role}.{what}": PEM for role in ("scheduler", "client") for what in ("cert", "key")
+}
+_ENCRYPTED = {"DASK_" + name.upper().replace(".", "__").replace("-", "_"): value for name, value in TLS.items()}
+
+
+@pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls", **_ENCRYPTED}], indirect=True)
+def test_an_encrypted_scheduler_that_dask_settings_tell_how_to_reach(scheduler, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 2.0)
+    assert scheduler.startswith("tls://")
+    with dask.config.set(TLS), pytest.raises(ClusterError, match="has no workers"):
+        cluster.Cluster(scheduler)
 
 
 def test_distributed_is_not_installed(tiny_llama, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from bstack.codecs import CODECS
+from bstack.errors import CalibrationError
 from bstack.pipeline.encode import Matrix, encode, encode_arrays
 from bstack.pipeline.workers import WIDE, Threads
 
@@ -34,6 +35,16 @@ def test_arrays_may_lie_anywhere(codec, offset):
     given = arrays()
     moved = {name: elsewhere(array, offset) for name, array in given.items()}
     assert encode_arrays(moved, VALUES, CODECS[codec](2)) == encode_arrays(given, VALUES, CODECS[codec](2))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("field", "words"), [("moment", "2 of its 24 inputs"), ("sensitivity", "2 of its 40 gradients")])
+def test_what_calibration_made_nan_is_told_by_name(codec, value, field, words):
+    given = arrays()
+    given[field][[3, 5]] = value
+    with pytest.raises(CalibrationError, match=f"^model.layer: in calibration {words} become NaN or infinite"):
+        encode_arrays(given, {**VALUES, "name": "model.layer"}, CODECS[codec]())
 
 
 class Part:

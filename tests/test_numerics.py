@@ -79,6 +79,17 @@ def test_feedback_factor_holds_back_where_there_is_none(double_width, monkeypatc
     assert torch.allclose(feedback_factor(h.clone, 1.0), feedback_factor(h.clone, 100.0))
 
 
+@pytest.mark.parametrize("double_width", [0, 100])
+@pytest.mark.parametrize("place", [(0, 0), (2, 2), (0, 1)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_moment_without_any_feedback_factor_is_refused(double_width, place, value, monkeypatch):
+    monkeypatch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", double_width)
+    h = torch.eye(3)
+    h[place] = h[place[::-1]] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        feedback_factor(h.clone, 1.0)
+
+
 @given(n=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), damp=st.floats(1e-3, 1e3))
 @settings(max_examples=40, deadline=None)
 def test_feedback_factor_is_a_unit_triangular_factor(n, seed, damp):

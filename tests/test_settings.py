@@ -1,5 +1,6 @@
 """The settings of a compression: what each may be."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from bstack.settings import PRESETS, Settings
 
 # By field: values that are right, and values of a wrong type.
-WHOLE = [True, "4", 4.0, np.int64(4), [4], float("nan")]
-NUMBER = [True, "4.75", np.float32(4.75), np.ones(2), 1j, (0.01,)]
+WHOLE = [True, np.True_, "4", 4.0, np.float64(4), np.array([4]), [4], float("nan")]
+NUMBER = [True, np.True_, "4.75", 10**309, np.ones(2), 1j, (0.01,)]
 TEXT = [True, None, 3, b"self", ["self"]]
 VALUES = {
     "codec": (["sign", "spqr"], TEXT),
@@ -38,6 +39,15 @@ def test_every_field_is_tested():
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (right, _) in VALUES.items() for value in right])
 def test_what_is_right_is_taken(name, value):
     assert getattr(Settings(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("planes", np.int64(4)), ("seed", np.uint8(3)), ("bpw", np.float32(4.75)), ("outliers", np.int32(0))]
+)
+def test_numbers_of_numpy_become_plain_ones(name, value):
+    settings = Settings(**{name: value})
+    assert json.loads(json.dumps(settings.to_json()))[name] == value
+    assert settings == Settings(**{name: value.item()})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, wrong) in VALUES.items() for value in wrong])

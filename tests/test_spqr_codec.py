@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 
 import bstk
 import numpy as np
@@ -303,6 +304,15 @@ def test_matrices_too_small_for_any_target():
         SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])
 
 
+@pytest.mark.parametrize(("group", "bpw", "advised"), [(128, 4.09, False), (16, 4.65, True)])
+def test_fewer_bits_are_advised_where_they_can_have_the_target(group, bpw, advised):
+    layers = [[[(512, 512)]]]
+    with pytest.raises(CodecError, match=r"Allowed is [\d.]+ to [\d.]+\." + (" Or take 3 bits.$" if advised else "$")):
+        SpqrCodec(group=group, bpw=bpw).check_shapes(layers)
+    with nullcontext() if advised else pytest.raises(CodecError):
+        SpqrCodec(3, group=group, bpw=bpw).check_shapes(layers)
+
+
 def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
     SpqrCodec().check_shapes([[[(70000, 64), (64, 70000)]]])  # it may be the outputs that are so many
     with pytest.raises(CodecError, match="70000 inputs"):
@@ -325,6 +335,9 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"outliers": 0.2}, "with groups of 16 it is at most 0.1875, as at most 3 of a group"),
         ({"outliers": 0.03, "group": 128}, "with groups of 128 it is at most 0.0234375"),
         ({"bpw": 4.6}, r"more than 4.625, up to about 10.625. Or take 3 bits.$"),
+        ({"bpw": 3.6}, r"more than 4.625, up to about 10.625.$"),
+        ({"group": 128, "bpw": 3.9}, r"more than 4.07812, up to about 4.82812.$"),
+        ({"group": 128, "bpw": 3.8}, r"more than 4.07812, up to about 4.82812. Or take 3 bits.$"),
         ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
         ({"bpw": float("nan")}, "up to about 10.625.$"),
         ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),

@@ -14,6 +14,8 @@ __all__ = ["LARGEST", "Range", "Shape", "check_target", "check_target_of_layers"
 
 # Bits of a weight in half precision: nobody means more than that.
 LARGEST = 16
+# Bits of a code.
+FEWEST = 3
 
 # Outputs and inputs.
 Shape = tuple[int, int]
@@ -46,13 +48,19 @@ def check_target(bpw: float, bits: int, group: int) -> None:
     ------
     bstack.errors.CodecError
     """
-    dense = bits + 8 * STATISTICS / (ROWS * group)
+    dense, most = _without_shapes(bits, group)
     if not dense < bpw <= LARGEST:
         raise CodecError(
             f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {dense:g} bits per weight, and "
-            f"outliers at most {32 * MOST_OF_A_GROUP / group:g} more. Allowed is more than {dense:g}, up to about "
-            f"{dense + 32 * MOST_OF_A_GROUP / group:g}.{_fewer_bits(bpw <= dense, bits)}"
+            f"outliers at most {most - dense:g} more. Allowed is more than {dense:g}, up to about {most:g}."
+            f"{_fewer_bits(bpw, bits, _without_shapes(FEWEST, group))}"
         )
+
+
+def _without_shapes(bits: int, group: int) -> Range:
+    """About what matrices can take whose rows fill their tiles and whose columns fill their groups."""
+    dense = bits + 8 * STATISTICS / (ROWS * group)
+    return Range(dense, dense + 32 * MOST_OF_A_GROUP / group)
 
 
 def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
@@ -70,30 +78,44 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
     bstack.errors.CodecError
         With the range that is good for every layer.
     """
-    possible, certain = [], []  # under some reading of the shapes, and under every one
-    for layer in filter(None, layers):  # a layer may have no matrix that is large enough
-        readings = [[range_of([shape], bits, group) for shape in shapes] for shapes in layer]
-        weights = [math.prod(shapes[0]) for shapes in layer]
-        for found, lower, upper in ((possible, min, max), (certain, max, min)):
-            least = _mean((lower(r.least for r in some) for some in readings), weights)
-            found.append(Range(least, _mean((upper(r.most for r in some) for some in readings), weights)))
-    if not possible or max(r.least for r in possible) <= bpw <= min(r.most for r in possible):
+    layers = [layer for layer in layers if layer]  # one may have no matrix that is large enough
+    if not layers:
+        return
+    possible, certain = _ranges(layers, bits, group)
+    if possible.least <= bpw <= possible.most:
         return
     # Rounded inwards, so that what the message offers is taken.
-    low = math.ceil(max(r.least for r in certain) * 1000) / 1000
-    high = math.floor(min(r.most for r in certain) * 1000) / 1000
+    low, high = math.ceil(certain.least * 1000) / 1000, math.floor(certain.most * 1000) / 1000
     what = (
         f"bpw is {bpw}; with {bits} bits in groups of {group} the linears of this model take at least {low:g} bits per weight, with the "
         f"order of their inputs counted, and at most {high:g}, with {MOST_OF_A_GROUP} outliers in every group."
     )
     if low > min(high, LARGEST):
         raise CodecError(f"{what} So there is none to give: leave it out, or choose another group.")
-    raise CodecError(f"{what} Allowed is {low:g} to {min(high, LARGEST):g}.{_fewer_bits(bpw < low, bits)}")
+    advice = _fewer_bits(bpw, bits, _ranges(layers, FEWEST, group)[1])
+    raise CodecError(f"{what} Allowed is {low:g} to {min(high, LARGEST):g}.{advice}")
+
+
+def _ranges(layers: Iterable[Sequence[Sequence[Shape]]], bits: int, group: int) -> tuple[Range, Range]:
+    """What every layer can have: under some reading of its shapes, and under every one."""
+    possible, certain = [], []
+    for layer in layers:
+        readings = [[range_of([shape], bits, group) for shape in shapes] for shapes in layer]
+        weights = [math.prod(shapes[0]) for shapes in layer]
+        for found, lower, upper in ((possible, min, max), (certain, max, min)):
+            least = _mean((lower(r.least for r in some) for some in readings), weights)
+            found.append(Range(least, _mean((upper(r.most for r in some) for some in readings), weights)))
+    return _common(possible), _common(certain)
+
+
+def _common(ranges: Sequence[Range]) -> Range:
+    return Range(max(r.least for r in ranges), min(r.most for r in ranges))
 
 
 def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
-def _fewer_bits(below: bool, bits: int) -> str:
-    return " Or take 3 bits." if below and bits == 4 else ""
+def _fewer_bits(bpw: float, bits: int, fewest: Range) -> str:
+    """Advice to take the fewest bits, where the target is in their range."""
+    return f" Or take {FEWEST} bits." if bits > FEWEST and fewest.least < bpw <= fewest.most else ""

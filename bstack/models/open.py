@@ -9,11 +9,12 @@ from bstack.models import embedded
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.code import CODE_FILES
 from bstack.models.hub import hub_snapshot
+from bstack.models.staging import BESIDE
 
 __all__ = ["open_checkpoint"]
 
 # What a hub snapshot must bring: weights, configuration, tokenizer. Never pickles; code only where the user allows it.
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.safetensors", *BESIDE]
 
 
 def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:

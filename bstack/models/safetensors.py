@@ -65,7 +65,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._beside = folder
         if self.code is not None:
             self._beside = staged(folder, self.code)
-            weakref.finalize(self, shutil.rmtree, self._beside, ignore_errors=True)
+            weakref.finalize(self, shutil.rmtree, self._beside.parent, ignore_errors=True)
         self.config = _read_config(self._beside, self.code is not None, folder)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)

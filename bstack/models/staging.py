@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from bstack.errors import UnsupportedModelError, reason
 from bstack.models.code import Code, put_code
+from bstack.models.files import put_files
 from bstk.errors import writing
 
-__all__ = ["staged"]
+__all__ = ["BESIDE", "staged"]
 
-# Endings of weights, in the formats that models are published in.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+# What is read beside the weights: configuration, vocabularies, chat templates. A checkpoint may hold anything else too: data
+# sets, its weights once more in other formats.
+BESIDE = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.bpe", "*.spm"]
+PIECE = 2**20
 
 
 def staged(folder: Path, code: Code) -> Path:
@@ -28,23 +33,40 @@ def staged(folder: Path, code: Code) -> Path:
     Returns
     -------
     Path
-        A temporary folder, which the caller deletes.
+        A folder alone in a temporary one, which the caller deletes.
 
     Raises
     ------
     bstk.ResourceError, bstk.OutputError
         It cannot be written.
+    bstack.errors.UnsupportedModelError
+        A file of the checkpoint cannot be read.
     """
-    target = Path(tempfile.mkdtemp(prefix="bstack-"))
+    temporary = Path(tempfile.mkdtemp(prefix="bstack-"))
+    target = temporary / "model"  # the same each time: transformers keeps code that it runs under the folder's name
     try:
         with writing(str(target)):
-            for file in folder.rglob("*"):
-                inside = file.relative_to(folder)
-                if file.is_file() and file.suffix not in WEIGHTS and not any(part.startswith(".") for part in inside.parts):
-                    (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target / inside)
+            target.mkdir()
+        put_files(((file.relative_to(folder).as_posix(), _pieces(file)) for file in _beside(folder)), target, str(folder))
+        with writing(str(target)):
             put_code(code, target)
     except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _beside(folder: Path) -> list[Path]:
+    from transformers.utils import CHAT_TEMPLATE_DIR
+
+    places = (folder, folder / CHAT_TEMPLATE_DIR)
+    return [file for place in places for pattern in BESIDE for file in sorted(place.glob(pattern)) if file.is_file()]
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        with open(file, "rb") as stream:
+            while piece := stream.read(PIECE):
+                yield piece
+    except OSError as error:
+        raise UnsupportedModelError(f"{file} cannot be read: {error.strerror or reason(error)}.") from None

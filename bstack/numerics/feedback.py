@@ -18,6 +18,7 @@ DOUBLE_WIDTH = 8192
 # Of the mean eigenvalue: what a sample of a few thousand tokens does not know anyway.
 LEAST_DAMPING = 1e-3
 PIECE = 2**22
+NOT_FINITE = "The second moment holds NaN or infinite values, so it has no feedback factor."
 
 
 def feedback_factor(moment: Callable[[], torch.Tensor], damp: float) -> torch.Tensor:
@@ -44,12 +45,21 @@ def factorise(moment: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Te
     cost : torch.Tensor
         The diagonal of D, float32, shape (inputs,): what an error of 1 in a column costs when the later columns have made up
         for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
+
+    Raises
+    ------
+    ValueError
+        The moment holds NaN or infinite values, so that no damping gives it a factor.
     """
     while (factor := _cholesky(moment(), damp)) is None:
         damp *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
+        if not (math.isfinite(damp) and bool(moment().diagonal().isfinite().all())):
+            raise ValueError(NOT_FINITE)
     # LAPACK's factor stands column by column, so its transpose is the one that is contiguous.
     upper = _flip(factor.t()).t()
     diagonal = upper.diagonal().clone()
+    if not bool(diagonal.isfinite().all()):
+        raise ValueError(NOT_FINITE)
     return upper.div_(diagonal).float(), diagonal.square().float()
 
 

@@ -126,10 +126,13 @@ def _knock(address: str) -> None:
 
     A client that cannot connect is half made: when it is collected it waits for 20 seconds, and then Python prints its traceback.
     """
+    from distributed import Security
     from distributed.comm import connect
 
+    arguments = Security().get_connection_args("client")  # of dask's settings, as the client takes them
+
     async def call() -> None:
-        comm = await connect(address, timeout=CONNECT_SECONDS)
+        comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
         await comm.close()
 
     # In a thread, as a notebook's own has an event loop already.

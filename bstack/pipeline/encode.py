@@ -13,6 +13,7 @@ import torch
 import bstk
 from bstack.codecs import Codec
 from bstack.codecs.contract import Task
+from bstack.errors import CalibrationError
 from bstack.numerics.errors import output_errors
 from bstack.pipeline.workers import Pending, Workers
 from bstack.workdir import Part
@@ -117,8 +118,14 @@ def encode_arrays(arrays: dict[str, np.ndarray], values: dict[str, Any], codec: 
     Returns
     -------
     list of (bytes, dict)
+
+    Raises
+    ------
+    bstack.errors.CalibrationError
+        Calibration made NaN or infinite values.
     """
     matrix = Matrix(**{name: _aligned(array) for name, array in arrays.items()}, **values)
+    _check_finite(matrix)
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task
         weight = task[0]
@@ -136,6 +143,16 @@ def encode_arrays(arrays: dict[str, np.ndarray], values: dict[str, Any], codec: 
             chunks.append((block.payload, fields))
             before = block.row_errors
     return chunks
+
+
+def _check_finite(matrix: Matrix) -> None:
+    # A sum of squares stands on the moment's diagonal, and nothing beside it is larger.
+    for what, numbers in (("inputs", matrix.moment.diagonal()), ("gradients", matrix.sensitivity)):
+        if bad := int((~numbers.isfinite()).sum()):
+            raise CalibrationError(
+                f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
+                "its weights matter. Give another text (--calibration), and check that the model works before it is compressed."
+            )
 
 
 def _aligned(array: np.ndarray) -> torch.Tensor:

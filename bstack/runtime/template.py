@@ -8,11 +8,13 @@ The request is a JSON object on stdin, the answer one on stdout: {"text": ...} o
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,32 +50,49 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
     Raises
     ------
     bstack.errors.UnsupportedModelError
-        The template fails, or takes too much time or memory.
+        The template fails, or takes too much time or memory, or the process that renders it cannot do its work.
     """
     messages = [{"role": "user", "content": prompt}]
     try:
         if _has_its_own_way(tokenizer):
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        names = tokenizer.special_tokens_map
         request = {
-            "conversations": [messages], "chat_template": tokenizer.get_chat_template(), "add_generation_prompt": True,
-            **tokenizer.special_tokens_map,
+            **names, "conversations": [messages], "chat_template": tokenizer.get_chat_template(), "add_generation_prompt": True,
         }  # fmt: skip
     except Exception as error:  # whatever the files of a stranger make of it
         raise _failed(reason(error)) from None
+    _refuse_taken(names)
     limits = {"seconds": seconds, "longest": LONGEST + len(prompt)}
     data = json.dumps({"limits": limits, "request": request}, default=str).encode()
     command = [sys.executable, "-P", "-m", "bstack.runtime.template"]
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS)
+        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS, env=_environment())
     except subprocess.TimeoutExpired:
         raise _failed(f"it does not end within {WALL_SECONDS} seconds.") from None
-    if not done.stdout:
+    if done.returncode < 0:
         # Ended from outside: for its time, or by a system that is out of memory.
         raise _failed(f"it takes more than {seconds} seconds, or too much memory.")
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"]
+        raise _failed(f"the process that renders it ended with status {done.returncode}: {said[-1].rstrip('.')}.")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise _failed(answer["error"])
     return answer["text"]
+
+
+def _refuse_taken(names: Iterable[str]) -> None:
+    """Refuse special tokens under names that mean something else to transformers, which does not take them either."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if taken := sorted({"messages", *inspect.signature(render_jinja_template).parameters}.intersection(names)):
+        raise _failed(f"the tokenizer calls a special token {taken[0]!r}, which is the name of something else in a template.")
+
+
+def _environment() -> dict[str, str]:
+    """With bstack where it is for this process, also where that is no place of the interpreter's own."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _has_its_own_way(tokenizer: Any) -> bool:
@@ -117,6 +136,7 @@ def _limit(seconds: int) -> None:
         import resource
     except ImportError:  # Windows: WALL_SECONDS holds
         return
+    _lower(resource.RLIMIT_CORE, 0)  # the end for time writes the memory to disk otherwise
     used = resource.getrusage(resource.RUSAGE_SELF)
     _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + seconds)
     with suppress(OSError):

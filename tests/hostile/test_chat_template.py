@@ -1,5 +1,6 @@
 """Chat templates that never end, or fill the memory: one documented error, soon, and none of it in this process."""
 
+import subprocess
 import sys
 
 import bstack
@@ -47,6 +48,20 @@ def test_gives_what_transformers_gives(tokenizer, text):
     assert template.render(tokenizer, prompt) == wanted
 
 
+def test_special_tokens_of_other_names(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.chat_template = "{{ image_token }}" + GOOD[0]
+    assert template.render(tokenizer, "the river") == "<image><user>the river<assistant>"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "conversations", "tools", "messages"])
+def test_special_tokens_of_names_that_are_taken(tiny_llama, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, extra_special_tokens={name: ""})
+    tokenizer.chat_template = GOOD[0]
+    with pytest.raises(UnsupportedModelError, match=f"calls a special token '{name}'"):
+        template.render(tokenizer, "the river")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
 @pytest.mark.parametrize("case", BAD)
 def test_ends_soon_and_says_why(tokenizer, case):
@@ -62,6 +77,42 @@ def test_what_no_limit_ends_is_ended_from_outside(tokenizer, monkeypatch):
     tokenizer.chat_template = GOOD[0]
     with pytest.raises(UnsupportedModelError, match="does not end within 0.01 seconds"):
         template.render(tokenizer, "the river")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits")
+def test_a_process_that_is_ended_leaves_no_core():
+    ask = "import resource as r; from bstack.runtime import template; {}; template._limit(9); print(r.getrlimit(r.RLIMIT_CORE)[0])"
+    raised = "r.setrlimit(r.RLIMIT_CORE, (r.getrlimit(r.RLIMIT_CORE)[1],) * 2)"
+    assert subprocess.run([sys.executable, "-c", ask.format(raised)], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "it takes more than 10 seconds, or too much memory"),
+        ("import sys; sys.exit('no such thing')", "ended with status 1: .*no such thing. Leave"),
+        ("import os; os._exit(3)", "ended with status 3: it says nothing. Leave"),
+    ],
+)
+def test_a_process_that_breaks_says_why(tokenizer, tmp_path, monkeypatch, code, words):
+    if sys.platform == "win32" and "kill" in code:
+        pytest.skip("no signals")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif '-P' in sys.orig_argv: exec({code!r})")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokenizer.chat_template = GOOD[0]
+    with pytest.raises(UnsupportedModelError, match=words):
+        template.render(tokenizer, "the river")
+
+
+def test_the_process_imports_from_where_this_one_does_and_not_from_the_folder_it_is_in(tokenizer, tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sitecustomize.py").write_text(f"open({str(tmp_path / name / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "there"), *sys.path])
+    tokenizer.chat_template = GOOD[0]
+    template.render(tokenizer, "the river")
+    assert not (tmp_path / "here" / "run").exists() and (tmp_path / "there" / "run").exists()
 
 
 def test_templates_of_no_kind(tokenizer):

@@ -2,7 +2,10 @@ import bstack
 import pytest
 import tiny_models
 
-SETTINGS = {"trellis": {"planes": 3}, "spqr": {"bits": 3, "planes": 1}, "spqr, none apart": {"codec": "spqr", "planes": 1, "outliers": 0}}
+SETTINGS = {
+    "trellis": {"planes": 3}, "sign": {"planes": 2, "rank": 2}, "spqr": {"bits": 3, "planes": 1},
+    "spqr, none apart": {"codec": "spqr", "planes": 1, "outliers": 0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

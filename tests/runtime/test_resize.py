@@ -60,13 +60,14 @@ def test_unknown_mode(path):
         bstack.load(path, mode="packed")
 
 
-def test_more_than_the_kernels_take(path, monkeypatch):
-    from bstack.runtime import stacked
-
-    for limit in ("BLOCKS", "RANK"):
-        with monkeypatch.context() as patch, pytest.raises(bstk.BstkError, match="mode='dense'"):
-            patch.setattr(stacked, limit, 1)
-            bstack.load(path, mode="stack")
+@pytest.mark.parametrize(("limit", "codec"), [("BLOCKS", "trellis"), ("RANK", "sign")])
+def test_more_than_the_kernels_take(limit, codec, file_of, monkeypatch):
+    path = file_of("llama", codec)
+    monkeypatch.setattr(f"bstack.kernels.matrix.{limit}", 1)
+    with pytest.raises(bstk.BstkError, match="mode='dense'"):
+        bstack.load(path, mode="stack")
+    monkeypatch.undo()
+    bstack.load(path, mode="stack")
 
 
 def test_resizing_while_text_is_written(path, model):

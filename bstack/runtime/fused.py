@@ -37,7 +37,7 @@ _FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
 # Tables of positions that do not depend on how long the text is.
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 # What the kernels were told of, beside weights and children: attributes of modules that a program may set.
-_SETTINGS = ("training", "scaling", "variance_epsilon", "eps")
+_SETTINGS = ("scaling", "variance_epsilon", "eps")
 # Largest difference of a logit from the model's own, as a share of their standard deviation: products round their
 # inputs in another order, and that is all.
 TOLERANCE = 0.02
@@ -224,6 +224,8 @@ class _Loaded:
         ]
         self._owners, self._names, self._parts = zip(*parts, strict=True)
         settings = [(vars(module), name, vars(module)[name]) for module in modules for name in _SETTINGS if name in vars(module)]
+        # Training changes what attention does, and nothing else in these models.
+        settings += [(vars(module), "training", module.training) for module in modules if hasattr(module, "attention_dropout")]
         self._holders, self._settings, self._values = zip(*settings, strict=True)
 
     def holds(self) -> bool:

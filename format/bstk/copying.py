@@ -171,7 +171,8 @@ def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
 def _damaged(name: str, chunk: Chunk) -> DamagedError:
     error = DamagedError(
         f"{name}: {chunk.describe()}: its SHA-256 does not match the index. Give the same command again if the file came over "
-        "a network; if that does not help, the file is damaged there. A cut that ends before this chunk is not."
+        "a network; if that does not help, the file is damaged there: make or fetch it anew. A cut that ends before this chunk "
+        "is good."
     )
     error.chunk = chunk
     return error

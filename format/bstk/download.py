@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+from . import opening
 from .copying import Progress, extend, header_of, intact, overwrite_preamble
 from .cuts import Cut
-from .errors import BstkError, OutputError, writing
+from .errors import BstkError, OutputError, ResourceError, writing
 from .files import LockedFile, require_free, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
@@ -26,6 +28,7 @@ def download(
     seal: int,
     progress: Progress | None = None,
     overwrite: bool = True,
+    begun: str | os.PathLike[str] | None = None,
 ) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all.
 
@@ -46,6 +49,8 @@ def download(
         Called with the number of bytes that are there, for those of an earlier call at once.
     overwrite : bool
         Replace what is at `dst`.
+    begun : path or None
+        A smaller cut of the same file on disk. What it has and ``DST.part`` has not is copied from it and not fetched.
 
     Raises
     ------
@@ -54,7 +59,7 @@ def download(
     BusyError
         Another process fetches to `dst`.
     DamagedError
-        A chunk that arrived does not match its digest. What came before it is kept.
+        A chunk that arrived, or one of `begun`, does not match its digest. What came before it is kept.
     RemoteError
         The transfer broke off, or the file changed on the server.
     ResourceError, OutputError
@@ -64,12 +69,15 @@ def download(
         require_free(dst)
     target = target_of(dst)
     chunks = reader.all_chunks[: cut.chunks]
-    with LockedFile(part_of(dst), create=True) as part:
+    with LockedFile(part_of(dst), create=True) as part, _room_told(part):
         with writing(part.path):
             begin(part, reader)
             part.shorten(intact(part, chunks))
             if progress is not None:
                 progress(part.length)
+        if begun is not None:
+            with opening.open(begun, warn=False) as smaller:
+                extend(part, smaller, chunks[: len(smaller.chunks)], progress)
         extend(part, reader, chunks, progress)
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
         if not overwrite:
@@ -115,6 +123,20 @@ def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
                 os.unlink(path)
         if ours and os.name == "nt":
             os.unlink(path)
+
+
+@contextmanager
+def _room_told(part: LockedFile) -> Iterator[None]:
+    """Say of a full disk which file of this package takes room on it."""
+    try:
+        yield
+    except ResourceError as error:
+        error.args = (
+            f"{error.args[0]} What has arrived is kept in {part.path} and is where the same command goes on; delete it to have "
+            "its room back.",
+            *error.args[1:],
+        )
+        raise
 
 
 def _may_be_ours(there: bytes) -> bool:

@@ -36,6 +36,7 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
     Yields the sink and the path of the temporary file, which stands in the same folder and is synced before it is renamed.
+    It has the permissions of what it replaces.
     A killed process leaves it behind as ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several
     processes that write `path` at once, each writes a file of its own, and the last to finish has its file there.
 
@@ -65,6 +66,7 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
                 descriptor = _close(descriptor)
             if not overwrite:
                 require_free(path)
+            _keep_mode(temporary, target)
             # Elsewhere still locked: to others it is no leftover as long as it has this name.
             os.replace(temporary, target)
     except BaseException:
@@ -116,6 +118,12 @@ def _close(descriptor: int) -> int:
     if descriptor >= 0:
         os.close(descriptor)
     return -1
+
+
+def _keep_mode(new: str, old: str) -> None:
+    """Give a file that replaces another its permissions: what only its owner could read stays so."""
+    with suppress(OSError):
+        os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
 
 
 def _stem(name: str) -> str:
@@ -234,7 +242,8 @@ class LockedFile:
         os.fsync(self._descriptor)
 
     def rename(self, target: str) -> None:
-        """Put the file at `target`, in place of what is there, and close it."""
+        """Put the file at `target`, in place of what is there and with its permissions, and close it."""
+        _keep_mode(self.path, target)
         if os.name == "nt":  # cannot rename an open file
             self.close()
             os.replace(self.path, target)

@@ -1,4 +1,4 @@
-"""Growing a cut: the blocks that come next are appended from a larger file of the same model."""
+"""Growing a cut: the blocks that come next are added from a larger file of the same model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from . import opening
 from .budget import Budget, mb_ceil
-from .copying import Progress, extend, overwrite_preamble
+from .copying import Progress, copy_chunks, extend, header_of, overwrite_preamble
 from .cuts import Cut
+from .download import download, remove_part
 from .errors import (
     BstkError,
     DamagedError,
@@ -16,10 +17,11 @@ from .errors import (
     OutputError,
     RemoteChangedError,
     RemoteError,
+    ResourceError,
     UsageError,
     writing,
 )
-from .files import LockedFile
+from .files import LockedFile, replacing
 from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
 
@@ -29,16 +31,22 @@ def grow(
     mb: Budget,
     source: str | os.PathLike[str] | Reader,
     progress: Progress | None = None,
+    in_place: bool = False,
 ) -> Cut:
     """Grow a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
     The result is byte for byte what `truncate` makes of the larger file with the same budget, or the larger file itself if
-    all of it fits and it is whole. Only the missing bytes are read, each chunk of them is checked against its digest, and
-    nothing is changed before the first of them have arrived.
+    all of it fits and it is whole. Only the missing bytes are read of `source`.
 
-    If this fails, the file is as it was before, byte for byte. With a URL it is so where the disk refuses; where the transfer
-    fails or is interrupted, what has arrived is kept if the file is larger with it: then the file is partial, which is valid,
-    and not sealed, and the same call goes on from there. A killed process leaves it partial too.
+    A new file is written, with a copy of what is there, and takes the old one's place when it is whole. Whatever ends this
+    earlier, a kill too, leaves the old file. Each chunk is checked against its digest. Of a URL, what has arrived is kept in
+    ``PATH.part``, and the same call goes on from there.
+
+    With `in_place` the file itself is extended, which needs no room for a second copy and checks only what is added. Nothing is
+    changed before the first missing bytes have arrived. If it fails, the file is as it was before, byte for byte. With a URL it
+    is so where the disk refuses; where the transfer fails or is interrupted, what has arrived is kept if the file is larger with
+    it: then the file is partial, which is valid, and not sealed, and the same call goes on from there. A killed process leaves
+    it partial too.
 
     Parameters
     ----------
@@ -49,7 +57,10 @@ def grow(
     source : path, URL or Reader
         A larger file of the same model. A reader is left open.
     progress : callable or None
-        Called with the number of bytes of each piece appended.
+        Called with the number of bytes of each piece of the new file, those copied from the old one included; with `in_place`,
+        of each piece appended.
+    in_place : bool
+        Extend the file itself.
 
     Returns
     -------
@@ -63,25 +74,76 @@ def grow(
     UsageError
         There is nothing to add within `mb`, or `source` is `path`.
     BusyError
-        Another process changes the file.
+        Another process changes the file in place, if `in_place`, or fetches to it.
     UnsupportedVersionError
         The file has a feature this package can read but not rewrite.
     NotBstkError, DamagedError
-        One of the two is not a valid file, or a chunk of `source` is damaged.
+        One of the two is not a valid file, or a chunk is damaged.
     RemoteError
         The URL cannot be read; see its subclasses.
     ResourceError, OutputError
-        The file cannot be written. If it cannot be brought back to what it was either, the message says what it is now.
+        The file cannot be written. If it was extended in place and cannot be brought back to what it was either, the message
+        says what it is now.
     """
     with opening.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
         opening.require_rewritable(small)
+    method = _grow_in_place if in_place else _replace
     if isinstance(source, Reader):
-        return _grow(path, mb, source, progress)
+        return method(path, mb, source, progress)
     with opening.open(source, warn=False) as larger:
-        return _grow(path, mb, larger, progress)
+        return method(path, mb, larger, progress)
 
 
-def _grow(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
+def _replace(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
+    """Write a new file and put it in the old one's place."""
+    with opening.open(path, warn=False) as small:
+        cut = plan_growth(small, mb, larger)
+        missing = cut.file_bytes - small.chunks[-1].end
+    try:
+        if not opening.is_remote(larger):
+            _copy(path, larger, cut, progress)
+            return cut
+        try:
+            download(larger, cut, path, _seal(larger, cut), progress, begun=path)
+        except RemoteChangedError:
+            larger = opening.reopen(larger)
+            with opening.open(path, warn=False) as small:
+                cut = plan_growth(small, mb, larger)
+            download(larger, cut, path, _seal(larger, cut), progress, begun=path)
+    except ResourceError as error:
+        error.args = (
+            f"{error.args[0]} A new file of {mb_ceil(cut.file_bytes)} MB was to take the place of the old one; growing in "
+            f"place (--in-place) takes {mb_ceil(missing)} MB.",
+            *error.args[1:],
+        )
+        raise
+    return cut
+
+
+def _copy(path: str | os.PathLike[str], larger: Reader, cut: Cut, progress: Progress | None) -> None:
+    with replacing(path) as (sink, temporary):
+
+        def write(data: bytes | memoryview) -> None:
+            with writing(os.fspath(path)):
+                sink.write(data)
+            if progress is not None:
+                progress(len(data))
+
+        write(header_of(larger, _seal(larger, cut)))
+        with opening.open(path, warn=False) as small:
+            there = min(len(small.chunks), cut.chunks)
+            copy_chunks(small, larger.all_chunks[:there], write)
+        copy_chunks(larger, larger.all_chunks[there : cut.chunks], write)
+        opening.open(temporary, warn=False).close()
+    remove_part(path, larger.source.name)
+
+
+def _seal(larger: Reader, cut: Cut) -> int:
+    """Return the seal of a cut: none for all of the complete file."""
+    return 0 if cut.file_bytes == larger.full_length else cut.file_bytes
+
+
+def _grow_in_place(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
     with LockedFile(path) as file:
         old = _old(file)
         try:
@@ -124,8 +186,7 @@ def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | N
             overwrite_preamble(file, unsealed)
 
     extend(file, larger, larger.all_chunks[: cut.chunks], progress, before=unseal)
-    seal = 0 if cut.file_bytes == larger.full_length else cut.file_bytes
-    overwrite_preamble(file, small.preamble.sealed(seal).to_bytes())
+    overwrite_preamble(file, small.preamble.sealed(_seal(larger, cut)).to_bytes())
     return cut
 
 

@@ -81,11 +81,12 @@ def test_a_file_that_is_open_is_cut_in_place(good_path, sizes):
             f.read(f.chunks[-1])
 
 
-def test_a_file_that_is_open_grows(good, good_path, tmp_path, sizes):
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=POSIX), True])
+def test_a_file_that_is_open_grows(good, good_path, tmp_path, sizes, in_place):
     small = tmp_path / "small.bstk"
     bstk.truncate(good_path, small, sizes[0])
     with bstk.open(small) as f:
-        bstk.grow(small, 1, good_path)
+        bstk.grow(small, 1, good_path, in_place=in_place)
         f.verify()
         assert f.length == round(sizes[0] * bstk.MB)
     assert small.read_bytes() == good
@@ -99,7 +100,7 @@ def test_one_process_at_a_time_changes_a_file(good, good_path, tmp_path, sizes):
         with pytest.raises(bstk.BusyError, match="another process is writing this file") as caught:
             bstk.truncate(small, None, sizes[0])
         with pytest.raises(bstk.BusyError):
-            bstk.grow(small, 1, good_path)
+            bstk.grow(small, 1, good_path, in_place=True)
         bstk.truncate(small, tmp_path / "out.bstk", sizes[0])  # reading is not held up
     assert caught.value.exit_code == 2 and small.read_bytes() == before
     bstk.truncate(small, None, sizes[0])
@@ -117,7 +118,7 @@ def test_growing_cutting_and_reading_one_file_at_once(good, good_path, tmp_path,
                 if draw.random() < 0.5:
                     bstk.truncate(path, None, draw.choice(sizes))
                 else:
-                    bstk.grow(path, draw.choice([*sizes, 1]), good_path)
+                    bstk.grow(path, draw.choice([*sizes, 1]), good_path, in_place=draw.random() < 0.5)
             except bstk.UsageError:  # busy, or nothing to do
                 pass
 

@@ -79,9 +79,15 @@ def container_jobs(source: bytes) -> list[Job]:
     return [
         Job("truncate", prepare(OLD), lambda f: bstk.truncate(f / "source.bstk", f / OUT, size), OLD, middle),
         Job("truncate in place", prepare(source), lambda f: bstk.truncate(f / OUT, None, size), source, middle, True),
-        Job("grow", prepare(small), lambda f: bstk.grow(f / OUT, size, f / "source.bstk"), small, middle, True),
-        Job("grow whole", prepare(small), lambda f: bstk.grow(f / OUT, 1000, f / "source.bstk"), small, source, True),
+        Job("grow", prepare(small), lambda f: grow(f, size), small, middle),
+        Job("grow whole", prepare(small), lambda f: grow(f, 1000), small, source),
+        Job("grow in place", prepare(small), lambda f: grow(f, size, in_place=True), small, middle, True),
+        Job("grow whole in place", prepare(small), lambda f: grow(f, 1000, in_place=True), small, source, True),
     ]
+
+
+def grow(folder: Path, mb: float, **options: object) -> bstk.Cut:
+    return bstk.grow(folder / OUT, mb, folder / "source.bstk", **options)
 
 
 def compress_job(model: Path, work: Path) -> Job:

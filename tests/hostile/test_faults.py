@@ -10,7 +10,8 @@ import pytest
 from steps import Steps, counted, refusals
 
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
-JOBS = ["truncate", "truncate in place", "grow", "grow whole"]
+GROWTHS = ["grow", "grow whole", "grow in place", "grow whole in place"]
+JOBS = ["truncate", "truncate in place", *GROWTHS]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_every_change_may_be_refused(job, tmp_path, code):
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("state", ["sealed", "partial", "partial within a block"])
-@pytest.mark.parametrize("job", ["grow", "grow whole"], indirect=True)
+@pytest.mark.parametrize("job", GROWTHS, indirect=True)
 def test_a_refused_growth_leaves_the_old_file(job, state, good, tmp_path, code):
     """Byte for byte; so that a full disk is not met by a file that took all of it."""
     old = job.old
@@ -47,7 +48,7 @@ def test_a_refused_growth_leaves_the_old_file(job, state, good, tmp_path, code):
     assert steps >= 4
 
 
-@pytest.mark.parametrize("job", ["grow"], indirect=True)
+@pytest.mark.parametrize("job", ["grow in place"], indirect=True)
 @pytest.mark.parametrize("first", range(2, 8))
 def test_a_disk_that_goes_away_leaves_a_valid_file_and_says_what_it_is(job, tmp_path, first):
     """From the n-th change on it refuses all, the rolling back too."""
@@ -69,7 +70,7 @@ def test_a_disk_that_goes_away_leaves_a_valid_file_and_says_what_it_is(job, tmp_
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, MemoryError, RuntimeError("of a caller")])
-@pytest.mark.parametrize("job", ["grow", "grow whole"], indirect=True)
+@pytest.mark.parametrize("job", GROWTHS, indirect=True)
 def test_a_growth_from_disk_that_is_stopped_leaves_the_old_file(job, tmp_path, problem):
     folder = jobs.fresh(job, tmp_path / "folder")
 
@@ -77,7 +78,7 @@ def test_a_growth_from_disk_that_is_stopped_leaves_the_old_file(job, tmp_path, p
         raise problem
 
     with pytest.raises(type(problem) if isinstance(problem, Exception) else problem):
-        bstk.grow(folder / jobs.OUT, len(job.wanted) / bstk.MB, folder / "source.bstk", progress=stop)
+        jobs.grow(folder, len(job.wanted) / bstk.MB, progress=stop, in_place=job.in_place)
     assert (folder / jobs.OUT).read_bytes() == job.old
     job.repeat(folder)
 
@@ -107,9 +108,9 @@ FAULTS = {"fails": failing, "comes short": lambda data: data[:-1], "comes empty"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["verify", "truncate", "grow"])
+@pytest.mark.parametrize("name", ["verify", "truncate", "grow", "grow in place"])
 def test_every_read_may_fail(good, tmp_path, fault, name):
-    job = next(job for job in jobs.container_jobs(good) if job.name == ("grow" if name == "grow" else "truncate"))
+    job = next(job for job in jobs.container_jobs(good) if job.name == ("truncate" if name == "verify" else name))
     with bstk.open(job.wanted) as wanted:
         size = wanted.length / bstk.MB
     failed = 0
@@ -120,14 +121,14 @@ def test_every_read_may_fail(good, tmp_path, fault, name):
             with bstk.open(source) as reader:
                 if name == "verify":
                     reader.verify()
-                elif name == "grow":
-                    bstk.grow(folder / jobs.OUT, size, reader)
+                elif "grow" in name:
+                    bstk.grow(folder / jobs.OUT, size, reader, in_place=job.in_place)
                 else:
                     bstk.truncate(reader, folder / jobs.OUT, size)
         except (bstk.DamagedError, bstk.NotBstkError, OSError):
             failed += 1
         assert source.reads >= step or failed == step - 1
-        if name == "grow":
+        if "grow" in name:
             assert (folder / jobs.OUT).read_bytes() in (job.old, job.wanted)
         job.check_stopped(folder)
         job.repeat(folder)

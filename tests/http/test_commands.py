@@ -147,11 +147,30 @@ def test_stopped_truncate_goes_on(bstack, command, long_head, serve, tmp_path, k
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_stopped_grow_goes_on(bstack, command, long_head, serve, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_grow_goes_on(bstack, command, long_head, serve, tmp_path, kind):
+    server = serve(long_head)
+    assert bstack("truncate", server.url, "--mb", f"{cut_sizes(long_head)[0]:.9f}", "-o", "small.bstk")[0] == 0
+    small, part = tmp_path / "small.bstk", tmp_path / "small.bstk.part"
+    before, server.pause = small.read_bytes(), 0.05
+    arguments = ("grow", "small.bstk", "--mb", 1, "--from", server.url)
+    process = command(*arguments)
+    until(lambda: part.exists() and part.stat().st_size > 130_000)
+    process.send_signal(kind)
+    _, err = process.communicate()
+    assert process.returncode == (75 if kind == signal.SIGINT else -9) and bool(err) == (kind == signal.SIGINT)
+    assert small.read_bytes() == before
+    kept, server.pause = part.stat().st_size, 0
+    assert bstack(*arguments)[0] == 0 and small.read_bytes() == long_head and not part.exists()
+    assert server.ranges_asked()[-1] == (kept, len(long_head) - 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_stopped_grow_in_place_goes_on(bstack, command, long_head, serve, tmp_path):
     server = serve(long_head)
     assert bstack("truncate", server.url, "--mb", f"{cut_sizes(long_head)[0]:.9f}", "-o", "small.bstk")[0] == 0
     server.pause = 0.05
-    arguments = ("grow", "small.bstk", "--mb", 1, "--from", server.url)
+    arguments = ("grow", "small.bstk", "--mb", 1, "--from", server.url, "--in-place")
     small = tmp_path / "small.bstk"
     process = command(*arguments)
     until(lambda: small.stat().st_size > 130_000)

@@ -27,22 +27,26 @@ def cut(tmp_path):
 
 @pytest.mark.parametrize("which", ["model", "long_head"])
 @pytest.mark.parametrize("remote", [True, False])
-def test_fetches_what_is_missing(which, remote, request, serve, cut, tmp_path):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_fetches_what_is_missing(which, remote, in_place, request, serve, cut, tmp_path):
     data = request.getfixturevalue(which)
     sizes = cut_sizes(data)
     small, large = cut(data, sizes[21]), cut(data, sizes[25], "large.bstk")
     server = serve(data)
     before, seen = small.stat().st_size, []
-    found = bstk.grow(small, sizes[25], server.url if remote else tmp_path / "source.bstk", progress=seen.append)
+    source = server.url if remote else tmp_path / "source.bstk"
+    found = bstk.grow(small, sizes[25], source, progress=seen.append, in_place=in_place)
     assert small.read_bytes() == large.read_bytes() and found.file_bytes == large.stat().st_size
-    assert sum(seen) == found.file_bytes - before
+    assert sum(seen) == found.file_bytes - before * in_place
+    assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "large.bstk", "source.bstk"}
     if remote:
         assert server.ranges_asked()[-1] == (before, found.file_bytes - 1) and len(server.asked) <= 3
 
 
-def test_to_the_end_gives_the_file_itself(model, serve, cut):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_to_the_end_gives_the_file_itself(model, serve, cut, in_place):
     small = cut(model, cut_sizes(model)[0])
-    bstk.grow(small, 1000, serve(model).url)
+    bstk.grow(small, 1000, serve(model).url, in_place=in_place)
     assert small.read_bytes() == model
 
 
@@ -53,7 +57,8 @@ def test_from_a_sealed_file_as_far_as_it_goes(model, cut):
     assert small.read_bytes() == middle.read_bytes()
 
 
-def test_a_partial_file_goes_on_within_a_block(model, serve, cut, tmp_path):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_partial_file_goes_on_within_a_block(model, serve, cut, tmp_path, in_place):
     sizes = cut_sizes(model)
     large = cut(model, sizes[20], "large.bstk")
     server = serve(model)
@@ -61,11 +66,11 @@ def test_a_partial_file_goes_on_within_a_block(model, serve, cut, tmp_path):
         small = tmp_path / "partial.bstk"
         small.write_bytes(model[: round(sizes[18] * bstk.MB) + extra])
         server.asked.clear()
-        bstk.grow(small, sizes[20], server.url)
+        bstk.grow(small, sizes[20], server.url, in_place=in_place)
         assert small.read_bytes() == large.read_bytes()
     # All blocks are there, and only the seal is missing.
     small.write_bytes(model[: large.stat().st_size])
-    bstk.grow(small, sizes[20], server.url)
+    bstk.grow(small, sizes[20], server.url, in_place=in_place)
     assert small.read_bytes() == large.read_bytes()
 
 
@@ -98,19 +103,91 @@ def test_refusals_change_nothing(model, other, serve, cut, tmp_path, vector):
         bstk.grow(vector("read-only-compatible-flag.bstk"), 1000, server.url)
 
 
-def test_nothing_is_changed_before_the_first_bytes_are_here(long_head, serve, cut):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nothing_is_changed_before_the_first_bytes_are_here(long_head, serve, cut, in_place):
     small = cut(long_head, cut_sizes(long_head)[5])
     before = small.read_bytes()
     server = serve(long_head, statuses=[0, 0] + [503] * 6)
     with pytest.raises(bstk.TransferError):
-        bstk.grow(small, 1000, server.url)
+        bstk.grow(small, 1000, server.url, in_place=in_place)
     assert small.read_bytes() == before
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_broken_transfer_leaves_the_old_file_and_goes_on(long_head, cut, tmp_path, monkeypatch, data):
+    sizes = cut_sizes(long_head)
+    start, stop = sorted(data.draw(st.lists(st.sampled_from(sizes), min_size=2, max_size=2, unique=True)))
+    small, large = cut(long_head, start), cut(long_head, stop, "large.bstk").read_bytes()
+    before, part = small.read_bytes(), tmp_path / "small.bstk.part"
+    with RangeServer(long_head) as server, monkeypatch.context() as patch:
+        patch.setattr("bstk.http.RETRIES_IN_ALL", 0)
+        with bstk.open(server.url) as source:
+            server.drop_after = data.draw(st.integers(0, 100_000))
+            try:
+                bstk.grow(small, stop, source)
+            except bstk.TransferError:
+                assert small.read_bytes() == before and len(before) <= part.stat().st_size < len(large)
+                kept, server.drop_after = part.stat().st_size, None
+                bstk.grow(small, stop, source)
+                assert server.ranges_asked()[-1] == (kept, len(large) - 1)
+    assert small.read_bytes() == large and not part.exists()
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("damaged", ["small.bstk", "source.bstk"])
+def test_a_damaged_block_of_either_file_leaves_the_old_file(damaged, remote, model, cut, serve, tmp_path):
+    sizes = cut_sizes(model)
+    small, large = cut(model, sizes[3]), cut(model, sizes[20], "large.bstk").read_bytes()
+    with bstk.open(small) as file:
+        chunk = file.chunks[-1] if damaged == "small.bstk" else file.all_chunks[len(file.chunks) + 2]
+    data = bytearray((tmp_path / damaged).read_bytes())
+    data[chunk.offset] ^= 1
+    (tmp_path / damaged).write_bytes(data)
+    before, source = small.read_bytes(), tmp_path / "source.bstk"
+    with pytest.raises(bstk.DamagedError, match="make or fetch it anew") as caught:
+        bstk.grow(small, sizes[20], serve(source.read_bytes()).url if remote else source)
+    assert caught.value.chunk == chunk and small.read_bytes() == before
+    # The advice. What was good of it is in the part and not fetched again; nor are the first 64 KiB, which came with the header.
+    server = serve(model)
+    bstk.truncate(server.url, small, sizes[20])
+    assert small.read_bytes() == large
+    assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "large.bstk", "source.bstk"}
+    assert not remote or server.ranges_asked()[-1] == (max(chunk.offset, 65536), len(large) - 1)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_no_room_for_a_second_copy(remote, model, cut, serve, tmp_path, monkeypatch):
+    """Says how much both ways take, and which file keeps what has arrived."""
+    sizes = cut_sizes(model)
+    small = cut(model, sizes[3])
+    before = small.read_bytes()
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bstk.files.Sink.write", refuse)
+        with pytest.raises(bstk.ResourceError, match=r"A new file of \S+ MB .* in place \(--in-place\) takes \S+ MB") as caught:
+            bstk.grow(small, sizes[20], serve(model).url if remote else tmp_path / "source.bstk")
+    assert ("small.bstk.part" in str(caught.value)) == remote
+    assert small.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("remote", [True, False])
+def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, serve, tmp_path):
+    small = cut(model, cut_sizes(model)[3])
+    small.chmod(0o600)
+    (tmp_path / "link.bstk").symlink_to(small)
+    bstk.grow(tmp_path / "link.bstk", 1000, serve(model).url if remote else tmp_path / "source.bstk")
+    assert small.read_bytes() == model and small.stat().st_mode & 0o777 == 0o600 and (tmp_path / "link.bstk").is_symlink()
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp_path, monkeypatch, data):
+def test_in_place_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp_path, monkeypatch, data):
     sizes = cut_sizes(long_head)
     start, stop = sorted(data.draw(st.lists(st.sampled_from(sizes), min_size=2, max_size=2, unique=True)))
     small, large = cut(long_head, start), cut(long_head, stop, "large.bstk")
@@ -119,20 +196,20 @@ def test_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp
         with bstk.open(server.url) as source:
             server.drop_after = data.draw(st.integers(0, 100_000))
             try:
-                bstk.grow(small, stop, source)
+                bstk.grow(small, stop, source, in_place=True)
             except bstk.TransferError:
                 with bstk.open(small.read_bytes(), strict=server.drop_after == 0) as file:
                     file.verify()
             server.drop_after = None
             if small.read_bytes() != large.read_bytes():
                 missing = (small.stat().st_size, large.stat().st_size - 1)
-                bstk.grow(small, stop, source)
+                bstk.grow(small, stop, source, in_place=True)
                 assert missing[0] > missing[1] or server.ranges_asked()[-1] == missing
     assert small.read_bytes() == large.read_bytes()
 
 
 @pytest.mark.parametrize("remote", [True, False])
-def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
+def test_in_place_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
     with bstk.open(model) as file:
         chunk = file.chunks[10]
     small = cut(model, cut_sizes(model)[0])
@@ -141,7 +218,7 @@ def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
     data[chunk.offset] ^= 1
     (tmp_path / "source.bstk").write_bytes(data)
     with pytest.raises(bstk.DamagedError) as caught:
-        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk", in_place=True)
     assert caught.value.chunk == chunk
     if remote:  # what was fetched before it is kept
         assert small.stat().st_size == chunk.offset
@@ -153,7 +230,7 @@ def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
 
 @pytest.mark.parametrize("remote", [True, False])
 @pytest.mark.parametrize("damaged", [0, 1], ids=["the block", "its own end and the next block"])
-def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, model, serve, tmp_path):
+def test_in_place_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, model, serve, tmp_path):
     with bstk.open(model) as file:
         chunks = file.chunks[10:12]
     small = tmp_path / "small.bstk"
@@ -164,7 +241,7 @@ def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, m
     data[chunks[damaged].offset + 20] ^= 1
     (tmp_path / "source.bstk").write_bytes(data)
     with pytest.raises(bstk.DamagedError) as caught:
-        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk", in_place=True)
     assert caught.value.chunk == chunks[damaged]
     if remote and damaged:  # the block that arrived whole is worth more
         assert small.read_bytes() == model[: chunks[0].end]
@@ -172,7 +249,7 @@ def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, m
         assert small.read_bytes() == before
 
 
-def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve, cut, monkeypatch):
+def test_in_place_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve, cut, monkeypatch):
     sizes = cut_sizes(long_head)
     small = cut(long_head, sizes[2])
     before = small.read_bytes()
@@ -185,7 +262,7 @@ def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bstk.grow(small, 1000, server.url, progress=stop)
+        bstk.grow(small, 1000, server.url, progress=stop, in_place=True)
     kept = small.read_bytes()
     assert len(kept) == len(before) + sum(arrived)
     with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
@@ -199,22 +276,23 @@ def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(bstk.ResourceError):
-        bstk.grow(small, 1000, server.url, progress=full)
+        bstk.grow(small, 1000, server.url, progress=full, in_place=True)
     assert small.read_bytes() == kept
-    bstk.grow(small, 1000, server.url)
+    bstk.grow(small, 1000, server.url, in_place=True)
     assert small.read_bytes() == long_head
 
 
-def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut, in_place):
     small = cut(long_head, cut_sizes(long_head)[5])
     server = serve(long_head, then={2: {"etag": '"two"'}})  # the same bytes again
-    bstk.grow(small, 1000, server.url)
+    bstk.grow(small, 1000, server.url, in_place=in_place)
     assert small.read_bytes() == long_head
     small = cut(long_head, cut_sizes(long_head)[5])
     before = small.read_bytes()
     server = serve(long_head, then={2: {"etag": '"two"', "data": model}})
     with pytest.raises(bstk.OtherModelError):
-        bstk.grow(small, 1000, server.url)
+        bstk.grow(small, 1000, server.url, in_place=in_place)
     assert small.read_bytes() == before
 
 
@@ -234,14 +312,14 @@ class Os:
         self.calls += 1
         return os.write(descriptor, data)
 files.os = Os()
-bstk.grow(sys.argv[1], 1000, sys.argv[2])
+bstk.grow(sys.argv[1], 1000, sys.argv[2], in_place=True)
 """
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 @pytest.mark.parametrize("call", [1, 2, 5, 7])
-def test_killed_while_growing(tmp_path, call):
+def test_killed_while_growing_in_place(tmp_path, call):
     """Killed in the middle of a write of blocks, the file is a valid partial one, and the same call finishes it."""
     data = make(tmp_path / "source.bstk", blocks=6)
     bstk.truncate(tmp_path / "source.bstk", tmp_path / "small.bstk", cut_sizes(data)[0])
@@ -250,5 +328,5 @@ def test_killed_while_growing(tmp_path, call):
     with bstk.open(tmp_path / "small.bstk") as file:
         file.verify()
     if (tmp_path / "small.bstk").read_bytes() != data:  # the last call only repeats a seal of 0
-        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk")
+        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk", in_place=True)
     assert (tmp_path / "small.bstk").read_bytes() == data

@@ -7,7 +7,8 @@ and as many layers as are asked for, and compresses it in a child process with `
 and a text. The child may have no more private writable memory than the limit (RLIMIT_DATA: heap and anonymous mappings, used or
 not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds on the clock and of
 processors, and the peak memory of each stage. With --ranges N the embedding and the head are given up after N of their 126 ranges
-of rows, which all take the same time and memory, and the stages after them do not run. Figures are in docs/scale.md. Nothing is kept.
+of rows, which all take the same time and memory, and the stages after them do not run. Figures are in docs/scale.md. Nothing is kept,
+unless --folder is given: all 32 layers take hours, and the same command goes on there where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from random_llama import write_model, write_text
@@ -73,18 +74,19 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--limit-gb", type=float, default=6.0, help="of private writable memory, GiB")
     parser.add_argument("--ranges", type=int, help="stop after this many ranges of rows of the embedding")
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="where to write model and file, and keep them; a temporary folder by default")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         compress(arguments.folder, arguments.limit_gb, arguments.ranges)
         return
-    with tempfile.TemporaryDirectory(prefix="bstack-scale-", dir=arguments.folder) as name:
+    with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="bstack-scale-") as name:
         folder = Path(name)
-        shape = WIDTHS | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
-        size = write_model(folder / "model", **shape, tie_word_embeddings=False)
-        write_text(folder / "text.txt", 2**14)
-        print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
+        if not (folder / "text.txt").exists():  # which is written last
+            shape = WIDTHS | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
+            size = write_model(folder / "model", **shape, tie_word_embeddings=False)
+            write_text(folder / "text.txt", 2**14)
+            print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
         options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(folder)]
         options += ["--ranges", str(arguments.ranges)] if arguments.ranges else []
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}

@@ -30,4 +30,4 @@ def test_neon_gives_the_bits_of_the_portable_kernels(program):
         pytest.skip("it compiles, and there is no emulator to run it (qemu-user-static)")
     done = subprocess.run([*filter(None, [EMULATOR]), program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "200 matrices agree\n"
+    assert done.stdout == "400 matrices agree\n"

@@ -42,6 +42,9 @@ class FileType(click.Path):
             self.fail(
                 "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
             )
+        scheme, separator, _ = value.partition("://")
+        if separator and not os.path.exists(value):
+            self.fail(f"{value}: {scheme}:// is not read. URLs begin with https://, http:// or hf://.", param, ctx)
         if _is_model(value):
             self.fail(
                 f"{value} is a model, not a .bstk file. Compress it first: bstack compress {value} -o "

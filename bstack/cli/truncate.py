@@ -72,7 +72,8 @@ def command(
             result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
             points = _quality.curve(reader.metadata)
         elif not in_place:
-            with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, "copy", quiet) as advance:
+            doing = "fetch" if bstk.is_url(source) else "copy"
+            with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
                 bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:

@@ -21,12 +21,15 @@ class TransientError(Exception):
         Seconds that the server asks to wait.
     lasting : bool
         Not worth repeating where nothing was ever heard from the server: there is no such host, or nobody listens.
+    answered : bool
+        The server is there, and says itself that it cannot.
     """
 
-    def __init__(self, reason: str, wait: float = 0.0, lasting: bool = False):
+    def __init__(self, reason: str, wait: float = 0.0, lasting: bool = False, answered: bool = False):
         super().__init__(reason)
         self.wait = wait
         self.lasting = lasting
+        self.answered = answered
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
     if status in (200, 206, 416):
         return
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(f"the server answers {status}", wait=_retry_after(headers))
+        raise TransientError(f"the server answers {status}", wait=_retry_after(headers), answered=True)
     if status in (404, 410):
         raise RemoteNotFoundError(f"{name}: the server has no such file (it answers {status}). Check the URL.")
     if status in (401, 403, 407):

@@ -92,13 +92,19 @@ def target_of(path: str | os.PathLike[str]) -> str:
     Raises
     ------
     OutputError
-        There is something there that is no regular file.
+        There is something there that is no regular file, or there is no such folder.
     """
+    shown = os.fspath(path)
+    if not shown:
+        raise OutputError("The name of the output is empty. Name a file to write to.")
     target = os.path.realpath(path)
-    with writing(os.fspath(path)), suppress(FileNotFoundError):
+    folder = os.path.dirname(target)
+    if not os.path.exists(folder):
+        raise OutputError(f"{shown}: cannot write: there is no folder {folder}. Create it, or name another output.")
+    with writing(shown), suppress(FileNotFoundError):
         # Renaming over a device such as /dev/null would replace the device.
         if not stat.S_ISREG(os.stat(target).st_mode):
-            raise OutputError(f"{os.fspath(path)}: not a regular file. Name a file to write to.")
+            raise OutputError(f"{shown}: not a regular file. Name a file to write to.")
     return target
 
 

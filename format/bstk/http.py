@@ -193,6 +193,8 @@ class HttpSource:
                     f"{self.name}: the transfer broke off: {error} (after {self._retries} attempts). "
                     "Give the same command again; truncate and grow go on from what has arrived."
                 )
+            if error.answered:
+                raise UnreachableError(f"{self.name}: {error}, at each of {failures} attempts. Try again later.")
             raise UnreachableError(f"{self.name}: cannot be reached: {error}. Check the URL and the network.")
         delay = max(error.wait, FIRST_DELAY * 2 ** (failures - 1))
         if self.notify is not None:

@@ -16,7 +16,8 @@ import torch
 
 from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, reason
 from bstack.models.checkpoint import Checkpoint
-from bstack.models.code import ADVICE, check_known, own_attention, own_code
+from bstack.models.code import own_attention, own_code
+from bstack.models.references import ADVICE, check_known
 from bstack.models.skeleton import check_finite
 from bstack.models.staging import staged
 

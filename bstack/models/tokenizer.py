@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bstack.errors import UnsupportedModelError
-from bstack.models.code import ADVICE, references, refusal
+from bstack.models.references import ADVICE, references, refusal
 from bstk.errors import writing
 
 __all__ = ["export"]

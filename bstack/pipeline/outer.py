@@ -11,7 +11,7 @@ import bstk
 from bstack.calibration.sensitivity import Sensitivity
 from bstack.codecs import Codec
 from bstack.errors import UnsupportedModelError
-from bstack.models.code import name_place
+from bstack.models.references import name_place
 from bstack.models.skeleton import Skeleton
 from bstack.models.slices import MatrixName, row_ranges
 from bstack.pipeline.encode import Matrix, add_dense, encode
@@ -139,8 +139,8 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
     names = checkpoint.export_tokenizer(folder)
     with writing(str(folder)):
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
-        if checkpoint.code is not None:
-            name_place(checkpoint.code, folder)
+        if checkpoint.code is not None and checkpoint.code.hub is not None:
+            name_place(folder, checkpoint.code.hub.partition("@")[0])
     size = sum((folder / name).stat().st_size for name in {*names, "config.json"})
     if size > bstk.limits.MAX_FILES_LENGTH:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ import torch
 import bstk
 from bstack.errors import UnsupportedModelError, reason
 from bstack.folders import new_folder
-from bstack.models.code import names_beside
+from bstack.models.references import names_beside
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstack.runtime.container import build_model, embedded_files, parse_name
 from bstack.runtime.dense import dense_weights

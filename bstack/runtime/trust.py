@@ -6,7 +6,8 @@ from pathlib import Path
 
 import bstk
 from bstack.errors import ForeignCodeError
-from bstack.models.code import Code, check_known, find_code, put_code, references, refusal, required
+from bstack.models.code import Code, find_code, put_code
+from bstack.models.references import check_known, references, refusal, required
 from bstk.errors import UsageError
 
 __all__ = ["allowed_code", "check_trust", "refuse_tokenizer", "stage_code"]

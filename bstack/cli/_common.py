@@ -1,10 +1,9 @@
-"""What several subcommands share: options, opening a file, JSON, progress."""
+"""What several subcommands share: options, opening a file, JSON."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,39 +125,3 @@ def code_told(quiet: bool) -> Iterator[None]:
         warnings.showwarning = tell
         warnings.simplefilter("always", ForeignCodeWarning)
         yield
-
-
-@contextmanager
-def progress(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of bytes done; draws a bar on stderr if that is a terminal."""
-    with _bar(total, what, quiet) as bar:
-        yield bar.update if bar is not None else lambda done: None
-
-
-@contextmanager
-def transfer(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """As `progress`, for bytes that come from `reader`: the bar, if there is one, shows the retries of one behind a URL."""
-    with _bar(total, what, quiet) as bar:
-        if bar is None:
-            yield lambda done: None
-            return
-        if isinstance(reader.source, bstk.HttpSource):
-            reader.source.notify = lambda text: bar.set_postfix_str(printable(text))
-
-        def arrived(count: int) -> None:
-            bar.set_postfix_str("", refresh=False)  # whatever was retried, it goes on
-            bar.update(count)
-
-        yield arrived
-
-
-@contextmanager
-def _bar(total: int, what: str, quiet: bool) -> Iterator[Any]:
-    """Yield a progress bar in bytes, or None where nobody would see it."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm  # only where it is drawn: it takes a tenth of a second
-
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-        yield bar

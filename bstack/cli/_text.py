@@ -19,6 +19,14 @@ def megabytes(size: int) -> str:
     return f"{size / MB:,.{3 if size < 10 * MB else 2}f} MB"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds, of more than an hour in hours and minutes."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def number(value: object, digits: int = 4) -> str:
     """Return a number briefly, or "-" for none; anything else as it is."""
     if value is None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 import bstk
 from bstack.cli import _common
+from bstack.cli._progress import stage
 from bstack.cli._text import printable
 
 
@@ -87,7 +86,7 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
         trust_remote_code=given["trust_remote_code"], code=given["code"] or given["original"],
     )  # fmt: skip
     with _common.code_told(quiet):
-        report = run_bench(file, options, _progress(quiet))
+        report = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
     _write(report, plot, csv_path, as_json, quiet)
 
 
@@ -172,19 +171,3 @@ def _plus_minus() -> str:
     except UnicodeEncodeError:
         return "+/-"
     return "±"
-
-
-def _progress(quiet: bool):
-    """Draw a bar for each stage, if stderr is a terminal."""
-
-    @contextmanager
-    def stage(name: str, steps: int) -> Iterator[Callable[[], None]]:
-        if quiet or not sys.stderr.isatty():
-            yield lambda: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(total=steps, desc=name, dynamic_ncols=True, leave=False) as bar:
-            yield bar.update
-
-    return stage

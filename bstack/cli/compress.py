@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,8 @@ from contextlib import contextmanager
 import click
 
 from bstack.cli._common import code_told, json_option, print_json, quiet_option, trust_option
-from bstack.cli._text import megabytes
+from bstack.cli._progress import is_terminal, stage
+from bstack.cli._text import duration, megabytes
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
 _STAGES = {
@@ -120,7 +120,7 @@ def command(model: str, output: str, preset: str, work_dir: str | None, force: b
         ("smallest file", megabytes(report.smallest_bytes)),
         ("stack", f"{report.blocks} blocks of {report.linears} linears, "
                   f"{report.bits_per_weight:.2f} bits per weight at full depth"),
-        ("time", _duration(report.seconds)),
+        ("time", duration(report.seconds)),
     ]
     if report.peak_memory_bytes is not None:
         rows.append(("peak memory", megabytes(report.peak_memory_bytes)))
@@ -138,26 +138,15 @@ def _check_preset(preset: str, codec: object) -> None:
         )
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _progress(quiet: bool):
-    """Name each stage on stderr; on a terminal with a bar that tells the time left."""
+    """Show each stage; without a terminal, say at its end what it took."""
 
     @contextmanager
-    def stage(name: str, steps: int) -> Iterator[Callable[[], None]]:
-        if quiet:
-            yield lambda: None
-        elif sys.stderr.isatty():
-            from tqdm import tqdm
+    def shown(name: str, steps: int) -> Iterator[Callable[[], None]]:
+        started = time.monotonic()
+        with stage(steps, _STAGES[name], quiet, leave=True) as step:
+            yield step
+        if not quiet and not is_terminal():
+            click.echo(f"{_STAGES[name]}: {duration(time.monotonic() - started)}", err=True)
 
-            with tqdm(total=steps, desc=_STAGES[name], dynamic_ncols=True) as bar:
-                yield bar.update
-        else:
-            started = time.monotonic()
-            yield lambda: None
-            click.echo(f"{_STAGES[name]}: {_duration(time.monotonic() - started)}", err=True)
-
-    return stage
+    return shown

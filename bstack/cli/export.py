@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bstack.cli import _common
+from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes, printable
 
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -47,7 +47,7 @@ def command(
         from bstack.runtime.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _common.transfer(reader, total, "export", quiet) as advance, _common.code_told(quiet):
+        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_told(quiet):
             done = export_safetensors(
                 reader, folder, mb=mb, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, code=code, progress=advance
             )

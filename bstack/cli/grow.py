@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import bstk
-from bstack.cli import _common
+from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes, printable
 
 
@@ -38,7 +38,7 @@ def command(file: str, mb: str, source: str, in_place: bool, as_json: bool, quie
         before = small.length
     with _common.open_file(source, quiet=quiet, warn=False) as larger:
         cut = bstk.plan_growth(small, mb, larger)
-        with _common.transfer(larger, cut.file_bytes - before * in_place, "grow", quiet) as advance:
+        with _progress.transferred(larger, cut.file_bytes - before * in_place, "grow", quiet) as advance:
             cut = bstk.grow(file, mb, larger, progress=advance, in_place=in_place)
         blocks = [chunk.is_block for chunk in larger.all_chunks]
         result = {

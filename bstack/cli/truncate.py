@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli import _common, _quality
+from bstack.cli import _common, _progress, _quality
 from bstack.cli._text import megabytes, printable
 
 
@@ -73,7 +73,7 @@ def command(
             points = _quality.curve(reader.metadata)
         elif not in_place:
             doing = "fetch" if bstk.is_url(source) else "copy"
-            with _common.transfer(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
+            with _progress.transferred(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
                 bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli import _common
+from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes, printable
 
 
@@ -49,7 +49,7 @@ def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: b
             if root is not None:
                 reader.require_root(root)
             total = sum(chunk.stored_length for chunk in reader.chunks)
-            with _common.progress(total, "verify", quiet) as advance:
+            with _progress.copied(total, "verify", quiet) as advance:
                 reader.verify(lambda chunk: advance(chunk.stored_length))
             # Damage first: of a partial file that is damaged too nobody should hear that it is valid.
             if strict and reader.state == "partial":

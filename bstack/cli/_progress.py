@@ -1,0 +1,96 @@
+"""Progress of long work on stderr: a bar on a terminal, a line a minute elsewhere, nothing with -q."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+import bstk
+from bstack.cli._text import duration, megabytes, printable
+
+__all__ = ["LINE_EVERY", "copied", "is_terminal", "stage", "transferred"]
+
+LINE_EVERY = 60.0
+"""Seconds between two lines."""
+
+
+class _Lines:
+    """What stands for a bar in a log."""
+
+    def __init__(self, total: int, what: str, shown: Callable[[int], str]):
+        self._total, self._what, self._shown = total, what, shown
+        self._done, self._before, self._told = 0, 0, time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        """Count what was done; say so if the last line is long ago."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told < LINE_EVERY or self._done >= self._total:
+            return
+        # By what was done since the last line: what an earlier run had done already went by in a moment.
+        left = (now - self._told) / (self._done - self._before) * (self._total - self._done)
+        done = f"{self._what}: {self._shown(self._done)} of {self._shown(self._total)}"
+        click.echo(f"{done}, about {duration(left)} left", err=True)
+        self._before, self._told = self._done, now
+
+
+@contextmanager
+def stage(steps: int, what: str, quiet: bool, leave: bool = False) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each of so many steps; with `leave` a bar stays when it is full."""
+    if quiet:
+        yield lambda: None
+    elif not is_terminal():
+        yield _Lines(steps, what, lambda number: f"{number:,}").update
+    else:
+        from tqdm import tqdm  # only where it is drawn: it takes a tenth of a second
+
+        with tqdm(total=steps, desc=what, dynamic_ncols=True, leave=leave) as bar:
+            yield bar.update
+
+
+@contextmanager
+def copied(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of bytes of each piece that was dealt with."""
+    with _bytes(total, what, quiet) as bar:
+        yield bar.update if bar is not None else lambda done: None
+
+
+@contextmanager
+def transferred(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """As `copied`, for bytes that come from `reader`: a bar shows the retries of one behind a URL."""
+    with _bytes(total, what, quiet) as bar:
+        if bar is None or isinstance(bar, _Lines):
+            yield bar.update if bar is not None else lambda done: None
+            return
+        if isinstance(reader.source, bstk.HttpSource):
+            reader.source.notify = lambda text: bar.set_postfix_str(printable(text))
+
+        def arrived(count: int) -> None:
+            bar.set_postfix_str("", refresh=False)  # whatever was retried, it goes on
+            bar.update(count)
+
+        yield arrived
+
+
+@contextmanager
+def _bytes(total: int, what: str, quiet: bool) -> Iterator[Any]:
+    """Yield a bar in bytes, what stands for it, or None."""
+    if quiet:
+        yield None
+    elif not is_terminal():
+        yield _Lines(total, what, megabytes)
+    else:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+            yield bar
+
+
+def is_terminal() -> bool:
+    """Whether somebody may see a bar."""
+    return sys.stderr.isatty()

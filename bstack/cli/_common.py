@@ -37,13 +37,10 @@ class FileType(click.Path):
         super().__init__(exists=True, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if bstk.is_url(value):
+        if "://" in value and not os.path.exists(value):
             self.fail(
                 "this takes a file on disk, not a URL. Fetch it first: bstack truncate URL --mb N -o OUT.", param, ctx
             )
-        scheme, separator, _ = value.partition("://")
-        if separator and not os.path.exists(value):
-            self.fail(f"{value}: {scheme}:// is not read. URLs begin with https://, http:// or hf://.", param, ctx)
         if _is_model(value):
             self.fail(
                 f"{value} is a model, not a .bstk file. Compress it first: bstack compress {value} -o "
@@ -67,7 +64,13 @@ class PlaceType(click.ParamType):
     name = "FILE|URL"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if bstk.is_url(value) else FileType().convert(value, param, ctx)
+        if bstk.is_url(value):
+            return value
+        scheme, separator, rest = value.partition("://")
+        if separator and not os.path.exists(value):
+            instead = f"Give the path alone, {rest}." if scheme.lower() == "file" else "URLs begin with https://, http:// or hf://."
+            self.fail(f"{scheme}:// is not read. {instead}", param, ctx)
+        return FileType().convert(value, param, ctx)
 
 
 file_argument = click.argument("file", type=FileType(), metavar="FILE")

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a line a minute elsewhere, nothing with -q."""
+"""Progress of long work on stderr: a bar on a terminal, at most a line a minute elsewhere, nothing with -q."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bstack.cli._text import duration, megabytes, printable
 __all__ = ["LINE_EVERY", "copied", "is_terminal", "stage", "transferred"]
 
 LINE_EVERY = 60.0
-"""Seconds between two lines."""
+"""Seconds between two lines, at least."""
 
 
 class _Lines:
@@ -30,7 +30,7 @@ class _Lines:
         """Count what was done; say so if the last line is long ago."""
         self._done += count
         now = time.monotonic()
-        if now - self._told < LINE_EVERY or self._done >= self._total:
+        if not count or now - self._told < LINE_EVERY or self._done >= self._total:
             return
         # By what was done since the last line: what an earlier run had done already went by in a moment.
         left = (now - self._told) / (self._done - self._before) * (self._total - self._done)

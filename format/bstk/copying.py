@@ -140,6 +140,18 @@ def extend(
         position, there, begun = chunks[first].offset, 0, None
 
 
+def extend_from_cut(file: LockedFile, cut: Reader, chunks: Sequence[Chunk], progress: Progress | None = None) -> None:
+    """As `extend`, from a smaller cut that may not have all of `chunks`: as far as it goes, its incomplete last chunk included."""
+    own = chunks[: len(cut.chunks)]
+    extend(file, cut, own, progress)
+    if len(own) < len(chunks) and own[-1].end == file.length < cut.length:
+        rest = cut.source.read(own[-1].end, min(cut.length, chunks[len(own)].end) - own[-1].end)
+        with writing(file.path):
+            file.write(own[-1].end, rest)
+        if progress is not None:
+            progress(len(rest))
+
+
 def intact(file: LockedFile, chunks: Sequence[Chunk]) -> int:
     """Return how many bytes of `file` can be kept: up to its first damaged chunk. What follows its last chunk counts."""
     length = file.length

@@ -118,7 +118,35 @@ def _truncate(
     cut = plan(source, mb)
     if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
         raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
-    with replacing(dst, overwrite) as (sink, temporary):
+    write_cut(source, cut, dst, cut.file_bytes if seal else 0, progress, overwrite)
+    return cut
+
+
+def write_cut(
+    source: Reader,
+    cut: Cut,
+    dst: str | os.PathLike[str],
+    seal: int,
+    progress: Progress | None = None,
+    overwrite: bool = True,
+    begun: LockedFile | None = None,
+) -> None:
+    """Write a cut of a file on disk to `dst`, which appears whole or not at all. Each chunk is checked.
+
+    Parameters
+    ----------
+    source, cut
+        The file and what to keep of it.
+    dst : path
+    seal : int
+        The seal to write, or 0 for none.
+    progress, overwrite
+        As of `truncate`.
+    begun : LockedFile or None
+        What is at `dst`, if it is a smaller cut of the same file: its chunks are copied from there.
+    """
+    chunks = source.all_chunks[: cut.chunks]
+    with replacing(dst, overwrite, begun) as (sink, temporary):
 
         def write(data: bytes | memoryview) -> None:
             with writing(os.fspath(dst)):
@@ -126,11 +154,15 @@ def _truncate(
             if progress is not None:
                 progress(len(data))
 
-        write(header_of(source, cut.file_bytes if seal else 0))
-        copy_chunks(source, source.chunks[: cut.chunks], write)
+        write(header_of(source, seal))
+        there = 0
+        if begun is not None:
+            with opening.open(begun.path, warn=False) as smaller:
+                there = len(smaller.chunks)
+                copy_chunks(smaller, chunks[:there], write)
+        copy_chunks(source, chunks[there:], write)
         opening.open(temporary, warn=False).close()
-    remove_part(dst, name)
-    return cut
+    remove_part(dst, source.source.name)
 
 
 def _fetch(

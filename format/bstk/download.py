@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from . import opening
-from .copying import Progress, extend, header_of, intact, overwrite_preamble
+from .copying import Progress, extend, extend_from_cut, header_of, intact, overwrite_preamble
 from .cuts import Cut
-from .errors import BstkError, OutputError, ResourceError, writing
+from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, writing
 from .files import LockedFile, require_free, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
@@ -28,7 +28,7 @@ def download(
     seal: int,
     progress: Progress | None = None,
     overwrite: bool = True,
-    begun: str | os.PathLike[str] | None = None,
+    begun: LockedFile | None = None,
 ) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all.
 
@@ -49,8 +49,9 @@ def download(
         Called with the number of bytes that are there, for those of an earlier call at once.
     overwrite : bool
         Replace what is at `dst`.
-    begun : path or None
-        A smaller cut of the same file on disk. What it has and ``DST.part`` has not is copied from it and not fetched.
+    begun : LockedFile or None
+        What is at `dst`, if it is a smaller cut of the same file. What it has and ``DST.part`` has not is copied from it and
+        not fetched.
 
     Raises
     ------
@@ -71,20 +72,37 @@ def download(
     chunks = reader.all_chunks[: cut.chunks]
     with LockedFile(part_of(dst), create=True) as part, _room_told(part):
         with writing(part.path):
+            part.prepare(target)
+            _require_ours(part, reader)
             begin(part, reader)
             part.shorten(intact(part, chunks))
             if progress is not None:
                 progress(part.length)
         if begun is not None:
-            with opening.open(begun, warn=False) as smaller:
-                extend(part, smaller, chunks[: len(smaller.chunks)], progress)
+            with opening.open(begun.path, warn=False) as smaller:
+                extend_from_cut(part, smaller, chunks, progress)
         extend(part, reader, chunks, progress)
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
         if not overwrite:
             require_free(dst)
         with writing(os.fspath(dst)):
-            part.rename(target)
+            part.rename(target, begun)
     sync_folder(os.path.dirname(target))
+
+
+def _require_ours(part: LockedFile, reader: Reader) -> None:
+    """Raise OutputError if ``DST.part`` is a .bstk file of its own: complete, or cut on purpose, and not of what is fetched."""
+    there = part.read(0, LENGTH)
+    if len(there) < LENGTH or not _may_be_ours(there):
+        return  # `begin` knows what to do with it
+    try:
+        if _is_stopped(part) or parse(there).root() == reader.root:
+            return
+    except DamagedError:  # a header that was not written to its end
+        return
+    except UnsupportedVersionError:
+        pass
+    raise OutputError(f"{part.path}: in the way: it is a .bstk file of its own. Move it, or name another output.")
 
 
 def begin(part: LockedFile, reader: Reader) -> None:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from . import locks
+from . import locks, urls
 from .errors import BusyError, OutputError, UsageError, writing
 
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -32,19 +32,22 @@ class Sink:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[tuple[Sink, str]]:
+def replacing(
+    path: str | os.PathLike[str], overwrite: bool = True, locked: LockedFile | None = None
+) -> Iterator[tuple[Sink, str]]:
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
     Yields the sink and the path of the temporary file, which stands in the same folder and is synced before it is renamed.
-    It has the permissions of what it replaces.
+    From its first byte on it has the permissions of what it replaces. `locked` is that, if the caller has locked it.
+
     A killed process leaves it behind as ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several
     processes that write `path` at once, each writes a file of its own, and the last to finish has its file there.
 
     Raises
     ------
     UsageError
-        With `overwrite` off, and something is at `path`, then or when all is written. What another process puts there between
-        that look and the renaming is replaced.
+        `path` is empty or a URL; or with `overwrite` off something is there, at the start or when all is written. What another
+        process puts there between that look and the renaming is replaced.
     ResourceError
         The disk is full.
     OutputError
@@ -59,14 +62,18 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
         _remove_leftovers(folder, name)
         descriptor, temporary = _create_temporary(folder, name)
     try:
+        with writing(shown):
+            _keep_permissions(descriptor, target, _OURS)
         yield Sink(descriptor), temporary
         with writing(shown):
+            _keep_permissions(descriptor, target)
             os.fsync(descriptor)
-            if os.name == "nt":  # cannot rename an open file
-                descriptor = _close(descriptor)
             if not overwrite:
                 require_free(path)
-            _keep_mode(temporary, target)
+            if os.name == "nt":  # cannot rename an open file, nor rename over one
+                descriptor = _close(descriptor)
+                if locked is not None:
+                    locked.close()
             # Elsewhere still locked: to others it is no leftover as long as it has this name.
             os.replace(temporary, target)
     except BaseException:
@@ -91,20 +98,27 @@ def target_of(path: str | os.PathLike[str]) -> str:
 
     Raises
     ------
+    UsageError
+        It is empty, or a URL.
     OutputError
         There is something there that is no regular file, or there is no such folder.
     """
     shown = os.fspath(path)
     if not shown:
-        raise OutputError("The name of the output is empty. Name a file to write to.")
+        raise UsageError("The name of the output is empty. Name a file to write to.")
+    if urls.is_url(shown):
+        raise UsageError(f"{urls.shown(shown)}: an output is a file on disk, not a URL. Name a file to write to.")
     target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    if not os.path.exists(folder):
-        raise OutputError(f"{shown}: cannot write: there is no folder {folder}. Create it, or name another output.")
-    with writing(shown), suppress(FileNotFoundError):
-        # Renaming over a device such as /dev/null would replace the device.
-        if not stat.S_ISREG(os.stat(target).st_mode):
-            raise OutputError(f"{shown}: not a regular file. Name a file to write to.")
+    with writing(shown):
+        try:
+            # Renaming over a device such as /dev/null would replace the device.
+            if not stat.S_ISREG(os.stat(target).st_mode):
+                raise OutputError(f"{shown}: not a regular file. Name a file to write to.")
+        except FileNotFoundError:
+            folder = os.path.dirname(target)
+            if not os.path.isdir(folder):
+                message = f"{shown}: cannot write: there is no folder {folder}. Create it, or name another output."
+                raise OutputError(message) from None
     return target
 
 
@@ -126,10 +140,32 @@ def _close(descriptor: int) -> int:
     return -1
 
 
-def _keep_mode(new: str, old: str) -> None:
-    """Give a file that replaces another its permissions: what only its owner could read stays so."""
-    with suppress(OSError):
-        os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
+_OURS = 0o600  # what whoever writes a file may do with it, until it takes its place
+
+
+def _keep_permissions(descriptor: int, target: str, besides: int = 0) -> None:
+    """Give an open file that is to replace `target` its owner, group and permissions, and those `besides`.
+
+    Where the group is one that this user may not give, the group's permissions are not given either: nobody can read the new
+    file who could not read the old one. Windows, and the first file at `target`, keep the system's rules.
+    """
+    if os.name != "posix":
+        return
+    try:
+        old = os.stat(target)
+    except FileNotFoundError:
+        return
+    new, mode = os.fstat(descriptor), stat.S_IMODE(old.st_mode) & 0o777
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        with suppress(PermissionError):
+            os.fchown(descriptor, -1, old.st_gid)
+        with suppress(PermissionError):
+            os.fchown(descriptor, old.st_uid, -1)
+        new = os.fstat(descriptor)
+        mode &= ~0o070 if new.st_gid != old.st_gid else ~0
+    # Some file systems have one mode for all files, and refuse to change it.
+    if stat.S_IMODE(new.st_mode) != mode | besides:
+        os.fchmod(descriptor, mode | besides)
 
 
 def _stem(name: str) -> str:
@@ -243,15 +279,28 @@ class LockedFile:
         """Cut everything after the first `length` bytes off."""
         os.ftruncate(self._descriptor, length)
 
+    def is_there(self) -> bool:
+        """Whether it still is what its path names: another process may have put a file in its place."""
+        return locks.is_at(self._descriptor, self.path)
+
+    def prepare(self, target: str) -> None:
+        """Let nobody read it who may not read the file at `target`, which it is to replace."""
+        _keep_permissions(self._descriptor, target, _OURS)
+
     def sync(self) -> None:
         """Wait until all of it is on the disk."""
         os.fsync(self._descriptor)
 
-    def rename(self, target: str) -> None:
-        """Put the file at `target`, in place of what is there and with its permissions, and close it."""
-        _keep_mode(self.path, target)
-        if os.name == "nt":  # cannot rename an open file
+    def rename(self, target: str, locked: LockedFile | None = None) -> None:
+        """Put the file at `target`, in place of what is there and with its permissions, and close it.
+
+        `locked` is what is there, if the caller has locked it.
+        """
+        _keep_permissions(self._descriptor, target)
+        if os.name == "nt":  # cannot rename an open file, nor rename over one
             self.close()
+            if locked is not None:
+                locked.close()
             os.replace(self.path, target)
             return
         os.replace(self.path, target)  # still locked: nobody takes the new file for a part that can be written to

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from . import opening
 from .budget import Budget, mb_ceil
-from .copying import Progress, copy_chunks, extend, header_of, overwrite_preamble
+from .copying import Progress, extend, overwrite_preamble
 from .cuts import Cut
+from .cutting import write_cut
 from .download import download, remove_part
 from .errors import (
     BstkError,
+    BusyError,
     DamagedError,
     OtherModelError,
     OutputError,
@@ -21,7 +23,7 @@ from .errors import (
     UsageError,
     writing,
 )
-from .files import LockedFile, replacing
+from .files import LockedFile
 from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
 
@@ -74,7 +76,7 @@ def grow(
     UsageError
         There is nothing to add within `mb`, or `source` is `path`.
     BusyError
-        Another process changes the file in place, if `in_place`, or fetches to it.
+        Another process cuts or grows the file, or fetches to it, or put another file in its place while it grew in place.
     UnsupportedVersionError
         The file has a feature this package can read but not rewrite.
     NotBstkError, DamagedError
@@ -95,47 +97,29 @@ def grow(
 
 
 def _replace(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    """Write a new file and put it in the old one's place."""
-    with opening.open(path, warn=False) as small:
-        cut = plan_growth(small, mb, larger)
-        missing = cut.file_bytes - small.chunks[-1].end
-    try:
-        if not opening.is_remote(larger):
-            _copy(path, larger, cut, progress)
-            return cut
+    """Write a new file and put it in the old one's place, which is locked so that nobody changes it meanwhile."""
+    with LockedFile(path) as file:
         try:
-            download(larger, cut, path, _seal(larger, cut), progress, begun=path)
+            return _write(file, mb, larger, progress)
         except RemoteChangedError:
-            larger = opening.reopen(larger)
-            with opening.open(path, warn=False) as small:
-                cut = plan_growth(small, mb, larger)
-            download(larger, cut, path, _seal(larger, cut), progress, begun=path)
-    except ResourceError as error:
+            return _write(file, mb, opening.reopen(larger), progress)
+
+
+def _write(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
+    with opening.open(file.path, warn=False) as small:
+        cut = plan_growth(small, mb, larger)
+        missing = max(0, cut.file_bytes - small.length)
+    make = download if opening.is_remote(larger) else write_cut
+    try:
+        make(larger, cut, file.path, _seal(larger, cut), progress, begun=file)
+    except (ResourceError, OutputError) as error:
         error.args = (
-            f"{error.args[0]} A new file of {mb_ceil(cut.file_bytes)} MB was to take the place of the old one; growing in "
-            f"place (--in-place) takes {mb_ceil(missing)} MB.",
+            f"{error.args[0]} To take the old file's place, a new one of {mb_ceil(cut.file_bytes)} MB was to be written beside "
+            f"it; growing in place (--in-place) adds {mb_ceil(missing)} MB to the file itself.",
             *error.args[1:],
         )
         raise
     return cut
-
-
-def _copy(path: str | os.PathLike[str], larger: Reader, cut: Cut, progress: Progress | None) -> None:
-    with replacing(path) as (sink, temporary):
-
-        def write(data: bytes | memoryview) -> None:
-            with writing(os.fspath(path)):
-                sink.write(data)
-            if progress is not None:
-                progress(len(data))
-
-        write(header_of(larger, _seal(larger, cut)))
-        with opening.open(path, warn=False) as small:
-            there = min(len(small.chunks), cut.chunks)
-            copy_chunks(small, larger.all_chunks[:there], write)
-        copy_chunks(larger, larger.all_chunks[there : cut.chunks], write)
-        opening.open(temporary, warn=False).close()
-    remove_part(path, larger.source.name)
 
 
 def _seal(larger: Reader, cut: Cut) -> int:
@@ -148,14 +132,18 @@ def _grow_in_place(path: str | os.PathLike[str], mb: Budget, larger: Reader, pro
         old = _old(file)
         try:
             try:
-                return _append(file, mb, larger, progress)
+                cut = _append(file, mb, larger, progress)
             except RemoteChangedError:
-                return _append(file, mb, opening.reopen(larger), progress)
+                cut = _append(file, mb, opening.reopen(larger), progress)
         except BaseException as error:
             arrived = opening.is_remote(larger) and isinstance(error, _TRANSFER)
             if not (arrived and file.length > old.length):
                 _bring_back(file, old, error)
             raise
+        if not file.is_there():  # who replaces a file asks for no lock
+            raise BusyError(f"{file.path}: another command put a file in its place while it grew. Give the same command again.")
+    remove_part(path, larger.source.name)
+    return cut
 
 
 # Of a URL, what has arrived when one of these comes is worth more than the old file.

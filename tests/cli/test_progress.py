@@ -27,6 +27,7 @@ def test_a_line_a_minute_tells_what_is_done_and_left(capsys, clock):
         for _ in range(28):
             clock.now += 45
             step()
+            step(0)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Compressing layers: 6 of 32, about 6 min 30 s left"  # six steps in 90 s
     assert lines[1] == "Compressing layers: 8 of 32, about 18 min 00 s left"  # two steps in 90 s

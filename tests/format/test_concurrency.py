@@ -99,11 +99,45 @@ def test_one_process_at_a_time_changes_a_file(good, good_path, tmp_path, sizes):
     with LockedFile(small):
         with pytest.raises(bstk.BusyError, match="another process is writing this file") as caught:
             bstk.truncate(small, None, sizes[0])
-        with pytest.raises(bstk.BusyError):
-            bstk.grow(small, 1, good_path, in_place=True)
+        for in_place in (True, False):
+            with pytest.raises(bstk.BusyError):
+                bstk.grow(small, 1, good_path, in_place=in_place)
         bstk.truncate(small, tmp_path / "out.bstk", sizes[0])  # reading is not held up
     assert caught.value.exit_code == 2 and small.read_bytes() == before
     bstk.truncate(small, None, sizes[0])
+
+
+def test_nobody_else_changes_a_file_that_grows(good, good_path, tmp_path, sizes):
+    small = tmp_path / "small.bstk"
+    refused = []
+
+    def meanwhile(count):
+        for change in (
+            lambda: bstk.truncate(small, None, sizes[0]),
+            lambda: bstk.grow(small, sizes[2], good_path),
+            lambda: bstk.grow(small, sizes[2], good_path, in_place=True),
+        ):
+            with pytest.raises(bstk.BusyError):
+                change()
+            refused.append(change)
+
+    for in_place in (False, True):
+        bstk.truncate(good_path, small, sizes[1])
+        bstk.grow(small, 1, good_path, progress=meanwhile, in_place=in_place)
+        assert small.read_bytes() == good and len(refused) >= 3
+        refused.clear()
+
+
+@POSIX
+def test_a_file_that_is_replaced_while_it_grows_in_place(good_path, tmp_path, sizes):
+    """Who replaces a file asks for no lock. What grew is gone, and that is said."""
+    small = tmp_path / "small.bstk"
+    bstk.truncate(good_path, small, sizes[1])
+    with pytest.raises(bstk.BusyError, match="put a file in its place while it grew") as caught:
+        bstk.grow(small, 1, good_path, progress=lambda count: bstk.truncate(good_path, small, sizes[0]), in_place=True)
+    assert caught.value.exit_code == 2
+    with bstk.open(small) as f:
+        assert f.length == round(sizes[0] * bstk.MB)
 
 
 @POSIX

@@ -66,7 +66,9 @@ def test_a_partial_file_goes_on_within_a_block(model, serve, cut, tmp_path, in_p
         small = tmp_path / "partial.bstk"
         small.write_bytes(model[: round(sizes[18] * bstk.MB) + extra])
         server.asked.clear()
+        length = small.stat().st_size
         bstk.grow(small, sizes[20], server.url, in_place=in_place)
+        assert server.ranges_asked()[-1] == (max(length, 65536), large.stat().st_size - 1)
         assert small.read_bytes() == large.read_bytes()
     # All blocks are there, and only the seal is missing.
     small.write_bytes(model[: large.stat().st_size])
@@ -168,8 +170,12 @@ def test_no_room_for_a_second_copy(remote, model, cut, serve, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("bstk.files.Sink.write", refuse)
-        with pytest.raises(bstk.ResourceError, match=r"A new file of \S+ MB .* in place \(--in-place\) takes \S+ MB") as caught:
+        with pytest.raises(bstk.ResourceError, match="beside it; growing in place") as caught:
             bstk.grow(small, sizes[20], serve(model).url if remote else tmp_path / "source.bstk")
+    with bstk.open(tmp_path / "source.bstk") as file:
+        size = file.fit(sizes[20]).file_bytes
+    for figure in (size, size - len(before)):
+        assert f" {bstk.mb_ceil(figure)} MB" in str(caught.value)
     assert ("small.bstk.part" in str(caught.value)) == remote
     assert small.read_bytes() == before
 
@@ -182,6 +188,62 @@ def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, ser
     (tmp_path / "link.bstk").symlink_to(small)
     bstk.grow(tmp_path / "link.bstk", 1000, serve(model).url if remote else tmp_path / "source.bstk")
     assert small.read_bytes() == model and small.stat().st_mode & 0o777 == 0o600 and (tmp_path / "link.bstk").is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_private_file_is_private_while_it_is_written(remote, model, cut, serve, tmp_path):
+    small = cut(model, cut_sizes(model)[3])
+    small.chmod(0o400)  # this user may be root, who writes it all the same
+    if not os.access(small, os.W_OK):
+        small.chmod(0o600)
+    modes = set()
+
+    def look(count):
+        modes.update(path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name.endswith(".part"))
+
+    source = tmp_path / "source.bstk"
+    bstk.grow(small, 1000, serve(model).url if remote else source, progress=look)
+    assert modes == {0o600}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_permissions_that_cannot_be_given_are_an_error(model, cut, tmp_path, monkeypatch):
+    small = cut(model, cut_sizes(model)[3])
+    small.chmod(0o600)
+    before = small.read_bytes()
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(bstk.OutputError, match="cannot write: Operation not permitted"):
+        bstk.grow(small, 1000, tmp_path / "source.bstk")
+    assert small.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"small.bstk", "source.bstk"}
+
+
+@pytest.mark.parametrize("kind", ["whole", "sealed"])
+def test_a_file_of_its_own_in_the_way_of_the_part(kind, model, other, cut, serve, tmp_path):
+    small = cut(model, cut_sizes(model)[3])
+    before, part = small.read_bytes(), tmp_path / "small.bstk.part"
+    theirs = other if kind == "whole" else cut(other, cut_sizes(other)[1], "theirs.bstk").read_bytes()
+    part.write_bytes(theirs)
+    for mb in (1000, cut_sizes(model)[9]):
+        with pytest.raises(bstk.OutputError, match="part: in the way: it is a .bstk file of its own. Move it"):
+            bstk.grow(small, mb, serve(model).url)
+    assert small.read_bytes() == before and part.read_bytes() == theirs
+    part.write_bytes(other[:-1])  # what a stopped download of another model may have left
+    bstk.grow(small, 1000, serve(model).url)
+    assert small.read_bytes() == model and not part.exists()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_a_stopped_growth_left_goes_when_another_way_succeeds(in_place, long_head, cut, serve, tmp_path):
+    small = cut(long_head, cut_sizes(long_head)[3])
+    part = tmp_path / "small.bstk.part"
+    part.write_bytes(long_head[:-7])
+    bstk.grow(small, 1000, tmp_path / "source.bstk", in_place=in_place)
+    assert small.read_bytes() == long_head and not part.exists()
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")
@@ -285,9 +347,10 @@ def test_in_place_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_he
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut, in_place):
     small = cut(long_head, cut_sizes(long_head)[5])
+    length = small.stat().st_size
     server = serve(long_head, then={2: {"etag": '"two"'}})  # the same bytes again
     bstk.grow(small, 1000, server.url, in_place=in_place)
-    assert small.read_bytes() == long_head
+    assert small.read_bytes() == long_head and server.ranges_asked()[-1] == (length, len(long_head) - 1)
     small = cut(long_head, cut_sizes(long_head)[5])
     before = small.read_bytes()
     server = serve(long_head, then={2: {"etag": '"two"', "data": model}})

@@ -14,6 +14,7 @@ unless --folder is given: all 32 layers take hours, and the same command goes on
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -64,6 +65,20 @@ def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
     print(f"whole file: {report.file_bytes / 2**20:,.0f} MB, {report.seconds:.0f} s")
 
 
+def prepare(folder: Path, layers: int, vocabulary: int) -> int:
+    """Write model and text, unless they are there; return the bytes of the weights."""
+    model, text = folder / "model", folder / "text.txt"
+    shape = WIDTHS | {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    if text.exists():  # which is written last
+        found = json.loads((model / "config.json").read_text())
+        if any(found[key] != value for key, value in shape.items()):
+            sys.exit(f"{folder} holds a model of other --layers or --vocabulary. Name another folder.")
+        return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    size = write_model(model, **shape, tie_word_embeddings=False)
+    write_text(text, 2**14)
+    return size
+
+
 class EnoughError(Exception):
     """Ends the run after as many ranges of rows as were asked for."""
 
@@ -81,13 +96,11 @@ def main() -> None:
         compress(arguments.folder, arguments.limit_gb, arguments.ranges)
         return
     with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="bstack-scale-") as name:
-        folder = Path(name)
-        if not (folder / "text.txt").exists():  # which is written last
-            shape = WIDTHS | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
-            size = write_model(folder / "model", **shape, tie_word_embeddings=False)
-            write_text(folder / "text.txt", 2**14)
-            print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
-        options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(folder)]
+        size = prepare(Path(name), arguments.layers, arguments.vocabulary)
+        print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
+        if (Path(name) / "out.bstk.work").exists():
+            print("goes on where it was stopped: times and peaks are of what is left", flush=True)
+        options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(name)]
         options += ["--ranges", str(arguments.ranges)] if arguments.ranges else []
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [sys.executable, __file__, "--child", *options]

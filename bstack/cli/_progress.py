@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -92,5 +93,10 @@ def _bytes(total: int, what: str, quiet: bool) -> Iterator[Any]:
 
 
 def is_terminal() -> bool:
-    """Whether somebody may see a bar."""
-    return sys.stderr.isatty()
+    """Whether a bar can be drawn; not on a terminal that has no size, as some of containers have."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return all(os.get_terminal_size(sys.stderr.fileno()))
+    except OSError:
+        return True

@@ -36,7 +36,7 @@ def command(file: str, mb: str, source: str, in_place: bool, as_json: bool, quie
     """
     with _common.open_file(file, quiet=quiet, warn=False) as small:
         before = small.length
-    with _common.open_file(source, quiet=quiet, warn=False) as larger:
+    with _common.open_file(source, quiet=quiet) as larger:
         cut = bstk.plan_growth(small, mb, larger)
         with _progress.transferred(larger, cut.file_bytes - before * in_place, "grow", quiet) as advance:
             cut = bstk.grow(file, mb, larger, progress=advance, in_place=in_place)

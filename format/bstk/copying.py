@@ -12,6 +12,7 @@ from .index import Chunk
 from .preamble import LENGTH
 from .reader import Reader
 from .sources import pieces, read_exactly
+from .urls import is_url
 
 _PIECE = 4 * 2**20  # bytes hashed at a time
 
@@ -181,10 +182,11 @@ def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
 
 
 def _damaged(name: str, chunk: Chunk) -> DamagedError:
+    advice = "The file is damaged: make or fetch it anew."
+    if is_url(name):
+        advice = "Give the same command again; if that does not help, the file is damaged there."
     error = DamagedError(
-        f"{name}: {chunk.describe()}: its SHA-256 does not match the index. Give the same command again if the file came over "
-        "a network; if that does not help, the file is damaged there: make or fetch it anew. A cut that ends before this chunk "
-        "is good."
+        f"{name}: {chunk.describe()}: its SHA-256 does not match the index. {advice} A cut that ends before this chunk is good."
     )
     error.chunk = chunk
     return error

@@ -8,9 +8,9 @@ from . import opening, urls
 from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
 from .cuts import Cut
-from .download import download, remove_part
+from .download import download, remove_rests
 from .errors import RemoteChangedError, UsageError, writing
-from .files import LockedFile, replacing
+from .files import Borrowed, LockedFile, replacing
 from .reader import Reader
 
 
@@ -157,12 +157,12 @@ def write_cut(
         write(header_of(source, seal))
         there = 0
         if begun is not None:
-            with opening.open(begun.path, warn=False) as smaller:
+            with opening.open(Borrowed(begun), warn=False) as smaller:
                 there = len(smaller.chunks)
                 copy_chunks(smaller, chunks[:there], write)
         copy_chunks(source, chunks[there:], write)
         opening.open(temporary, warn=False).close()
-    remove_part(dst, source.source.name)
+    remove_rests(dst, source.source.name)
 
 
 def _fetch(
@@ -180,7 +180,7 @@ def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
     opening.open(path, warn=False).close()  # what is no good file is refused as such, and not for want of the right to write
     with LockedFile(path) as file:
         # Read again: until it was locked, another process may have changed it.
-        with opening.open(path, warn=False) as source:
+        with opening.open(Borrowed(file), warn=False) as source:
             cut = plan(source, mb)
         steps = []
         if source.seal:
@@ -192,4 +192,5 @@ def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
             for step in steps:
                 step()
                 os.fsync(file.fileno())
+    remove_rests(path)
     return cut

@@ -11,7 +11,7 @@ from . import opening
 from .copying import Progress, extend, extend_from_cut, header_of, intact, overwrite_preamble
 from .cuts import Cut
 from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, writing
-from .files import LockedFile, require_free, sync_folder, target_of
+from .files import Borrowed, LockedFile, remove_leftovers, require_free, sync_folder, target_of
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
 
@@ -69,6 +69,7 @@ def download(
     if not overwrite:
         require_free(dst)
     target = target_of(dst)
+    _require_plain(part_of(dst))
     chunks = reader.all_chunks[: cut.chunks]
     with LockedFile(part_of(dst), create=True) as part, _room_told(part):
         with writing(part.path):
@@ -79,7 +80,7 @@ def download(
             if progress is not None:
                 progress(part.length)
         if begun is not None:
-            with opening.open(begun.path, warn=False) as smaller:
+            with opening.open(Borrowed(begun), warn=False) as smaller:
                 extend_from_cut(part, smaller, chunks, progress)
         extend(part, reader, chunks, progress)
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
@@ -88,6 +89,18 @@ def download(
         with writing(os.fspath(dst)):
             part.rename(target, begun)
     sync_folder(os.path.dirname(target))
+    remove_leftovers(target)
+
+
+def _require_plain(part: str) -> None:
+    """Raise OutputError if ``DST.part`` is no file that can be written to: nothing is written through a link."""
+    what = "a link" if os.path.islink(part) else "a folder" if os.path.isdir(part) else ""
+    if what:
+        raise _in_the_way(part, what)
+
+
+def _in_the_way(part: str, what: str) -> OutputError:
+    return OutputError(f"{part}: in the way: it is {what}. Move it away, and give the same command again.")
 
 
 def _require_ours(part: LockedFile, reader: Reader) -> None:
@@ -102,7 +115,7 @@ def _require_ours(part: LockedFile, reader: Reader) -> None:
         return
     except UnsupportedVersionError:
         pass
-    raise OutputError(f"{part.path}: in the way: it is a .bstk file of its own. Move it, or name another output.")
+    raise _in_the_way(part.path, "a .bstk file of its own")
 
 
 def begin(part: LockedFile, reader: Reader) -> None:
@@ -116,7 +129,7 @@ def begin(part: LockedFile, reader: Reader) -> None:
     header = header_of(reader, 0)
     there = part.read(0, len(header))
     if not _may_be_ours(there):
-        raise OutputError(f"{part.path}: in the way: it is no part of a .bstk file. Move it, or name another output.")
+        raise _in_the_way(part.path, "no part of a .bstk file")
     # The preamble pins the tables and they pin all chunks, so equal headers mean the same file. Only the seal and its
     # CRC may differ.
     if _unsealed(there) != header:
@@ -124,13 +137,14 @@ def begin(part: LockedFile, reader: Reader) -> None:
     part.write(0, header)
 
 
-def remove_part(dst: str | os.PathLike[str], source: str = "") -> None:
-    """Delete what an earlier, stopped download to `dst` left, now that `dst` is there from elsewhere.
+def remove_rests(dst: str | os.PathLike[str], source: str = "") -> None:
+    """Delete what earlier, stopped runs left beside `dst`, now that it is as it was to be: temporary files, and a download's part.
 
-    Only what a stopped download is: the beginning of a .bstk file, not sealed. What is whole or sealed is left alone, and so is
+    Of that only what a stopped download is: the beginning of a .bstk file, not sealed. What is whole or sealed is left alone, and so is
     another file, a link, a download that still runs, and `source`, the file that `dst` was made from. If it cannot be deleted,
     it stays.
     """
+    remove_leftovers(os.path.realpath(dst))
     path = part_of(dst)
     with suppress(OSError, BstkError):
         if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
@@ -149,6 +163,8 @@ def _room_told(part: LockedFile) -> Iterator[None]:
     try:
         yield
     except ResourceError as error:
+        if not part.length:
+            raise
         error.args = (
             f"{error.args[0]} What has arrived is kept in {part.path} and is where the same command goes on; delete it to have "
             "its room back.",

@@ -38,7 +38,8 @@ def replacing(
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
     Yields the sink and the path of the temporary file, which stands in the same folder and is synced before it is renamed.
-    From its first byte on it has the permissions of what it replaces. `locked` is that, if the caller has locked it.
+    From its first byte on it has the permissions of what it replaces. `locked` is that, if the caller has locked it, and must still
+    be there at the end.
 
     A killed process leaves it behind as ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several
     processes that write `path` at once, each writes a file of its own, and the last to finish has its file there.
@@ -52,15 +53,16 @@ def replacing(
         The disk is full.
     OutputError
         `path` cannot be written, or is no regular file.
+    BusyError
+        `locked` is no longer there.
     """
     if not overwrite:
         require_free(path)
     target = target_of(path)
-    folder, name = os.path.split(target)
     shown = os.fspath(path)
     with writing(shown):
-        _remove_leftovers(folder, name)
-        descriptor, temporary = _create_temporary(folder, name)
+        remove_leftovers(target)
+        descriptor, temporary = _create_temporary(target)
     try:
         with writing(shown):
             _keep_permissions(descriptor, target, _OURS)
@@ -70,6 +72,8 @@ def replacing(
             os.fsync(descriptor)
             if not overwrite:
                 require_free(path)
+            if locked is not None:
+                locked.require_there()
             if os.name == "nt":  # cannot rename an open file, nor rename over one
                 descriptor = _close(descriptor)
                 if locked is not None:
@@ -84,7 +88,7 @@ def replacing(
         raise
     with suppress(OSError):  # all of it is on the disk already
         _close(descriptor)
-    sync_folder(folder)
+    sync_folder(os.path.dirname(target))
 
 
 def require_free(path: str | os.PathLike[str]) -> None:
@@ -173,8 +177,9 @@ def _stem(name: str) -> str:
     return os.fsencode(name)[:200].decode(errors="ignore")
 
 
-def _create_temporary(folder: str, name: str) -> tuple[int, str]:
-    """Create a locked file. The lock tells `_remove_leftovers` of other processes that somebody still writes it."""
+def _create_temporary(target: str) -> tuple[int, str]:
+    """Create a locked file. The lock tells `remove_leftovers` of other processes that somebody still writes it."""
+    folder, name = os.path.split(target)
     while True:
         temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
@@ -187,8 +192,9 @@ def _create_temporary(folder: str, name: str) -> tuple[int, str]:
         os.close(descriptor)
 
 
-def _remove_leftovers(folder: str, name: str) -> None:
-    """Delete what killed processes left of writing `name`: the temporary files that nobody has locked."""
+def remove_leftovers(target: str) -> None:
+    """Delete what killed processes left of writing `target`, no link: the temporary files that nobody has locked."""
+    folder, name = os.path.split(target)
     for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.????????.part")):
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDWR | _BINARY)
@@ -279,9 +285,10 @@ class LockedFile:
         """Cut everything after the first `length` bytes off."""
         os.ftruncate(self._descriptor, length)
 
-    def is_there(self) -> bool:
-        """Whether it still is what its path names: another process may have put a file in its place."""
-        return locks.is_at(self._descriptor, self.path)
+    def require_there(self) -> None:
+        """Raise BusyError unless it still is what its path names: who replaces or deletes a file asks for no lock."""
+        if not locks.is_at(self._descriptor, self.path):
+            raise BusyError(f"{self.path}: another program replaced or deleted it meanwhile. Look at what is there now.")
 
     def prepare(self, target: str) -> None:
         """Let nobody read it who may not read the file at `target`, which it is to replace."""
@@ -294,8 +301,10 @@ class LockedFile:
     def rename(self, target: str, locked: LockedFile | None = None) -> None:
         """Put the file at `target`, in place of what is there and with its permissions, and close it.
 
-        `locked` is what is there, if the caller has locked it.
+        `locked` is what is there, if the caller has locked it, and must still be there.
         """
+        if locked is not None:
+            locked.require_there()
         _keep_permissions(self._descriptor, target)
         if os.name == "nt":  # cannot rename an open file, nor rename over one
             self.close()
@@ -305,3 +314,22 @@ class LockedFile:
             return
         os.replace(self.path, target)  # still locked: nobody takes the new file for a part that can be written to
         self.close()
+
+
+class Borrowed:
+    """A locked file as a source to read from, whatever is at its path meanwhile; closing it leaves the file open and locked."""
+
+    def __init__(self, file: LockedFile):
+        self.name = file.path
+        self._file = file
+
+    @property
+    def length(self) -> int:
+        return self._file.length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the `length` bytes at `offset`; fewer only where the file ends."""
+        return self._file.read(offset, length)
+
+    def close(self) -> None:
+        """Do nothing: the file belongs to another."""

@@ -10,10 +10,9 @@ from .budget import Budget, mb_ceil
 from .copying import Progress, extend, overwrite_preamble
 from .cuts import Cut
 from .cutting import write_cut
-from .download import download, remove_part
+from .download import download, part_of, remove_rests
 from .errors import (
     BstkError,
-    BusyError,
     DamagedError,
     OtherModelError,
     OutputError,
@@ -23,7 +22,7 @@ from .errors import (
     UsageError,
     writing,
 )
-from .files import LockedFile
+from .files import Borrowed, LockedFile
 from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
 
@@ -76,7 +75,7 @@ def grow(
     UsageError
         There is nothing to add within `mb`, or `source` is `path`.
     BusyError
-        Another process cuts or grows the file, or fetches to it, or put another file in its place while it grew in place.
+        Another process cuts or grows the file, or fetches to it, or replaced or deleted it while it grew.
     UnsupportedVersionError
         The file has a feature this package can read but not rewrite.
     NotBstkError, DamagedError
@@ -106,7 +105,7 @@ def _replace(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress:
 
 
 def _write(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    with opening.open(file.path, warn=False) as small:
+    with opening.open(Borrowed(file), warn=False) as small:
         cut = plan_growth(small, mb, larger)
         missing = max(0, cut.file_bytes - small.length)
     make = download if opening.is_remote(larger) else write_cut
@@ -139,10 +138,11 @@ def _grow_in_place(path: str | os.PathLike[str], mb: Budget, larger: Reader, pro
             arrived = opening.is_remote(larger) and isinstance(error, _TRANSFER)
             if not (arrived and file.length > old.length):
                 _bring_back(file, old, error)
+            if isinstance(error, ResourceError) and os.path.exists(part := part_of(path)):
+                error.args = (f"{error.args[0]} {part} is of an earlier run and takes room too.", *error.args[1:])
             raise
-        if not file.is_there():  # who replaces a file asks for no lock
-            raise BusyError(f"{file.path}: another command put a file in its place while it grew. Give the same command again.")
-    remove_part(path, larger.source.name)
+        file.require_there()
+    remove_rests(path, larger.source.name)
     return cut
 
 
@@ -159,13 +159,13 @@ class _Old(NamedTuple):
 
 
 def _old(file: LockedFile) -> _Old:
-    with opening.open(file.path, warn=False) as small, writing(file.path):
+    with opening.open(Borrowed(file), warn=False) as small, writing(file.path):
         end = small.chunks[-1].end
         return _Old(file.read(0, LENGTH), file.length, file.read(end, file.length - end))
 
 
 def _append(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    with opening.open(file.path, warn=False) as small:
+    with opening.open(Borrowed(file), warn=False) as small:
         cut = plan_growth(small, mb, larger)
     unsealed = small.preamble.sealed(0).to_bytes()
 

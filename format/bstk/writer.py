@@ -10,7 +10,7 @@ from typing import Any
 
 from . import dtypes, frames, header, index, kinds, limits, opening, preamble
 from . import metadata as metadata_module
-from .download import remove_part
+from .download import remove_rests
 from .errors import DamagedError, UsageError, located, writing
 from .files import replacing
 from .index import Chunk
@@ -87,7 +87,7 @@ def write(
                 sink.write(stored)
         # What a reader will make of it, before it takes the place of anything.
         opening.open(temporary, strict=True).close()
-    remove_part(path)
+    remove_rests(path)
 
 
 def build_header(

@@ -129,15 +129,31 @@ def test_nobody_else_changes_a_file_that_grows(good, good_path, tmp_path, sizes)
 
 
 @POSIX
-def test_a_file_that_is_replaced_while_it_grows_in_place(good_path, tmp_path, sizes):
-    """Who replaces a file asks for no lock. What grew is gone, and that is said."""
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("by", ["truncate", "another program", "deleting"])
+def test_a_file_that_is_replaced_while_it_grows(by, in_place, good_path, tmp_path, sizes):
+    """Who replaces or deletes a file asks for no lock. What they did stays, and it is said that nothing grew."""
     small = tmp_path / "small.bstk"
     bstk.truncate(good_path, small, sizes[1])
-    with pytest.raises(bstk.BusyError, match="put a file in its place while it grew") as caught:
-        bstk.grow(small, 1, good_path, progress=lambda count: bstk.truncate(good_path, small, sizes[0]), in_place=True)
+
+    def meanwhile(count):
+        if by == "truncate":
+            bstk.truncate(good_path, small, sizes[0])
+        elif by == "deleting":
+            small.unlink(missing_ok=True)
+        else:
+            (tmp_path / "other").write_bytes(b"other")
+            (tmp_path / "other").replace(small)
+
+    with pytest.raises(bstk.BusyError, match="replaced or deleted it meanwhile") as caught:
+        bstk.grow(small, 1, good_path, progress=meanwhile, in_place=in_place)
     assert caught.value.exit_code == 2
-    with bstk.open(small) as f:
-        assert f.length == round(sizes[0] * bstk.MB)
+    if by == "truncate":
+        with bstk.open(small) as f:
+            assert f.length == round(sizes[0] * bstk.MB)
+    else:
+        assert (small.read_bytes() if small.exists() else None) == (None if by == "deleting" else b"other")
+    assert {path.name for path in tmp_path.iterdir()} <= {"small.bstk", good_path.name}
 
 
 @POSIX

@@ -147,7 +147,8 @@ def test_a_damaged_block_of_either_file_leaves_the_old_file(damaged, remote, mod
     data[chunk.offset] ^= 1
     (tmp_path / damaged).write_bytes(data)
     before, source = small.read_bytes(), tmp_path / "source.bstk"
-    with pytest.raises(bstk.DamagedError, match="make or fetch it anew") as caught:
+    told = "Give the same command again" if remote and damaged == "source.bstk" else "The file is damaged: make or fetch it anew"
+    with pytest.raises(bstk.DamagedError, match=told) as caught:
         bstk.grow(small, sizes[20], serve(source.read_bytes()).url if remote else source)
     assert caught.value.chunk == chunk and small.read_bytes() == before
     # The advice. What was good of it is in the part and not fetched again; nor are the first 64 KiB, which came with the header.
@@ -176,7 +177,6 @@ def test_no_room_for_a_second_copy(remote, model, cut, serve, tmp_path, monkeypa
         size = file.fit(sizes[20]).file_bytes
     for figure in (size, size - len(before)):
         assert f" {bstk.mb_ceil(figure)} MB" in str(caught.value)
-    assert ("small.bstk.part" in str(caught.value)) == remote
     assert small.read_bytes() == before
 
 
@@ -240,10 +240,52 @@ def test_a_file_of_its_own_in_the_way_of_the_part(kind, model, other, cut, serve
 @pytest.mark.parametrize("in_place", [True, False])
 def test_what_a_stopped_growth_left_goes_when_another_way_succeeds(in_place, long_head, cut, serve, tmp_path):
     small = cut(long_head, cut_sizes(long_head)[3])
+    part, killed = tmp_path / "small.bstk.part", tmp_path / ".small.bstk.0123abcd.part"
+    ways = {
+        "grow": lambda: bstk.grow(small, 1000, tmp_path / "source.bstk", in_place=in_place),
+        "grow from a URL": lambda: bstk.grow(small, 1000, serve(long_head).url, in_place=in_place),
+        "cut": lambda: bstk.truncate(small, None, cut_sizes(long_head)[3]),
+    }
+    for name in ("grow", "cut", "grow from a URL"):
+        part.write_bytes(long_head[:-7])
+        killed.write_bytes(long_head[:100])
+        ways[name]()
+        assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "source.bstk"}, name
+    assert small.read_bytes() == long_head
+
+
+@pytest.mark.parametrize("what", ["a link", "a folder", "no part of a .bstk file"])
+def test_something_else_in_the_way_of_the_part(what, model, cut, serve, tmp_path):
+    small = cut(model, cut_sizes(model)[3])
+    before, part = small.read_bytes(), tmp_path / "small.bstk.part"
+    if what == "a link":
+        part.symlink_to(tmp_path / "precious")
+        (tmp_path / "precious").write_bytes(model)
+    elif what == "a folder":
+        part.mkdir()
+    else:
+        part.write_text("notes")
+    with pytest.raises(bstk.OutputError, match=f"small.bstk.part: in the way: it is {what}. Move it away"):
+        bstk.grow(small, 1000, serve(model).url)
+    assert small.read_bytes() == before
+    assert what != "a link" or (tmp_path / "precious").read_bytes() == model
+
+
+@pytest.mark.parametrize("where", [0, 110_000])
+def test_a_full_disk_says_what_takes_room(where, long_head, cut, serve, tmp_path, monkeypatch):
+    small = cut(long_head, cut_sizes(long_head)[3])
     part = tmp_path / "small.bstk.part"
-    part.write_bytes(long_head[:-7])
-    bstk.grow(small, 1000, tmp_path / "source.bstk", in_place=in_place)
-    assert small.read_bytes() == long_head and not part.exists()
+    part.write_bytes(long_head[:where])
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bstk.files.Sink.write", refuse)
+    with pytest.raises(bstk.ResourceError) as caught:
+        bstk.grow(small, 1000, serve(long_head).url)
+    assert ("delete it to have its room back" in str(caught.value)) == (where > 0)
+    with pytest.raises(bstk.ResourceError, match="small.bstk.part is of an earlier run and takes room too"):
+        bstk.grow(small, 1000, serve(long_head).url, in_place=True)
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")

@@ -22,7 +22,8 @@ import torch
 
 import bstk
 from bstk.errors import writing
-from bstk.files import Sink, replacing
+from bstk.descriptors import Sink
+from bstk.files import replacing
 
 __all__ = ["Reference", "ReferenceWriter", "file_bytes", "write_reference"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bstack.errors import DamagedError, reason
 from bstk.errors import OutputError, writing
-from bstk.files import Sink
+from bstk.descriptors import Sink
 
 __all__ = ["put_files"]
 

@@ -15,7 +15,7 @@ from bstk.budget import Budget
 from bstk.copying import extend, intact
 from bstk.download import begin
 from bstk.errors import writing
-from bstk.files import LockedFile
+from bstk.locked import LockedFile
 
 __all__ = ["KeptCopyError", "cached", "kept_path"]
 

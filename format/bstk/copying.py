@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from .errors import DamagedError, writing
-from .files import LockedFile
 from .index import Chunk
+from .locked import LockedFile
 from .preamble import LENGTH
 from .reader import Reader
 from .sources import pieces, read_exactly

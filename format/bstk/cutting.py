@@ -10,7 +10,8 @@ from .copying import Progress, copy_chunks, header_of
 from .cuts import Cut
 from .download import download, remove_rests
 from .errors import RemoteChangedError, UsageError, writing
-from .files import Borrowed, LockedFile, replacing
+from .files import replacing
+from .locked import Borrowed, LockedFile
 from .reader import Reader
 
 

@@ -11,7 +11,8 @@ from . import opening
 from .copying import Progress, extend, extend_from_cut, header_of, intact, overwrite_preamble
 from .cuts import Cut
 from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, writing
-from .files import Borrowed, LockedFile, remove_leftovers, require_free, sync_folder, target_of
+from .files import remove_leftovers, require_free, sync_folder, target_of
+from .locked import Borrowed, LockedFile
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader
 
@@ -73,9 +74,9 @@ def download(
     chunks = reader.all_chunks[: cut.chunks]
     with LockedFile(part_of(dst), create=True) as part, _room_told(part):
         with writing(part.path):
-            part.prepare(target)
             _require_ours(part, reader)
             begin(part, reader)
+            part.prepare(target)
             part.shorten(intact(part, chunks))
             if progress is not None:
                 progress(part.length)

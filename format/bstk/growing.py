@@ -22,7 +22,7 @@ from .errors import (
     UsageError,
     writing,
 )
-from .files import Borrowed, LockedFile
+from .locked import Borrowed, LockedFile
 from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
 

@@ -9,7 +9,8 @@ import warnings
 
 import bstk
 import pytest
-from bstk.files import LockedFile, replacing
+from bstk.files import replacing
+from bstk.locked import LockedFile
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="other rules elsewhere")
 

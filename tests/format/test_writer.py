@@ -10,7 +10,7 @@ import tracemalloc
 import bstk
 import pytest
 import samples
-from bstk import files
+from bstk import descriptors, files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,7 +201,8 @@ def test_every_step_of_writing_may_fail(tmp_path, monkeypatch, good, job, code):
     for fail_at in range(1, 100):
         path.write_bytes(OLD)
         faulty = FaultyOs(fail_at, code)
-        monkeypatch.setattr(files, "os", faulty)
+        for module in (descriptors, files):
+            monkeypatch.setattr(module, "os", faulty)
         try:
             if job == "write":
                 samples.write(path)
@@ -221,7 +222,7 @@ def test_every_step_of_writing_may_fail(tmp_path, monkeypatch, good, job, code):
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch, good):
-    monkeypatch.setattr(files, "os", FaultyOs(short=True))
+    monkeypatch.setattr(descriptors, "os", FaultyOs(short=True))
     assert samples.write(tmp_path / "x.bstk") == good
 
 

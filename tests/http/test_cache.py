@@ -6,7 +6,7 @@ import time
 
 import bstk
 import pytest
-from bstk.files import LockedFile
+from bstk.locked import LockedFile
 from bstk.http import HEAD
 from served_files import cut_sizes
 

@@ -5,7 +5,7 @@ import time
 
 import bstk
 import pytest
-from bstk.files import LockedFile
+from bstk.locked import LockedFile
 from bstk.http import HEAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

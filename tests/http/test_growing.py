@@ -170,7 +170,7 @@ def test_no_room_for_a_second_copy(remote, model, cut, serve, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("bstk.files.Sink.write", refuse)
+        patch.setattr("bstk.descriptors.Sink.write", refuse)
         with pytest.raises(bstk.ResourceError, match="beside it; growing in place") as caught:
             bstk.grow(small, sizes[20], serve(model).url if remote else tmp_path / "source.bstk")
     with bstk.open(tmp_path / "source.bstk") as file:
@@ -280,7 +280,7 @@ def test_a_full_disk_says_what_takes_room(where, long_head, cut, serve, tmp_path
     def refuse(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("bstk.files.Sink.write", refuse)
+    monkeypatch.setattr("bstk.descriptors.Sink.write", refuse)
     with pytest.raises(bstk.ResourceError) as caught:
         bstk.grow(small, 1000, serve(long_head).url)
     assert ("delete it to have its room back" in str(caught.value)) == (where > 0)
@@ -373,7 +373,7 @@ def test_in_place_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_he
         file.verify()
 
     def full(count):  # once something was written of this call
-        monkeypatch.setattr("bstk.files.LockedFile.write", refuse)
+        monkeypatch.setattr("bstk.locked.LockedFile.write", refuse)
 
     def refuse(file, offset, data):
         monkeypatch.undo()
@@ -404,7 +404,7 @@ def test_the_source_is_replaced_meanwhile(long_head, model, serve, cut, in_place
 _KILLED = """
 import os, sys
 import bstk
-from bstk import files
+from bstk import descriptors
 class Os:
     calls = 0
     def __getattr__(self, name):
@@ -416,7 +416,7 @@ class Os:
             os.kill(os.getpid(), 9)
         self.calls += 1
         return os.write(descriptor, data)
-files.os = Os()
+descriptors.os = Os()
 bstk.grow(sys.argv[1], 1000, sys.argv[2], in_place=True)
 """
 

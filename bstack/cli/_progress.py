@@ -33,10 +33,11 @@ class _Lines:
         now = time.monotonic()
         if not count or now - self._told < LINE_EVERY or self._done >= self._total:
             return
-        # By what was done since the last line: what an earlier run had done already went by in a moment.
-        left = (now - self._told) / (self._done - self._before) * (self._total - self._done)
-        done = f"{self._what}: {self._shown(self._done)} of {self._shown(self._total)}"
-        click.echo(f"{done}, about {duration(left)} left", err=True)
+        # By what was done since the last line, and so not in the first one: what was there already went by in a moment.
+        left = ""
+        if self._before:
+            left = f", about {duration((now - self._told) / (self._done - self._before) * (self._total - self._done))} left"
+        click.echo(f"{self._what}: {self._shown(self._done)} of {self._shown(self._total)}{left}", err=True)
         self._before, self._told = self._done, now
 
 

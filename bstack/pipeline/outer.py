@@ -106,17 +106,7 @@ def compress_outer(
     stacked = tables(skeleton) if codec is not None else {}
     for parameter, ranges in stacked.items():
         if not work.has(table_part(parameter)):
-            with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
-                weight = skeleton.parameter(parameter)
-                moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
-                rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
-                encode(
-                    (
-                        Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True)
-                        for name, r in rows.items()
-                    ),
-                    codec, part, workers, progress,
-                )
+            _compress_table(skeleton, parameter, ranges, statistics, codec, work, workers, progress)
     if work.has(OUTER_PART):
         return
     with work.part(OUTER_PART) as part:
@@ -124,6 +114,27 @@ def compress_outer(
             if name not in stacked:
                 with skeleton.loaded([name]):
                     add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
+
+
+def _compress_table(
+    skeleton: Skeleton,
+    parameter: str,
+    ranges: list[MatrixName],
+    statistics: TableStatistics,
+    codec: Codec,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Callable[[], None],
+) -> None:
+    """Encode an embedding or a head, range of rows by range. In a frame of its own: gigabytes go with its names, before the next."""
+    with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
+        weight = skeleton.parameter(parameter)
+        moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
+        rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
+        encode(
+            (Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True) for name, r in rows.items()),
+            codec, part, workers, progress,
+        )  # fmt: skip
 
 
 def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:

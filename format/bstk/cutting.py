@@ -28,8 +28,8 @@ def truncate(
     The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Each chunk is checked
     against its digest while it is copied. Memory stays small however large the file is.
 
-    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there; a call
-    that gets `dst` from a file on disk deletes it.
+    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there; any other
+    call that succeeds with `dst` deletes it.
 
     Parameters
     ----------

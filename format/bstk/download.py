@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from . import opening
 from .copying import Progress, extend, extend_from_cut, header_of, intact, overwrite_preamble
 from .cuts import Cut
+from .descriptors import mode_of_new
 from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, writing
 from .files import remove_leftovers, require_free, sync_folder, target_of
 from .locked import Borrowed, LockedFile
@@ -72,11 +73,12 @@ def download(
     target = target_of(dst)
     _require_plain(part_of(dst))
     chunks = reader.all_chunks[: cut.chunks]
-    with LockedFile(part_of(dst), create=True) as part, _room_told(part):
+    remove_leftovers(target)
+    with LockedFile(part_of(dst), create=True, mode=mode_of_new(target)) as part, _room_told(part):
         with writing(part.path):
             _require_ours(part, reader)
-            begin(part, reader)
             part.prepare(target)
+            begin(part, reader)
             part.shorten(intact(part, chunks))
             if progress is not None:
                 progress(part.length)
@@ -84,13 +86,19 @@ def download(
             with opening.open(Borrowed(begun), warn=False) as smaller:
                 extend_from_cut(part, smaller, chunks, progress)
         extend(part, reader, chunks, progress)
-        overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
         if not overwrite:
             require_free(dst)
-        with writing(os.fspath(dst)):
-            part.rename(target, begun)
+        if begun is not None:
+            begun.require_there()
+        overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
+        try:
+            with writing(os.fspath(dst)):
+                part.rename(target, begun)
+        except BaseException:
+            with suppress(BstkError):  # sealed, it would be somebody's own file
+                overwrite_preamble(part, reader.preamble.sealed(0).to_bytes())
+            raise
     sync_folder(os.path.dirname(target))
-    remove_leftovers(target)
 
 
 def _require_plain(part: str) -> None:
@@ -105,14 +113,14 @@ def _in_the_way(part: str, what: str) -> OutputError:
 
 
 def _require_ours(part: LockedFile, reader: Reader) -> None:
-    """Raise OutputError if ``DST.part`` is a .bstk file of its own: complete, or cut on purpose, and not of what is fetched."""
+    """Raise OutputError if ``DST.part`` is no .bstk file, or one of its own: complete, or cut on purpose, of another model."""
     there = part.read(0, LENGTH)
-    if len(there) < LENGTH or not _may_be_ours(there):
-        return  # `begin` knows what to do with it
+    if not _may_be_ours(there):
+        raise _in_the_way(part.path, "no part of a .bstk file")
     try:
         if _is_stopped(part) or parse(there).root() == reader.root:
             return
-    except DamagedError:  # a header that was not written to its end
+    except DamagedError:  # nobody's good file; `begin` begins it anew
         return
     except UnsupportedVersionError:
         pass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from . import locks, urls
-from .descriptors import OURS, Sink, close, keep_permissions
+from .descriptors import OURS, Sink, close, keep_permissions, mode_of_new
 from .errors import OutputError, UsageError, writing
 from .locked import BINARY, LockedFile
 
@@ -121,6 +121,9 @@ def sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
+_RANDOM = 8 * "[0-9a-f]"  # what `_create_temporary` makes, as a pattern
+
+
 def _stem(name: str) -> str:
     """As much of a file's name as leaves room for more: file systems count 255 bytes, and a letter may take four."""
     return os.fsencode(name)[:200].decode(errors="ignore")
@@ -131,7 +134,7 @@ def _create_temporary(target: str) -> tuple[int, str]:
     folder, name = os.path.split(target)
     while True:
         temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, mode_of_new(target))
         # Where a file system knows no locks, leftovers stay.
         with suppress(OSError):
             locks.wait_for_lock(descriptor)
@@ -144,8 +147,10 @@ def _create_temporary(target: str) -> tuple[int, str]:
 def remove_leftovers(target: str) -> None:
     """Delete what killed processes left of writing `target`, no link: the temporary files that nobody has locked."""
     folder, name = os.path.split(target)
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.????????.part")):
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{_RANDOM}.part")):
         with suppress(OSError):
+            if not stat.S_ISREG(os.lstat(leftover).st_mode):
+                continue
             descriptor = os.open(leftover, os.O_RDWR | BINARY)
             try:
                 if locks.try_lock(descriptor):

@@ -22,6 +22,7 @@ from .errors import (
     UsageError,
     writing,
 )
+from .files import remove_leftovers
 from .locked import Borrowed, LockedFile
 from .preamble import LENGTH, SEAL, parse
 from .reader import Reader
@@ -96,7 +97,7 @@ def grow(
 
 
 def _replace(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
-    """Write a new file and put it in the old one's place, which is locked so that nobody changes it meanwhile."""
+    """Write a new file and put it in the old one's place, which is locked against others that cut or grow it."""
     with LockedFile(path) as file:
         try:
             return _write(file, mb, larger, progress)
@@ -112,6 +113,8 @@ def _write(file: LockedFile, mb: Budget, larger: Reader, progress: Progress | No
     try:
         make(larger, cut, file.path, _seal(larger, cut), progress, begun=file)
     except (ResourceError, OutputError) as error:
+        if error.__cause__ is None:  # not the system's refusal
+            raise
         error.args = (
             f"{error.args[0]} To take the old file's place, a new one of {mb_ceil(cut.file_bytes)} MB was to be written beside "
             f"it; growing in place (--in-place) adds {mb_ceil(missing)} MB to the file itself.",
@@ -128,6 +131,7 @@ def _seal(larger: Reader, cut: Cut) -> int:
 
 def _grow_in_place(path: str | os.PathLike[str], mb: Budget, larger: Reader, progress: Progress | None) -> Cut:
     with LockedFile(path) as file:
+        remove_leftovers(os.path.realpath(path))
         old = _old(file)
         try:
             try:

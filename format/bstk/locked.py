@@ -22,6 +22,8 @@ class LockedFile:
         Make an empty one if there is none.
     wait : bool
         Wait for the lock, rather than fail.
+    mode : int
+        Permissions of one that is made, before the system's mask.
 
     Raises
     ------
@@ -31,13 +33,13 @@ class LockedFile:
         It cannot be opened for writing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False):
+    def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False, mode: int = 0o666):
         self.path = os.fspath(path)
         # What is made here may not be a link that somebody else has put there.
         flags = os.O_RDWR | BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
         with writing(self.path):
             while True:
-                self._descriptor = os.open(path, flags, 0o666)
+                self._descriptor = os.open(path, flags, mode)
                 try:
                     self._take_lock(wait)
                     if locks.is_at(self._descriptor, self.path):

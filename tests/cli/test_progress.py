@@ -29,7 +29,7 @@ def test_a_line_a_minute_tells_what_is_done_and_left(capsys, clock):
             step()
             step(0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Compressing layers: 6 of 32, about 6 min 30 s left"  # six steps in 90 s
+    assert lines[0] == "Compressing layers: 6 of 32"  # of which nobody knows how many were done before
     assert lines[1] == "Compressing layers: 8 of 32, about 18 min 00 s left"  # two steps in 90 s
     assert len(lines) == 13 and lines[-1].startswith("Compressing layers: 30 of 32")
 
@@ -37,9 +37,12 @@ def test_a_line_a_minute_tells_what_is_done_and_left(capsys, clock):
 def test_bytes_are_told_in_megabytes(capsys, clock):
     with _progress.copied(3000 * 2**20, "fetch", quiet=False) as advance:
         advance(500 * 2**20)
-        clock.now += 61
-        advance(2**20)
-    assert capsys.readouterr().err == "fetch: 501.00 MB of 3,000.00 MB, about 5 min 04 s left\n"
+        for _ in range(2):
+            clock.now += 60
+            advance(2**20)
+    assert capsys.readouterr().err == (
+        "fetch: 501.00 MB of 3,000.00 MB\nfetch: 502.00 MB of 3,000.00 MB, about 41 h 38 min left\n"
+    )
 
 
 @pytest.mark.parametrize("quiet", [True, False])
@@ -59,7 +62,7 @@ def test_the_command_in_a_log(vector, tmp_path):
         arguments = ["verify", path, *(["-q"] if quiet else [])]
         done = subprocess.run([sys.executable, "-c", _TALKATIVE, *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0
-        assert bool(re.search(r"^verify: [\d,.]+ bytes of [\d,.]+ bytes, about \d+ s left$", done.stderr, re.M)) == (not quiet)
+        assert bool(re.search(r"^verify: [\d,.]+ bytes of [\d,.]+ bytes(, about \d+ s left)?$", done.stderr, re.M)) == (not quiet)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -180,6 +180,28 @@ def test_no_room_for_a_second_copy(remote, model, cut, serve, tmp_path, monkeypa
     assert small.read_bytes() == before
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_file_that_goes_away_while_it_grows_from_a_url(deleted, long_head, cut, serve, tmp_path):
+    small = cut(long_head, cut_sizes(long_head)[3])
+    part = tmp_path / "small.bstk.part"
+
+    def meanwhile(count):
+        if deleted:
+            small.unlink(missing_ok=True)
+        else:
+            (tmp_path / "other").write_bytes(b"other")
+            (tmp_path / "other").replace(small)
+
+    mb = cut_sizes(long_head)[9]
+    with pytest.raises(bstk.BusyError, match="replaced or deleted it meanwhile"):
+        bstk.grow(small, mb, serve(long_head).url, progress=meanwhile)
+    assert small.exists() != deleted and (deleted or small.read_bytes() == b"other")
+    # What has arrived is what a stopped download leaves, and goes like it.
+    assert part.stat().st_size > 100_000
+    bstk.truncate(tmp_path / "source.bstk", small, mb)
+    assert not part.exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize("remote", [True, False])
 def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, serve, tmp_path):
@@ -192,25 +214,30 @@ def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, ser
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize("remote", [True, False])
-def test_a_private_file_is_private_while_it_is_written(remote, model, cut, serve, tmp_path):
+def test_a_private_file_is_private_while_it_is_written(remote, model, cut, serve, tmp_path, monkeypatch):
     small = cut(model, cut_sizes(model)[3])
     small.chmod(0o400)  # this user may be root, who writes it all the same
     if not os.access(small, os.W_OK):
         small.chmod(0o600)
-    modes = set()
+    modes, create = set(), os.open
 
     def look(count):
         modes.update(path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name.endswith(".part"))
 
-    source = tmp_path / "source.bstk"
-    bstk.grow(small, 1000, serve(model).url if remote else source, progress=look)
+    def watched(path, flags, mode=0o777, **more):
+        descriptor = create(path, flags, mode, **more)
+        look(0)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    bstk.grow(small, 1000, serve(model).url if remote else tmp_path / "source.bstk", progress=look)
     assert modes == {0o600}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 def test_permissions_that_cannot_be_given_are_an_error(model, cut, tmp_path, monkeypatch):
     small = cut(model, cut_sizes(model)[3])
-    small.chmod(0o600)
+    small.chmod(0o644)
     before = small.read_bytes()
 
     def refuse(*arguments):
@@ -241,6 +268,7 @@ def test_a_file_of_its_own_in_the_way_of_the_part(kind, model, other, cut, serve
 def test_what_a_stopped_growth_left_goes_when_another_way_succeeds(in_place, long_head, cut, serve, tmp_path):
     small = cut(long_head, cut_sizes(long_head)[3])
     part, killed = tmp_path / "small.bstk.part", tmp_path / ".small.bstk.0123abcd.part"
+    (tmp_path / ".small.bstk.original.part").write_text("somebody's")
     ways = {
         "grow": lambda: bstk.grow(small, 1000, tmp_path / "source.bstk", in_place=in_place),
         "grow from a URL": lambda: bstk.grow(small, 1000, serve(long_head).url, in_place=in_place),
@@ -250,7 +278,7 @@ def test_what_a_stopped_growth_left_goes_when_another_way_succeeds(in_place, lon
         part.write_bytes(long_head[:-7])
         killed.write_bytes(long_head[:100])
         ways[name]()
-        assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "source.bstk"}, name
+        assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "source.bstk", ".small.bstk.original.part"}, name
     assert small.read_bytes() == long_head
 
 

@@ -94,8 +94,8 @@ def download(
         try:
             with writing(os.fspath(dst)):
                 part.rename(target, begun)
-        except BaseException:
-            with suppress(BstkError):  # sealed, it would be somebody's own file
+        except BstkError:  # and no interruption, which may come when the file is in its place
+            with suppress(BstkError):  # sealed, what stays would be somebody's own file
                 overwrite_preamble(part, reader.preamble.sealed(0).to_bytes())
             raise
     sync_folder(os.path.dirname(target))

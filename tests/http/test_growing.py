@@ -202,6 +202,25 @@ def test_a_file_that_goes_away_while_it_grows_from_a_url(deleted, long_head, cut
     assert not part.exists()
 
 
+def test_a_renaming_that_fails_leaves_no_sealed_part(long_head, cut, serve, tmp_path, monkeypatch):
+    """Which would be somebody's own file to the next command."""
+    small = cut(long_head, cut_sizes(long_head)[3])
+    before, part, mb = small.read_bytes(), tmp_path / "small.bstk.part", cut_sizes(long_head)[9]
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(bstk.OutputError, match="Operation not permitted.*growing in place"):
+            bstk.grow(small, mb, serve(long_head).url)
+    assert small.read_bytes() == before
+    with bstk.open(part.read_bytes(), warn=False) as file:
+        assert file.state == "partial"
+    bstk.grow(small, mb, tmp_path / "source.bstk", in_place=True)
+    assert not part.exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize("remote", [True, False])
 def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, serve, tmp_path):

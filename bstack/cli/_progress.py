@@ -20,6 +20,13 @@ LINE_EVERY = 60.0
 """Seconds between two lines, at least."""
 
 
+class _Nothing:
+    """What stands for a bar that nobody wants."""
+
+    def update(self, count: int = 1) -> None:
+        """Say nothing."""
+
+
 class _Lines:
     """What stands for a bar in a log."""
 
@@ -45,7 +52,7 @@ class _Lines:
 def stage(steps: int, what: str, quiet: bool, leave: bool = False) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each of so many steps; with `leave` a bar stays when it is full."""
     if quiet:
-        yield lambda: None
+        yield _Nothing().update
     elif not is_terminal():
         yield _Lines(steps, what, lambda number: f"{number:,}").update
     else:
@@ -59,15 +66,15 @@ def stage(steps: int, what: str, quiet: bool, leave: bool = False) -> Iterator[C
 def copied(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of bytes of each piece that was dealt with."""
     with _bytes(total, what, quiet) as bar:
-        yield bar.update if bar is not None else lambda done: None
+        yield bar.update
 
 
 @contextmanager
 def transferred(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """As `copied`, for bytes that come from `reader`: a bar shows the retries of one behind a URL."""
     with _bytes(total, what, quiet) as bar:
-        if bar is None or isinstance(bar, _Lines):
-            yield bar.update if bar is not None else lambda done: None
+        if isinstance(bar, (_Nothing, _Lines)):
+            yield bar.update
             return
         if isinstance(reader.source, bstk.HttpSource):
             reader.source.notify = lambda text: bar.set_postfix_str(printable(text))
@@ -81,9 +88,9 @@ def transferred(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iter
 
 @contextmanager
 def _bytes(total: int, what: str, quiet: bool) -> Iterator[Any]:
-    """Yield a bar in bytes, what stands for it, or None."""
+    """Yield a bar in bytes, or what stands for it."""
     if quiet:
-        yield None
+        yield _Nothing()
     elif not is_terminal():
         yield _Lines(total, what, megabytes)
     else:

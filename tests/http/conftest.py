@@ -2,6 +2,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+import bstk
 import pytest
 from range_server import RangeServer
 from served_files import long_head, make, model  # noqa: F401: fixtures
@@ -35,3 +36,15 @@ def alone(monkeypatch, tmp_path_factory):
     for name in ("HF_TOKEN", "HF_ENDPOINT", "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """Cut bytes on disk: ``cut(data, mb)`` -> path."""
+
+    def make_cut(data, mb, name="small.bstk"):
+        (tmp_path / "source.bstk").write_bytes(data)
+        bstk.truncate(tmp_path / "source.bstk", tmp_path / name, mb)
+        return tmp_path / name
+
+    return make_cut

@@ -85,15 +85,23 @@ def test_stopped_and_changed(long_head, model, serve, kept, monkeypatch):
     assert load(server.url) == local(model)
 
 
+def chunk_7(data):
+    with bstk.open(data) as file:
+        return file.chunks[7]
+
+
+def damage(path, place):
+    """Change a byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("place", ["preamble", "tables", "chunk"])
 def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
-    server = serve(long_head)
+    server, chunk = serve(long_head), chunk_7(long_head)
     load(server.url)
-    with bstk.open(long_head) as file:
-        chunk = file.chunks[7]
-    data = bytearray(long_head)
-    data[{"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place]] ^= 1
-    kept.write_bytes(data)
+    damage(kept, {"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place])
     if place == "chunk":
         with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
             load(server.url)
@@ -104,13 +112,9 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
 @pytest.mark.parametrize("mended", [False, True])
 def test_two_readers_of_a_damaged_copy_both_may_load_again(long_head, serve, kept, mended):
     """The one that comes second finds the damaged block gone, or whole again."""
-    server = serve(long_head)
+    server, chunk = serve(long_head), chunk_7(long_head)
     load(server.url)
-    with bstk.open(long_head) as file:
-        chunk = file.chunks[7]
-    data = bytearray(long_head)
-    data[chunk.offset + 3] ^= 1
-    kept.write_bytes(data)
+    damage(kept, chunk.offset + 3)
     with (
         pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "load again to fetch it anew"),
         cache.cached(server.url, None, False) as (file, _),

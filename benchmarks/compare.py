@@ -26,13 +26,20 @@ def read(path: Path) -> dict[float, dict[str, Any]]:
 
 def table(reports: dict[str, dict[float, dict[str, Any]]]) -> str:
     """KLD and bits per weight at each budget, in Markdown."""
-    lines = ["| MB | " + " | ".join(f"{name}: KLD | bits" for name in reports) + " |", "|---|" + "---|---|" * len(reports)]
+    lines = [
+        "| MB | " + " | ".join(f"{name}: KLD | bits" for name in reports) + " |",
+        "|---|" + "---|---|" * len(reports),
+    ]
     for budget in sorted(set().union(*reports.values())):
         cells = []
         for points in reports.values():
             point = points.get(budget)
             kld = None if point is None else point["kld"]
-            cells += ["", ""] if point is None else [f"{kld['value']:.3g} ± {kld['standard_error']:.2g}", f"{point['bits_per_weight']:.2f}"]
+            cells += (
+                ["", ""]
+                if point is None
+                else [f"{kld['value']:.3g} ± {kld['standard_error']:.2g}", f"{point['bits_per_weight']:.2f}"]
+            )
         lines.append(f"| {budget:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

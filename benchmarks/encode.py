@@ -32,7 +32,9 @@ def main() -> None:
     for codec in (TrellisCodec(arguments.planes), SignCodec(arguments.planes)):
         started = time.monotonic()
         for level, _ in enumerate(codec.encode(weight, moment, 4096, torch.ones(m))):
-            print(f"{codec.name}, block {level}: {time.monotonic() - started:.1f} s (with what precedes it)", flush=True)
+            print(
+                f"{codec.name}, block {level}: {time.monotonic() - started:.1f} s (with what precedes it)", flush=True
+            )
             started = time.monotonic()
 
 

@@ -57,7 +57,12 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
         print(f"plain read, {count} thread(s): {found / 1e9:.1f} GB/s")
     print("\n| kernel | matrix | tokens | " + " | ".join(f"{n} thread(s), GB/s | of the read" for n in threads) + " |")
     print("|---|---|---|" + "---|---|" * len(threads))
-    cases = [(TRELLIS, 2, 4096, 4096, 1), (TRELLIS, 2, 4096, 4096, 8), (TRELLIS, 2, 4096, 14336, 1), (TRELLIS, 2, 576, 576, 1)]
+    cases = [
+        (TRELLIS, 2, 4096, 4096, 1),
+        (TRELLIS, 2, 4096, 4096, 8),
+        (TRELLIS, 2, 4096, 14336, 1),
+        (TRELLIS, 2, 576, 576, 1),
+    ]
     cases += [(TRELLIS, 2, 576, 1536, 1), (SIGN, 1, 576, 576, 1)]
     cases += [(SIGN, rank, 4096, 4096, 1) for rank in (1, 2, 4, 8, 16)]
     for kind, rank, rows, columns, tokens in cases:
@@ -100,14 +105,23 @@ def spqr(arguments: argparse.Namespace, threads: list[int]) -> None:
         torch.set_num_threads(count)
         memory = read_rate(buffer, count, arguments.seconds)
         print(f"| plain read | {count} | | {memory / 1e9:.1f} | 100% |")
-        found = rate(lambda: [torch.mv(weight, x) for weight in weights], 4 * side * side * len(weights), arguments.seconds)
-        print(f"| dense, float32, torch | {count} | {4 * side * side / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |")
+        found = rate(
+            lambda: [torch.mv(weight, x) for weight in weights], 4 * side * side * len(weights), arguments.seconds
+        )
+        print(
+            f"| dense, float32, torch | {count} | {4 * side * side / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |"
+        )
         for bits, (bytes_, matrices) in cases.items():
             for name in arguments.instructions:
                 library().bstack_use(name.encode())
-                found = rate(lambda: multiply_many(matrices, x[None].numpy()), bytes_ * len(matrices), arguments.seconds)
+                found = rate(
+                    lambda: multiply_many(matrices, x[None].numpy()), bytes_ * len(matrices), arguments.seconds
+                )
                 label = f"{bits} bits ({8 * bytes_ / side**2:.2f} in all), {name}"
-                print(f"| {label} | {count} | {bytes_ / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |", flush=True)
+                print(
+                    f"| {label} | {count} | {bytes_ / found * 1e3:.2f} | {found / 1e9:.1f} | {found / memory:.0%} |",
+                    flush=True,
+                )
 
 
 def token(arguments: argparse.Namespace, threads: list[int]) -> None:
@@ -155,7 +169,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=256, help="memory that the matrices of a line take")
     parser.add_argument("--seconds", type=float, default=0.3, help="time a figure")
-    parser.add_argument("--instructions", nargs="+", choices=CHOICES[1:], help="default: all that this CPU has but portable")
+    parser.add_argument(
+        "--instructions", nargs="+", choices=CHOICES[1:], help="default: all that this CPU has but portable"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", choices=("roofline", "spqr", "token", "decoding"))
     arguments = parser.parse_args()

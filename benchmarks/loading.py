@@ -64,7 +64,9 @@ def main() -> None:
         }
         found = {name: rate(step, size, arguments.seconds) for name, step in steps.items()}
     bstack.resize(model, mb=smallest)
-    found["growth"] = rate(lambda: bstack.resize(model), size, arguments.seconds, lambda: bstack.resize(model, mb=smallest))
+    found["growth"] = rate(
+        lambda: bstack.resize(model), size, arguments.seconds, lambda: bstack.resize(model, mb=smallest)
+    )
     print(f"{len(blocks)} blocks above the smallest model, {size / 2**20:.1f} MB of them")
     for name, value in found.items():
         print(f"{name:24} {value / 1e6:8,.0f} MB/s")
@@ -72,8 +74,12 @@ def main() -> None:
     before, started = resident_bytes(), time.perf_counter()
     bytes_ = resized.block_bytes - bstack.resize(model, mb=smallest).block_bytes
     taken = time.perf_counter() - started
-    print(f"growth is {found['growth'] / min(found['read'], found['decode']):.0%} of the slower of reading and decoding")
-    print(f"shrink {taken * 1e3:.1f} ms; {(before - resident_bytes()) / bytes_:.1%} of {bytes_ / 2**20:.1f} MB went back")
+    print(
+        f"growth is {found['growth'] / min(found['read'], found['decode']):.0%} of the slower of reading and decoding"
+    )
+    print(
+        f"shrink {taken * 1e3:.1f} ms; {(before - resident_bytes()) / bytes_:.1%} of {bytes_ / 2**20:.1f} MB went back"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from random_llama import write_model, write_text
 
 GOAL = 1.10
-IMPORTS = "import bstack.pipeline.run, transformers.models.llama.modeling_llama"
+IMPORTS = "import bstack.compression.stages, transformers.models.llama.modeling_llama"
 
 
 def peak_of(command: list[str]) -> int:
@@ -50,16 +50,33 @@ def main() -> None:
             folder = Path(name)
             heads = arguments.width // 64
             size = write_model(
-                folder / "model", num_hidden_layers=layers, vocab_size=arguments.vocabulary, hidden_size=arguments.width,
-                intermediate_size=arguments.width * 8 // 3 // 64 * 64, num_attention_heads=heads, num_key_value_heads=heads // 4,
+                folder / "model",
+                num_hidden_layers=layers,
+                vocab_size=arguments.vocabulary,
+                hidden_size=arguments.width,
+                intermediate_size=arguments.width * 8 // 3 // 64 * 64,
+                num_attention_heads=heads,
+                num_key_value_heads=heads // 4,
                 tie_word_embeddings=True,
-            )  # fmt: skip
+            )
             write_text(folder / "text.txt", 2**16)
             command = [
-                sys.executable, "-m", "bstack", "compress", str(folder / "model"), "-o", str(folder / "out.bstk"), "-q",
-                "--calibration", str(folder / "text.txt"), "--samples", str(arguments.samples),
-                "--sequence-length", str(arguments.sequence_length), *arguments.options,
-            ]  # fmt: skip
+                sys.executable,
+                "-m",
+                "bstack",
+                "compress",
+                str(folder / "model"),
+                "-o",
+                str(folder / "out.bstk"),
+                "-q",
+                "--calibration",
+                str(folder / "text.txt"),
+                "--samples",
+                str(arguments.samples),
+                "--sequence-length",
+                str(arguments.sequence_length),
+                *arguments.options,
+            ]
             peaks.append(peak_of(command))
         print(f"{layers:4d} layers, {size / 2**20:6.0f} MB of bfloat16 weights: peak {peaks[-1] / 2**20:.0f} MB")
     ratio = peaks[1] / peaks[0]

@@ -28,13 +28,22 @@ def make(path: Path, chunks: int) -> None:
     linears = -(-chunks // BLOCKS)
     entries = [
         bstk.Entry(
-            name=f"model.layers.{linear // 7}.linear_{linear % 7}.weight", kind=bstk.SIGN, level=level, shape=SHAPE,
-            dtype="f16", rank=1, raw_length=raw, stored_length=raw - linear % 1000, importance=1 / (1 + level),
-            error=0.5**level, digest=hashlib.sha256(struct.pack("<II", level, linear)).digest(), stored=b"",
+            name=f"model.layers.{linear // 7}.linear_{linear % 7}.weight",
+            kind=bstk.SIGN,
+            level=level,
+            shape=SHAPE,
+            dtype="f16",
+            rank=1,
+            raw_length=raw,
+            stored_length=raw - linear % 1000,
+            importance=1 / (1 + level),
+            error=0.5**level,
+            digest=hashlib.sha256(struct.pack("<II", level, linear)).digest(),
+            stored=b"",
         )
         for level in range(BLOCKS)
         for linear in range(linears)
-    ][:chunks]  # fmt: skip
+    ][:chunks]
     head, tables = writer.build_header({"model": {}}, entries, linears)
     with open(path, "wb") as stream:
         stream.write(head.to_bytes() + tables)
@@ -67,7 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "large.bstk")
         # In a process of its own: making the file takes more memory than opening it.
-        subprocess.run([sys.executable, __file__, "--make", path, sys.argv[1] if len(sys.argv) > 1 else "300000"], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--make", path, sys.argv[1] if len(sys.argv) > 1 else "300000"], check=True
+        )
         measure(path)
 
 

@@ -6,7 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-WORDS = "the river follows a small stone that nobody keeps and every layer explains what it reads".split()
+WORDS = [
+    "the",
+    "river",
+    "follows",
+    "a",
+    "small",
+    "stone",
+    "that",
+    "nobody",
+    "keeps",
+    "and",
+    "every",
+    "layer",
+    "explains",
+    "what",
+    "it",
+    "reads",
+]
 
 
 def write_model(folder: Path, **shape: Any) -> int:
@@ -50,15 +67,23 @@ def write_model(folder: Path, **shape: Any) -> int:
     shard("embedding.safetensors", {"model.embed_tokens.weight": matrix(vocabulary, width), "model.norm.weight": one})
     if not config.tie_word_embeddings:
         shard("head.safetensors", {"lm_head.weight": matrix(vocabulary, width)})
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
-              "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-              "mlp.down_proj": (width, inner)}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         tensors = {f"{prefix}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         tensors |= {f"{prefix}.{name}.weight": one.clone() for name in ("input_layernorm", "post_attention_layernorm")}
         shard(f"layer-{layer:03d}.safetensors", tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index})
+    )
     _write_tokenizer(folder)
     return size
 

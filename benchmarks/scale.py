@@ -33,8 +33,8 @@ WIDTHS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads"
 
 def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
     """Compress in this process under the limit; print a line for each step."""
+    from bstack.compression.api import compress as run
     from bstack.memory.process import peak_bytes
-    from bstack.pipeline.entrance import compress as run
     from bstack.settings import Settings
 
     limit = int(limit_gb * 2**30)
@@ -49,8 +49,9 @@ def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
             now, processor, done = time.monotonic(), time.process_time(), done + 1
             print(
                 f"{stage:17} {done:3} of {steps:3}  {now - last:7.1f} s, {processor - worked:7.1f} s of processors  "
-                f"peak {peak_bytes() / 2**20:6,.0f} MB", flush=True,
-            )  # fmt: skip
+                f"peak {peak_bytes() / 2**20:6,.0f} MB",
+                flush=True,
+            )
             last, worked = now, processor
             if stage == "embeddings" and done == ranges:
                 raise EnoughError
@@ -89,15 +90,24 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--limit-gb", type=float, default=6.0, help="of private writable memory, GiB")
     parser.add_argument("--ranges", type=int, help="stop after this many ranges of rows of the embedding")
-    parser.add_argument("--folder", type=Path, help="where to write model and file, and keep them; a temporary folder by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write model and file, and keep them; a temporary folder by default"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         compress(arguments.folder, arguments.limit_gb, arguments.ranges)
         return
-    with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="bstack-scale-") as name:
+    with (
+        nullcontext(arguments.folder)
+        if arguments.folder
+        else tempfile.TemporaryDirectory(prefix="bstack-scale-") as name
+    ):
         size = prepare(Path(name), arguments.layers, arguments.vocabulary)
-        print(f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB", flush=True)
+        print(
+            f"{arguments.layers} layers, {size / 2**30:.2f} GiB of bfloat16 weights; limit {arguments.limit_gb} GiB",
+            flush=True,
+        )
         if (Path(name) / "out.bstk.work").exists():
             print("goes on where it was stopped: times and peaks are of what is left", flush=True)
         options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(name)]

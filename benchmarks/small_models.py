@@ -29,11 +29,19 @@ def train(width: int, ids: torch.Tensor, steps: int, folder: Path) -> None:
     """Train a model `width` wide and write it as a folder of transformers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=512,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 16 * 16,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
     model = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE * math.sqrt(64 / width), weight_decay=0.1, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=RATE * math.sqrt(64 / width), weight_decay=0.1, betas=(0.9, 0.95)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / WARM, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
@@ -48,7 +56,9 @@ def train(width: int, ids: torch.Tensor, steps: int, folder: Path) -> None:
         schedule.step()
         loss += (found.item() - loss) / min(step, 100)
         if step % 100 == 0:
-            print(f"width {width}: step {step} of {steps}, loss {loss:.3f}, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"width {width}: step {step} of {steps}, loss {loss:.3f}, {time.monotonic() - start:.0f} s", flush=True
+            )
     model.save_pretrained(folder)
 
 

@@ -25,13 +25,13 @@ from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import open_text, token_windows
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.spqr_columns import OUTLIER_COST, Damped, code_columns
-from bstack.measure.divergence import divergence
+from bstack.compression.encode import Matrix
+from bstack.compression.layers import layer_matrices
+from bstack.eval.divergence import divergence
+from bstack.models.names import MatrixName
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
-from bstack.models.slices import MatrixName
 from bstack.numerics.groups import code_group, fit_groups
-from bstack.pipeline.encode import Matrix
-from bstack.pipeline.layers import layer_matrices
 
 
 class Variant(NamedTuple):
@@ -48,7 +48,9 @@ VARIANTS = [
     Variant("4 bits, no outliers", {"bits": 4, "outliers": 0}),
     Variant("4 bits, no feedback, 4.75", {"bits": 4, "bpw": 4.75}, feedback=False),
     Variant("4 bits, half-precision statistics, group 16", {"bits": 4, "outliers": 0.00173}, quantised=False),
-    Variant("4 bits, half-precision statistics, group 64", {"bits": 4, "group": 64, "outliers": 0.0055}, quantised=False),
+    Variant(
+        "4 bits, half-precision statistics, group 64", {"bits": 4, "group": 64, "outliers": 0.0055}, quantised=False
+    ),
     Variant("3 bits, 3.95", {"bits": 3, "bpw": 3.95}),
     Variant("3 bits, no outliers", {"bits": 3, "outliers": 0}),
     # For models of different widths, whose other parts take different shares.
@@ -127,7 +129,10 @@ def encode_layers(
                         for matrix, (dense, whole, size) in zip(matrices, found, strict=True):
                             bits[number] += size
                             turned = int(matrix.transposed)
-                            named[f"{matrix.name} {turned} dense"], named[f"{matrix.name} {turned} whole"] = dense, whole
+                            named[f"{matrix.name} {turned} dense"], named[f"{matrix.name} {turned} whole"] = (
+                                dense,
+                                whole,
+                            )
                         save_file(named, folder / f"{number}-{index}.safetensors")
             print(f"layer {index}", flush=True)
     return [total / weights for total in bits]
@@ -143,7 +148,9 @@ def put(skeleton: Skeleton, folder: Path, number: int, which: str) -> None:
                 matrix.view(skeleton.parameter(matrix.parameter), turned == "1").copy_(tensor)
 
 
-def measure(model: torch.nn.Module, windows: torch.Tensor, original: list[torch.Tensor] | None) -> Callable | list | str:
+def measure(
+    model: torch.nn.Module, windows: torch.Tensor, original: list[torch.Tensor] | None
+) -> Callable | list | str:
     """Log probabilities of each window, or a comparison with those of the original in words."""
     logits = [model(input_ids=window[None], use_cache=False).logits[0].float() for window in windows]
     if original is None:
@@ -166,7 +173,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--only", action="append", default=[], help="only variants with this in their name; may be given again")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only variants with this in their name; may be given again"
+    )
     given = parser.parse_args()
     variants = [one for one in VARIANTS if not given.only or any(words in one.name for words in given.only)]
     torch.set_num_threads(1)
@@ -178,17 +187,25 @@ def main() -> None:
 
         (folder / "config.json").write_text(skeleton.checkpoint.config.to_json_string())
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        windows = token_windows(open_text(given.calibration), tokenizer, given.samples, given.length, 8)[: given.samples]
-        ids = tokenizer(open_text(given.text).text[: 100 * given.windows * given.length], add_special_tokens=False)["input_ids"]
+        windows = token_windows(open_text(given.calibration), tokenizer, given.samples, given.length, 8)[
+            : given.samples
+        ]
+        ids = tokenizer(open_text(given.text).text[: 100 * given.windows * given.length], add_special_tokens=False)[
+            "input_ids"
+        ]
         text = torch.tensor(ids[: given.windows * given.length]).view(given.windows, given.length)
-        sensitivity = output_sensitivity(skeleton, list(windows[:4].split(2)), seed=0, scratch=folder, progress=lambda: None)
+        sensitivity = output_sensitivity(
+            skeleton, list(windows[:4].split(2)), seed=0, scratch=folder, progress=lambda: None
+        )
         bits = encode_layers(skeleton, list(windows.split(8)), sensitivity, variants, folder)
         with skeleton.loaded(list(skeleton.model.state_dict())), torch.no_grad():
             original = measure(skeleton.model, text, None)
             print("variant | bits per weight | KLD | perplexity | same top")
             for number, variant in enumerate(variants):
                 for which in ("whole", "dense"):
-                    if which == "dense" and (variant.settings.get("outliers") == 0 or not variant.feedback or not variant.quantised):
+                    if which == "dense" and (
+                        variant.settings.get("outliers") == 0 or not variant.feedback or not variant.quantised
+                    ):
                         continue
                     put(skeleton, folder, number, which)
                     label = variant.name if which == "whole" else f"{variant.name}: dense part alone"

@@ -21,11 +21,11 @@ __all__ = ["Settings", "compress", "following", "load", "resident", "resize"]
 
 _HOMES = {
     "Settings": "bstack.settings",
-    "compress": "bstack.pipeline.entrance",
-    "following": "bstack.runtime.follow",
-    "load": "bstack.runtime.load",
-    "resident": "bstack.runtime.load",
-    "resize": "bstack.runtime.load",
+    "compress": "bstack.compression.api",
+    "following": "bstack.packed.follow",
+    "load": "bstack.engine.load",
+    "resident": "bstack.engine.load",
+    "resize": "bstack.engine.load",
 }
 
 

@@ -37,12 +37,16 @@ def check_free(path: str | os.PathLike[str]) -> Path:
     shown = os.fspath(path)
     with writing(shown):
         if not target.parent.is_dir():
-            raise OutputError(f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first.")
+            raise OutputError(
+                f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first."
+            )
         if os.path.lexists(target) and not target.is_dir():
             what = "a file" if target.exists() else "a link that leads nowhere"
             raise UsageError(f"{shown} is {what}; name a folder that is not there yet, or an empty one.")
         if target.is_dir() and (inside := next(target.iterdir(), None)) is not None:
-            raise UsageError(f"{shown} is not empty: it holds {inside.name}. Name a folder that is not there yet, or an empty one.")
+            raise UsageError(
+                f"{shown} is not empty: it holds {inside.name}. Name a folder that is not there yet, or an empty one."
+            )
     return target
 
 

@@ -20,11 +20,20 @@ AUTO = "auto"
 # What a field may be: a type (numpy's numbers are of Python's abstract ones), what makes a plain value of it; and values of none.
 _WHOLE, _NUMBER, _TEXT = (Integral, int, "a whole number"), (Real, float, "a number"), (str, str.__str__, "a text")
 _FIELDS: dict[str, tuple[tuple[type, Callable[[Any], Any], str], tuple[str | None, ...]]] = {
-    "codec": (_TEXT, ()), "rank": (_WHOLE, (AUTO, None)), "planes": (_WHOLE, (None,)), "bits": (_WHOLE, (None,)),
-    "group": (_WHOLE, (None,)), "outliers": (_NUMBER, (AUTO, None)), "bpw": (_NUMBER, (None,)), "order": (_TEXT, ()),
-    "embeddings": (_TEXT, ()), "calibration": (_TEXT, ()), "samples": (_WHOLE, ()), "sequence_length": (_WHOLE, ()),
+    "codec": (_TEXT, ()),
+    "rank": (_WHOLE, (AUTO, None)),
+    "planes": (_WHOLE, (None,)),
+    "bits": (_WHOLE, (None,)),
+    "group": (_WHOLE, (None,)),
+    "outliers": (_NUMBER, (AUTO, None)),
+    "bpw": (_NUMBER, (None,)),
+    "order": (_TEXT, ()),
+    "embeddings": (_TEXT, ()),
+    "calibration": (_TEXT, ()),
+    "samples": (_WHOLE, ()),
+    "sequence_length": (_WHOLE, ()),
     "seed": (_WHOLE, ()),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

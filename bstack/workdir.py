@@ -72,8 +72,13 @@ class Part:
             self._stream.write(frame.stored)
         self.records.append(
             Record(
-                name=name, kind=kind.code, raw_length=frame.raw_length, stored_length=len(frame.stored),
-                digest=frame.digest.hex(), start=self._offset, **fields,
+                name=name,
+                kind=kind.code,
+                raw_length=frame.raw_length,
+                stored_length=len(frame.stored),
+                digest=frame.digest.hex(),
+                start=self._offset,
+                **fields,
             )
         )
         self._offset += len(frame.stored)
@@ -194,7 +199,9 @@ class WorkDirectory:
             return read
 
         with _kept(file, file):
-            return [(record, reader(record)) for record in (Record(**fields) for fields in json.loads(file.read_bytes()))]
+            return [
+                (record, reader(record)) for record in (Record(**fields) for fields in json.loads(file.read_bytes()))
+            ]
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
         """A plain JSON value, computed once and kept."""

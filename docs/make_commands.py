@@ -35,8 +35,11 @@ def _help(*command: str) -> str:
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, "-m", "bstack", *command, "--help"],
-        capture_output=True, encoding="utf-8", env=environment, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        check=True,
+    )
     return done.stdout
 
 

@@ -1,7 +1,8 @@
 """Weights, second moments of inputs, and what a codec makes of them, for the tests of codecs."""
 
-import bstk
 import torch
+
+import bstk
 from bstack.codecs import codec_of_kind
 
 

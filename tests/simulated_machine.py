@@ -43,7 +43,9 @@ class Machine:
 
     def stall(self, percent: float, file: Path | None = None) -> None:
         """The average over 10 seconds in a file of pressure, the machine's if none is given."""
-        text = f"some avg10={percent:.2f} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0"
+        text = (
+            f"some avg10={percent:.2f} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0"
+        )
         self.write(file or self.proc / "pressure/memory", text)
 
     def belongs(self, *lines: str, mounts: tuple[str, ...] = ()) -> None:
@@ -57,14 +59,18 @@ class Machine:
         for name, value in {"max": "max", "high": "max", **limits}.items():
             self.write(folder / f"memory.{name}", value if isinstance(value, str) else value * MB)
         self.write(folder / "memory.current", used * MB)
-        self.write(folder / "memory.stat", f"anon 1\nfile 2\ninactive_anon 7\ninactive_file {inactive * MB}\nactive_file 5")
+        self.write(
+            folder / "memory.stat", f"anon 1\nfile 2\ninactive_anon 7\ninactive_file {inactive * MB}\nactive_file 5"
+        )
 
     def version1(self, path: str, used: int, limit: int | None = None, inactive: int = 0, hierarchy: int = 1) -> None:
         """A group of version 1, sizes in MB."""
         folder = self.cgroup / path
         self.write(folder / "memory.limit_in_bytes", UNLIMITED if limit is None else limit * MB)
         self.write(folder / "memory.usage_in_bytes", used * MB)
-        self.write(folder / "memory.stat", f"cache 3\ninactive_file 1\ntotal_cache 5\ntotal_inactive_file {inactive * MB}")
+        self.write(
+            folder / "memory.stat", f"cache 3\ninactive_file 1\ntotal_cache 5\ntotal_inactive_file {inactive * MB}"
+        )
         self.write(folder / "memory.use_hierarchy", hierarchy)
 
 

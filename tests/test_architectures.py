@@ -5,18 +5,19 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import bstack
-import bstk
 import hypothesis.strategies as st
 import pytest
 import tiny_models
 import torch
-from bstack.models.slices import MatrixName
-from bstack.pipeline.encode import add_dense
-from bstack.runtime.container import plain_tensor
-from bstack.runtime.dense import dense_weights
-from bstack.workdir import Part
 from hypothesis import given, settings
+
+import bstack
+import bstk
+from bstack.compression.encode import add_dense
+from bstack.engine.container import plain_tensor
+from bstack.engine.dense import dense_weights
+from bstack.models.names import MatrixName
+from bstack.workdir import Part
 
 # About equal bytes and equal errors at full depth.
 SETTINGS = {
@@ -94,7 +95,9 @@ def test_closer_with_every_plane(made):
             distances.append(distance(whole, made.original))
     # From the third sign plane, the second trellis block, on strictly. With less, logits are mostly noise, and noise may fall either way.
     first = 2 if made.planes > 6 else 1
-    assert all(after < before for before, after in zip(distances[first:], distances[first + 1 :], strict=False)), distances
+    assert all(after < before for before, after in zip(distances[first:], distances[first + 1 :], strict=False)), (
+        distances
+    )
     middle = (made.planes - 1) // 2
     assert distances[middle] < distances[0] / 2 and distances[-1] < distances[middle] / 4, distances
 
@@ -126,7 +129,10 @@ def test_every_linear_of_the_layers_is_a_stack_and_nothing_else(made):
     # Routers have a side of 4 here: below the least that is worth a stack.
     small = {n for n, _ in expected if "[" not in n and min(made.original.get_parameter(n).shape) < 16}
     with bstk.open(made.path) as file:
-        tables = {made.original.get_input_embeddings().weight.data_ptr(), made.original.get_output_embeddings().weight.data_ptr()}
+        tables = {
+            made.original.get_input_embeddings().weight.data_ptr(),
+            made.original.get_output_embeddings().weight.data_ptr(),
+        }
         tables = {n for n, p in made.original.named_parameters() if p.data_ptr() in tables}
         stacks = {(c.name, c.transposed) for c in file.chunks if c.is_block and c.name not in tables}
     assert stacks == {e for e in expected if e[0] not in small}
@@ -156,7 +162,9 @@ def test_tied_embeddings_are_stored_once(made):
     tied = original.get_input_embeddings().weight is original.get_output_embeddings().weight
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     with bstk.open(made.path) as file:
-        heads = [c for c in file.chunks if c.level == 0 and c.is_weight and c.shape and c.shape[0] == tiny_models.VOCABULARY]
+        heads = [
+            c for c in file.chunks if c.level == 0 and c.is_weight and c.shape and c.shape[0] == tiny_models.VOCABULARY
+        ]
     assert len(heads) == (1 if tied else 2)
 
 
@@ -199,7 +207,9 @@ def test_checkpoints_of_other_precisions(name, dtype, tmp_path):
 
 def test_dense_embeddings_come_back_bit_exact(tmp_path):
     tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    bstack.compress(tmp_path / "model", tmp_path / "out.bstk", settings=SETTINGS["sign"].with_changes(embeddings="dense"))
+    bstack.compress(
+        tmp_path / "model", tmp_path / "out.bstk", settings=SETTINGS["sign"].with_changes(embeddings="dense")
+    )
     model, _ = bstack.load(tmp_path / "out.bstk", dtype=torch.bfloat16)
     original = tiny_models.make("llama").to(torch.bfloat16)
     assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
@@ -209,7 +219,9 @@ def test_dense_embeddings_come_back_bit_exact(tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), max_size=3).map(tuple),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]),
+    dtype=st.sampled_from(
+        [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+    ),
     data=st.data(),
 )
 def test_dense_tensors_round_trip(tmp_path_factory, shape, dtype, data):

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 import bstack
 import bstk
-import pytest
 from bstack.cli import main
+from bstack.compression import cluster
 from bstack.errors import ClusterError, ClusterLostError
-from bstack.pipeline import cluster
 
 distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install 'bstack[dask]'")
 dask = pytest.importorskip("dask")
@@ -31,9 +32,11 @@ WORKER = "{}; import sys; sys.argv[0] = 'dask'; from dask.__main__ import main; 
 
 def start(processes, *arguments, before="pass", **environment):
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(before), *arguments], env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", WORKER.format(before), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     processes.append(process)
     return process
 
@@ -167,12 +170,12 @@ def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expec
 
 def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client, add_workers, expected, monkeypatch):
     (worker,) = add_workers(1, BSTACK_KERNELS="reference")
-    monkeypatch.setattr("bstack.pipeline.cluster.POLL_SECONDS", 0.1)
-    monkeypatch.setattr("bstack.pipeline.cluster.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("bstack.compression.cluster.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("bstack.compression.cluster.PATIENCE_SECONDS", 1.0)
     threading.Thread(target=lambda: (wait_for(lambda: busy(client)), worker.kill())).start()
     with pytest.raises(ClusterLostError, match="no workers for 1 s"), pytest.warns(RuntimeWarning):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
-    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 30.0)
+    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 30.0)
     threading.Timer(1, lambda: add_workers(1)).start()
     bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     assert (tmp_path / "out.bstk").read_bytes() == expected
@@ -209,7 +212,7 @@ def test_an_encoder_that_times_out_is_not_asked_for_ever():
 @pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}], indirect=True)
 def test_workers_that_keep_dying(tiny_llama, tmp_path, scheduler, add_workers):
     """A matrix over which every worker dies is not tried for ever."""
-    kill = "import os; import bstack.pipeline.encode as e; e.encode_arrays = lambda *_: os._exit(9)"
+    kill = "import os; import bstack.compression.encode as e; e.encode_arrays = lambda *_: os._exit(9)"
     add_workers(1, before=kill)
     with pytest.raises(ClusterLostError, match="died over the same matrix"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
@@ -218,8 +221,14 @@ def test_workers_that_keep_dying(tiny_llama, tmp_path, scheduler, add_workers):
 @pytest.mark.parametrize(
     ("before", "words"),
     [
-        ("import importlib.metadata as m; v = m.version; m.version = lambda p: '0.0.9' if p == 'bstack' else v(p)", "bstack 0.0.9, not"),
-        ("import importlib.metadata as m; v = m.version; m.version = lambda p: '1.0' if p == 'torch' else v(p)", "torch 1.0, not"),
+        (
+            "import importlib.metadata as m; v = m.version; m.version = lambda p: '0.0.9' if p == 'bstack' else v(p)",
+            "bstack 0.0.9, not",
+        ),
+        (
+            "import importlib.metadata as m; v = m.version; m.version = lambda p: '1.0' if p == 'torch' else v(p)",
+            "torch 1.0, not",
+        ),
         ("import sys; sys.modules['bstack'] = None", "cannot run bstack"),
     ],
 )
@@ -240,7 +249,7 @@ def test_workers_with_other_versions(tiny_llama, tmp_path, scheduler, add_worker
     ],
 )
 def test_no_scheduler(tiny_llama, tmp_path, address, code, words, capsys, monkeypatch):
-    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 0.5)
     *answer, err = run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", address, *QUICK)
     assert answer == [code, ""] and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -248,7 +257,7 @@ def test_no_scheduler(tiny_llama, tmp_path, address, code, words, capsys, monkey
 
 _CONNECT = """
 import sys
-from bstack.pipeline import cluster
+from bstack.compression import cluster
 cluster.CONNECT_SECONDS = 1.0
 try:
     cluster.Cluster(sys.argv[1])
@@ -278,7 +287,7 @@ def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it(answer):
 
 
 def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
-    monkeypatch.setattr("bstack.pipeline.cluster.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(ClusterError, match="no workers"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
 

@@ -2,12 +2,13 @@
 
 import math
 
-import bstack
-import bstk
 import pytest
 import torch
-from bstack.calibration.texts import HELD_OUT, open_text, token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bstack
+import bstk
+from bstack.calibration.texts import HELD_OUT, open_text, token_windows
 
 
 def test_the_curve_is_that_of_a_plain_computation(tiny_llama, tmp_path):

@@ -7,12 +7,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bstack.kernels import device, reference
 from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def pair(rows, columns, kinds, seed):
@@ -26,7 +27,9 @@ def pair(rows, columns, kinds, seed):
     matrix = device.DeviceMatrix(rows, columns, table, 1)
     offset = seed % 3
     # The matrix knows addresses alone: what is there must live as long.
-    matrix.tensors = [torch.frombuffer(bytearray(offset) + payload, dtype=torch.uint8).to(DEVICE) for _, _, payload in payloads]
+    matrix.tensors = [
+        torch.frombuffer(bytearray(offset) + payload, dtype=torch.uint8).to(DEVICE) for _, _, payload in payloads
+    ]
     for level, ((kind, rank, _), tensor) in enumerate(zip(payloads, matrix.tensors, strict=True)):
         matrix.put(level, kind, rank, tensor.data_ptr() + offset, checked=True)
     matrix.count = len(payloads)
@@ -36,14 +39,20 @@ def pair(rows, columns, kinds, seed):
 FORMS = st.builds(rank_of, st.sampled_from([3, 4]), st.sampled_from([16, 32, 64, 128]))
 KINDS = st.lists(
     st.one_of(
-        st.just((TRELLIS, 2)), st.tuples(st.just(SIGN), st.integers(1, 5)), st.tuples(st.just(SPQR), FORMS), st.just((OUTLIERS, 0))
+        st.just((TRELLIS, 2)),
+        st.tuples(st.just(SIGN), st.integers(1, 5)),
+        st.tuples(st.just(SPQR), FORMS),
+        st.just((OUTLIERS, 0)),
     ),
-    min_size=0, max_size=3,
-)  # fmt: skip
+    min_size=0,
+    max_size=3,
+)
 
 
 @settings(max_examples=12, deadline=None)
-@given(rows=st.integers(1, 20), columns=st.integers(1, 130), kinds=KINDS, tokens=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 20), columns=st.integers(1, 130), kinds=KINDS, tokens=st.integers(1, 3), seed=st.integers(0, 99)
+)
 def test_against_the_reference(rows, columns, kinds, tokens, seed):
     expected, matrix = pair(rows, columns, kinds, seed)
     x = np.random.default_rng(seed).normal(size=(tokens, columns)).astype(np.float32)

@@ -57,7 +57,9 @@ def test_named_files_exist(document):
     for name in re.findall(r"`((?:bstack|format|csrc|docs|tests|benchmarks)/[\w./-]*)`", text):
         assert "NAME" in name or (ROOT / name).exists(), name
     # In the docs a module of bstack may go without the package's name.
-    for name in re.findall(r"`((?:models|calibration|codecs|numerics|kernels|ordering|pipeline|runtime|measure)/[\w./]+\.py)`", text):
+    for name in re.findall(
+        r"`((?:models|calibration|codecs|numerics|kernels|ordering|pipeline|runtime|measure)/[\w./]+\.py)`", text
+    ):
         assert (ROOT / "bstack" / name).exists(), name
 
 

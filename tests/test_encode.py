@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 import torch
+
 from bstack.codecs import CODECS
+from bstack.compression.encode import Matrix, encode, encode_arrays
+from bstack.compression.workers import WIDE, Threads
 from bstack.errors import CalibrationError
-from bstack.pipeline.encode import Matrix, encode, encode_arrays
-from bstack.pipeline.workers import WIDE, Threads
 
 
 def arrays(rows=40, columns=24):
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((100, columns)).astype(np.float32)
-    return {"weight": rng.standard_normal((rows, columns)).astype(np.float32), "moment": inputs.T @ inputs,
-            "sensitivity": rng.random(rows).astype(np.float32)}  # fmt: skip
+    return {
+        "weight": rng.standard_normal((rows, columns)).astype(np.float32),
+        "moment": inputs.T @ inputs,
+        "sensitivity": rng.random(rows).astype(np.float32),
+    }
 
 
 VALUES = {"name": "a", "tokens": 100, "transposed": False, "even": False}
@@ -39,7 +43,9 @@ def test_arrays_may_lie_anywhere(codec, offset):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(("field", "words"), [("moment", "2 of its 24 inputs"), ("sensitivity", "2 of its 40 gradients")])
+@pytest.mark.parametrize(
+    ("field", "words"), [("moment", "2 of its 24 inputs"), ("sensitivity", "2 of its 40 gradients")]
+)
 def test_what_calibration_made_nan_is_told_by_name(codec, value, field, words):
     given = arrays()
     given[field][[3, 5]] = value

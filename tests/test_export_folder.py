@@ -9,14 +9,15 @@ import subprocess
 import sys
 import sysconfig
 
-import bstack
-import bstk
 import pytest
 import tiny_models
 import torch
 import transformers
+
+import bstack
+import bstk
+from bstack.engine.export import export_safetensors
 from bstack.folders import check_free, new_folder
-from bstack.runtime.export import export_safetensors
 from bstack.settings import Settings
 
 QUICK = {"samples": 2, "sequence_length": 16}
@@ -28,16 +29,24 @@ CODECS = {
 }
 # A plain one, tied weights, transposed ones, fused experts, stacked experts, a projection outside the layers.
 CASES = [
-    ("llama", "spqr"), ("llama-tied", "trellis"), ("gpt2", "spqr"), ("gpt2", "sign"), ("mixtral", "spqr"), ("gpt-oss", "trellis"),
-    ("opt-projected", "spqr"), ("llama", "spqr, none apart"),
-]  # fmt: skip
+    ("llama", "spqr"),
+    ("llama-tied", "trellis"),
+    ("gpt2", "spqr"),
+    ("gpt2", "sign"),
+    ("mixtral", "spqr"),
+    ("gpt-oss", "trellis"),
+    ("opt-projected", "spqr"),
+    ("llama", "spqr, none apart"),
+]
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
 def command(*arguments, cwd=None):
     installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     start = [installed] if installed else [sys.executable, "-m", "bstack"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=cwd)
+    return subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,9 @@ def tiny(tmp_path_factory):
 
 def load_plainly(folder, dtype=None):
     """As somebody who has transformers alone; every parameter must be there and none too many."""
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", output_loading_info=True
+    )
     assert not any(found.values()), found
     return model.eval()
 
@@ -90,18 +101,28 @@ def test_names_on_disk_are_those_of_the_checkpoints_that_others_know(tmp_path):
     assert shapes(tmp_path / "exported") == shapes(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
 def test_the_command(tiny, tmp_path, dtype, torch_dtype):
     done = command("export", tiny, "--to", "safetensors", "here", "--dtype", dtype, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["schema"] == "bstack.export/1" and report["output"] == "here" and report["dtype"] == dtype
     files = sorted(path.name for path in (tmp_path / "here").iterdir())
-    assert files == report["files"] and "model.safetensors" in files and "config.json" in files and "tokenizer.json" in files
+    assert (
+        files == report["files"]
+        and "model.safetensors" in files
+        and "config.json" in files
+        and "tokenizer.json" in files
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     model = load_plainly(tmp_path / "here")
     assert model.dtype == torch_dtype and model.config.dtype == torch_dtype
-    assert report["parameters"] == model.num_parameters() and report["weight_bytes"] == report["parameters"] * torch_dtype.itemsize
+    assert (
+        report["parameters"] == model.num_parameters()
+        and report["weight_bytes"] == report["parameters"] * torch_dtype.itemsize
+    )
     expected = bstack.load(tiny, dtype=torch_dtype)[0]
     for key, tensor in expected.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key])
@@ -125,7 +146,9 @@ print(model(torch.arange(3, 9)[None]).logits.shape)
 def test_a_budget_and_one_that_is_too_small(tiny, tmp_path):
     with bstk.open(tiny) as file:
         smallest = file.smallest
-    done = command("export", tiny, "--to", "safetensors", tmp_path / "out", "--mb", smallest.budget / bstk.MB + 1e-6, "--json")
+    done = command(
+        "export", tiny, "--to", "safetensors", tmp_path / "out", "--mb", smallest.budget / bstk.MB + 1e-6, "--json"
+    )
     assert json.loads(done.stdout)["cut"]["chunks"] == smallest.chunks
     done = command("export", tiny, "--to", "safetensors", tmp_path / "no", "--mb", 0.001)
     assert done.returncode == 6 and not (tmp_path / "no").exists()
@@ -139,10 +162,14 @@ def test_where_something_is_already(tiny, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "full")
     # 2 where something is there, 1 where nothing can be made.
     for name, code, words in (
-        ("full", 2, "is not empty: it holds mine.txt"), ("link", 2, "is not empty: it holds mine.txt"), ("file", 2, "is a file"),
-        ("nowhere", 2, "is a link that leads nowhere"), ("no/such", 1, "is not a folder"), ("file/under", 1, "is not a folder"),
+        ("full", 2, "is not empty: it holds mine.txt"),
+        ("link", 2, "is not empty: it holds mine.txt"),
+        ("file", 2, "is a file"),
+        ("nowhere", 2, "is a link that leads nowhere"),
+        ("no/such", 1, "is not a folder"),
+        ("file/under", 1, "is not a folder"),
         ("a" * 300, 1, "cannot write: "),
-    ):  # fmt: skip
+    ):
         kind = bstk.UsageError if code == 2 else bstk.OutputError
         with pytest.raises(kind) as refused:
             check_free(tmp_path / name)
@@ -198,9 +225,14 @@ def test_damage_leaves_nothing(tiny, tmp_path):
 def entry(name, kind, raw, **fields):
     frame = bstk.pack(raw)
     return bstk.Entry(
-        name=name, kind=kind, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest, stored=frame.stored,
+        name=name,
+        kind=kind,
+        raw_length=len(raw),
+        stored_length=frame.stored_length,
+        digest=frame.digest,
+        stored=frame.stored,
         **fields,
-    )  # fmt: skip
+    )
 
 
 def rewritten(tiny, path, change):
@@ -208,18 +240,30 @@ def rewritten(tiny, path, change):
     with bstk.open(tiny) as file:
         entries = [
             bstk.Entry(
-                name=c.name, kind=c.kind, level=c.level, shape=c.shape, dtype=c.dtype, rank=c.rank, transposed=c.transposed,
-                importance=c.importance, error=c.error, raw_length=c.raw_length,
-                stored_length=c.stored_length, digest=c.digest, stored=file.source.read(c.offset, c.stored_length),
+                name=c.name,
+                kind=c.kind,
+                level=c.level,
+                shape=c.shape,
+                dtype=c.dtype,
+                rank=c.rank,
+                transposed=c.transposed,
+                importance=c.importance,
+                error=c.error,
+                raw_length=c.raw_length,
+                stored_length=c.stored_length,
+                digest=c.digest,
+                stored=file.source.read(c.offset, c.stored_length),
             )
             for c in file.chunks[: file.base_count]
-        ]  # fmt: skip
+        ]
     entries = change(entries)
     bstk.write(path, {}, entries, len(entries))
     return path
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "extra/more.safetensors", "0.part"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "extra/more.safetensors", "0.part"]
+)
 def test_an_embedded_file_cannot_take_the_place_of_weights(tiny, tmp_path, name):
     bad = rewritten(tiny, tmp_path / "bad.bstk", lambda entries: [entry(name, bstk.FILE, b"{}"), *entries])
     with bstk.open(bad) as file, pytest.raises(bstk.DamagedError, match="beside its weights"):

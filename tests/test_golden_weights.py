@@ -13,7 +13,9 @@ VECTORS = Path(__file__).parents[1] / "format" / "vectors"
 EXPECTED = {file: json.loads((VECTORS / f"expected-{file}.json").read_text()) for file in ("weights", "spqr")}
 
 
-@pytest.mark.parametrize(("golden", "name"), [(golden, name) for golden, found in EXPECTED.items() for name in sorted(found)])
+@pytest.mark.parametrize(
+    ("golden", "name"), [(golden, name) for golden, found in EXPECTED.items() for name in sorted(found)]
+)
 def test_blocks_add_up_to_the_pinned_matrix(golden, name):
     with bstk.open(VECTORS / f"{golden}.bstk") as file:
         blocks = file.stack(name)

@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bstack.models.cache import GrowingLayer, growing_cache
+from bstack.models.kv_cache import GrowingLayer, growing_cache
 
 
 def states(tokens, seed, batch=2):

@@ -14,10 +14,13 @@ SOURCES = {"bstack": ROOT / "bstack", "bstk": ROOT / "format" / "bstk"}
 # Ground floor first. A part may import its own floor and those below it; a part of the house that is on no floor fails.
 FLOORS = [
     ["bstk"],
-    ["bstack.errors", "bstack.folders", "bstack.memory", "bstack.settings", "bstack.workdir"],
+    ["bstack.errors", "bstack.folders", "bstack.memory", "bstack.progress", "bstack.settings", "bstack.workdir"],
     ["bstack.numerics", "bstack.kernels"],
-    ["bstack.models", "bstack.calibration", "bstack.codecs", "bstack.ordering"],
-    ["bstack.pipeline", "bstack.runtime", "bstack.measure"],
+    ["bstack.models", "bstack.codecs", "bstack.ordering"],
+    ["bstack.calibration", "bstack.packed"],
+    ["bstack.eval"],
+    ["bstack.compression", "bstack.engine"],
+    ["bstack.bench"],
     ["bstack.cli"],
     ["bstack", "bstack.__main__", "bstack.demo"],
 ]
@@ -26,7 +29,7 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 # Stricter than the floors: arrays in, arrays out. These know neither models nor files.
 ONLY = {
     "bstack.numerics": set(),
-    "bstack.kernels": {"bstack.errors"},
+    "bstack.kernels": {"bstk", "bstack.errors"},
     "bstack.codecs": {"bstk", "bstack.errors", "bstack.settings", "bstack.numerics", "bstack.kernels"},
 }
 
@@ -43,20 +46,11 @@ def modules():
 MODULES = modules()
 
 
-def statements(tree):
-    """All nodes of a module but those under ``if TYPE_CHECKING``, which never run."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from statements(node)
-
-
 def imports(name):
     """Every module that a module imports, at its top or inside a function, as a full name."""
     file = MODULES[name]
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in statements(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -80,9 +74,7 @@ def home(name):
     return name if found == "bstack" != name else found
 
 
-OURS = {
-    name: {target for target in imports(name) if target.split(".")[0] in SOURCES} - {name} for name in MODULES
-}
+OURS = {name: {target for target in imports(name) if target.split(".")[0] in SOURCES} - {name} for name in MODULES}
 
 
 def test_every_module_has_a_floor():
@@ -155,8 +147,12 @@ def test_the_container_needs_nothing_but_zstandard():
 
 def test_the_container_imports_its_http_client_inside_functions():
     top = ast.parse(MODULES["bstk.client"].read_text(encoding="utf-8")).body
-    assert not {"requests", "urllib3"} & {name for node in top for name in ast.unparse(node).replace(".", " ").split()
-                                          if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert not {"requests", "urllib3"} & {
+        name
+        for node in top
+        for name in ast.unparse(node).replace(".", " ").split()
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
 
 
 def test_the_command_line_imports_no_torch_at_its_top():
@@ -181,5 +177,7 @@ def test_threads_that_wait_let_go_of_the_processor():
     code = "import os, sys, bstack; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        run = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+        )
         assert run.stdout.strip() == expected

@@ -7,16 +7,17 @@ import shutil
 import warnings
 from pathlib import Path
 
-import bstack
-import bstk
 import pytest
 import tiny_models
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import bstack
+import bstk
 from bstack.models import embedded
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SETTINGS = bstack.Settings(codec="sign", planes=8, rank=6, samples=4, sequence_length=32)
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -51,8 +52,9 @@ def test_budgets(packed):
     assert not torch.equal(half, whole)
 
 
-@pytest.mark.parametrize(("mb", "error"), [(0, bstk.UsageError), (-5, bstk.UsageError), ("abc", bstk.UsageError),
-                                           (0.001, bstk.BudgetError)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mb", "error"), [(0, bstk.UsageError), (-5, bstk.UsageError), ("abc", bstk.UsageError), (0.001, bstk.BudgetError)]
+)
 def test_budgets_that_are_none(packed, mb, error):
     with pytest.raises(error):
         bstack.load(packed, mb=mb)
@@ -91,7 +93,10 @@ def test_damage_is_met_before_it_is_used(packed, tmp_path):
 def test_all_chat_templates_come_back(original, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }} {{ messages[0].content }}"}
+    tokenizer.chat_template = {
+        "default": "{{ messages[0].content }}",
+        "tool_use": "{{ tools }} {{ messages[0].content }}",
+    }
     tokenizer.save_pretrained(folder)
     assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
     (tmp_path / "text.txt").write_text(tiny_models.text())  # so that the tokenizer is needed before the file is written
@@ -147,11 +152,22 @@ def write_gguf(path: Path) -> Path:
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
-    table = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}  # fmt: skip
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    table = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for layer in range(config.num_hidden_layers):
         table |= {f"model.layers.{layer}.{a}.weight": f"blk.{layer}.{b}.weight" for a, b in names.items()}
     for name, tensor in state.items():

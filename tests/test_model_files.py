@@ -3,9 +3,10 @@
 import errno
 import os
 
+import pytest
+
 import bstack
 import bstk
-import pytest
 from bstack.errors import UnsupportedModelError
 from bstack.models.files import put_files
 
@@ -35,5 +36,9 @@ def test_a_disk_that_refuses_is_no_damage(tmp_path, monkeypatch, code, expected)
 def test_files_that_no_container_takes_are_refused_before_anything_is_computed(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("bstk.limits.MAX_FILES_LENGTH", 1000)
     with pytest.raises(UnsupportedModelError, match="configuration and tokenizer take .* at most"):
-        bstack.compress(tiny_llama, tmp_path / "x.bstk", settings=bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16))
+        bstack.compress(
+            tiny_llama,
+            tmp_path / "x.bstk",
+            settings=bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16),
+        )
     assert not (tmp_path / "x.bstk").exists()

@@ -75,8 +75,12 @@ def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, k
 
 
 @given(
-    rows=st.integers(1, 70), columns=st.integers(1, 700), tokens=st.integers(1, 9),
-    kinds=st.lists(st.integers(0, RANK), max_size=4), seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-20, 1.0, 1e20]),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 700),
+    tokens=st.integers(1, 9),
+    kinds=st.lists(st.integers(0, RANK), max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([1e-20, 1.0, 1e20]),
 )
 @settings(max_examples=60, deadline=None)
 @needs_kernels
@@ -105,7 +109,9 @@ def test_extreme_codes_do_not_overflow(instructions):
         payload = codes.tobytes() + np.ones(rows, "<f2").tobytes()
         matrix = Matrix.of(rows, columns, [(TRELLIS, 2, payload)])
         # Its rotation is constant up to sign where the width is odd: no Hadamard step.
-        x = np.where(rotation.signs(columns).numpy() > 0, 1, -1).astype(np.float32)[None] * np.float32(rng.choice([-1, 1]))
+        x = np.where(rotation.signs(columns).numpy() > 0, 1, -1).astype(np.float32)[None] * np.float32(
+            rng.choice([-1, 1])
+        )
         assert same(multiply(matrix, x), reference.multiply(matrix, x))
     bits = np.full((rows, -(-columns * 2 // 8)), 255, np.uint8)
     payload = bits.tobytes() + np.ones(rows + columns * 2, "<f2").tobytes()
@@ -119,7 +125,9 @@ def test_extreme_codes_do_not_overflow(instructions):
 
 def test_matrices_that_share_an_input(instructions):
     rng = np.random.default_rng(1)
-    matrices = [stack(rng, rows, 96, kinds) for rows, kinds in ((96, [0, 0]), (32, [0]), (5, [2]), (17, []), (1, [0, 1]))]
+    matrices = [
+        stack(rng, rows, 96, kinds) for rows, kinds in ((96, [0, 0]), (32, [0]), (5, [2]), (17, []), (1, [0, 1]))
+    ]
     x = inputs(rng, 3, 96)
     for y, matrix in zip(multiply_many(matrices, x), matrices, strict=True):
         assert same(y, multiply(matrix, x))
@@ -199,7 +207,9 @@ def test_close_to_the_dense_product(codec):
     m, n = 48, 160
     x = torch.randn(300, n, generator=generator)
     blocks = list(codec.encode(torch.randn(m, n, generator=generator), x.t() @ x, 300, torch.ones(m)))
-    dense = codec.rebuild([b.payload for b in blocks], [b.kind for b in blocks], [b.rank for b in blocks], (m, n)).double()
+    dense = codec.rebuild(
+        [b.payload for b in blocks], [b.kind for b in blocks], [b.rank for b in blocks], (m, n)
+    ).double()
     matrix = Matrix.of(m, n, [(b.kind.code, b.rank, b.payload) for b in blocks])
     y = torch.from_numpy(multiply(matrix, x[:8].numpy())).double()
     expected = x[:8].double() @ dense.t()
@@ -217,7 +227,12 @@ def test_close_to_the_dense_product(codec):
     assert np.allclose(rows, expected, atol=1e-3)
 
 
-@given(m=st.integers(1, 40), n=st.integers(1, 300), kinds=st.lists(st.integers(0, RANK), max_size=3), seed=st.integers(0, 99))
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 300),
+    kinds=st.lists(st.integers(0, RANK), max_size=3),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None)
 @needs_kernels
 def test_rows_are_those_of_the_reference(m, n, kinds, seed):
@@ -230,7 +245,9 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
         for name in INSTRUCTIONS:
             library().bstack_use(name.encode())
             for kind in (TRELLIS, SIGN):
-                assert same(decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, (kind,), start, stop)), name
+                assert same(
+                    decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, (kind,), start, stop)
+                ), name
             assert same(lookup(matrix, index), reference.lookup(matrix, index)), name
     finally:
         library().bstack_use(before)
@@ -328,7 +345,7 @@ def test_the_table_in_c_is_that_of_python():
 
 
 def test_kinds_are_those_of_the_container():
-    assert (SIGN, TRELLIS) == (bstk.SIGN.code, bstk.TRELLIS.code)
+    assert (bstk.SIGN.code, bstk.TRELLIS.code) == (SIGN, TRELLIS)
     for kind, rank in ((bstk.SIGN, 3), (bstk.TRELLIS, 2)):
         for shape in ((5, 7), (64, 576)):
             assert kind.rule(shape, "f16", rank) == block_bytes(*shape, kind.code, rank)

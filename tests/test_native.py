@@ -30,7 +30,9 @@ def test_the_variable_chooses(name):
 
 
 def test_without_the_variables_the_best_and_every_cpu():
-    best = next((n for n in reversed(CHOICES[1:]) if library() is not None and library().bstack_offers(n.encode()) == 0), None)
+    best = next(
+        (n for n in reversed(CHOICES[1:]) if library() is not None and library().bstack_offers(n.encode()) == 0), None
+    )
     expected = [best, str(len(os.sched_getaffinity(0)))] if best else ["reference", "None"]
     assert run(SHOW).stdout.split() == expected
 
@@ -44,8 +46,15 @@ def test_number_of_threads():
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("BSTACK_KERNELS", "sse9"), ("BSTACK_KERNELS", "AVX2"), ("BSTACK_THREADS", "0"), ("BSTACK_THREADS", "257"),
-     ("BSTACK_THREADS", "two"), ("BSTACK_THREADS", "-1"), ("BSTACK_THREADS", "\u0663")],
+    [
+        ("BSTACK_KERNELS", "sse9"),
+        ("BSTACK_KERNELS", "AVX2"),
+        ("BSTACK_THREADS", "0"),
+        ("BSTACK_THREADS", "257"),
+        ("BSTACK_THREADS", "two"),
+        ("BSTACK_THREADS", "-1"),
+        ("BSTACK_THREADS", "\u0663"),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_an_error(variable, value):
     script = "import sys; from bstack.cli import main; main(['--version'])"

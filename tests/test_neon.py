@@ -19,7 +19,16 @@ def program(tmp_path_factory):
         pytest.skip("there is no compiler for 64-bit ARM (gcc-aarch64-linux-gnu)")
     built = tmp_path_factory.mktemp("neon") / "neon"
     sources = [str(path) for path in (ROOT / "csrc").glob("*.c")]
-    command = [COMPILER, "-O2", "-ffp-contract=off", "-static", "-I", ROOT / "csrc", ROOT / "tests" / "neon.c", *sources]
+    command = [
+        COMPILER,
+        "-O2",
+        "-ffp-contract=off",
+        "-static",
+        "-I",
+        ROOT / "csrc",
+        ROOT / "tests" / "neon.c",
+        *sources,
+    ]
     done = subprocess.run([*command, "-o", built, "-lpthread", "-lm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return built

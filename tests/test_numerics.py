@@ -37,7 +37,9 @@ def test_rotated_moment_is_that_of_rotated_inputs():
 @given(n=st.integers(1, 40), together=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_rotated_moment_a_few_rows_at_a_time(n, together, seed):
-    moment = torch.randn(n, n, generator=torch.Generator().manual_seed(seed))  # not symmetric, so that a lost transpose shows
+    moment = torch.randn(
+        n, n, generator=torch.Generator().manual_seed(seed)
+    )  # not symmetric, so that a lost transpose shows
     before = moment.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bstack.numerics.rotation.ROWS_TOGETHER", together)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bstack.calibration.products import ProductWatch
 from bstack.calibration.sensitivity import _Squares
 from bstack.calibration.statistics import MomentTable
@@ -63,7 +64,10 @@ def test_layers_out_of_order_are_refused(order):
     skeleton = Skeleton(order)
     ids = torch.ones(1, 2, dtype=torch.long)
     run = lambda ids: skeleton.model(ids, use_cache=False)  # noqa: E731
-    with pytest.raises(UnsupportedModelError, match="cannot be streamed"), LayerStream(skeleton, [ids], run=run) as stream:
+    with (
+        pytest.raises(UnsupportedModelError, match="cannot be streamed"),
+        LayerStream(skeleton, [ids], run=run) as stream,
+    ):
         for index, _ in stream.steps():
             stream.run_all(index)
 

@@ -12,9 +12,10 @@ import sysconfig
 import time
 from pathlib import Path
 
-import bstk
 import pytest
 import tiny_models
+
+import bstk
 from bstack.cli import main
 from bstack.workdir import WorkDirectory
 
@@ -168,7 +169,7 @@ def test_finished_layers_are_not_done_again(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(skeleton, index, *arguments)
 
-    from bstack.pipeline import layers
+    from bstack.compression import layers
 
     original = layers._compress_layer
     monkeypatch.setattr(layers, "_compress_layer", counting)
@@ -180,7 +181,7 @@ def test_finished_layers_are_not_done_again(model, tmp_path, monkeypatch):
 @pytest.fixture
 def unfinished(model, tmp_path, monkeypatch):
     """The work directory of a run that was interrupted after two layers."""
-    from bstack.pipeline import layers
+    from bstack.compression import layers
 
     def interrupt(skeleton, index, *arguments):
         if index == 2:
@@ -246,7 +247,9 @@ def test_the_installed_command_struck_from_outside(tmp_path):
     output, work = tmp_path / "out.bstk", tmp_path / "out.bstk.work"
 
     def strike(number, part):
-        process = subprocess.Popen([*command, "compress", model, "-o", output, *arguments], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "compress", model, "-o", output, *arguments], stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 100
         while process.poll() is None and not (work / part).exists():
             assert time.monotonic() < deadline

@@ -5,10 +5,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import bstack
-import bstk
 import numpy as np
 import pytest
+
+import bstack
+import bstk
 from bstack.settings import PRESETS, Settings
 
 # By field: values that are right, and values of a wrong type.
@@ -42,7 +43,8 @@ def test_what_is_right_is_taken(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("planes", np.int64(4)), ("seed", np.uint8(3)), ("bpw", np.float32(4.75)), ("outliers", np.int32(0))]
+    ("name", "value"),
+    [("planes", np.int64(4)), ("seed", np.uint8(3)), ("bpw", np.float32(4.75)), ("outliers", np.int32(0))],
 )
 def test_numbers_of_numpy_become_plain_ones(name, value):
     settings = Settings(**{name: value})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import bstk
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+
+import bstk
 from bstack.codecs import codec_of_kind, make_codec
 from bstack.codecs.sign import RANKS, SignCodec, channel_norms, choose_rank
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
 from bstack.settings import PRESETS, Settings
-from hypothesis import given, settings
 
 
 def gram(inputs: int, seed: int = 0, tokens: int = 64) -> torch.Tensor:
@@ -127,14 +128,28 @@ def structured(kind: str, shape: tuple[int, int], generator: torch.Generator) ->
             return torch.zeros(shape)
 
 
-KINDS = ["random", "heavy tails", "low rank", "row and column scales", "mostly zero columns", "blocks", "diagonal", "steps",
-         "constant", "zeros"]  # fmt: skip
+KINDS = [
+    "random",
+    "heavy tails",
+    "low rank",
+    "row and column scales",
+    "mostly zero columns",
+    "blocks",
+    "diagonal",
+    "steps",
+    "constant",
+    "zeros",
+]
 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS), m=st.integers(1, 70), n=st.integers(1, 70), rank=st.sampled_from([1, 2, 5, 16]),
-    exponent=st.sampled_from([-6, -3, 0, 3]), seed=st.integers(0, 2**20),
+    kind=st.sampled_from(KINDS),
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    rank=st.sampled_from([1, 2, 5, 16]),
+    exponent=st.sampled_from([-6, -3, 0, 3]),
+    seed=st.integers(0, 2**20),
 )
 def test_blocks_are_near_the_best_of_their_rank(kind, m, n, rank, exponent, seed):
     weight = structured(kind, (m, n), torch.Generator().manual_seed(seed)) * 10.0**exponent

@@ -1,23 +1,25 @@
 """The SpQR codec: layout against the specification, and the promises of the contract."""
 
-import bstk
 import numpy as np
 import pytest
 import spqr_oracle
 import torch
-from bstack.codecs.spqr import SpqrCodec
-from bstack.codecs.trellis import TrellisCodec
-from bstack.numerics.errors import output_errors
 from codec_inputs import blocks_of, correlated_moment, gaussian, moment, outlier_count, rebuilt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bstk
+from bstack.codecs.spqr import SpqrCodec
+from bstack.codecs.trellis import TrellisCodec
+from bstack.numerics.errors import output_errors
 
 # Layout
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize(("m", "n", "group"), [(1, 2, 16), (16, 16, 16), (17, 33, 16), (5, 70, 32), (40, 130, 64), (3, 100, 128)])
+@pytest.mark.parametrize(
+    ("m", "n", "group"), [(1, 2, 16), (16, 16, 16), (17, 33, 16), (5, 70, 32), (40, 130, 64), (3, 100, 128)]
+)
 def test_blocks_are_what_the_specification_says(m, n, group, bits):
     weight = gaussian(m, n, m * n)
     blocks = blocks_of(SpqrCodec(bits, group, outliers=0.5 if m * n < 20 else 0.05, planes=1), weight, moment(n))
@@ -46,9 +48,14 @@ def test_columns_are_taken_by_falling_second_moment():
 
 
 @given(
-    m=st.integers(1, 50), n=st.integers(1, 70), bits=st.sampled_from([3, 4]), group=st.sampled_from([16, 32]),
-    planes=st.integers(0, 2), share=st.sampled_from([0, 0.01, 0.2, 0.5]), seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    m=st.integers(1, 50),
+    n=st.integers(1, 70),
+    bits=st.sampled_from([3, 4]),
+    group=st.sampled_from([16, 32]),
+    planes=st.integers(0, 2),
+    share=st.sampled_from([0, 0.01, 0.2, 0.5]),
+    seed=st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=40, deadline=None)
 def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bits, group, planes, share, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -9,15 +9,16 @@ import sys
 import sysconfig
 from contextlib import contextmanager
 
-import bstack
-import bstk
 import pytest
 import tiny_models
 import torch
+
+import bstack
+import bstk
 from bstack.cli.compress import command as compress_command
+from bstack.compression.layers import layer_shapes
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
-from bstack.pipeline.layers import layer_shapes
 from bstack.settings import Settings
 
 SETTINGS = Settings(codec="spqr", bits=3, bpw=5.5, planes=1, samples=3, sequence_length=16)
@@ -38,9 +39,23 @@ def model(tmp_path_factory):
 def made(model):
     path = model.parent / "out.bstk"
     done = command(
-        "compress", model, "-o", path, "--codec", "spqr", "--bits", 3, "--bpw", 5.5, "--planes", 1, "--samples", 3,
-        "--sequence-length", 16,
-    )  # fmt: skip
+        "compress",
+        model,
+        "-o",
+        path,
+        "--codec",
+        "spqr",
+        "--bits",
+        3,
+        "--bpw",
+        5.5,
+        "--planes",
+        1,
+        "--samples",
+        3,
+        "--sequence-length",
+        16,
+    )
     assert done.returncode == 0, done.stderr
     return path
 
@@ -82,12 +97,20 @@ def test_inspect_counts_every_part(made):
     # Every layer has the same matrices, so the bits of the whole come as near as those of a layer.
     assert 5.45 < found["level_bits_per_weight"] <= 5.5
     page = command("inspect", made).stdout
-    for word in ("SpQR linears here", "permutation", "outliers", "spqr (3 bits in groups of 16)", f"{apart:,} outliers"):
+    for word in (
+        "SpQR linears here",
+        "permutation",
+        "outliers",
+        "spqr (3 bits in groups of 16)",
+        f"{apart:,} outliers",
+    ):
         assert word in page
 
 
 def test_inspect_says_nothing_of_it_where_there_is_none(model, tmp_path):
-    bstack.compress(model, tmp_path / "sign.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16))
+    bstack.compress(
+        model, tmp_path / "sign.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16)
+    )
     assert "spqr" not in json.loads(command("inspect", tmp_path / "sign.bstk", "--json").stdout)
     assert "SpQR" not in command("inspect", tmp_path / "sign.bstk").stdout
 
@@ -127,9 +150,21 @@ def test_every_cut_is_a_model_and_the_largest_is_near_the_original(made):
 
 def test_no_outliers(model, tmp_path):
     done = command(
-        "compress", model, "-o", tmp_path / "out.bstk", "--codec", "spqr", "--outliers", 0, "--planes", 1, "--samples", 2,
-        "--sequence-length", 16,
-    )  # fmt: skip
+        "compress",
+        model,
+        "-o",
+        tmp_path / "out.bstk",
+        "--codec",
+        "spqr",
+        "--outliers",
+        0,
+        "--planes",
+        1,
+        "--samples",
+        2,
+        "--sequence-length",
+        16,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(command("inspect", tmp_path / "out.bstk", "--json").stdout)["spqr"]
     assert found["bytes"]["outliers"] == found["outliers"] == 0
@@ -140,7 +175,9 @@ def test_no_outliers(model, tmp_path):
 
 def test_no_planes(model, tmp_path):
     bstack.compress(
-        model, tmp_path / "out.bstk", settings=Settings(codec="spqr", planes=0, samples=2, sequence_length=16, embeddings="dense")
+        model,
+        tmp_path / "out.bstk",
+        settings=Settings(codec="spqr", planes=0, samples=2, sequence_length=16, embeddings="dense"),
     )
     with bstk.open(tmp_path / "out.bstk") as file:
         assert {chunk.kind for chunk in file.chunks if chunk.is_block} == {bstk.SPQR, bstk.OUTLIERS}
@@ -156,8 +193,14 @@ def test_no_planes(model, tmp_path):
         (("--codec", "spqr", "--bpw", 4.65), "Allowed is 5.552 to 12.312. Or take 3 bits."),
         (("--codec", "spqr", "--bpw", 15), "Allowed is 5.552 to 12.312."),
         (("--codec", "spqr", "--bpw", 100), "with 4 bits in groups of 16"),
-        (("--preset", "paper", "--codec", "spqr"), "--preset paper is made of settings for --codec sign, and --codec spqr has others"),
-        (("--codec", "trellis", "--preset", "paper", "--planes", 3), "--codec trellis has others. Leave one of them out"),
+        (
+            ("--preset", "paper", "--codec", "spqr"),
+            "--preset paper is made of settings for --codec sign, and --codec spqr has others",
+        ),
+        (
+            ("--codec", "trellis", "--preset", "paper", "--planes", 3),
+            "--codec trellis has others. Leave one of them out",
+        ),
         (("--codec", "spqr", "--rank", 4), "rank is 4, but the spqr codec has none; it belongs to --codec sign"),
     ],
 )
@@ -169,8 +212,14 @@ def test_what_makes_no_sense_is_taught(model, tmp_path, arguments, words):
 
 def test_a_preset_goes_with_its_own_codec_and_the_default_with_all(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("bstack.pipeline.entrance.compress", lambda *_, settings, **__: seen.append(settings) or sys.exit(0))
-    for arguments in (["--preset", "paper", "--codec", "sign"], ["--preset", "default", "--codec", "spqr"], ["--preset", "paper"]):
+    monkeypatch.setattr(
+        "bstack.compression.api.compress", lambda *_, settings, **__: seen.append(settings) or sys.exit(0)
+    )
+    for arguments in (
+        ["--preset", "paper", "--codec", "sign"],
+        ["--preset", "default", "--codec", "spqr"],
+        ["--preset", "paper"],
+    ):
         with pytest.raises(SystemExit):
             compress_command.main(["model", "-o", str(tmp_path / "out.bstk"), *arguments])
     assert [settings.codec for settings in seen] == ["sign", "spqr", "sign"]
@@ -179,7 +228,9 @@ def test_a_preset_goes_with_its_own_codec_and_the_default_with_all(tmp_path, mon
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss"])
 def test_shapes_are_known_before_a_layer_is_run(name, tmp_path):
     folder = tiny_models.save(name, tmp_path / "model")
-    bstack.compress(folder, tmp_path / "out.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16))
+    bstack.compress(
+        folder, tmp_path / "out.bstk", settings=Settings(codec="sign", planes=1, samples=2, sequence_length=16)
+    )
     layers = list(layer_shapes(Skeleton(open_checkpoint(folder))))
     with bstk.open(tmp_path / "out.bstk") as file:
         for index, layer in enumerate(layers):

@@ -2,19 +2,20 @@
 
 import ctypes
 
-import bstk
 import numpy as np
 import pytest
 import spqr_oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_multiply import INSTRUCTIONS, fenced, inputs, instructions, needs_kernels, same, threads
+
+import bstk
 from bstack.kernels import reference
 from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, check_block
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many
 from bstack.kernels.native import library
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_multiply import INSTRUCTIONS, fenced, inputs, instructions, needs_kernels, same, threads
 
 __all__ = ["fenced", "instructions", "threads"]  # fixtures
 
@@ -35,7 +36,9 @@ def stack(rng, rows, columns, forms):
     return Matrix.of(rows, columns, [block(rng, rows, columns, *form) for form in forms])
 
 
-@pytest.mark.parametrize("forms", [[(SPQR, RANKS[0])], [(SPQR, RANKS[4]), (OUTLIERS, 0.02)], [(OUTLIERS, 0.3)]], ids=str)
+@pytest.mark.parametrize(
+    "forms", [[(SPQR, RANKS[0])], [(SPQR, RANKS[4]), (OUTLIERS, 0.02)], [(OUTLIERS, 0.3)]], ids=str
+)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, forms):
     rng = np.random.default_rng(rows * columns)
@@ -47,17 +50,24 @@ def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, f
 
 FORMS = st.lists(
     st.one_of(
-        st.tuples(st.just(SPQR), st.sampled_from(RANKS)), st.tuples(st.just(OUTLIERS), st.sampled_from(SHARES)),
-        st.just((TRELLIS, 2)), st.just((SIGN, 2)),
+        st.tuples(st.just(SPQR), st.sampled_from(RANKS)),
+        st.tuples(st.just(OUTLIERS), st.sampled_from(SHARES)),
+        st.just((TRELLIS, 2)),
+        st.just((SIGN, 2)),
     ),
-    min_size=1, max_size=4,
-)  # fmt: skip
+    min_size=1,
+    max_size=4,
+)
 
 
 @given(
-    rows=st.integers(1, 70), columns=st.integers(1, 700), tokens=st.integers(1, 9), forms=FORMS,
-    seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-20, 1.0, 1e20]),
-)  # fmt: skip
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 700),
+    tokens=st.integers(1, 9),
+    forms=FORMS,
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([1e-20, 1.0, 1e20]),
+)
 @settings(max_examples=80, deadline=None)
 @needs_kernels
 def test_every_instruction_set_gives_the_bits_of_the_reference(rows, columns, tokens, forms, seed, spread):
@@ -123,8 +133,11 @@ def test_extreme_codes_do_not_overflow(instructions):
 def test_rows_with_more_outliers_than_are_taken_together(instructions):
     rng = np.random.default_rng(0)
     matrix = stack(rng, 5, 3000, [(SPQR, RANKS[0]), (OUTLIERS, 1)])
-    uneven = Outliers(np.array([0, 0, 2500, 2500, 2501, 2600]), np.concatenate([np.arange(2500), [7], np.arange(99)]),
-                      rng.standard_normal(2600))  # fmt: skip
+    uneven = Outliers(
+        np.array([0, 0, 2500, 2500, 2501, 2600]),
+        np.concatenate([np.arange(2500), [7], np.arange(99)]),
+        rng.standard_normal(2600),
+    )
     x = inputs(rng, 2, 3000)
     for made in (matrix, Matrix.of(5, 3000, [(OUTLIERS, 0, uneven.pack())])):
         assert same(multiply(made, x), reference.multiply(made, x))
@@ -152,7 +165,13 @@ def test_what_is_not_finite_stays_with_its_token(instructions):
 
 def test_matrices_that_share_an_input_tokens_and_threads(instructions, threads):
     rng = np.random.default_rng(3)
-    stacks = ([(SPQR, RANKS[0]), (OUTLIERS, 0.01), (TRELLIS, 2)], [(SPQR, RANKS[5])], [(SIGN, 1)], [(OUTLIERS, 0.2)], [])
+    stacks = (
+        [(SPQR, RANKS[0]), (OUTLIERS, 0.01), (TRELLIS, 2)],
+        [(SPQR, RANKS[5])],
+        [(SIGN, 1)],
+        [(OUTLIERS, 0.2)],
+        [],
+    )
     matrices = [stack(rng, rows, 576, forms) for rows, forms in zip((700, 192, 70, 33, 9), stacks, strict=True)]
     x = inputs(rng, 9, 576)
     threads(1)
@@ -203,10 +222,19 @@ def test_blocks_that_lead_outside_are_refused():
     check_block(rows, columns, OUTLIERS, 0, outliers)
     check_block(rows, columns, SPQR, RANKS[0], dense)
     broken = [
-        changed(outliers, 0, "<u4", 1), changed(outliers, 16, "<u4", 6), changed(outliers, 16, "<u4", 4),
-        changed(outliers, 4, "<u4", 2**32 - 1), changed(outliers, 4, "<u4", 3), outliers[:-4], outliers[:-1], outliers[:8], b"",
-        changed(outliers, 20, "<u2", 3, 20), changed(outliers, 20, "<u2", 3, 3), changed(outliers, 20, "<u2", 4, 3),
-    ]  # fmt: skip
+        changed(outliers, 0, "<u4", 1),
+        changed(outliers, 16, "<u4", 6),
+        changed(outliers, 16, "<u4", 4),
+        changed(outliers, 4, "<u4", 2**32 - 1),
+        changed(outliers, 4, "<u4", 3),
+        outliers[:-4],
+        outliers[:-1],
+        outliers[:8],
+        b"",
+        changed(outliers, 20, "<u2", 3, 20),
+        changed(outliers, 20, "<u2", 3, 3),
+        changed(outliers, 20, "<u2", 4, 3),
+    ]
     for payload in broken:
         with pytest.raises(ValueError, match="outliers"):
             Matrix.of(rows, columns, [(OUTLIERS, 0, payload)])
@@ -214,8 +242,13 @@ def test_blocks_that_lead_outside_are_refused():
     for payload in (changed(dense, 0, "<u2", 20), changed(dense, 0, "<u2", order[1]), dense[:-1], dense + b"\0"):
         with pytest.raises(ValueError, match="permutation|bytes"):
             Matrix.of(rows, columns, [(SPQR, RANKS[0], payload)])
-    for kind, rank, words in ((SPQR, RANKS[0], "checked"), (OUTLIERS, 0, "checked"), (SPQR, 18, "rank 18"), (SPQR, 52, "rank 52"),
-                              (OUTLIERS, 1, "rank 1")):  # fmt: skip
+    for kind, rank, words in (
+        (SPQR, RANKS[0], "checked"),
+        (OUTLIERS, 0, "checked"),
+        (SPQR, 18, "rank 18"),
+        (SPQR, 52, "rank 52"),
+        (OUTLIERS, 1, "rank 1"),
+    ):
         with pytest.raises(ValueError, match=words):
             Matrix(rows, columns).put(0, kind, rank, 0)
     with pytest.raises(ValueError, match="at most 65535"):
@@ -223,7 +256,7 @@ def test_blocks_that_lead_outside_are_refused():
 
 
 def test_kinds_are_those_of_the_container():
-    assert (SPQR, OUTLIERS) == (bstk.SPQR.code, bstk.OUTLIERS.code)
+    assert (bstk.SPQR.code, bstk.OUTLIERS.code) == (SPQR, OUTLIERS)
     for rank in RANKS:
         for shape in ((5, 7), (64, 576)):
             assert bstk.SPQR.rule(shape, "f16", rank) == block_bytes(*shape, SPQR, rank)

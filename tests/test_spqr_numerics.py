@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from codec_inputs import gaussian, moment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bstack.codecs.spqr_columns import damped
 from bstack.numerics.feedback import factorise
 from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
 from bstack.numerics.outliers import outlier_scores
-from codec_inputs import gaussian, moment
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_factorise_is_the_decomposition():
@@ -55,7 +56,9 @@ def test_chosen_takes_one_candidate_a_row():
     g, rows = 4, 6
     weight = torch.randn(g, rows)
     scale = torch.rand(3, rows) + 0.1
-    found = code_group(weight, weight, torch.eye(g), torch.ones(g), torch.ones(g, rows), scale, torch.full((3, rows), 7.0), 15)
+    found = code_group(
+        weight, weight, torch.eye(g), torch.ones(g), torch.ones(g, rows), scale, torch.full((3, rows), 7.0), 15
+    )
     choice = torch.tensor([0, 1, 2, 2, 1, 0])
     one = found.chosen(choice)
     for r, c in enumerate(choice):
@@ -117,7 +120,8 @@ def test_scores_against_leaving_weights_out_one_by_one():
                 before = error(list(values.values()), list(costs.values()))
                 ends = (min(values, key=values.get), max(values, key=values.get))
                 fall = {
-                    end: before - error([v for p, v in values.items() if p != end], [c for p, c in costs.items() if p != end])
+                    end: before
+                    - error([v for p, v in values.items() if p != end], [c for p, c in costs.items() if p != end])
                     for end in ends
                 }
                 end = max(fall, key=fall.get)

@@ -4,16 +4,16 @@ import math
 import re
 from contextlib import nullcontext
 
-import bstk
 import pytest
 import torch
+from codec_inputs import gaussian, moment, outlier_count
+
+import bstk
 from bstack.codecs import make_codec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.spqr_target import range_of
 from bstack.errors import CodecError
 from bstack.settings import Settings
-from codec_inputs import gaussian, moment, outlier_count
-
 
 # A layer together
 
@@ -46,7 +46,10 @@ def test_a_target_buys_no_row_pointers_where_nothing_is_apart():
     least = bits_used([list(SpqrCodec(outliers=0, planes=0).encode(*task)) for task in tasks], weights)
     codec = SpqrCodec(bpw=least, planes=1).for_layer(tasks)
     blocks = [list(codec.encode(*task)) for task in tasks]
-    assert all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS] for some in blocks) and bits_used(blocks, weights) == least
+    assert (
+        all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS] for some in blocks)
+        and bits_used(blocks, weights) == least
+    )
     codec = SpqrCodec(bpw=least + 0.15, planes=0).for_layer(tasks)
     blocks = [list(codec.encode(*task)) for task in tasks]
     assert [len(some) for some in blocks] == [2, 1, 1]
@@ -184,7 +187,10 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
         ({"bits": 3, "bpw": 3.6}, r"more than 3.625, up to about 9.625.$"),
         ({"bpw": float("nan")}, "up to about 10.625.$"),
         ({"bpw": 100.0}, r"bpw is 100.0; with 4 bits in groups of 16.*more than 4.625, up to about 10.625.$"),
-        ({"bits": 3, "group": 128, "bpw": 100.0}, r"with 3 bits in groups of 128.*more than 3.07812, up to about 3.82812.$"),
+        (
+            {"bits": 3, "group": 128, "bpw": 100.0},
+            r"with 3 bits in groups of 128.*more than 3.07812, up to about 3.82812.$",
+        ),
         ({"bpw": 5.0, "outliers": 0.01}, "outliers is 0.01 and bpw is 5.0; give one"),
         ({"bpw": 5.0, "outliers": 0}, "give one"),
         ({"rank": 4}, "--codec sign"),
@@ -204,18 +210,30 @@ def test_other_codecs_refuse_its_settings(codec, given):
 
 def test_settings_are_recorded():
     assert make_codec(Settings(codec="spqr")).settings() == {
-        "codec": "spqr", "bits": 4, "group": 16, "outliers": "auto", "bpw": None, "planes": 2,
-    }  # fmt: skip
+        "codec": "spqr",
+        "bits": 4,
+        "group": 16,
+        "outliers": "auto",
+        "bpw": None,
+        "planes": 2,
+    }
     assert make_codec(Settings(codec="spqr", bits=3, bpw=4.0, planes=0)).settings() == {
-        "codec": "spqr", "bits": 3, "group": 16, "outliers": None, "bpw": 4.0, "planes": 0,
-    }  # fmt: skip
+        "codec": "spqr",
+        "bits": 3,
+        "group": 16,
+        "outliers": None,
+        "bpw": 4.0,
+        "planes": 0,
+    }
 
 
 def test_auto_outliers_are_those_of_the_target():
     tasks = layer()
     said, unsaid = (make_codec(Settings(codec="spqr", bpw=5.9, planes=0, outliers=given)) for given in ("auto", None))
     assert said.settings() == unsaid.settings()
-    assert said.for_layer(tasks).threshold == unsaid.for_layer(tasks).threshold != SpqrCodec().for_layer(tasks).threshold
+    assert (
+        said.for_layer(tasks).threshold == unsaid.for_layer(tasks).threshold != SpqrCodec().for_layer(tasks).threshold
+    )
 
 
 def test_more_inputs_than_16_bits_reach_are_refused():

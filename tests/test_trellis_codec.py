@@ -173,7 +173,9 @@ def test_degenerate_input_gives_finite_blocks(weight, h):
 
 def test_same_input_gives_the_same_bytes():
     weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(6))
-    one, two = ([b.payload for b in TrellisCodec(2).encode(weight, moment(48), 10**6, torch.ones(64))] for _ in range(2))
+    one, two = (
+        [b.payload for b in TrellisCodec(2).encode(weight, moment(48), 10**6, torch.ones(64))] for _ in range(2)
+    )
     assert one == two
 
 
@@ -200,7 +202,9 @@ print(next(TrellisCodec(1).encode(w, x.t() @ x, 50, torch.ones(20))).payload.hex
     import os
 
     runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **extra}, check=True)
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **extra}, check=True
+        )
         for extra in ({}, {"BSTACK_KERNELS": "reference"})
     ]
     assert runs[0].stdout == runs[1].stdout

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 
-import bstk
 import pytest
 import tiny_models
 import torch
+
+import bstk
 from bstack.cli import main
 from bstack.errors import WorkDirectoryError
 from bstack.workdir import WorkDirectory
@@ -42,14 +43,21 @@ def uninterrupted(model, tmp_path_factory):
 @pytest.mark.parametrize(
     ("damaged", "marker"),
     [
-        ("layer-00000.bin", "layer-00000.json"), ("layer-00001.json", "layer-00001.json"), ("files.bin", "files.json"),
-        ("outer.bin", "outer.json"), ("table-model.embed_tokens.weight.bin", "table-model.embed_tokens.weight.json"),
-        ("head.safetensors", "head.safetensors"), ("windows.safetensors", "windows.safetensors"),
-        ("sensitivity.safetensors", "sensitivity.safetensors"), ("curve.json", "curve.json"),
+        ("layer-00000.bin", "layer-00000.json"),
+        ("layer-00001.json", "layer-00001.json"),
+        ("files.bin", "files.json"),
+        ("outer.bin", "outer.json"),
+        ("table-model.embed_tokens.weight.bin", "table-model.embed_tokens.weight.json"),
+        ("head.safetensors", "head.safetensors"),
+        ("windows.safetensors", "windows.safetensors"),
+        ("sensitivity.safetensors", "sensitivity.safetensors"),
+        ("curve.json", "curve.json"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("how", ["cut", "other"])
-def test_a_damaged_part_says_what_to_delete_and_is_made_anew(model, uninterrupted, tmp_path, monkeypatch, capsys, damaged, marker, how):
+def test_a_damaged_part_says_what_to_delete_and_is_made_anew(
+    model, uninterrupted, tmp_path, monkeypatch, capsys, damaged, marker, how
+):
     output, work = tmp_path / "out.bstk", tmp_path / "out.bstk.work"
 
     def interrupt(*_arguments):

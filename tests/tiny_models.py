@@ -14,9 +14,14 @@ from transformers import AutoModelForCausalLM
 VOCABULARY = 211
 _COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = {
-    **_COMMON, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
+    **_COMMON,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 # Name -> configuration class and arguments. Widths that are no multiple of 8 or 16 stand among them on purpose.
 ARCHITECTURES = {
@@ -29,24 +34,64 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12}),
     "phi3": ("Phi3Config", _LLAMA),
     "gpt2": ("GPT2Config", {**_COMMON, "n_embd": 44, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 90}),
-    "opt": ("OPTConfig", {**_COMMON, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 2,
-                          "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 48}),
+    "opt": (
+        "OPTConfig",
+        {
+            **_COMMON,
+            "hidden_size": 48,
+            "ffn_dim": 100,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 48,
+        },
+    ),
     # As OPT-350M: the embedding is narrower than the layers.
-    "opt-projected": ("OPTConfig", {**_COMMON, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 2,
-                                    "num_attention_heads": 4, "max_position_embeddings": 128,
-                                    "word_embed_proj_dim": 36, "do_layer_norm_before": False}),
-    "gpt-neox": ("GPTNeoXConfig", {**_COMMON, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2,
-                                   "num_attention_heads": 4, "max_position_embeddings": 128}),
-    "falcon": ("FalconConfig", {**_COMMON, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                "ffn_hidden_size": 100, "max_position_embeddings": 128}),
+    "opt-projected": (
+        "OPTConfig",
+        {
+            **_COMMON,
+            "hidden_size": 48,
+            "ffn_dim": 100,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 36,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "gpt-neox": (
+        "GPTNeoXConfig",
+        {
+            **_COMMON,
+            "hidden_size": 48,
+            "intermediate_size": 100,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        {
+            **_COMMON,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 100,
+            "max_position_embeddings": 128,
+        },
+    ),
     "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # Not in anybody's list: they show that none is needed.
     "stablelm": ("StableLmConfig", {**_LLAMA, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     "cohere": ("CohereConfig", _LLAMA),
     "olmo2": ("Olmo2Config", _LLAMA),
-    "gpt-oss": ("GptOssConfig", {**_LLAMA, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2,
-                                 "sliding_window": 16}),
-}  # fmt: skip
+    "gpt-oss": (
+        "GptOssConfig",
+        {**_LLAMA, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    ),
+}
 
 
 def make(name: str, *, seed: int = 0, scale: float = 1.0, **changes) -> transformers.PreTrainedModel:

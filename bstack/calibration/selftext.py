@@ -25,12 +25,7 @@ TOGETHER = 136
 
 
 def write_windows(
-    skeleton: Skeleton,
-    samples: int,
-    length: int,
-    *,
-    seed: int,
-    progress: Callable[[], None] = lambda: None,
+    skeleton: Skeleton, samples: int, length: int, *, seed: int, progress: Callable[[], None] = lambda: None
 ) -> torch.Tensor:
     """Let the model write token windows.
 
@@ -84,7 +79,7 @@ def _write_group(
 ) -> torch.Tensor:
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    from bstack.models.cache import growing_cache
+    from bstack.models.kv_cache import growing_cache
 
     start, ends = _special_tokens(skeleton.model)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
@@ -115,7 +110,11 @@ def _write_group(
         first,
         attention_mask=torch.ones_like(first),
         generation_config=GenerationConfig(
-            do_sample=False, repetition_penalty=1.0, max_new_tokens=length - 1, eos_token_id=vocabulary, pad_token_id=0,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=length - 1,
+            eos_token_id=vocabulary,
+            pad_token_id=0,
             use_cache=True,
         ),
         logits_processor=LogitsProcessorList([Draw()]),

@@ -171,11 +171,7 @@ def _forward(
 
 
 def _backward(
-    skeleton: Skeleton,
-    index: int,
-    calls: list[LayerCall],
-    gradients: list[torch.Tensor],
-    squares: _Squares,
+    skeleton: Skeleton, index: int, calls: list[LayerCall], gradients: list[torch.Tensor], squares: _Squares
 ) -> list[torch.Tensor]:
     """Carry the gradients from a layer's output to its input."""
     layer = skeleton.layers[index][1]

@@ -108,7 +108,9 @@ def _records(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             if len(line) >= LONGEST:
-                raise CalibrationError(f"{path}, line {number}: longer than {LONGEST} characters. Split the text into records.")
+                raise CalibrationError(
+                    f"{path}, line {number}: longer than {LONGEST} characters. Split the text into records."
+                )
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
@@ -137,8 +139,7 @@ def _rows(source: str) -> Iterator[str]:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
         raise TextNotFoundError(
-            f"There is no file or folder {source!r}, and as a hub data set it cannot be read: "
-            f"{reason(error)}"
+            f"There is no file or folder {source!r}, and as a hub data set it cannot be read: {reason(error)}"
         ) from None
 
 

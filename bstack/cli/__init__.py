@@ -44,10 +44,7 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
 
 
 @click.group(
-    cls=LazyGroup,
-    package=__name__,
-    summaries=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=LazyGroup, package=__name__, summaries=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.option(
     "--version",

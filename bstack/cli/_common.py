@@ -25,9 +25,10 @@ trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run the Python code that the model needs and transformers does not have."
 )
 code_option = click.option(
-    "--code", metavar="FOLDER|HUB-ID",
+    "--code",
+    metavar="FOLDER|HUB-ID",
     help="Where that code is; by default in the hub's model that FILE was made from. FILE itself holds none.",
-)  # fmt: skip
+)
 
 
 class FileType(click.Path):
@@ -44,8 +45,10 @@ class FileType(click.Path):
         if _is_model(value):
             self.fail(
                 f"{value} is a model, not a .bstk file. Compress it first: bstack compress {value} -o "
-                f"{os.path.basename(os.path.abspath(value))}.bstk", param, ctx,
-            )  # fmt: skip
+                f"{os.path.basename(os.path.abspath(value))}.bstk",
+                param,
+                ctx,
+            )
         return super().convert(value, param, ctx)
 
 
@@ -68,7 +71,11 @@ class PlaceType(click.ParamType):
             return value
         scheme, separator, rest = value.partition("://")
         if separator and not os.path.exists(value):
-            instead = f"Give the path alone, {rest}." if scheme.lower() == "file" else "URLs begin with https://, http:// or hf://."
+            instead = (
+                f"Give the path alone, {rest}."
+                if scheme.lower() == "file"
+                else "URLs begin with https://, http:// or hf://."
+            )
             self.fail(f"{scheme}:// is not read. {instead}", param, ctx)
         return FileType().convert(value, param, ctx)
 
@@ -97,7 +104,9 @@ def mb_option(required: bool, help: str):
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:
     """Open a .bstk file or URL; a partial one gives a warning on stderr, unless `warn` is off, or with `strict` an error."""
-    reader = bstk.open(bstk.HttpSource(path, retries(path, quiet)) if bstk.is_url(path) else path, strict=strict, warn=False)
+    reader = bstk.open(
+        bstk.HttpSource(path, retries(path, quiet)) if bstk.is_url(path) else path, strict=strict, warn=False
+    )
     if reader.state == "partial" and warn and not quiet:
         click.echo(printable(f"Warning: {reader.source.name}: {reader.partial_message()}"), err=True)
     return reader

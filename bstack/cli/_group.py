@@ -67,8 +67,7 @@ class LazyGroup(click.Group):
 
 def _report_exception(error: Exception) -> int:
     message, code = explained(error) or (
-        f"unexpected {type(error).__name__}: {error}. "
-        "This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
+        f"unexpected {type(error).__name__}: {error}. This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,
     )
     return _report(f"Error: {message}", code)

@@ -6,7 +6,13 @@ from typing import Any
 
 from bstack.cli._text import megabytes, number, table
 
-_TITLES = {"file_bytes": "file", "memory_bytes": "in memory", "blocks": "blocks", "bits_per_weight": "bits/weight", "kld": "KLD"}
+_TITLES = {
+    "file_bytes": "file",
+    "memory_bytes": "in memory",
+    "blocks": "blocks",
+    "bits_per_weight": "bits/weight",
+    "kld": "KLD",
+}
 _SIZES = ("file_bytes", "memory_bytes")
 
 

@@ -53,12 +53,10 @@ def render(found: dict[str, Any]) -> str:
     """Return a summary as a table."""
     weights = found["weights"]
     share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
-    words = {
-        "outliers": share if found["outliers"] else "none here",
-        "planes": "blocks above dense part and outliers",
-    }
+    words = {"outliers": share if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
     rows = [
-        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")] for part, size in found["bytes"].items()
+        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
+        for part, size in found["bytes"].items()
     ]
     level, total = found["level_bits_per_weight"], found["bits_per_weight"]
     planes = found["bytes"]["planes"]

@@ -33,28 +33,55 @@ class Parsed(click.ParamType):
 
 @click.command("bench")
 @_common.file_argument
-@click.option("--budgets", type=Parsed("MB,MB-MB+STEP", "bstack.measure.budgets", "parse_budgets"),
-              help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.")
-@click.option("--original", metavar="MODEL",
-              help="The model the file was made from: folder, hub id, GGUF file or smollm2. The divergence is measured against it.")
+@click.option(
+    "--budgets",
+    type=Parsed("MB,MB-MB+STEP", "bstack.bench.budgets", "parse_budgets"),
+    help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.",
+)
+@click.option(
+    "--original",
+    metavar="MODEL",
+    help="The model the file was made from: folder, hub id, GGUF file or smollm2. The divergence is measured against it.",
+)
 @click.option("--force", is_flag=True, help="Measure against --original even if FILE was not made from it.")
-@click.option("--text", metavar="FILE|FOLDER|DATASET",
-              help="Text to measure on; by default Python's own language reference, which is on every machine.")
+@click.option(
+    "--text",
+    metavar="FILE|FOLDER|DATASET",
+    help="Text to measure on; by default Python's own language reference, which is on every machine.",
+)
 @click.option("--windows", type=click.IntRange(1, 2**20), default=16, show_default=True, help="Windows of the text.")
-@click.option("--sequence-length", type=click.IntRange(8, 2**20),
-              help="Tokens in each window; 512 by default, or what the model reads if that is less.")
-@click.option("--against", type=Parsed("rtn,gptq:3,spqr:4@4.75,...", "bstack.measure.baselines.choice", "parse_against"),
-              help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
-                   "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
-                   "are 1 % of the weights.")
-@click.option("--calibration", metavar="FILE|FOLDER|DATASET|self",
-              help="Text to calibrate gptq and spqr on; by default what the file was calibrated on.")
-@click.option("--tasks", metavar="TASK,...", help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(8, 2**20),
+    help="Tokens in each window; 512 by default, or what the model reads if that is less.",
+)
+@click.option(
+    "--against",
+    type=Parsed("rtn,gptq:3,spqr:4@4.75,...", "bstack.bench.baselines.choice", "parse_against"),
+    help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
+    "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
+    "are 1 % of the weights.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE|FOLDER|DATASET|self",
+    help="Text to calibrate gptq and spqr on; by default what the file was calibrated on.",
+)
+@click.option(
+    "--tasks",
+    metavar="TASK,...",
+    help="Zero-shot tasks, through lm-eval (pip install 'bstack[tasks]'): its names, or .yaml files of your own.",
+)
 @click.option("--no-speed", is_flag=True, help="Skip the speed tests.")
 @click.option("--no-quality", is_flag=True, help="Skip everything that needs a text.")
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png|svg|pdf", help="Draw quality against size.")
-@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE|-",
-              help="Write the figures as CSV; - is standard output, in place of the tables.")
+@click.option(
+    "--csv",
+    "csv_path",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    metavar="FILE|-",
+    help="Write the figures as CSV; - is standard output, in place of the tables.",
+)
 @_common.trust_option
 @_common.code_option
 @_common.json_option
@@ -76,15 +103,24 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
     _check(file, plot, csv_path, as_json, given)
     with _common.open_file(file, quiet=quiet):  # its warning, and its refusal, before anything heavy
         pass
-    from bstack.measure.bench import run_bench
-    from bstack.measure.options import Options
+    from bstack.bench.options import Options
+    from bstack.bench.run import run_bench
 
     options = Options(
-        budgets=given["budgets"], speed=not given["no_speed"], quality=not given["no_quality"], text=given["text"],
-        windows=given["windows"], length=given["sequence_length"], original=given["original"], force=given["force"],
-        against=given["against"] or (), calibration=given["calibration"], tasks=_names(given["tasks"]),
-        trust_remote_code=given["trust_remote_code"], code=given["code"] or given["original"],
-    )  # fmt: skip
+        budgets=given["budgets"],
+        speed=not given["no_speed"],
+        quality=not given["no_quality"],
+        text=given["text"],
+        windows=given["windows"],
+        length=given["sequence_length"],
+        original=given["original"],
+        force=given["force"],
+        against=given["against"] or (),
+        calibration=given["calibration"],
+        tasks=_names(given["tasks"]),
+        trust_remote_code=given["trust_remote_code"],
+        code=given["code"] or given["original"],
+    )
     with _common.code_told(quiet):
         report = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
     _write(report, plot, csv_path, as_json, quiet)
@@ -93,7 +129,12 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
 def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, given: dict[str, Any]) -> None:
     """Refuse what makes no sense, and what would fail only after hours of measuring."""
     if given["no_quality"]:
-        unused = {"--plot": plot, "--original": given["original"], "--against": given["against"], "--text": given["text"]}
+        unused = {
+            "--plot": plot,
+            "--original": given["original"],
+            "--against": given["against"],
+            "--text": given["text"],
+        }
         for name, value in unused.items():
             if value:
                 raise click.UsageError(f"{name} is about quality, which --no-quality skips. Leave one of them out.")
@@ -110,11 +151,11 @@ def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, giv
     for path in filter(None, (plot, csv_path)):
         _check_writable(file, path)
     if plot is not None:
-        from bstack.measure.plot import check_plot
+        from bstack.bench.plot import check_plot
 
         check_plot(plot)
     if given["tasks"]:
-        from bstack.measure.tasks import check_tasks
+        from bstack.bench.tasks import check_tasks
 
         check_tasks(_names(given["tasks"]))
 
@@ -136,7 +177,7 @@ def _names(tasks: str | None) -> list[str]:
 
 
 def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool) -> None:
-    from bstack.measure.tables import as_csv, as_tables
+    from bstack.bench.tables import as_csv, as_tables
 
     if csv_path == "-":
         click.echo(as_csv(report), nl=False)
@@ -154,7 +195,7 @@ def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, q
             sink.write(as_csv(report).encode())
         _say_written(csv_path, quiet)
     if plot is not None:
-        from bstack.measure.plot import save_plot
+        from bstack.bench.plot import save_plot
 
         save_plot(report, plot)
         _say_written(plot, quiet)

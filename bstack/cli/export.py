@@ -22,9 +22,17 @@ _DTYPES = ("bf16", "fp16", "fp32")
 @_common.json_option
 @_common.quiet_option
 def command(
-    file: str, form: str, folder: str, mb: str | None, dtype: str, trust_remote_code: bool, code: str | None, strict: bool,
-    as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    file: str,
+    form: str,
+    folder: str,
+    mb: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    code: str | None,
+    strict: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Write the model in FILE as a plain transformers folder, with dense weights, for programs that do not know bstack.
 
     DIR gets the configuration, the tokenizer and the weights as safetensors, in several files where they are large. It must
@@ -44,12 +52,18 @@ def command(
         from bstack.folders import check_free
 
         check_free(folder)
-        from bstack.runtime.export import DTYPES, export_safetensors
+        from bstack.engine.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
         with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_told(quiet):
             done = export_safetensors(
-                reader, folder, mb=mb, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, code=code, progress=advance
+                reader,
+                folder,
+                mb=mb,
+                dtype=DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                code=code,
+                progress=advance,
             )
         bits = reader.bits_per_weight(cut)
     if as_json:

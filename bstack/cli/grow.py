@@ -11,7 +11,9 @@ from bstack.cli._text import megabytes, printable
 
 @click.command("grow")
 @_common.file_argument
-@_common.mb_option(required=True, help="The most the file, and its weights in memory, may take then. Decimals are allowed.")
+@_common.mb_option(
+    required=True, help="The most the file, and its weights in memory, may take then. Decimals are allowed."
+)
 @click.option("--from", "source", type=_common.PlaceType(), required=True, help="A larger file of the same model.")
 @click.option("--in-place", is_flag=True, help="Extend FILE itself: no room for a second copy is needed.")
 @_common.json_option

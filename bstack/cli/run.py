@@ -53,11 +53,19 @@ class Finite(click.FloatRange):
     help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
 )
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, in the model's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most.")
-@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest; the next four options ask for it too.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most."
+)
+@click.option(
+    "--do-sample",
+    is_flag=True,
+    help="Draw tokens instead of taking the likeliest; the next four options ask for it too.",
+)
 @click.option("--temperature", type=Finite(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=Finite(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share.")
+@click.option(
+    "--top-p", type=Finite(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share."
+)
 @click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
 @click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
@@ -67,9 +75,20 @@ class Finite(click.FloatRange):
 @_common.json_option
 @_common.quiet_option
 def command(
-    file: str, prompt: str, mb: Any, chat: bool, max_new_tokens: int, do_sample: bool, seed: int, trust_remote_code: bool,
-    code: str | None, strict: bool, as_json: bool, quiet: bool, **sampling: Any,
-) -> None:  # fmt: skip
+    file: str,
+    prompt: str,
+    mb: Any,
+    chat: bool,
+    max_new_tokens: int,
+    do_sample: bool,
+    seed: int,
+    trust_remote_code: bool,
+    code: str | None,
+    strict: bool,
+    as_json: bool,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
     """Write text with the model in FILE, in at most so many megabytes of memory for its weights.
 
     The weights stay packed in memory, so a budget of 80 MB takes 80 MB and a little for the work. The text goes to standard
@@ -90,19 +109,28 @@ def command(
 
     with _common.code_told(quiet):
         model, tokenizer = _load(file, mb, quiet, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
-    from bstack.runtime.follow import following
-    from bstack.runtime.generate import encode_prompt, write_text
-    from bstack.runtime.load import residence_of, resident
+    from bstack.engine.generate import encode_prompt, write_text
+    from bstack.engine.load import resident
+    from bstack.packed.follow import following
+    from bstack.packed.store import residence_of
 
     if tokenizer is None:
-        raise bstk.UsageError(f"{file} holds no tokenizer, so it reads no text. bstack.load in Python gives the model alone.")
+        raise bstk.UsageError(
+            f"{file} holds no tokenizer, so it reads no text. bstack.load in Python gives the model alone."
+        )
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
         with following(model, tell=say) if mb == AUTO else nullcontext():
             written = write_text(
-                model, tokenizer, ids, _discard if as_json else _print, seed=seed, max_new_tokens=max_new_tokens,
-                do_sample=drawing, **options,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                ids,
+                _discard if as_json else _print,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                do_sample=drawing,
+                **options,
+            )
     finally:
         residence_of(model).close()
     state = resident(model)
@@ -110,12 +138,17 @@ def command(
         _common.print_json(
             "bstack.run/1",
             {
-                "file": file, "text": written.text, "prompt_tokens": written.prompt_tokens, "new_tokens": written.new_tokens,
-                "prompt_seconds": written.prompt_seconds, "tokens_per_second": written.tokens_per_second,
-                "weight_bytes": state.weight_bytes, "bits_per_weight": state.bits_per_weight,
+                "file": file,
+                "text": written.text,
+                "prompt_tokens": written.prompt_tokens,
+                "new_tokens": written.new_tokens,
+                "prompt_seconds": written.prompt_seconds,
+                "tokens_per_second": written.tokens_per_second,
+                "weight_bytes": state.weight_bytes,
+                "bits_per_weight": state.bits_per_weight,
                 "interrupted": written.interrupted,
             },
-        )  # fmt: skip
+        )
     else:
         click.echo()
     speed = written.tokens_per_second
@@ -130,10 +163,12 @@ def command(
 
 def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[Any, Any]:
     """The model within the budget; without one, within what is free. Options are those of `bstack.load`."""
-    with _common.open_file(file, options["strict"], quiet) as reader:  # its warning, and its refusal, before anything heavy
+    with _common.open_file(
+        file, options["strict"], quiet
+    ) as reader:  # its warning, and its refusal, before anything heavy
         smallest = Decimal(reader.smallest.budget) / bstk.MB
-    from bstack.runtime import load as loading
-    from bstack.runtime.follow import free_budget
+    from bstack.engine import load as loading
+    from bstack.packed.follow import free_budget
 
     load = partial(loading.load, file, mode="stack", warn=False, notify=_common.retries(file, quiet), **options)
     if mb is not None and mb != AUTO:

@@ -21,7 +21,9 @@ class RootType(click.ParamType):
         if isinstance(value, bytes):
             return value
         if not re.fullmatch("[0-9a-fA-F]{64}", value):
-            self.fail(f"{value!r} is no root digest: 64 hexadecimal digits, as bstack inspect --root prints them.", param, ctx)
+            self.fail(
+                f"{value!r} is no root digest: 64 hexadecimal digits, as bstack inspect --root prints them.", param, ctx
+            )
         return bytes.fromhex(value)
 
 

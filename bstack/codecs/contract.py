@@ -74,7 +74,9 @@ class Codec(ABC):
         for field, owner in _OWNERS.items():
             value = getattr(settings, field)
             if owner != cls.name and value is not None:
-                raise CodecError(f"{field} is {value}, but the {cls.name} codec has none; it belongs to --codec {owner}.")
+                raise CodecError(
+                    f"{field} is {value}, but the {cls.name} codec has none; it belongs to --codec {owner}."
+                )
 
     def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:
         """Refuse settings that matrices of these shapes make impossible, before any work; by default, none are.
@@ -134,7 +136,9 @@ class Codec(ABC):
 
     @staticmethod
     @abstractmethod
-    def rebuild(payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+    def rebuild(
+        payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
+    ) -> torch.Tensor:
         """Add up the first blocks of a stack.
 
         Parameters

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import bstk
-
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.numerics.errors import output_errors
@@ -84,7 +83,9 @@ class SignCodec(Codec):
             yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, moment))
 
     @staticmethod
-    def rebuild(payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]) -> torch.Tensor:
+    def rebuild(
+        payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
+    ) -> torch.Tensor:
         total = torch.zeros(shape)
         for payload, rank in zip(payloads, ranks, strict=True):
             total += _contribution(*_unpack(payload, shape, rank))
@@ -120,7 +121,9 @@ def choose_rank(scaled: torch.Tensor) -> int:
     if total == 0:
         return 1
     removed = s.double().square().cumsum(0) / total
-    return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(LEAST_LEFT).log()) / (m * n + 16 * k * (m + n)))
+    return max(
+        ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(LEAST_LEFT).log()) / (m * n + 16 * k * (m + n))
+    )
 
 
 def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +146,9 @@ def _contribution(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torc
 def _pack(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> bytes:
     """Lay a block out: signs row by row, bit j % 8 of byte j // 8, rows padded to whole bytes; then U; then V."""
     bits = np.packbits(signs.numpy(), axis=1, bitorder="little")
-    return bits.tobytes() + u.contiguous().numpy().astype("<f2").tobytes() + v.contiguous().numpy().astype("<f2").tobytes()
+    return (
+        bits.tobytes() + u.contiguous().numpy().astype("<f2").tobytes() + v.contiguous().numpy().astype("<f2").tobytes()
+    )
 
 
 def _unpack(payload: bytes, shape: tuple[int, int], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

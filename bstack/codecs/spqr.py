@@ -71,9 +71,14 @@ class SpqrCodec(Codec):
     kinds = (bstk.SPQR,)
 
     def __init__(
-        self, bits: int = 4, group: int = 16, outliers: float | str | None = None, bpw: float | None = None,
-        planes: int = PLANES, threshold: int | None = None,
-    ):  # fmt: skip
+        self,
+        bits: int = 4,
+        group: int = 16,
+        outliers: float | str | None = None,
+        bpw: float | None = None,
+        planes: int = PLANES,
+        threshold: int | None = None,
+    ):
         if bits not in (3, 4):
             raise CodecError(f"bits is {bits}; the spqr codec takes 3 or 4.")
         if group not in GROUPS:
@@ -82,9 +87,13 @@ class SpqrCodec(Codec):
             raise CodecError(f"planes is {planes}; the spqr codec takes 0 to {MOST_PLANES} (2 bits per weight each).")
         outliers = "auto" if outliers is None else outliers
         if bpw is not None and outliers != "auto":
-            raise CodecError(f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are.")
+            raise CodecError(
+                f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are."
+            )
         if outliers != "auto" and not (isinstance(outliers, (int, float)) and 0 <= outliers <= 0.5):
-            raise CodecError(f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto.")
+            raise CodecError(
+                f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto."
+            )
         if bpw is not None:
             check_target(bpw, bits, group)
         self.bits, self.group, self.outliers, self.bpw, self.planes = bits, group, outliers, bpw, planes
@@ -107,8 +116,13 @@ class SpqrCodec(Codec):
         # With a target there is no share to record, also where auto was given in words.
         share = self.outliers if self.bpw is None else None
         return {
-            "codec": self.name, "bits": self.bits, "group": self.group, "outliers": share, "bpw": self.bpw, "planes": self.planes,
-        }  # fmt: skip
+            "codec": self.name,
+            "bits": self.bits,
+            "group": self.group,
+            "outliers": share,
+            "bpw": self.bpw,
+            "planes": self.planes,
+        }
 
     def for_tables(self) -> Codec:
         """Embeddings and heads are stacks of the default codec: they are cut into finer steps."""
@@ -131,9 +145,8 @@ class SpqrCodec(Codec):
             _check_width(shapes[-1])
             prices += self._prices(self.outlier_places(*task)[0])
         return SpqrCodec(
-            self.bits, self.group, self.outliers, self.bpw, self.planes,
-            _threshold(prices, self._allowed(shapes)),
-        )  # fmt: skip
+            self.bits, self.group, self.outliers, self.bpw, self.planes, _threshold(prices, self._allowed(shapes))
+        )
 
     def encode(
         self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor

@@ -114,8 +114,13 @@ class _Found(NamedTuple):
 
 
 def _code(
-    target: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor, cost: torch.Tensor, kept: torch.Tensor,
-    share: torch.Tensor, most: int,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    cost: torch.Tensor,
+    kept: torch.Tensor,
+    share: torch.Tensor,
+    most: int,
 ) -> _Found:
     """Code one group: fit it, quantise the fits of 16 rows together, try the nearest of those in earnest; then once more.
 
@@ -140,7 +145,7 @@ def _code(
         numbers = numbers.gather(1, choice.expand(2, 1, -1)).squeeze(1)
         found = _Found(chosen, numbers, levels)
         if best is not None:
-            better = (_tiles(share * chosen.cost).sum(1) < _tiles(share * best.coded.cost).sum(1))
+            better = _tiles(share * chosen.cost).sum(1) < _tiles(share * best.coded.cost).sum(1)
             by_row = better.repeat_interleave(ROWS)
             mixed = Coded(*(torch.where(by_row, new, old) for new, old in zip(chosen, best.coded, strict=True)))
             found = _Found(

@@ -24,9 +24,9 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
-from bstack.kernels.table import TABLE
 from bstack.kernels.matrix import BLOCKS, Matrix
 from bstack.kernels.multiply import decode_rows
+from bstack.kernels.table import TABLE
 from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_moment, unrotate
@@ -147,8 +147,12 @@ def _encode(
         # What is not needed any more gives way to what is: up to `start` these are the columns' errors.
         target = columns[start:stop] + factor[:start, start:stop].t() @ columns[:start]
         codes[start:stop], errors = encode_columns(
-            target.numpy(), columns[start:stop].numpy(), factor[start:stop, start:stop].contiguous().numpy(),
-            table, scale.numpy(), weight,
+            target.numpy(),
+            columns[start:stop].numpy(),
+            factor[start:stop, start:stop].contiguous().numpy(),
+            table,
+            scale.numpy(),
+            weight,
         )
         columns[start:stop] = torch.from_numpy(errors)
     del columns

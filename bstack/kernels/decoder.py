@@ -63,7 +63,10 @@ class _Layer(ctypes.Structure):
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("width", "inner", "heads", "key_heads", "head_width", "layers", "head_parts")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("width", "inner", "heads", "key_heads", "head_width", "layers", "head_parts")
+        ),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "head", "scratch")),
@@ -107,10 +110,20 @@ class Decoder:
                 setattr(place, name, None if array is None else array.ctypes.data)
         self._head = (ctypes.c_void_p * len(head))(*map(ctypes.addressof, head))
         self._decoder = _Decoder(
-            sizes.width, sizes.inner, sizes.heads, sizes.key_heads, sizes.head_width, len(layers), len(head),
-            sizes.epsilon, sizes.scale, ctypes.addressof(self._layers), final_norm.ctypes.data,
-            ctypes.addressof(self._head), None,
-        )  # fmt: skip
+            sizes.width,
+            sizes.inner,
+            sizes.heads,
+            sizes.key_heads,
+            sizes.head_width,
+            len(layers),
+            len(head),
+            sizes.epsilon,
+            sizes.scale,
+            ctypes.addressof(self._layers),
+            final_norm.ctypes.data,
+            ctypes.addressof(self._head),
+            None,
+        )
         self.vocabulary = sum(part.rows for part in head)
         self._capacity = 0
 
@@ -145,7 +158,13 @@ class Decoder:
             raise ValueError(f"position is {position}; the cache has room for {self._capacity}.")
         logits = np.empty(self.vocabulary, np.float32)
         if self._native.bstack_decoder_step(
-            ctypes.byref(self._decoder), pointer(x), pointer(cosine), pointer(sine), position, self._capacity, pointer(logits)
+            ctypes.byref(self._decoder),
+            pointer(x),
+            pointer(cosine),
+            pointer(sine),
+            position,
+            self._capacity,
+            pointer(logits),
         ):
             raise MemoryError
         return logits
@@ -153,11 +172,23 @@ class Decoder:
 
 def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]) -> None:
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
-    rows = {"query": queries, "key": keys, "value": keys, "out": sizes.width, "gate": sizes.inner, "up": sizes.inner,
-            "down": sizes.width}  # fmt: skip
+    rows = {
+        "query": queries,
+        "key": keys,
+        "value": keys,
+        "out": sizes.width,
+        "gate": sizes.inner,
+        "up": sizes.inner,
+        "down": sizes.width,
+    }
     columns = {**dict.fromkeys(_MATRICES, sizes.width), "out": queries, "down": sizes.inner}
-    lengths = {"input_norm": sizes.width, "post_norm": sizes.width, "query_norm": sizes.head_width,
-               "key_norm": sizes.head_width, **{f"{name}_bias": rows[name] for name in _MATRICES}}  # fmt: skip
+    lengths = {
+        "input_norm": sizes.width,
+        "post_norm": sizes.width,
+        "query_norm": sizes.head_width,
+        "key_norm": sizes.head_width,
+        **{f"{name}_bias": rows[name] for name in _MATRICES},
+    }
     wrong = sizes.head_width % 2 or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
     for layer in layers:
         for name in _MATRICES:

@@ -91,9 +91,17 @@ def multiply(matrix: DeviceMatrix, x: torch.Tensor, turned: torch.Tensor, out: t
     """
     block_rows = 16
     _multiply[(triton.cdiv(matrix.rows, block_rows), x.shape[0])](
-        matrix.entry, matrix.table.values, x, turned, out, matrix.rows, matrix.columns, out.stride(0),
-        BLOCK_ROWS=block_rows, BLOCK=64,
-    )  # fmt: skip
+        matrix.entry,
+        matrix.table.values,
+        x,
+        turned,
+        out,
+        matrix.rows,
+        matrix.columns,
+        out.stride(0),
+        BLOCK_ROWS=block_rows,
+        BLOCK=64,
+    )
 
 
 def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -119,14 +127,29 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
         block_rows, block = 16, 64
         grid = (triton.cdiv(index.numel(), block_rows), triton.cdiv(triton.cdiv(matrix.columns, 4), block), 4)
         _decode[grid](
-            matrix.entry, matrix.table.values, index, out, index.numel(), matrix.rows, matrix.columns,
-            KIND=TRELLIS if TRELLIS in kinds else SIGN, BLOCK_ROWS=block_rows, BLOCK=block,
-        )  # fmt: skip
+            matrix.entry,
+            matrix.table.values,
+            index,
+            out,
+            index.numel(),
+            matrix.rows,
+            matrix.columns,
+            KIND=TRELLIS if TRELLIS in kinds else SIGN,
+            BLOCK_ROWS=block_rows,
+            BLOCK=block,
+        )
         if spqr:
             add_rows[(triton.cdiv(index.numel(), block_rows), triton.cdiv(matrix.columns, block))](
-                matrix.entry, index, out, index.numel(), matrix.rows, matrix.columns,
-                BLOCK_ROWS=block_rows, SUBTILES=block // 16, BLOCK=block,
-            )  # fmt: skip
+                matrix.entry,
+                index,
+                out,
+                index.numel(),
+                matrix.rows,
+                matrix.columns,
+                BLOCK_ROWS=block_rows,
+                SUBTILES=block // 16,
+                BLOCK=block,
+            )
     return out.to(dtype)
 
 
@@ -162,9 +185,7 @@ def _sign_weights(block, row, column, mask, rows, columns, rank):
 
 
 @triton.jit
-def _multiply(
-    entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _multiply(entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
     inside = row < rows
@@ -180,7 +201,9 @@ def _multiply(
                 mask = inside[:, None] & (byte < quarter_bytes)[None, :]
                 for quarter in tl.static_range(4):
                     column = quarter * quarter_bytes + byte
-                    given = tl.load(turned + token * columns + column, mask=(byte < quarter_bytes) & (column < columns), other=0.0)
+                    given = tl.load(
+                        turned + token * columns + column, mask=(byte < quarter_bytes) & (column < columns), other=0.0
+                    )
                     weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
                     sums += tl.sum(weights * given[None, :], 1)
             total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes)
@@ -201,9 +224,8 @@ def _multiply(
 
 @triton.jit
 def _decode(
-    entry, values, index, out, wanted, rows, columns,
-    KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)
     inside = row < rows

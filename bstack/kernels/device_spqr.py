@@ -58,7 +58,9 @@ def _subtiles(block, row, rows, columns, sub, rank):
         code = (tl.load(codes + 64 * (j // 8) + byte, mask=mask, other=0).to(tl.int32) >> (j & 4)) & 15
     else:
         low = (tl.load(codes + byte, mask=mask, other=0).to(tl.int32) >> 2 * (j // 4)) & 3
-        third = tl.load(codes + 64 + 8 * (j // 4) + byte // 8, mask=mask, other=0).to(tl.int32) >> (byte % 8).to(tl.int32)
+        third = tl.load(codes + 64 + 8 * (j // 4) + byte // 8, mask=mask, other=0).to(tl.int32) >> (byte % 8).to(
+            tl.int32
+        )
         code = low | ((third & 1) << 2)
     return code.to(tl.float32), scale, zero
 
@@ -103,7 +105,7 @@ def outlier_sums(block, row, rows, x, BLOCK: tl.constexpr):
 @triton.jit
 def add_rows(
     entry, index, out, wanted, rows, columns, BLOCK_ROWS: tl.constexpr, SUBTILES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Add rows of all blocks of SpQR to `out`, float32: a program takes some subtiles, the first one the outliers, too."""
     which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)

@@ -10,9 +10,19 @@ import numpy as np
 from bstack.kernels.spqr import Outliers, dense_bytes, outlier_bytes
 
 __all__ = [
-    "BLOCKS", "OUTLIERS", "PLAIN", "RANK", "SIGN", "SPQR", "TRELLIS", "Matrix", "block_bytes", "check_block", "check_put",
+    "BLOCKS",
+    "OUTLIERS",
+    "PLAIN",
+    "RANK",
+    "SIGN",
+    "SPQR",
+    "TRELLIS",
+    "Matrix",
+    "block_bytes",
+    "check_block",
+    "check_put",
     "kind_bits",
-]  # fmt: skip
+]
 
 # Kinds by their codes in the container (format/SPEC.md, section 6).
 SIGN, TRELLIS, SPQR, OUTLIERS = 3, 4, 5, 6
@@ -97,7 +107,9 @@ class Matrix(ctypes.Structure):
         """The bytes of a block, uint8, where they lie; valid as long as the owner keeps them."""
         count = 0
         if self.kind[level] == OUTLIERS:
-            count = ctypes.c_uint32.from_address(self.block[level] + 4 * self.rows).value  # a row pointer need not be aligned
+            count = ctypes.c_uint32.from_address(
+                self.block[level] + 4 * self.rows
+            ).value  # a row pointer need not be aligned
         length = block_bytes(self.rows, self.columns, self.kind[level], self.rank[level], count)
         return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.block[level]))
 
@@ -113,7 +125,9 @@ def check_put(rows: int, columns: int, level: int, kind: int, rank: int, checked
         raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
     block_bytes(rows, columns, kind, rank)
     if kind in (SPQR, OUTLIERS) and not checked:
-        raise ValueError(f"a block of kind {kind} that has not been checked; it says where to read. Call check_block first.")
+        raise ValueError(
+            f"a block of kind {kind} that has not been checked; it says where to read. Call check_block first."
+        )
 
 
 def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes | np.ndarray) -> None:

@@ -137,7 +137,7 @@ def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
         For an index that is not there.
     """
     index = np.ascontiguousarray(index, np.int64)
-    if index.ndim != 1 or (index.size and not (0 <= index.min() and index.max() < matrix.rows)):
+    if index.ndim != 1 or (index.size and not (index.min() >= 0 and index.max() < matrix.rows)):
         raise ValueError(f"an index outside 0 to {matrix.rows - 1}, or indices not in one dimension.")
     native = trusted_library()
     if native is None:

@@ -35,7 +35,9 @@ def library() -> ctypes.CDLL | None:
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in CHOICES:
-        raise KernelError(f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is.")
+        raise KernelError(
+            f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is."
+        )
     threads = _threads()
     loaded = None if wanted == REFERENCE else _load()
     if loaded is None:

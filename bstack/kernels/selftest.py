@@ -63,7 +63,9 @@ def _failure(native: ctypes.CDLL) -> str:
         matrix = Matrix.of(ROWS, COLUMNS, blocks)
         y = np.empty((TOKENS, ROWS), np.float32)
         places = (ctypes.c_void_p * 1)(ctypes.addressof(matrix))
-        native.bstack_multiply(places, 1, x.ctypes.data_as(ctypes.c_void_p), TOKENS, (ctypes.c_void_p * 1)(y.ctypes.data))
+        native.bstack_multiply(
+            places, 1, x.ctypes.data_as(ctypes.c_void_p), TOKENS, (ctypes.c_void_p * 1)(y.ctypes.data)
+        )
         if y.tobytes() != reference.multiply(matrix, x).tobytes():
             return f"a product with a {name} block"
         rows = np.empty((ROWS, COLUMNS), np.float32)

@@ -13,8 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 __all__ = [
-    "GROUPS", "LANES", "ROWS", "STATISTICS", "WIDEST", "Dense", "Outliers", "dense_bytes", "form_of", "outlier_bytes", "rank_of",
-]  # fmt: skip
+    "GROUPS",
+    "LANES",
+    "ROWS",
+    "STATISTICS",
+    "WIDEST",
+    "Dense",
+    "Outliers",
+    "dense_bytes",
+    "form_of",
+    "outlier_bytes",
+    "rank_of",
+]
 
 # Rows of a tile; inputs of a subtile, the unit that groups are made of.
 ROWS = 16
@@ -43,7 +53,9 @@ def form_of(rank: int) -> tuple[int, int]:
     """
     bits, group = rank % 16, rank // 16 * 16
     if bits not in (3, 4) or group not in GROUPS:
-        raise ValueError(f"an SpQR block of rank {rank}; it is 16 * (group / 16) + bits, group 16, 32, 64 or 128, bits 3 or 4.")
+        raise ValueError(
+            f"an SpQR block of rank {rank}; it is 16 * (group / 16) + bits, group 16, 32, 64 or 128, bits 3 or 4."
+        )
     return bits, group
 
 
@@ -96,7 +108,9 @@ class Dense:
         """The tiles that rows start to stop - 1 lie in, of a payload, uint8; its first row is ``start // 16 * 16``."""
         bits, group = form_of(rank)
         groups = -(-columns // group)
-        tiles = payload[_start(columns) :].reshape(-1, groups, _tile_bytes(bits, group))[start // ROWS : -(-stop // ROWS)]
+        tiles = payload[_start(columns) :].reshape(-1, groups, _tile_bytes(bits, group))[
+            start // ROWS : -(-stop // ROWS)
+        ]
         count = len(tiles)
         packed = tiles[..., :-STATISTICS].reshape(count, groups, group // 16, 32 * bits)
         if bits == 4:  # 16 rows of 4 bytes for each 8 inputs: 4 in the low halves, 4 in the high ones
@@ -202,11 +216,15 @@ class Outliers:
         """
         least = outlier_bytes(rows, 0)
         if payload.size < least or payload.size % 4:
-            raise ValueError(f"a block of outliers of {rows} rows has {least} bytes and 4 for each, found {payload.size}.")
+            raise ValueError(
+                f"a block of outliers of {rows} rows has {least} bytes and 4 for each, found {payload.size}."
+            )
         pointer, count = payload[:least].view("<u4"), (payload.size - least) // 4
         index = payload[least : least + 2 * count].view("<u2")
         if pointer[0] or pointer[-1] != count or (pointer[1:] < pointer[:-1]).any():
-            raise ValueError(f"the row pointer of {count} outliers starts at {pointer[0]}, ends at {pointer[-1]}, or falls.")
+            raise ValueError(
+                f"the row pointer of {count} outliers starts at {pointer[0]}, ends at {pointer[-1]}, or falls."
+            )
         falls = np.flatnonzero(index[1:] <= index[:-1]) + 1
         if not np.isin(falls, pointer).all() or (count and index.max() >= columns):
             raise ValueError(f"the inputs of outliers do not rise within their row, or reach beyond {columns - 1}.")
@@ -214,8 +232,10 @@ class Outliers:
 
     def pack(self) -> bytes:
         """The payload."""
-        return b"".join(np.ascontiguousarray(of, kind).tobytes() for of, kind in
-                        ((self.pointer, "<u4"), (self.index, "<u2"), (self.value, "<f2")))  # fmt: skip
+        return b"".join(
+            np.ascontiguousarray(of, kind).tobytes()
+            for of, kind in ((self.pointer, "<u4"), (self.index, "<u2"), (self.value, "<f2"))
+        )
 
     def add_to(self, weights: np.ndarray, start: int) -> None:
         """Add the rows from `start` on to `weights`, float32, in place."""

@@ -58,7 +58,13 @@ def encode_columns(
     errors = np.empty((columns, rows), np.float32)
     arrays = [np.ascontiguousarray(a, np.float32) for a in (original, feedback, table, scale, weight)]
     failed = native.bstack_trellis_encode(
-        pointer(target), pointer(arrays[0]), columns, rows, *(pointer(a) for a in arrays[1:]), pointer(codes), pointer(errors)
+        pointer(target),
+        pointer(arrays[0]),
+        columns,
+        rows,
+        *(pointer(a) for a in arrays[1:]),
+        pointer(codes),
+        pointer(errors),
     )
     if failed:
         raise MemoryError

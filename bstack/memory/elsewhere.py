@@ -63,11 +63,16 @@ class _MemoryStatus(ctypes.Structure):
         *(
             (name, ctypes.c_uint64)
             for name in (
-                "ullTotalPhys", "ullAvailPhys", "ullTotalPageFile", "ullAvailPageFile", "ullTotalVirtual",
-                "ullAvailVirtual", "ullAvailExtendedVirtual",
+                "ullTotalPhys",
+                "ullAvailPhys",
+                "ullTotalPageFile",
+                "ullAvailPageFile",
+                "ullTotalVirtual",
+                "ullAvailVirtual",
+                "ullAvailExtendedVirtual",
             )
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _windows() -> tuple[int, int, str] | None:

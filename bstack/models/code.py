@@ -58,13 +58,16 @@ class Code:
                     f"{shown}: its configuration names code as {reference!r}; allowed is module.Class, a file beside it and a class in it."
                 )
             if not (self.folder / f"{module}.py").is_file():
-                raise ForeignCodeError(f"{shown}: its configuration names {reference}, but {self.origin} holds no {module}.py.")
+                raise ForeignCodeError(
+                    f"{shown}: its configuration names {reference}, but {self.origin} holds no {module}.py."
+                )
             self._add_imports(module, modules, shown)
         names = tuple(f"{module}.py" for module in sorted(modules))
         warnings.warn(
             f"{shown}: running Python code from {self.origin}: {', '.join(names)}. It can do what you can.",
-            ForeignCodeWarning, stacklevel=3,
-        )  # fmt: skip
+            ForeignCodeWarning,
+            stacklevel=3,
+        )
         return replace(self, modules=names, classes=tuple(found))
 
     def _add_imports(self, module: str, known: set[str], shown: str) -> None:
@@ -74,12 +77,16 @@ class Code:
         if module in known:
             return
         if not module.isidentifier():
-            raise ForeignCodeError(f"{shown}: its code imports .{module}; transformers takes modules only from beside those that import them.")
+            raise ForeignCodeError(
+                f"{shown}: its code imports .{module}; transformers takes modules only from beside those that import them."
+            )
         known.add(module)
         try:
             imported = get_relative_imports(self.folder / f"{module}.py")
         except (OSError, UnicodeDecodeError) as error:
-            raise ForeignCodeError(f"{shown}: its code is in {module}.py of {self.origin}, which cannot be read: {reason(error)}.") from None
+            raise ForeignCodeError(
+                f"{shown}: its code is in {module}.py of {self.origin}, which cannot be read: {reason(error)}."
+            ) from None
         for other in sorted(imported):
             self._add_imports(other, known, shown)
 

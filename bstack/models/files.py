@@ -7,15 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bstack.errors import DamagedError, reason
-from bstk.errors import OutputError, writing
 from bstk.descriptors import Sink
+from bstk.errors import OutputError, writing
 
 __all__ = ["put_files"]
 
 # What systems say of a name, rather than of the disk.
-NAMES = (
-    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ENOENT,
-)  # fmt: skip
+NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ENOENT)
 
 
 def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, shown: str) -> None:
@@ -51,4 +49,6 @@ def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, shown:
         except OutputError as error:
             if error.__cause__.errno not in NAMES:
                 raise
-            raise DamagedError(f"{shown}: its file {name!r} cannot be put into a folder here: {reason(error.__cause__)}.") from None
+            raise DamagedError(
+                f"{shown}: its file {name!r} cannot be put into a folder here: {reason(error.__cause__)}."
+            ) from None

@@ -32,7 +32,7 @@ def hub_snapshot(model: str, files: Sequence[str], what: str) -> Path:
     bstack.errors.ModelNotFoundError
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = model.partition("@")
     try:

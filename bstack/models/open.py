@@ -61,8 +61,9 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
             )
         return GGUFCheckpoint(found)
     folder = hub_snapshot(
-        str(model), HUB_FILES + CODE_FILES if trust_remote_code else HUB_FILES,
+        str(model),
+        HUB_FILES + CODE_FILES if trust_remote_code else HUB_FILES,
         f"Give a transformers folder, a GGUF file, a hub id, or {embedded.NAME!r} for the embedded default.",
-    )  # fmt: skip
+    )
     hub = f"{str(model).partition('@')[0]}@{folder.name}"
     return SafetensorsCheckpoint(folder, name=str(model), trust_remote_code=trust_remote_code, hub=hub)

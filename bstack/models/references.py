@@ -13,8 +13,17 @@ from typing import Any
 from bstack.errors import ForeignCodeError
 
 __all__ = [
-    "ADVICE", "ELSEWHERE", "check_known", "keep_references", "lacking", "name_place", "names_beside", "references", "refusal", "required",
-]  # fmt: skip
+    "ADVICE",
+    "ELSEWHERE",
+    "check_known",
+    "keep_references",
+    "lacking",
+    "name_place",
+    "names_beside",
+    "references",
+    "refusal",
+    "required",
+]
 
 ELSEWHERE = "--"
 """Parts a place on the hub from the class there."""
@@ -103,7 +112,9 @@ def name_place(folder: Path, place: str) -> None:
         content = _json(folder / name)
         mapping = content.get("auto_map")
         if isinstance(mapping, dict):
-            content["auto_map"] = {auto: _placed(value, place) if auto in classes else value for auto, value in mapping.items()}
+            content["auto_map"] = {
+                auto: _placed(value, place) if auto in classes else value for auto, value in mapping.items()
+            }
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

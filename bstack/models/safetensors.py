@@ -55,7 +55,9 @@ class SafetensorsCheckpoint(Checkpoint):
     bstack.errors.ModelNotFoundError, bstack.errors.UnsupportedModelError, bstack.errors.DamagedModelError
     """
 
-    def __init__(self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False, hub: str | None = None):
+    def __init__(
+        self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False, hub: str | None = None
+    ):
         self.folder = folder
         self.name = name or folder.resolve().name
         if trust_remote_code:
@@ -210,7 +212,9 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedModelError(f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map.") from None
+            raise DamagedModelError(
+                f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map."
+            ) from None
         files = [folder / shard for shard in shards]
         if absent := [file.name for file in files if not file.is_file()]:
             raise DamagedModelError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bstack.errors import UnsupportedModelError, WeightError, reason
-from bstack.models.allocator import give_back_freed_memory, no_large_blocks_in_heaps
+from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
 
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
@@ -150,7 +150,10 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
     try:
         with parameters_on_meta(), no_large_blocks_in_heaps():
             return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=checkpoint.code is not None, experts_implementation="eager"
+                config,
+                dtype=torch.float32,
+                trust_remote_code=checkpoint.code is not None,
+                experts_implementation="eager",
             )
     except Exception as error:  # whatever a constructor does with sizes that make no sense: division by zero, too
         raise UnsupportedModelError(

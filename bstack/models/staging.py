@@ -47,7 +47,9 @@ def staged(folder: Path, code: Code) -> Path:
     try:
         with writing(str(target)):
             target.mkdir()
-        put_files(((file.relative_to(folder).as_posix(), _pieces(file)) for file in _beside(folder)), target, str(folder))
+        put_files(
+            ((file.relative_to(folder).as_posix(), _pieces(file)) for file in _beside(folder)), target, str(folder)
+        )
         with writing(str(target)):
             put_code(code, target)
     except BaseException:

@@ -63,7 +63,9 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
     else:
         _save(generation, target)
     # Also in folders: further chat templates stand in one of their own. Code, which transformers puts there too, stays out.
-    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py")
+    return sorted(
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py"
+    )
 
 
 def _save(what: Any, target: Path) -> None:

@@ -123,7 +123,9 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
     return math.exp(low)
 
 
-def spectrum_sample(moment: torch.Tensor, *, probes: int | None = None, steps: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum_sample(
+    moment: torch.Tensor, *, probes: int | None = None, steps: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate the spectrum of a symmetric matrix by stochastic Lanczos quadrature.
 
     Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal. 38 (2017).

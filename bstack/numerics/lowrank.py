@@ -12,11 +12,7 @@ ITERATIONS = 4
 
 
 def leading_triplets(
-    matrix: torch.Tensor,
-    rank: int,
-    *,
-    oversample: int = OVERSAMPLE,
-    iterations: int = ITERATIONS,
+    matrix: torch.Tensor, rank: int, *, oversample: int = OVERSAMPLE, iterations: int = ITERATIONS
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Approximate the leading singular triplets of a matrix.
 

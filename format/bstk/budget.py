@@ -21,7 +21,9 @@ def budget_bytes(mb: Budget) -> int:
     UsageError
         `mb` is not a positive, finite number.
     """
-    refusal = UsageError(f"a budget is a positive number of MB (1 MB = 2**20 bytes), such as 3000 or 62.5; found {mb!r}.")
+    refusal = UsageError(
+        f"a budget is a positive number of MB (1 MB = 2**20 bytes), such as 3000 or 62.5; found {mb!r}."
+    )
     if isinstance(mb, bool) or not isinstance(mb, (int, float, str, Decimal)):
         raise refusal
     try:

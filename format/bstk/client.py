@@ -130,7 +130,9 @@ class Client:
         except requests.exceptions.ChunkedEncodingError as error:
             raise TransientError(_innermost(error)) from None
         except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
-            raise RemoteNotFoundError(f"{self._name}: not a URL that can be read: {_innermost(error)}. Check it.") from None
+            raise RemoteNotFoundError(
+                f"{self._name}: not a URL that can be read: {_innermost(error)}. Check it."
+            ) from None
         places = [answer.url.lower() for answer in [*response.history, response]]
         if places[0].startswith("https:") and not all(place.startswith("https:") for place in places):
             response.close()

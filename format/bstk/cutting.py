@@ -178,7 +178,9 @@ def _fetch(
 
 def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
     """Unseal, shorten, seal, each on disk before the next begins: unsealed, the file is valid at either length."""
-    opening.open(path, warn=False).close()  # what is no good file is refused as such, and not for want of the right to write
+    opening.open(
+        path, warn=False
+    ).close()  # what is no good file is refused as such, and not for want of the right to write
     with LockedFile(path) as file:
         # Read again: until it was locked, another process may have changed it.
         with opening.open(Borrowed(file), warn=False) as source:

@@ -87,7 +87,9 @@ def grow(
         The file cannot be written. If it was extended in place and cannot be brought back to what it was either, the message
         says what it is now.
     """
-    with opening.open(path, warn=False) as small:  # what is no good file is refused before anything is asked of a server
+    with opening.open(
+        path, warn=False
+    ) as small:  # what is no good file is refused before anything is asked of a server
         opening.require_rewritable(small)
     method = _grow_in_place if in_place else _replace
     if isinstance(source, Reader):
@@ -251,7 +253,9 @@ def plan_growth(small: Reader, mb: Budget, larger: Reader) -> Cut:
     # A partial file that has all blocks already still gets its seal.
     if cut.chunks < here.chunks or (cut.chunks == here.chunks and small.state != "partial"):
         if here.chunks >= len(larger.chunks):
-            why = f"{other} has no more than it, {mb_ceil(larger.fit().budget)} MB. Name a larger file of the same model."
+            why = (
+                f"{other} has no more than it, {mb_ceil(larger.fit().budget)} MB. Name a larger file of the same model."
+            )
         else:
             why = (
                 f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {mb} MB. "

@@ -194,7 +194,9 @@ class HttpSource:
                     "Give the same command again; truncate and grow go on from what has arrived."
                 )
             if error.answered:
-                raise UnreachableError(f"{self.name}: cannot be read after {failures} attempts, as {error}. Try again later.")
+                raise UnreachableError(
+                    f"{self.name}: cannot be read after {failures} attempts, as {error}. Try again later."
+                )
             raise UnreachableError(f"{self.name}: cannot be reached: {error}. Check the URL and the network.")
         delay = max(error.wait, FIRST_DELAY * 2 ** (failures - 1))
         if self.notify is not None:

@@ -102,13 +102,22 @@ def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
         shape = (*chunk.shape, 0, 0, 0, 0)[: limits.MAX_NDIM]
         records.append(
             _RECORD.pack(
-                ids[chunk.name], chunk.kind.code, chunk.level,
-                chunk.offset, chunk.stored_length, chunk.raw_length,
+                ids[chunk.name],
+                chunk.kind.code,
+                chunk.level,
+                chunk.offset,
+                chunk.stored_length,
+                chunk.raw_length,
                 *shape,
-                dtypes.BY_NAME[chunk.dtype].code, len(chunk.shape), chunk.rank, _TRANSPOSED * chunk.transposed,
-                chunk.importance, chunk.error,
-                _RESERVED, chunk.digest,
-            )  # fmt: skip
+                dtypes.BY_NAME[chunk.dtype].code,
+                len(chunk.shape),
+                chunk.rank,
+                _TRANSPOSED * chunk.transposed,
+                chunk.importance,
+                chunk.error,
+                _RESERVED,
+                chunk.digest,
+            )
         )
     return b"".join(records), b"".join(names)
 
@@ -176,7 +185,9 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
     files_left = limits.MAX_FILES_LENGTH
     offset = start
     for number, fields in enumerate(_FORMED_RECORD.iter_unpack(data)):
-        name_id, code, level, found_offset, stored_length, raw_length, packed, importance, error, reserved, digest = fields
+        name_id, code, level, found_offset, stored_length, raw_length, packed, importance, error, reserved, digest = (
+            fields
+        )
         try:
             # In order of first use, so that there is one way to write a table and no name is left unused.
             if name_id >= used:
@@ -195,7 +206,9 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
             # The slack is enough for most; the rest is looked at in full.
             if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.most_raw(stored_length):
-                raise _bad("raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes")
+                raise _bad(
+                    "raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes"
+                )
             if determined is not None and raw_length != determined:
                 if not isinstance(determined, range):
                     raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
@@ -216,17 +229,32 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 files_left -= raw_length
                 if files_left < 0:
                     raise _bad(
-                        "raw length", raw_length, f"{files_left + raw_length}, as all files take at most {limits.MAX_FILES_LENGTH}"
+                        "raw length",
+                        raw_length,
+                        f"{files_left + raw_length}, as all files take at most {limits.MAX_FILES_LENGTH}",
                     )
         except ValueError as problem:
             name = repr(names[name_id]) if name_id < len(names) else "no name"
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
         chunks.append(
             _new_chunk(
-                (name, kind, level, offset, stored_length, determined if determined == raw_length else raw_length, shape, dtype,
-                 rank, transposed, importance, error, digest)
+                (
+                    name,
+                    kind,
+                    level,
+                    offset,
+                    stored_length,
+                    determined if determined == raw_length else raw_length,
+                    shape,
+                    dtype,
+                    rank,
+                    transposed,
+                    importance,
+                    error,
+                    digest,
+                )
             )
-        )  # fmt: skip
+        )
         offset += stored_length
     if used != len(names):
         raise DamagedError(f"names table: it has {len(names)} names, of which the index uses {used}.")

@@ -147,9 +147,16 @@ SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign, on=("sign",))
 TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis, on=("trellis", "spqr", "outliers"))
 SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=contents.check_spqr)
 OUTLIERS = Kind(
-    6, "outliers", is_weight=True, is_block=True, rule=_outliers, feature=1 << 1, first=False, on=("spqr",),
+    6,
+    "outliers",
+    is_weight=True,
+    is_block=True,
+    rule=_outliers,
+    feature=1 << 1,
+    first=False,
+    on=("spqr",),
     check=contents.check_outliers,
-)  # fmt: skip
+)
 
 BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}
 

@@ -96,7 +96,9 @@ class LockedFile:
     def require_there(self) -> None:
         """Raise BusyError unless it still is what its path names: who replaces or deletes a file asks for no lock."""
         if not locks.is_at(self._descriptor, self.path):
-            raise BusyError(f"{self.path}: another program replaced or deleted it meanwhile. Look at what is there now.")
+            raise BusyError(
+                f"{self.path}: another program replaced or deleted it meanwhile. Look at what is there now."
+            )
 
     def prepare(self, target: str) -> None:
         """Let nobody read it who may not read the file at `target`, which it is to replace."""

@@ -33,7 +33,10 @@ def parse(data: bytes) -> dict[str, Any]:
     _check_structure(data)
     try:
         value = json.loads(
-            data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_finite_integer,
+            data.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_finite_integer,
             object_pairs_hook=_unique,
         )
         if b"\\u" in data:

@@ -72,14 +72,30 @@ class Preamble:
         names = index + self.index_length
         metadata = names + self.names_length
         data = _LAYOUT.pack(
-            MAGIC, MAJOR, self.minor, LENGTH,
-            self.incompatible, self.read_only_compatible, self.compatible,
-            self.full_length, self.seal, self.smallest_length,
-            self.chunk_count, self.base_count,
-            index, self.index_length, names, self.names_length, metadata, self.metadata_length,
-            self.index_digest, self.names_digest, self.metadata_digest,
-            bytes(36), 0,
-        )  # fmt: skip
+            MAGIC,
+            MAJOR,
+            self.minor,
+            LENGTH,
+            self.incompatible,
+            self.read_only_compatible,
+            self.compatible,
+            self.full_length,
+            self.seal,
+            self.smallest_length,
+            self.chunk_count,
+            self.base_count,
+            index,
+            self.index_length,
+            names,
+            self.names_length,
+            metadata,
+            self.metadata_length,
+            self.index_digest,
+            self.names_digest,
+            self.metadata_digest,
+            bytes(36),
+            0,
+        )
         return data[: _CRC.start] + struct.pack("<I", zlib.crc32(data[: _CRC.start]))
 
     def sealed(self, length: int) -> Preamble:
@@ -108,14 +124,30 @@ def parse(data: bytes) -> Preamble:
         A check failed.
     """
     (
-        _, major, minor, length,
-        incompatible, read_only_compatible, compatible,
-        full_length, seal, smallest_length,
-        chunk_count, base_count,
-        index_offset, index_length, names_offset, names_length, metadata_offset, metadata_length,
-        index_digest, names_digest, metadata_digest,
-        reserved, crc,
-    ) = _LAYOUT.unpack(data)  # fmt: skip
+        _,
+        major,
+        minor,
+        length,
+        incompatible,
+        read_only_compatible,
+        compatible,
+        full_length,
+        seal,
+        smallest_length,
+        chunk_count,
+        base_count,
+        index_offset,
+        index_length,
+        names_offset,
+        names_length,
+        metadata_offset,
+        metadata_length,
+        index_digest,
+        names_digest,
+        metadata_digest,
+        reserved,
+        crc,
+    ) = _LAYOUT.unpack(data)
     # A later version may have a longer preamble, whose CRC stands elsewhere; within 256 bytes the CRC comes before all.
     if length == LENGTH and crc != zlib.crc32(data[: _CRC.start]):
         raise DamagedError(
@@ -167,9 +199,7 @@ def parse(data: bytes) -> Preamble:
     _require(
         metadata_offset == names_offset + names_length, "metadata offset", metadata_offset, names_offset + names_length
     )
-    _require(
-        full_length <= limits.MAX_FILE_LENGTH, "full length", full_length, f"at most {limits.MAX_FILE_LENGTH}"
-    )
+    _require(full_length <= limits.MAX_FILE_LENGTH, "full length", full_length, f"at most {limits.MAX_FILE_LENGTH}")
     _require(
         result.header_length < smallest_length <= full_length,
         "smallest length",
@@ -177,10 +207,7 @@ def parse(data: bytes) -> Preamble:
         f"more than the header ({result.header_length}) and at most the full length ({full_length})",
     )
     _require(
-        seal == 0 or smallest_length <= seal <= full_length,
-        "seal",
-        seal,
-        f"0, or {smallest_length} to {full_length}",
+        seal == 0 or smallest_length <= seal <= full_length, "seal", seal, f"0, or {smallest_length} to {full_length}"
     )
     return result
 

@@ -63,7 +63,9 @@ class FileSource:
         # Before opening: a pipe opens only when somebody writes to it.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise UsageError(f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first.")
+            raise UsageError(
+                f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first."
+            )
         self._file = open(path, "rb", buffering=0)
         self._lock = threading.Lock()
         self.restart()

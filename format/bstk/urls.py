@@ -40,7 +40,9 @@ def address(url: str) -> str:
     repository, _, file = rest.partition("/")
     repository, _, revision = repository.partition("@")
     if not (owner and repository and file):
-        raise RemoteNotFoundError(f"{url}: a file on the hub is named hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE.")
+        raise RemoteNotFoundError(
+            f"{url}: a file on the hub is named hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE."
+        )
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     return f"{endpoint}/{quote(owner)}/{quote(repository)}/resolve/{quote(revision or 'main', safe='')}/{quote(file)}"
 

@@ -46,9 +46,7 @@ class Entry:
     error: float = 0.0
 
 
-def write(
-    path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int
-) -> None:
+def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int) -> None:
     """Write a complete, unsealed file; it replaces what is at `path` when it is all there, and not before.
 
     Equal arguments give equal bytes. What a stopped download left in ``PATH.part`` is deleted then.

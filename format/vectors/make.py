@@ -18,9 +18,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests" / "format")]
 
 import bad_files  # noqa: E402
-import bstk  # noqa: E402
 import samples  # noqa: E402
 import zstandard  # noqa: E402
+
+import bstk  # noqa: E402
 
 
 def digest(reader: bstk.Reader) -> str:
@@ -59,16 +60,23 @@ def _weights() -> bytes:
     """Blocks of every kind with plausible factors; what they add up to is pinned in expected-weights.json."""
     entries = []
     for level, (kind, name, shape, rank) in enumerate(
-        [(bstk.SIGN, "sign", (5, 11), 2), (bstk.SIGN, "sign", (5, 11), 1), (bstk.TRELLIS, "trellis", (6, 24), 2),
-         (bstk.TRELLIS, "trellis", (6, 24), 2), (bstk.TRELLIS, "odd", (3, 7), 2)]
-    ):  # fmt: skip
+        [
+            (bstk.SIGN, "sign", (5, 11), 2),
+            (bstk.SIGN, "sign", (5, 11), 1),
+            (bstk.TRELLIS, "trellis", (6, 24), 2),
+            (bstk.TRELLIS, "trellis", (6, 24), 2),
+            (bstk.TRELLIS, "odd", (3, 7), 2),
+        ]
+    ):
         (m, n), sign = shape, kind is bstk.SIGN
         packed = m * -(-n // 8) if sign else (m + 3) * -(-n // 4)
         halves = rank * (m + n) if sign else m
         raw = samples.noise(f"weights {level}", packed + halves)
         factors = struct.pack(f"<{halves}e", *(byte / 64 - 2 for byte in raw[packed:]))
         own = sum(entry.name == name for entry in entries)
-        entries.append(samples.entry(name, kind, raw[:packed] + factors, level=own, shape=shape, dtype="f16", rank=rank))
+        entries.append(
+            samples.entry(name, kind, raw[:packed] + factors, level=own, shape=shape, dtype="f16", rank=rank)
+        )
     entries.sort(key=lambda entry: entry.level)
     return _written(entries, 3)
 
@@ -81,9 +89,13 @@ def _spqr() -> bytes:
         ("four", (5, 33), 16 + 4, [0, 33, 1, 0, 2]),
         ("wide", (17, 70), 32 + 4, [0] * 17),
     ):
-        entries.append(samples.entry(name, bstk.SPQR, _spqr_block(name, m, n, rank), shape=(m, n), dtype="f16", rank=rank))
         entries.append(
-            samples.entry(name, bstk.OUTLIERS, _outliers_block(name, n, counts), level=1, shape=(m, n), dtype="f16", rank=0)
+            samples.entry(name, bstk.SPQR, _spqr_block(name, m, n, rank), shape=(m, n), dtype="f16", rank=rank)
+        )
+        entries.append(
+            samples.entry(
+                name, bstk.OUTLIERS, _outliers_block(name, n, counts), level=1, shape=(m, n), dtype="f16", rank=0
+            )
         )
     packed, m = 21 * 10, 18
     noise = samples.noise("above", packed + m)
@@ -172,18 +184,38 @@ FILES = {
     **{
         f"bad-{case}.bstk": lambda case=case: bad_files.build(bad_files.OPEN[case][0], _whole())
         for case in (
-            "wrong-crc", "major-2", "incompatible-flag-63", "preamble-reserved", "below-smallest", "inside-the-index",
-            "appended", "sealed-elsewhere", "index-digest", "offset-hole", "offset-overlap", "stored-wraps-around",
-            "raw-bomb", "shape-wraps-around", "kind-unknown", "level-gap", "sign-rank-too-large", "importance-nan",
-            "name-overlong-utf8", "name-twice", "file-parent", "metadata-repeated-key", "metadata-nan",
-            "git-lfs-pointer", "html",
+            "wrong-crc",
+            "major-2",
+            "incompatible-flag-63",
+            "preamble-reserved",
+            "below-smallest",
+            "inside-the-index",
+            "appended",
+            "sealed-elsewhere",
+            "index-digest",
+            "offset-hole",
+            "offset-overlap",
+            "stored-wraps-around",
+            "raw-bomb",
+            "shape-wraps-around",
+            "kind-unknown",
+            "level-gap",
+            "sign-rank-too-large",
+            "importance-nan",
+            "name-overlong-utf8",
+            "name-twice",
+            "file-parent",
+            "metadata-repeated-key",
+            "metadata-nan",
+            "git-lfs-pointer",
+            "html",
         )
     },
     **{
         f"bad-{case}.bstk": lambda case=case: bad_files.build(bad_files.CHUNK[case][1], _whole())
         for case in ("frame-without-checksum", "frame-and-a-byte", "frame-larger-than-the-index-says")
     },
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 import pytest
 import tiny_models
+
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
 
@@ -10,7 +11,9 @@ def skeletons(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = Skeleton(SafetensorsCheckpoint(tiny_models.save(name, tmp_path_factory.mktemp(name) / "model")))
+            made[name] = Skeleton(
+                SafetensorsCheckpoint(tiny_models.save(name, tmp_path_factory.mktemp(name) / "model"))
+            )
         return made[name]
 
     return get

@@ -2,6 +2,7 @@
 
 import tiny_models
 import torch
+
 from bstack.calibration.sensitivity import layer_parameters
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream

@@ -1,9 +1,10 @@
 """Texts that the model writes itself."""
 
-import bstack.calibration.selftext as selftext
 import pytest
 import tiny_models
 import torch
+
+import bstack.calibration.selftext as selftext
 from bstack.calibration.selftext import draw, token_steps, write_windows
 from bstack.memory.free import Memory
 from bstk.errors import ResourceError
@@ -15,7 +16,7 @@ def test_a_model_writes_its_own_text(skeletons):
     windows = write_windows(skeleton, 3, 20, seed=4)
     assert windows.shape == (3, 20) and windows.dtype == torch.int64
     assert (windows[:, 0] == 1).all(), "the start token"
-    assert 0 <= windows.min() and windows.max() < tiny_models.VOCABULARY
+    assert windows.min() >= 0 and windows.max() < tiny_models.VOCABULARY
     assert torch.equal(write_windows(skeleton, 3, 20, seed=4), windows)
     assert not torch.equal(write_windows(skeleton, 3, 20, seed=5), windows)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are the caller's"

@@ -3,8 +3,9 @@
 import pytest
 import tiny_models
 import torch
-from bstack.calibration.sensitivity import output_sensitivity
 from passes import BATCHES, IDS, exact, linears
+
+from bstack.calibration.sensitivity import output_sensitivity
 
 
 def plain_sensitivity(name, draws, batches):
@@ -83,7 +84,9 @@ def test_sensitivities_predict_the_divergence_of_damaged_outputs(skeletons, tmp_
         with torch.no_grad():
             reference = model(batches[0]).logits.log_softmax(-1)
             hook = module.register_forward_hook(
-                lambda _m, _i, output: output + 0.02 * torch.randn(output.shape, generator=generator, dtype=output.dtype)
+                lambda _m, _i, output: (
+                    output + 0.02 * torch.randn(output.shape, generator=generator, dtype=output.dtype)
+                )
             )
             divergences = []
             for _ in range(4):

@@ -2,11 +2,24 @@
 
 import pytest
 import torch
-from bstack.calibration.statistics import InputStatistics
 from passes import IDS, exact, linears, streamed_tables
 
+from bstack.calibration.statistics import InputStatistics
+
 # Plain ones, Conv1D, fused projections, experts, shared rotary tables, layers of two kinds of attention.
-SOME = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt-projected", "gpt-neox", "falcon", "stablelm", "mixtral", "gpt-oss"]
+SOME = [
+    "llama",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "opt-projected",
+    "gpt-neox",
+    "falcon",
+    "stablelm",
+    "mixtral",
+    "gpt-oss",
+]
 
 
 def hooked_moments(name):

@@ -3,8 +3,9 @@
 import threading
 
 import pytest
-from bstack.calibration.stream import LayerStream
 from passes import BATCHES, streamed_tables
+
+from bstack.calibration.stream import LayerStream
 
 
 def test_one_layer_at_a_time_is_in_memory(skeletons):
@@ -26,7 +27,11 @@ def test_one_layer_at_a_time_is_in_memory(skeletons):
 
 def test_a_stream_that_is_left_early_ends_its_threads(skeletons):
     skeleton, before = skeletons("llama"), threading.active_count()
-    with pytest.raises(ZeroDivisionError), skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, BATCHES) as stream:
+    with (
+        pytest.raises(ZeroDivisionError),
+        skeleton.loaded(skeleton.outer_names),
+        LayerStream(skeleton, BATCHES) as stream,
+    ):
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 raise ZeroDivisionError

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+
 from bstack.calibration import texts
 from bstack.calibration.texts import TextSource, open_text, token_windows
 from bstack.errors import CalibrationError, TextNotFoundError
@@ -83,8 +84,10 @@ def test_hub_data_sets(monkeypatch):
     open_text("owner/set:small")
     open_text("set:small:validation")
     assert asked == [
-        ("owner/set", None, "train", True), ("owner/set", "small", "train", True), ("set", "small", "validation", True),
-    ]  # fmt: skip
+        ("owner/set", None, "train", True),
+        ("owner/set", "small", "train", True),
+        ("set", "small", "validation", True),
+    ]
 
 
 def test_no_more_of_a_data_set_is_fetched_than_the_bound(monkeypatch):

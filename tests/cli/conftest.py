@@ -19,9 +19,13 @@ def bstack(tmp_path):
     def run(*args, **environment):
         return subprocess.run(
             [*command, *map(str, args)],
-            capture_output=True, text=True, encoding="utf-8", timeout=60, cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=60,
+            cwd=tmp_path,
             env={**os.environ, "PYTHONUTF8": "1", **environment},
-        )  # fmt: skip
+        )
 
     return run
 

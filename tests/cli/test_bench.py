@@ -13,8 +13,9 @@ import sysconfig
 import time
 import xml.etree.ElementTree as ElementTree
 
-import bstk
 import pytest
+
+import bstk
 
 SMALL = ("--windows", "3", "--sequence-length", "40")
 
@@ -45,8 +46,13 @@ def bench(home):
     def run(*args, **environment):
         return subprocess.run(
             [*COMMAND, "bench", "model.bstk", *map(str, args)],
-            capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=home, env={**ENVIRONMENT(home), **environment},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=300,
+            cwd=home,
+            env={**ENVIRONMENT(home), **environment},
+        )
 
     return run
 
@@ -62,9 +68,21 @@ def ENVIRONMENT(home):
 @pytest.fixture(scope="module")
 def everything(bench, tiny_llama, sizes):
     done = bench(
-        "--budgets", ",".join(sizes), "--original", tiny_llama, *SMALL, "--against", "rtn:4,gptq:4", "--calibration", "self",
-        "--json", "--csv", "all.csv", "--plot", "all.svg",
-    )  # fmt: skip
+        "--budgets",
+        ",".join(sizes),
+        "--original",
+        tiny_llama,
+        *SMALL,
+        "--against",
+        "rtn:4,gptq:4",
+        "--calibration",
+        "self",
+        "--json",
+        "--csv",
+        "all.csv",
+        "--plot",
+        "all.svg",
+    )
     assert (done.returncode, done.stderr) == (0, "all.csv: written\nall.svg: written\n"), done.stderr
     return json.loads(done.stdout)
 
@@ -82,9 +100,21 @@ def test_json_has_all_figures(everything, home, sizes):
             assert point["bits_per_weight"] == file.bits_per_weight(cut)
     for point in everything["points"]:
         assert set(point) == {
-            "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight", "perplexity", "kld", "kld_99", "same_top",
-            "load_seconds", "start_memory_bytes", "held_memory_bytes", "peak_memory_bytes", "speed", "tasks",
-        }  # fmt: skip
+            "budget_mb",
+            "file_bytes",
+            "memory_bytes",
+            "bits_per_weight",
+            "perplexity",
+            "kld",
+            "kld_99",
+            "same_top",
+            "load_seconds",
+            "start_memory_bytes",
+            "held_memory_bytes",
+            "peak_memory_bytes",
+            "speed",
+            "tasks",
+        }
         for figure in ("perplexity", "kld", "kld_99", "same_top"):
             assert point[figure]["value"] >= 0 and point[figure]["standard_error"] >= 0
         speed = point["speed"]
@@ -110,9 +140,10 @@ def test_figures_are_those_of_a_plain_computation(everything, home, tiny_llama, 
     import math
     from pydoc_data.topics import topics
 
-    import bstack
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import bstack
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     ids = AutoTokenizer.from_pretrained(tiny_llama)(text, add_special_tokens=False)["input_ids"]
@@ -142,7 +173,9 @@ def test_baselines_and_comparisons(everything):
 
 def test_csv_is_one_row_for_each_point_and_baseline(everything, home):
     rows = list(csv.DictReader(io.StringIO((home / "all.csv").read_text(encoding="utf-8"))))
-    assert [row["series"] for row in rows][:5] == ["bstack"] * 3 + ["file, float32", "original, float32"] and len(rows) == 9
+    assert [row["series"] for row in rows][:5] == ["bstack"] * 3 + ["file, float32", "original, float32"] and len(
+        rows
+    ) == 9
     assert float(rows[4]["decode_tokens_per_second"]) == everything["dense"][1]["speed"]["decode"]["value"]
     for row, point in zip(rows, everything["points"], strict=False):
         assert float(row["kld"]) == point["kld"]["value"] and float(row["kld_se"]) == point["kld"]["standard_error"]
@@ -161,7 +194,11 @@ def test_tables_for_people(bench, sizes, tiny_llama, home):
     assert (done.returncode, done.stderr) == (0, "a.png: written\n")
     assert "python-reference" in done.stdout and "KLD to original" in done.stdout and "±" in done.stdout
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(tables) == 8 and tables[-1].startswith("| original, float32") and all(re.fullmatch(r"\| (.+ \| )*.+ \|", line) for line in tables)
+    assert (
+        len(tables) == 8
+        and tables[-1].startswith("| original, float32")
+        and all(re.fullmatch(r"\| (.+ \| )*.+ \|", line) for line in tables)
+    )
     assert (home / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -197,7 +234,10 @@ def test_the_original_is_read_once(bench, sizes, tiny_llama, home):
     first = json.loads(bench(*ask, XDG_CACHE_HOME=str(home / "other")).stdout)
     (reference,) = (home / "other" / "bstack" / "references").iterdir()
     made = reference.stat().st_ino
-    assert json.loads(bench(*ask, XDG_CACHE_HOME=str(home / "other")).stdout)["points"][0]["kld"] == first["points"][0]["kld"]
+    assert (
+        json.loads(bench(*ask, XDG_CACHE_HOME=str(home / "other")).stdout)["points"][0]["kld"]
+        == first["points"][0]["kld"]
+    )
     assert reference.stat().st_ino == made
     assert [path.name for path in reference.parent.iterdir()] == [reference.name]
 
@@ -276,8 +316,9 @@ def test_another_original_is_refused_unless_forced(bench, home, sizes):
 
 
 def test_a_model_without_a_tokenizer(bench, home):
-    import bstack
     import tiny_models
+
+    import bstack
 
     tiny_models.save("llama", home / "mute")
     settings = bstack.Settings(codec="sign", planes=2, samples=4, sequence_length=32)
@@ -295,8 +336,12 @@ def test_a_damaged_file(bench, home):
     (home / "bad.bstk").write_bytes(data)
     done = subprocess.run(
         [*COMMAND, "bench", "bad.bstk", "--no-quality", "--no-speed", "--budgets", "100"],
-        capture_output=True, text=True, cwd=home, env=ENVIRONMENT(home), timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env=ENVIRONMENT(home),
+        timeout=300,
+    )
     assert done.returncode == 5 and "SHA-256" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -304,9 +349,25 @@ def test_a_damaged_file(bench, home):
 def test_interrupted(home, sizes):
     """Ctrl-C reaches parent and child, as from a terminal: exit code 75, no child left, nothing written."""
     process = subprocess.Popen(
-        [*COMMAND, "bench", "model.bstk", *SMALL, "--budgets", ",".join(sizes), "--csv", "stopped.csv", "--plot", "stopped.png"],
-        cwd=home, env=ENVIRONMENT(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        [
+            *COMMAND,
+            "bench",
+            "model.bstk",
+            *SMALL,
+            "--budgets",
+            ",".join(sizes),
+            "--csv",
+            "stopped.csv",
+            "--plot",
+            "stopped.png",
+        ],
+        cwd=home,
+        env=ENVIRONMENT(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -314,7 +375,10 @@ def test_interrupted(home, sizes):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and out == ""
-    assert err.strip().splitlines()[-1] == "Interrupted. Give the same command again to continue." and "Traceback" not in err
+    assert (
+        err.strip().splitlines()[-1] == "Interrupted. Give the same command again to continue."
+        and "Traceback" not in err
+    )
     assert children and not any(os.path.exists(f"/proc/{child}") for child in children)
     assert not (home / "stopped.csv").exists() and not (home / "stopped.png").exists()
 
@@ -324,8 +388,8 @@ def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
     from contextlib import contextmanager
     from decimal import Decimal
 
-    import bstack.measure.bench as module
-    from bstack.measure.options import Options
+    import bstack.bench.run as module
+    from bstack.bench.options import Options
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked, real = [], module.ask
@@ -351,7 +415,9 @@ def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
     before = json.loads(kept.read_text())
     report = module.run_bench(home / "model.bstk", options, progress)
     assert asked == [Decimal(sizes[2])] and not kept.exists()
-    assert [vars(p.measured.quality)["kld"] for p in report.points[:2]] == [tuple(r["quality"]["kld"]) for r in before.values()]
+    assert [vars(p.measured.quality)["kld"] for p in report.points[:2]] == [
+        tuple(r["quality"]["kld"]) for r in before.values()
+    ]
     assert report.notes == ["Figures measured by a run of this command that was stopped, and taken from it: 2."]
 
 

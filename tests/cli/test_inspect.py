@@ -1,17 +1,27 @@
 import json
 import re
 
-import bstk
 import pytest
+
+import bstk
 
 
 def test_page(bstack, vector):
     done = bstack("inspect", vector("whole.bstk"))
     assert (done.returncode, done.stderr) == (0, "")
     for words in (
-        "tiny", "TinyForCausalLM", "whole: nothing is cut off", "2 with 88 weights", "5 here; 2 in the smallest cut, 5 in the",
-        "sign (rank 1 to 2)", "1: config.json", "e5c7c759bf12d750", "bits/weight", "KLD", "0.2",
-    ):  # fmt: skip
+        "tiny",
+        "TinyForCausalLM",
+        "whole: nothing is cut off",
+        "2 with 88 weights",
+        "5 here; 2 in the smallest cut, 5 in the",
+        "sign (rank 1 to 2)",
+        "1: config.json",
+        "e5c7c759bf12d750",
+        "bits/weight",
+        "KLD",
+        "0.2",
+    ):
         assert words in done.stdout, words
     assert "\x1b" not in done.stdout
 
@@ -23,7 +33,9 @@ def test_the_field_called_rank_is_told_in_the_words_of_the_kind(bstack, vector):
 @pytest.mark.parametrize(("name", "marks"), [("smallest", "--"), ("whole", " -")])
 def test_measured_sizes_that_the_file_does_not_hold_are_marked(bstack, vector, name, marks):
     # 1821 and 1966 bytes; measured were 1900 and 2100.
-    head, rows = bstack("inspect", vector(f"{name}.bstk")).stdout.split("Quality measured")[1].split("\n\n")[0].split("KLD\n")
+    head, rows = (
+        bstack("inspect", vector(f"{name}.bstk")).stdout.split("Quality measured")[1].split("\n\n")[0].split("KLD\n")
+    )
     assert "(-: larger than this file)" in head
     assert "".join(row[0] for row in rows.splitlines()) == marks
 
@@ -50,8 +62,12 @@ def test_blocks(bstack, vector):
     table = out.split("Blocks (* in the smallest model)\n")[1].splitlines()
     assert table[0].split()[:4] == ["offset", "linear", "level", "kind"]
     assert [re.findall(r"layers\.\S+ +\d", line)[0].split() for line in table[1:]] == [
-        ["layers.0.up", "0"], ["layers.0.down", "0"], ["layers.0.up", "1"], ["layers.0.down", "1"], ["layers.0.up", "2"],
-    ]  # fmt: skip
+        ["layers.0.up", "0"],
+        ["layers.0.down", "0"],
+        ["layers.0.up", "1"],
+        ["layers.0.down", "1"],
+        ["layers.0.up", "2"],
+    ]
     assert [line[0] for line in table[1:]] == ["*", "*", " ", " ", " "]
 
 
@@ -70,15 +86,23 @@ def test_partial(bstack, vector):
         {},
         {"model": "a name", "quality": 7},
         {"model": {"name": None, "layers": [1]}, "quality": [3, {}, {"file_bytes": 5, "kld": [1]}, {"file_bytes": 9}]},
-        {"model": {"name": "\x1b[31mred\x1b[0m\u202e"}, "note": "bell\x07", "calibration": {"tokens": 12, "texts": ["a"]}},
+        {
+            "model": {"name": "\x1b[31mred\x1b[0m\u202e"},
+            "note": "bell\x07",
+            "calibration": {"tokens": 12, "texts": ["a"]},
+        },
     ],
 )
 def test_any_metadata(bstack, tmp_path, metadata):
     frame = bstk.pack(b"{}")
     entry = bstk.Entry(
-        name="config.json", kind=bstk.FILE,
-        stored=frame.stored, raw_length=2, stored_length=frame.stored_length, digest=frame.digest,
-    )  # fmt: skip
+        name="config.json",
+        kind=bstk.FILE,
+        stored=frame.stored,
+        raw_length=2,
+        stored_length=frame.stored_length,
+        digest=frame.digest,
+    )
     bstk.write(tmp_path / "x.bstk", metadata, [entry], 1)
     done = bstack("inspect", "--blocks", tmp_path / "x.bstk")
     assert (done.returncode, done.stderr) == (0, "")

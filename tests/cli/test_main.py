@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from bstack.cli import _group, main
 from bstk import errors
 
@@ -38,13 +39,22 @@ def test_help_and_short_help(bstack):
 def test_version(bstack):
     done = bstack("--version")
     assert done.returncode == 0
-    assert re.match(r"bstack \d+\.\d+\.\d+ \(reads and writes format 1\.1, Python 3[\d.]+\S*, kernels: \w+\)\n", done.stdout)
+    assert re.match(
+        r"bstack \d+\.\d+\.\d+ \(reads and writes format 1\.1, Python 3[\d.]+\S*, kernels: \w+\)\n", done.stdout
+    )
     assert "torch" in done.stdout
 
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["--version"], ["inspect", "-h"], ["inspect"], ["verify"], ["truncate", "--mb", "0.0018", "--dry-run"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", "-h"],
+        ["inspect"],
+        ["verify"],
+        ["truncate", "--mb", "0.0018", "--dry-run"],
+    ],
 )
 def test_imports_no_torch(args, vector):
     path = [] if args[-1].startswith(("--h", "-h", "--v")) else [str(vector("whole.bstk"))]
@@ -75,7 +85,9 @@ def test_documented_exit_codes_are_those_of_the_classes():
     documented = {}
     for code, names in re.findall(r"^\| (\d+) \| (.*?) \|", (DOCS / "exit-codes.md").read_text(), re.MULTILINE):
         documented.update({name: int(code) for name in re.findall(r"`(\w+)`", names)})
-    classes = {name: cls.exit_code for name, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "exit_code")}
+    classes = {
+        name: cls.exit_code for name, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "exit_code")
+    }
     assert documented == classes
 
 

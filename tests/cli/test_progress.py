@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
 from bstack.cli import _progress
 
 # The command, with a line at every opportunity instead of one a minute.
@@ -60,9 +61,13 @@ def test_the_command_in_a_log(vector, tmp_path):
     path = vector("whole.bstk")
     for quiet in (False, True):
         arguments = ["verify", path, *(["-q"] if quiet else [])]
-        done = subprocess.run([sys.executable, "-c", _TALKATIVE, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", _TALKATIVE, *arguments], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0
-        assert bool(re.search(r"^verify: [\d,.]+ bytes of [\d,.]+ bytes(, about \d+ s left)?$", done.stderr, re.M)) == (not quiet)
+        assert bool(re.search(r"^verify: [\d,.]+ bytes of [\d,.]+ bytes(, about \d+ s left)?$", done.stderr, re.M)) == (
+            not quiet
+        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

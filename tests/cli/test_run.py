@@ -8,10 +8,11 @@ import subprocess
 import sysconfig
 import time
 
-import bstack as library
-import bstk
 import pytest
 import tiny_models
+
+import bstack as library
+import bstk
 
 SETTINGS = library.Settings(codec="trellis", planes=3, samples=4, sequence_length=32)
 
@@ -73,7 +74,11 @@ def test_drawing(bstack, model):
 def test_a_prompt_from_standard_input(model, tmp_path):
     command = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     done = subprocess.run(
-        [command, "run", model, "-p", "-", "--max-new-tokens", "5", "-q"], input="the river", capture_output=True, text=True, timeout=60
+        [command, "run", model, "-p", "-", "--max-new-tokens", "5", "-q"],
+        input="the river",
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0 and done.stdout.strip()
 
@@ -162,8 +167,10 @@ def test_interrupted(model):
     command = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     process = subprocess.Popen(
         [command, "run", model, "-p", "the river", "--max-new-tokens", "4000", "--temperature", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     first = process.stdout.read(1)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 import json
 
-import bstk
 import pytest
+
+import bstk
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@ import json
 import pytest
 
 
-@pytest.mark.parametrize(("name", "state", "chunks"), [("whole", "whole", 8), ("sealed", "sealed", 6), ("smallest", "sealed", 5)])
+@pytest.mark.parametrize(
+    ("name", "state", "chunks"), [("whole", "whole", 8), ("sealed", "sealed", 6), ("smallest", "sealed", 5)]
+)
 def test_good(bstack, vector, name, state, chunks):
     path = vector(f"{name}.bstk")
     done = bstack("verify", path)

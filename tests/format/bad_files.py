@@ -258,9 +258,12 @@ OPEN = {
     "metadata-lone-surrogate": (meta(b'{"a":"\\ud800"}'), D),
     "metadata-lone-surrogate-as-a-key": (meta(b'{"\\ud800":1}'), D),
     "metadata-lone-surrogate-inside": (meta(b'{"a":[[{"b":["","\\udfff"]}]]}'), D),
-    "metadata-key-repeated-after-10000": (meta(b"{" + b"".join(b'"%d":0,' % i for i in range(10_000)) + b'"9999":0}'), D),
-    "metadata-string-without-end": (meta(b"{" + rb'\"' * 100_000), D),
-    "metadata-string-without-end-and-a-backslash": (meta(b"{" + rb'\"' * 100_000 + b"\\"), D),
+    "metadata-key-repeated-after-10000": (
+        meta(b"{" + b"".join(b'"%d":0,' % i for i in range(10_000)) + b'"9999":0}'),
+        D,
+    ),
+    "metadata-string-without-end": (meta(b"{" + rb"\"" * 100_000), D),
+    "metadata-string-without-end-and-a-backslash": (meta(b"{" + rb"\"" * 100_000 + b"\\"), D),
     "metadata-262145-values": (meta(b'{"a":[' + b"[]," * 2**18 + b"0]}"), D),
     "metadata-huge-integer": (meta(b'{"a":' + b"1" * 5000 + b"}"), D),
     "metadata-33-levels": (meta(b'{"a":' + b"[" * 32 + b"]" * 32 + b"}"), D),
@@ -280,7 +283,7 @@ OPEN = {
     "zip": (lambda draft: b"PK\x03\x04" + bytes(64), N),
     "zstd": (lambda draft: samples.frame(draft.bytes()), N),
     "random": (lambda draft: samples.noise("random", 4096), N),
-}  # fmt: skip
+}
 
 CHUNK = {
     "frame-without-checksum": (FILE, chunk(FILE, lambda s, raw: samples.frame(raw, write_checksum=False))),
@@ -302,7 +305,7 @@ CHUNK = {
     "frame-window-16-mib": (UP1, chunk(UP1, _far_window)),
     "frame-with-dictionary": (FILE, chunk(FILE, lambda s, raw: samples.frame(raw, dict_data=_dictionary()))),
     "chunk-digest": (UP1, record(UP1, digest=bytes(32))),
-}  # fmt: skip
+}
 
 
 def _dictionary() -> zstandard.ZstdCompressionDict:

@@ -5,7 +5,6 @@ import pytest
 import samples
 
 sys.path.append(str(Path(__file__).parents[1] / "http"))  # its server and its files serve here too
-from served_files import long_head, model  # noqa: E402, F401: fixtures
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import bstk
 import pytest
+
+import bstk
 
 JOBS = Path(__file__).with_name("javascript_jobs.mjs")
 LEAST = 20
@@ -24,10 +25,7 @@ def _missing():
 
 
 MISSING = _missing()
-MARKS = [
-    pytest.mark.skipif(bool(MISSING), reason=MISSING),
-    pytest.mark.filterwarnings("ignore::bstk.PartialWarning"),
-]
+MARKS = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.filterwarnings("ignore::bstk.PartialWarning")]
 
 
 def node(jobs):

@@ -11,24 +11,52 @@ import json
 import struct
 import zlib
 
-import bstk
 import zstandard
 
+import bstk
+
 PREAMBLE = {
-    "magic": (0, "8s"), "major": (8, "H"), "minor": (10, "H"), "preamble_length": (12, "I"),
-    "incompatible": (16, "Q"), "read_only_compatible": (24, "Q"), "compatible": (32, "Q"),
-    "full_length": (40, "Q"), "seal": (48, "Q"), "smallest_length": (56, "Q"),
-    "chunk_count": (64, "I"), "base_count": (68, "I"),
-    "index_offset": (72, "Q"), "index_length": (80, "Q"), "names_offset": (88, "Q"), "names_length": (96, "Q"),
-    "metadata_offset": (104, "Q"), "metadata_length": (112, "Q"),
-    "index_digest": (120, "32s"), "names_digest": (152, "32s"), "metadata_digest": (184, "32s"),
-    "reserved": (216, "36s"), "crc": (252, "I"),
-}  # fmt: skip
+    "magic": (0, "8s"),
+    "major": (8, "H"),
+    "minor": (10, "H"),
+    "preamble_length": (12, "I"),
+    "incompatible": (16, "Q"),
+    "read_only_compatible": (24, "Q"),
+    "compatible": (32, "Q"),
+    "full_length": (40, "Q"),
+    "seal": (48, "Q"),
+    "smallest_length": (56, "Q"),
+    "chunk_count": (64, "I"),
+    "base_count": (68, "I"),
+    "index_offset": (72, "Q"),
+    "index_length": (80, "Q"),
+    "names_offset": (88, "Q"),
+    "names_length": (96, "Q"),
+    "metadata_offset": (104, "Q"),
+    "metadata_length": (112, "Q"),
+    "index_digest": (120, "32s"),
+    "names_digest": (152, "32s"),
+    "metadata_digest": (184, "32s"),
+    "reserved": (216, "36s"),
+    "crc": (252, "I"),
+}
 RECORD = {
-    "name": (0, "I"), "kind": (4, "H"), "level": (6, "H"), "offset": (8, "Q"), "stored": (16, "Q"), "raw": (24, "Q"),
-    "shape": (32, "16s"), "dtype": (48, "B"), "ndim": (49, "B"), "rank": (50, "H"), "flags": (52, "I"),
-    "importance": (56, "d"), "error": (64, "d"), "reserved": (72, "24s"), "digest": (96, "32s"),
-}  # fmt: skip
+    "name": (0, "I"),
+    "kind": (4, "H"),
+    "level": (6, "H"),
+    "offset": (8, "Q"),
+    "stored": (16, "Q"),
+    "raw": (24, "Q"),
+    "shape": (32, "16s"),
+    "dtype": (48, "B"),
+    "ndim": (49, "B"),
+    "rank": (50, "H"),
+    "flags": (52, "I"),
+    "importance": (56, "d"),
+    "error": (64, "d"),
+    "reserved": (72, "24s"),
+    "digest": (96, "32s"),
+}
 
 
 def noise(seed: str, length: int) -> bytes:
@@ -39,9 +67,14 @@ def noise(seed: str, length: int) -> bytes:
 def entry(name: str, kind: bstk.Kind, raw: bytes, **fields) -> bstk.Entry:
     frame = bstk.pack(raw)
     return bstk.Entry(
-        name=name, kind=kind, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest,
-        stored=frame.stored, **fields,
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        raw_length=len(raw),
+        stored_length=frame.stored_length,
+        digest=frame.digest,
+        stored=frame.stored,
+        **fields,
+    )
 
 
 def sign(name: str, level: int, shape: tuple[int, int] = (4, 10), rank: int = 1, **fields) -> bstk.Entry:
@@ -133,7 +166,9 @@ class Draft:
         self.records[record].setdefault("forced", {}).update(values)
 
     def shape(self, record: int, *lengths: int, ndim: int | None = None) -> None:
-        self.set(record, shape=struct.pack("<4I", *(lengths + (0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim)
+        self.set(
+            record, shape=struct.pack("<4I", *(lengths + (0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim
+        )
 
     def chunk(self, record: int, stored: bytes, **values) -> None:
         self.chunks[record] = stored
@@ -158,16 +193,21 @@ class Draft:
         index_bytes = b"".join(index)
         preamble = {
             **self.preamble,
-            "chunk_count": count, "base_count": base,
-            "full_length": offset, "smallest_length": ends[base - 1],
-            "index_offset": 256, "index_length": len(index_bytes),
-            "names_offset": 256 + len(index_bytes), "names_length": len(names),
-            "metadata_offset": header - len(self.metadata), "metadata_length": len(self.metadata),
+            "chunk_count": count,
+            "base_count": base,
+            "full_length": offset,
+            "smallest_length": ends[base - 1],
+            "index_offset": 256,
+            "index_length": len(index_bytes),
+            "names_offset": 256 + len(index_bytes),
+            "names_length": len(names),
+            "metadata_offset": header - len(self.metadata),
+            "metadata_length": len(self.metadata),
             "index_digest": hashlib.sha256(index_bytes).digest(),
             "names_digest": hashlib.sha256(names).digest(),
             "metadata_digest": hashlib.sha256(self.metadata).digest(),
             **self.forced,
-        }  # fmt: skip
+        }
         head = _pack(PREAMBLE, 256, preamble)
         if "crc" not in self.forced:
             head = head[:252] + struct.pack("<I", zlib.crc32(head[:252]))

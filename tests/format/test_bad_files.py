@@ -4,12 +4,13 @@ import struct
 import tracemalloc
 
 import bad_files
-import bstk
 import pytest
 import samples
-from bstk import index
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import bstk
+from bstk import index
 
 MOST_MEMORY = 4 * 2**20
 
@@ -46,7 +47,9 @@ def test_refused_on_reading(case, good):
         finally:
             tracemalloc.stop()
         if f.chunks[number].kind == bstk.FILE:
-            with pytest.raises(bstk.DamagedError, match=f"{f.chunks[number].name}.*offset {f.chunks[number].offset}") as caught:
+            with pytest.raises(
+                bstk.DamagedError, match=f"{f.chunks[number].name}.*offset {f.chunks[number].offset}"
+            ) as caught:
                 list(f.file_pieces(f.chunks[number].name))
             assert caught.value.chunk == f.chunks[number]
         with pytest.raises(bstk.DamagedError) as caught:
@@ -139,7 +142,9 @@ def test_bytes_replaced_inserted_and_removed(good, edits):
 
 
 _number = st.one_of(st.integers(0, 20), st.integers(0, 2**64 - 1), st.sampled_from([2**31, 2**32 - 1, 2**48, 2**63]))
-_preamble_field = st.sampled_from([name for name, (_, code) in samples.PREAMBLE.items() if code in "HIQ" and name != "crc"])
+_preamble_field = st.sampled_from(
+    [name for name, (_, code) in samples.PREAMBLE.items() if code in "HIQ" and name != "crc"]
+)
 _record_field = st.sampled_from([name for name, (_, code) in samples.RECORD.items() if code in "BHIQ"])
 _LARGEST = {"B": 2**8, "H": 2**16, "I": 2**32, "Q": 2**64}
 

@@ -7,8 +7,9 @@ import sys
 import threading
 import warnings
 
-import bstk
 import pytest
+
+import bstk
 from bstk.files import replacing
 from bstk.locked import LockedFile
 
@@ -202,7 +203,9 @@ with replacing(sys.argv[1]) as (sink, temporary):
 @POSIX
 # 245 bytes in 85 letters: what the temporary name adds to it would be too much.
 @pytest.mark.parametrize("name", ["out.bstk", "語" * 80 + ".bstk"], ids=["short", "long"])
-def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_is_not(good, good_path, tmp_path, sizes, name):
+def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_is_not(
+    good, good_path, tmp_path, sizes, name
+):
     out = tmp_path / name
     processes = [
         subprocess.Popen([sys.executable, "-c", _KILLED, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -4,12 +4,13 @@ import math
 import struct
 import tracemalloc
 
-import bstk
 import pytest
 import samples
-from bstk import contents, kinds
 from hypothesis import given
 from hypothesis import strategies as st
+
+import bstk
+from bstk import contents, kinds
 
 
 def block(pointer, columns):
@@ -79,13 +80,20 @@ def test_lengths(kind, shape, rank, length):
     assert kind.rule(shape, "f16", rank) == length
 
 
-@given(rows=st.integers(1, 200), columns=st.integers(1, 700), group=st.sampled_from([16, 32, 64, 128]), bits=st.sampled_from([3, 4]))
+@given(
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 700),
+    group=st.sampled_from([16, 32, 64, 128]),
+    bits=st.sampled_from([3, 4]),
+)
 def test_parts_of_an_spqr_block(rows, columns, group, bits):
     """Against the table of SPEC.md, section 6, and what the tiles hold one by one."""
     parts = kinds.spqr_parts((rows, columns), group + bits)
     tiles = sum(1 for _ in range(0, rows, 16) for _ in range(0, columns, group))
     assert parts.codes * 8 == tiles * 16 * group * bits and parts.statistics == tiles * (6 + 6 + 8)
-    assert sum(parts) == 64 * math.ceil(2 * columns / 64) + math.ceil(rows / 16) * math.ceil(columns / group) * (2 * bits * group + 20)
+    assert sum(parts) == 64 * math.ceil(2 * columns / 64) + math.ceil(rows / 16) * math.ceil(columns / group) * (
+        2 * bits * group + 20
+    )
 
 
 def test_number_of_outliers():
@@ -132,7 +140,10 @@ def test_lengths_that_the_index_may_not_state(length, tmp_path):
 
 def test_reading_names_the_block(tmp_path):
     bstk.write(tmp_path / "out.bstk", {}, spqr_stack(block([0, 1, 1], [7])), 1)
-    with bstk.open(tmp_path / "out.bstk") as file, pytest.raises(bstk.DamagedError, match="outliers 'w' level 1.*column 7") as caught:
+    with (
+        bstk.open(tmp_path / "out.bstk") as file,
+        pytest.raises(bstk.DamagedError, match="outliers 'w' level 1.*column 7") as caught,
+    ):
         file.verify()
     assert caught.value.chunk == file.chunks[1]
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 import tracemalloc
 
-import bstk
 import pytest
 import samples
+
+import bstk
 from bstk import cutting
 
 

@@ -5,6 +5,7 @@ import os
 import struct
 
 import pytest
+
 from bstk.files import replacing
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permission bits")

@@ -1,11 +1,14 @@
 """A kind that is added after version 1.0: announced by a flag, so that older readers refuse the file and say why."""
 
-import bstk
 import pytest
 import samples
+
+import bstk
 from bstk import kinds
 
-LATER = kinds.Kind(900, "later", is_weight=True, is_block=True, rule=lambda shape, dtype, rank: None, feature=1 << 5, on=("sign",))
+LATER = kinds.Kind(
+    900, "later", is_weight=True, is_block=True, rule=lambda shape, dtype, rank: None, feature=1 << 5, on=("sign",)
+)
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import random
 import re
 import subprocess
 import threading
-import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import bad_files
-import bstk
 import pytest
 import samples
 import zstandard
 from javascript_reader import MARKS, expected_cut, node, sha256
+
+import bstk
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 VERDICTS = json.loads((VECTORS / "verdicts.json").read_text())
@@ -57,7 +57,17 @@ def content(reader):
             raw = sha256(reader.read(c))
         except bstk.BstkError as error:
             raw = type(error).__name__
-        fields = [c.name, c.kind.code, c.level, list(c.shape), c.dtype or "none", c.rank, c.transposed, c.importance, c.error]
+        fields = [
+            c.name,
+            c.kind.code,
+            c.level,
+            list(c.shape),
+            c.dtype or "none",
+            c.rank,
+            c.transposed,
+            c.importance,
+            c.error,
+        ]
         found.append([*fields, raw])
     return found
 
@@ -123,7 +133,11 @@ def test_named_bad_files(good, tmp_path, zstd):
 
 def test_stacks_of_all_kinds(good, tmp_path, zstd):
     """Each row of three kinds and fewer: both readers take it, or neither does."""
-    every = [stack for length in (1, 2, 3) for stack in itertools.product(("sign", "trellis", "spqr", "outliers"), repeat=length)]
+    every = [
+        stack
+        for length in (1, 2, 3)
+        for stack in itertools.product(("sign", "trellis", "spqr", "outliers"), repeat=length)
+    ]
     for number, stack in enumerate(every):
         draft = samples.Draft(good)
         samples.stack(draft, *stack)
@@ -163,15 +177,64 @@ def test_files_with_fields_set_to_anything(good, tmp_path, zstd):
 
 
 TEXTS = [
-    *('{"a":%s}' % value for value in (
-        "01", "1.", ".5", "+1", "-", "1e", "-0.0", "1e-999", "1e308", "0e999", "1.7976931348623159e308", "0x10", "1_0", "tru", "truee",
-        "\uff11", '"\t"', '"\\x41"', '"\\u12"', '"\\/"', '"\x7f"', '"\\ud83d\\u0041"', '"\\ud83d\\ude00"', "[1,]", "[,]", "[}", "{1:1}",
-        "1 2", "1]", "", "9" * 400, "9" * 5000, "0." + "1" * 5000,
-    )),
-    " \t\r\n{ } ", "{}\0", "{}\v", "\xa0{}", "{,}", '{"a":1,}', '{"a" 1}', '{"a"', '{"', '{"\\', "[{}]", "  ", "{}//",
-    '{"__proto__":1,"constructor":2}', '{"__proto__":1,"__proto__":1}', '{"":1,"":2}', '{"1":1,"01":2}', '{"\\ud83d\\ude00":1,"\U0001f600":2}',
+    *(
+        '{"a":%s}' % value
+        for value in (
+            "01",
+            "1.",
+            ".5",
+            "+1",
+            "-",
+            "1e",
+            "-0.0",
+            "1e-999",
+            "1e308",
+            "0e999",
+            "1.7976931348623159e308",
+            "0x10",
+            "1_0",
+            "tru",
+            "truee",
+            "\uff11",
+            '"\t"',
+            '"\\x41"',
+            '"\\u12"',
+            '"\\/"',
+            '"\x7f"',
+            '"\\ud83d\\u0041"',
+            '"\\ud83d\\ude00"',
+            "[1,]",
+            "[,]",
+            "[}",
+            "{1:1}",
+            "1 2",
+            "1]",
+            "",
+            "9" * 400,
+            "9" * 5000,
+            "0." + "1" * 5000,
+        )
+    ),
+    " \t\r\n{ } ",
+    "{}\0",
+    "{}\v",
+    "\xa0{}",
+    "{,}",
+    '{"a":1,}',
+    '{"a" 1}',
+    '{"a"',
+    '{"',
+    '{"\\',
+    "[{}]",
+    "  ",
+    "{}//",
+    '{"__proto__":1,"constructor":2}',
+    '{"__proto__":1,"__proto__":1}',
+    '{"":1,"":2}',
+    '{"1":1,"01":2}',
+    '{"\\ud83d\\ude00":1,"\U0001f600":2}',
     '{"\u2028\ufeff":1}',
-]  # fmt: skip
+]
 
 
 def test_metadata_is_json_and_no_more(good, tmp_path, zstd):
@@ -242,7 +305,11 @@ def test_a_chunk_that_is_checked_as_it_streams(tmp_path, zstd):
     length = 2**24 + 1000
     raw = random.Random(1).randbytes(length)
     path = tmp_path / "large.bstk"
-    entries = [samples.entry("a", bstk.TENSOR, raw, shape=(length,), dtype="u8"), samples.sign("b", 0), samples.sign("b", 1)]
+    entries = [
+        samples.entry("a", bstk.TENSOR, raw, shape=(length,), dtype="u8"),
+        samples.sign("b", 0),
+        samples.sign("b", 1),
+    ]
     bstk.write(path, {}, entries, 2)
     data = path.read_bytes()
     with bstk.open(data) as f:
@@ -261,13 +328,31 @@ def test_a_chunk_that_is_checked_as_it_streams(tmp_path, zstd):
 def test_root_strict_and_the_streaming_digest():
     path = {"path": str(VECTORS / "whole.bstk")}
     root = VERDICTS["whole.bstk"]["root"]
-    results = node([
-        {**path, "root": root}, {**path, "root": root.upper()}, {**path, "root": "0" * 64}, {**path, "root": "12"},
-        {"path": str(VECTORS / "unsealed-cut.bstk"), "strict": True}, {**path, "strict": True}, {"digests": True},
-        {"path": str(VECTORS)}, {"path": str(VECTORS / "nothing.bstk")},
-    ])  # fmt: skip
+    results = node(
+        [
+            {**path, "root": root},
+            {**path, "root": root.upper()},
+            {**path, "root": "0" * 64},
+            {**path, "root": "12"},
+            {"path": str(VECTORS / "unsealed-cut.bstk"), "strict": True},
+            {**path, "strict": True},
+            {"digests": True},
+            {"path": str(VECTORS)},
+            {"path": str(VECTORS / "nothing.bstk")},
+        ]
+    )
     found = [result.get("error", "ok") if isinstance(result, dict) else result for result in results]
-    assert found == ["ok", "ok", "RootMismatchError", "UsageError", "PartialError", "ok", "same", "UsageError", "UsageError"]
+    assert found == [
+        "ok",
+        "ok",
+        "RootMismatchError",
+        "UsageError",
+        "PartialError",
+        "ok",
+        "same",
+        "UsageError",
+        "UsageError",
+    ]
 
 
 def test_decoding_without_a_decoder_says_what_is_missing():
@@ -275,7 +360,9 @@ def test_decoding_without_a_decoder_says_what_is_missing():
     assert result["verify"]["chunks"] == 8
     # Node 22.15 and later decode themselves.
     contents = result["contents"]
-    assert contents.get("contents") is True or (contents["error"] == "MissingZstdError" and "22.15" in contents["message"])
+    assert contents.get("contents") is True or (
+        contents["error"] == "MissingZstdError" and "22.15" in contents["message"]
+    )
 
 
 def test_the_command(tmp_path):

@@ -13,10 +13,11 @@ import tracemalloc
 import types
 from pathlib import Path
 
-import bstk
 import pytest
 import samples
 import zstandard
+
+import bstk
 from bstk import frames, limits, preamble
 
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
@@ -148,13 +149,34 @@ def test_memory_of_a_hostile_index():
     offset, records = header, []
     for number in range(count):
         rows, columns, stored = 300 + number % 1500, 300 + number // 1500, 3000 + number
-        fields = (number, 2, 0, offset, stored, rows * columns, rows, columns, 1, 1, 6, 4, 0, 0, 1.0 + number, 0.5 + number)
+        fields = (
+            number,
+            2,
+            0,
+            offset,
+            stored,
+            rows * columns,
+            rows,
+            columns,
+            1,
+            1,
+            6,
+            4,
+            0,
+            0,
+            1.0 + number,
+            0.5 + number,
+        )
         records.append(record.pack(*fields, bytes(24), struct.pack("<4Q", number, 1, 1, 1)))
         offset += stored
     tables = b"".join(records), names, b"{}"
-    head = preamble.Preamble(offset, offset, count, count, len(names), 2, *(hashlib.sha256(part).digest() for part in tables))
+    head = preamble.Preamble(
+        offset, offset, count, count, len(names), 2, *(hashlib.sha256(part).digest() for part in tables)
+    )
     data = head.to_bytes() + b"".join(tables)
-    source = types.SimpleNamespace(name="hostile", length=offset, read=lambda at, length: data[at : at + length], close=lambda: None)
+    source = types.SimpleNamespace(
+        name="hostile", length=offset, read=lambda at, length: data[at : at + length], close=lambda: None
+    )
     del records
     tracemalloc.start()
     try:
@@ -202,7 +224,9 @@ def test_the_largest_file_is_read_in_little_memory(good, tmp_path):
     data = draft.bytes()
     assert len(data) < 2**19
     (tmp_path / "x.bstk").write_bytes(data)
-    read = subprocess.run([sys.executable, "-c", _READ_FILE, tmp_path / "x.bstk"], capture_output=True, text=True, check=True)
+    read = subprocess.run(
+        [sys.executable, "-c", _READ_FILE, tmp_path / "x.bstk"], capture_output=True, text=True, check=True
+    )
     length, found, memory = read.stdout.split()
     assert (int(length), found) == (limits.MAX_FILES_LENGTH, digest.hexdigest())
     assert int(memory) < 64 * 2**20

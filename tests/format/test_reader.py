@@ -6,12 +6,13 @@ import subprocess
 import sys
 import warnings
 
-import bstk
 import pytest
 import samples
-from bstk import frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import bstk
+from bstk import frames
 
 
 def test_reads_what_was_written(good):
@@ -27,7 +28,12 @@ def test_reads_what_was_written(good):
         assert [(c.name, c.level) for c in f.blocks] == [("layers.0.up", 1), ("layers.0.down", 1), ("layers.0.up", 2)]
         assert [c.transposed for c in f.stack("layers.0.down")] == [True, True]
         for chunk, entry in zip(f.chunks, samples.entries(), strict=True):
-            assert (chunk.name, chunk.kind, chunk.level, chunk.shape) == (entry.name, entry.kind, entry.level, entry.shape)
+            assert (chunk.name, chunk.kind, chunk.level, chunk.shape) == (
+                entry.name,
+                entry.kind,
+                entry.level,
+                entry.shape,
+            )
             assert (chunk.rank, chunk.importance, chunk.error) == (entry.rank, entry.importance, entry.error)
         # 12 + 2 of tensors; blocks 4 * 2 + 28 * k bytes (up), 6 + 28 * k (down).
         assert f.memory_bytes == 14 + 3 * 36 + (6 + 56) + (6 + 28)
@@ -124,7 +130,9 @@ def test_even_cuts(good, count):
         step = (f.complete.budget - f.smallest.budget) / (count - 1)
         for cut, budget in cuts.items():
             assert f.fit_bytes(budget) == cut
-            assert (budget - f.smallest.budget) / step == pytest.approx(round((budget - f.smallest.budget) / step), abs=1 / step)
+            assert (budget - f.smallest.budget) / step == pytest.approx(
+                round((budget - f.smallest.budget) / step), abs=1 / step
+            )
 
 
 def test_fit_bounds_memory_too(tmp_path):
@@ -138,7 +146,9 @@ def test_fit_bounds_memory_too(tmp_path):
         assert f.fit_bytes(16000 + 36 + 36).chunks == 3
 
 
-@pytest.mark.parametrize("mb", [0, -5, "0", "nan", "inf", "-inf", "abc", "", float("nan"), float("inf"), True, None, b"3", [3]])
+@pytest.mark.parametrize(
+    "mb", [0, -5, "0", "nan", "inf", "-inf", "abc", "", float("nan"), float("inf"), True, None, b"3", [3]]
+)
 def test_no_budget(mb):
     with pytest.raises(bstk.UsageError, match="positive number of MB"):
         bstk.budget_bytes(mb)
@@ -245,7 +255,9 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    parts=st.lists(st.one_of(st.binary(min_size=1, max_size=300), st.integers(1, 300_000).map(bytes)), min_size=1, max_size=4),
+    parts=st.lists(
+        st.one_of(st.binary(min_size=1, max_size=300), st.integers(1, 300_000).map(bytes)), min_size=1, max_size=4
+    ),
     level=st.integers(1, 19),
     damage=st.none() | st.tuples(st.integers(0, 2**32), st.integers(1, 255)),
     more=st.binary(max_size=600),

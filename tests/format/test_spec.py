@@ -23,7 +23,9 @@ def test_element_types():
         [cell.strip() for cell in re.search(rf"^\| {what} \|(.*)\|$", section(5), re.MULTILINE)[1].split("|")]
         for what in ("code", "dtype", "bytes")
     )
-    assert [(int(c), n, int(s)) for c, n, s in zip(codes, names, sizes, strict=True)] == [tuple(d) for d in dtypes.BY_CODE.values()]
+    assert [(int(c), n, int(s)) for c, n, s in zip(codes, names, sizes, strict=True)] == [
+        tuple(d) for d in dtypes.BY_CODE.values()
+    ]
 
 
 def test_kinds():

@@ -1,11 +1,11 @@
 """Of which kinds a stack may be: what both readers take, and what the codecs can rebuild."""
 
-import bstk
 import pytest
 import samples
-from bstk import kinds
 
+import bstk
 from bstack.codecs import codec_of_kind
+from bstk import kinds
 
 GOOD = [
     ("sign",),

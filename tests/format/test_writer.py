@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tracemalloc
 
-import bstk
 import pytest
 import samples
-from bstk import descriptors, files
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import bstk
+from bstk import descriptors, files
 
 OLD = b"what was there before"
 
@@ -33,7 +34,9 @@ _names = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cf", "Z
 _finite = st.floats(allow_nan=False, allow_infinity=False)
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | _finite | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 
@@ -50,16 +53,25 @@ def _files(draw):
             size = _SIZES[dtype]
             for length in shape:
                 size *= length
-            base.append(samples.entry(name, bstk.TENSOR, draw(st.binary(min_size=size, max_size=size)), shape=shape, dtype=dtype))
+            base.append(
+                samples.entry(
+                    name, bstk.TENSOR, draw(st.binary(min_size=size, max_size=size)), shape=shape, dtype=dtype
+                )
+            )
         else:
             shape = (draw(st.integers(1, 9)), draw(st.integers(1, 17)))
             ranks = draw(st.lists(st.integers(1, min(shape)), min_size=1, max_size=4))
             transposed = draw(st.booleans())
             blocks = [
                 samples.sign(
-                    name, level, shape, rank, transposed=transposed,
-                    importance=draw(_finite), error=draw(st.floats(0, 1e300)),
-                )  # fmt: skip
+                    name,
+                    level,
+                    shape,
+                    rank,
+                    transposed=transposed,
+                    importance=draw(_finite),
+                    error=draw(st.floats(0, 1e300)),
+                )
                 for level, rank in enumerate(ranks)
             ]
             base.append(blocks[0])
@@ -137,13 +149,20 @@ def test_refuses_a_frame_that_is_none(tmp_path):
 
     stored = b"not a zstd frame"
     entry = bstk.Entry(
-        name="x", kind=bstk.FILE, raw_length=3, stored_length=len(stored), digest=hashlib.sha256(stored).digest(), stored=stored
+        name="x",
+        kind=bstk.FILE,
+        raw_length=3,
+        stored_length=len(stored),
+        digest=hashlib.sha256(stored).digest(),
+        stored=stored,
     )
     with pytest.raises(bstk.UsageError, match="does not start with a zstd frame"):
         bstk.write(tmp_path / "x.bstk", {}, [entry], 1)
 
 
-@pytest.mark.parametrize("metadata", [[], None, {"a": float("nan")}, {"a": b""}, {1: 2, "1": 3}, {"a": "\ud800"}, {"a": {1, 2}}])
+@pytest.mark.parametrize(
+    "metadata", [[], None, {"a": float("nan")}, {"a": b""}, {1: 2, "1": 3}, {"a": "\ud800"}, {"a": {1, 2}}]
+)
 def test_refuses_metadata_that_is_no_json(tmp_path, metadata):
     with pytest.raises(bstk.UsageError, match="metadata"):
         bstk.write(tmp_path / "x.bstk", metadata, samples.entries(), samples.BASE)
@@ -288,9 +307,15 @@ def test_lazy_entries_need_little_memory(tmp_path):
     (tmp_path / "part").write_bytes(frame.stored)
     chunks = [
         bstk.Entry(
-            name=f"{i}", kind=bstk.TENSOR, shape=(2**20,), dtype="u8", raw_length=2**20,
-            stored_length=frame.stored_length, digest=frame.digest, stored=(tmp_path / "part").read_bytes,
-        )  # fmt: skip
+            name=f"{i}",
+            kind=bstk.TENSOR,
+            shape=(2**20,),
+            dtype="u8",
+            raw_length=2**20,
+            stored_length=frame.stored_length,
+            digest=frame.digest,
+            stored=(tmp_path / "part").read_bytes,
+        )
         for i in range(24)
     ]
     tracemalloc.start()

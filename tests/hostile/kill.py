@@ -23,7 +23,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import jobs
 from steps import Steps, counted
 
-
 GOLDEN = Path(__file__).parents[2] / "format" / "vectors" / "whole.bstk"
 
 
@@ -68,7 +67,9 @@ def killed_at(job: jobs.Job, folder: Path, step: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--no-compress", action="store_true", help="the others alone, on a golden file: seconds, without torch")
+    parser.add_argument(
+        "--no-compress", action="store_true", help="the others alone, on a golden file: seconds, without torch"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bstack-kill-") as name:
         folder = Path(name)

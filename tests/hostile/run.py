@@ -36,9 +36,13 @@ def main() -> None:
         (arguments.corpus / hashlib.sha256(data).hexdigest()[:40]).write_bytes(data)
     before = resident_mb()
     options = [
-        f"-max_total_time={int(arguments.minutes * 60)}", f"-timeout={SECONDS}", f"-max_len={LONGEST}",
-        f"-rss_limit_mb={before + MEMORY_MB}", f"-artifact_prefix={arguments.corpus}/", "-print_final_stats=1",
-    ]  # fmt: skip
+        f"-max_total_time={int(arguments.minutes * 60)}",
+        f"-timeout={SECONDS}",
+        f"-max_len={LONGEST}",
+        f"-rss_limit_mb={before + MEMORY_MB}",
+        f"-artifact_prefix={arguments.corpus}/",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *options, str(arguments.corpus)], target.check)
     atheris.Fuzz()
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import bstk
 from jobs import Job, fresh
+
+import bstk
 
 CALLS = ("write", "fsync", "ftruncate", "replace", "unlink", "mkdir", "rmdir")
 SMALL = 4096  # a write of no more than this is not torn: it is one page

@@ -29,7 +29,9 @@ def read_all(data: bytes) -> bool:
             require(error.args[0].startswith("<bytes>: "), f"a message that does not name the file: {error}")
             return False
         with reader:
-            require(reader.smallest_length <= reader.length <= reader.full_length, "a file longer or shorter than it may be")
+            require(
+                reader.smallest_length <= reader.length <= reader.full_length, "a file longer or shorter than it may be"
+            )
             require(len(reader.chunks) >= reader.base_count, "a smallest model that is not there")
             for name in reader.files:
                 require(is_inside(name), f"a file name that leads out of its folder: {name!r}")
@@ -57,7 +59,9 @@ def repaired(data: bytes) -> bytes:
         return data
     fixed = bytearray(data)
     fixed[:8] = b"\x89BSTK\r\n\x1a"
-    count, names, metadata = (struct.unpack_from(code, data, at)[0] for code, at in (("<I", 64), ("<Q", 96), ("<Q", 112)))
+    count, names, metadata = (
+        struct.unpack_from(code, data, at)[0] for code, at in (("<I", 64), ("<Q", 96), ("<Q", 112))
+    )
     lengths = (128 * count, names, metadata)
     for number in range(min(count, MOST_CHUNKS, (len(data) - 256) // 128)):
         record = 256 + 128 * number

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
-import bstack
 import pytest
-from bstack.cli import main
-from bstack.errors import UnsupportedModelError
-from bstack.runtime import template
 from test_embedded_files import SETTINGS, with_file
 from transformers import AutoTokenizer
+
+import bstack
+from bstack.cli import main
+from bstack.engine import chat_template as template
+from bstack.errors import UnsupportedModelError
 
 GOOD = [
     "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
@@ -24,7 +25,10 @@ BAD = {
     "nested loops": (LOOP * 4 + "{% endfor %}" * 4, "more than 1 seconds"),
     "a number without end": ("{{ 10**(10**9) }}", "more than 1 seconds"),
     "a long string": ("{{ 'x' * 10**10 }}", "more than 256 MB"),
-    "a string that doubles": ("{% set ns = namespace(s='x') %}" + LOOP + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "more than 256 MB"),
+    "a string that doubles": (
+        "{% set ns = namespace(s='x') %}" + LOOP + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "more than 256 MB",
+    ),
     "a wide field": ("{{ '%1000000000d' % 1 }}", "more than 256 MB"),
     "a long text": ("{{ 'x' * 10**7 }}", "makes 10000000 characters"),
     "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -67,7 +71,9 @@ def test_special_tokens_of_names_that_are_taken(tiny_llama, name):
 def test_ends_soon_and_says_why(tokenizer, case):
     text, words = BAD[case]
     tokenizer.chat_template = text
-    with pytest.raises(UnsupportedModelError, match=f"the model's chat template fails: .*({words}).*Leave --chat out") as caught:
+    with pytest.raises(
+        UnsupportedModelError, match=f"the model's chat template fails: .*({words}).*Leave --chat out"
+    ) as caught:
         template.render(tokenizer, "the river", seconds=1)
     assert "\n" not in str(caught.value)
 
@@ -81,9 +87,12 @@ def test_what_no_limit_ends_is_ended_from_outside(tokenizer, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits")
 def test_a_process_that_is_ended_leaves_no_core():
-    ask = "import resource as r; from bstack.runtime import template; {}; template._limit(9); print(r.getrlimit(r.RLIMIT_CORE)[0])"
+    ask = "import resource as r; from bstack.engine import chat_template as template; {}; template._limit(9); print(r.getrlimit(r.RLIMIT_CORE)[0])"
     raised = "r.setrlimit(r.RLIMIT_CORE, (r.getrlimit(r.RLIMIT_CORE)[1],) * 2)"
-    assert subprocess.run([sys.executable, "-c", ask.format(raised)], capture_output=True, text=True, check=True).stdout == "0\n"
+    assert (
+        subprocess.run([sys.executable, "-c", ask.format(raised)], capture_output=True, text=True, check=True).stdout
+        == "0\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +113,9 @@ def test_a_process_that_breaks_says_why(tokenizer, tmp_path, monkeypatch, code, 
         template.render(tokenizer, "the river")
 
 
-def test_the_process_imports_from_where_this_one_does_and_not_from_the_folder_it_is_in(tokenizer, tmp_path, monkeypatch):
+def test_the_process_imports_from_where_this_one_does_and_not_from_the_folder_it_is_in(
+    tokenizer, tmp_path, monkeypatch
+):
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "sitecustomize.py").write_text(f"open({str(tmp_path / name / 'run')!r}, 'w')")

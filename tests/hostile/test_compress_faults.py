@@ -2,10 +2,11 @@
 
 import errno
 
-import bstk
 import jobs
 import pytest
 from steps import refusals
+
+import bstk
 
 EVERY = 17  # of the steps; all of them take minutes
 

@@ -1,9 +1,10 @@
 """The named bad files, by every way of opening a file: the same class of error each time, in words, and nothing is changed."""
 
 import bad_files
+import pytest
+
 import bstack
 import bstk
-import pytest
 from bstack.cli import main
 
 

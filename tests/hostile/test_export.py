@@ -4,11 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import bstk
 import pytest
 import samples
-from bstack.runtime.container import embedded_files
-from bstack.runtime.export import export_safetensors
+
+import bstk
+from bstack.engine.container import embedded_files
+from bstack.engine.export import export_safetensors
 
 
 def with_files(tmp_path, *names):
@@ -20,7 +21,20 @@ def with_files(tmp_path, *names):
 def test_files_land_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     os.mkdir(tmp_path / "temporary")
-    names = ["config.json", "a/b/c.json", "...", "~", "~root/x", "$HOME", "-rf", "%2e%2e/x", "a b", "con", "é", "x" * 200]
+    names = [
+        "config.json",
+        "a/b/c.json",
+        "...",
+        "~",
+        "~root/x",
+        "$HOME",
+        "-rf",
+        "%2e%2e/x",
+        "a b",
+        "con",
+        "é",
+        "x" * 200,
+    ]
     with with_files(tmp_path, *names) as file:
         before = {path for path in tmp_path.rglob("*")}
         with embedded_files(file) as folder:
@@ -32,7 +46,9 @@ def test_files_land_in_their_folder(tmp_path, monkeypatch):
         assert {path for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("x" * 1000,), ("/".join(["x" * 250] * 4) + "/" + "y" * 20,)])
+@pytest.mark.parametrize(
+    "names", [("a", "a/b"), ("a/b", "a"), ("x" * 1000,), ("/".join(["x" * 250] * 4) + "/" + "y" * 20,)]
+)
 def test_names_that_cannot_stand_beside_each_other(tmp_path, names, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     try:
@@ -45,10 +61,25 @@ def test_names_that_cannot_stand_beside_each_other(tmp_path, names, monkeypatch)
 
 @pytest.mark.parametrize(
     "name",
-    [".git/config", "a/.hidden.json", "~/.bashrc", "~x.json", "pytorch_model.bin", "modeling_x.py", "adapter_config.json",
-     "Model.safetensors.index.json", "model.safetensors", "model-00001.safetensors", "a.part", "noending"],
-)  # fmt: skip
+    [
+        ".git/config",
+        "a/.hidden.json",
+        "~/.bashrc",
+        "~x.json",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "adapter_config.json",
+        "Model.safetensors.index.json",
+        "model.safetensors",
+        "model-00001.safetensors",
+        "a.part",
+        "noending",
+    ],
+)
 def test_an_exported_folder_gets_no_file_that_other_programs_act_on(tmp_path, name):
-    with with_files(tmp_path, "config.json", name) as file, pytest.raises(bstk.DamagedError, match="beside its weights"):
+    with (
+        with_files(tmp_path, "config.json", name) as file,
+        pytest.raises(bstk.DamagedError, match="beside its weights"),
+    ):
         export_safetensors(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()

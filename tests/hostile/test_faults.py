@@ -4,10 +4,11 @@ import dataclasses
 import errno
 import os
 
-import bstk
 import jobs
 import pytest
 from steps import Steps, counted, refusals
+
+import bstk
 
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
 GROWTHS = ["grow", "grow whole", "grow in place", "grow whole in place"]

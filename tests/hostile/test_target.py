@@ -1,11 +1,12 @@
 """The fuzz target under hypothesis, and that it would notice a reader that breaks its word."""
 
 import bad_files
-import bstk
 import pytest
 import target
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import bstk
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,10 @@ def corpus(good):
 
 
 @settings(max_examples=200, deadline=None)
-@given(number=st.integers(0, 400), edits=st.lists(st.tuples(st.integers(0, 3000), st.binary(max_size=8), st.integers(0, 8)), max_size=4))
+@given(
+    number=st.integers(0, 400),
+    edits=st.lists(st.tuples(st.integers(0, 3000), st.binary(max_size=8), st.integers(0, 8)), max_size=4),
+)
 @example(number=0, edits=[])
 def test_target(corpus, number, edits):
     data = corpus[number % len(corpus)]

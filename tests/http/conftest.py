@@ -2,10 +2,11 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-import bstk
 import pytest
 from range_server import RangeServer
-from served_files import long_head, make, model  # noqa: F401: fixtures
+from served_files import make  # noqa: F401: fixtures
+
+import bstk
 
 
 @pytest.fixture(scope="session")

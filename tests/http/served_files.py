@@ -2,23 +2,36 @@
 
 import hashlib
 
-import bstk
 import pytest
+
+import bstk
 
 
 def make(path, head=0, blocks=30, seed="a"):
     """Write a file with `blocks` blocks of some 3 KB beside its base, and about `head` bytes of metadata."""
 
     def noise(what, length):
-        return b"".join(hashlib.sha256(f"{seed} {what} {i}".encode()).digest() for i in range(-(-length // 32)))[:length]
+        return b"".join(hashlib.sha256(f"{seed} {what} {i}".encode()).digest() for i in range(-(-length // 32)))[
+            :length
+        ]
 
     def sign(name, level):
         raw = noise(f"{name} {level}", 64 * 32 + 2 * 2 * (64 + 256))
         frame = bstk.pack(raw)
         return bstk.Entry(
-            name=name, kind=bstk.SIGN, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest,
-            stored=frame.stored, level=level, shape=(64, 256), dtype="f16", rank=2, importance=9.0 - level, error=0.5,
-        )  # fmt: skip
+            name=name,
+            kind=bstk.SIGN,
+            raw_length=len(raw),
+            stored_length=frame.stored_length,
+            digest=frame.digest,
+            stored=frame.stored,
+            level=level,
+            shape=(64, 256),
+            dtype="f16",
+            rank=2,
+            importance=9.0 - level,
+            error=0.5,
+        )
 
     names = ["a", "b", "c"]
     entries = [sign(name, level) for level in range(1 + blocks // 3) for name in names]

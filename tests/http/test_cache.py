@@ -4,13 +4,14 @@ import os
 import threading
 import time
 
-import bstk
 import pytest
-from bstk.locked import LockedFile
-from bstk.http import HEAD
 from served_files import cut_sizes
 
-cache = pytest.importorskip("bstack.runtime.cache")
+import bstk
+from bstk.http import HEAD
+from bstk.locked import LockedFile
+
+cache = pytest.importorskip("bstack.engine.url_cache")
 
 
 def load(url, mb=None, strict=False):
@@ -251,8 +252,9 @@ def test_a_cache_that_cannot_be_written(long_head, serve, kept):
 
 
 def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
-    import bstack
     import torch
+
+    import bstack
 
     path = tmp_path / "tiny.bstk"
     bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))

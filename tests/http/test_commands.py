@@ -9,9 +9,10 @@ import sys
 import sysconfig
 import time
 
-import bstk
 import pytest
 from served_files import cut_sizes
+
+import bstk
 
 
 @pytest.fixture
@@ -23,11 +24,15 @@ def command(tmp_path):
 
     def run(*args):
         process = subprocess.Popen(
-            [*start, *map(str, args)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            [*start, *map(str, args)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
             env={**os.environ, "PYTHONUTF8": "1"},
             # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
             preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
-        )  # fmt: skip
+        )
         running.append(process)
         return process
 
@@ -84,7 +89,11 @@ def test_grow(bstack, model, serve, tmp_path):
     code, out, err = bstack("grow", "small.bstk", "--mb", sizes[8], "--from", server.url)
     assert (code, err) == (0, "") and "small.bstk: is" in out and "added" in out
     found = json.loads(bstack("grow", "small.bstk", "--mb", "1000", "--from", server.url, "--json")[1])
-    assert (found["schema"], found["file_bytes"], found["blocks"]) == ("bstack.grow/1", len(model), found["blocks_total"])
+    assert (found["schema"], found["file_bytes"], found["blocks"]) == (
+        "bstack.grow/1",
+        len(model),
+        found["blocks_total"],
+    )
     assert (tmp_path / "small.bstk").read_bytes() == model
     code, out, err = bstack("grow", "small.bstk", "--mb", "1000", "--from", server.url)
     assert (code, out) == (2, "") and "nothing to add" in err
@@ -102,9 +111,17 @@ def test_failures(bstack, model, other, serve, tmp_path):
         (("truncate", server.url, "--mb", 1), 2, "-o OUT"),
         (("truncate", server.url, "--mb", "0.001", "-o", "out.bstk"), 6, "smallest budget"),
         (("truncate", server.url, "--mb", 1, "-o", "small.bstk"), 2, "--force"),
-        (("truncate", server.url, "--mb", 1, "-o", "none/out.bstk"), 1, "none/out.bstk: cannot write: there is no folder"),
+        (
+            ("truncate", server.url, "--mb", 1, "-o", "none/out.bstk"),
+            1,
+            "none/out.bstk: cannot write: there is no folder",
+        ),
         (("truncate", server.url, "--mb", 1, "-o", ""), 2, "name of the output is empty"),
-        (("truncate", server.url, "--mb", 1, "-o", "https://h/x.bstk"), 2, "https://h/x.bstk: an output is a file on disk"),
+        (
+            ("truncate", server.url, "--mb", 1, "-o", "https://h/x.bstk"),
+            2,
+            "https://h/x.bstk: an output is a file on disk",
+        ),
         (("inspect", "ftp://127.0.0.1/x.bstk"), 2, "ftp:// is not read. URLs begin with https://"),
         (("inspect", "file:///none.bstk"), 2, "file:// is not read. Give the path alone, /none.bstk"),
         (("grow", "ftp://127.0.0.1/x.bstk", "--mb", 1, "--from", server.url), 2, "takes a file on disk, not a URL"),
@@ -237,8 +254,9 @@ def test_retries_are_shown_on_a_terminal(long_head, serve, tmp_path):
     termios.tcsetwinsize(theirs, (24, 160))
     process = subprocess.Popen(
         [sys.executable, "-m", "bstack", "truncate", server.url, "--mb", "1", "-o", tmp_path / "out.bstk"],
-        stdout=subprocess.DEVNULL, stderr=theirs,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
     os.close(theirs)
     shown = b""
     try:

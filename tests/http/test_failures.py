@@ -5,11 +5,12 @@ import socket
 import time
 from types import SimpleNamespace
 
-import bstk
 import pytest
-from bstk import answers
 from range_server import CERTIFICATE
 from served_files import cut_sizes
+
+import bstk
+from bstk import answers
 
 
 def opened(url):
@@ -42,7 +43,11 @@ def test_disorders_are_repeated_a_few_times(model, serve, status):
     server = serve(model, statuses=[status] * 5)
     assert opened(server.url) and len(server.asked) == 6
     server = serve(model, statuses=[status] * 6)
-    told = "cannot be reached" if status == -1 else f"cannot be read after 6 attempts, as the server answers {status}. Try again later"
+    told = (
+        "cannot be reached"
+        if status == -1
+        else f"cannot be read after 6 attempts, as the server answers {status}. Try again later"
+    )
     with pytest.raises(bstk.UnreachableError, match=told):
         opened(server.url)
     assert len(server.asked) == 6

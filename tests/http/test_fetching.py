@@ -3,14 +3,15 @@
 import os
 import time
 
-import bstk
 import pytest
-from bstk.locked import LockedFile
-from bstk.http import HEAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
 from served_files import cut_sizes, make
+
+import bstk
+from bstk.http import HEAD
+from bstk.locked import LockedFile
 
 
 def expected(data, mb, folder, seal=True):
@@ -44,7 +45,12 @@ def test_three_requests_and_no_byte_twice(which, request, serve, tmp_path):
 def test_reading_the_header_takes_two_requests(long_head, serve):
     server = serve(long_head)
     with bstk.open(server.url) as file, bstk.open(long_head) as local:
-        assert (file.root, file.metadata, file.chunks, file.state) == (local.root, local.metadata, local.chunks, "whole")
+        assert (file.root, file.metadata, file.chunks, file.state) == (
+            local.root,
+            local.metadata,
+            local.chunks,
+            "whole",
+        )
         assert file.source.requests == 2
         # The server counts after it has sent, in a thread of its own.
         deadline = time.monotonic() + 10
@@ -90,10 +96,22 @@ def test_a_server_without_ranges_is_read_to_the_end_of_the_cut(tmp_path, serve):
     for level in range(24):
         raw = os.urandom(2048 * 4096 // 8 + 4 * (2048 + 4096))
         frame = bstk.pack(raw)
-        entries.append(bstk.Entry(
-            name="a", kind=bstk.SIGN, raw_length=len(raw), stored_length=frame.stored_length, digest=frame.digest,
-            stored=frame.stored, level=level, shape=(2048, 4096), dtype="f16", rank=2, importance=1.0, error=0.5,
-        ))  # fmt: skip
+        entries.append(
+            bstk.Entry(
+                name="a",
+                kind=bstk.SIGN,
+                raw_length=len(raw),
+                stored_length=frame.stored_length,
+                digest=frame.digest,
+                stored=frame.stored,
+                level=level,
+                shape=(2048, 4096),
+                dtype="f16",
+                rank=2,
+                importance=1.0,
+                error=0.5,
+            )
+        )
     bstk.write(tmp_path / "large.bstk", {}, entries, 1)
     data = (tmp_path / "large.bstk").read_bytes()
     server = serve(data, ranges=False, pause=0.0001)

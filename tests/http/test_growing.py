@@ -3,12 +3,13 @@
 import errno
 import os
 
-import bstk
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
 from served_files import cut_sizes
+
+import bstk
 
 
 @pytest.mark.parametrize("which", ["model", "long_head"])
@@ -133,7 +134,11 @@ def test_a_damaged_block_of_either_file_leaves_the_old_file(damaged, remote, mod
     data[chunk.offset] ^= 1
     (tmp_path / damaged).write_bytes(data)
     before, source = small.read_bytes(), tmp_path / "source.bstk"
-    told = "Give the same command again" if remote and damaged == "source.bstk" else "The file is damaged: make or fetch it anew"
+    told = (
+        "Give the same command again"
+        if remote and damaged == "source.bstk"
+        else "The file is damaged: make or fetch it anew"
+    )
     with pytest.raises(bstk.DamagedError, match=told) as caught:
         bstk.grow(small, sizes[20], serve(source.read_bytes()).url if remote else source)
     assert caught.value.chunk == chunk and small.read_bytes() == before
@@ -214,7 +219,9 @@ def test_the_new_file_has_the_permissions_of_the_old_one(remote, model, cut, ser
     small.chmod(0o600)
     (tmp_path / "link.bstk").symlink_to(small)
     bstk.grow(tmp_path / "link.bstk", 1000, serve(model).url if remote else tmp_path / "source.bstk")
-    assert small.read_bytes() == model and small.stat().st_mode & 0o777 == 0o600 and (tmp_path / "link.bstk").is_symlink()
+    assert (
+        small.read_bytes() == model and small.stat().st_mode & 0o777 == 0o600 and (tmp_path / "link.bstk").is_symlink()
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
@@ -283,7 +290,11 @@ def test_what_a_stopped_growth_left_goes_when_another_way_succeeds(in_place, lon
         part.write_bytes(long_head[:-7])
         killed.write_bytes(long_head[:100])
         ways[name]()
-        assert {path.name for path in tmp_path.iterdir()} == {"small.bstk", "source.bstk", ".small.bstk.original.part"}, name
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "small.bstk",
+            "source.bstk",
+            ".small.bstk.original.part",
+        }, name
     assert small.read_bytes() == long_head
 
 

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 
-import bstk
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
 from served_files import cut_sizes, make
+
+import bstk
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")

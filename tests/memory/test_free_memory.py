@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from bstack.memory.elsewhere import machine_elsewhere, parse_vm_stat
-from bstack.memory.free import free_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated_machine import MB, V1_MOUNTS, V2_MOUNT, Machine
+
+from bstack.memory.elsewhere import machine_elsewhere, parse_vm_stat
+from bstack.memory.free import free_memory
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files of Linux")
 
@@ -42,7 +43,8 @@ def test_version_2_counts_the_file_pages_that_nobody_uses(machine):
 
 
 @pytest.mark.parametrize(
-    "high, expected", [(950, (50, 950, "memory.high")), (700, (-200, 700, "memory.high")), (2000, (100, 1000, "memory.max"))]
+    "high, expected",
+    [(950, (50, 950, "memory.high")), (700, (-200, 700, "memory.high")), (2000, (100, 1000, "memory.max"))],
 )
 def test_memory_high_is_a_limit_and_may_be_exceeded(machine, high, expected):
     machine.belongs("0::/a", mounts=(V2_MOUNT,))
@@ -122,9 +124,9 @@ def test_groups_joined_under_another_name_and_blanks_in_paths(machine):
 def test_without_a_table_of_mounts_the_usual_places_are_taken(machine, line, folder):
     machine.belongs(line)
     (machine.proc / "self/mountinfo").unlink()
-    (machine.version2 if line.startswith("0") else machine.version1)(folder, used=10, **(
-        {"max": 30} if line.startswith("0") else {"limit": 30}
-    ))
+    (machine.version2 if line.startswith("0") else machine.version1)(
+        folder, used=10, **({"max": 30} if line.startswith("0") else {"limit": 30})
+    )
     assert found(machine)[:2] == (20, 30)
 
 
@@ -134,11 +136,14 @@ def test_more_inactive_pages_than_usage_is_no_gain(machine):
     assert found(machine)[:2] == (100, 100)
 
 
-@pytest.mark.parametrize("space, data, expected", [
-    (3000, "unlimited", (1000, 3000, "the limit of this process' address space (ulimit -v)")),
-    (3000, 600, (200, 600, "the limit of this process' data (ulimit -d)")),
-    ("unlimited", "unlimited", (4000, 8000, "the machine's memory")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "space, data, expected",
+    [
+        (3000, "unlimited", (1000, 3000, "the limit of this process' address space (ulimit -v)")),
+        (3000, 600, (200, 600, "the limit of this process' data (ulimit -d)")),
+        ("unlimited", "unlimited", (4000, 8000, "the machine's memory")),
+    ],
+)
 def test_resource_limits(machine, space, data, expected):
     def row(name, soft):
         soft = soft if isinstance(soft, str) else soft * MB
@@ -191,7 +196,15 @@ def test_pressure_that_cannot_be_understood_is_not_told(machine, text):
 
 FILES = ["meminfo", "self/cgroup", "self/mountinfo", "self/limits", "self/status", "pressure/memory"]
 GROUP_FILES = ["max", "high", "current", "stat", "pressure", "use_hierarchy", "limit_in_bytes", "usage_in_bytes"]
-LINES = [V2_MOUNT, "0::/a", "4:memory:/a", "some avg10=9.00 ", "inactive_file 12", "Max data size 12 12 bytes", "9" * 5000]
+LINES = [
+    V2_MOUNT,
+    "0::/a",
+    "4:memory:/a",
+    "some avg10=9.00 ",
+    "inactive_file 12",
+    "Max data size 12 12 bytes",
+    "9" * 5000,
+]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

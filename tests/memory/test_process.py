@@ -5,6 +5,7 @@ import mmap
 import sys
 
 import pytest
+
 from bstack.memory import process
 from bstack.memory.process import peak_bytes, resident_bytes
 

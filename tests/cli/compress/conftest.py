@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bstack.cli import main
 from compressing import QUICK, everything
+
+from bstack.cli import main
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
-import bstk
 import pytest
 import torch
 from compressing import QUICK, rewrite
+
+import bstk
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_hub_ids(run, hub, tiny_llama, tmp_path, monkeypatch):
 
 
 def test_hub_id_with_the_command_as_installed(bstack, hub, tmp_path):
-    done = bstack("compress", "owner/tiny", "-o", "out.bstk", "--json", "-q", *QUICK, HF_HOME=str(hub), HF_HUB_OFFLINE="1")
+    done = bstack(
+        "compress", "owner/tiny", "-o", "out.bstk", "--json", "-q", *QUICK, HF_HOME=str(hub), HF_HUB_OFFLINE="1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["linears"] == 16
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out.bstk"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import bstk
 import pytest
 import tiny_models
 import torch
 from compressing import QUICK, reconfigure, rewrite
+
+import bstk
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "nobody/nothing@main"])
@@ -94,7 +95,9 @@ def test_shapes_that_contradict_the_configuration(refused, model):
     refused(5, ["(48, 100)", "(48, 101)", "config.json"], "model")
 
 
-@pytest.mark.parametrize("text", ["", "{", '"llama"', "[1]", "{}", '{"model_type": "nosuchthing"}', '{"model_type": 7}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '"llama"', "[1]", "{}", '{"model_type": "nosuchthing"}', '{"model_type": 7}', "\xff"]
+)
 def test_damaged_configuration(refused, model, text):
     (model / "config.json").write_text(text, encoding="latin-1")
     refused(1, "config.json", "model")
@@ -106,7 +109,9 @@ def test_configuration_with_impossible_sizes(refused, model):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
+)
 def test_weights_that_are_no_numbers(refused, model, name, value):
     def change(tensors):
         tensors[name].view(-1)[[3, 7]] = value

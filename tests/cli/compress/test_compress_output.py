@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bstk
 import pytest
 from compressing import QUICK
+
+import bstk
 
 
 def test_output_in_a_folder_that_is_not_there(run, tiny_llama):

@@ -6,25 +6,38 @@ import json
 import os
 from pathlib import Path
 
-import bstk
 import click
 import pytest
 import tiny_models
-from bstack.cli.compress import command
 from compressing import QUICK, everything
+
+import bstk
+from bstack.cli.compress import command
 
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--rank", "0", "1 to 256"), ("--rank", "257", "1 to 256"), ("--rank", "-1", "1 to 256"), ("--rank", "many", "nor auto"),
-        ("--rank", "1.5", "nor auto"), ("--planes", "0", "1 to 64"), ("--planes", "65", "1 to 64"), ("--planes", "x", "integer"),
-        ("--samples", "0", "samples is 0"), ("--samples", "-1", "samples is -1"), ("--samples", "x", "integer"),
-        ("--sequence-length", "7", "sequence-length is 7; allowed are 8"), ("--seed", "-1", "seed is -1"),
-        ("--order", "best", "gain"), ("--codec", "zip", "sign"), ("--embeddings", "no", "dense"), ("--preset", "x", "paper"),
+        ("--rank", "0", "1 to 256"),
+        ("--rank", "257", "1 to 256"),
+        ("--rank", "-1", "1 to 256"),
+        ("--rank", "many", "nor auto"),
+        ("--rank", "1.5", "nor auto"),
+        ("--planes", "0", "1 to 64"),
+        ("--planes", "65", "1 to 64"),
+        ("--planes", "x", "integer"),
+        ("--samples", "0", "samples is 0"),
+        ("--samples", "-1", "samples is -1"),
+        ("--samples", "x", "integer"),
+        ("--sequence-length", "7", "sequence-length is 7; allowed are 8"),
+        ("--seed", "-1", "seed is -1"),
+        ("--order", "best", "gain"),
+        ("--codec", "zip", "sign"),
+        ("--embeddings", "no", "dense"),
+        ("--preset", "x", "paper"),
         ("--nothing", "x", "No such option"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_are_none(run, tiny_llama, tmp_path, option, value, words):
     code, out, err = run(tiny_llama, "-o", "out.bstk", *QUICK, option, value)
     assert (code, out) == (2, "") and words in err
@@ -35,8 +48,6 @@ def test_nothing_is_assumed(run, tiny_llama):
     assert run()[0] == 2
     code, _, err = run(tiny_llama)
     assert code == 2 and "--output" in err
-
-
 
 
 def test_summary(run, model):
@@ -54,7 +65,9 @@ def test_json_and_quiet(run, model, tmp_path):
     assert (code, err) == (0, "")
     with bstk.open(tmp_path / "out.bstk") as file:
         assert report["schema"] == "bstack.compress/1" and report["file_bytes"] == file.length
-        assert report["smallest_bytes"] == file.smallest_length and report["blocks"] == sum(chunk.is_block for chunk in file.chunks)
+        assert report["smallest_bytes"] == file.smallest_length and report["blocks"] == sum(
+            chunk.is_block for chunk in file.chunks
+        )
     # 16 linears: 7 in each of two layers, embedding and head.
     assert report["linears"] == 16 and report["blocks"] == 32
     assert report["original_bytes"] == (model / "model.safetensors").stat().st_size

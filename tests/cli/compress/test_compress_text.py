@@ -7,8 +7,9 @@ import types
 
 import pytest
 import tiny_models
-from bstack.memory.free import Memory
 from compressing import QUICK
+
+from bstack.memory.free import Memory
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -19,7 +20,12 @@ def test_empty_text(refused, model, tmp_path, text):
 
 def test_short_text_says_how_much_is_there_and_the_mended_command_works(run, refused, model, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.text(12))
-    words = ["text.txt has ", "2 samples of 128 and 4 more", "need 768", "a longer text, or at most --sequence-length 2"]
+    words = [
+        "text.txt has ",
+        "2 samples of 128 and 4 more",
+        "need 768",
+        "a longer text, or at most --sequence-length 2",
+    ]
     refused(1, words, "model", "--calibration", "text.txt", "--sequence-length", 128)
     refused(1, "at most --samples", "model", "--calibration", "text.txt", "--samples", 900)
     refused(1, "Give a longer text.\n", "model", "--calibration", "text.txt", "--sequence-length", 128, "--samples", 99)

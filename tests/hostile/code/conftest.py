@@ -2,11 +2,12 @@
 
 import shutil
 
-import bstack
 import pytest
+from own_code import MAP, SETTINGS, Marker, edit, forget, put_modules
+
+import bstack
 from bstack.cli import main
 from bstack.errors import ForeignCodeWarning
-from own_code import MAP, Marker, SETTINGS, edit, forget, put_modules
 
 
 @pytest.fixture
@@ -31,9 +32,10 @@ def model(tiny_llama, tmp_path, marker):
     put_modules(folder, marker)
     edit(folder / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=MAP)
     edit(
-        folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer",
+        folder / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]},
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -50,7 +52,9 @@ def run(capsys):
 @pytest.fixture
 def packed(model, tmp_path, marker):
     """The model, compressed by a user who trusts it."""
-    with pytest.warns(ForeignCodeWarning, match="configuration_own.py, helper.py, modeling_own.py, tokenization_own.py"):
+    with pytest.warns(
+        ForeignCodeWarning, match="configuration_own.py, helper.py, modeling_own.py, tokenization_own.py"
+    ):
         bstack.compress(model, tmp_path / "own.bstk", settings=SETTINGS, trust_remote_code=True)
     assert marker.taken() == {"configuration", "model", "tokenizer"}
     return tmp_path / "own.bstk"
@@ -73,5 +77,8 @@ def borrowed(model, tmp_path):
     folder = tmp_path / "borrowed"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.py"))
     edit(folder / "config.json", auto_map={auto: f"owner/own--{name}" for auto, name in MAP.items()})
-    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "owner/own--tokenization_own.OwnTokenizerFast"]})
+    edit(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": [None, "owner/own--tokenization_own.OwnTokenizerFast"]},
+    )
     return folder

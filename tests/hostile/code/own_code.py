@@ -3,10 +3,11 @@
 import json
 import sys
 
-import bstack
-import bstk
 import samples
 import torch
+
+import bstack
+import bstk
 
 SETTINGS = bstack.Settings(codec="sign", planes=2, rank=2, samples=2, sequence_length=16)
 QUICK = ["--codec", "sign", "--planes", "2", "--rank", "2", "--samples", "2", "--sequence-length", "16"]
@@ -88,9 +89,16 @@ def rewritten(path, target, changed):
         entries = [samples.entry(name, bstk.FILE, content) for name, content in data.items()]
         entries += [
             samples.entry(
-                c.name, c.kind, file.read(c), level=c.level, shape=c.shape, dtype=c.dtype, rank=c.rank, transposed=c.transposed
+                c.name,
+                c.kind,
+                file.read(c),
+                level=c.level,
+                shape=c.shape,
+                dtype=c.dtype,
+                rank=c.rank,
+                transposed=c.transposed,
             )
             for c in chunks
-        ]  # fmt: skip
+        ]
         bstk.write(target, file.metadata, entries, file.base_count + len(entries) - len(file.chunks))
     return target

@@ -4,20 +4,23 @@ import json
 import shutil
 import warnings
 
-import bstack
-import bstk
 import pytest
 import samples
 import tiny_models
 import torch
+from own_code import MAP, QUICK, SETTINGS, Marker, edit, forget, logits, put_modules, rewritten
+from transformers import AutoModelForCausalLM
+
+import bstack
+import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
 from bstack.models.open import open_checkpoint
-from own_code import MAP, Marker, QUICK, SETTINGS, edit, forget, logits, put_modules, rewritten
-from transformers import AutoModelForCausalLM
 
 
 def test_refused_without_the_flag(model, tmp_path, marker, run):
-    with pytest.raises(ForeignCodeError, match="configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*--trust-remote-code"):
+    with pytest.raises(
+        ForeignCodeError, match="configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*--trust-remote-code"
+    ):
         bstack.compress(model, tmp_path / "own.bstk", settings=SETTINGS)
     code, out, err = run("compress", model, "-o", tmp_path / "own.bstk", *QUICK)
     assert (code, out) == (2, "") and "--trust-remote-code" in err and err.count("\n") == 1
@@ -29,9 +32,10 @@ def test_a_tokenizer_alone_is_refused_too(tiny_llama, tmp_path, marker, run):
     folder = shutil.copytree(tiny_llama, tmp_path / "own")
     put_modules(folder, marker)
     edit(
-        folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer",
+        folder / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]},
-    )  # fmt: skip
+    )
     code, _, err = run("compress", folder, "-o", tmp_path / "own.bstk", *QUICK)
     assert code == 2 and "tokenization_own.OwnTokenizerFast" in err and "--trust-remote-code" in err
     assert marker.taken() == set()
@@ -50,16 +54,20 @@ def test_a_tokenizer_alone_runs_alone(tiny_llama, tmp_path, marker):
     folder = put_modules(shutil.copytree(tiny_llama, tmp_path / "own"), marker)
     edit(folder / "config.json", auto_map=MAP)
     edit(
-        folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer",
+        folder / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]},
-    )  # fmt: skip
+    )
     with pytest.warns(ForeignCodeWarning, match="helper.py, tokenization_own.py"):
         bstack.compress(folder, tmp_path / "out.bstk", settings=SETTINGS, trust_remote_code=True)
     assert marker.taken() == {"tokenizer"}
     forget()
     with pytest.warns(ForeignCodeWarning, match="helper.py, tokenization_own.py"):
         model, tokenizer = bstack.load(tmp_path / "out.bstk", trust_remote_code=True, code=folder)
-    assert type(model).__module__.startswith("transformers.models.llama") and type(tokenizer).__name__ == "OwnTokenizerFast"
+    assert (
+        type(model).__module__.startswith("transformers.models.llama")
+        and type(tokenizer).__name__ == "OwnTokenizerFast"
+    )
     assert marker.taken() == {"tokenizer"}
 
 
@@ -68,7 +76,10 @@ def test_the_file_holds_no_code_and_no_path(packed, tmp_path):
         assert not [name for name in file.files if name.endswith(".py")]
         code = file.metadata["model"]["code"]
         assert code["from"] is None and set(code["modules"]) == {
-            "configuration_own.py", "helper.py", "modeling_own.py", "tokenization_own.py"
+            "configuration_own.py",
+            "helper.py",
+            "modeling_own.py",
+            "tokenization_own.py",
         }
     assert str(tmp_path).encode() not in packed.read_bytes()
 
@@ -108,10 +119,18 @@ def test_code_inside_a_container_never_runs(packed, model, tmp_path, marker):
             files = [samples.entry(name, bstk.FILE, content) for name, content in data.items()]
             others = [
                 samples.entry(
-                    c.name, c.kind, file.read(c), level=c.level, shape=c.shape, dtype=c.dtype, rank=c.rank, transposed=c.transposed
+                    c.name,
+                    c.kind,
+                    file.read(c),
+                    level=c.level,
+                    shape=c.shape,
+                    dtype=c.dtype,
+                    rank=c.rank,
+                    transposed=c.transposed,
                 )
-                for c in file.chunks if c.kind != bstk.FILE
-            ]  # fmt: skip
+                for c in file.chunks
+                if c.kind != bstk.FILE
+            ]
             metadata = {**file.metadata, "model": {**file.metadata["model"], "code": {"from": str(evil)}}}
             bstk.write(tmp_path / "evil.bstk", metadata, files + others, file.base_count + len(list(evil.iterdir())))
             with pytest.raises(ForeignCodeError):
@@ -169,7 +188,18 @@ def test_commands(model, tmp_path, marker, run, monkeypatch):
     code, _, err = run("compress", "own", "-o", "own.bstk", "--trust-remote-code", "--calibration", "text.txt", *QUICK)
     assert code == 0 and "Warning: own: running Python code from own: configuration_own.py" in err
     writing = ["run", "own.bstk", "-p", "the river", "--mb", "100", "--max-new-tokens", "3"]
-    measuring = ["bench", "own.bstk", "--windows", "2", "--sequence-length", "16", "--text", "text.txt", "--budgets", "100"]
+    measuring = [
+        "bench",
+        "own.bstk",
+        "--windows",
+        "2",
+        "--sequence-length",
+        "16",
+        "--text",
+        "text.txt",
+        "--budgets",
+        "100",
+    ]
     trusting = ["--trust-remote-code", "--code", "own"]
     marker.taken()
     for command in (writing, measuring):

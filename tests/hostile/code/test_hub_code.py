@@ -3,14 +3,15 @@
 import json
 import shutil
 
+import pytest
+from own_code import MAP, SETTINGS, Marker, edit, put_modules
+from transformers import AutoModelForCausalLM
+
 import bstack
 import bstk
-import pytest
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
 from bstack.models.hub import hub_snapshot
 from bstack.models.open import open_checkpoint
-from own_code import MAP, Marker, SETTINGS, edit, put_modules
-from transformers import AutoModelForCausalLM
 
 
 def test_code_of_the_hub(model, hub, tmp_path, marker):
@@ -62,7 +63,9 @@ def test_an_exported_folder_says_where_on_the_hub_its_code_is(place, hub, borrow
     arguments = ["export", tmp_path / "own.bstk", "--to", "safetensors", tmp_path / "out", "--trust-remote-code"]
     status, out, err = run(*arguments, "--json")
     assert status == 0 and json.loads(out)["code"] == [], err
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {auto: f"owner/own--{name}" for auto, name in MAP.items()}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {
+        auto: f"owner/own--{name}" for auto, name in MAP.items()
+    }
     found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
     assert "owner/own--tokenization_own.OwnTokenizerFast" in found
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -77,4 +80,7 @@ def test_an_exported_folder_needs_the_code_of_a_folder_beside_it(packed, model, 
     assert not list((tmp_path / "out").glob("*.py"))
     for name in modules:
         shutil.copy(model / name, tmp_path / "out")
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)).__name__
+        == "OwnForCausalLM"
+    )

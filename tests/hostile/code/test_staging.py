@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+
 from bstack.errors import ForeignCodeWarning, UnsupportedModelError
 from bstack.models.open import open_checkpoint
 from bstack.models.staging import staged
@@ -42,6 +43,9 @@ def test_a_file_that_cannot_be_read_is_named(model, tmp_path, marker, monkeypatc
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (model / "notes.txt").symlink_to("/proc/self/mem")
-    with pytest.warns(ForeignCodeWarning), pytest.raises(UnsupportedModelError, match=rf"^{model}/notes.txt cannot be read: "):
+    with (
+        pytest.warns(ForeignCodeWarning),
+        pytest.raises(UnsupportedModelError, match=rf"^{model}/notes.txt cannot be read: "),
+    ):
         open_checkpoint(model, trust_remote_code=True)
     assert not list((tmp_path / "temporary").iterdir())

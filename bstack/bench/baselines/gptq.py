@@ -1,0 +1,70 @@
+"""Baseline: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323, algorithm 1), group 64.
+
+Columns are rounded one by one; the error of each is spread over the columns that follow, weighted by the Cholesky
+factor of the inverse of H = X^T X (full second moments, 1 % of the mean diagonal added). A group's grid is fitted to
+its weights as updated when the first of them is reached.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bstack.bench.baselines.grid import GROUP, GridMatrix, fit, nearest
+
+__all__ = ["DAMPING", "gptq"]
+
+DAMPING = 0.01
+# Columns updated together; a multiple of the group. It changes the speed, and the result by rounding only.
+BLOCK = 128
+
+
+def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, *, act_order: bool = False) -> GridMatrix:
+    """Quantise a matrix.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        Float32, shape (outputs, inputs).
+    moment : torch.Tensor
+        H = X^T X, float32, shape (inputs, inputs).
+    bits : int
+        2 to 8.
+    act_order : bool
+        Take the columns by falling diagonal of H. The groups stay neighbouring columns, and their grids are then fitted
+        to the weights as they were ("static groups"), so that no permutation has to be stored.
+    """
+    columns = weight.shape[1]
+    moment = moment.double()
+    dead = moment.diagonal() <= 0
+    moment = moment + torch.diag(dead.double())
+    weight = weight.clone()
+    # An input that is always 0 may have any weight; 0 is one that every grid has.
+    weight[:, dead] = 0
+    order = moment.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    factor = _inverse_factor(moment[order][:, order])
+    grids = [fit(group, bits) for group in weight.split(GROUP, 1)]
+    weight = weight[:, order]
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.zeros(weight.shape[0], stop - start)
+        for j in range(start, stop):
+            group = int(order[j]) // GROUP
+            if not act_order and j % GROUP == 0:
+                grids[group] = fit(weight[:, j : min(j + GROUP, columns)], bits)
+            scale, zero = grids[group]
+            codes[:, j] = nearest(weight[:, j], scale, zero, bits)
+            rounded = (codes[:, j].float() - zero.float()) * scale.float()
+            error = (weight[:, j] - rounded) / factor[j, j]
+            weight[:, j:stop] -= error[:, None] * factor[j, j:stop]
+            errors[:, j - start] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    scales, zeros = (torch.stack(part, 1) for part in zip(*grids, strict=True))
+    return GridMatrix(bits, codes[:, order.argsort()], scales, zeros)
+
+
+def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped H, float32."""
+    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()

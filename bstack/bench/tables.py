@@ -1,0 +1,283 @@
+"""A bench report as tables for people and as CSV. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bstack.bench.results import Dense, Point, Report
+from bstk import MB
+
+if TYPE_CHECKING:
+    from bstack.bench.running import Running
+    from bstack.eval.estimates import Estimate
+
+__all__ = ["as_csv", "as_tables", "with_error"]
+
+Row = list[str]
+
+
+def with_error(value: float, error: float | None, sign: str = "±") -> str:
+    """A value and its error with as many decimals as the error has something to say to: two digits of it.
+
+    >>> with_error(36.0824, 1.2345), with_error(0.07263, 0.00119), with_error(12.5, None)
+    ('36.1 ± 1.2', '0.0726 ± 0.0012', '12.5')
+    """
+    if not math.isfinite(value):
+        return f"{value}"
+    if error is None or not math.isfinite(error) or error == 0:
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 8 or abs(value) >= 1e7:
+        return f"{value:.3g} {sign} {error:.2g}"
+    return f"{value:.{decimals}f} {sign} {error:.{decimals}f}"
+
+
+def as_tables(report: Report, sign: str = "±") -> str:
+    """Return the report as text: a head, tables in Markdown (as llama-bench writes them), notes."""
+    parts = [_head(report)]
+    if report.source.text is not None:
+        parts.append("Quality\n" + _quality(report, sign))
+    if any(point.measured.tasks for point in report.points):
+        parts.append("Tasks\n" + _tasks(report, sign))
+    if all(point.measured.running for point in report.points):
+        parts.append(("Speed and memory\n" if _has_speed(report) else "Memory\n") + _running(report, sign))
+    if report.baselines:
+        parts.append("Baselines, one run for each size\n" + _baselines(report, sign))
+    if report.comparisons:
+        parts.append("At the same bytes\n" + _comparisons(report, sign))
+    if report.notes:
+        parts.append("\n".join(f"Note: {note}" for note in report.notes))
+    return "\n\n".join(parts)
+
+
+def _head(report: Report) -> str:
+    source = report.source
+    about = [source.model or "", f"{source.parameters / 1e6:,.1f} M parameters" if source.parameters else ""]
+    lines = [", ".join([source.file, *filter(None, about)])]
+    if source.text is not None:
+        t = source.text
+        lines.append(
+            f"  text       {t['name']} (SHA-256 {t['sha256'][:12]}), first {t['windows']} windows of {t['sequence_length']} tokens"
+        )
+    if source.original:
+        lines.append(
+            f"  original   {source.original['model']}, {source.original['bytes'] / MB:,.2f} MB as it is stored, "
+            f"perplexity {source.value('original', 'perplexity'):.4g}"
+        )
+        lines.append(
+            f"  floor      KLD {source.value('noise_floor', 'kld'):.2g}: the original in bfloat16 against itself in float32"
+        )
+    if _has_speed(report):
+        speed = report.points[0].measured.running.speed
+        lines.append(
+            f"  speed      greedy generate(), one sequence, {speed['threads']} threads; packed weights, {speed['kernels']} kernels"
+        )
+    started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
+    if started and started[0] is not None:
+        lines.append(
+            f"  memory     over the {started[0] / MB:,.0f} MB of a process that has imported torch and transformers"
+        )
+    return "\n".join(lines)
+
+
+def _has_speed(report: Report) -> bool:
+    return any(point.measured.running and point.measured.running.speed for point in report.points)
+
+
+def _quality(report: Report, sign: str) -> str:
+    to = "original" if report.source.reference == "original" else "full file"
+    head = ["MB", "file MB", "weights MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
+    rows = []
+    for point in report.points:
+        q = point.measured.quality
+        rows.append(
+            [*_sizes(point), *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign)]
+        )
+    return _markdown(head, rows)
+
+
+def _tasks(report: Report, sign: str) -> str:
+    names = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
+    rows = [
+        [_mb(point), *[_estimates((point.measured.tasks.get(name), 1), sign=sign)[0] for name in names]]
+        for point in report.points
+    ]
+    return _markdown(["MB", *names], rows)
+
+
+def _running(report: Report, sign: str) -> str:
+    with_sizes, with_speed = report.source.text is None, _has_speed(report)
+    base = report.dense[-1] if report.dense else None
+    head = ["MB", *(["file MB", "weights MB", "bits/weight"] if with_sizes else []), "load s", "memory MB", "peak MB"]
+    if with_speed:
+        speed = report.points[0].measured.running.speed
+        # Ratios are to the last row: the original where there is one.
+        ratio = ["ratio"] if base is not None else []
+        head += [f"prompt({speed['prompt_tokens']}) t/s", *ratio, f"decode({speed['decoded_tokens']}) t/s", *ratio]
+    rows = []
+    for point in report.points:
+        sizes = _sizes(point) if with_sizes else [_mb(point)]
+        rows.append([*sizes, *_running_cells(point.measured.running, base, with_speed, sign)])
+    for dense in report.dense:
+        empty = ["", "", ""] if with_sizes else []
+        rows.append([f"{dense.name}, float32", *empty, *_running_cells(dense.running, base, with_speed, sign)])
+    return _markdown(head, rows)
+
+
+def _running_cells(running: Running, base: Dense | None, with_speed: bool, sign: str) -> Row:
+    cells = ["-" if running.load_seconds is None else f"{running.load_seconds:.2f}"]
+    cells += [
+        "-" if size is None else f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)
+    ]
+    for test in ("prompt", "decode") if with_speed else ():
+        rate = running.speed[test]
+        cells.append(with_error(rate["value"], rate["deviation"], sign))
+        if base is not None:
+            cells.append(f"{rate['value'] / base.running.speed[test]['value']:.2f}")
+    return cells
+
+
+def _baselines(report: Report, sign: str) -> str:
+    head = [
+        "baseline",
+        "bits",
+        "embeddings",
+        "file MB",
+        "weights MB",
+        "perplexity",
+        "KLD to original",
+        "KLD 99 %",
+        "same top %",
+    ]
+    rows = []
+    for b in report.baselines:
+        q = b.quality
+        rows.append(
+            [
+                b.method,
+                b.width,
+                str(b.embedding_bits),
+                _size(b.sizes.file_bytes),
+                _size(b.sizes.memory_bytes),
+                *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign),
+            ]
+        )
+    return _markdown(head, rows, left=1)
+
+
+def _comparisons(report: Report, sign: str) -> str:
+    head = ["baseline", "its MB", "its KLD", "bstack MB", "bstack KLD", "its KLD / bstack's"]
+    rows = []
+    for c in report.comparisons:
+        theirs, ours = c.baseline.quality.kld, c.point.measured.quality.kld
+        ratio = f"{theirs.value / ours.value:.2f}" if ours.value > 0 else "-"
+        rows.append(
+            [
+                c.baseline.name,
+                _size(c.baseline.sizes.file_bytes),
+                _estimates((theirs, 1), sign=sign)[0],
+                _size(c.point.file_bytes),
+                _estimates((ours, 1), sign=sign)[0],
+                ratio,
+            ]
+        )
+    return _markdown(head, rows, left=1)
+
+
+def _mb(point: Point) -> str:
+    # An exact size has twenty decimals; nobody reads them.
+    return f"{point.mb:f}" if point.mb.as_tuple().exponent >= -3 else f"{point.mb:.3f}"
+
+
+def _sizes(point: Point) -> Row:
+    bits = point.bits_per_weight
+    return [_mb(point), _size(point.file_bytes), _size(point.memory_bytes), "-" if bits is None else f"{bits:.3f}"]
+
+
+def _size(size: int) -> str:
+    return f"{size / MB:,.{2 if size >= 10 * MB else 4}f}"
+
+
+def _estimates(*pairs: tuple[Estimate | None, float], sign: str) -> Row:
+    return [
+        "-" if e is None else with_error(e.value * factor, None if e.error is None else e.error * factor, sign)
+        for e, factor in pairs
+    ]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Row], left: int = 0) -> str:
+    """Align a Markdown table; the first `left` columns to the left."""
+    widths = [max(3, *(len(line[i]) for line in [head, *rows])) for i in range(len(head))]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in [head, *rows]
+    ]
+    lines.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_csv(report: Report) -> str:
+    """Return all points and baselines as CSV, one row each, sizes in bytes, empty where there is no value."""
+    figures = ("perplexity", "kld", "kld_99", "same_top")
+    tasks = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
+    columns = [
+        "series",
+        "budget_mb",
+        "file_bytes",
+        "memory_bytes",
+        "bits_per_weight",
+        *[column for figure in figures for column in (figure, f"{figure}_se")],
+        "reference",
+        "load_seconds",
+        "start_memory_bytes",
+        "held_memory_bytes",
+        "peak_memory_bytes",
+        "prompt_tokens_per_second",
+        "prompt_sd",
+        "decode_tokens_per_second",
+        "decode_sd",
+        *[column for task in tasks for column in (task, f"{task}_se")],
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    reference = report.source.reference or ""
+    for point in report.points:
+        flat = point.to_json()
+        row = {key: flat[key] for key in columns if key in flat and not isinstance(flat[key], dict)}
+        row |= _rates(flat) | _flat(flat, figures) | _flat(flat["tasks"], tasks)
+        writer.writerow({"series": "bstack", "reference": reference, **row})
+    for dense in report.dense:
+        flat = dense.to_json()
+        row = {key: flat[key] for key in columns if flat.get(key) is not None}
+        writer.writerow({"series": f"{dense.name}, float32", **row, **_rates(flat)})
+    for baseline in report.baselines:
+        flat = baseline.to_json()
+        sizes = {key: flat[key] for key in ("file_bytes", "memory_bytes")}
+        series = f"{baseline.method}:{baseline.width}, embeddings {baseline.embedding_bits}"
+        writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
+    return text.getvalue()
+
+
+def _rates(values: dict) -> dict[str, float]:
+    found = {}
+    for test in ("prompt", "decode"):
+        if rate := (values.get("speed") or {}).get(test):
+            found |= {f"{test}_tokens_per_second": rate["value"], f"{test}_sd": rate["deviation"]}
+    return found
+
+
+def _flat(values: dict, names: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name in names:
+        if values.get(name):
+            found |= {name: values[name]["value"], f"{name}_se": values[name]["standard_error"]}
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,117 @@
+"""Zero-shot tasks through lm-eval, EleutherAI's evaluation harness (an optional package)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import bstk
+from bstack.errors import MissingPackageError, reason
+from bstack.eval.estimates import Estimate
+
+__all__ = ["check_tasks", "file_digests", "run_tasks"]
+
+# What is shown of a task that reports several figures: the first of these that it has.
+METRICS = ("acc", "exact_match", "acc_norm", "perplexity", "word_perplexity")
+# lm-eval without its extra "hf" lacks the second.
+NEEDED = ("lm_eval", "accelerate")
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that cannot be run, before hours of measuring.
+
+    Raises
+    ------
+    bstack.errors.MissingPackageError
+        lm-eval or what it needs is not installed.
+    bstk.UsageError
+        lm-eval knows no task of that name, or there is no such file.
+    """
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
+        raise MissingPackageError("--tasks needs lm-eval with its extra hf: pip install 'bstack[tasks]'")
+    from lm_eval.tasks import TaskManager
+
+    known = None
+    for task in tasks:
+        if _is_file(task):
+            if not os.path.isfile(task):
+                raise bstk.UsageError(f"--tasks: there is no file {task}.")
+            continue
+        known = known or set(TaskManager().all_tasks)
+        if task not in known:
+            raise bstk.UsageError(
+                f"--tasks: lm-eval knows no task {task!r}. `lm-eval ls tasks` lists its tasks; one of your own is named by "
+                "the path of its .yaml file."
+            )
+
+
+def file_digests(tasks: Sequence[str]) -> dict[str, str]:
+    """SHA-256, in hexadecimal digits, of the tasks that are files, by path. What they include is not looked into."""
+    found = {}
+    for task in tasks:
+        if _is_file(task) and os.path.isfile(task):
+            with open(task, "rb") as stream:
+                found[task] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Estimate]:
+    """Run tasks on a loaded model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+    tasks : sequence of str
+        Names that lm-eval knows (their data are fetched by it), or paths of task files ending in .yaml.
+
+    Returns
+    -------
+    dict of str to Estimate
+        ``task metric`` -> its value and lm-eval's standard error.
+
+    Raises
+    ------
+    bstk.BstkError
+        The harness failed, for want of the task's data for example.
+    """
+    check_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        found = simple_evaluate(model=wrapped, tasks=list(tasks), bootstrap_iters=1000)
+    except Exception as error:  # whatever a task's own code, its data or the network do
+        raise bstk.BstkError(
+            f"lm-eval failed on {', '.join(tasks)}: {type(error).__name__}: {reason(error)}. Data sets that are not on this "
+            "machine are fetched from the Hugging Face hub."
+        ) from error
+    return {f"{task} {name}": value for task, figures in _asked(found, tasks) for name, value in [_headline(figures)]}
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _asked(found: dict[str, Any], tasks: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Results by task. A file's task and a tag's are named by lm-eval; those of a group stand behind the group's own."""
+    inside = {member for members in (found.get("group_subtasks") or {}).values() for member in members}
+    return [(task, figures) for task, figures in found["results"].items() if task in tasks or task not in inside]
+
+
+def _headline(figures: dict[str, Any]) -> tuple[str, Estimate]:
+    # Keys are "metric,filter" and "metric_stderr,filter"; "sample_len" and its like are counts.
+    found = {
+        key.partition(",")[0]: value for key, value in figures.items() if "," in key and isinstance(value, (int, float))
+    }
+    names = [name for name in METRICS if name in found] or [name for name in found if not name.endswith("_stderr")]
+    if not names:
+        raise bstk.BstkError(
+            f"lm-eval gave no figure for {figures.get('alias', 'a task')}; name the tasks in its group."
+        )
+    error = found.get(f"{names[0]}_stderr")
+    return names[0], Estimate(float(found[names[0]]), None if error is None else float(error))

@@ -1,0 +1,156 @@
+"""The pipeline: model -> statistics -> blocks with the error each removes -> order -> container. Resumable."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bstk
+from bstack.memory.process import peak_bytes
+from bstack.progress import Progress, no_progress
+from bstack.settings import PRESETS, Settings
+from bstk.errors import OutputError, UsageError, writing
+
+__all__ = ["Report", "compress"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression made; sizes in bytes.
+
+    Attributes
+    ----------
+    original_bytes
+        Weight files of the original.
+    file_bytes, smallest_bytes
+        The file at full length, and cut to its smallest model.
+    memory_bytes
+        Weights of the full model in memory, as blocks.
+    linears, blocks
+        Matrices that became stacks, and their blocks in all.
+    bits_per_weight
+        Of those matrices at full depth, everything in the blocks counted.
+    seconds, peak_memory_bytes
+        Of this process; a resumed run counts from its resumption. The peak is None where the system does not tell.
+    """
+
+    output: str
+    original_bytes: int
+    file_bytes: int
+    smallest_bytes: int
+    memory_bytes: int
+    linears: int
+    blocks: int
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    *,
+    settings: Settings = PRESETS["default"],
+    work_dir: str | Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    dask: str | None = None,
+    progress: Progress = no_progress,
+) -> Report:
+    """Compress a model into one .bstk file.
+
+    Parameters
+    ----------
+    model : str or Path
+        A transformers folder, a GGUF file, a hub id, or ``smollm2``.
+    output : str or Path
+        The file to write; it appears whole or not at all.
+    settings : Settings
+        What to do.
+    work_dir : str or Path, optional
+        Where finished parts are kept until the output is written; ``OUTPUT.work`` by default. After an interruption
+        the same call resumes from it.
+    overwrite : bool
+        Whether an existing output may be replaced.
+    trust_remote_code : bool
+        Whether Python code that the model brings along may run; a `bstack.errors.ForeignCodeWarning` then says which.
+    dask : str, optional
+        Address of a Dask scheduler whose workers encode the matrices; by default threads of this process do. The file is the same.
+    progress : callable
+        Receives each stage and its steps.
+
+    Raises
+    ------
+    bstk.BstkError
+        One of its subclasses for everything a user can mend; see `bstack.errors`. `ForeignCodeError` for a model whose code is
+        not in transformers, without `trust_remote_code`; `ClusterError` for a cluster that cannot be used.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    _check_output(output, overwrite)
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise UsageError(f"{output} is the model itself; name another file to write.")
+    # Heavy imports only once the arguments are known to make sense.
+    from bstack.compression.stages import run_stages
+
+    work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
+    with _workers(dask) as workers:
+        result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code)
+    try:
+        _check_output(output, overwrite)  # another run may have written it meanwhile
+        with progress("write", 1) as step:
+            bstk.write(output, result.metadata, result.entries, result.base_count)
+            step()
+        with bstk.open(output, strict=True) as file:
+            report = _report(output, file, result.original_bytes, time.monotonic() - started)
+    except BaseException:
+        result.work.release()
+        raise
+    result.work.remove()
+    return report
+
+
+def _workers(dask: str | None) -> Any:
+    if dask is None:
+        from bstack.compression.workers import Threads
+
+        return Threads()
+    from bstack.compression.cluster import Cluster
+
+    return Cluster(dask)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    folder = output.parent
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name the file to write, such as {output / 'model.bstk'}.")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists already. Give --force to replace it, or another name.")
+    probe = folder / f".{output.name}.probe"
+    with writing(str(folder)):
+        probe.touch()
+        probe.unlink()
+
+
+def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:
+    blocks = [chunk for chunk in file.chunks if chunk.is_block]
+    return Report(
+        output=str(output),
+        original_bytes=original_bytes,
+        file_bytes=file.length,
+        smallest_bytes=file.smallest_length,
+        memory_bytes=file.memory_bytes,
+        linears=sum(chunk.level == 0 for chunk in blocks),
+        blocks=len(blocks),
+        bits_per_weight=file.bits_per_weight() or 0.0,
+        seconds=seconds,
+        peak_memory_bytes=peak_bytes(),
+    )

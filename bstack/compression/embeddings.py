@@ -1,0 +1,180 @@
+"""What stands outside the repeated layers: embeddings, head, the remaining parameters, the model's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import bstk
+from bstack.calibration.sensitivity import Sensitivity
+from bstack.codecs import Codec
+from bstack.compression.encode import Matrix, add_dense, encode
+from bstack.compression.workers import Workers
+from bstack.errors import UnsupportedModelError
+from bstack.models.names import MatrixName, row_ranges
+from bstack.models.references import name_place
+from bstack.models.skeleton import Skeleton
+from bstack.workdir import WorkDirectory
+from bstk.errors import writing
+
+__all__ = [
+    "FILES_PART",
+    "OUTER_PART",
+    "TableStatistics",
+    "add_files",
+    "check_dense",
+    "compress_outer",
+    "table_part",
+    "tables",
+]
+
+FILES_PART = "files"
+OUTER_PART = "outer"
+
+
+class TableStatistics:
+    """What is known of the inputs and outputs of the embedding and the head.
+
+    An error E in row i of the head costs F_i (E H E^T)_ii, F_i about the probability of token i. The same row as an
+    embedding is read with that probability and costs sum_j G_j E_ij^2 then, G the sensitivity of the first layer's
+    input. So one weighted moment, H + T diag(G), and one sensitivity per row serve a tied matrix in both roles.
+
+    Parameters
+    ----------
+    head_moment : torch.Tensor
+        Second moment of the head's input, shape (width, width), over `tokens` tokens.
+    tokens : int
+    sensitivity : Sensitivity
+    calibration : torch.Tensor
+        The calibration's token ids: how often each row is read.
+    """
+
+    def __init__(self, head_moment: torch.Tensor, tokens: int, sensitivity: Sensitivity, calibration: torch.Tensor):
+        self.tokens = tokens
+        self._head_moment = head_moment
+        self._sensitivity = sensitivity
+        self._calibration = calibration
+
+    def of(self, skeleton: Skeleton, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Moment and sensitivity per row of the embedding, the head, or the tied matrix of both."""
+        rows, width = shape
+        embedding = self._sensitivity.embedding
+        if embedding.shape[0] != width:
+            # OPT-350M has a projection between the embedding and the layers: no channel of one is a channel of the other.
+            embedding = embedding.mean().expand(width)
+        read = self.tokens * torch.diag(embedding)
+        if name == skeleton.output_name:
+            moment = self._head_moment + read if name == skeleton.input_name else self._head_moment
+            return moment, self._sensitivity.outputs[name]
+        counts = torch.bincount(self._calibration.reshape(-1), minlength=rows)[:rows].float()
+        return read, (counts + 1) / (counts.sum() + rows)
+
+
+def table_part(parameter: str) -> str:
+    """Name of the part of an embedding or a head."""
+    return f"table-{parameter}"
+
+
+def tables(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
+    """The embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
+    names = dict.fromkeys((skeleton.input_name, skeleton.output_name))
+    return {name: row_ranges(name, tuple(skeleton.parameter(name).shape)) for name in names}
+
+
+def check_dense(skeleton: Skeleton, embeddings: str) -> None:
+    """Refuse a tensor that would be kept dense and is larger than a chunk of the container may be.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
+    stacked = set(tables(skeleton)) if embeddings == "stack" else set()
+    for name in skeleton.outer_names:
+        tensor = skeleton.parameter(name)
+        dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * dtype.itemsize
+        if name not in stacked and size > bstk.limits.MAX_RAW_LENGTH:
+            advice = " Use --embeddings stack, which splits it." if name in tables(skeleton) else ""
+            raise UnsupportedModelError(
+                f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor "
+                f"of a .bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.{advice}"
+            )
+
+
+def compress_outer(
+    skeleton: Skeleton,
+    statistics: TableStatistics,
+    codec: Codec | None,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Callable[[], None],
+) -> None:
+    """Finish the parts outside the layers; with no codec the embedding and the head stay dense."""
+    stacked = tables(skeleton) if codec is not None else {}
+    for parameter, ranges in stacked.items():
+        if not work.has(table_part(parameter)):
+            _compress_table(skeleton, parameter, ranges, statistics, codec, work, workers, progress)
+    if work.has(OUTER_PART):
+        return
+    with work.part(OUTER_PART) as part:
+        for name in skeleton.outer_names:
+            if name not in stacked:
+                with skeleton.loaded([name]):
+                    add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
+
+
+def _compress_table(
+    skeleton: Skeleton,
+    parameter: str,
+    ranges: list[MatrixName],
+    statistics: TableStatistics,
+    codec: Codec,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Callable[[], None],
+) -> None:
+    """Encode an embedding or a head, range of rows by range. In a frame of its own: gigabytes go with its names, before the next."""
+    with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
+        weight = skeleton.parameter(parameter)
+        moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
+        rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
+        encode(
+            (
+                Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True)
+                for name, r in rows.items()
+            ),
+            codec,
+            part,
+            workers,
+            progress,
+        )
+
+
+def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
+    """Pack configuration and tokenizer files; return whether there is a tokenizer.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        They are larger than the files of a container may be.
+    """
+    folder: Path = work.scratch()
+    checkpoint = skeleton.checkpoint
+    names = checkpoint.export_tokenizer(folder)
+    with writing(str(folder)):
+        (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
+        if checkpoint.code is not None and checkpoint.code.hub is not None:
+            name_place(folder, checkpoint.code.hub.partition("@")[0])
+    size = sum((folder / name).stat().st_size for name in {*names, "config.json"})
+    if size > bstk.limits.MAX_FILES_LENGTH:
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
+            f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB."
+        )
+    with work.part(FILES_PART) as part:
+        for name in sorted({*names, "config.json"}):
+            if data := (folder / name).read_bytes():
+                part.add(data, name=name, kind=bstk.FILE)
+    return "tokenizer_config.json" in names

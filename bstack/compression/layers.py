@@ -1,0 +1,159 @@
+"""Repeated layers -> parts: statistics on the running hidden states, then every linear's blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from bstack.calibration.products import Operand
+from bstack.calibration.sensitivity import Sensitivity, layer_parameters
+from bstack.calibration.statistics import MomentTable, gather
+from bstack.calibration.stream import LayerStream
+from bstack.codecs import Codec
+from bstack.compression.encode import Matrix, add_dense, encode
+from bstack.compression.workers import Workers
+from bstack.models.names import MatrixName
+from bstack.models.skeleton import Skeleton
+from bstack.workdir import WorkDirectory
+
+__all__ = ["compress_layers", "layer_matrices", "layer_part", "layer_shapes"]
+
+# Matrices below this are routers, gates and the like: next to nothing in bytes, and much in quality.
+LEAST_SIDE = 16
+LEAST_SHARE = 0.001
+
+
+def layer_part(index: int) -> str:
+    """Name of a layer's part in the work directory."""
+    return f"layer-{index:05d}"
+
+
+def compress_layers(
+    skeleton: Skeleton,
+    batches: Sequence[torch.Tensor],
+    sensitivity: Sensitivity,
+    codec: Codec,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Callable[[], None],
+) -> dict[str, torch.Tensor]:
+    """Finish every layer's part, and return the second moment of what reaches the head.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``moment``, shape (width, width), and ``tokens``.
+    """
+    with (
+        skeleton.loaded(skeleton.rest_names),
+        LayerStream(skeleton, batches, table=lambda name: skeleton.loaded([name])) as stream,
+    ):
+        for index, _ in stream.steps():
+            with skeleton.loaded(skeleton.layer_names(index)):
+                if work.has(layer_part(index)):
+                    stream.run_all(index)
+                else:
+                    table = gather(stream, index, layer_parameters(skeleton, index))
+                    _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
+            progress()
+        hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
+    moment = sum(rows.t() @ rows for rows in hidden)
+    return {"moment": moment, "tokens": torch.tensor(sum(rows.shape[0] for rows in hidden))}
+
+
+def _compress_layer(
+    skeleton: Skeleton,
+    index: int,
+    table: MomentTable,
+    sensitivity: Sensitivity,
+    codec: Codec,
+    work: WorkDirectory,
+    workers: Workers,
+) -> None:
+    stacked = _stacked(table, layer_parameters(skeleton, index))
+    with work.part(layer_part(index)) as part:
+        for name in skeleton.layer_names(index):
+            if name not in stacked:
+                add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
+        fitted = codec.for_layer(m.task for m in _matrices(skeleton, stacked, table, sensitivity))
+        encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part, workers)
+
+
+def layer_matrices(skeleton: Skeleton, index: int, table: MomentTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
+    """The matrices of a loaded layer that become stacks, with what its statistics say of them."""
+    return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
+
+
+def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
+    """The shapes of the matrices that become stacks, by layer, as far as they can be known before anything is loaded.
+
+    Each matrix has the shapes (outputs, inputs) that it may have: one, or two where its module does not say which side is which.
+    A parameter that turns out not to be used as a matrix (docs/architecture.md, product watching) is among them.
+    """
+    for index in range(len(skeleton.layers)):
+        parameters = layer_parameters(skeleton, index)
+        total = sum(p.numel() for p in parameters.values())
+        layer = []
+        for name, parameter in parameters.items():
+            if _large(parameter.shape, total):
+                rows, columns = parameter.shape[-2:]
+                module = skeleton.model.get_submodule(name.rpartition(".")[0])
+                certain = (
+                    getattr(module, "out_features", None) == rows and getattr(module, "in_features", None) == columns
+                )
+                shapes = [(rows, columns)] if certain or rows == columns else [(rows, columns), (columns, rows)]
+                layer += [shapes] * math.prod(parameter.shape[:-2])
+        yield layer
+
+
+def _large(shape: Sequence[int], total: int) -> bool:
+    """Whether a parameter of a layer of `total` weights is to be a stack, if it is used as a matrix."""
+    return min(shape[-2:]) >= LEAST_SIDE and math.prod(shape) >= LEAST_SHARE * total
+
+
+def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
+    """Choose the parameters that become stacks; for each, its matrices."""
+    seen: dict[str, Operand] = {}
+    for operand in table.operands.values():
+        seen.setdefault(MatrixName.parse(operand.name).parameter, operand)
+    total = sum(p.numel() for p in parameters.values())
+    chosen: dict[str, list[Operand]] = {}
+    for name, operand in seen.items():
+        shape = parameters[name].shape
+        if not _large(shape, total):
+            continue
+        if len(shape) == 2:
+            chosen[name] = [operand]
+        else:
+            chosen[name] = [Operand(f"{name}[{i}]", operand.transposed) for i in range(shape[0])]
+    return chosen
+
+
+def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: MomentTable, sensitivity: Sensitivity):
+    for parameter, operands in stacked.items():
+        seen = [operand for operand in operands if operand.name in table.operands]
+        for operand in operands:
+            # An expert that no calibration token reached is judged by what the others received.
+            sources = [operand] if operand in seen else seen
+            statistics = [table.statistics(source.name) for source in sources]
+            sensitivities = [sensitivity.outputs[s.name] for s in sources if s.name in sensitivity.outputs]
+            weight = MatrixName.parse(operand.name).view(skeleton.parameter(parameter), operand.transposed)
+            yield Matrix(
+                operand.name,
+                weight,
+                functools.reduce(torch.add, (s.moment for s in statistics)),
+                sum(s.tokens for s in statistics),
+                sum(sensitivities) / len(sensitivities)
+                if sensitivities
+                else _mean_sensitivity(seen, sensitivity, weight),
+                operand.transposed,
+            )
+
+
+def _mean_sensitivity(seen: list[Operand], sensitivity: Sensitivity, weight: torch.Tensor) -> torch.Tensor:
+    """For an expert that no token of the sensitivity run reached: the mean over its siblings."""
+    known = [sensitivity.outputs[o.name] for o in seen if o.name in sensitivity.outputs]
+    return sum(known) / len(known) if known else torch.zeros(weight.shape[0])

@@ -1,0 +1,230 @@
+"""The stages of a compression in their order; each keeps its result in the work directory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bstk
+from bstack.calibration.selftext import token_steps, write_windows
+from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
+from bstack.codecs import make_codec
+from bstack.compression.assemble import collect, gain_order, to_entries
+from bstack.compression.curve import SIZES, measure_curve, with_sizes
+from bstack.compression.embeddings import (
+    FILES_PART,
+    OUTER_PART,
+    TableStatistics,
+    add_files,
+    check_dense,
+    compress_outer,
+    table_part,
+    tables,
+)
+from bstack.compression.layers import compress_layers, layer_part, layer_shapes
+from bstack.compression.workers import Workers
+from bstack.errors import CalibrationError
+from bstack.models.code import Code, put_code
+from bstack.models.files import put_files
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
+from bstack.progress import Progress
+from bstack.settings import Settings
+from bstack.workdir import WorkDirectory
+from bstk.frames import unpack
+
+__all__ = ["Result", "run_stages"]
+
+# Tokens that pass through a layer together: enough to keep the BLAS busy, few enough for the memory.
+TOKENS_TOGETHER = 4096
+HELD_OUT_LENGTH = 512
+# The sensitivity run needs a backward pass; two thousand tokens settle its averages.
+SENSITIVITY_TOKENS = 2048
+WINDOWS = "windows"
+
+# What the importance of a block above the smallest model means, by order.
+IMPORTANCE = {
+    "gain": "predicted fall of the divergence, nats per token and MB",
+    "paper": "perplexity without this block and those above it",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything for the container's writer, and the work directory to remove afterwards."""
+
+    metadata: dict[str, Any]
+    entries: list[bstk.Entry]
+    base_count: int
+    original_bytes: int
+    work: WorkDirectory
+
+
+def run_stages(
+    model: str,
+    settings: Settings,
+    work_path: Path,
+    workers: Workers,
+    progress: Progress,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Run or resume the stages.
+
+    Parameters
+    ----------
+    model : str
+        As the user names it.
+    settings : Settings
+    work_path : Path
+        The work directory; made if it is not there.
+    workers : Workers
+        Where matrices are encoded; this does not change the result.
+    progress : callable
+        Receives each stage and its steps.
+    trust_remote_code : bool
+        Run the Python code that the model brings along.
+    """
+    codec = make_codec(settings)
+    with progress("open", 1) as step:
+        checkpoint = open_checkpoint(model, trust_remote_code)
+        text = None if settings.calibration == SELF else open_text(settings.calibration)
+        skeleton = Skeleton(checkpoint)
+        check_dense(skeleton, settings.embeddings)
+        codec.check_shapes(layer_shapes(skeleton))
+        provenance = checkpoint.provenance()
+        step()
+    settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
+    _check_length(skeleton, settings.sequence_length)
+    code = {} if checkpoint.code is None else {"code": checkpoint.code.to_json()}
+    source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
+    work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
+    try:
+        all_windows = _calibrate(skeleton, settings, text, work, progress)
+        windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
+        batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
+        sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
+        layers = [layer_part(i) for i in range(len(skeleton.layers))]
+        with progress("layers", len(layers)) as step:
+            if not all(map(work.has, layers)):  # one of them was deleted, being damaged
+                work.forget_tensors("head")
+            output = work.tensors(
+                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
+            )
+        table_codec = codec.for_tables() if settings.embeddings == "stack" else None
+        statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
+        stacked = tables(skeleton) if table_codec else {}
+        with progress("embeddings", sum(map(len, stacked.values()))) as step:
+            compress_outer(skeleton, statistics, table_codec, work, workers, step)
+        collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
+        if settings.order == "paper":
+            from bstack.compression.search import paper_order
+
+            with progress("order", len(skeleton.layers) + 1) as step:
+                order = paper_order(skeleton, windows, collected, work, step)
+        else:
+            order = gain_order(collected.stacks)
+        entries, base_count = to_entries(collected, order)
+        with progress("curve", SIZES + 1) as step:
+            curve = work.value("curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step))
+    except Exception:
+        # Before the calibration text is there nothing is worth resuming, and a leftover would refuse the settings that the
+        # user mends.
+        work.release() if work.has_tensors(WINDOWS) else work.remove()
+        raise
+    except BaseException:
+        work.release()
+        raise
+    metadata = {
+        "quality_text": f"{len(held_out)} held-out windows of {held_out.shape[1]} tokens of the calibration text",
+        "model": {
+            "name": checkpoint.name,
+            "architecture": type(skeleton.model).__name__,
+            "parameters": sum(p.numel() for p in skeleton.model.parameters()),
+            "original_bytes": checkpoint.size_bytes,
+            "source": provenance,
+            **code,
+        },
+        "settings": {name: value for name, value in settings_record.items() if value is not None},
+        "importance": IMPORTANCE[settings.order],
+        "versions": _versions(),
+    }
+    metadata = with_sizes(curve, metadata, entries, base_count)
+    return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
+
+
+def _check_length(skeleton: Skeleton, length: int) -> None:
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise CalibrationError(
+            f"--sequence-length is {length}, but {skeleton.checkpoint.name} reads at most {longest} tokens."
+        )
+
+
+def _text_record(text: TextSource | None) -> dict[str, str]:
+    """Name and digest of a calibration text; where it lay on the user's machine is nobody's business."""
+    if text is None:
+        return {}
+    digest = hashlib.sha256(text.text.encode()).hexdigest()
+    return {"calibration": text.name, "calibration_sha256": digest}
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("bstack", "torch", "transformers")}
+
+
+def _calibrate(
+    skeleton: Skeleton, settings: Settings, text: TextSource | None, work: WorkDirectory, progress: Progress
+) -> torch.Tensor:
+    """Token windows, and with them the tokenizer's files: both are small and come first."""
+    if not work.has(FILES_PART):
+        add_files(skeleton, work)
+    count = settings.samples + HELD_OUT
+
+    def compute() -> dict[str, torch.Tensor]:
+        if text is not None:
+            tokenizer = _tokenizer(work, skeleton.checkpoint.code)
+            return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
+        with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
+            windows = write_windows(skeleton, count, settings.sequence_length, seed=settings.seed, progress=step)
+        return {"windows": windows}
+
+    return work.tensors(WINDOWS, compute)["windows"]
+
+
+def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
+    from transformers import AutoTokenizer
+
+    kept = work.entries(FILES_PART)
+    if "tokenizer_config.json" not in {record.name for record, _ in kept}:
+        raise CalibrationError(
+            "The model has no tokenizer, so a calibration text cannot be read. Use --calibration self, or put the "
+            "tokenizer's files beside the weights."
+        )
+    folder = work.scratch()
+    put_files(((record.name, [unpack(read(), record.raw_length)]) for record, read in kept), folder, str(work.path))
+    if code is not None:
+        put_code(code, folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)
+
+
+def _sensitivity(
+    skeleton: Skeleton, windows: torch.Tensor, seed: int, work: WorkDirectory, progress: Progress
+) -> Sensitivity:
+    count = max(1, min(windows.shape[0], SENSITIVITY_TOKENS // windows.shape[1]))
+    together = max(1, 1024 // windows.shape[1])
+
+    def compute() -> dict[str, torch.Tensor]:
+        with progress("sensitivity", 2 * len(skeleton.layers)) as step:
+            result = output_sensitivity(
+                skeleton, list(windows[:count].split(together)), seed=seed, scratch=work.scratch(), progress=step
+            )
+        return {"": result.embedding, **result.outputs}
+
+    tensors = work.tensors("sensitivity", compute)
+    return Sensitivity({name: tensor for name, tensor in tensors.items() if name}, tensors[""])

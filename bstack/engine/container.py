@@ -1,0 +1,260 @@
+"""From a container: the model's files, its module tree, its plain parameters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bstk
+from bstack.engine.trust import refuse_tokenizer
+from bstack.errors import UnsupportedModelError, reason
+from bstack.models.code import own_attention
+from bstack.models.files import put_files
+from bstack.models.names import MatrixName
+from bstk.errors import DamagedError, writing
+
+__all__ = [
+    "build_model",
+    "embedded_files",
+    "load_tokenizer",
+    "parse_name",
+    "part_of",
+    "parts_of",
+    "plain_tensor",
+    "understood",
+]
+
+DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f64": torch.float64,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+@contextmanager
+def embedded_files(file: bstk.Reader) -> Iterator[Path]:
+    """A folder with the files that a container carries, for the length of a `with` block.
+
+    Raises
+    ------
+    bstk.DamagedError
+        A file is damaged, or its name is none here: too long, or that of a folder of another file.
+    bstk.ResourceError
+        The disk is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="bstack-") as name:
+        folder = (
+            Path(name) / "model"
+        )  # the same each time: transformers keeps code that it runs under the folder's name
+        with writing(str(folder)):
+            folder.mkdir()
+        put_files(((inside, file.file_pieces(inside)) for inside in file.files), folder, file.source.name)
+        yield folder
+
+
+def build_model(
+    file: bstk.Reader, folder: Path, trusted: bool, without_weights: AbstractContextManager[Any], **settings: Any
+) -> Any:
+    """The transformers model that a container's configuration describes, with its generation settings.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    folder : Path
+        Its files.
+    trusted : bool
+        Whether Python code that lies there may run (`bstack.engine.trust`).
+    without_weights : context manager
+        Under which it is built, so that its parameters take no memory.
+    **settings
+        For transformers' `from_config`.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
+    from transformers import AutoModelForCausalLM
+
+    shown = file.source.name
+    config = _read_config(file, folder, trusted)
+    with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
+    generation = _generation_config(folder, shown)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
+    from transformers import AutoConfig
+
+    shown = file.source.name
+    with understood(shown, "its configuration cannot be used by this transformers"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        own_attention(config)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(file.chunks):
+        raise UnsupportedModelError(
+            f"{shown}: its configuration asks for {layers} layers, but it holds {len(file.chunks)} chunks."
+        )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(f"{shown}: its configuration names a quantisation, but a .bstk file has its own.")
+    return config
+
+
+def _generation_config(folder: Path, shown: str) -> Any | None:
+    """How the model's authors want it to generate; None where they do not say."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with understood(shown, "its generation settings cannot be used by this transformers"):
+        return GenerationConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
+    """The tokenizer; None when the original had none.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    bstack.errors.ForeignCodeError
+        It needs Python code that may not run.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    with understood(shown, "its tokenizer cannot be used by this transformers"):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        except Exception:
+            if not trusted:
+                refuse_tokenizer(folder, shown)
+            raise
+
+
+@contextmanager
+def understood(shown: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers does with a stranger's files into an error that says whose they are.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+    """
+    try:
+        yield
+    except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
+        raise UnsupportedModelError(f"{shown}: {what}: {reason(error)}") from None
+
+
+def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:
+    """The tensor of a chunk that is no block, in the type that it is stored in."""
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(DTYPES[chunk.dtype]).reshape(chunk.shape)
+
+
+def parts_of(
+    chunks: Iterable[bstk.Chunk], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]]:
+    """The stacks among some chunks by the parameter that they make up.
+
+    Parameters
+    ----------
+    chunks : iterable of bstk.Chunk
+        In the order of the file; what is no block is passed over.
+    shapes : mapping
+        State-dict name -> shape, of the whole model.
+
+    Returns
+    -------
+    dict
+        State-dict name -> name and blocks of each of its parts, in the order of their rows or slices. Together they fill it:
+        no weight is left out, and none is there twice.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError
+        A stack of a parameter that the model does not have.
+    bstk.DamagedError
+        A name against the convention, a stack of another shape than its part, a gap, an overlap.
+    """
+    stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        if chunk.is_block:
+            stacks[chunk.name].append(chunk)
+    found: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = defaultdict(list)
+    for name, blocks in stacks.items():
+        matrix = parse_name(name)
+        if matrix.parameter not in shapes:
+            raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
+        part_of(matrix, torch.empty(tuple(shapes[matrix.parameter]), device="meta"), blocks[0])
+        found[matrix.parameter].append((matrix, blocks))
+    for parameter, parts in found.items():
+        length = shapes[parameter][0]
+        parts.sort(key=lambda part: _extent(part[0], length))
+        end = 0
+        for matrix, _ in parts:
+            start, stop = _extent(matrix, length)
+            if start != end or stop <= start:
+                raise DamagedError(
+                    f"The stacks of {parameter} fill {end} of its {length} rows or slices, and {matrix} follows."
+                )
+            end = stop
+        if end != length:
+            raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices.")
+    return found
+
+
+def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
+    """First row or slice of a part, and the one after its last, along the first dimension of a parameter of that length."""
+    if matrix.index is not None:
+        return matrix.index, matrix.index + 1
+    return matrix.rows or (0, length)
+
+
+def parse_name(name: str) -> MatrixName:
+    """A stack's name, taken apart.
+
+    Raises
+    ------
+    bstk.DamagedError
+    """
+    try:
+        return MatrixName.parse(name)
+    except ValueError as error:
+        raise DamagedError(f"{error}; format/SPEC.md says what names of stacks look like.") from None
+
+
+def part_of(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torch.Tensor:
+    """The part of a parameter that a stack fills, as (outputs, inputs).
+
+    Raises
+    ------
+    bstk.DamagedError
+        The stack's shape is not that of the part.
+    """
+    try:
+        view = matrix.view(tensor, block.transposed)
+    except (IndexError, RuntimeError):
+        view = None
+    if view is None or tuple(view.shape) != tuple(block.shape):
+        raise DamagedError(
+            f"The stack {block.name} is {' x '.join(map(str, block.shape))}, which is not what it should fill in a "
+            f"parameter of {' x '.join(map(str, tensor.shape))}."
+        )
+    return view

@@ -1,0 +1,268 @@
+"""A container -> a plain transformers folder with dense weights, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bstk
+from bstack.engine.container import build_model, embedded_files, parse_name
+from bstack.engine.dense import dense_weights
+from bstack.engine.trust import check_trust, stage_code
+from bstack.errors import UnsupportedModelError, reason
+from bstack.folders import new_folder
+from bstack.models.references import names_beside
+from bstack.models.skeleton import find_layers, quiet_transformers
+from bstk.errors import DamagedError, ResourceError, UsageError, writing
+
+__all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A shard is in memory until it is written, beside one layer.
+SHARD_BYTES = 2**31
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Endings of what `bstack compress` puts into a container.
+KINDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".codes")
+# Of these, what says where weights are.
+REFUSED = (INDEX, "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes
+    ----------
+    parameters : int
+        Numbers in all weights.
+    weight_bytes : int
+        Bytes of all weights.
+    files : list of str
+        All files, sorted.
+    cut : bstk.Cut
+        What of the container was used.
+    code : list of str
+        Modules that the configuration names as beside it; the folder does not have them, and works when they are put there.
+    """
+
+    parameters: int
+    weight_bytes: int
+    files: list[str]
+    cut: bstk.Cut
+    code: list[str]
+
+
+def export_safetensors(
+    file: bstk.Reader,
+    folder: str | os.PathLike[str],
+    *,
+    mb: int | float | str | Decimal | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
+    code: str | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Exported:
+    """Write a container's model as transformers keeps models: configuration, tokenizer, dense weights in safetensors.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    folder : path
+        Must not exist, or be empty. It appears whole or not at all.
+    mb : number or str, optional
+        Use the blocks of the largest cut of at most so many MB; by default all.
+    dtype : torch.dtype
+        Of all weights that are floating.
+    shard_bytes : int
+        Weights go into a next file before one grows beyond this; a layer that is larger is split by parameters.
+    trust_remote_code, code
+        As for `bstack.load`. The code itself is not written.
+    progress : callable
+        Receives the stored bytes of each group of chunks that is done.
+
+    Raises
+    ------
+    bstk.UsageError
+        The folder is not empty, or a weight is too large for `dtype`.
+    bstk.BudgetError
+        The smallest model is larger than `mb`.
+    bstk.DamagedError
+        A chunk is damaged or does not fit the model, or a file inside is none that a model has beside its weights.
+    bstack.errors.ForeignCodeError
+        The model needs Python code that is not in transformers, and may not run it.
+    bstack.errors.UnsupportedModelError
+        This transformers cannot build the model, or parameters of it are missing.
+    bstk.ResourceError, bstk.OutputError
+        It cannot be written.
+    """
+    check_trust(trust_remote_code, code)
+    cut = file.fit(mb)
+    shown = file.source.name
+    with embedded_files(file) as inside, new_folder(folder) as target:
+        _check_names(file)
+        _copy_files(file, inside, target)  # as they are: what runs here is not named as where it is from
+        trusted = stage_code(file, inside, trust_remote_code, code)
+        model = build_model(file, inside, trusted, torch.device("meta"))
+        shards = _Shards(target, shard_bytes)
+        _write_config(target, model, dtype)
+        written: set[str] = set()
+        for chunks in _groups(file.chunks[: cut.chunks], model):
+            weights = dict(dense_weights(file, chunks, model, dtype))
+            _check(weights, model, dtype, shown)
+            written |= weights.keys()
+            with quiet_transformers():
+                shards.add(_as_on_disk(model, weights))
+            progress(sum(chunk.stored_length for chunk in chunks))
+        if missing := sorted(_needed(model) - written):
+            raise UnsupportedModelError(
+                f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs."
+            )
+        shards.finish()
+        files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+        beside = sorted(module.name for module in inside.glob("*.py")) if trusted and names_beside(target) else []
+    return Exported(shards.parameters, shards.bytes, files, cut, beside)
+
+
+class _Shards:
+    """Collects tensors and writes them into numbered files, whose count is known at the end."""
+
+    def __init__(self, folder: Path, most: int):
+        self._folder, self._most = folder, most
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.parameters = self.bytes = 0
+
+    def add(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > self._most:
+                self._write()
+            # A copy where it is a view: shards may not share memory, nor keep all of what a part was cut from.
+            self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
+            self._pending_bytes += size
+            self.parameters += tensor.numel()
+            self.bytes += size
+
+    def finish(self) -> None:
+        """Write what is left, give the files their names, and the index if they are several."""
+        self._write()
+        count = len(self._shards)
+        if count == 1:
+            self._temporary(0).rename(self._folder / WEIGHTS)
+            return
+        places = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self._folder / final)
+            places.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_parameters": self.parameters, "total_size": self.bytes}, "weight_map": places}
+        _write_json(self._folder / INDEX, index)
+
+    def _write(self) -> None:
+        import safetensors.torch
+
+        target = self._temporary(len(self._shards))
+        with writing(str(target)):
+            target.touch()
+            mode = target.stat().st_mode  # what a new file gets here; safetensors makes its own for its owner alone
+            try:
+                safetensors.torch.save_file(self._pending, target, metadata={"format": "pt"})
+                target.chmod(mode)
+            except safetensors.SafetensorError as error:  # its way to say that the disk is full
+                raise ResourceError(
+                    f"{target}: cannot write: {reason(error)}. Free some space, or write to another disk."
+                ) from None
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self._folder / f"{number}.part"
+
+
+def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chunk, ...]]:
+    """Weights by layer, first those outside all layers, parameter by parameter."""
+    prefix, layers = find_layers(model)
+    prefixes = [f"{prefix}.{i}." for i in range(len(layers))]
+    groups: dict[str, list[bstk.Chunk]] = {}
+    for chunk in chunks:
+        if not chunk.is_weight:
+            continue
+        parameter = parse_name(chunk.name).parameter if chunk.is_block else chunk.name
+        place = next((p for p in prefixes if parameter.startswith(p)), parameter)
+        groups.setdefault(place, []).append(chunk)
+    outside = [place for place in groups if place not in prefixes]
+    for place in [*outside, *(p for p in prefixes if p in groups)]:
+        yield tuple(groups[place])
+
+
+def _as_on_disk(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names and shapes of the checkpoints that other programs know: transformers fuses some parameters when it loads them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, weights)
+
+
+def _needed(model: Any) -> set[str]:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    unsaved = set(model._keys_to_ignore_on_save or ())
+    return set(model.state_dict()) - tied - unsaved
+
+
+def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, shown: str) -> None:
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in expected:
+            raise UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
+        if tensor.shape != expected[name].shape:
+            raise DamagedError(
+                f"{shown}: {name} has shape {tuple(tensor.shape)}, but the model has {tuple(expected[name].shape)} there."
+            )
+        if dtype == torch.float16 and tensor.is_floating_point() and tensor.isinf().any():
+            raise UsageError(
+                f"{shown}: {name} has weights beyond 65504, which fp16 cannot hold. Export as bf16 or fp32."
+            )
+
+
+def _check_names(file: bstk.Reader) -> None:
+    """Let nothing into the folder but what a model has beside its weights: other programs act on names (git on `.git`,
+    transformers on pickled weights and modules)."""
+    for name in file.files:
+        hidden = any(part.startswith((".", "~")) for part in name.split("/"))
+        if hidden or name.lower() in REFUSED or not name.endswith(KINDS):
+            raise DamagedError(
+                f"{file.source.name}: its file {name!r} is none that a model has beside its weights; those end in "
+                f"{', '.join(KINDS)}, and do not begin with a dot."
+            )
+
+
+def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
+    for name in file.files:
+        copy = target / name
+        with writing(str(copy)):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((inside / name).read_bytes())
+
+
+def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
+    """What the container keeps of the configuration, with the class of the model and the type of the weights."""
+    path = target / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = [type(model).__name__]
+    config.pop("torch_dtype", None)  # the same under its old name
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(path, config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with writing(str(path)):
+        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Text from a model and a prompt, handed out as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bstack.engine.chat_template import render
+from bstack.engine.container import understood
+from bstack.errors import UnsupportedModelError, reason
+from bstk.errors import BstkError, UsageError
+
+__all__ = ["Written", "encode_prompt", "write_text"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_text` did.
+
+    Attributes
+    ----------
+    text : str
+        The new text, special tokens left out.
+    prompt_tokens, new_tokens : int
+    prompt_seconds : float
+        Until the first new token.
+    seconds : float
+        For all tokens after the first.
+    interrupted : bool
+        Whether it was stopped by Ctrl-C.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    seconds: float
+    interrupted: bool
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding; None for fewer than two tokens."""
+        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids of a prompt, int64, shape (1, tokens); with `chat` as a user's message in the model's own template.
+
+    Raises
+    ------
+    bstk.UsageError
+        The prompt is empty or no text, or there is no chat template.
+    bstack.errors.UnsupportedModelError
+        The template or the tokenizer does not work.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is no text in UTF-8; convert it first.") from None
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "this model has no chat template; leave --chat out and write the prompt as the model expects it."
+            )
+        text = render(tokenizer, prompt)
+    else:
+        text = prompt
+    with understood("the model", "its tokenizer cannot read the prompt"):
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if ids.numel() == 0:
+        raise UsageError("the prompt is empty; give at least one token, such as -p 'Once'.")
+    return ids.long()
+
+
+def write_text(
+    model: Any, tokenizer: Any, ids: torch.Tensor, write: Callable[[str], None], *, seed: int = 0, **options: Any
+) -> Written:
+    """Generate, handing out text as soon as it is certain.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From `bstack.load`.
+    ids : torch.Tensor
+        The prompt, from `encode_prompt`.
+    write : callable
+        Receives each piece of new text. Ctrl-C ends the text, not the program.
+    seed : int
+        Of sampling.
+    options
+        As for transformers' ``generate``.
+
+    Raises
+    ------
+    bstk.UsageError
+        An option has a value that transformers refuses, or the prompt is longer than the model reads.
+    bstack.errors.UnsupportedModelError
+        transformers cannot run the model as its files say.
+    """
+    from transformers import TextStreamer
+
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and ids.shape[1] >= longest:
+        raise UsageError(f"the prompt has {ids.shape[1]} tokens, but the model reads at most {longest}. Shorten it.")
+    if isinstance(longest, int):
+        options["max_new_tokens"] = min(options.get("max_new_tokens", longest), longest - ids.shape[1])
+    pieces: list[str] = []
+    times: list[float] = []
+
+    class Streamer(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            times.append(time.monotonic())  # the prompt comes first
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            write(text)
+
+    torch.manual_seed(seed)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if model.generation_config.pad_token_id is None:
+        options.setdefault("pad_token_id", _pad_token(model))
+    interrupted = False
+    try:
+        with torch.no_grad():
+            # The tokenizer is for stop strings, which a model's own settings may ask for.
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, tokenizer=tokenizer, **options)
+    except KeyboardInterrupt:
+        interrupted = True
+        streamer.end()
+    except (BstkError, MemoryError, OSError):
+        raise
+    except (
+        Exception
+    ) as error:  # token ids beyond the vocabulary, settings of other types: files that do not fit each other
+        if isinstance(error, ValueError) and not times:
+            raise UsageError(f"transformers refuses these options: {reason(error)}") from None
+        raise UnsupportedModelError(
+            f"the model cannot be run as its files say: {type(error).__name__}: {reason(error)}"
+        ) from error
+    new = max(0, len(times) - 1)
+    return Written(
+        "".join(pieces),
+        ids.shape[1],
+        new,
+        times[1] - times[0] if new else 0.0,
+        times[-1] - times[1] if new else 0.0,
+        interrupted,
+    )
+
+
+def _pad_token(model: Any) -> int:
+    """Any token does for a single sequence; without one transformers says at every call that it takes the end token."""
+    end = model.generation_config.eos_token_id
+    return end[0] if isinstance(end, list) and end else end if isinstance(end, int) else 0

@@ -1,0 +1,153 @@
+"""A transformers model whose large weights stay packed, as blocks in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bstk
+from bstack.engine.container import build_model, parts_of, plain_tensor
+from bstack.errors import UnsupportedModelError
+from bstack.kernels.matrix import check_put
+from bstack.models.names import MatrixName
+from bstack.models.skeleton import parameters_on_meta
+from bstack.packed.backends import Place
+from bstack.packed.lock import Gate
+from bstack.packed.matrix import Table
+from bstack.packed.weight import PackedWeight
+from bstk.errors import DamagedError, located
+
+__all__ = ["stacked_model"]
+
+# A plain matrix of so many elements is a table that was meant to stay in its type; a smaller one is converted.
+TABLE = 2**20
+
+_Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
+
+
+def stacked_model(
+    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place, trusted: bool = False
+) -> tuple[Any, dict[str, Any], Gate]:
+    """A model without any block in memory yet, and what a `Residence` needs to bring them.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    folder : Path
+        The model's files.
+    dtype : torch.dtype
+        Of activations and of small plain parameters.
+    place : Place
+        Where blocks live and products run.
+    trusted : bool
+        Whether Python code among the model's files may run.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    matrices : dict
+        Stack name -> its matrix, made by `place`.
+    gate : Gate
+        Of all of them.
+
+    Raises
+    ------
+    bstack.errors.UnsupportedModelError, bstk.DamagedError
+    """
+    shown = file.source.name
+    # Eager experts use one expert's weights at a time, which is what packed ones can offer.
+    model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
+    with located(shown):
+        parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    for parts in parameters.values():
+        _check_depth(parts, shown)
+    for chunk in file.chunks:
+        if chunk.is_weight and not chunk.is_block:
+            _put(
+                model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, place.device, chunk.name), shown
+            )
+    matrices: dict[str, Any] = {}
+    gate = Gate()
+    for parameter, parts in parameters.items():
+        _put(model, parameter, _packed_weight(parameter, parts, matrices, place, gate, dtype), shown)
+    _tie(model, shown)
+    model.to(place.device)  # buffers; everything else is there
+    return model.eval().requires_grad_(False), matrices, gate
+
+
+def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
+    tensor = tensor.to(device)
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    if tensor.dim() == 2 and tensor.numel() >= TABLE:
+        return PackedWeight(Table(tensor), False, dtype, name, device)
+    return tensor.to(dtype)
+
+
+def _check_depth(parts: _Parts, shown: str) -> None:
+    """Refuse what the kernels do not take."""
+    for _, blocks in parts:
+        for block in blocks:
+            try:
+                check_put(*block.shape, block.level, block.kind.code, block.rank, checked=True)
+            except ValueError as error:
+                raise UnsupportedModelError(
+                    f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} bstack.load(..., mode='dense') "
+                    "takes any."
+                ) from None
+
+
+def _packed_weight(
+    parameter: str, parts: _Parts, matrices: dict[str, Any], place: Place, gate: Gate, dtype: torch.dtype
+) -> PackedWeight:
+    """The stand-in of one parameter; enters its matrices in `matrices`."""
+    made = [place.matrix(*blocks[0].shape) for _, blocks in parts]
+    matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
+    whole = parts[0][0].index is None
+    packed = place.packed(made, gate) if whole else [place.packed([matrix], gate) for matrix in made]
+    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, place.device)
+
+
+def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+        getattr(owner, leaf)
+    except AttributeError:
+        raise UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.") from None
+    return owner, leaf
+
+
+def _put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
+    """Set a parameter or buffer. A stand-in is a plain attribute of its module: it is no parameter that could be moved."""
+    owner, leaf = _owner(model, name, shown)
+    expected = getattr(owner, leaf)
+    if tuple(expected.shape) != tuple(tensor.shape):
+        raise DamagedError(
+            f"{shown}: {name} is {' x '.join(map(str, tensor.shape))}, but its model needs "
+            f"{' x '.join(map(str, expected.shape))}."
+        )
+    if isinstance(tensor, PackedWeight):
+        owner._parameters.pop(leaf, None)
+        owner.__dict__[leaf] = tensor
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _tie(model: Any, shown: str) -> None:
+    """Give tied parameters what they are tied to; then none may be missing."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        target_owner, target_leaf = _owner(model, target, shown)
+        source_owner, source_leaf = _owner(model, source, shown)
+        value = getattr(source_owner, source_leaf)
+        if getattr(target_owner, target_leaf).device.type == "meta":
+            target_owner._parameters.pop(target_leaf, None)
+            target_owner.__dict__[target_leaf] = value
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if missing:
+        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")

@@ -1,0 +1,91 @@
+"""Packed weights on a GPU, or under triton's interpreter, which is too slow for a whole model."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import bstack
+import bstk
+from bstack.codecs.spqr import SpqrCodec
+from bstack.codecs.trellis import TrellisCodec
+from bstack.packed.backends import Device, device_of
+from bstack.packed.lock import Gate
+from bstack.packed.weight import PackedWeight
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [TrellisCodec(2), SpqrCodec(3, outliers=0.05, planes=1), SpqrCodec(3, outliers=0, planes=1)],
+    ids=["trellis", "spqr", "spqr, none apart"],
+)
+def test_a_parameter(codec):
+    """Blocks in the device's slabs, products of few and many tokens, an embedding, a shallower stack."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
+    place = Device(DEVICE, 1)
+    matrix, slabs = place.matrix(20, 32), place.slabs()
+    for level, block in enumerate(blocks):
+        room = slabs.reserve(len(block.payload))
+        room.write(block.payload)
+        matrix.put(level, block.kind.code, block.rank, room.address, checked=True)
+    packed = PackedWeight(place.packed([matrix], Gate()), False, torch.float32, "w", DEVICE)
+    x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for count in range(1, len(blocks) + 1):
+        matrix.count = count
+        payloads = [b.payload for b in blocks[:count]]
+        dense = codec.rebuild(
+            payloads, [b.kind for b in blocks[:count]], [b.rank for b in blocks[:count]], (20, 32)
+        ).to(DEVICE)
+        for tokens in (2, 10):
+            assert torch.allclose(functional.linear(x[:tokens], packed), x[:tokens] @ dense.t(), atol=1e-4)
+        ids = torch.tensor([[3, 19, 3]], device=DEVICE)
+        assert torch.allclose(functional.embedding(ids, packed), dense[ids], atol=1e-5)
+    slabs.pop(len(blocks))
+    assert slabs.mapped_bytes == 0
+
+
+def test_a_parameter_in_parts():
+    """As an embedding or a head: products and rows of both parts, and the dense weights."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    codec, place = TrellisCodec(1), Device(DEVICE, 2)
+    slabs, matrices, dense = place.slabs(), [], []
+    for rows in (12, 7):
+        weight = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
+        block = next(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(rows)))
+        room = slabs.reserve(len(block.payload))
+        room.write(block.payload)
+        matrices.append(place.matrix(rows, 32))
+        matrices[-1].put(0, block.kind.code, block.rank, room.address)
+        matrices[-1].count = 1
+        dense.append(codec.rebuild([block.payload], [block.kind], [block.rank], (rows, 32)))
+    dense = torch.cat(dense).to(DEVICE)
+    packed = place.packed(matrices, Gate())
+    for tokens in (1, 10):
+        x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        assert torch.allclose(packed.multiply(x), x @ dense.t(), atol=1e-4)
+    for ids in ([[3, 18, 12, 11, 3]], [[14]], [[]]):
+        ids = torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+        assert torch.allclose(packed.lookup(ids, torch.float32), dense[ids], atol=1e-5)
+    assert torch.allclose(packed.dense(), dense, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("quantum", "no device"), ("mps", "cpu and cuda, not on mps"), ("cuda:99", "torch finds no cuda:99")],
+)
+def test_devices_that_are_not(device, words):
+    with pytest.raises(bstk.UsageError, match=words):
+        device_of(device, packed=True)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")],
+)
+def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
+    with pytest.raises(bstk.UsageError, match=words):
+        bstack.load(tmp_path / "none.bstk", device=device, mode=mode)

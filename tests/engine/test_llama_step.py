@@ -1,0 +1,330 @@
+"""One call for a whole step: the same logits and texts as the model's own code, or the model's own code."""
+
+import threading
+import warnings
+from contextlib import ExitStack
+
+import pytest
+import tiny_models
+import torch
+from packed_models import IDS
+
+import bstack
+import bstk
+from bstack.kernels.native import library
+from bstack.models.kv_cache import growing_cache
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
+
+FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
+
+
+def slowly(model):
+    """The same model without the fast path."""
+    del model.forward  # that of its class remains
+    return model
+
+
+def agree(packed, dense):
+    """Logits: packed products round their inputs to 16 bits. Texts may differ with nothing wrong, where two words are as likely."""
+    return bool((packed - dense).abs().max() <= 1e-3 * dense.std())
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_are_those_of_the_models_own_code(name, file_of):
+    fast, slow = (bstack.load(file_of(name), mode="stack")[0] for _ in range(2))
+    slowly(slow)
+    caches = [growing_cache(model) for model in (fast, slow)]
+    with torch.no_grad():
+        for model, cache in zip((fast, slow), caches, strict=True):
+            model(IDS, past_key_values=cache, use_cache=True)
+        for token in range(3, 80):  # beyond the first size of the cache
+            word = torch.tensor([[token]])
+            found, expected = (
+                m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
+            )
+            assert found.shape == expected.shape
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == 82
+        assert (ours.keys - theirs.keys).norm() <= 1e-2 * theirs.keys.norm()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 2}, {"repetition_penalty": 1.3}, {"use_cache": False}],
+)
+def test_texts_are_those_of_the_models_own_code(name, options, file_of):
+    texts = []
+    for make in (lambda model: model, slowly):
+        model = make(bstack.load(file_of(name), mode="stack")[0])
+        torch.manual_seed(1)
+        texts.append(
+            model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=20, pad_token_id=0, **options)
+        )
+    assert torch.equal(*texts)
+
+
+def test_batches_and_padding_take_the_models_own_code(file_of):
+    model, slow = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(2))
+    slowly(slow)
+    dense, _ = bstack.load(file_of("llama"))
+    ids = torch.tensor([[0, 0, 5, 9], [6, 7, 8, 9]])
+    mask = (ids != 0).long()
+    for rows in (2, 1):
+        settings = {"attention_mask": mask[:rows], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        text = model.generate(ids[:rows], **settings)
+        assert torch.equal(text, slow.generate(ids[:rows], **settings))
+        whole = torch.cat([mask[:rows], torch.ones(rows, text.shape[1] - 4, dtype=torch.long)], 1)
+        positions = (whole.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            found, expected = (m(text, attention_mask=whole, position_ids=positions).logits for m in (model, dense))
+        assert agree(found[whole.bool()], expected[whole.bool()])
+
+
+def test_what_is_asked_beyond_logits_is_answered(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    cache = growing_cache(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, use_cache=True)
+        out = model(
+            IDS[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True, output_attentions=False
+        )
+        assert len(out.hidden_states) == 3
+        pair = model(IDS[:, :1], past_key_values=cache, use_cache=True, return_dict=False)
+        assert isinstance(pair, tuple)
+        loss = model(IDS, labels=IDS).loss
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma2", "mixtral", "falcon", "mistral"])
+def test_other_structures_keep_their_own_code(name, file_of):
+    """Among them Mistral with a sliding window."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model, _ = bstack.load(file_of(name), mode="stack")
+    assert "forward" not in vars(model)
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+@pytest.mark.parametrize("asked", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_a_configuration_that_asks_for_more_keeps_the_models_own_code(asked, file_of, monkeypatch):
+    """Without a warning: nothing is wrong with the results."""
+    from bstack.engine import container
+
+    def read_config(*args):
+        config = original(*args)
+        for name, value in asked.items():
+            setattr(config, name, value)
+        return config
+
+    original = container._read_config
+    monkeypatch.setattr(container, "_read_config", read_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+    if "return_dict" not in asked:  # transformers' own code fails where it is
+        with torch.no_grad():
+            out = model(IDS)
+        assert all(name.removeprefix("output_") in out for name in asked)
+
+
+def test_a_model_of_other_arithmetic_is_found_out(file_of, monkeypatch):
+    """The structure of the family, but a multiplier that the kernels do not know."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 1.5 * forward(self, x))
+    with pytest.warns(RuntimeWarning, match="does not give LlamaForCausalLM's results"):
+        model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+
+
+def test_without_kernels(file_of, monkeypatch):
+    from bstack.engine import llama_step as fused
+
+    monkeypatch.setattr(fused, "library", lambda: None)
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    assert "forward" not in vars(model)
+
+
+def test_bfloat16(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack", dtype=torch.bfloat16)
+    dense, _ = bstack.load(file_of("llama"))
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        found, expected = model(IDS).logits, dense(IDS).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() <= 0.1 * expected.norm()
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+def test_budgets(file_of):
+    path = file_of("llama")
+    with bstk.open(path) as file:
+        small = (file.smallest.budget + 1) / bstk.MB
+    model, slow = (bstack.load(path, mode="stack", mb=small)[0] for _ in range(2))
+    slowly(slow)
+    dense, _ = bstack.load(path, mb=small)
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
+    text = model.generate(IDS, **settings)
+    assert torch.equal(text, slow.generate(IDS, **settings))
+    with torch.no_grad():
+        found, expected = model(text).logits, dense(text).logits
+    assert agree(found, expected) and found.shape[-1] == tiny_models.VOCABULARY
+
+
+def test_two_texts_at_once(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    prompts = [IDS, IDS.flip(1)]
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
+    alone = [model.generate(ids, **settings) for ids in prompts]
+    found = [None, None]
+
+    def write(which):
+        found[which] = [model.generate(prompts[which], **settings) for _ in range(4)]
+
+    threads = [threading.Thread(target=write, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(text, alone[which]) for which in (0, 1) for text in found[which])
+
+
+def test_what_is_changed_after_loading_counts(file_of):
+    """Hooks and replaced modules are met at every step."""
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=210)
+    assert len(calls) == 5
+    handle.remove()
+    model.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    slow = slowly(bstack.load(file_of("llama"), mode="stack")[0])
+    slow.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS, **settings), slow.generate(IDS, **settings))
+
+
+def patched_forward(model, undo):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+
+
+def patched_class(model, undo):
+    kind = type(model.model.layers[1].mlp)
+    own = kind.forward
+    kind.forward = lambda self, x: 2 * own(self, x)
+    undo.callback(setattr, kind, "forward", own)
+
+
+def replaced_weight(model, undo):
+    model.model.norm.weight = torch.nn.Parameter(torch.linspace(-1, 1, len(model.model.norm.weight)))
+
+
+def written_weight(model, undo):
+    model.model.norm.weight.data.mul_(torch.linspace(-1, 1, len(model.model.norm.weight)))
+
+
+def other_memory(model, undo):
+    model.model.norm.weight.data = torch.linspace(-1, 1, len(model.model.norm.weight))
+
+
+def there_and_back(model, undo):
+    model.model.norm.weight.data.mul_(torch.linspace(-1, 1, len(model.model.norm.weight)))
+    model.model.norm.to(torch.bfloat16).float()
+    model.model.norm.weight.data.mul_(2)
+
+
+def other_class(model, undo):
+    mlp = model.model.layers[1].mlp
+    own = type(mlp)
+    mlp.__class__ = type("Doubled", (own,), {"forward": lambda self, x: 2 * own.forward(self, x)})
+
+
+def other_scaling(model, undo):
+    model.model.layers[0].self_attn.scaling = 10.0
+
+
+def global_hook(model, undo):
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: -out if module is model.model.layers[0].mlp else None
+    )
+    undo.callback(hook.remove)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        patched_forward,
+        patched_class,
+        replaced_weight,
+        written_weight,
+        other_memory,
+        there_and_back,
+        other_class,
+        other_scaling,
+        global_hook,
+    ],
+)
+def test_every_change_after_loading_counts(change, file_of):
+    fast, slow, unchanged = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(3))
+    slowly(slow)
+    caches = [growing_cache(model) for model in (fast, slow, unchanged)]
+    word = torch.tensor([[7]])
+    with torch.no_grad():
+        for model, cache in zip((fast, slow, unchanged), caches, strict=True):
+            model(IDS, past_key_values=cache, use_cache=True)
+        before = unchanged(word, past_key_values=caches[2], use_cache=True).logits
+        found = []
+        for model, cache in zip((fast, slow), caches, strict=False):
+            with ExitStack() as undo:
+                change(model, undo)
+                found.append(model(word, past_key_values=cache, use_cache=True).logits)
+    found, expected = found
+    assert (found - expected).norm() <= 1e-2 * expected.norm()
+    assert (before - expected).norm() > 0.05 * expected.norm()
+
+
+def test_a_cache_of_another_length_at_the_same_place(file_of, monkeypatch):
+    """An allocator may give a new buffer the address of one that was freed."""
+    fast, slow = (bstack.load(file_of("llama"), mode="stack")[0] for _ in range(2))
+    slowly(slow)
+    places = {}
+
+    def buffer(new, old, used, capacity):
+        shape = (*new.shape[:-2], capacity, new.shape[-1])
+        count = torch.Size(shape).numel()
+        place = places.setdefault(len(buffer.made) % (2 * len(fast.model.layers)), torch.zeros(2**16))
+        buffer.made.append(shape)
+        return place[:count].view(shape)
+
+    buffer.made = []
+    cache = growing_cache(fast)
+    with torch.no_grad():
+        for length in (10, 90):
+            ids = torch.arange(length)[None] + 3
+            with monkeypatch.context() as patch:
+                patch.setattr("bstack.models.kv_cache._buffer", buffer)
+                cache.reset()
+                fast(ids, past_key_values=cache, use_cache=True)
+                found = fast(IDS[:, :1], past_key_values=cache, use_cache=True).logits
+            own = growing_cache(slow)
+            slow(ids, past_key_values=own, use_cache=True)
+            expected = slow(IDS[:, :1], past_key_values=own, use_cache=True).logits
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+    assert len({shape[-2] for shape in buffer.made}) == 2 and len(places) == 2 * len(fast.model.layers)
+
+
+def test_calls_as_of_any_model(file_of):
+    model, _ = bstack.load(file_of("llama"), mode="stack")
+    with torch.no_grad():
+        by_place = model(IDS, torch.ones_like(IDS)).logits
+        out = model(input_ids=IDS, use_cache=True)
+        assert torch.equal(by_place, out.logits)
+        step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True).logits
+        whole = model(torch.cat([IDS, IDS[:, :1]], 1)).logits[:, -1:]
+    assert (step - whole).norm() <= 1e-2 * whole.norm()

@@ -1,0 +1,270 @@
+"""Growing and shrinking: what is in memory, what the model says then, and what happens when it goes wrong."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from packed_models import IDS, budgets, damaged, flip_a_late_byte, logits
+
+import bstack
+import bstk
+from bstack.packed.store import Residence
+
+SETTINGS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
+
+
+def test_every_size_is_that_of_a_fresh_load(path, model):
+    small, middle, full = budgets(path)
+    for mb in (small, full, middle, small, middle, full, full):
+        state = bstack.resize(model, mb)
+        fresh, _ = bstack.load(path, mode="stack", mb=mb)
+        assert state == bstack.resident(fresh) == bstack.resident(model)
+        assert state.weight_bytes <= mb * bstk.MB and state.target_bytes == state.weight_bytes
+        assert torch.equal(logits(model), logits(fresh))
+    with bstk.open(path) as file:
+        assert state.blocks == state.all_blocks == sum(chunk.is_block for chunk in file.chunks)
+        assert state.weight_bytes == file.memory_bytes and state.bits_per_weight == pytest.approx(
+            file.bits_per_weight()
+        )
+
+
+def test_resize_to_everything(path, model):
+    bstack.resize(model, budgets(path)[0])
+    bstack.resize(model)
+    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks
+
+
+@pytest.mark.parametrize("mb", [0, -5, "abc", float("nan"), True])
+def test_nonsense_changes_nothing(model, mb):
+    before = bstack.resident(model)
+    with pytest.raises(bstk.UsageError):
+        bstack.resize(model, mb)
+    assert bstack.resident(model) == before
+
+
+def test_below_the_smallest(model):
+    before = bstack.resident(model)
+    with pytest.raises(bstk.BudgetError, match="smallest"):
+        bstack.resize(model, 0.001)
+    assert bstack.resident(model) == before
+
+
+def test_dense_models_have_no_size(path):
+    model, _ = bstack.load(path)
+    for call in (bstack.resize, bstack.resident):
+        with pytest.raises(bstk.UsageError, match="mode='stack'"):
+            call(model)
+
+
+def test_unknown_mode(path):
+    with pytest.raises(bstk.UsageError, match="'packed'; allowed are dense and stack"):
+        bstack.load(path, mode="packed")
+
+
+@pytest.mark.parametrize(("limit", "codec"), [("BLOCKS", "trellis"), ("RANK", "sign")])
+def test_more_than_the_kernels_take(limit, codec, file_of, monkeypatch):
+    path = file_of("llama", codec)
+    monkeypatch.setattr(f"bstack.kernels.matrix.{limit}", 1)
+    with pytest.raises(bstk.BstkError, match="mode='dense'"):
+        bstack.load(path, mode="stack")
+    monkeypatch.undo()
+    bstack.load(path, mode="stack")
+
+
+def test_resizing_while_text_is_written(path, model):
+    """Shrink and grow between tokens: the text goes on, and a new text is that of a fresh model."""
+    small, middle, full = budgets(path)
+    fresh, _ = bstack.load(path, mode="stack")
+    sizes = iter([small, middle, full] * 20)
+
+    class Squeeze(torch.nn.Module):
+        def __call__(self, ids, scores):
+            bstack.resize(model, next(sizes), wait=False)
+            return scores
+
+    # A small model may end its text early, and which size writes which token depends on time.
+    text = model.generate(IDS, logits_processor=[Squeeze()], min_new_tokens=30, **SETTINGS)
+    assert text.shape == (1, 35)
+    bstack.resize(model, full)
+    assert torch.equal(model.generate(IDS, **SETTINGS), fresh.generate(IDS, **SETTINGS))
+
+
+def test_a_text_goes_on_as_in_a_fresh_model_with_the_same_cache(path, model):
+    """What was said and its keys and values stay; everything after growing back is computed at full size."""
+    from transformers import DynamicCache
+
+    small, _, full = budgets(path)
+    fresh, _ = bstack.load(path, mode="stack")
+    bstack.resize(model, small)
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+    bstack.resize(model, full)
+    copies = []
+    for _ in range(2):
+        copies.append(DynamicCache(config=model.config))
+        for index, layer in enumerate(cache.layers):
+            copies[-1].update(layer.keys.clone(), layer.values.clone(), index)
+    texts = [
+        m.generate(torch.cat([IDS, IDS[:, :1]], 1), past_key_values=c, **SETTINGS)
+        for m, c in zip((model, fresh), copies, strict=True)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_from_many_threads(path, model):
+    """Two threads that resize and one that writes: no crash, no deadlock, and the last word counts."""
+    sizes, errors, stop = budgets(path), [], threading.Event()
+
+    def work(call):
+        try:
+            while not stop.is_set():
+                call()
+        except Exception as error:
+            errors.append(error)
+
+    calls = [
+        lambda: bstack.resize(model, sizes[0]),
+        lambda: bstack.resize(model, sizes[2], wait=False),
+        lambda: logits(model),
+    ]
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not errors
+    bstack.resize(model, sizes[1])
+    assert torch.equal(logits(model), logits(bstack.load(path, mode="stack", mb=sizes[1])[0]))
+
+
+def test_only_missing_blocks_are_read(path, model, monkeypatch):
+    small, middle, full = budgets(path)
+    bstack.resize(model, middle)
+    there = bstack.resident(model).blocks
+    read = []
+    file = model.bstack_residence.file
+    monkeypatch.setattr(file, "read", lambda chunk, original=file.read: (read.append(chunk), original(chunk))[1])
+    bstack.resize(model, full)
+    assert len(read) == bstack.resident(model).all_blocks - there
+    bstack.resize(model, small)
+    assert len(read) == bstack.resident(model).all_blocks - there
+
+
+def shorten(copy):
+    with bstk.open(copy) as file:
+        length = file.smallest_length
+    with open(copy, "r+b") as stream:
+        stream.truncate(length + 10)
+
+
+@pytest.mark.parametrize("change", [flip_a_late_byte, shorten])
+def test_a_file_that_goes_bad_while_it_is_open(path, tmp_path, change):
+    """The next growth fails with the reason; the model runs on with what it has, and can shrink."""
+    model = damaged(path, tmp_path, change)
+    before = logits(model)
+    with pytest.raises(bstk.DamagedError, match="copy.bstk"):
+        bstack.resize(model)
+    state = bstack.resident(model)
+    assert state.error is not None and state.blocks < state.all_blocks
+    assert logits(model).isfinite().all()
+    bstack.resize(model, budgets(path)[0])
+    assert torch.equal(logits(model), before) and bstack.resident(model).error is None
+
+
+def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
+    model = damaged(path, tmp_path, shorten)
+    bstack.resize(model, wait=False)
+    model.bstack_residence._growth.thread.join(20)
+    assert "shorter" in bstack.resident(model).error
+
+
+def test_without_a_thread_to_grow_in(path, model, monkeypatch):
+    """The growth is refused; the model can shrink, grow and be closed afterwards."""
+    small, _, full = budgets(path)
+    bstack.resize(model, small)
+    before = bstack.resident(model)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(bstk.ResourceError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", refuse)
+        bstack.resize(model, full)
+    assert bstack.resident(model) == before == bstack.resize(model, small)
+    assert bstack.resize(model, full).blocks == before.all_blocks
+    model.bstack_residence.close()
+
+
+def test_a_shrink_stops_a_growth(path, model, monkeypatch):
+    small, _, full = budgets(path)
+    bstack.resize(model, small)
+    file = model.bstack_residence.file
+    monkeypatch.setattr(file, "read", lambda chunk, original=file.read: (time.sleep(0.05), original(chunk))[1])
+    bstack.resize(model, full, wait=False)
+    time.sleep(0.12)
+    assert bstack.resident(model).target_bytes > bstack.resident(model).weight_bytes
+    started = time.monotonic()
+    state = bstack.resize(model, small)
+    assert time.monotonic() - started < 1.0, "it does not wait for the whole growth"
+    assert state.target_bytes == state.weight_bytes
+    monkeypatch.undo()
+    assert torch.equal(logits(model), logits(bstack.load(path, mode="stack", mb=small)[0]))
+
+
+def test_closing(model):
+    residence = model.bstack_residence
+    assert isinstance(residence, Residence)
+    before = logits(model)
+    residence.close()
+    residence.close()
+    assert torch.equal(logits(model), before)
+    with pytest.raises(bstk.UsageError, match="closed"):
+        bstack.resize(model)
+
+
+def test_what_would_lose_the_weights_is_refused(model, tmp_path):
+    for call in (lambda: model.save_pretrained(tmp_path / "x"), model.state_dict, lambda: copy.deepcopy(model)):
+        with pytest.raises(bstk.UsageError, match="packed"):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("token", [-1, 211, 10**7])
+def test_tokens_that_are_not(model, token):
+    with pytest.raises(IndexError):
+        model(torch.tensor([[3, token]]))
+
+
+def test_signs_grow_while_they_are_used(tmp_path_factory):
+    """The kernels prepare inputs for each block of the sign codec: a count that rises in a call must not be seen in it."""
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("sign")
+    settings = bstack.Settings(codec="sign", planes=8, rank=8, samples=4, sequence_length=32)
+    bstack.compress(tiny_models.save("llama", folder / "model"), folder / "model.bstk", settings=settings)
+    model, _ = bstack.load(folder / "model.bstk", mode="stack")
+    small, _, full = budgets(folder / "model.bstk")
+    stop, errors = threading.Event(), []
+
+    def use():
+        try:
+            while not stop.is_set():
+                assert logits(model).isfinite().all()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    for _ in range(40):
+        bstack.resize(model, small)
+        bstack.resize(model, full)
+    stop.set()
+    thread.join(20)
+    assert not errors
+    fresh, _ = bstack.load(folder / "model.bstk", mode="stack")
+    assert torch.equal(logits(model), logits(fresh))

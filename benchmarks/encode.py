@@ -2,7 +2,7 @@
 
     python benchmarks/encode.py [--rows 4096] [--columns 14336]
 
-Prints seconds per block and, for scale, the time of one product of the matrix with its second moment in the same run.
+Prints seconds per block and, for scale, the time of one product of the matrix with its Hessian in the same run.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def main() -> None:
     torch.manual_seed(0)
     m, n = arguments.rows, arguments.columns
     x = torch.randn(4096, n) * torch.rand(n)
-    moment, weight = x.t() @ x, torch.randn(m, n)
+    hessian, weight = x.t() @ x, torch.randn(m, n)
     started = time.monotonic()
-    weight @ moment
+    weight @ hessian
     print(f"{m} x {n}, {torch.get_num_threads()} threads; one product W H: {time.monotonic() - started:.1f} s")
     for codec in (TrellisCodec(arguments.planes), SignCodec(arguments.planes)):
         started = time.monotonic()
-        for level, _ in enumerate(codec.encode(weight, moment, 4096, torch.ones(m))):
+        for level, _ in enumerate(codec.encode(weight, hessian, 4096, torch.ones(m))):
             print(
                 f"{codec.name}, block {level}: {time.monotonic() - started:.1f} s (with what precedes it)", flush=True
             )

@@ -62,10 +62,10 @@ VARIANTS = [
 
 def encode(matrix: Matrix, codec: SpqrCodec, variant: Variant) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Dense part, dense part with outliers, and the bits of both."""
-    weight, moment, tokens, importance = matrix.task
-    places, trusted = codec.outlier_places(weight, moment, tokens, importance)
+    weight, hessian, tokens, importance = matrix.task
+    places, trusted = codec.outlier_places(weight, hessian, tokens, importance)
     if not variant.feedback:
-        trusted = Damped(trusted.order, torch.eye(len(trusted.order)), moment.diagonal()[trusted.order])
+        trusted = Damped(trusted.order, torch.eye(len(trusted.order)), hessian.diagonal()[trusted.order])
     apart = places >= codec.threshold
     m, n = weight.shape
     if variant.quantised:

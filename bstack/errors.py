@@ -21,19 +21,19 @@ __all__ = [
     "UnsupportedModelError",
     "WeightError",
     "WorkDirectoryError",
-    "explained",
-    "reason",
+    "user_message",
+    "one_line",
 ]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
-def reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What another library's exception says, in one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def explained(error: BaseException) -> tuple[str, int] | None:
+def user_message(error: BaseException) -> tuple[str, int] | None:
     """What to tell the user of an error that ends a process.
 
     Parameters
@@ -52,7 +52,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or reason(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
+        return f"{place}{error.strerror or one_line(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bstk.errors import OutputError, UsageError, writing
+from bstk.errors import OutputError, UsageError, os_errors
 from bstk.files import sync_folder
 
 __all__ = ["cache_folder", "check_free", "new_folder"]
@@ -35,7 +35,7 @@ def check_free(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(os.path.abspath(path))
     shown = os.fspath(path)
-    with writing(shown):
+    with os_errors(shown):
         if not target.parent.is_dir():
             raise OutputError(
                 f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first."
@@ -62,18 +62,18 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         As `check_free`; also at the end, where somebody else has put something there meanwhile.
     """
     target = check_free(path)
-    with writing(str(target)):
+    with os_errors(str(target)):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:200]}.", suffix=".part", dir=target.parent))
     try:
         yield temporary
-        with writing(str(target)):
+        with os_errors(str(target)):
             _sync(temporary)
             # As a folder that was made in the usual way: mkdtemp makes it for its owner alone.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o777 & ~mask)
         check_free(target)
-        with writing(str(target)):
+        with os_errors(str(target)):
             if target.is_symlink():
                 target = target.resolve()
             if target.is_dir():

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.errors import WorkDirectoryError, reason
+from bstack.errors import WorkDirectoryError, one_line
 from bstk import locks
-from bstk.errors import DamagedError, writing
+from bstk.errors import DamagedError, os_errors
 from bstk.files import replacing, sync_folder
 
 __all__ = ["Part", "Record", "WorkDirectory"]
@@ -61,14 +61,14 @@ class Part:
         self._data = folder / f"{name}.bin"
         self._records_path = folder / f"{name}.json"
         self.records: list[Record] = []
-        with writing(str(self._data)):
+        with os_errors(str(self._data)):
             self._stream = open(self._data, "wb")
         self._offset = 0
 
     def add(self, raw: bytes, *, name: str, kind: bstk.Kind, **fields: Any) -> None:
         """Pack one chunk; `fields` as in `Record`."""
         frame = bstk.pack(raw)
-        with writing(str(self._data)):
+        with os_errors(str(self._data)):
             self._stream.write(frame.stored)
         self.records.append(
             Record(
@@ -84,7 +84,7 @@ class Part:
         self._offset += len(frame.stored)
 
     def close(self, *, finished: bool) -> None:
-        with writing(str(self._data)):
+        with os_errors(str(self._data)):
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
@@ -115,7 +115,7 @@ class WorkDirectory:
         self.path = path
         # Through JSON and back, so that tuples and lists compare equal.
         settings = json.loads(json.dumps(settings))
-        with writing(str(path)):
+        with os_errors(str(path)):
             path.mkdir(exist_ok=True)
         self._lock()
         try:
@@ -147,7 +147,7 @@ class WorkDirectory:
 
     def _lock(self) -> None:
         lock = self.path / LOCK
-        with writing(str(lock)):
+        with os_errors(str(lock)):
             self._lock_file = open(lock, "a+b")
             free = locks.try_lock(self._lock_file.fileno())
         # Another process may have removed the directory between the two calls: what is locked must be what is there.
@@ -228,14 +228,14 @@ class WorkDirectory:
     def forget_tensors(self, name: str) -> None:
         """Have the dictionary of tensors computed again."""
         file = self.path / f"{name}.safetensors"
-        with writing(str(file)):
+        with os_errors(str(file)):
             file.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """An empty folder for the run's own temporary files."""
         folder = self.path / "scratch"
         shutil.rmtree(folder, ignore_errors=True)
-        with writing(str(folder)):
+        with os_errors(str(folder)):
             folder.mkdir()
         return folder
 
@@ -269,12 +269,12 @@ def _kept(marker: Path, data: Path) -> Iterator[None]:
         raise
     except Exception as error:  # of json, of safetensors, of a record with other fields, of a file that is gone
         raise DamagedError(
-            f"{data} is damaged: {reason(error)}. Delete {marker} and give the same command again: that part is made anew."
+            f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made anew."
         ) from None
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    with replacing(path) as (sink, _), writing(str(path)):
+    with replacing(path) as (sink, _), os_errors(str(path)):
         sink.write(data)
 
 

@@ -97,7 +97,7 @@ def filled(path) -> WorkDirectory:
         with work.part(name) as part:
             part.add(name.encode(), name=name, kind=bstk.FILE)
     work.value("curve", lambda: [1, 2])
-    work.tensors("head", lambda: {"moment": torch.ones(3)})
+    work.tensors("head", lambda: {"hessian": torch.ones(3)})
     (work.scratch() / "left.tmp").write_bytes(b"x")
     return work
 

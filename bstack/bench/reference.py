@@ -22,7 +22,7 @@ import torch
 
 import bstk
 from bstk.descriptors import Sink
-from bstk.errors import writing
+from bstk.errors import os_errors
 from bstk.files import replacing
 
 __all__ = ["Reference", "ReferenceWriter", "file_bytes", "write_reference"]
@@ -52,13 +52,13 @@ class ReferenceWriter:
         self._shape = tuple(rows.shape)
         raw = rows.contiguous().numpy().astype("<f2", copy=False).tobytes()
         self._checks.append(zlib.crc32(raw))
-        with writing(self._shown):
+        with os_errors(self._shown):
             self._sink.write(raw)
 
     def finish(self, key: str, extra: dict[str, Any]) -> None:
         """Write the end."""
         data = json.dumps(self._end(key, extra)).encode()
-        with writing(self._shown):
+        with os_errors(self._shown):
             self._sink.write(data + len(data).to_bytes(8, "little"))
 
     def readable(self, temporary: str) -> Reference:
@@ -96,7 +96,7 @@ def write_reference(
         The disk is full.
     """
     with replacing(path) as (sink, temporary):
-        with writing(os.fspath(path)):
+        with os_errors(os.fspath(path)):
             sink.write(MAGIC)
         writer = ReferenceWriter(sink, os.fspath(path), windows)
         fill(writer)

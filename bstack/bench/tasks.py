@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import bstk
-from bstack.errors import MissingPackageError, reason
+from bstack.errors import MissingPackageError, one_line
 from bstack.eval.estimates import Estimate
 
 __all__ = ["check_tasks", "file_digests", "run_tasks"]
@@ -87,7 +87,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Est
         found = simple_evaluate(model=wrapped, tasks=list(tasks), bootstrap_iters=1000)
     except Exception as error:  # whatever a task's own code, its data or the network do
         raise bstk.BstkError(
-            f"lm-eval failed on {', '.join(tasks)}: {type(error).__name__}: {reason(error)}. Data sets that are not on this "
+            f"lm-eval failed on {', '.join(tasks)}: {type(error).__name__}: {one_line(error)}. Data sets that are not on this "
             "machine are fetched from the Hugging Face hub."
         ) from error
     return {f"{task} {name}": value for task, figures in _asked(found, tasks) for name, value in [_headline(figures)]}

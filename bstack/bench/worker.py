@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import bstk
-from bstack.errors import explained, reason
+from bstack.errors import one_line, user_message
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ def main() -> int:
         _say(answers, result=measure(request, lambda: _say(answers, step=1)))
     except BaseException as error:
         _say(answers, error=_described(error))
-        if explained(error) is None:
+        if user_message(error) is None:
             traceback.print_exc()
     return 0
 
@@ -46,7 +46,7 @@ def _say(answers: TextIO, **message: Any) -> None:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    message, code = explained(error) or (f"{type(error).__name__}: {reason(error)}", None)
+    message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
     return {"message": message, "exit_code": code}
 
 
@@ -81,13 +81,13 @@ def measure(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]
 def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     from bstack.bench.running import measure_running
     from bstack.engine.load import load
-    from bstack.packed.store import residence_of
+    from bstack.packed.store import store_of
 
     with ExitStack() as stack:
 
         def packed() -> Any:
             model, _ = load(request["file"], mb=request["mb"], mode="stack", **_trust(request))
-            stack.callback(residence_of(model).close)
+            stack.callback(store_of(model).close)
             return model
 
         def dense() -> Any:

@@ -22,7 +22,7 @@ from bstack.calibration.products import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
-from bstk.errors import writing
+from bstk.errors import os_errors
 
 __all__ = ["Sensitivity", "layer_parameters", "output_sensitivity"]
 
@@ -98,7 +98,7 @@ class _LayerInputs:
     def write(self, index: int, calls: list[LayerCall]) -> None:
         # A file without a name, held open: keyword arguments may be objects of any class, and what is unpickled below
         # must be what was written here.
-        with writing(str(self._scratch)):
+        with os_errors(str(self._scratch)):
             stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)
             packed = io.BytesIO()  # torch turns a full disk into an error of its own
             torch.save([(call.args, call.kwargs) for call in calls], packed)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a layer's linears."""
+"""Hessians of the inputs of a layer's linears."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from bstack.calibration.products import Operand, ProductWatch
 from bstack.calibration.stream import LayerStream
 
-__all__ = ["InputStatistics", "MomentTable", "gather"]
+__all__ = ["InputStatistics", "HessianTable", "gather"]
 
 STRIP = 384
 
@@ -30,7 +30,7 @@ class InputStatistics:
 
     def __init__(self, width: int):
         self.tokens = 0
-        self._moment = torch.zeros(width, width)
+        self._hessian = torch.zeros(width, width)
         self._mirrored = True
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -39,23 +39,23 @@ class InputStatistics:
         # X^T X is symmetric: strips from the diagonal downwards are little more than half the work.
         for start in range(0, rows.shape[1], STRIP):
             strip = slice(start, start + STRIP)
-            self._moment[start:, strip].addmm_(rows[:, start:].t(), rows[:, strip])
+            self._hessian[start:, strip].addmm_(rows[:, start:].t(), rows[:, strip])
         self.tokens += rows.shape[0]
         self._mirrored = False
 
     @property
-    def moment(self) -> torch.Tensor:
+    def hessian(self) -> torch.Tensor:
         """X^T X summed over the tokens, float32, shape (inputs, inputs)."""
         if not self._mirrored:
-            for start in range(STRIP, self._moment.shape[0], STRIP):
+            for start in range(STRIP, self._hessian.shape[0], STRIP):
                 strip = slice(start, start + STRIP)
-                self._moment[:start, strip] = self._moment[strip, :start].t()
+                self._hessian[:start, strip] = self._hessian[strip, :start].t()
             self._mirrored = True
-        return self._moment
+        return self._hessian
 
 
 @dataclass
-class MomentTable:
+class HessianTable:
     """Statistics of all linears of a layer; linears that read the same input share one entry.
 
     Attributes
@@ -93,8 +93,8 @@ class MomentTable:
         return self._statistics[self._leaders[name]]
 
 
-def gather(stream: LayerStream, index: int, parameters: dict[str, torch.Tensor]) -> MomentTable:
-    """Run every batch through the current layer and collect second moments of what its linears read.
+def gather(stream: LayerStream, index: int, parameters: dict[str, torch.Tensor]) -> HessianTable:
+    """Run every batch through the current layer and collect Hessians of what its linears read.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def gather(stream: LayerStream, index: int, parameters: dict[str, torch.Tensor])
     parameters : dict of str to torch.Tensor
         The layer's parameters of two and three dimensions, by full name.
     """
-    table = MomentTable()
+    table = HessianTable()
     watch = ProductWatch(parameters, table.report)
     for number in range(len(stream.calls())):
         table.start_batch()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, TextNotFoundError, reason
+from bstack.errors import CalibrationError, TextNotFoundError, one_line
 
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
@@ -139,7 +139,7 @@ def _rows(source: str) -> Iterator[str]:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
         raise TextNotFoundError(
-            f"There is no file or folder {source!r}, and as a hub data set it cannot be read: {reason(error)}"
+            f"There is no file or folder {source!r}, and as a hub data set it cannot be read: {one_line(error)}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from bstack.cli._text import printable
-from bstack.errors import explained
+from bstack.errors import user_message
 from bstk.errors import Interrupted
 
 
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
 
 
 def _report_exception(error: Exception) -> int:
-    message, code = explained(error) or (
+    message, code = user_message(error) or (
         f"unexpected {type(error).__name__}: {error}. This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,
     )

@@ -40,7 +40,7 @@ class _Lines:
         now = time.monotonic()
         if not count or now - self._told < LINE_EVERY or self._done >= self._total:
             return
-        # By what was done since the last line, and so not in the first one: what was there already went by in a moment.
+        # By what was done since the last line, and so not in the first one: what was there already went by in a hessian.
         left = ""
         if self._before:
             left = f", about {duration((now - self._told) / (self._done - self._before) * (self._total - self._done))} left"

@@ -112,7 +112,7 @@ def command(
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
     from bstack.packed.follow import following
-    from bstack.packed.store import residence_of
+    from bstack.packed.store import store_of
 
     if tokenizer is None:
         raise bstk.UsageError(
@@ -132,7 +132,7 @@ def command(
                 **options,
             )
     finally:
-        residence_of(model).close()
+        store_of(model).close()
     state = resident(model)
     if as_json:
         _common.print_json(

@@ -22,7 +22,7 @@ __all__ = ["Block", "Codec", "Task"]
 # Settings that one codec alone has.
 _OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
 
-# What `Codec.encode` takes: weight, moment, tokens, importance.
+# What `Codec.encode` takes: weight, hessian, tokens, importance.
 Task = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]
 
 
@@ -98,7 +98,7 @@ class Codec(ABC):
         Parameters
         ----------
         tasks : iterable of tuple
-            By matrix: weight, moment, tokens and importance, as `encode` takes them.
+            By matrix: weight, hessian, tokens and importance, as `encode` takes them.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(
-        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+        self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
         """Yield the blocks of a matrix, most significant first, at least one.
 
@@ -125,7 +125,7 @@ class Codec(ABC):
         ----------
         weight : torch.Tensor
             W, float32, shape (outputs, inputs).
-        moment : torch.Tensor
+        hessian : torch.Tensor
             H = X^T X of the matrix's input, float32, shape (inputs, inputs), symmetric, not negative.
         tokens : int
             Rows of X: how far H can be trusted.

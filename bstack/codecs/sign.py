@@ -71,16 +71,16 @@ class SignCodec(Codec):
         return {"codec": self.name, "planes": self.planes, "rank": self.rank}
 
     def encode(
-        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+        self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
-        scale = channel_norms(moment)
+        scale = channel_norms(hessian)
         residual = weight.clone()
         rank = min(self.rank, *weight.shape) if self.rank != "auto" else choose_rank(weight * scale)
         for _ in range(self.planes):
             signs = residual >= 0
             u, v = _magnitudes((residual * scale).abs(), scale, rank)
             residual -= _contribution(signs, u, v)
-            yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, moment))
+            yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, hessian))
 
     @staticmethod
     def rebuild(
@@ -92,12 +92,12 @@ class SignCodec(Codec):
         return total
 
 
-def channel_norms(moment: torch.Tensor) -> torch.Tensor:
+def channel_norms(hessian: torch.Tensor) -> torch.Tensor:
     """L2 norm of every input channel, from the diagonal of H; float32, shape (inputs,).
 
     Channels that calibration never excited get a small share of the mean: their weights are kept, coarsely.
     """
-    norms = moment.diagonal().clamp_min(0).sqrt()
+    norms = hessian.diagonal().clamp_min(0).sqrt()
     mean = norms.mean()
     return norms.clamp_min(1e-3 * mean) if mean > 0 else torch.ones_like(norms)
 

@@ -4,7 +4,7 @@
     next      outliers: what the dense part lacks at the places where a group would suffer most; none, no block
     above     trellis blocks of what these two leave
 
-The encoder takes the columns in order of falling second moment and feeds each column's error on to the later ones
+The encoder takes the columns in order of falling Hessian and feeds each column's error on to the later ones
 (`bstack.numerics.feedback`). Which weights are outliers is decided before: a leave-one-out test
 (`bstack.numerics.outliers`) in units of the predicted divergence, with one threshold for all matrices of a layer.
 docs/quality.md has the measurements.
@@ -149,11 +149,11 @@ class SpqrCodec(Codec):
         )
 
     def encode(
-        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+        self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
         shape = tuple(weight.shape)
         _check_width(shape)
-        places, trusted = self.outlier_places(weight, moment, tokens, importance)
+        places, trusted = self.outlier_places(weight, hessian, tokens, importance)
         threshold = self.threshold
         if threshold is None:
             threshold = _threshold(self._prices(places), self._allowed([shape]))
@@ -161,13 +161,13 @@ class SpqrCodec(Codec):
         dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, self.bits, self.group)
         residual = weight - values
         rank = rank_of(self.bits, self.group)
-        yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, moment))
+        yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, hessian))
         if len(added):
             residual[rows, columns] -= added.float()
             outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
-            yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, moment))
+            yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, hessian))
         if self.planes:
-            yield from TrellisCodec(self.planes).encode(residual, moment, tokens, importance)
+            yield from TrellisCodec(self.planes).encode(residual, hessian, tokens, importance)
 
     @staticmethod
     def rebuild(
@@ -182,13 +182,13 @@ class SpqrCodec(Codec):
         return total
 
     def outlier_places(
-        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+        self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> tuple[torch.Tensor, Damped]:
         """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs).
 
-        Parameters are those of `encode`. The second moment made ready comes with it.
+        Parameters are those of `encode`. The Hessian made ready comes with it.
         """
-        trusted = damped(moment, tokens)
+        trusted = damped(hessian, tokens)
         scores = outlier_scores(weight[:, trusted.order], trusted.cost, self.group, 2**self.bits - 1)
         # Half the importance, by token: the predicted divergence, in the same unit for all matrices of a layer.
         scores *= (bounded(importance) * (0.5 / max(tokens, 1)))[:, None]

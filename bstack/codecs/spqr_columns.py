@@ -14,7 +14,7 @@ from bstack.numerics.shrinkage import shrinkage
 
 __all__ = ["OUTLIER_COST", "Damped", "bounded", "code_columns", "damped"]
 
-# Of the mean of the second moment's diagonal, as in GPTQ.
+# Of the mean of the Hessian's diagonal, as in GPTQ.
 DAMPING = 0.01
 # What an outlier's error counts in its group's fit, against other weights, times the square of the largest code: it is made up
 # for, but not in the dense part alone. What leaving it out costs there, over what it brings, grows with that square.
@@ -25,12 +25,12 @@ ROUNDS = 2
 
 
 class Damped(NamedTuple):
-    """A second moment made ready for feedback.
+    """A Hessian made ready for feedback.
 
     Attributes
     ----------
     order : torch.Tensor
-        Columns by falling second moment, int64, shape (inputs,).
+        Columns by falling Hessian, int64, shape (inputs,).
     factor : torch.Tensor
         The feedback factor of the columns in that order (`factorise`), shape (inputs, inputs).
     cost : torch.Tensor
@@ -42,12 +42,12 @@ class Damped(NamedTuple):
     cost: torch.Tensor
 
 
-def damped(moment: torch.Tensor, tokens: int) -> Damped:
-    """Shrink, order and factorise a second moment, float32, shape (inputs, inputs)."""
-    kept, ridge = shrinkage(moment, tokens)
-    order = moment.diagonal().argsort(stable=True, descending=True)
-    damping = ridge + DAMPING * float((kept * moment.diagonal()[order]).mean())
-    return Damped(order, *factorise(lambda: kept * moment[order][:, order], damping if damping > 0 else 1.0))
+def damped(hessian: torch.Tensor, tokens: int) -> Damped:
+    """Shrink, order and factorise a Hessian, float32, shape (inputs, inputs)."""
+    kept, ridge = shrinkage(hessian, tokens)
+    order = hessian.diagonal().argsort(stable=True, descending=True)
+    damping = ridge + DAMPING * float((kept * hessian.diagonal()[order]).mean())
+    return Damped(order, *factorise(lambda: kept * hessian[order][:, order], damping if damping > 0 else 1.0))
 
 
 def code_columns(

@@ -29,7 +29,7 @@ from bstack.kernels.multiply import decode_rows
 from bstack.kernels.table import TABLE
 from bstack.kernels.trellis import EARLIER, encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
-from bstack.numerics.rotation import rotate, rotate_moment, unrotate
+from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 from bstack.numerics.shrinkage import shrinkage
 from bstack.settings import Settings
 
@@ -77,9 +77,9 @@ class TrellisCodec(Codec):
         return {"codec": self.name, "planes": self.planes}
 
     def encode(
-        self, weight: torch.Tensor, moment: torch.Tensor, tokens: int, importance: torch.Tensor
+        self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
-        turned = rotate_moment(moment)
+        turned = rotate_hessian(hessian)
         kept, ridge = shrinkage(turned, tokens)
         spectrum = spectrum_sample(_trusted(turned, kept, ridge))
         importance = _bounded(importance)
@@ -114,7 +114,7 @@ class TrellisCodec(Codec):
 
 
 def _trusted(turned: torch.Tensor, kept: float, ridge: float) -> torch.Tensor:
-    """The better estimate of a second moment that `shrinkage` describes."""
+    """The better estimate of a Hessian that `shrinkage` describes."""
     trusted = kept * turned
     trusted.diagonal().add_(ridge)
     return trusted
@@ -177,7 +177,7 @@ def _refit(
 ) -> torch.Tensor:
     """Scale of each row that leaves the smallest output error, v H r / v H v; half precision, shape (m,).
 
-    `product` is v times the moment as it was measured; H is the better estimate of it (`_trusted`).
+    `product` is v times the hessian as it was measured; H is the better estimate of it (`_trusted`).
     """
     scale = torch.empty(len(values))
     for rows in _parts(values):

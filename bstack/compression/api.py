@@ -11,7 +11,7 @@ import bstk
 from bstack.memory.process import peak_bytes
 from bstack.progress import Progress, no_progress
 from bstack.settings import PRESETS, Settings
-from bstk.errors import OutputError, UsageError, writing
+from bstk.errors import OutputError, UsageError, os_errors
 
 __all__ = ["Report", "compress"]
 
@@ -135,7 +135,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists already. Give --force to replace it, or another name.")
     probe = folder / f".{output.name}.probe"
-    with writing(str(folder)):
+    with os_errors(str(folder)):
         probe.touch()
         probe.unlink()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import ClusterError, ClusterLostError, MissingPackageError, reason
+from bstack.errors import ClusterError, ClusterLostError, MissingPackageError, one_line
 from bstack.kernels.native import instructions
 from bstk.errors import UsageError
 
@@ -71,7 +71,7 @@ class Cluster:
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # TimeoutError among them. ValueError: no address; MemoryError: what answers there speaks another protocol.
             raise ClusterError(
-                f"No Dask scheduler answers at {address}: {reason(error)}. Start one (dask scheduler), and give its address, such as "
+                f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its address, such as "
                 "tcp://10.0.0.5:8786."
             ) from None
         try:
@@ -109,7 +109,7 @@ class Cluster:
         for worker, found in self._client.run(facts, on_error="return").items():
             if isinstance(found, Exception):
                 raise ClusterError(
-                    f"The worker {worker} cannot run bstack: {reason(found)}. Install bstack {here['bstack']} in its environment, too."
+                    f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
                 )
             _check_versions(here, found, worker)
             self._compare(worker, found)

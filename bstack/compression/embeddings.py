@@ -17,7 +17,7 @@ from bstack.models.names import MatrixName, row_ranges
 from bstack.models.references import name_place
 from bstack.models.skeleton import Skeleton
 from bstack.workdir import WorkDirectory
-from bstk.errors import writing
+from bstk.errors import os_errors
 
 __all__ = [
     "FILES_PART",
@@ -39,26 +39,26 @@ class TableStatistics:
 
     An error E in row i of the head costs F_i (E H E^T)_ii, F_i about the probability of token i. The same row as an
     embedding is read with that probability and costs sum_j G_j E_ij^2 then, G the sensitivity of the first layer's
-    input. So one weighted moment, H + T diag(G), and one sensitivity per row serve a tied matrix in both roles.
+    input. So one weighted hessian, H + T diag(G), and one sensitivity per row serve a tied matrix in both roles.
 
     Parameters
     ----------
-    head_moment : torch.Tensor
-        Second moment of the head's input, shape (width, width), over `tokens` tokens.
+    head_hessian : torch.Tensor
+        Hessian of the head's input, shape (width, width), over `tokens` tokens.
     tokens : int
     sensitivity : Sensitivity
     calibration : torch.Tensor
         The calibration's token ids: how often each row is read.
     """
 
-    def __init__(self, head_moment: torch.Tensor, tokens: int, sensitivity: Sensitivity, calibration: torch.Tensor):
+    def __init__(self, head_hessian: torch.Tensor, tokens: int, sensitivity: Sensitivity, calibration: torch.Tensor):
         self.tokens = tokens
-        self._head_moment = head_moment
+        self._head_hessian = head_hessian
         self._sensitivity = sensitivity
         self._calibration = calibration
 
     def of(self, skeleton: Skeleton, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Moment and sensitivity per row of the embedding, the head, or the tied matrix of both."""
+        """Hessian and sensitivity per row of the embedding, the head, or the tied matrix of both."""
         rows, width = shape
         embedding = self._sensitivity.embedding
         if embedding.shape[0] != width:
@@ -66,8 +66,8 @@ class TableStatistics:
             embedding = embedding.mean().expand(width)
         read = self.tokens * torch.diag(embedding)
         if name == skeleton.output_name:
-            moment = self._head_moment + read if name == skeleton.input_name else self._head_moment
-            return moment, self._sensitivity.outputs[name]
+            hessian = self._head_hessian + read if name == skeleton.input_name else self._head_hessian
+            return hessian, self._sensitivity.outputs[name]
         counts = torch.bincount(self._calibration.reshape(-1), minlength=rows)[:rows].float()
         return read, (counts + 1) / (counts.sum() + rows)
 
@@ -138,11 +138,11 @@ def _compress_table(
     """Encode an embedding or a head, range of rows by range. In a frame of its own: gigabytes go with its names, before the next."""
     with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
         weight = skeleton.parameter(parameter)
-        moment, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
+        hessian, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
         rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
         encode(
             (
-                Matrix(str(name), weight[r], moment, statistics.tokens, sensitivity[r], even=True)
+                Matrix(str(name), weight[r], hessian, statistics.tokens, sensitivity[r], even=True)
                 for name, r in rows.items()
             ),
             codec,
@@ -163,7 +163,7 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
     folder: Path = work.scratch()
     checkpoint = skeleton.checkpoint
     names = checkpoint.export_tokenizer(folder)
-    with writing(str(folder)):
+    with os_errors(str(folder)):
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
         if checkpoint.code is not None and checkpoint.code.hub is not None:
             name_place(folder, checkpoint.code.hub.partition("@")[0])

@@ -45,7 +45,7 @@ class Matrix:
         The stack's name.
     weight : torch.Tensor
         Float32, shape (outputs, inputs).
-    moment : torch.Tensor
+    hessian : torch.Tensor
         H = X^T X, float32, shape (inputs, inputs).
     tokens : int
         Rows of X.
@@ -60,7 +60,7 @@ class Matrix:
 
     name: str
     weight: torch.Tensor
-    moment: torch.Tensor
+    hessian: torch.Tensor
     tokens: int
     sensitivity: torch.Tensor
     transposed: bool = False
@@ -70,7 +70,7 @@ class Matrix:
     def task(self) -> Task:
         """What a codec takes."""
         importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
-        return self.weight.contiguous(), self.moment, self.tokens, importance
+        return self.weight.contiguous(), self.hessian, self.tokens, importance
 
 
 def encode(
@@ -89,7 +89,7 @@ def encode(
 
     try:
         for matrix in matrices:
-            # Only so many at a time: each holds its moment, and a layer may have hundreds of experts.
+            # Only so many at a time: each holds its hessian, and a layer may have hundreds of experts.
             beside = workers.beside(matrix.weight.shape[1])
             while len(pending) > beside:
                 finish_one()
@@ -105,7 +105,7 @@ def encode(
 
 def _arrays(matrix: Matrix) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A matrix as plain arrays and values, which can go to another process; without a copy where there is one already."""
-    arrays = {"weight": matrix.weight, "moment": matrix.moment, "sensitivity": matrix.sensitivity}
+    arrays = {"weight": matrix.weight, "hessian": matrix.hessian, "sensitivity": matrix.sensitivity}
     values = {"name": matrix.name, "tokens": matrix.tokens, "transposed": matrix.transposed, "even": matrix.even}
     return {name: tensor.detach().contiguous().numpy() for name, tensor in arrays.items()}, values
 
@@ -138,7 +138,7 @@ def encode_arrays(
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task
         weight = task[0]
-        before = output_errors(weight, matrix.moment)
+        before = output_errors(weight, matrix.hessian)
         whole = float(before.sum(dtype=torch.float64))
         chunks = []
         for level, block in enumerate(codec.encode(*task)):
@@ -161,8 +161,8 @@ def encode_arrays(
 
 
 def _check_finite(matrix: Matrix) -> None:
-    # A sum of squares stands on the moment's diagonal, and nothing beside it is larger.
-    for what, numbers in (("inputs", matrix.moment.diagonal()), ("gradients", matrix.sensitivity)):
+    # A sum of squares stands on the hessian's diagonal, and nothing beside it is larger.
+    for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
         if bad := int((~numbers.isfinite()).sum()):
             raise CalibrationError(
                 f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "

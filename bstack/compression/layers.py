@@ -10,7 +10,7 @@ import torch
 
 from bstack.calibration.products import Operand
 from bstack.calibration.sensitivity import Sensitivity, layer_parameters
-from bstack.calibration.statistics import MomentTable, gather
+from bstack.calibration.statistics import HessianTable, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, add_dense, encode
@@ -40,12 +40,12 @@ def compress_layers(
     workers: Workers,
     progress: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
-    """Finish every layer's part, and return the second moment of what reaches the head.
+    """Finish every layer's part, and return the Hessian of what reaches the head.
 
     Returns
     -------
     dict of str to torch.Tensor
-        ``moment``, shape (width, width), and ``tokens``.
+        ``hessian``, shape (width, width), and ``tokens``.
     """
     with (
         skeleton.loaded(skeleton.rest_names),
@@ -60,14 +60,14 @@ def compress_layers(
                     _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
         hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
-    moment = sum(rows.t() @ rows for rows in hidden)
-    return {"moment": moment, "tokens": torch.tensor(sum(rows.shape[0] for rows in hidden))}
+    hessian = sum(rows.t() @ rows for rows in hidden)
+    return {"hessian": hessian, "tokens": torch.tensor(sum(rows.shape[0] for rows in hidden))}
 
 
 def _compress_layer(
     skeleton: Skeleton,
     index: int,
-    table: MomentTable,
+    table: HessianTable,
     sensitivity: Sensitivity,
     codec: Codec,
     work: WorkDirectory,
@@ -82,7 +82,7 @@ def _compress_layer(
         encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part, workers)
 
 
-def layer_matrices(skeleton: Skeleton, index: int, table: MomentTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
+def layer_matrices(skeleton: Skeleton, index: int, table: HessianTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
     """The matrices of a loaded layer that become stacks, with what its statistics say of them."""
     return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
 
@@ -114,7 +114,7 @@ def _large(shape: Sequence[int], total: int) -> bool:
     return min(shape[-2:]) >= LEAST_SIDE and math.prod(shape) >= LEAST_SHARE * total
 
 
-def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
+def _stacked(table: HessianTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
     """Choose the parameters that become stacks; for each, its matrices."""
     seen: dict[str, Operand] = {}
     for operand in table.operands.values():
@@ -132,7 +132,7 @@ def _stacked(table: MomentTable, parameters: dict[str, torch.Tensor]) -> dict[st
     return chosen
 
 
-def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: MomentTable, sensitivity: Sensitivity):
+def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: HessianTable, sensitivity: Sensitivity):
     for parameter, operands in stacked.items():
         seen = [operand for operand in operands if operand.name in table.operands]
         for operand in operands:
@@ -144,7 +144,7 @@ def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: Mome
             yield Matrix(
                 operand.name,
                 weight,
-                functools.reduce(torch.add, (s.moment for s in statistics)),
+                functools.reduce(torch.add, (s.hessian for s in statistics)),
                 sum(s.tokens for s in statistics),
                 sum(sensitivities) / len(sensitivities)
                 if sensitivities

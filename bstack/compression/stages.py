@@ -117,7 +117,7 @@ def run_stages(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
         table_codec = codec.for_tables() if settings.embeddings == "stack" else None
-        statistics = TableStatistics(output["moment"], int(output["tokens"]), sensitivity, windows)
+        statistics = TableStatistics(output["hessian"], int(output["tokens"]), sensitivity, windows)
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outer(skeleton, statistics, table_codec, work, workers, step)

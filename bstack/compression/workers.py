@@ -10,7 +10,7 @@ from bstack.kernels.native import processors
 
 __all__ = ["Pending", "Threads", "Workers"]
 
-# Each matrix in work holds several copies of its second moment; those of a wide one (0.8 GB each at 14336) leave no room for
+# Each matrix in work holds several copies of its Hessian; those of a wide one (0.8 GB each at 14336) leave no room for
 # another matrix.
 MOST_AT_ONCE = 4
 WIDE = 8192

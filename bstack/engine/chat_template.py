@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError, one_line
 
 __all__ = ["main", "render"]
 
@@ -64,7 +64,7 @@ def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
             "add_generation_prompt": True,
         }
     except Exception as error:  # whatever the files of a stranger make of it
-        raise _failed(reason(error)) from None
+        raise _failed(one_line(error)) from None
     _refuse_taken(names)
     limits = {"seconds": seconds, "longest": LONGEST + len(prompt)}
     data = json.dumps({"limits": limits, "request": request}, default=str).encode()
@@ -131,7 +131,7 @@ def _answer(request: dict[str, Any], seconds: int, longest: int) -> dict[str, st
     except MemoryError:
         return {"error": f"it takes more than {MEMORY // 2**20} MB of memory."}
     except Exception as error:  # whatever a template does
-        return {"error": reason(error).rstrip(".") + "."}
+        return {"error": one_line(error).rstrip(".") + "."}
     if len(text) > longest:
         return {"error": f"it makes {len(text)} characters of the prompt, and at most {longest} are allowed."}
     return {"text": text}

@@ -13,11 +13,11 @@ import torch
 
 import bstk
 from bstack.engine.trust import refuse_tokenizer
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.code import own_attention
 from bstack.models.files import put_files
 from bstack.models.names import MatrixName
-from bstk.errors import DamagedError, writing
+from bstk.errors import DamagedError, os_errors
 
 __all__ = [
     "build_model",
@@ -59,7 +59,7 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         folder = (
             Path(name) / "model"
         )  # the same each time: transformers keeps code that it runs under the folder's name
-        with writing(str(folder)):
+        with os_errors(str(folder)):
             folder.mkdir()
         put_files(((inside, file.file_pieces(inside)) for inside in file.files), folder, file.source.name)
         yield folder
@@ -160,7 +160,7 @@ def understood(shown: str, what: str) -> Iterator[None]:
     except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
-        raise UnsupportedModelError(f"{shown}: {what}: {reason(error)}") from None
+        raise UnsupportedModelError(f"{shown}: {what}: {one_line(error)}") from None
 
 
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:

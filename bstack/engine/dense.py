@@ -13,7 +13,7 @@ from bstack.codecs import codec_of_kind
 from bstack.engine.container import build_model, part_of, parts_of, plain_tensor, understood
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import quiet_transformers
-from bstk.errors import located
+from bstk.errors import error_prefix
 
 __all__ = ["dense_model", "dense_weights"]
 
@@ -72,7 +72,7 @@ def dense_weights(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Before memory is asked for: the shapes are what a configuration says.
-    with located(file.source.name):
+    with error_prefix(file.source.name):
         parts = parts_of(chunks, shapes)
     for chunk in chunks:
         if chunk.is_weight and not chunk.is_block:

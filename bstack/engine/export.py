@@ -16,11 +16,11 @@ import bstk
 from bstack.engine.container import build_model, embedded_files, parse_name
 from bstack.engine.dense import dense_weights
 from bstack.engine.trust import check_trust, stage_code
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.folders import new_folder
 from bstack.models.references import names_beside
 from bstack.models.skeleton import find_layers, quiet_transformers
-from bstk.errors import DamagedError, ResourceError, UsageError, writing
+from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
 __all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
 
@@ -172,7 +172,7 @@ class _Shards:
         import safetensors.torch
 
         target = self._temporary(len(self._shards))
-        with writing(str(target)):
+        with os_errors(str(target)):
             target.touch()
             mode = target.stat().st_mode  # what a new file gets here; safetensors makes its own for its owner alone
             try:
@@ -180,7 +180,7 @@ class _Shards:
                 target.chmod(mode)
             except safetensors.SafetensorError as error:  # its way to say that the disk is full
                 raise ResourceError(
-                    f"{target}: cannot write: {reason(error)}. Free some space, or write to another disk."
+                    f"{target}: cannot write: {one_line(error)}. Free some space, or write to another disk."
                 ) from None
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
@@ -248,7 +248,7 @@ def _check_names(file: bstk.Reader) -> None:
 def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
     for name in file.files:
         copy = target / name
-        with writing(str(copy)):
+        with os_errors(str(copy)):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((inside / name).read_bytes())
 
@@ -264,5 +264,5 @@ def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with writing(str(path)):
+    with os_errors(str(path)):
         path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 
 from bstack.engine.chat_template import render
 from bstack.engine.container import understood
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError, one_line
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["Written", "encode_prompt", "write_text"]
@@ -138,9 +138,9 @@ def write_text(
         Exception
     ) as error:  # token ids beyond the vocabulary, settings of other types: files that do not fit each other
         if isinstance(error, ValueError) and not times:
-            raise UsageError(f"transformers refuses these options: {reason(error)}") from None
+            raise UsageError(f"transformers refuses these options: {one_line(error)}") from None
         raise UnsupportedModelError(
-            f"the model cannot be run as its files say: {type(error).__name__}: {reason(error)}"
+            f"the model cannot be run as its files say: {type(error).__name__}: {one_line(error)}"
         ) from error
     new = max(0, len(times) - 1)
     return Written(

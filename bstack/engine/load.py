@@ -19,7 +19,7 @@ from bstack.engine.packed_model import stacked_model
 from bstack.engine.trust import check_trust, stage_code
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.packed.backends import device_of, place_of
-from bstack.packed.store import Residence, Resident, residence_of
+from bstack.packed.store import BlockStore, Resident, store_of
 from bstk import urls
 from bstk.errors import UsageError
 
@@ -149,11 +149,11 @@ def _read(
             model, matrices, gate = stacked_model(file, folder, dtype, place, trusted)
         opened = ExitStack()
         fetched = mb if urls.is_url(path) else None
-        residence = Residence(file, matrices, gate, place.slabs(), close=opened.close, fetched=fetched)
-        residence.resize(mb)
+        store = BlockStore(file, matrices, gate, place.arena(), close=opened.close, fetched=fetched)
+        store.resize(mb)
         install(model, gate)
         opened.push(stack.pop_all())  # the file stays open, to grow from
-        model.bstack_residence = residence
+        model.bstack_store = store
         model.save_pretrained = model.state_dict = _refuse_to_save
         return model, tokenizer
 
@@ -190,9 +190,9 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
     bstk.ResourceError
         The system starts no further thread to load blocks. The model keeps the blocks it has.
     """
-    residence = residence_of(model)
-    residence.resize(mb, wait=wait)
-    return residence.state
+    store = store_of(model)
+    store.resize(mb, wait=wait)
+    return store.state
 
 
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
@@ -204,4 +204,4 @@ def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
 
 def resident(model: Any) -> Resident:
     """What of a model is in memory; raises bstk.UsageError for one with dense weights."""
-    return residence_of(model).state
+    return store_of(model).state

@@ -18,7 +18,7 @@ from bstack.packed.backends import Place
 from bstack.packed.lock import Gate
 from bstack.packed.matrix import Table
 from bstack.packed.weight import PackedWeight
-from bstk.errors import DamagedError, located
+from bstk.errors import DamagedError, error_prefix
 
 __all__ = ["stacked_model"]
 
@@ -31,7 +31,7 @@ _Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 def stacked_model(
     file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place, trusted: bool = False
 ) -> tuple[Any, dict[str, Any], Gate]:
-    """A model without any block in memory yet, and what a `Residence` needs to bring them.
+    """A model without any block in memory yet, and what a `BlockStore` needs to bring them.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def stacked_model(
     shown = file.source.name
     # Eager experts use one expert's weights at a time, which is what packed ones can offer.
     model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
-    with located(shown):
+    with error_prefix(shown):
         parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     for parts in parameters.values():
         _check_depth(parts, shown)

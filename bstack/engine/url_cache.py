@@ -14,7 +14,7 @@ from bstk import preamble
 from bstk.budget import Budget
 from bstk.copying import extend, intact
 from bstk.download import begin
-from bstk.errors import writing
+from bstk.errors import os_errors
 from bstk.locked import LockedFile
 
 __all__ = ["KeptCopyError", "cached", "kept_path"]
@@ -94,7 +94,7 @@ def cached(
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
     """Cut a kept file off before a chunk that does not match its digest there; say whether the chunk is gone, through whomever."""
-    with LockedFile(path, wait=True) as kept, writing(kept.path):
+    with LockedFile(path, wait=True) as kept, os_errors(kept.path):
         if kept.length < chunk.end:
             return True
         if intact(kept, [chunk]) == chunk.end:
@@ -131,10 +131,10 @@ def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool, warn: bool)
     reader = _open_with_kept_tables(remote, strict, warn)
     cut = reader.fit(mb)
     path = kept_path(reader.root)
-    with writing(str(path.parent)):
+    with os_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
     with LockedFile(path, create=True, wait=True) as kept:
-        with writing(kept.path):
+        with os_errors(kept.path):
             begin(kept, reader)
             missing = cut.file_bytes - kept.length
         if missing > 0:

@@ -21,7 +21,7 @@ PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Memory:
-    """What the system says at one moment.
+    """What the system says at one hessian.
 
     Attributes
     ----------

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, reason
+from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, one_line
 from bstack.models.hub import hub_snapshot
 from bstack.models.references import ELSEWHERE, keep_references, required
 
@@ -85,7 +85,7 @@ class Code:
             imported = get_relative_imports(self.folder / f"{module}.py")
         except (OSError, UnicodeDecodeError) as error:
             raise ForeignCodeError(
-                f"{shown}: its code is in {module}.py of {self.origin}, which cannot be read: {reason(error)}."
+                f"{shown}: its code is in {module}.py of {self.origin}, which cannot be read: {one_line(error)}."
             ) from None
         for other in sorted(imported):
             self._add_imports(other, known, shown)

@@ -6,9 +6,9 @@ import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from bstack.errors import DamagedError, reason
+from bstack.errors import DamagedError, one_line
 from bstk.descriptors import Sink
-from bstk.errors import OutputError, writing
+from bstk.errors import OutputError, os_errors
 
 __all__ = ["put_files"]
 
@@ -38,17 +38,17 @@ def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, shown:
     for name, pieces in files:
         target = folder / name
         try:
-            with writing(str(target)):
+            with os_errors(str(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 out = open(target, "wb", buffering=0)
             with out:
                 sink = Sink(out.fileno())
                 for piece in pieces:
-                    with writing(str(target)):
+                    with os_errors(str(target)):
                         sink.write(piece)
         except OutputError as error:
             if error.__cause__.errno not in NAMES:
                 raise
             raise DamagedError(
-                f"{shown}: its file {name!r} cannot be put into a folder here: {reason(error.__cause__)}."
+                f"{shown}: its file {name!r} cannot be put into a folder here: {one_line(error.__cause__)}."
             ) from None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError, reason
+from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.skeleton import check_finite
 
@@ -60,7 +60,7 @@ class GGUFCheckpoint(Checkpoint):
                 self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
             self.config = AutoConfig.for_model(**self._parsed["config"])
         except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"{path}: {reason(error)}") from None
+            raise UnsupportedModelError(f"{path}: {one_line(error)}") from None
         architecture = self._reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed["config"])
         self._dequantize = gguf.dequantize
@@ -107,7 +107,7 @@ class GGUFCheckpoint(Checkpoint):
             with self._parsed_once():
                 self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
-            raise UnsupportedModelError(f"{self.path}: {reason(error)}") from None
+            raise UnsupportedModelError(f"{self.path}: {one_line(error)}") from None
         self._tensors: dict[str, list[Any]] = defaultdict(list)
         for tensor in self._reader.tensors:
             target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bstack.errors import ModelNotFoundError, reason
+from bstack.errors import ModelNotFoundError, one_line
 
 __all__ = ["hub_snapshot"]
 
@@ -42,5 +42,5 @@ def hub_snapshot(model: str, files: Sequence[str], what: str) -> Path:
     except LocalEntryNotFoundError:
         why = "the hub cannot be reached and no copy is in its cache"
     except (HfHubHTTPError, OSError) as error:
-        why = f"the hub answered: {reason(error)}"
+        why = f"the hub answered: {one_line(error)}"
     raise ModelNotFoundError(f"No model {model!r}: there is no such folder or file, and {why}. {what}")

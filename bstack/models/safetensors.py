@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, reason
+from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.code import own_attention, own_code
 from bstack.models.references import ADVICE, check_known
@@ -204,7 +204,7 @@ def _read_config(folder: Path, trusted: bool, shown: Path):
         own_attention(config)
         return config
     except Exception as error:  # whatever a configuration class does with values that make no sense
-        raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {reason(error)}") from None
+        raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {one_line(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

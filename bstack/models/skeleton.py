@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bstack.errors import UnsupportedModelError, WeightError, reason
+from bstack.errors import UnsupportedModelError, WeightError, one_line
 from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
     except Exception as error:  # whatever a constructor does with sizes that make no sense: division by zero, too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
-            f"can build: {reason(error)}"
+            f"can build: {one_line(error)}"
         ) from None
 
 

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bstack.errors import UnsupportedModelError, reason
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.code import Code, put_code
 from bstack.models.files import put_files
-from bstk.errors import writing
+from bstk.errors import os_errors
 
 __all__ = ["BESIDE", "staged"]
 
@@ -45,12 +45,12 @@ def staged(folder: Path, code: Code) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="bstack-"))
     target = temporary / "model"  # the same each time: transformers keeps code that it runs under the folder's name
     try:
-        with writing(str(target)):
+        with os_errors(str(target)):
             target.mkdir()
         put_files(
             ((file.relative_to(folder).as_posix(), _pieces(file)) for file in _beside(folder)), target, str(folder)
         )
-        with writing(str(target)):
+        with os_errors(str(target)):
             put_code(code, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,4 +71,4 @@ def _pieces(file: Path) -> Iterator[bytes]:
             while piece := stream.read(PIECE):
                 yield piece
     except OSError as error:
-        raise UnsupportedModelError(f"{file} cannot be read: {error.strerror or reason(error)}.") from None
+        raise UnsupportedModelError(f"{file} cannot be read: {error.strerror or one_line(error)}.") from None

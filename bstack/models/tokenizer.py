@@ -9,7 +9,7 @@ from typing import Any
 
 from bstack.errors import UnsupportedModelError
 from bstack.models.references import ADVICE, references, refusal
-from bstk.errors import writing
+from bstk.errors import os_errors
 
 __all__ = ["export"]
 
@@ -69,7 +69,7 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
 
 
 def _save(what: Any, target: Path) -> None:
-    with writing(str(target)):
+    with os_errors(str(target)):
         try:
             what.save_pretrained(target)
         except OSError:

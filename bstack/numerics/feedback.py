@@ -18,22 +18,22 @@ DOUBLE_WIDTH = 8192
 # Of the mean eigenvalue: what a sample of a few thousand tokens does not know anyway.
 LEAST_DAMPING = 1e-3
 PIECE = 2**22
-NOT_FINITE = "The second moment holds NaN or infinite values, so it has no feedback factor."
+NOT_FINITE = "The Hessian holds NaN or infinite values, so it has no feedback factor."
 
 
-def feedback_factor(moment: Callable[[], torch.Tensor], damp: float) -> torch.Tensor:
-    """M of moment() + damp I = M D M^T; see `factorise`."""
-    return factorise(moment, damp)[0]
+def feedback_factor(hessian: Callable[[], torch.Tensor], damp: float) -> torch.Tensor:
+    """M of hessian() + damp I = M D M^T; see `factorise`."""
+    return factorise(hessian, damp)[0]
 
 
-def factorise(moment: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and D of moment() + damp I = M D M^T.
+def factorise(hessian: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """M and D of hessian() + damp I = M D M^T.
 
-    Made where the moment was, without another matrix of its size: one is .8 GB at a width of 14336.
+    Made where the hessian was, without another matrix of its size: one is .8 GB at a width of 14336.
 
     Parameters
     ----------
-    moment : callable
+    hessian : callable
         Returns H, float32, shape (inputs, inputs), contiguous, which is overwritten; called again where rounding spoils a factor.
     damp : float
         d, positive: how far the feedback is held back.
@@ -49,11 +49,11 @@ def factorise(moment: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Te
     Raises
     ------
     ValueError
-        The moment holds NaN or infinite values, so that no damping gives it a factor.
+        The hessian holds NaN or infinite values, so that no damping gives it a factor.
     """
-    while (factor := _cholesky(moment(), damp)) is None:
+    while (factor := _cholesky(hessian(), damp)) is None:
         damp *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
-        if not (math.isfinite(damp) and bool(moment().diagonal().isfinite().all())):
+        if not (math.isfinite(damp) and bool(hessian().diagonal().isfinite().all())):
             raise ValueError(NOT_FINITE)
     # LAPACK's factor stands column by column, so its transpose is the one that is contiguous.
     upper = _flip(factor.t()).t()
@@ -63,9 +63,9 @@ def factorise(moment: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Te
     return upper.div_(diagonal).float(), diagonal.square().float()
 
 
-def _cholesky(moment: torch.Tensor, damp: float) -> torch.Tensor | None:
-    """Cholesky factor of the flipped, damped moment in the moment's own memory, if it is wide; None where there is none."""
-    flipped = _flip(moment.double() if len(moment) <= DOUBLE_WIDTH else moment)
+def _cholesky(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """Cholesky factor of the flipped, damped hessian in the hessian's own memory, if it is wide; None where there is none."""
+    flipped = _flip(hessian.double() if len(hessian) <= DOUBLE_WIDTH else hessian)
     flipped.diagonal().add_(damp)
     columns = flipped.t()  # as LAPACK wants it; it is symmetric
     failed = torch.empty((), dtype=torch.int32)
@@ -124,27 +124,27 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
 
 
 def spectrum_sample(
-    moment: torch.Tensor, *, probes: int | None = None, steps: int = 64
+    hessian: torch.Tensor, *, probes: int | None = None, steps: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate the spectrum of a symmetric matrix by stochastic Lanczos quadrature.
 
     Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal. 38 (2017).
-    The probes are fixed, so the estimate is too. An exact decomposition of a 14336-wide moment would take minutes.
+    The probes are fixed, so the estimate is too. An exact decomposition of a 14336-wide hessian would take minutes.
 
     Parameters
     ----------
-    moment : torch.Tensor
+    hessian : torch.Tensor
         Float32, shape (n, n).
     probes, steps : int, optional
         Starting vectors, and Lanczos steps for each. By default 8 vectors, 2 above a width of 4096: each averages over
-        the whole width, and reads the whole moment at every step.
+        the whole width, and reads the whole hessian at every step.
 
     Returns
     -------
     eigenvalues, weights : torch.Tensor
         Float64, shape (values,); the weights sum to 1.
     """
-    n = moment.shape[0]
+    n = hessian.shape[0]
     steps = min(steps, n)
     probes = probes or (8 if n <= 4096 else 2)
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def spectrum_sample(
         count = steps
         for k in range(steps):
             basis[k] = v
-            w = moment @ v
+            w = hessian @ v
             alpha[k] = float(w @ v)
             # Against all earlier vectors, twice: without it Lanczos finds the large values again and again.
             for _ in range(2):

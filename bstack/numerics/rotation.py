@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["block_size", "rotate", "rotate_moment", "signs", "unrotate"]
+__all__ = ["block_size", "rotate", "rotate_hessian", "signs", "unrotate"]
 
 MASK = (1 << 64) - 1
 ROWS_TOGETHER = 512
@@ -54,17 +54,17 @@ def unrotate(matrix: torch.Tensor) -> torch.Tensor:
     return _hadamard(matrix) * signs(matrix.shape[-1]).to(matrix)
 
 
-def rotate_moment(moment: torch.Tensor) -> torch.Tensor:
-    """The second moment of rotated inputs, from that of the inputs; shape (width, width), contiguous.
+def rotate_hessian(hessian: torch.Tensor) -> torch.Tensor:
+    """The Hessian of rotated inputs, from that of the inputs; shape (width, width), contiguous.
 
-    Equal to ``rotate(rotate(moment).t())``, a few rows at a time, with one matrix beside the moment and not four.
+    Equal to ``rotate(rotate(hessian).t())``, a few rows at a time, with one matrix beside the hessian and not four.
     """
-    turned = torch.empty_like(moment, memory_format=torch.contiguous_format)
-    for start in range(0, moment.shape[0], ROWS_TOGETHER):
+    turned = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    for start in range(0, hessian.shape[0], ROWS_TOGETHER):
         rows = slice(start, start + ROWS_TOGETHER)
-        turned[rows] = rotate(moment[rows])
+        turned[rows] = rotate(hessian[rows])
     _transpose(turned)
-    for start in range(0, moment.shape[0], ROWS_TOGETHER):
+    for start in range(0, hessian.shape[0], ROWS_TOGETHER):
         rows = slice(start, start + ROWS_TOGETHER)
         turned[rows] = rotate(turned[rows])
     return turned

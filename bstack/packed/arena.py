@@ -1,7 +1,7 @@
 """Memory for blocks that goes back to the system when they are dropped.
 
-What malloc frees stays with the process for the most part. So blocks lie in slabs that are mapped for them alone, stacked in
-the order of the file: dropping from the top unmaps whole slabs, and gives back the pages at the end of the last one.
+What malloc frees stays with the process for the most part. So blocks lie in arena that are mapped for them alone, stacked in
+the order of the file: dropping from the top unmaps whole arena, and gives back the pages at the end of the last one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["HostMemory", "Memory", "Room", "Slabs"]
+__all__ = ["HostMemory", "Memory", "Allocation", "Arena"]
 
 SLAB = 16 * 2**20
 # Of a block: a cache line, which suits vector loads.
@@ -78,7 +78,7 @@ class _Slab:
 
 
 @dataclass(frozen=True)
-class Room:
+class Allocation:
     """Where a block of a stack lies, or will.
 
     Attributes
@@ -105,7 +105,7 @@ class Room:
         self._memory.write(self._start, block)
 
 
-class Slabs:
+class Arena:
     """A stack of blocks in memory of its own. Not thread-safe: the owner takes turns.
 
     Parameters
@@ -129,7 +129,7 @@ class Slabs:
         """Address space taken; pages that no block has touched are not in memory."""
         return sum(slab.memory.size for slab in self._slabs)
 
-    def reserve(self, length: int) -> Room:
+    def reserve(self, length: int) -> Allocation:
         """Make room for a block of so many bytes on top of the stack; it counts as a block from now on.
 
         Raises
@@ -145,7 +145,7 @@ class Slabs:
         top.used = -(-(start + length) // ALIGNMENT) * ALIGNMENT
         top.blocks += 1
         self._starts.append(start)
-        return Room(top.memory.address + start, top.memory, start, length)
+        return Allocation(top.memory.address + start, top.memory, start, length)
 
     def pop(self, count: int) -> None:
         """Drop the uppermost blocks and give their memory back. Their addresses must not be used any more."""

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 import torch
 
-from bstack.errors import MissingPackageError, reason
+from bstack.errors import MissingPackageError, one_line
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
-from bstack.packed.arena import Slabs
+from bstack.packed.arena import Arena
 from bstack.packed.lock import Gate
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["Device", "Host", "Place", "device_of", "place_of"]
+__all__ = ["CpuBackend", "CudaBackend", "Place", "device_of", "place_of"]
 
 
 class Place(Protocol):
@@ -29,11 +29,11 @@ class Place(Protocol):
     def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
         """A parameter of some matrices, one under the other."""
 
-    def slabs(self) -> Slabs:
+    def arena(self) -> Arena:
         """Memory for blocks."""
 
 
-class Host:
+class CpuBackend:
     """The processor."""
 
     device = torch.device("cpu")
@@ -44,11 +44,11 @@ class Host:
     def packed(self, parts: Sequence[Matrix], gate: Gate) -> Packed:
         return Blocks(parts, gate)
 
-    def slabs(self) -> Slabs:
-        return Slabs()
+    def arena(self) -> Arena:
+        return Arena()
 
 
-class Device:
+class CudaBackend:
     """A GPU, or under triton's interpreter any device of torch.
 
     Parameters
@@ -76,8 +76,8 @@ class Device:
     def packed(self, parts: Sequence[Any], gate: Gate) -> Packed:
         return DeviceBlocks(parts, gate, self._kernels)
 
-    def slabs(self) -> Slabs:
-        return Slabs(memory=lambda size: DeviceMemory(size, self.device))
+    def arena(self) -> Arena:
+        return Arena(memory=lambda size: DeviceMemory(size, self.device))
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:
@@ -109,7 +109,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of many kinds, for a device that this torch was not built for
-        raise UsageError(f"torch cannot use {found} here: {reason(error)}") from None
+        raise UsageError(f"torch cannot use {found} here: {one_line(error)}") from None
     if packed and found.type == "cuda":
         _device_kernels()
     return found
@@ -117,7 +117,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
 
 def place_of(device: torch.device, matrices: int) -> Place:
     """Where so many packed matrices live on a device that `device_of` has given."""
-    return Host() if device.type == "cpu" else Device(device, matrices)
+    return CpuBackend() if device.type == "cpu" else CudaBackend(device, matrices)
 
 
 def _device_kernels() -> Any:

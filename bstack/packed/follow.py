@@ -8,11 +8,11 @@ from math import inf
 from typing import Any
 
 import bstk
-from bstack.errors import reason
+from bstack.errors import one_line
 from bstack.memory.free import free_memory
 from bstack.packed.policy import default_margin, first_budget
 from bstack.packed.poller import INTERVAL, Repeating, warn
-from bstack.packed.store import Residence, residence_of
+from bstack.packed.store import BlockStore, store_of
 from bstack.packed.watch import Watcher
 
 __all__ = ["following", "free_budget"]
@@ -66,17 +66,17 @@ def following(
     bstk.UsageError
         The model has dense weights, or no function is given and the system does not tell how much memory is free.
     """
-    residence = residence_of(model)
+    store = store_of(model)
     if budget is not None:
-        return _Asking(residence, budget, tell)
-    file = residence.file
+        return _Asking(store, budget, tell)
+    file = store.file
 
     return Watcher(
         # Not waiting: while it grows the watcher goes on watching, and may change its mind.
-        lambda size: residence.resize(Decimal(size) / bstk.MB, wait=False),
+        lambda size: store.resize(Decimal(size) / bstk.MB, wait=False),
         # In the measure of the budgets, which is the file's length where that is more than the blocks take.
-        lambda: residence.budget,
-        failure=lambda: residence.failure,
+        lambda: store.budget,
+        failure=lambda: store.failure,
         smallest=file.smallest.budget,
         largest=file.fit(None).budget,
         tell=tell,
@@ -86,18 +86,18 @@ def following(
 class _Asking(Repeating):
     """Gives a model the size that a function says."""
 
-    def __init__(self, residence: Residence, budget: Callable[[], Any], tell: Callable[[str], None]):
+    def __init__(self, store: BlockStore, budget: Callable[[], Any], tell: Callable[[str], None]):
         super().__init__(INTERVAL, tell)
-        self._residence, self._budget = residence, budget
+        self._store, self._budget = store, budget
         self._last: Any = self  # no budget yet
         self._again = inf  # when the last budget is to be tried once more, though the answer is the same
 
     def look(self, now: float) -> None:
-        if (failure := self._new_failure(self._residence.failure)) is not None:
+        if (failure := self._new_failure(self._store.failure)) is not None:
             self._again = now + RETRY
-            self._say(reason(failure), f"The model could not grow: {reason(failure)}. It is tried again later.")
+            self._say(one_line(failure), f"The model could not grow: {one_line(failure)}. It is tried again later.")
         wanted = self._budget()
         if wanted != self._last or now >= self._again:
             self._last, self._again = wanted, now + RETRY
-            self._residence.resize(wanted, wait=False)
+            self._store.resize(wanted, wait=False)
             self._again = inf

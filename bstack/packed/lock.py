@@ -37,7 +37,7 @@ class Gate:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Hold the lock before the next product does."""
-        self._hurry += 1  # callers take turns: see Residence.resize
+        self._hurry += 1  # callers take turns: see BlockStore.resize
         try:
             with self.lock:
                 yield

@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from bstack.errors import reason
+from bstack.errors import one_line
 
 __all__ = ["INTERVAL", "Repeating", "warn"]
 
@@ -66,7 +66,7 @@ class Repeating(ABC):
 
     def _trouble(self, error: Exception) -> None:
         try:
-            self._say(reason(error), f"The model keeps its size: {reason(error)}")
+            self._say(one_line(error), f"The model keeps its size: {one_line(error)}")
         except Exception:  # telling is what fails: a closed stderr, warnings as errors, a user's function
             with suppress(Exception):
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

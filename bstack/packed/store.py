@@ -11,14 +11,14 @@ from itertools import islice
 from typing import Any
 
 import bstk
-from bstack.errors import reason
+from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
-from bstack.packed.arena import Room, Slabs
+from bstack.packed.arena import Allocation, Arena
 from bstack.packed.lock import Gate
 from bstk.budget import Budget
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["Residence", "Resident", "residence_of"]
+__all__ = ["BlockStore", "Resident", "store_of"]
 
 # Threads that read and decode blocks, as many as there are usually free processors for it.
 READERS = 2
@@ -67,7 +67,7 @@ class _Growth:
         self.thread = threading.Thread(target=load, args=(self,), name="bstack-grow", daemon=True)
 
 
-class Residence:
+class BlockStore:
     """The blocks of an open file in memory, a prefix of its chunks.
 
     Parameters
@@ -78,7 +78,7 @@ class Residence:
         Stack name -> its matrix.
     gate : Gate
         Held by whoever reads the matrices' blocks.
-    slabs : Slabs
+    arena : Arena
         Where the blocks go.
     close : callable
         What `close` calls, once: it closes the file.
@@ -91,7 +91,7 @@ class Residence:
         file: bstk.Reader,
         places: Mapping[str, Matrix],
         gate: Gate,
-        slabs: Slabs,
+        arena: Arena,
         *,
         close: Callable[[], None],
         fetched: Budget | None = None,
@@ -100,7 +100,7 @@ class Residence:
         self._close, self._fetched = close, fetched
         self._places = places
         self.gate = gate
-        self._slabs = slabs
+        self._slabs = arena
         self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
         self._count = 0  # chunks of the file that are in memory, the plain ones taken as there
         self._turn = threading.Lock()
@@ -192,7 +192,7 @@ class Residence:
             all_blocks=len(self._blocks),
             bits_per_weight=8 * block_bytes / weights if weights else None,
             target_bytes=self._bytes(self._target()),
-            error=None if growth is None or growth.error is None else reason(growth.error),
+            error=None if growth is None or growth.error is None else one_line(growth.error),
         )
 
     def _require_fetched(self, mb: Budget | None) -> None:
@@ -232,7 +232,7 @@ class Residence:
 
     def _grow(self, growth: _Growth) -> None:
         runs = _runs([(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count])
-        pending: deque[tuple[_Run, list[Room], Future[None]]] = deque()
+        pending: deque[tuple[_Run, list[Allocation], Future[None]]] = deque()
         kept = len(self._slabs)
         with ThreadPoolExecutor(READERS, thread_name_prefix="bstack-read") as pool:
             try:
@@ -261,7 +261,7 @@ class Residence:
                 filled.cancel()
         self._slabs.pop(len(self._slabs) - kept)
 
-    def _fill(self, run: _Run, rooms: list[Room], stop: threading.Event) -> None:
+    def _fill(self, run: _Run, rooms: list[Allocation], stop: threading.Event) -> None:
         for (_, chunk), room in zip(run, rooms, strict=True):
             if stop.is_set():
                 return
@@ -282,9 +282,9 @@ def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:
         yield run
 
 
-def residence_of(model: Any) -> Residence:
+def store_of(model: Any) -> BlockStore:
     """The blocks of a model from ``load(..., mode="stack")``; raises bstk.UsageError for another."""
-    residence = getattr(model, "bstack_residence", None)
-    if not isinstance(residence, Residence):
+    store = getattr(model, "bstack_store", None)
+    if not isinstance(store, BlockStore):
         raise UsageError("this model has dense weights, which have no size to change: bstack.load(..., mode='stack').")
-    return residence
+    return store

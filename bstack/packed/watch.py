@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bstack.errors import reason
+from bstack.errors import one_line
 from bstack.memory.free import Memory, free_memory
 from bstack.packed.policy import QUIET, STEP, Policy, default_margin
 from bstack.packed.poller import INTERVAL, Repeating, warn
@@ -80,7 +80,7 @@ class Watcher(Repeating):
         """Read once and resize if that is due."""
         if (failure := self._new_failure(self._failure_now())) is not None:
             self._policy.failed()
-            self._say("grow", f"The model could not grow: {reason(failure)}. It is tried again later.")
+            self._say("grow", f"The model could not grow: {one_line(failure)}. It is tried again later.")
         # The policy must know of what goes wrong.
         try:
             memory = self._read()
@@ -89,7 +89,7 @@ class Watcher(Repeating):
             target = self._policy.decide(now, memory, self._weights())
         except Exception as error:
             self._policy.failed()
-            self._say("watch", f"Memory cannot be watched: {reason(error)}. The model keeps its size until it can.")
+            self._say("watch", f"Memory cannot be watched: {one_line(error)}. The model keeps its size until it can.")
             return
         if target is not None:
             try:
@@ -98,7 +98,7 @@ class Watcher(Repeating):
                 self._policy.failed()
                 self._say(
                     "resize",
-                    f"The model cannot be resized to {target / MB:,.2f} MB: {reason(error)}. It is tried again.",
+                    f"The model cannot be resized to {target / MB:,.2f} MB: {one_line(error)}. It is tried again.",
                 )
         if self._policy.short:
             self._say(

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from .errors import DamagedError, writing
+from .errors import DamagedError, os_errors
 from .index import Chunk
 from .locked import LockedFile
 from .preamble import LENGTH
@@ -110,7 +110,7 @@ def extend(
     OutputError, ResourceError
         `file` cannot be written.
     """
-    with writing(file.path):
+    with os_errors(file.path):
         position = file.length
     first = bisect_right([chunk.end for chunk in chunks], position)
     if first == len(chunks):
@@ -121,7 +121,7 @@ def extend(
 
     def write(data: memoryview) -> None:
         nonlocal position, waiting
-        with writing(file.path):
+        with os_errors(file.path):
             if waiting is not None:
                 waiting()
                 waiting = None
@@ -133,7 +133,7 @@ def extend(
             return copy_chunks(reader, chunks[first:], write, progress, there, begun)
         except DamagedError as error:
             if error.chunk is not None:
-                with writing(file.path):
+                with os_errors(file.path):
                     file.shorten(min(file.length, error.chunk.offset))
             if not (there and error.chunk is chunks[first]):
                 raise
@@ -147,7 +147,7 @@ def extend_from_cut(file: LockedFile, cut: Reader, chunks: Sequence[Chunk], prog
     extend(file, cut, own, progress)
     if len(own) < len(chunks) and own[-1].end == file.length < cut.length:
         rest = cut.source.read(own[-1].end, min(cut.length, chunks[len(own)].end) - own[-1].end)
-        with writing(file.path):
+        with os_errors(file.path):
             file.write(own[-1].end, rest)
         if progress is not None:
             progress(len(rest))
@@ -166,7 +166,7 @@ def intact(file: LockedFile, chunks: Sequence[Chunk]) -> int:
 
 def overwrite_preamble(file: LockedFile, data: bytes) -> None:
     """Write a preamble of another seal, and wait until it is on the disk with all that was written before it."""
-    with writing(file.path):
+    with os_errors(file.path):
         file.sync()
         file.write(0, data)
         file.sync()

@@ -9,7 +9,7 @@ from .budget import Budget, mb_ceil
 from .copying import Progress, copy_chunks, header_of
 from .cuts import Cut
 from .download import download, remove_rests
-from .errors import RemoteChangedError, UsageError, writing
+from .errors import RemoteChangedError, UsageError, os_errors
 from .files import replacing
 from .locked import Borrowed, LockedFile
 from .reader import Reader
@@ -150,7 +150,7 @@ def write_cut(
     with replacing(dst, overwrite, begun) as (sink, temporary):
 
         def write(data: bytes | memoryview) -> None:
-            with writing(os.fspath(dst)):
+            with os_errors(os.fspath(dst)):
                 sink.write(data)
             if progress is not None:
                 progress(len(data))
@@ -191,7 +191,7 @@ def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
         steps.append(lambda: file.shorten(cut.file_bytes))
         if seal:
             steps.append(lambda: file.write(0, source.preamble.sealed(cut.file_bytes).to_bytes()))
-        with writing(path):
+        with os_errors(path):
             for step in steps:
                 step()
                 os.fsync(file.fileno())

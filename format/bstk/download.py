@@ -11,7 +11,7 @@ from . import opening
 from .copying import Progress, extend, extend_from_cut, header_of, intact, overwrite_preamble
 from .cuts import Cut
 from .descriptors import mode_of_new
-from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, writing
+from .errors import BstkError, DamagedError, OutputError, ResourceError, UnsupportedVersionError, os_errors
 from .files import remove_leftovers, require_free, sync_folder, target_of
 from .locked import Borrowed, LockedFile
 from .preamble import LENGTH, MAGIC, parse
@@ -75,7 +75,7 @@ def download(
     chunks = reader.all_chunks[: cut.chunks]
     remove_leftovers(target)
     with LockedFile(part_of(dst), create=True, mode=mode_of_new(target)) as part, _room_told(part):
-        with writing(part.path):
+        with os_errors(part.path):
             _require_ours(part, reader)
             part.prepare(target)
             begin(part, reader)
@@ -92,7 +92,7 @@ def download(
             begun.require_there()
         overwrite_preamble(part, reader.preamble.sealed(seal).to_bytes())
         try:
-            with writing(os.fspath(dst)):
+            with os_errors(os.fspath(dst)):
                 part.rename(target, begun)
         except BstkError:  # and no interruption, which may come when the file is in its place
             with suppress(BstkError):  # sealed, what stays would be somebody's own file

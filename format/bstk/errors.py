@@ -147,7 +147,7 @@ class PartialWarning(UserWarning):
 
 
 @contextmanager
-def located(name: str) -> Iterator[None]:
+def error_prefix(name: str) -> Iterator[None]:
     """Put ``name: `` before the message of any BstkError raised inside, so that each message says which file it is about."""
     try:
         yield
@@ -157,7 +157,7 @@ def located(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str) -> Iterator[None]:
+def os_errors(path: str) -> Iterator[None]:
     """Turn the operating system's refusals to write `path` into ResourceError (no room) or OutputError (anything else)."""
     try:
         yield

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from . import locks, urls
 from .descriptors import OURS, Sink, close, keep_permissions, mode_of_new
-from .errors import OutputError, UsageError, writing
+from .errors import OutputError, UsageError, os_errors
 from .locked import BINARY, LockedFile
 
 
@@ -44,14 +44,14 @@ def replacing(
         require_free(path)
     target = target_of(path)
     shown = os.fspath(path)
-    with writing(shown):
+    with os_errors(shown):
         remove_leftovers(target)
         descriptor, temporary = _create_temporary(target)
     try:
-        with writing(shown):
+        with os_errors(shown):
             keep_permissions(descriptor, target, OURS)
         yield Sink(descriptor), temporary
-        with writing(shown):
+        with os_errors(shown):
             keep_permissions(descriptor, target)
             os.fsync(descriptor)
             if not overwrite:
@@ -97,7 +97,7 @@ def target_of(path: str | os.PathLike[str]) -> str:
     if urls.is_url(shown):
         raise UsageError(f"{urls.shown(shown)}: an output is a file on disk, not a URL. Name a file to write to.")
     target = os.path.realpath(path)
-    with writing(shown):
+    with os_errors(shown):
         try:
             # Renaming over a device such as /dev/null would replace the device.
             if not stat.S_ISREG(os.stat(target).st_mode):

@@ -20,7 +20,7 @@ from .errors import (
     RemoteError,
     ResourceError,
     UsageError,
-    writing,
+    os_errors,
 )
 from .files import remove_leftovers
 from .locked import Borrowed, LockedFile
@@ -165,7 +165,7 @@ class _Old(NamedTuple):
 
 
 def _old(file: LockedFile) -> _Old:
-    with opening.open(Borrowed(file), warn=False) as small, writing(file.path):
+    with opening.open(Borrowed(file), warn=False) as small, os_errors(file.path):
         end = small.chunks[-1].end
         return _Old(file.read(0, LENGTH), file.length, file.read(end, file.length - end))
 

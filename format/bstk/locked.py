@@ -6,7 +6,7 @@ import os
 
 from . import locks
 from .descriptors import OURS, Sink, close, keep_permissions
-from .errors import BusyError, writing
+from .errors import BusyError, os_errors
 
 BINARY = getattr(os, "O_BINARY", 0)
 
@@ -37,7 +37,7 @@ class LockedFile:
         self.path = os.fspath(path)
         # What is made here may not be a link that somebody else has put there.
         flags = os.O_RDWR | BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
-        with writing(self.path):
+        with os_errors(self.path):
             while True:
                 self._descriptor = os.open(path, flags, mode)
                 try:

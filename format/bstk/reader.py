@@ -14,7 +14,7 @@ from types import MappingProxyType
 from . import frames, header, kinds
 from .budget import Budget, budget_bytes, mb_ceil
 from .cuts import Cut
-from .errors import BudgetError, DamagedError, RootMismatchError, UsageError, located
+from .errors import BudgetError, DamagedError, RootMismatchError, UsageError, error_prefix
 from .index import Chunk
 from .sources import Source, read_exactly
 
@@ -43,7 +43,7 @@ class Reader:
 
     def __init__(self, source: Source):
         self.source = source
-        with located(source.name):
+        with error_prefix(source.name):
             self.preamble, self.all_chunks, self.metadata = header.read(source)
         self.root = self.preamble.root()
         self._ends = [chunk.end for chunk in self.all_chunks]
@@ -196,7 +196,7 @@ class Reader:
     @contextmanager
     def _reading(self, chunk: Chunk) -> Iterator[None]:
         """Let errors say which chunk it was."""
-        with located(f"{self.source.name}: {chunk.describe()}"):
+        with error_prefix(f"{self.source.name}: {chunk.describe()}"):
             try:
                 yield
             except ValueError as problem:

@@ -11,7 +11,7 @@ from typing import Any
 from . import dtypes, frames, header, index, kinds, limits, opening, preamble
 from . import metadata as metadata_module
 from .download import remove_rests
-from .errors import DamagedError, UsageError, located, writing
+from .errors import DamagedError, UsageError, error_prefix, os_errors
 from .files import replacing
 from .index import Chunk
 
@@ -71,17 +71,17 @@ def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterab
     """
     entries = list(chunks)
     shown = os.fspath(path)
-    with located(shown):
+    with error_prefix(shown):
         head, tables = build_header(metadata, entries, base_count)
     with replacing(path) as (sink, temporary):
-        with writing(shown):
+        with os_errors(shown):
             sink.write(head.to_bytes())
             sink.write(tables)
         for entry in entries:
             stored = entry.stored() if callable(entry.stored) else entry.stored
-            with located(shown):
+            with error_prefix(shown):
                 _check_stored(entry, stored)
-            with writing(shown):
+            with os_errors(shown):
                 sink.write(stored)
         # What a reader will make of it, before it takes the place of anything.
         opening.open(temporary, strict=True).close()

@@ -20,16 +20,16 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def problem(rows=24, columns=160, tokens=400, spread=1.0):
-    """A weight, and the second moment of inputs that hang together."""
+    """A weight, and the Hessian of inputs that hang together."""
     weight = torch.randn(rows, columns, generator=GENERATOR) * 0.05
     mixing = torch.randn(columns, columns, generator=GENERATOR) * torch.logspace(0, -1.5, columns)
     inputs = torch.randn(tokens, columns, generator=GENERATOR) @ mixing * spread
     return weight, inputs.t() @ inputs
 
 
-def objective(weight, moment, matrix):
+def objective(weight, hessian, matrix):
     error = (weight - matrix.dense()).double()
-    return float((error @ moment.double() * error).sum())
+    return float((error @ hessian.double() * error).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,11 +67,11 @@ def test_zero_stays_zero():
         assert dense[1:].count_nonzero() == 0 and dense[0, 5:].count_nonzero() == 0
 
 
-def plain_gptq(weight, moment, bits):
+def plain_gptq(weight, hessian, bits):
     """The paper's algorithm step by step: the inverse itself is updated, nothing is factored, nothing comes in blocks."""
     weight = weight.astype(np.float64).copy()
     columns = weight.shape[1]
-    inverse = np.linalg.inv(moment + DAMPING * np.mean(np.diag(moment)) * np.eye(columns))
+    inverse = np.linalg.inv(hessian + DAMPING * np.mean(np.diag(hessian)) * np.eye(columns))
     quantised = np.zeros_like(weight)
     for j in range(columns):
         if j % GROUP == 0:
@@ -93,14 +93,14 @@ def plain_gptq(weight, moment, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("columns", [48, 64, 160, 300])
 def test_gptq_is_the_plain_algorithm(bits, columns):
-    weight, moment = problem(rows=8, columns=columns, tokens=4 * columns)
-    found = gptq(weight, moment, bits).dense().double().numpy()
-    expected = plain_gptq(weight.numpy(), moment.double().numpy(), bits)
+    weight, hessian = problem(rows=8, columns=columns, tokens=4 * columns)
+    found = gptq(weight, hessian, bits).dense().double().numpy()
+    expected = plain_gptq(weight.numpy(), hessian.double().numpy(), bits)
     # A weight half-way between two codes may go either way, and then all that follow in its row differ.
     same_rows = np.isclose(found, expected, rtol=1e-3, atol=1e-5).all(1)
     assert same_rows.mean() >= 0.6
     mine, theirs = (
-        ((weight.numpy() - q) @ moment.double().numpy() * (weight.numpy() - q)).sum() for q in (found, expected)
+        ((weight.numpy() - q) @ hessian.double().numpy() * (weight.numpy() - q)).sum() for q in (found, expected)
     )
     assert mine == pytest.approx(theirs, rel=0.05)
 
@@ -108,37 +108,37 @@ def test_gptq_is_the_plain_algorithm(bits, columns):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_beats_rounding_where_inputs_hang_together(bits, act_order):
-    weight, moment = problem()
-    mine = objective(weight, moment, gptq(weight, moment, bits, act_order=act_order))
-    assert mine < 0.7 * objective(weight, moment, round_to_nearest(weight, bits))
+    weight, hessian = problem()
+    mine = objective(weight, hessian, gptq(weight, hessian, bits, act_order=act_order))
+    assert mine < 0.7 * objective(weight, hessian, round_to_nearest(weight, bits))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("columns", [40, 64, 100, 300])
 def test_gptq_is_rounding_where_they_do_not(columns, act_order):
     weight, _ = problem(columns=columns)
-    moment = torch.diag(torch.rand(columns, generator=GENERATOR) + 0.1)
-    mine, rounded = gptq(weight, moment, 3, act_order=act_order), round_to_nearest(weight, 3)
+    hessian = torch.diag(torch.rand(columns, generator=GENERATOR) + 0.1)
+    mine, rounded = gptq(weight, hessian, 3, act_order=act_order), round_to_nearest(weight, 3)
     assert torch.equal(mine.codes, rounded.codes)
     assert torch.equal(mine.scale, rounded.scale) and torch.equal(mine.zero, rounded.zero)
 
 
 def test_gptq_takes_inputs_that_are_always_zero_or_the_same():
-    weight, moment = problem(columns=70)
-    moment[3], moment[:, 3] = 0, 0
-    moment[10], moment[:, 10] = moment[9], moment[:, 9]
-    moment[10, 10] = moment[9, 10] = moment[10, 9] = moment[9, 9]
-    found = gptq(weight, moment, 4)
+    weight, hessian = problem(columns=70)
+    hessian[3], hessian[:, 3] = 0, 0
+    hessian[10], hessian[:, 10] = hessian[9], hessian[:, 9]
+    hessian[10, 10] = hessian[9, 10] = hessian[10, 9] = hessian[9, 9]
+    found = gptq(weight, hessian, 4)
     assert found.dense().isfinite().all() and found.dense()[:, 3].count_nonzero() == 0
-    assert objective(weight, moment, found) < objective(weight, moment, round_to_nearest(weight, 4))
+    assert objective(weight, hessian, found) < objective(weight, hessian, round_to_nearest(weight, 4))
     assert gptq(weight, torch.zeros(70, 70), 4).dense().count_nonzero() == 0
 
 
 def test_gptq_leaves_its_arguments_alone():
-    weight, moment = problem()
-    before = weight.clone(), moment.clone()
-    gptq(weight, moment, 2)
-    assert torch.equal(weight, before[0]) and torch.equal(moment, before[1])
+    weight, hessian = problem()
+    before = weight.clone(), hessian.clone()
+    gptq(weight, hessian, 2)
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
 @given(st.integers(2, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))

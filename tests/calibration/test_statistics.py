@@ -22,16 +22,16 @@ SOME = [
 ]
 
 
-def hooked_moments(name):
+def hooked_hessians(name):
     """X^T X and rows of every linear's input: ordinary model, one forward pass, float64."""
     model = exact(name)
-    moments = {}
+    hessians = {}
 
     def hook(parameter):
         def note(_module, inputs, _output):
             rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-            moment, count = moments.get(parameter, (0, 0))
-            moments[parameter] = moment + rows.t() @ rows, count + rows.shape[0]
+            hessian, count = hessians.get(parameter, (0, 0))
+            hessians[parameter] = hessian + rows.t() @ rows, count + rows.shape[0]
 
         return note
 
@@ -39,26 +39,26 @@ def hooked_moments(name):
         module.register_forward_hook(hook(parameter))
     with torch.no_grad():
         hidden = model.base_model(IDS).last_hidden_state
-    return moments, hidden
+    return hessians, hidden
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_moments_are_those_of_a_plain_forward_pass(skeletons, name):
+def test_hessians_are_those_of_a_plain_forward_pass(skeletons, name):
     tables, results = streamed_tables(skeletons(name))
-    wanted, hidden = hooked_moments(name)
+    wanted, hidden = hooked_hessians(name)
     found = {n: table.statistics(n) for table in tables for n in table.operands}
     assert wanted.keys() <= found.keys()
-    # Float32 sums of 96 products against float64; the passes before add their own rounding: 1e-4 of the moment's size.
+    # Float32 sums of 96 products against float64; the passes before add their own rounding: 1e-4 of the hessian's size.
     # With experts a token at the border may be sent elsewhere: then whole rows would differ, but these seeds have none.
-    for parameter, (moment, rows) in wanted.items():
+    for parameter, (hessian, rows) in wanted.items():
         assert found[parameter].tokens == rows == IDS.numel()
-        assert (found[parameter].moment - moment).norm() <= 1e-4 * moment.norm(), parameter
+        assert (found[parameter].hessian - hessian).norm() <= 1e-4 * hessian.norm(), parameter
     last = torch.cat([result.last_hidden_state for result in results])
     assert (last - hidden).norm() <= 1e-5 * hidden.norm()
 
 
 @pytest.mark.parametrize(("name", "leaf"), [("mixtral", "gate_up_proj"), ("gpt-oss", "down_proj")])
-def test_moments_of_experts(skeletons, name, leaf):
+def test_hessians_of_experts(skeletons, name, leaf):
     """Against the experts' own equations: which tokens the router sends where, written out."""
     tables, _ = streamed_tables(skeletons(name))
     model = exact(name)
@@ -81,7 +81,7 @@ def test_moments_of_experts(skeletons, name, leaf):
             rows = (up + 1) * gate * torch.sigmoid(gate * 1.702)
         statistics = tables[0].statistics(f"model.layers.0.mlp.experts.{leaf}[{expert}]")
         assert statistics.tokens == len(rows) and 0 < len(rows) < IDS.numel()
-        assert (statistics.moment - rows.t() @ rows).norm() <= 1e-4 * (rows.t() @ rows).norm()
+        assert (statistics.hessian - rows.t() @ rows).norm() <= 1e-4 * (rows.t() @ rows).norm()
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_batches_do_not_matter(skeletons):
     for first, second in zip(one, four, strict=True):
         for name in first.operands:
             a, b = first.statistics(name), second.statistics(name)
-            assert a.tokens == b.tokens and (a.moment - b.moment).norm() <= 1e-4 * a.moment.norm()
+            assert a.tokens == b.tokens and (a.hessian - b.hessian).norm() <= 1e-4 * a.hessian.norm()
 
 
 @pytest.mark.parametrize("width", [1, 383, 384, 385, 1000])
-def test_moments_of_any_width(width):
+def test_hessians_of_any_width(width):
     rows = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(width))
     statistics = InputStatistics(width)
     for _ in range(2):  # reading must not disturb what is added later
         statistics.add(rows)
         flat = rows.reshape(-1, width).double()
         expected = statistics.tokens // 21 * flat.t() @ flat
-        assert (statistics.moment - expected).norm() <= 1e-5 * expected.norm()
+        assert (statistics.hessian - expected).norm() <= 1e-5 * expected.norm()

@@ -8,7 +8,7 @@ import bstack
 import bstk
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
-from bstack.packed.backends import Device, device_of
+from bstack.packed.backends import CudaBackend, device_of
 from bstack.packed.lock import Gate
 from bstack.packed.weight import PackedWeight
 
@@ -21,14 +21,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ids=["trellis", "spqr", "spqr, none apart"],
 )
 def test_a_parameter(codec):
-    """Blocks in the device's slabs, products of few and many tokens, an embedding, a shallower stack."""
+    """Blocks in the device's arena, products of few and many tokens, an embedding, a shallower stack."""
     pytest.importorskip("triton", reason="triton is not installed")
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
-    place = Device(DEVICE, 1)
-    matrix, slabs = place.matrix(20, 32), place.slabs()
+    place = CudaBackend(DEVICE, 1)
+    matrix, arena = place.matrix(20, 32), place.arena()
     for level, block in enumerate(blocks):
-        room = slabs.reserve(len(block.payload))
+        room = arena.reserve(len(block.payload))
         room.write(block.payload)
         matrix.put(level, block.kind.code, block.rank, room.address, checked=True)
     packed = PackedWeight(place.packed([matrix], Gate()), False, torch.float32, "w", DEVICE)
@@ -43,19 +43,19 @@ def test_a_parameter(codec):
             assert torch.allclose(functional.linear(x[:tokens], packed), x[:tokens] @ dense.t(), atol=1e-4)
         ids = torch.tensor([[3, 19, 3]], device=DEVICE)
         assert torch.allclose(functional.embedding(ids, packed), dense[ids], atol=1e-5)
-    slabs.pop(len(blocks))
-    assert slabs.mapped_bytes == 0
+    arena.pop(len(blocks))
+    assert arena.mapped_bytes == 0
 
 
 def test_a_parameter_in_parts():
     """As an embedding or a head: products and rows of both parts, and the dense weights."""
     pytest.importorskip("triton", reason="triton is not installed")
-    codec, place = TrellisCodec(1), Device(DEVICE, 2)
-    slabs, matrices, dense = place.slabs(), [], []
+    codec, place = TrellisCodec(1), CudaBackend(DEVICE, 2)
+    arena, matrices, dense = place.arena(), [], []
     for rows in (12, 7):
         weight = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
         block = next(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(rows)))
-        room = slabs.reserve(len(block.payload))
+        room = arena.reserve(len(block.payload))
         room.write(block.payload)
         matrices.append(place.matrix(rows, 32))
         matrices[-1].put(0, block.kind.code, block.rank, room.address)

@@ -28,8 +28,8 @@ CODECS = {
 def matrix(rows, columns, seed, codec="trellis"):
     """A matrix and its dense weights."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    moment = torch.eye(columns) * 100
-    blocks = list(CODECS[codec].encode(weight, moment, 100, torch.ones(rows)))
+    hessian = torch.eye(columns) * 100
+    blocks = list(CODECS[codec].encode(weight, hessian, 100, torch.ones(rows)))
     made = Matrix.of(rows, columns, [(b.kind.code, b.rank, b.payload) for b in blocks])
     dense = CODECS[codec].rebuild(
         [b.payload for b in blocks], [b.kind for b in blocks], [b.rank for b in blocks], (rows, columns)

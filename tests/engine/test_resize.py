@@ -10,7 +10,7 @@ from packed_models import IDS, budgets, damaged, flip_a_late_byte, logits
 
 import bstack
 import bstk
-from bstack.packed.store import Residence
+from bstack.packed.store import BlockStore
 
 SETTINGS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
 
@@ -147,7 +147,7 @@ def test_only_missing_blocks_are_read(path, model, monkeypatch):
     bstack.resize(model, middle)
     there = bstack.resident(model).blocks
     read = []
-    file = model.bstack_residence.file
+    file = model.bstack_store.file
     monkeypatch.setattr(file, "read", lambda chunk, original=file.read: (read.append(chunk), original(chunk))[1])
     bstack.resize(model, full)
     assert len(read) == bstack.resident(model).all_blocks - there
@@ -179,7 +179,7 @@ def test_a_file_that_goes_bad_while_it_is_open(path, tmp_path, change):
 def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
     model = damaged(path, tmp_path, shorten)
     bstack.resize(model, wait=False)
-    model.bstack_residence._growth.thread.join(20)
+    model.bstack_store._growth.thread.join(20)
     assert "shorter" in bstack.resident(model).error
 
 
@@ -197,13 +197,13 @@ def test_without_a_thread_to_grow_in(path, model, monkeypatch):
         bstack.resize(model, full)
     assert bstack.resident(model) == before == bstack.resize(model, small)
     assert bstack.resize(model, full).blocks == before.all_blocks
-    model.bstack_residence.close()
+    model.bstack_store.close()
 
 
 def test_a_shrink_stops_a_growth(path, model, monkeypatch):
     small, _, full = budgets(path)
     bstack.resize(model, small)
-    file = model.bstack_residence.file
+    file = model.bstack_store.file
     monkeypatch.setattr(file, "read", lambda chunk, original=file.read: (time.sleep(0.05), original(chunk))[1])
     bstack.resize(model, full, wait=False)
     time.sleep(0.12)
@@ -217,11 +217,11 @@ def test_a_shrink_stops_a_growth(path, model, monkeypatch):
 
 
 def test_closing(model):
-    residence = model.bstack_residence
-    assert isinstance(residence, Residence)
+    store = model.bstack_store
+    assert isinstance(store, BlockStore)
     before = logits(model)
-    residence.close()
-    residence.close()
+    store.close()
+    store.close()
     assert torch.equal(logits(model), before)
     with pytest.raises(bstk.UsageError, match="closed"):
         bstack.resize(model)

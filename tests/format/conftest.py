@@ -1,10 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
 import samples
-
-sys.path.append(str(Path(__file__).parents[1] / "http"))  # its server and its files serve here too
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import samples
@@ -281,7 +282,7 @@ wait()
 def test_killed_while_writing(tmp_path, good, stop):
     path = tmp_path / "x.bstk"
     path.write_bytes(OLD)
-    code = _KILLED.format(tests=os.path.dirname(__file__))
+    code = _KILLED.format(tests=str(Path(samples.__file__).parent))
     with subprocess.Popen([sys.executable, "-c", code, str(path), str(stop)], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"here\n"
         process.send_signal(signal.SIGKILL)

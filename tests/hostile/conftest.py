@@ -1,12 +1,8 @@
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 # The named bad files, and the server of the tests of URLs.
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("format", "http")]
-
 import samples
 from range_server import RangeServer
 

@@ -28,7 +28,7 @@ def main() -> None:
         import atheris
     except ImportError:
         sys.exit("atheris is not installed: pip install atheris")
-    sys.path[:0] = [str(Path(__file__).parent), str(TESTS / "format"), str(VECTORS.parent)]
+    sys.path[:0] = [str(Path(__file__).parent), str(TESTS / "helpers"), str(VECTORS.parent)]
     with atheris.instrument_imports(include=["bstk"]):
         import target
     arguments.corpus.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bstack.memory.process import resident_bytes
-from bstack.packed.arena import ALIGNMENT, Slabs
+from bstack.packed.arena import ALIGNMENT, Arena
 
 STATUS = Path("/proc/self/status")
 
@@ -18,8 +18,8 @@ def at(address, length):
     return ctypes.string_at(address, length)
 
 
-def push(slabs, block):
-    room = slabs.reserve(len(block))
+def push(arena, block):
+    room = arena.reserve(len(block))
     room.write(block)
     return room.address
 
@@ -27,42 +27,42 @@ def push(slabs, block):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=9000), st.integers(1, 8)), max_size=40))
 def test_a_stack_of_blocks(steps):
-    """Bytes are pushed, a number of blocks is popped; what remains is untouched. Slabs of 4 kB, so that many are met."""
-    slabs, kept = Slabs(4096), []
+    """Bytes are pushed, a number of blocks is popped; what remains is untouched. Arena of 4 kB, so that many are met."""
+    arena, kept = Arena(4096), []
     for step in steps:
         if isinstance(step, int):
             step = min(step, len(kept))
-            slabs.pop(step)
+            arena.pop(step)
             del kept[len(kept) - step :]
         else:
-            kept.append((push(slabs, step), step))
-        assert len(slabs) == len(kept)
+            kept.append((push(arena, step), step))
+        assert len(arena) == len(kept)
         assert all(at(address, len(block)) == block and address % ALIGNMENT == 0 for address, block in kept)
-    slabs.pop(len(kept))
-    assert slabs.mapped_bytes == 0
+    arena.pop(len(kept))
+    assert arena.mapped_bytes == 0
 
 
 def test_a_room_takes_its_own_block_only():
-    slabs = Slabs(4096)
-    room = slabs.reserve(10)
+    arena = Arena(4096)
+    room = arena.reserve(10)
     for length in (0, 9, 11):
         with pytest.raises(ValueError, match="room of 10"):
             room.write(bytes(length))
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole slabs only")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole arena only")
 def test_dropped_blocks_leave_the_process():
-    slabs = Slabs()
+    arena = Arena()
     block = bytes(range(256)) * 4096 * 3  # 3 MB
     for _ in range(40):
-        push(slabs, block)
+        push(arena, block)
     full = resident_bytes()
-    slabs.pop(13)  # in the middle of a slab
+    arena.pop(13)  # in the middle of a slab
     freed = full - resident_bytes()
     assert 0.95 * 13 * len(block) <= freed
     if STATUS.exists():  # pages of a shared mapping would leave the process, but stay in memory
         shared = next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("RssShmem"))
         assert shared < 1024
-    slabs.pop(27)
+    arena.pop(27)
     assert 0.95 * 40 * len(block) <= full - resident_bytes()
-    assert slabs.mapped_bytes == 0
+    assert arena.mapped_bytes == 0

@@ -316,21 +316,21 @@ from bstack.memory.free import free_memory
 from bstack.packed.watch import Watcher
 
 MB = 2**20
-slabs = [mmap.mmap(-1, 8 * MB) for _ in range(40)]
+arena = [mmap.mmap(-1, 8 * MB) for _ in range(40)]
 space = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (space + 512 * MB, resource.RLIM_INFINITY))
 
 def resize(target):
-    while len(slabs) * 8 * MB > target:
-        slabs.pop().close()
+    while len(arena) * 8 * MB > target:
+        arena.pop().close()
 
-with Watcher(resize, lambda: len(slabs) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
+with Watcher(resize, lambda: len(arena) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
     free = free_memory().free
     others = mmap.mmap(-1, free - 64 * MB)
     end = time.monotonic() + 60
     while free_memory().free < 128 * MB and time.monotonic() < end:
         time.sleep(0.01)
-print(len(slabs) < 40, free_memory().free >= 128 * MB, "address space" in free_memory().source)
+print(len(arena) < 40, free_memory().free >= 128 * MB, "address space" in free_memory().source)
 """
 
 

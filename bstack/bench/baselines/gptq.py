@@ -1,7 +1,7 @@
 """Baseline: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323, algorithm 1), group 64.
 
 Columns are rounded one by one; the error of each is spread over the columns that follow, weighted by the Cholesky
-factor of the inverse of H = X^T X (full second moments, 1 % of the mean diagonal added). A group's grid is fitted to
+factor of the inverse of H = X^T X (full Hessians, 1 % of the mean diagonal added). A group's grid is fitted to
 its weights as updated when the first of them is reached.
 """
 
@@ -18,14 +18,14 @@ DAMPING = 0.01
 BLOCK = 128
 
 
-def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, *, act_order: bool = False) -> GridMatrix:
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: bool = False) -> GridMatrix:
     """Quantise a matrix.
 
     Parameters
     ----------
     weight : torch.Tensor
         Float32, shape (outputs, inputs).
-    moment : torch.Tensor
+    hessian : torch.Tensor
         H = X^T X, float32, shape (inputs, inputs).
     bits : int
         2 to 8.
@@ -34,14 +34,14 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, *, act_order: bo
         to the weights as they were ("static groups"), so that no permutation has to be stored.
     """
     columns = weight.shape[1]
-    moment = moment.double()
-    dead = moment.diagonal() <= 0
-    moment = moment + torch.diag(dead.double())
+    hessian = hessian.double()
+    dead = hessian.diagonal() <= 0
+    hessian = hessian + torch.diag(dead.double())
     weight = weight.clone()
     # An input that is always 0 may have any weight; 0 is one that every grid has.
     weight[:, dead] = 0
-    order = moment.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = _inverse_factor(moment[order][:, order])
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    factor = _inverse_factor(hessian[order][:, order])
     grids = [fit(group, bits) for group in weight.split(GROUP, 1)]
     weight = weight[:, order]
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -63,8 +63,8 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, *, act_order: bo
     return GridMatrix(bits, codes[:, order.argsort()], scales, zeros)
 
 
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped H, float32."""
-    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()

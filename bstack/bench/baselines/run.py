@@ -218,12 +218,12 @@ class Baselines:
                     seen = {name: table.statistics(name) for name in weights if name in table.operands}
                     together = {}
                     if method == "spqr":
-                        together = spqr({n: (weights[n], s.moment, s.tokens) for n, s in seen.items()}, bits, bpw)
+                        together = spqr({n: (weights[n], s.hessian, s.tokens) for n, s in seen.items()}, bits, bpw)
                     for name, weight in weights.items():
                         if name not in seen:
                             matrix = round_to_nearest(weight, bits)
                         else:
-                            matrix = together[name] if method == "spqr" else gptq(weight, seen[name].moment, bits)
+                            matrix = together[name] if method == "spqr" else gptq(weight, seen[name].hessian, bits)
                         store.put(name, matrix)
                         weight.copy_(matrix.dense())
                     stream.run_all(index)

@@ -10,7 +10,7 @@ import torch
 import bstk
 from bstack.bench.baselines.choice import Choice
 from bstack.codecs.spqr import SpqrCodec
-from bstk.errors import located
+from bstk.errors import error_prefix
 
 __all__ = ["SpqrMatrix", "check_targets", "spqr"]
 
@@ -58,7 +58,7 @@ def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int
     """
     for choice in choices:
         if choice.bpw is not None:
-            with located(f"--against {choice.name}"):
+            with error_prefix(f"--against {choice.name}"):
                 SpqrCodec(choice.bits, bpw=choice.bpw).check_shapes(
                     [[[shape] for shape in shapes] for shapes in layers]
                 )
@@ -72,7 +72,7 @@ def spqr(
     Parameters
     ----------
     weights : mapping
-        By name: weight (outputs, inputs), moment (inputs, inputs), tokens.
+        By name: weight (outputs, inputs), hessian (inputs, inputs), tokens.
     bits : int
         3 or 4.
     bpw : float, optional
@@ -80,8 +80,8 @@ def spqr(
     """
     # Every output counts alike, as in the paper.
     tasks = {
-        name: (weight.contiguous(), moment, tokens, torch.ones(weight.shape[0]))
-        for name, (weight, moment, tokens) in weights.items()
+        name: (weight.contiguous(), hessian, tokens, torch.ones(weight.shape[0]))
+        for name, (weight, hessian, tokens) in weights.items()
     }
     codec = SpqrCodec(bits, bpw=bpw, planes=0).for_layer(tasks.values())
     found = {}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
-from bstack.numerics.rotation import block_size, rotate, rotate_moment, signs, unrotate
+from bstack.numerics.rotation import block_size, rotate, rotate_hessian, signs, unrotate
 from bstack.numerics.shrinkage import shrinkage
 
 
@@ -29,23 +29,23 @@ def test_rotation_is_the_dense_one_and_orthogonal(n, m, seed):
     assert torch.allclose(unrotate(rotate(x)), x, atol=1e-5)
 
 
-def test_rotated_moment_is_that_of_rotated_inputs():
+def test_rotated_hessian_is_that_of_rotated_inputs():
     x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(rotate_moment(x.t() @ x), rotate(x).t() @ rotate(x), atol=1e-3)
+    assert torch.allclose(rotate_hessian(x.t() @ x), rotate(x).t() @ rotate(x), atol=1e-3)
 
 
 @given(n=st.integers(1, 40), together=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_rotated_moment_a_few_rows_at_a_time(n, together, seed):
-    moment = torch.randn(
+def test_rotated_hessian_a_few_rows_at_a_time(n, together, seed):
+    hessian = torch.randn(
         n, n, generator=torch.Generator().manual_seed(seed)
     )  # not symmetric, so that a lost transpose shows
-    before = moment.clone()
+    before = hessian.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bstack.numerics.rotation.ROWS_TOGETHER", together)
-        turned = rotate_moment(moment)
-    assert torch.equal(moment, before) and turned.is_contiguous()
-    assert torch.allclose(turned, rotate(rotate(moment).t()), atol=1e-5)
+        turned = rotate_hessian(hessian)
+    assert torch.equal(hessian, before) and turned.is_contiguous()
+    assert torch.allclose(turned, rotate(rotate(hessian).t()), atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "size"), [(1, 1), (576, 64), (1536, 512), (4096, 4096), (11008, 256), (7, 1)])
@@ -67,7 +67,7 @@ def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bstack.numerics.feedback.PIECE", piece)
         assert torch.equal(feedback_factor(h.clone, 1.0), expected)
-        patch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", 0)  # where the moment's own memory is used
+        patch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", 0)  # where the hessian's own memory is used
         assert torch.allclose(feedback_factor(h.clone, 1.0), expected, atol=1e-3)
 
 
@@ -84,7 +84,7 @@ def test_feedback_factor_holds_back_where_there_is_none(double_width, monkeypatc
 @pytest.mark.parametrize("double_width", [0, 100])
 @pytest.mark.parametrize("place", [(0, 0), (2, 2), (0, 1)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_moment_without_any_feedback_factor_is_refused(double_width, place, value, monkeypatch):
+def test_a_hessian_without_any_feedback_factor_is_refused(double_width, place, value, monkeypatch):
     monkeypatch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", double_width)
     h = torch.eye(3)
     h[place] = h[place[::-1]] = value
@@ -120,7 +120,7 @@ def test_damping_is_the_minimum_it_claims(later):
     assert cost(d) <= min(cost(other) for other in grid) + 1e-9
 
 
-def test_damping_of_a_zero_moment_is_positive():
+def test_damping_of_a_zero_hessian_is_positive():
     assert damping(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64) / 3, 1.0) > 0
 
 
@@ -144,7 +144,7 @@ def shrink(h, tokens):
 
 
 def test_shrinkage_pulls_a_small_sample_towards_the_truth():
-    """Averaged over samples, the shrunk moment is closer to the true one, and keeps its trace."""
+    """Averaged over samples, the shrunk hessian is closer to the true one, and keeps its trace."""
     n, truth = 40, torch.diag(torch.linspace(0.5, 1.5, 40))
     generator = torch.Generator().manual_seed(0)
     for tokens in (10, 40, 200):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from codec_inputs import gaussian, moment
+from codec_inputs import gaussian, hessian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from bstack.numerics.outliers import outlier_scores
 
 
 def test_factorise_is_the_decomposition():
-    h = moment(30)
+    h = hessian(30)
     factor, cost = factorise(h.clone, 2.0)
     again = factor.double() @ torch.diag(cost.double()) @ factor.double().t()
     assert torch.allclose(again, h.double() + 2 * torch.eye(30).double(), rtol=1e-5, atol=1e-3)
@@ -27,7 +27,7 @@ def test_groups_are_coded_as_written_out():
     """One row and candidate at a time, in float64, with GPTQ's own updates of the columns that follow."""
     rng = np.random.default_rng(0)
     g, rows, candidates, most = 7, 5, 3, 7
-    h = moment(g, 1)
+    h = hessian(g, 1)
     factor, cost = factorise(h.clone, 0.1)
     weight = torch.from_numpy(rng.standard_normal((g, rows))).float()
     kept = torch.where(torch.from_numpy(rng.random((g, rows))) < 0.2, 0.02, 1.0).float()
@@ -139,6 +139,6 @@ def test_scores_against_leaving_weights_out_one_by_one():
                 assert float(scores[row, place]) == pytest.approx(expected.get(place, 0.0), rel=1e-3, abs=1e-6)
 
 
-def test_damping_of_an_empty_moment_is_positive():
+def test_damping_of_an_empty_hessian_is_positive():
     prepared = damped(torch.zeros(5, 5), 10)
     assert torch.equal(prepared.factor, torch.eye(5)) and (prepared.cost > 0).all()

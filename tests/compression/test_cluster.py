@@ -292,7 +292,7 @@ def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
 
 
-PEM = str(Path(__file__).parent / "http" / "self-signed.pem")
+PEM = str(Path(__file__).parents[1] / "helpers" / "self-signed.pem")
 TLS = {"distributed.comm.tls.ca-file": PEM} | {
     f"distributed.comm.tls.{role}.{what}": PEM for role in ("scheduler", "client") for what in ("cert", "key")
 }

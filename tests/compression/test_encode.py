@@ -15,7 +15,7 @@ def arrays(rows=40, columns=24):
     inputs = rng.standard_normal((100, columns)).astype(np.float32)
     return {
         "weight": rng.standard_normal((rows, columns)).astype(np.float32),
-        "moment": inputs.T @ inputs,
+        "hessian": inputs.T @ inputs,
         "sensitivity": rng.random(rows).astype(np.float32),
     }
 
@@ -44,7 +44,7 @@ def test_arrays_may_lie_anywhere(codec, offset):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
-    ("field", "words"), [("moment", "2 of its 24 inputs"), ("sensitivity", "2 of its 40 gradients")]
+    ("field", "words"), [("hessian", "2 of its 24 inputs"), ("sensitivity", "2 of its 40 gradients")]
 )
 def test_what_calibration_made_nan_is_told_by_name(codec, value, field, words):
     given = arrays()

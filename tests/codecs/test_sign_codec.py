@@ -23,8 +23,8 @@ def gram(inputs: int, seed: int = 0, tokens: int = 64) -> torch.Tensor:
     return x.t() @ x
 
 
-def blocks_of(codec: SignCodec, weight: torch.Tensor, moment: torch.Tensor):
-    return list(codec.encode(weight, moment, 10**6, torch.ones(weight.shape[0])))
+def blocks_of(codec: SignCodec, weight: torch.Tensor, hessian: torch.Tensor):
+    return list(codec.encode(weight, hessian, 10**6, torch.ones(weight.shape[0])))
 
 
 def rebuilt(blocks, shape, depth) -> torch.Tensor:
@@ -55,11 +55,11 @@ def test_paper_preset_agrees_with_the_oracle(shape):
     """Rank 16, 16 planes."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator) * 0.02 * (1 + torch.rand(shape[0], 1, generator=generator))
-    moment = gram(shape[1])
-    scale = channel_norms(moment)
+    hessian = gram(shape[1])
+    scale = channel_norms(hessian)
     codec = make_codec(PRESETS["paper"])
     assert (codec.rank, codec.planes) == (16, 16)
-    blocks = blocks_of(codec, weight, moment)
+    blocks = blocks_of(codec, weight, hessian)
     wanted = oracle(weight.double().numpy(), scale.double().numpy(), 16, 16)
     whole = (weight * scale).double().norm()
 
@@ -80,10 +80,10 @@ def test_paper_preset_agrees_with_the_oracle(shape):
     assert ours < 1e-3
 
 
-def check_each_block(weight: torch.Tensor, moment: torch.Tensor, rank: int, planes: int) -> None:
+def check_each_block(weight: torch.Tensor, hessian: torch.Tensor, rank: int, planes: int) -> None:
     """Every block removes what the best block of its rank would, within 0.5 % of the norm that stays."""
-    scale = channel_norms(moment).double()
-    blocks = blocks_of(SignCodec(planes=planes, rank=rank), weight, moment)
+    scale = channel_norms(hessian).double()
+    blocks = blocks_of(SignCodec(planes=planes, rank=rank), weight, hessian)
     assert len(blocks) == planes
     whole = (weight.double() * scale).norm()
     for depth in range(planes):
@@ -160,8 +160,8 @@ def test_blocks_are_near_the_best_of_their_rank(kind, m, n, rank, exponent, seed
 @pytest.mark.parametrize("rank", [1, 16, "auto"])
 def test_thin_matrices(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    moment = gram(shape[1])
-    blocks = blocks_of(SignCodec(planes=4, rank=rank), weight, moment)
+    hessian = gram(shape[1])
+    blocks = blocks_of(SignCodec(planes=4, rank=rank), weight, hessian)
     assert all(1 <= b.rank <= min(shape) for b in blocks)
     # One row or column: its magnitudes are of rank 1, so a block is exact but for half precision.
     if min(shape) == 1:
@@ -173,40 +173,40 @@ def test_a_larger_matrix_of_a_slow_spectrum(rank):
     """As in real layers: |W| is one large direction and a long flat tail, the hardest for block iteration."""
     generator = torch.Generator().manual_seed(9)
     weight = torch.randn(300, 200, generator=generator)
-    moment = gram(200)
-    rank = choose_rank(weight * channel_norms(moment)) if rank == "auto" else rank
-    check_each_block(weight, moment, rank, planes=3)
+    hessian = gram(200)
+    rank = choose_rank(weight * channel_norms(hessian)) if rank == "auto" else rank
+    check_each_block(weight, hessian, rank, planes=3)
 
 
 @settings(max_examples=30, deadline=None)
 @given(kind=st.sampled_from(KINDS), m=st.integers(1, 40), n=st.integers(1, 40), seed=st.integers(0, 2**20))
 def test_row_errors_are_those_of_what_rebuild_gives(kind, m, n, seed):
     weight = structured(kind, (m, n), torch.Generator().manual_seed(seed))
-    moment = gram(n, seed)
-    blocks = blocks_of(SignCodec(planes=5, rank="auto"), weight, moment)
-    whole = output_errors(weight, moment).double().sqrt()
+    hessian = gram(n, seed)
+    blocks = blocks_of(SignCodec(planes=5, rank="auto"), weight, hessian)
+    whole = output_errors(weight, hessian).double().sqrt()
     for depth, block in enumerate(blocks, 1):
         residual = weight.double() - rebuilt(blocks, weight.shape, depth).double()
-        exact = ((residual @ moment.double()) * residual).sum(1).clamp_min(0).sqrt()
+        exact = ((residual @ hessian.double()) * residual).sum(1).clamp_min(0).sqrt()
         # Both sums are made in float32, in another order: 1e-5 of what the row was, as an error of the square root.
         assert block.row_errors.shape == (m,) and (block.row_errors >= 0).all()
         assert ((block.row_errors.double().sqrt() - exact).abs() <= 1e-3 * exact + 1e-5 * (whole.max() + 1e-30)).all()
 
 
 def test_errors_fall_with_every_block():
-    weight, moment = torch.randn(60, 44, generator=torch.Generator().manual_seed(2)), gram(44)
-    errors = [float(b.row_errors.sum()) for b in blocks_of(SignCodec(planes=10), weight, moment)]
+    weight, hessian = torch.randn(60, 44, generator=torch.Generator().manual_seed(2)), gram(44)
+    errors = [float(b.row_errors.sum()) for b in blocks_of(SignCodec(planes=10), weight, hessian)]
     # The more a residual looks like noise, the less one plane can say of it: factors of .35 at first, .77 at last.
     assert all(b < 0.85 * a for a, b in zip(errors, errors[1:], strict=False))
     assert errors[2] < 0.2 * errors[0]
 
 
 def test_an_encoder_repeats_itself_and_leaves_its_arguments_alone():
-    weight, moment = torch.randn(30, 20, generator=torch.Generator().manual_seed(2)), gram(20)
-    before = weight.clone(), moment.clone()
-    first, second = (blocks_of(SignCodec(planes=3), weight, moment) for _ in range(2))
+    weight, hessian = torch.randn(30, 20, generator=torch.Generator().manual_seed(2)), gram(20)
+    before = weight.clone(), hessian.clone()
+    first, second = (blocks_of(SignCodec(planes=3), weight, hessian) for _ in range(2))
     assert [b.payload for b in first] == [b.payload for b in second]
-    assert torch.equal(weight, before[0]) and torch.equal(moment, before[1])
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
 def test_payload_layout():
@@ -240,9 +240,9 @@ def test_a_matrix_of_zeros_stays_zero():
 def test_channels_that_calibration_never_saw_keep_their_weights():
     """A coarse share, not nothing: another text may use them."""
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(6))
-    moment = gram(30)
-    moment[7] = moment[:, 7] = 0
-    blocks = blocks_of(SignCodec(planes=8, rank=4), weight, moment)
+    hessian = gram(30)
+    hessian[7] = hessian[:, 7] = 0
+    blocks = blocks_of(SignCodec(planes=8, rank=4), weight, hessian)
     column = rebuilt(blocks, weight.shape, 8)[:, 7]
     assert (column - weight[:, 7]).norm() < 0.5 * weight[:, 7].norm()
     # And with no calibration at all, every channel counts the same.
@@ -250,10 +250,10 @@ def test_channels_that_calibration_never_saw_keep_their_weights():
 
 
 def test_blocks_do_not_depend_on_the_unit_of_the_inputs():
-    weight, moment = torch.randn(32, 24, generator=torch.Generator().manual_seed(8)), gram(24)
-    reference = rebuilt(blocks_of(SignCodec(planes=3, rank=3), weight, moment), weight.shape, 3)
+    weight, hessian = torch.randn(32, 24, generator=torch.Generator().manual_seed(8)), gram(24)
+    reference = rebuilt(blocks_of(SignCodec(planes=3, rank=3), weight, hessian), weight.shape, 3)
     for factor in (1e-8, 1e8):
-        other = rebuilt(blocks_of(SignCodec(planes=3, rank=3), weight, moment * factor), weight.shape, 3)
+        other = rebuilt(blocks_of(SignCodec(planes=3, rank=3), weight, hessian * factor), weight.shape, 3)
         # Equal but for rounding, which may turn the sign of a number next to nothing in the second and third plane.
         assert (other - reference).norm() < 0.01 * weight.norm()
 

@@ -1,4 +1,4 @@
-"""Weights, second moments of inputs, and what a codec makes of them, for the tests of codecs."""
+"""Weights, Hessians of inputs, and what a codec makes of them, for the tests of codecs."""
 
 import torch
 
@@ -6,14 +6,14 @@ import bstk
 from bstack.codecs import codec_of_kind
 
 
-def moment(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
+def hessian(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
     """Of inputs that are independent and differ in size."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens or 4 * n, n, generator=generator) * (0.1 + torch.rand(n, generator=generator) * 3)
     return x.t() @ x
 
 
-def correlated_moment(n: int) -> torch.Tensor:
+def correlated_hessian(n: int) -> torch.Tensor:
     """Of 2000 inputs of one size whose columns go together."""
     mixing = torch.eye(n) + 0.9 * torch.ones(n, n) / n**0.5
     x = torch.randn(2000, n, generator=torch.Generator().manual_seed(3)) @ mixing

@@ -10,7 +10,7 @@ from packed_models import budgets, damaged, flip_a_late_byte
 import bstack
 import bstk
 from bstack.memory.free import Memory
-from bstack.packed.store import Residence
+from bstack.packed.store import BlockStore
 
 
 def until(condition):
@@ -57,7 +57,7 @@ class Machine:
         for _ in range(2 * seconds):
             self.now += 0.5
             self.watcher.look(self.now)
-            growth = self.model.bstack_residence._growth
+            growth = self.model.bstack_store._growth
             if growth is not None:
                 growth.thread.join(20)
 
@@ -66,14 +66,14 @@ def test_following_asks_a_whole_model_for_nothing(path, model):
     """Though its file is longer than its blocks are large. At the smallest size it is as still."""
     with bstk.open(path) as file:
         assert file.length > file.memory_bytes and file.smallest.budget > file.smallest.memory_bytes
-    residence, machine, asked = model.bstack_residence, Machine(model), []
+    store, machine, asked = model.bstack_store, Machine(model), []
     machine.watcher._resize = asked.append
     machine.live(60)
-    assert asked == [] and residence.budget == machine.watcher._policy.largest
+    assert asked == [] and store.budget == machine.watcher._policy.largest
     bstack.resize(model, budgets(path)[0])
     machine.room = 0
     machine.live(5)
-    assert asked == [] and residence.budget == machine.watcher._policy.smallest
+    assert asked == [] and store.budget == machine.watcher._policy.smallest
 
 
 def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeypatch):
@@ -81,9 +81,9 @@ def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeyp
     model = damaged(path, tmp_path, flip_a_late_byte)
     machine = Machine(model)
     tries = []
-    original = Residence.resize
+    original = BlockStore.resize
     monkeypatch.setattr(
-        Residence, "resize", lambda *args, **options: (tries.append(machine.now), original(*args, **options))[1]
+        BlockStore, "resize", lambda *args, **options: (tries.append(machine.now), original(*args, **options))[1]
     )
     machine.live(600)
     waits = [later - earlier for earlier, later in pairwise(tries)]
@@ -104,7 +104,7 @@ def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
 
     def look(now):
         follower.look(now)
-        growth = model.bstack_residence._growth
+        growth = model.bstack_store._growth
         if growth is not None:
             growth.thread.join(20)
         return growth

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_ARM = platform.machine() in ("aarch64", "arm64")
 COMPILER = shutil.which("cc" if ON_ARM else "aarch64-linux-gnu-gcc")
 EMULATOR = None if ON_ARM else shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

@@ -9,7 +9,7 @@ import pytest
 import bstk
 from bstack.codecs import codec_of_kind
 
-VECTORS = Path(__file__).parents[1] / "format" / "vectors"
+VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 EXPECTED = {file: json.loads((VECTORS / f"expected-{file}.json").read_text()) for file in ("weights", "spqr")}
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from codec_inputs import gaussian, moment, outlier_count
+from codec_inputs import gaussian, hessian, outlier_count
 
 import bstk
 from bstack.codecs import make_codec
@@ -21,7 +21,7 @@ from bstack.settings import Settings
 def layer(seeds=(1, 2, 3)):
     shapes = [(48, 64), (96, 64), (64, 112)]
     return [
-        (gaussian(m, n, seed), moment(n, seed), 1000, torch.full((m,), 10.0**-seed))
+        (gaussian(m, n, seed), hessian(n, seed), 1000, torch.full((m,), 10.0**-seed))
         for seed, (m, n) in zip(seeds, shapes, strict=True)
     ]
 
@@ -80,7 +80,7 @@ def test_no_outliers_is_none():
 
 
 def test_a_matrix_whose_weights_are_all_alike_has_no_outliers_block():
-    tasks = [*layer(), (torch.full((32, 64), 0.5), moment(64), 1000, torch.ones(32))]
+    tasks = [*layer(), (torch.full((32, 64), 0.5), hessian(64), 1000, torch.ones(32))]
     codec = SpqrCodec(planes=1).for_layer(tasks)
     kinds = [[b.kind for b in codec.encode(*task)] for task in tasks]
     assert kinds[0] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS] and kinds[3] == [bstk.SPQR, bstk.TRELLIS]
@@ -99,7 +99,7 @@ def encoded_range(bits, group, shapes):
     found = []
     for share in (0, 0.5):
         blocks = [
-            list(SpqrCodec(bits, group, share, planes=0).encode(gaussian(m, n, m), moment(n), 1000, torch.ones(m)))
+            list(SpqrCodec(bits, group, share, planes=0).encode(gaussian(m, n, m), hessian(n), 1000, torch.ones(m)))
             for m, n in shapes
         ]
         found.append(bits_used(blocks, sum(m * n for m, n in shapes)))

@@ -5,7 +5,7 @@ import torch
 
 from bstack.calibration.products import ProductWatch
 from bstack.calibration.sensitivity import _Squares
-from bstack.calibration.statistics import MomentTable
+from bstack.calibration.statistics import HessianTable
 from bstack.calibration.stream import LayerStream
 from bstack.errors import UnsupportedModelError
 
@@ -25,7 +25,7 @@ def test_batched_experts_get_the_gradients_of_their_own_slice():
 
 def test_experts_without_tokens_share_nothing():
     weights = torch.randn(3, 6, 4)
-    table = MomentTable()
+    table = HessianTable()
     watch = ProductWatch({"experts": weights}, table.report)
     tokens = torch.randn(5, 4)
     for batch in ((0, 0, 5), (0, 5, 0)):
@@ -35,7 +35,7 @@ def test_experts_without_tokens_share_nothing():
                 torch.nn.functional.linear(tokens[:count], weights[expert])
     assert table.operands.keys() == {"experts[1]", "experts[2]"}
     assert table.statistics("experts[1]") is not table.statistics("experts[2]")
-    assert torch.allclose(table.statistics("experts[1]").moment, tokens.t() @ tokens, atol=1e-5)
+    assert torch.allclose(table.statistics("experts[1]").hessian, tokens.t() @ tokens, atol=1e-5)
 
 
 class Skeleton:

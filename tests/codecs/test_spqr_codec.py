@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import spqr_oracle
 import torch
-from codec_inputs import blocks_of, correlated_moment, gaussian, moment, outlier_count, rebuilt
+from codec_inputs import blocks_of, correlated_hessian, gaussian, hessian, outlier_count, rebuilt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from bstack.numerics.errors import output_errors
 )
 def test_blocks_are_what_the_specification_says(m, n, group, bits):
     weight = gaussian(m, n, m * n)
-    blocks = blocks_of(SpqrCodec(bits, group, outliers=0.5 if m * n < 20 else 0.05, planes=1), weight, moment(n))
+    blocks = blocks_of(SpqrCodec(bits, group, outliers=0.5 if m * n < 20 else 0.05, planes=1), weight, hessian(n))
     assert [b.kind for b in blocks] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS]
     assert [b.rank for b in blocks] == [group + bits, 0, 2]
     for block in blocks:
@@ -38,7 +38,7 @@ def test_blocks_are_what_the_specification_says(m, n, group, bits):
     assert np.abs(rebuilt(blocks, (m, n)).numpy() - both - above).max() <= 1e-5 * np.abs(both).max()
 
 
-def test_columns_are_taken_by_falling_second_moment():
+def test_columns_are_taken_by_falling_second_hessian():
     h = torch.diag(torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6]))
     payload = blocks_of(SpqrCodec(planes=0), gaussian(4, 8), h)[0].payload
     assert np.frombuffer(payload, "<u2", 8).tolist() == [5, 7, 4, 2, 0, 6, 1, 3]
@@ -60,7 +60,7 @@ def test_columns_are_taken_by_falling_second_moment():
 def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bits, group, planes, share, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = gaussian(m, n, seed) * torch.rand(m, 1, generator=generator)
-    h = moment(n, seed % 1000)
+    h = hessian(n, seed % 1000)
     blocks = blocks_of(SpqrCodec(bits, group, share, planes=planes), weight, h, torch.rand(m, generator=generator))
     apart = [bstk.OUTLIERS] if outlier_count(blocks, m) else []
     assert [b.kind for b in blocks] == [bstk.SPQR, *apart, *[bstk.TRELLIS] * planes]
@@ -85,7 +85,7 @@ def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bi
 @pytest.mark.parametrize("share", [0, 0.1])
 def test_degenerate_input_gives_finite_blocks(weight, h, share):
     n = weight.shape[1]
-    matrix = {"plain": moment(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
+    matrix = {"plain": hessian(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
     codec = SpqrCodec(outliers=share, planes=1)
     blocks = blocks_of(codec, weight, matrix, torch.zeros(weight.shape[0]))
     values = rebuilt(blocks, weight.shape)
@@ -95,13 +95,13 @@ def test_degenerate_input_gives_finite_blocks(weight, h, share):
         assert float((rebuilt(blocks, weight.shape, 2) - weight).abs().max()) <= 0.4 * float(weight.abs().max()) + 1e-6
 
 
-def test_zero_tokens_and_an_empty_moment():
+def test_zero_tokens_and_an_empty_hessian():
     blocks = blocks_of(SpqrCodec(planes=1), gaussian(4, 20), torch.zeros(20, 20), tokens=0)
     assert rebuilt(blocks, (4, 20)).isfinite().all()
 
 
-def test_weight_and_moment_stay_as_they_are_and_the_bytes_are_the_same():
-    weight, h = gaussian(40, 48), moment(48)
+def test_weight_and_hessian_stay_as_they_are_and_the_bytes_are_the_same():
+    weight, h = gaussian(40, 48), hessian(48)
     kept = weight.clone(), h.clone()
     one, two = ([b.payload for b in blocks_of(SpqrCodec(), weight, h)] for _ in range(2))
     assert one == two
@@ -118,7 +118,7 @@ def test_a_group_is_quantised_far_better_than_one_scale_for_all():
 
 def test_feedback_pays_where_inputs_are_correlated():
     n = 64
-    h = correlated_moment(n)
+    h = correlated_hessian(n)
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
     codec = SpqrCodec(outliers=0, planes=0)
     with_feedback = blocks_of(codec, weight, h)[0].row_errors.sum()
@@ -127,7 +127,7 @@ def test_feedback_pays_where_inputs_are_correlated():
 
 
 def test_outliers_pay_where_weights_stick_out_and_the_dense_part_alone_stays_usable():
-    weight, h = gaussian(128, 128), moment(128)
+    weight, h = gaussian(128, 128), hessian(128)
     none = float(blocks_of(SpqrCodec(outliers=0, planes=0), weight, h)[0].row_errors.sum())
     dense, both = (float(b.row_errors.sum()) for b in blocks_of(SpqrCodec(outliers=0.02, planes=0), weight, h))
     assert both < 0.7 * none

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from codec_inputs import correlated_moment, moment
+from codec_inputs import correlated_hessian, hessian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from bstack.kernels.trellis import encode_columns, encode_columns_reference
 from bstack.numerics.errors import output_errors
 from bstack.settings import Settings
 
-SPEC = Path(__file__).parents[1] / "format" / "SPEC.md"
+SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
 
 
 def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
@@ -58,7 +58,7 @@ def read_as_specified(payload: bytes, m: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (17, 6), (8, 24), (40, 12), (5, 64), (33, 96)])
 def test_rebuild_is_what_the_specification_says(m, n):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(m * n))
-    payloads = [b.payload for b in TrellisCodec(3).encode(weight, moment(n), 10**6, torch.rand(m))]
+    payloads = [b.payload for b in TrellisCodec(3).encode(weight, hessian(n), 10**6, torch.rand(m))]
     expected = sum(read_as_specified(p, m, n) for p in payloads)
     rebuilt = TrellisCodec.rebuild(payloads, [bstk.TRELLIS] * 3, [2] * 3, (m, n))
     assert np.abs(rebuilt.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -109,7 +109,7 @@ def test_search_finds_the_best_path(rows):
 def test_every_block_lowers_the_error_it_reports(m, n, planes, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator) * torch.rand(m, 1, generator=generator)
-    h = moment(n, seed % 1000)
+    h = hessian(n, seed % 1000)
     codec = TrellisCodec(planes)
     blocks = list(codec.encode(weight, h, 10**6, torch.rand(m, generator=generator)))
     assert len(blocks) == planes
@@ -138,7 +138,7 @@ def test_gaussian_weights_reach_the_rate_of_the_code():
 
 def test_feedback_pays_where_inputs_are_correlated():
     n = 64
-    h = correlated_moment(n)
+    h = correlated_hessian(n)
     weight = torch.randn(256, n, generator=torch.Generator().manual_seed(4))
     with_feedback = next(TrellisCodec(1).encode(weight, h, 10**6, torch.ones(256)))
     without = next(TrellisCodec(1).encode(weight, torch.eye(n), 10**6, torch.ones(256)))
@@ -150,7 +150,7 @@ def test_important_rows_get_the_better_codes():
     weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(5))
     importance = torch.ones(256)
     importance[::2] = 30
-    h = moment(64)
+    h = hessian(64)
     even = next(TrellisCodec(1).encode(weight, h, 10**6, importance)).row_errors[::2].sum()
     equal = next(TrellisCodec(1).encode(weight, h, 10**6, torch.ones(256))).row_errors[::2].sum()
     assert float(even) < float(equal)
@@ -164,7 +164,7 @@ def test_important_rows_get_the_better_codes():
 @pytest.mark.parametrize("h", ["plain", "zero", "one channel"])
 def test_degenerate_input_gives_finite_blocks(weight, h):
     n = weight.shape[1]
-    matrix = {"plain": moment(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
+    matrix = {"plain": hessian(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
     blocks = list(TrellisCodec(2).encode(weight, matrix, 10**6, torch.zeros(weight.shape[0])))
     rebuilt = TrellisCodec.rebuild([b.payload for b in blocks], [bstk.TRELLIS] * 2, [2, 2], tuple(weight.shape))
     assert rebuilt.isfinite().all()
@@ -174,7 +174,7 @@ def test_degenerate_input_gives_finite_blocks(weight, h):
 def test_same_input_gives_the_same_bytes():
     weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(6))
     one, two = (
-        [b.payload for b in TrellisCodec(2).encode(weight, moment(48), 10**6, torch.ones(64))] for _ in range(2)
+        [b.payload for b in TrellisCodec(2).encode(weight, hessian(48), 10**6, torch.ones(64))] for _ in range(2)
     )
     assert one == two
 

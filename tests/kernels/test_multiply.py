@@ -26,7 +26,7 @@ from bstack.kernels.selftest import random_payload
 from bstack.kernels.table import TABLE
 from bstack.numerics import rotation
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 BUILT = library() is not None
 needs_kernels = pytest.mark.skipif(not BUILT, reason="the C kernels are not built, or not wanted")
 INSTRUCTIONS = [name for name in CHOICES[1:] if BUILT and library().bstack_offers(name.encode()) == 0]

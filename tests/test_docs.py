@@ -114,7 +114,7 @@ def workplace(tmp_path_factory):
 
 def examples():
     for document in DOCS:
-        blocks = [match for match in BLOCK.finditer(read(document))]
+        blocks = list(BLOCK.finditer(read(document)))
         if blocks:
             yield pytest.param(document, blocks, id=str(document.relative_to(ROOT)))
 

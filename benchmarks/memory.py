@@ -5,7 +5,7 @@
 Two Llama-shaped folders of random bfloat16 weights with a small tokenizer are written to a temporary folder and
 compressed with a text, by the command, in a process of its own each. Printed are the peaks as the system counted them
 (ru_maxrss of the child), the peak of a process that only imports what compressing imports, and the ratio. The goal is
-a ratio below 1.10. Figures are in docs/memory.md.
+a ratio below 1.10. Figures are in docs/results.md.
 """
 
 from __future__ import annotations

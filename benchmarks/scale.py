@@ -7,7 +7,7 @@ and as many layers as are asked for, and compresses it in a child process with `
 and a text. The child may have no more private writable memory than the limit (RLIMIT_DATA: heap and anonymous mappings, used or
 not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds on the clock and of
 processors, and the peak memory of each stage. With --ranges N the embedding and the head are given up after N of their 126 ranges
-of rows, which all take the same time and memory, and the stages after them do not run. Figures are in docs/scale.md. Nothing is kept,
+of rows, which all take the same time and memory, and the stages after them do not run. Figures are in docs/results.md. Nothing is kept,
 unless --folder is given: all 32 layers take hours, and the same command goes on there where it was stopped.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/spqr.py MODEL --calibration TEXT --text TEXT
 
 One pass over the calibration text serves all variants; each is then measured on the first windows of the other text. The
-table in docs/quality.md is what this prints for SmolLM2-135M-Instruct.
+table in docs/research/notebook.md is what this prints for SmolLM2-135M-Instruct.
 """
 
 from __future__ import annotations

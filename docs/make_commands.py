@@ -14,7 +14,7 @@ from pathlib import Path
 TARGET = Path(__file__).with_name("commands.md")
 HEAD = """# Commands
 
-Generated from `bstack --help` by `docs/make_commands.py`. What every exit code means stands in [exit-codes.md](exit-codes.md).
+Generated from `bstack --help` by `docs/make_commands.py`. A part of the [guide](guide.md), which also explains the exit codes.
 """
 
 

@@ -1,4 +1,4 @@
-"""The house of docs/architecture.md: who may import whom. Imports are read, not run."""
+"""The layers of CONTRIBUTING.md: who may import whom. Imports are read, not run."""
 
 import ast
 import os
@@ -167,7 +167,7 @@ def test_the_command_line_imports_no_torch_at_its_top():
 
 
 def test_the_floors_stand_in_the_docs():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for place in [p.removeprefix("bstack.") for p in FLOOR if p not in ("bstack", "bstack.__main__", "bstack.demo")]:
         assert f"`{place}`" in text, place
 

@@ -53,7 +53,8 @@ def test_every_module_is_in_it_and_nothing_else(wheel):
         names = set(archive.namelist())
     expected = set()
     for package, folder in packages().items():
-        expected |= {f"{package.replace('.', '/')}/{module.name}" for module in folder.glob("*.py")}
+        shipped = [*folder.glob("*.py"), *folder.glob("py.typed")]
+        expected |= {f"{package.replace('.', '/')}/{file.name}" for file in shipped}
     assert len(expected) > 40 and expected <= names, sorted(expected - names)
     others = {name for name in names - expected if ".dist-info/" not in name}
     # The kernels, where there is a compiler.

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** A small command over the reader. Exit codes: docs/exit-codes.md. */
+/** A small command over the reader. Exit codes: docs/guide.md. */
 
 import { existsSync } from "node:fs";
 import { parseArgs } from "node:util";

@@ -1,4 +1,4 @@
-/** Error classes with the names and exit codes of docs/exit-codes.md. */
+/** Error classes with the names and exit codes of docs/guide.md. */
 
 export class BstkError extends Error {
   static exitCode = 1;

@@ -83,7 +83,7 @@ def test_interrupted_while_the_commands_are_imported():
 
 def test_documented_exit_codes_are_those_of_the_classes():
     documented = {}
-    for code, names in re.findall(r"^\| (\d+) \| (.*?) \|", (DOCS / "exit-codes.md").read_text(), re.MULTILINE):
+    for code, names in re.findall(r"^\| (\d+) \| (.*?) \|", (DOCS / "guide.md").read_text(), re.MULTILINE):
         documented.update({name: int(code) for name in re.findall(r"`(\w+)`", names)})
     classes = {
         name: cls.exit_code for name, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "exit_code")

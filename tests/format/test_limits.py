@@ -141,7 +141,7 @@ def test_rank(good):
 
 
 def test_memory_of_a_hostile_index():
-    """Every record has a name, a shape and numbers of its own, so nothing of it is shared: docs/security.md says how much that is."""
+    """Every record has a name, a shape and numbers of its own, so nothing of it is shared: SECURITY.md says how much that is."""
     count = 50_000
     record = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
     names = b"".join(struct.pack("<I", 5) + b"%05x" % number for number in range(count))

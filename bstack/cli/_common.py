@@ -54,11 +54,11 @@ class FileType(click.Path):
 
 def _is_model(value: str) -> bool:
     """Whether somebody names a model, as for ``bstack compress``, where a file is asked for."""
-    from bstack.models import embedded
+    from bstack.models.hub import DEFAULT_MODEL
 
     if os.path.isdir(value):
         return os.path.exists(os.path.join(value, "config.json"))
-    return value == embedded.NAME and not os.path.exists(value)
+    return value == DEFAULT_MODEL and not os.path.exists(value)
 
 
 class PlaceType(click.ParamType):

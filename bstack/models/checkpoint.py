@@ -63,7 +63,7 @@ class Checkpoint(ABC):
 
         Raises
         ------
-        bstack.errors.WeightError
+        bstack.errors.UnsupportedModelError
             When a tensor holds NaN or infinity; the message names it.
         """
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.skeleton import check_finite
+from bstk.errors import DamagedError, MissingPackageError
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -30,9 +31,9 @@ class GGUFCheckpoint(Checkpoint):
 
     Raises
     ------
-    bstack.errors.MissingPackageError
+    bstk.errors.MissingPackageError
         When the optional package `gguf` is absent.
-    bstack.errors.DamagedModelError, bstack.errors.UnsupportedModelError
+    bstk.DamagedError, bstack.errors.UnsupportedModelError
     """
 
     def __init__(self, path: Path):
@@ -51,10 +52,10 @@ class GGUFCheckpoint(Checkpoint):
         try:
             self._reader = gguf.GGUFReader(path)
             self._check_extent()
-        except DamagedModelError:
+        except DamagedError:
             raise
         except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
-            raise DamagedModelError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
+            raise DamagedError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
         try:
             with self._parsed_once():
                 self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
@@ -85,7 +86,7 @@ class GGUFCheckpoint(Checkpoint):
         for tensor in self._reader.tensors:
             end = int(tensor.data_offset) + int(tensor.n_bytes)
             if end > self.size_bytes:
-                raise DamagedModelError(
+                raise DamagedError(
                     f"{self.path} ends at byte {self.size_bytes}, but {tensor.name} reaches to {end}. Fetch it again."
                 )
 
@@ -128,7 +129,7 @@ class GGUFCheckpoint(Checkpoint):
             expected = getattr(owner, leaf)
             value = torch.from_numpy(self._read(name)).to(expected.dtype)
             if value.shape != expected.shape:
-                raise DamagedModelError(
+                raise DamagedError(
                     f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected.shape)}."
                 )
             if leaf in owner._parameters:

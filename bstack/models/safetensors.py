@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
-from bstack.models.code import own_attention, own_code
-from bstack.models.references import ADVICE, check_known
+from bstack.models.code import check_code, reset_attn_impl, stage_model
 from bstack.models.skeleton import check_finite
-from bstack.models.staging import staged
+from bstk.errors import DamagedError, UsageError
 
 __all__ = ["SafetensorsCheckpoint"]
 
@@ -52,7 +51,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     Raises
     ------
-    bstack.errors.ModelNotFoundError, bstack.errors.UnsupportedModelError, bstack.errors.DamagedModelError
+    bstk.UsageError, bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
 
     def __init__(
@@ -60,14 +59,10 @@ class SafetensorsCheckpoint(Checkpoint):
     ):
         self.folder = folder
         self.name = name or folder.resolve().name
-        if trust_remote_code:
-            self.code = own_code(folder, self.name, hub)
-        else:
-            check_known(folder, self.name, ADVICE)
-        # Without weights: transformers runs the code that it finds there, so that must be what was announced and recorded.
+        self.code = check_code(folder, self.name, trust_remote_code, hub)
         self._beside = folder
         if self.code is not None:
-            self._beside = staged(folder, self.code)
+            self._beside = stage_model(folder, self.code)
             weakref.finalize(self, shutil.rmtree, self._beside.parent, ignore_errors=True)
         self.config = _read_config(self._beside, self.code is not None, folder)
         self.files = _weight_files(folder)
@@ -150,7 +145,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
                 )
         except SafetensorError as error:
-            raise DamagedModelError(f"{self.name}: a weight file cannot be read: {error}.") from None
+            raise DamagedError(f"{self.name}: a weight file cannot be read: {error}.") from None
         if info.mismatched_keys:
             raise self._mismatch(*sorted(info.mismatched_keys)[0])
         if info.conversion_errors:
@@ -169,8 +164,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 copy = owner._parameters[leaf].detach().clone()
                 owner._parameters[leaf] = torch.nn.Parameter(copy, requires_grad=False)
 
-    def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedModelError:
-        return DamagedModelError(
+    def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedError:
+        return DamagedError(
             f"{self.name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(expected)}. "
             "Is it the one that belongs to these weights?"
         )
@@ -189,7 +184,7 @@ def _opened(file: Path) -> Iterator[Any]:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         size = f"It has {file.stat().st_size} bytes; " if file.is_file() else ""
-        raise DamagedModelError(f"{file} is not a whole safetensors file: {error}. {size}fetch it again.") from None
+        raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}fetch it again.") from None
     with shard:
         yield shard
 
@@ -198,10 +193,10 @@ def _read_config(folder: Path, trusted: bool, shown: Path):
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"{shown} holds no config.json, so it is not a transformers folder.")
+        raise UsageError(f"{shown} holds no config.json, so it is not a transformers folder.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        own_attention(config)
+        reset_attn_impl(config)
         return config
     except Exception as error:  # whatever a configuration class does with values that make no sense
         raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {one_line(error)}") from None
@@ -212,12 +207,10 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedModelError(
-                f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map."
-            ) from None
+            raise DamagedError(f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map.") from None
         files = [folder / shard for shard in shards]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise DamagedModelError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
+            raise DamagedError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -226,7 +219,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
             "(load it with transformers and call save_pretrained)."
         )
-    raise ModelNotFoundError(f"{folder} holds no {SINGLE} and no {INDEX}.")
+    raise UsageError(f"{folder} holds no {SINGLE} and no {INDEX}.")
 
 
 def _sha256(file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bstack.errors import UnsupportedModelError, WeightError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises
     ------
-    bstack.errors.WeightError
+    bstack.errors.UnsupportedModelError
     """
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -221,7 +221,7 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
         pieces = tensor.reshape(-1).split(PIECE)
         if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
             bad = int((~tensor.isfinite()).sum())
-            raise WeightError(
+            raise UnsupportedModelError(
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
             )

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import UnsupportedModelError
-from bstack.models.references import ADVICE, references, refusal
+from bstack.errors import UnsupportedModelError, one_line
+from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstk.errors import os_errors
 
 __all__ = ["export"]
@@ -47,11 +47,9 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         # transformers says in many ways that a folder has no tokenizer; the model stays usable with token ids. But one
         # that is there and cannot be read must not be lost in silence.
-        if not trusted and (found := references(source)):
-            raise refusal(f"{shown}: the tokenizer", found, ADVICE) from None
         if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
             raise UnsupportedModelError(
-                f"{shown / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
+                f"{shown / present[0]}: the tokenizer cannot be read: {one_line(error)}"
             ) from None
         words = None
     if words:
@@ -62,10 +60,15 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
         pass  # most folders have none; transformers then derives the settings from config.json
     else:
         _save(generation, target)
-    # Also in folders: further chat templates stand in one of their own. Code, which transformers puts there too, stays out.
-    return sorted(
+    # Further chat templates are in a folder of their own. transformers copies code there too, which stays out.
+    names = sorted(
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py"
     )
+    if unknown := [name for name in names if not is_model_file(name)]:
+        raise UnsupportedModelError(
+            f"{shown}: its tokenizer writes {unknown[0]}. bstack packs files that end in {', '.join(MODEL_SUFFIXES)}."
+        )
+    return names
 
 
 def _save(what: Any, target: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bstack.errors import ForeignCodeWarning, UnsupportedModelError
 from bstack.models.open import open_checkpoint
-from bstack.models.staging import staged
+from bstack.models.code import stage_model
 
 
 def test_opening_often_leaves_no_more_than_once(model, tmp_path, marker, monkeypatch):
@@ -32,10 +32,10 @@ def test_what_is_read_is_copied_and_nothing_else(model, tmp_path, marker):
     own = [path.name for path in model.iterdir() if path.suffix in (".json", ".jinja")]
     with pytest.warns(ForeignCodeWarning):
         code = open_checkpoint(model, trust_remote_code=True).code
-    folder = staged(model, code)
+    folder = stage_model(model, code)
     copied = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     shutil.rmtree(folder.parent)
-    assert copied == {*read, *own, *code.modules}
+    assert copied == {*read, *own, *code.digests}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that nobody can read, root neither")

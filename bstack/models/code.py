@@ -16,11 +16,11 @@ from typing import Any
 
 import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, one_line
-from bstack.models.files import is_model_file
+from bstack.models.files import is_model_file, put_files
 from bstack.models.hub import hub_snapshot
 from bstk.errors import os_errors
 
-__all__ = ["Code", "allowed_code", "check_code", "check_trust", "needed_code", "put_code", "recorded_place"]
+__all__ = ["Code", "allowed_code", "check_code", "check_trust", "put_code", "recorded_place"]
 __all__ += ["reset_attn_impl", "stage_code", "stage_model", "write_references"]
 
 # File -> the automatic classes that bstack uses and that the file may redirect.
@@ -53,29 +53,6 @@ class Code:
         return {"from": self.hub, "modules": self.digests}
 
 
-def needed_code(folder: Path) -> dict[str, str]:
-    """Return what of ``auto_map`` must run, automatic class -> reference; empty where transformers has all that is needed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found: dict[str, str] = {}
-    for file, classes in _MAPS.items():
-        mapping = _json(folder / file).get("auto_map")
-        if isinstance(mapping, list):  # the old form of tokenizers
-            mapping = {"AutoTokenizer": mapping}
-        for auto in classes if isinstance(mapping, dict) else ():
-            value = mapping.get(auto)
-            # A tokenizer names a slow and a fast class; transformers prefers the fast one.
-            for reference in reversed(value if isinstance(value, list) else [value]):
-                if isinstance(reference, str):
-                    found.setdefault(auto, reference)
-    kind = _json(folder / "config.json").get("model_type")
-    known = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    if any(auto in found and (not isinstance(kind, str) or kind not in names) for auto, names in known.items()):
-        return found
-    return {auto: name for auto, name in found.items() if auto == "AutoTokenizer" and not _has_tokenizer(folder)}
-
-
 def check_code(folder: Path, name: str, trust_remote_code: bool, hub: str | None = None) -> Code | None:
     """Return the code that a checkpoint needs, after a warning that names it; None where it needs none.
 
@@ -94,18 +71,15 @@ def check_code(folder: Path, name: str, trust_remote_code: bool, hub: str | None
     bstack.errors.ForeignCodeError
         Code is needed, and not allowed or not found.
     """
-    if not (found := needed_code(folder)):
+    if not (found := _needed(folder, name, trust_remote_code)):
         return None
-    if not trust_remote_code:
-        raise _refusal(name, found)
     places = {reference.rpartition("--")[0] for reference in found.values()}
     if len(places) > 1:
         raise UnsupportedModelError(
             f"{name}: its code is in {len(places)} places: {', '.join(sorted(found.values()))}. Copy the modules into the "
             "model's folder, and leave only module.Class in auto_map."
         )
-    place = places.pop()
-    return _find(place, found, name) if place else _load(folder, hub, found, name)
+    return _find(place, found, name) if (place := places.pop()) else _load(folder, hub, found, name)
 
 
 def allowed_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: str | None) -> Code | None:
@@ -126,12 +100,9 @@ def allowed_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code:
         Code is needed, and not allowed or not found.
     """
     name = file.source.name
-    if not (found := needed_code(folder)):
+    if not (found := _needed(folder, name, trust_remote_code)):
         return None
-    if not trust_remote_code:
-        raise _refusal(name, found)
-    place = code or recorded_place(file)
-    if place is None:
+    if (place := code or recorded_place(file)) is None:
         raise ForeignCodeError(
             f"{name}: this model needs Python code: {', '.join(sorted(found.values()))}. It was compressed from a folder, and "
             "no .bstk file holds code. Name the folder or hub id that has it (code).",
@@ -151,27 +122,16 @@ def stage_model(folder: Path, code: Code) -> Path:
     """Copy the files beside a checkpoint's weights into a temporary folder, with `code` and no other.
 
     transformers runs code from the folder that it reads: this way it runs what was announced and recorded, at one commit.
-
-    Returns
-    -------
-    Path
-        A folder alone in a temporary one, which the caller deletes.
+    The caller deletes the parent of the folder that is returned.
     """
     from transformers.utils import CHAT_TEMPLATE_DIR
 
     target = Path(tempfile.mkdtemp(prefix="bstack-")) / "model"  # one name: transformers caches code under it
+    files = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
+    names = [file.relative_to(folder).as_posix() for file in files if file.is_file() and is_model_file(file.name)]
     try:
         target.mkdir()
-        for file in [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]:
-            if file.is_file() and is_model_file(file.name):
-                try:
-                    content = file.read_bytes()
-                except OSError as error:
-                    raise UnsupportedModelError(f"{file} cannot be read: {error.strerror}.") from None
-                copy = target / file.relative_to(folder)
-                with os_errors(str(copy)):
-                    copy.parent.mkdir(exist_ok=True)
-                    copy.write_bytes(content)
+        put_files(((name, [(folder / name).read_bytes()]) for name in names), target, str(folder))
         put_code(code, target)
     except BaseException:
         shutil.rmtree(target.parent, ignore_errors=True)
@@ -228,6 +188,35 @@ def reset_attn_impl(config: Any) -> None:
             reset_attn_impl(inner)
 
 
+def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:
+    """Return what of ``auto_map`` must run, automatic class -> reference; empty where transformers has all that is needed."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found: dict[str, str] = {}
+    for file, classes in _MAPS.items():
+        mapping = _json(folder / file).get("auto_map")
+        if isinstance(mapping, list):  # the old form of tokenizers
+            mapping = {"AutoTokenizer": mapping}
+        for auto in classes if isinstance(mapping, dict) else ():
+            value = mapping.get(auto)
+            # A tokenizer names a slow and a fast class; transformers prefers the fast one.
+            for reference in reversed(value if isinstance(value, list) else [value]):
+                if isinstance(reference, str):
+                    found.setdefault(auto, reference)
+    kind = _json(folder / "config.json").get("model_type")
+    known = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if all(auto not in found or (isinstance(kind, str) and kind in names) for auto, names in known.items()):
+        found = {auto: found[auto] for auto in found if auto == "AutoTokenizer" and not _has_tokenizer(folder)}
+    if found and not trust_remote_code:
+        raise ForeignCodeError(
+            f"{name}: this model needs Python code that is not in transformers: {', '.join(sorted(found.values()))}. It can "
+            "do with your machine what you can. Read it; if you trust it, allow it (trust_remote_code).",
+            option="trust_remote_code",
+        )
+    return found
+
+
 def _find(place: str, found: dict[str, str], name: str, recorded: object = None) -> Code:
     """Return the code in a folder or on the hub (``owner/name``, optionally ``@revision``)."""
     if Path(place).is_dir():
@@ -265,14 +254,6 @@ def _load(folder: Path, hub: str | None, found: dict[str, str], name: str, recor
         message += f" Other code than the model was compressed with: {', '.join(other)}."
     warnings.warn(message, ForeignCodeWarning, stacklevel=4)
     return Code(folder, hub, digests, references)
-
-
-def _refusal(name: str, found: dict[str, str]) -> ForeignCodeError:
-    return ForeignCodeError(
-        f"{name}: this model needs Python code that is not in transformers: {', '.join(sorted(found.values()))}. It can do "
-        "with your machine what you can. Read it; if you trust it, allow it (trust_remote_code).",
-        option="trust_remote_code",
-    )
 
 
 def _record(file: bstk.Reader) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, source
         try:
             with os_errors(str(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                out = open(target, "wb", buffering=0)
+                out = open(target, "wb", buffering=0)  # noqa: SIM115 (writing has an error of its own)
             with out:
                 sink = Sink(out.fileno())
                 for piece in pieces:

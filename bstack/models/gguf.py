@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from bstack.models.skeleton import check_finite
 from bstk.errors import DamagedError, MissingPackageError
 
 __all__ = ["GGUFCheckpoint"]
+
+_PATCHING = threading.Lock()
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -54,7 +57,7 @@ class GGUFCheckpoint(Checkpoint):
             self._check_extent()
         except DamagedError:
             raise
-        except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
+        except Exception as error:  # on a bad file the reader raises what numpy or struct raise
             raise DamagedError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
         try:
             with self._parsed_once():
@@ -68,19 +71,21 @@ class GGUFCheckpoint(Checkpoint):
 
     @contextmanager
     def _parsed_once(self) -> Iterator[None]:
-        """Give transformers the parsed file for the length of a `with` block.
+        """Give transformers the parsed file for the length of a `with` block, in one thread at a time.
 
-        Each of its functions parses the file anew, and makes a table of names for every module: seconds each time.
+        Each of its functions parses the file again and makes a table of names for every module, which takes seconds, and
+        none takes a reader. Other threads that read other files through `gguf` meanwhile get what they ask for.
         """
         import gguf
 
-        reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
-        gguf.GGUFReader = lambda *_args, **_kwargs: self._reader
-        gguf.get_tensor_name_map = functools.cache(table)
-        try:
-            yield
-        finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
+        with _PATCHING:
+            reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+            gguf.GGUFReader = lambda path, *args: self._reader if Path(path) == self.path else reader(path, *args)
+            gguf.get_tensor_name_map = functools.cache(table)
+            try:
+                yield
+            finally:
+                gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
 
     def _check_extent(self) -> None:
         for tensor in self._reader.tensors:
@@ -139,7 +144,7 @@ class GGUFCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _read(self, name: str) -> np.ndarray:
-        # Expert tensors come in several pieces, which transformers' processors gather in a dictionary.
+        # Expert tensors come in several pieces, which the processors of transformers gather in a dictionary.
         gathered: dict[str, Any] = {**self._parsed, "tensors": {}}
         for tensor in self._tensors[name]:
             result = self._processor.process(

@@ -25,7 +25,7 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
         A transformers folder, a GGUF file, the word ``smollm2`` (the default model), or a hub id
         (``owner/name``, optionally with ``@revision``).
     trust_remote_code : bool
-        Run the Python code that the model brings along, with a `bstack.errors.ForeignCodeWarning`.
+        Run the Python code that the model needs, with a `bstack.errors.ForeignCodeWarning`.
 
     Raises
     ------

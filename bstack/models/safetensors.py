@@ -28,7 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class _Header(NamedTuple):
-    """What a shard's header says of a tensor."""
+    """Where a tensor is, from its shard's header."""
 
     file: Path
     dtype: str
@@ -73,7 +73,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._headers: dict[str, _Header] = {}
         for file in self.files:
             with _opened(file) as shard:
-                for key in shard.keys():
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
                     found = shard.get_slice(key)
                     self._headers[key] = _Header(file, found.get_dtype(), tuple(found.get_shape()))
         odd = sorted({h.dtype for h in self._headers.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
@@ -92,11 +92,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> list[str]:
         from bstack.models.tokenizer import export
 
-        return export(folder, self._beside, self.code is not None, shown=self.folder)
+        return export(folder, self._beside, self.code is not None, display_name=self.folder)
 
     def bind(self, model: torch.nn.Module) -> None:
-        # transformers renames and fuses checkpoint tensors while loading (one tensor per expert becomes one for all);
-        # its own tables are used, so that every architecture that it loads is loaded the same way here.
+        # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own
+        # tables are used, so that every architecture is loaded as transformers loads it.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -120,9 +120,9 @@ class SafetensorsCheckpoint(Checkpoint):
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         missing = sorted(set(state) - self._keys.keys() - tied)
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise UnsupportedModelError(
-                f"{self.name}: the checkpoint lacks {shown}, which {type(model).__name__} needs. "
+                f"{self.name}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
                 "Is config.json the one that belongs to these weights?"
             )
 
@@ -135,13 +135,13 @@ class SafetensorsCheckpoint(Checkpoint):
         keys = sorted({key for name in wanted for key in self._keys[name]})
         try:
             with ExitStack() as stack:
-                # Opened for this call alone: an open file's pages stay mapped, and the whole model would pile up in memory.
+                # Opened for this call only: pages of an open file stay mapped, and the whole model would pile up in memory.
                 files = {self._headers[key].file for key in keys}
                 shards = {file: stack.enter_context(_opened(file)) for file in sorted(files)}
                 info, _ = convert_and_load_state_dict_in_model(
                     model,
                     {key: shards[self._headers[key].file].get_slice(key) for key in keys},
-                    # The type of what is not in the model; everything else takes the model's.
+                    # The type of tensors that the model does not have; all others take the model's.
                     LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
                 )
         except SafetensorError as error:
@@ -155,8 +155,7 @@ class SafetensorsCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
-        """Copy what needed no conversion: it is memory mapped from the file, and what a caller writes into it would be
-        there at the next load too."""
+        """Copy weights that needed no conversion: they are mapped from the file, and a caller's changes would come back."""
         for name in names:
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
@@ -172,7 +171,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def stored_dtype(self, name: str) -> torch.dtype:
         dtype = DTYPES.get(self._headers[self._keys[name][0]].dtype, torch.float32)
-        # load() gives float32: the other half of a float64 would be zeros.
+        # load() gives float32, so float64 would store zeros in the other half
         return torch.float32 if dtype == torch.float64 else dtype
 
 
@@ -183,23 +182,23 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        size = f"It has {file.stat().st_size} bytes; " if file.is_file() else ""
-        raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}fetch it again.") from None
+        size = f"It has {file.stat().st_size} bytes. " if file.is_file() else ""
+        raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}Fetch it again.") from None
     with shard:
         yield shard
 
 
-def _read_config(folder: Path, trusted: bool, shown: Path):
+def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{shown} holds no config.json, so it is not a transformers folder.")
+        raise UsageError(f"{display_name} has no config.json, so it is not a transformers folder.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         reset_attn_impl(config)
         return config
-    except Exception as error:  # whatever a configuration class does with values that make no sense
-        raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {one_line(error)}") from None
+    except Exception as error:  # configuration classes raise anything for wrong values
+        raise UnsupportedModelError(f"{display_name / 'config.json'} cannot be used: {one_line(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -207,7 +206,9 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedError(f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map.") from None
+            raise DamagedError(
+                f"{folder / INDEX} is not a safetensors index: it is not JSON with a weight_map."
+            ) from None
         files = [folder / shard for shard in shards]
         if absent := [file.name for file in files if not file.is_file()]:
             raise DamagedError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
@@ -216,10 +217,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
         raise UnsupportedModelError(
-            f"{folder} holds {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
+            f"{folder} has {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
             "(load it with transformers and call save_pretrained)."
         )
-    raise UsageError(f"{folder} holds no {SINGLE} and no {INDEX}.")
+    raise UsageError(f"{folder} has no {SINGLE} and no {INDEX}.")
 
 
 def _sha256(file: Path) -> str:

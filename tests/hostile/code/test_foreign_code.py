@@ -240,4 +240,6 @@ def test_other_code_than_the_recorded_one_is_named(packed, model, marker):
         warnings.simplefilter("always")
         (model / "helper.py").write_text((model / "helper.py").read_text().removesuffix("\n# changed\n"))
         bstack.load(packed, trust_remote_code=True, code=model)
-    assert [str(one.message) for one in caught if "running" in str(one.message) and "Other code" in str(one.message)] == []
+    assert [
+        str(one.message) for one in caught if "running" in str(one.message) and "Other code" in str(one.message)
+    ] == []

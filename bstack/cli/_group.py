@@ -67,11 +67,11 @@ class LazyGroup(click.Group):
                 raise
             raise BstkError(f"a pipe or connection was closed at its other end: {one_line(error)}.") from error
 
-    def main(self, *args: Any, **settings: Any) -> None:
+    def main(self, *args: Any, **settings: Any) -> None:  # type: ignore[override]
         """Run, and leave the process with an exit code of ``docs/exit-codes.md``."""
-        settings.pop("standalone_mode", None)
         try:
-            code = super().main(*args, standalone_mode=False, **settings)
+            settings["standalone_mode"] = False
+            code = super().main(*args, **settings)
             sys.stdout.flush()  # here, where a closed pipe is still handled, not while the interpreter shuts down
         except click.Abort:
             code = _report("Interrupted. Give the same command again to continue.", Interrupted.exit_code)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from bstack.errors import ForeignCodeWarning
-from bstack.models.open import open_checkpoint
 from bstack.models.code import stage_model
+from bstack.models.open import open_checkpoint
 
 
 def test_opening_often_leaves_no_more_than_once(model, tmp_path, marker, monkeypatch):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bstack.models.code import Code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Checkpoint"]
 
@@ -46,7 +49,7 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: PreTrainedModel) -> None:
         """Match the checkpoint's tensors with the parameters of `model` (on the meta device).
 
         Raises
@@ -56,7 +59,7 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Fill the named parameters and buffers of the bound `model`, each in the floating type that it has there.
 
         The caller may write to that memory: the next load does not see it.

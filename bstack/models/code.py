@@ -195,7 +195,7 @@ def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for file, classes in _MAPS.items():
-        mapping = _json(folder / file).get("auto_map")
+        mapping: Any = _json(folder / file).get("auto_map")
         if isinstance(mapping, list):  # the old form of tokenizers
             mapping = {"AutoTokenizer": mapping}
         for auto in classes if isinstance(mapping, dict) else ():

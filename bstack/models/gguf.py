@@ -9,15 +9,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
-from bstack.models.skeleton import check_finite
+from bstack.models.skeleton import check_finite, owner_of
 from bstk.errors import DamagedError, MissingPackageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -54,11 +57,8 @@ class GGUFCheckpoint(Checkpoint):
         self.size_bytes = path.stat().st_size
         try:
             self._reader = gguf.GGUFReader(path)
-            self._check_extent()
-        except DamagedError:
-            raise
-        except Exception as error:  # on a bad file the reader raises what numpy or struct raise
-            raise DamagedError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
+        except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
+            raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
         try:
             with self._parsed_once():
                 self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
@@ -80,20 +80,12 @@ class GGUFCheckpoint(Checkpoint):
 
         with _PATCHING:
             reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
-            gguf.GGUFReader = lambda path, *args: self._reader if Path(path) == self.path else reader(path, *args)
-            gguf.get_tensor_name_map = functools.cache(table)
+            gguf.GGUFReader = lambda path, *args: self._reader if Path(path) == self.path else reader(path, *args)  # type: ignore
+            gguf.get_tensor_name_map = functools.cache(table)  # type: ignore
             try:
                 yield
             finally:
-                gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
-
-    def _check_extent(self) -> None:
-        for tensor in self._reader.tensors:
-            end = int(tensor.data_offset) + int(tensor.n_bytes)
-            if end > self.size_bytes:
-                raise DamagedError(
-                    f"{self.path} ends at byte {self.size_bytes}, but {tensor.name} reaches to {end}. Fetch it again."
-                )
+                gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
 
     def provenance(self) -> dict[str, Any]:
         with open(self.path, "rb") as stream:
@@ -106,7 +98,7 @@ class GGUFCheckpoint(Checkpoint):
         with self._parsed_once():
             return export(folder, self.path.parent, gguf_file=self.path.name)
 
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         try:
@@ -126,11 +118,10 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path} lacks {missing[0]} ({len(missing)} parameters in all), which {type(model).__name__} needs."
             )
 
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         wanted = [name for name in names if name in self._tensors]
         for name in wanted:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
+            owner, leaf = owner_of(model, name)
             expected = getattr(owner, leaf)
             value = torch.from_numpy(self._read(name)).to(expected.dtype)
             if value.shape != expected.shape:

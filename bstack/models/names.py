@@ -37,7 +37,7 @@ class MatrixName(NamedTuple):
     """
 
     parameter: str
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index
     rows: tuple[int, int] | None = None
 
     @classmethod

@@ -10,15 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
 from bstack.models.code import check_code, reset_attn_impl, stage_model
-from bstack.models.skeleton import check_finite
+from bstack.models.skeleton import check_finite, owner_of
 from bstk.errors import DamagedError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["SafetensorsCheckpoint"]
 
@@ -94,7 +97,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
         return export(folder, self._beside, self.code is not None, display_name=self.folder)
 
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: PreTrainedModel) -> None:
         # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own
         # tables are used, so that every architecture is loaded as transformers loads it.
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -126,7 +129,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 "Is config.json the one that belongs to these weights?"
             )
 
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         from safetensors import SafetensorError
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -142,7 +145,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     model,
                     {key: shards[self._headers[key].file].get_slice(key) for key in keys},
                     # The type of tensors that the model does not have; all others take the model's.
-                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
+                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),  # type: ignore[arg-type]
                 )
         except SafetensorError as error:
             raise DamagedError(f"{self.name}: a weight file cannot be read: {error}.") from None
@@ -157,11 +160,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
         """Copy weights that needed no conversion: they are mapped from the file, and a caller's changes would come back."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
-            if leaf in owner._parameters and self.stored_dtype(name) == owner._parameters[leaf].dtype:
-                copy = owner._parameters[leaf].detach().clone()
-                owner._parameters[leaf] = torch.nn.Parameter(copy, requires_grad=False)
+            owner, leaf = owner_of(model, name)
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None and self.stored_dtype(name) == parameter.dtype:
+                owner._parameters[leaf] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
     def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedError:
         return DamagedError(

@@ -18,7 +18,7 @@ from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_h
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
 
-__all__ = ["Skeleton", "check_finite", "find_layers", "parameters_on_meta", "quiet_transformers"]
+__all__ = ["Skeleton", "check_finite", "find_layers", "owner_of", "parameters_on_meta", "quiet_transformers"]
 
 PIECE = 2**22
 
@@ -48,7 +48,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.model = _build(checkpoint)
+        self.model: Any = _build(checkpoint)
         give_back_freed_memory()
         self.model.eval().requires_grad_(False)
         checkpoint.bind(self.model)
@@ -82,8 +82,7 @@ class Skeleton:
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return the parameter or buffer of that full name."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.model.get_submodule(owner), leaf)
+        return getattr(*owner_of(self.model, name))
 
     @contextmanager
     def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
@@ -108,17 +107,10 @@ class Skeleton:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _empty(self, names: Iterable[str], dtype: torch.dtype) -> None:
-        for owner, leaf in self._owners(names):
-            empty = torch.empty(owner._parameters[leaf].shape, dtype=dtype, device="meta")
-            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-
-    def _owners(self, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
-        """Yield the module that holds each named parameter, and the name in it; skip buffers."""
-        for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
-            if leaf in owner._parameters:
-                yield owner, leaf
+        for owner, leaf in (owner_of(self.model, name) for name in names):
+            if (parameter := owner._parameters.get(leaf)) is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
 
 @contextmanager
@@ -135,7 +127,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _build(checkpoint: Checkpoint) -> nn.Module:
+def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = checkpoint.config
@@ -177,7 +169,7 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return type(parameter)(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's type lacks the result
     try:
         yield
     finally:
@@ -211,6 +203,12 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, layers
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter or buffer, and the name in it."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
+
+
 def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse NaN and infinity in freshly loaded parameters.
 
@@ -219,8 +217,7 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     bstack.errors.UnsupportedModelError
     """
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        tensor: Any = getattr(model.get_submodule(owner), leaf)
+        tensor: Any = getattr(*owner_of(model, name))
         # A float64 sum is finite only if all elements are. In pieces, because torch makes a float64 copy of what it sums:
         # 4 GB for a vocabulary of 128,000.
         pieces = tensor.reshape(-1).split(PIECE)

@@ -8,8 +8,8 @@ import pytest
 
 import bstack
 import bstk
-from bstack.errors import UnsupportedModelError
 from bstack.engine.export import export_safetensors
+from bstack.errors import UnsupportedModelError
 from bstack.models import tokenizer
 from bstack.models.files import put_files
 from bstack.models.tokenizer import export

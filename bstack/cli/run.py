@@ -204,8 +204,8 @@ def _print(text: str) -> None:
     """Write text without control characters; joiners and marks that `printable` escapes stay."""
     import unicodedata
 
-    shown = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
-    sys.stdout.write("".join(shown))
+    clean = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+    sys.stdout.write("".join(clean))
     sys.stdout.flush()
 
 

@@ -66,7 +66,7 @@ def command(
     target = source if in_place else output
     # No warning about a partial file: cutting repairs it.
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
-        shown = reader.source.name
+        name = reader.source.name
         if dry_run:
             cut = bstk.plan(reader, mb)
             result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
@@ -82,10 +82,10 @@ def command(
             result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = _quality.curve(reader.metadata)
     if as_json:
-        result |= {"input": shown, "output": target, "dry_run": dry_run, "quality": points}
+        result |= {"input": name, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_report(result, printable(target or shown), dry_run))
+    click.echo(_report(result, printable(target or name), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
         click.echo(_quality.render(points, cut=result["file_bytes"]))

@@ -174,7 +174,7 @@ def test_interrupted(model):
     first = process.stdout.read(1)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert first and process.returncode in (0, 75), errors.decode()
     assert b"Traceback" not in errors
     if process.returncode == 75:

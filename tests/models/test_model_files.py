@@ -39,7 +39,7 @@ def test_a_disk_that_refuses_is_no_damage(tmp_path, monkeypatch, code, expected)
 
 def test_files_that_no_container_takes_are_refused_before_anything_is_computed(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("bstk.limits.MAX_FILES_LENGTH", 1000)
-    with pytest.raises(UnsupportedModelError, match="configuration and tokenizer take .* at most"):
+    with pytest.raises(UnsupportedModelError, match=r"configuration and tokenizer take .* at most"):
         bstack.compress(
             tiny_llama,
             tmp_path / "x.bstk",
@@ -58,7 +58,7 @@ class FailingTokenizer:
 
 def test_a_broken_tokenizer_without_a_message(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", FailingTokenizer)
-    with pytest.raises(UnsupportedModelError, match="tokenizer.json: the tokenizer cannot be read: ValueError"):
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer.json: the tokenizer cannot be read: ValueError"):
         export(tmp_path, tiny_llama)
 
 

@@ -19,7 +19,7 @@ from bstack.models.open import open_checkpoint
 
 def test_refused_without_the_flag(model, tmp_path, marker, run):
     with pytest.raises(
-        ForeignCodeError, match="configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*trust_remote_code"
+        ForeignCodeError, match=r"configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*trust_remote_code"
     ):
         bstack.compress(model, tmp_path / "own.bstk", settings=SETTINGS)
     code, out, err = run("compress", model, "-o", tmp_path / "own.bstk", *QUICK)
@@ -88,7 +88,7 @@ def test_the_file_holds_no_code_and_no_path(packed, tmp_path):
 def test_loads_with_the_flag_and_the_place(packed, model, marker, mode):
     with pytest.raises(ForeignCodeError, match="trust_remote_code"):
         bstack.load(packed, mode=mode)
-    with pytest.raises(ForeignCodeError, match="compressed from a folder.*code"):
+    with pytest.raises(ForeignCodeError, match=r"compressed from a folder.*code"):
         bstack.load(packed, mode=mode, trust_remote_code=True)
     with pytest.raises(bstk.UsageError, match="trust_remote_code"):
         bstack.load(packed, mode=mode, code=model)

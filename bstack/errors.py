@@ -1,4 +1,4 @@
-"""Errors of the toolchain. Each class carries the exit code the command line ends with (docs/exit-codes.md)."""
+"""Errors of the toolchain beside those of bstk. Each class carries the exit code of the command line (docs/exit-codes.md)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ __all__ = [
     "ClusterError",
     "ClusterLostError",
     "CodecError",
-    "DamagedModelError",
+    "DamagedError",
     "ForeignCodeError",
     "ForeignCodeWarning",
     "KernelError",
     "MissingPackageError",
-    "ModelNotFoundError",
     "TextNotFoundError",
     "UnsupportedModelError",
-    "WeightError",
     "WorkDirectoryError",
-    "user_message",
     "one_line",
+    "user_message",
 ]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's exception says, in one line; its class where it says nothing."""
+    """Return the first line of another library's exception, or its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
-    """What to tell the user of an error that ends a process.
+    """Return what a user reads about an error that ends a process, and the exit code (docs/exit-codes.md).
 
     Parameters
     ----------
@@ -43,11 +41,12 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     Returns
     -------
     (str, int) or None
-        The message and the exit code (docs/exit-codes.md); None for an exception that only a bug of bstack lets through.
+        None for an exception that only a bug of bstack lets through.
     """
     code = getattr(error, "exit_code", None)
     if code is not None:
-        return str(error.args[0] if error.args else error), code
+        message, hint = str(error), getattr(error, "hint", None)
+        return (message if not hint or hint in message else f"{message} {hint}"), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
@@ -56,30 +55,29 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-class ModelNotFoundError(UsageError):
-    """The MODEL argument names neither a folder, a GGUF file nor a reachable hub id."""
-
-
 class UnsupportedModelError(BstkError):
-    """The model exists and is readable, but bstack cannot compress it."""
+    """bstack can read the model, but not compress or run it."""
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):
-    """The model needs Python code that is not in transformers, and that the user has not allowed or not named."""
+    """The model needs Python code that is not in transformers, and that the user has not allowed or not named.
+
+    Attributes
+    ----------
+    option : str or None
+        The Python parameter that allows or names it.
+    """
 
     exit_code = UsageError.exit_code
+    option: str | None = None
+
+    def __init__(self, message: str, *, option: str | None = None):
+        super().__init__(message)
+        self.option = option
 
 
 class ForeignCodeWarning(UserWarning):
-    """Python code that is neither bstack's nor transformers' is about to run, because the user allowed it."""
-
-
-class DamagedModelError(DamagedError):
-    """A checkpoint file is incomplete or inconsistent."""
-
-
-class WeightError(BstkError):
-    """A weight holds NaN or infinite values."""
+    """Python code from outside bstack and transformers is about to run, because the user allowed it."""
 
 
 class CalibrationError(BstkError):
@@ -87,7 +85,7 @@ class CalibrationError(BstkError):
 
 
 class ClusterError(BstkError):
-    """A Dask cluster cannot be used: no scheduler, no workers, or other versions there."""
+    """A Dask cluster cannot be used: it has no scheduler, no workers, or other versions."""
 
 
 class ClusterLostError(ClusterError):
@@ -96,19 +94,5 @@ class ClusterLostError(ClusterError):
     exit_code = Interrupted.exit_code
 
 
-class WorkDirectoryError(UsageError):
-    """The work directory belongs to a run with other settings, or to another running process."""
-
-
-class TextNotFoundError(CalibrationError, UsageError):
-    """The text argument names neither a file, a folder nor a reachable hub data set."""
-
-    exit_code = UsageError.exit_code
-
-
-class CodecError(UsageError):
-    """A codec setting is outside what the codec allows."""
-
-
-class KernelError(UsageError):
-    """An environment variable asks for kernels or threads that cannot be had here."""
+# Names from before all wrong usage had one class.
+CodecError = KernelError = TextNotFoundError = WorkDirectoryError = UsageError

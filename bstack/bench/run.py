@@ -185,7 +185,7 @@ class _Run:
     def _code(self) -> dict[str, Any] | None:
         """Digests of the Python code that the model needs; None where it needs none."""
         from bstack.engine.container import embedded_files
-        from bstack.engine.trust import allowed_code
+        from bstack.models.code import allowed_code
 
         if not self.options.trust_remote_code:
             return None

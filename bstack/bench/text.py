@@ -108,7 +108,7 @@ def file_tokenizer(file: bstk.Reader, options: Options) -> Any:
         It cannot be used.
     """
     from bstack.engine.container import embedded_files, load_tokenizer
-    from bstack.engine.trust import stage_code
+    from bstack.models.code import stage_code
 
     if "tokenizer_config.json" not in file.files:
         raise CalibrationError(

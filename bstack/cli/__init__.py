@@ -1,7 +1,7 @@
 """The ``bstack`` command: one file for each subcommand, imported when it is used.
 
-A subcommand's module has an attribute ``command``. It raises; the one place that turns exceptions into words and exit
-codes is `bstack.cli._group`.
+A subcommand's module has an attribute ``command``. It raises; `bstack.cli._group` alone turns exceptions into
+messages and exit codes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import click
 
 from bstack.cli._group import LazyGroup
 
-# What `bstack --help` lists, in this order. The words stand here so that listing the commands imports none of them.
+# Commands and their help lines, here so that `bstack --help` imports none of the modules.
 COMMANDS = {
     "compress": "Compress a model into one .bstk file.",
     "truncate": "Cut a .bstk file to at most N megabytes.",
@@ -26,7 +26,7 @@ COMMANDS = {
 def _print_versions(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if not wanted or context.resilient_parsing:
         return
-    # From the installed metadata: importing torch to learn its version takes seconds.
+    # From the installed metadata, because importing torch takes seconds.
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

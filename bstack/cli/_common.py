@@ -1,4 +1,4 @@
-"""What several subcommands share: options, opening a file, JSON."""
+"""Options and helpers of several subcommands: opening a file, warnings, JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ strict_option = click.option("--strict", is_flag=True, help="Refuse a partial fi
 
 
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run the Python code that the model needs and transformers does not have."
+    "--trust-remote-code", is_flag=True, help="Run Python code that the model needs and transformers does not have."
 )
 code_option = click.option(
     "--code",
     metavar="FOLDER|HUB-ID",
-    help="Where that code is; by default in the hub's model that FILE was made from. FILE itself holds none.",
+    help="Where that code is; by default the hub id that FILE was made from. FILE itself has no code.",
 )
 
 
@@ -53,12 +53,12 @@ class FileType(click.Path):
 
 
 def _is_model(value: str) -> bool:
-    """Whether somebody names a model, as for ``bstack compress``, where a file is asked for."""
-    from bstack.models import embedded
+    """Tell whether `value` names a model, as for ``bstack compress``, instead of a .bstk file."""
+    from bstack.models.hub import DEFAULT_MODEL
 
     if os.path.isdir(value):
         return os.path.exists(os.path.join(value, "config.json"))
-    return value == embedded.NAME and not os.path.exists(value)
+    return value == DEFAULT_MODEL and not os.path.exists(value)
 
 
 class PlaceType(click.ParamType):
@@ -85,7 +85,7 @@ place_argument = click.argument("file", type=PlaceType(), metavar="FILE|URL")
 
 
 class BudgetType(click.ParamType):
-    """A positive number of megabytes, kept as the text it was given as, so that decimals stay exact."""
+    """A positive number of megabytes, kept as text so that decimals stay exact."""
 
     name = "MB"
 
@@ -97,23 +97,22 @@ class BudgetType(click.ParamType):
         return value
 
 
-def mb_option(required: bool, help: str):
+def mb_option(required: bool, help: str) -> Callable[..., Any]:
     """Return the ``--mb`` option."""
     return click.option("--mb", type=BudgetType(), required=required, help=help)
 
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:
-    """Open a .bstk file or URL; a partial one gives a warning on stderr, unless `warn` is off, or with `strict` an error."""
-    reader = bstk.open(
-        bstk.HttpSource(path, retries(path, quiet)) if bstk.is_url(path) else path, strict=strict, warn=False
-    )
+    """Open a .bstk file or URL; warn on stderr about a partial one, or raise with `strict`."""
+    source: Any = bstk.HttpSource(path, retries(path, quiet)) if bstk.is_url(path) else path
+    reader = bstk.open(source, strict=strict, warn=False)
     if reader.state == "partial" and warn and not quiet:
         click.echo(printable(f"Warning: {reader.source.name}: {reader.partial_message()}"), err=True)
     return reader
 
 
 def retries(url: str, quiet: bool) -> Callable[[str], None] | None:
-    """Return what tells of the retries of a URL, one line on stderr for each: a silent server may take minutes."""
+    """Return a function that logs each retry of a URL on stderr: a server that does not answer may take minutes."""
     return None if quiet else lambda text: click.echo(printable(f"{urls.shown(url)}: {text}"), err=True)
 
 
@@ -123,17 +122,17 @@ def print_json(schema: str, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def code_told(quiet: bool) -> Iterator[None]:
-    """Say on stderr which Python code of strangers runs, as soon as it does."""
+def code_warnings(quiet: bool) -> Iterator[None]:
+    """Warn on stderr which Python code from outside runs, before it does."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, ForeignCodeWarning):
                 show(message, category, *where, **more)
             elif not quiet:
                 click.echo(printable(f"Warning: {message}"), err=True)
 
-        warnings.showwarning = tell
+        warnings.showwarning = warn
         warnings.simplefilter("always", ForeignCodeWarning)
         yield

@@ -1,9 +1,10 @@
-"""The top-level command: finds subcommands without importing them, and ends every failure in words and an exit code."""
+"""The top-level command: finds subcommands without importing them, and ends every failure with a message and an exit code."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 import traceback
 from typing import Any
@@ -11,8 +12,23 @@ from typing import Any
 import click
 
 from bstack.cli._text import printable
-from bstack.errors import user_message
-from bstk.errors import Interrupted
+from bstack.errors import one_line, user_message
+from bstk.errors import BstkError, Interrupted
+
+# Parameter that an error names as its `option` -> what a user of the command line can do.
+OPTIONS = {
+    "overwrite": "Use --force to replace it.",
+    "in_place": "Use --in-place to change the file itself.",
+    "work_dir": "Use --work-dir for another folder.",
+    "mb": "Use --mb to choose a size.",
+    "trust_remote_code": "Use --trust-remote-code to allow it.",
+    "code": "Use --code to name it.",
+    "text": "Use --text for another text.",
+    "calibration": "Use --calibration for another text.",
+    "windows": "Use --windows for fewer.",
+    "sequence_length": "Use --sequence-length for another length.",
+    "quality": "Use --no-quality to measure speed alone.",
+}
 
 
 class LazyGroup(click.Group):
@@ -43,26 +59,44 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(self._summaries.items()))
 
-    def main(self, *args: Any, **settings: Any) -> None:
-        """Run, and leave the process with an exit code of ``docs/exit-codes.md``."""
-        settings.pop("standalone_mode", None)
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **settings)
-            # Here, where a reader that has gone away is still dealt with, and not while the interpreter shuts down.
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click takes each for a closed standard output and ends in silence
+            if _stdout_is_closed():
+                raise
+            raise BstkError(f"a pipe or connection was closed at its other end: {one_line(error)}.") from error
+
+    def main(self, *args: Any, **settings: Any) -> None:  # type: ignore[override]
+        """Run, and leave the process with an exit code of ``docs/exit-codes.md``."""
+        try:
+            settings["standalone_mode"] = False
+            code = super().main(*args, **settings)
+            sys.stdout.flush()  # here, where a closed pipe is still handled, not while the interpreter shuts down
         except click.Abort:
             code = _report("Interrupted. Give the same command again to continue.", Interrupted.exit_code)
         except click.ClickException as error:
             error.show()
             code = error.exit_code
-        except Exception as error:  # the last stop: whatever it is, no traceback for the user
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except Exception as error:  # users never see a traceback
             if os.environ.get("BSTACK_DEBUG"):
                 traceback.print_exc()
             code = _report_exception(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stdout_is_closed() -> bool:
+    """Tell whether the reader of standard output is gone (``| head``), not that of another pipe or socket."""
+    try:
+        sys.stdout.flush()
+        readers = select.poll()
+        readers.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLNVAL) for _, event in readers.poll(0))
+    except (OSError, ValueError, AttributeError):  # Windows has no poll
+        return True
 
 
 def _report_exception(error: Exception) -> int:
@@ -70,6 +104,7 @@ def _report_exception(error: Exception) -> int:
         f"unexpected {type(error).__name__}: {error}. This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,
     )
+    message += " " + OPTIONS[option] if (option := getattr(error, "option", None)) in OPTIONS else ""
     return _report(f"Error: {message}", code)
 
 

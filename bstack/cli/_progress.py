@@ -17,91 +17,80 @@ from bstack.cli._text import duration, megabytes, printable
 __all__ = ["LINE_EVERY", "copied", "is_terminal", "stage", "transferred"]
 
 LINE_EVERY = 60.0
-"""Seconds between two lines, at least."""
+"""Minimum of seconds between two lines."""
 
 
-class _Nothing:
-    """What stands for a bar that nobody wants."""
-
-    def update(self, count: int = 1) -> None:
-        """Say nothing."""
+_BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
 
 
 class _Lines:
-    """What stands for a bar in a log."""
+    """Replaces a bar in a log: writes a line at most every `LINE_EVERY` seconds."""
 
-    def __init__(self, total: int, what: str, shown: Callable[[int], str]):
-        self._total, self._what, self._shown = total, what, shown
-        self._done, self._before, self._told = 0, 0, time.monotonic()
+    def __init__(self, total: int, what: str, text: Callable[[int], str]):
+        self._total, self._what, self._text = total, what, text
+        self._done, self._before, self._logged = 0, 0, time.monotonic()
 
     def update(self, count: int = 1) -> None:
-        """Count what was done; say so if the last line is long ago."""
+        """Count what was done, and write a line if the last one is long ago."""
         self._done += count
         now = time.monotonic()
-        if not count or now - self._told < LINE_EVERY or self._done >= self._total:
+        if not count or now - self._logged < LINE_EVERY or self._done >= self._total:
             return
-        # By what was done since the last line, and so not in the first one: what was there already went by in a hessian.
+        # The speed is that since the last line. The first line has none: resumed work counts old steps at once.
         left = ""
         if self._before:
-            left = f", about {duration((now - self._told) / (self._done - self._before) * (self._total - self._done))} left"
-        click.echo(f"{self._what}: {self._shown(self._done)} of {self._shown(self._total)}{left}", err=True)
-        self._before, self._told = self._done, now
+            left = f", about {duration((now - self._logged) / (self._done - self._before) * (self._total - self._done))} left"
+        click.echo(f"{self._what}: {self._text(self._done)} of {self._text(self._total)}{left}", err=True)
+        self._before, self._logged = self._done, now
 
 
 @contextmanager
-def stage(steps: int, what: str, quiet: bool, leave: bool = False) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each of so many steps; with `leave` a bar stays when it is full."""
-    if quiet:
-        yield _Nothing().update
-    elif not is_terminal():
-        yield _Lines(steps, what, lambda number: f"{number:,}").update
-    else:
-        from tqdm import tqdm  # only where it is drawn: it takes a tenth of a second
-
-        with tqdm(total=steps, desc=what, dynamic_ncols=True, leave=leave) as bar:
-            yield bar.update
+def stage(steps: int, what: str, quiet: bool, leave: bool = False) -> Iterator[Callable[..., None]]:
+    """Yield a function to call after each of so many steps; with `leave` a full bar stays on the terminal."""
+    with _bar(steps, what, quiet, "{:,}".format, dynamic_ncols=True, leave=leave) as (update, _):
+        yield update
 
 
 @contextmanager
 def copied(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of bytes of each piece that was dealt with."""
-    with _bytes(total, what, quiet) as bar:
-        yield bar.update
+    """Yield a function to call with the number of bytes of each finished piece."""
+    with _bar(total, what, quiet, megabytes, **_BYTES) as (update, _):
+        yield update
 
 
 @contextmanager
 def transferred(reader: bstk.Reader, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """As `copied`, for bytes that come from `reader`: a bar shows the retries of one behind a URL."""
-    with _bytes(total, what, quiet) as bar:
-        if isinstance(bar, (_Nothing, _Lines)):
-            yield bar.update
+    """Do as `copied` for bytes that come from `reader`; a bar shows its retries if it reads a URL."""
+    with _bar(total, what, quiet, megabytes, **_BYTES) as (update, bar):
+        if bar is None:
+            yield update
             return
         if isinstance(reader.source, bstk.HttpSource):
             reader.source.notify = lambda text: bar.set_postfix_str(printable(text))
 
         def arrived(count: int) -> None:
-            bar.set_postfix_str("", refresh=False)  # whatever was retried, it goes on
-            bar.update(count)
+            bar.set_postfix_str("", refresh=False)  # the retry has worked
+            update(count)
 
         yield arrived
 
 
 @contextmanager
-def _bytes(total: int, what: str, quiet: bool) -> Iterator[Any]:
-    """Yield a bar in bytes, or what stands for it."""
+def _bar(total: int, what: str, quiet: bool, text: Callable[[int], str], **look: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a function that counts, and the tqdm bar or None."""
     if quiet:
-        yield _Nothing()
+        yield (lambda count=1: None), None
     elif not is_terminal():
-        yield _Lines(total, what, megabytes)
+        yield _Lines(total, what, text).update, None
     else:
-        from tqdm import tqdm
+        from tqdm import tqdm  # here, because importing it takes a tenth of a second
 
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-            yield bar
+        with tqdm(total=total, desc=what, **look) as bar:
+            yield bar.update, bar
 
 
 def is_terminal() -> bool:
-    """Whether a bar can be drawn; not on a terminal that has no size, as some of containers have."""
+    """Tell whether a bar can be drawn: stderr is a terminal that has a size, which terminals of containers may lack."""
     if not sys.stderr.isatty():
         return False
     try:

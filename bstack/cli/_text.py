@@ -1,4 +1,4 @@
-"""Words, numbers and tables for people."""
+"""Numbers, texts and tables for people."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from bstk import MB
 
 
 def printable(value: object) -> str:
-    """Return `value` as text that cannot move the cursor or colour the terminal: names and metadata come from files."""
+    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def megabytes(size: int) -> str:
-    """Return `size` bytes in MB (2**20 bytes), to at least three digits; a toy's size in bytes."""
+    """Return a size in MB (2**20 bytes) with at least three digits, a tiny one in bytes."""
     if size < MB // 10:
         return f"{size:,} bytes"
     return f"{size / MB:,.{3 if size < 10 * MB else 2}f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Return a time in minutes and seconds, of more than an hour in hours and minutes."""
+    """Return a time in minutes and seconds, from an hour on in hours and minutes."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: object, digits: int = 4) -> str:
-    """Return a number briefly, or "-" for none; anything else as it is."""
+    """Return a number with few digits, "-" for None, anything else as text."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -39,7 +39,7 @@ def number(value: object, digits: int = 4) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (), indent: str = "  ") -> str:
-    """Return aligned columns under a head, right-aligned but for the columns in `left`."""
+    """Return aligned columns under a head; those in `left` are aligned to the left, the others to the right."""
     lines = [list(head), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
@@ -53,6 +53,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
 
 
 def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
-    """Return one line for each (what, value), the values aligned."""
+    """Return one line for each (name, value), with aligned values."""
     width = max(len(what) for what, _ in pairs)
     return "\n".join(f"{indent}{what.ljust(width)}  {value}" for what, value in pairs)

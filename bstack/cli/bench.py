@@ -121,7 +121,7 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
         trust_remote_code=given["trust_remote_code"],
         code=given["code"] or given["original"],
     )
-    with _common.code_told(quiet):
+    with _common.code_warnings(quiet):
         report = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
     _write(report, plot, csv_path, as_json, quiet)
 

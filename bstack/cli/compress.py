@@ -5,52 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
-from bstack.cli._common import code_told, json_option, print_json, quiet_option, trust_option
+from bstack.cli._common import code_warnings, json_option, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
-from bstack.cli._text import duration, megabytes
+from bstack.cli._text import duration, megabytes, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
 _STAGES = {
     "open": "Opening the model",
-    "calibration text": "Letting the model write its calibration text",
+    "calibration text": "Generating the calibration text",
     "sensitivity": "Measuring sensitivities",
     "layers": "Compressing layers",
     "embeddings": "Compressing embeddings",
-    "order": "Searching the order",
+    "order": "Choosing the order",
     "curve": "Measuring the quality curve",
     "write": "Writing the file",
 }
 
 
-class RankType(click.ParamType):
-    """A whole number, or the word auto."""
+class NumberOrAuto(click.ParamType):
+    """A number of one type, or the word auto."""
 
-    name = "N|auto"
+    def __init__(self, name: str, number: type[int] | type[float], words: str):
+        self.name, self._number, self._words = name, number, words
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         try:
-            return int(str(value))
+            return value if value == "auto" else self._number(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
-
-
-class ShareType(click.ParamType):
-    """A number, or the word auto."""
-
-    name = "FRACTION|auto"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        if value == "auto" or isinstance(value, float):
-            return value
-        try:
-            return float(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+            self.fail(f"{value!r} is neither {self._words} nor auto.", param, ctx)
 
 
 @click.command()
@@ -67,35 +53,35 @@ class ShareType(click.ParamType):
     "--codec",
     type=click.Choice(["trellis", "sign", "spqr"]),
     help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes. "
-    "spqr: groups of 3 or 4 bits with outliers apart, trellis blocks on top.",
+    "spqr: groups of 3 or 4 bits with separate outliers, trellis blocks on top.",
 )
 @click.option(
     "--planes",
     type=int,
-    help="Blocks per linear; 4 with the trellis codec, 8 with sign, by default. With spqr the blocks on top of "
-    "dense part and outliers, 0 and more; 2 by default.",
+    help="Blocks per linear: by default 4 with the trellis codec and 8 with sign. With spqr the blocks on top of "
+    "the dense part and the outliers, 0 or more; by default 2.",
 )
 @click.option(
     "--rank",
-    type=RankType(),
     metavar="N|auto",
+    type=NumberOrAuto("N|auto", int, "a whole number"),
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
 @click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
 @click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
 @click.option(
     "--outliers",
-    type=ShareType(),
     metavar="FRACTION|auto",
-    help="SpQR codec: share of a layer's weights to keep apart, at most 3 of a group; auto (the default) "
-    "is 0.01, or with --bpw what that leaves room for.",
+    type=NumberOrAuto("FRACTION|auto", float, "a number"),
+    help="SpQR codec: fraction of a layer's weights to store as outliers, at most 3 in a group; auto (the "
+    "default) is 0.01, or with --bpw as many as fit.",
 )
 @click.option(
     "--bpw",
     type=float,
     metavar="X",
-    help="SpQR codec: find the outliers' threshold at which dense part and outliers of each layer take at most X "
-    "bits per weight, everything counted. In place of --outliers FRACTION.",
+    help="SpQR codec: choose the outlier threshold so that each layer's dense part and outliers take at most X "
+    "bits per weight, everything counted. Excludes --outliers FRACTION.",
 )
 @click.option(
     "--order",
@@ -105,17 +91,17 @@ class ShareType(click.ParamType):
 @click.option(
     "--embeddings",
     type=click.Choice(EMBEDDINGS),
-    help="stack: embeddings and head are cut like every linear. dense: they stay whole.",
+    help="stack: embeddings and head are compressed and cut like linears. dense: they stay whole.",
 )
 @click.option(
     "--calibration",
     metavar="FILE|FOLDER|DATASET|self",
-    help="Text to calibrate on; self (the default): the model writes it, no network needed.",
+    help="Text to calibrate on; self (the default): the model writes it, without network.",
 )
 @click.option("--samples", type=int, help="Calibration windows; 64 by default.")
 @click.option("--sequence-length", type=int, help="Tokens in each window; 256 by default.")
-@click.option("--seed", type=int, help="Of everything random; 0 by default.")
-@click.option("--work-dir", type=click.Path(), help="Where finished layers are kept; OUTPUT.work by default.")
+@click.option("--seed", type=int, help="Random seed; 0 by default.")
+@click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @trust_option
 @click.option(
@@ -139,8 +125,8 @@ def command(
 ) -> None:
     """Compress MODEL into one .bstk file that can be cut to any size.
 
-    MODEL is a transformers folder (safetensors), a hub id such as owner/name, a GGUF file, or smollm2, the embedded
-    default. Interrupted, the same command resumes where it was.
+    MODEL is a transformers folder (safetensors), a hub id such as owner/name, a GGUF file, or smollm2, the
+    default model. After an interruption the same command continues.
 
     \b
     Example:
@@ -152,7 +138,7 @@ def command(
 
     _check_preset(preset, changes["codec"])
     settings = PRESETS[preset].with_changes(**changes)
-    with code_told(quiet):
+    with code_warnings(quiet):
         report = compress(
             model,
             output,
@@ -172,36 +158,35 @@ def command(
         ("smallest file", megabytes(report.smallest_bytes)),
         (
             "stack",
-            f"{report.blocks} blocks of {report.linears} linears, "
-            f"{report.bits_per_weight:.2f} bits per weight at full depth",
+            f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",
         ),
         ("time", duration(report.seconds)),
     ]
     if report.peak_memory_bytes is not None:
         rows.append(("peak memory", megabytes(report.peak_memory_bytes)))
-    click.echo(f"{output}: done")
+    click.echo(f"{printable(output)}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")
 
 
 def _check_preset(preset: str, codec: object) -> None:
-    """Refuse another codec than that of a preset whose settings are its codec's own."""
+    """Refuse a codec that does not take the settings of a preset."""
     own = PRESETS[preset].codec
     if preset != "default" and codec not in (None, own):
         raise click.UsageError(
-            f"--preset {preset} is made of settings for --codec {own}, and --codec {codec} has others. Leave one of them out."
+            f"--preset {preset} is for --codec {own}, not for --codec {codec}. Leave one of them out."
         )
 
 
-def _progress(quiet: bool):
-    """Show each stage; without a terminal, say at its end what it took."""
+def _progress(quiet: bool) -> Callable[[str, int], Any]:
+    """Show each stage; without a terminal, log at its end how long it took."""
 
     @contextmanager
-    def shown(name: str, steps: int) -> Iterator[Callable[[], None]]:
+    def show(name: str, steps: int) -> Iterator[Callable[[], None]]:
         started = time.monotonic()
         with stage(steps, _STAGES[name], quiet, leave=True) as step:
             yield step
         if not quiet and not is_terminal():
             click.echo(f"{_STAGES[name]}: {duration(time.monotonic() - started)}", err=True)
 
-    return shown
+    return show

@@ -35,11 +35,11 @@ def command(
 ) -> None:
     """Write the model in FILE as a plain transformers folder, with dense weights, for programs that do not know bstack.
 
-    DIR gets the configuration, the tokenizer and the weights as safetensors, in several files where they are large. It must
-    not exist, or be empty, and appears whole or not at all. The weights take the memory of the original, whatever the
-    budget: --mb decides how good they are. One layer at a time is in memory.
+    DIR receives the configuration, the tokenizer and the weights as safetensors, large ones in several files. It must be
+    empty or not exist, and appears whole or not at all. The weights take the memory of the original with any budget: --mb
+    decides their quality. One layer at a time is in memory.
 
-    Of a URL only the blocks that the budget admits are fetched.
+    From a URL only the blocks within the budget are fetched.
 
     \b
     Example:
@@ -48,14 +48,14 @@ def command(
     """
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
         cut = reader.fit(mb)
-        # Before seconds are spent on importing torch.
+        # Before torch is imported, which takes seconds.
         from bstack.folders import check_free
 
         check_free(folder)
         from bstack.engine.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_told(quiet):
+        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_warnings(quiet):
             done = export_safetensors(
                 reader,
                 folder,
@@ -85,4 +85,4 @@ def command(
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
     click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
     if done.code:
-        click.echo(f"  put its Python code beside it: {printable(', '.join(done.code))}")
+        click.echo(f"  copy its Python code there: {printable(', '.join(done.code))}")

@@ -20,7 +20,7 @@ AUTO = "auto"
 
 
 class RunBudget(_common.BudgetType):
-    """As a budget of megabytes, or ``auto``."""
+    """A budget of megabytes, or ``auto``."""
 
     name = "MB|auto"
 
@@ -35,12 +35,12 @@ class RunBudget(_common.BudgetType):
 
 
 class Finite(click.FloatRange):
-    """A range of numbers without NaN and infinity, which compare as if they were in it."""
+    """A range of numbers without NaN and infinity, which click lets through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found = super().convert(value, param, ctx)
         if not math.isfinite(found):
-            self.fail(f"{value} is no finite number.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return found
 
 
@@ -52,23 +52,31 @@ class Finite(click.FloatRange):
     type=RunBudget(),
     help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
 )
-@click.option("--chat", is_flag=True, help="Give the prompt as a user's message, in the model's chat template.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to write, at most."
-)
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum of new tokens.")
 @click.option(
     "--do-sample",
     is_flag=True,
-    help="Draw tokens instead of taking the likeliest; the next four options ask for it too.",
+    help="Sample tokens instead of taking the likeliest; the next four options turn this on, too.",
 )
-@click.option("--temperature", type=Finite(0, min_open=True), help="Flatten (above 1) or sharpen the distribution.")
-@click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens only.")
 @click.option(
-    "--top-p", type=Finite(0, 1, min_open=True), help="Draw from the likeliest tokens that make up this share."
+    "--temperature", type=Finite(0, min_open=True), help="Above 1: flatten the distribution; below 1: sharpen it."
 )
-@click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
-@click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample only from the k likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=Finite(0, 1, min_open=True),
+    help="Sample only from the likeliest tokens with this total probability.",
+)
+@click.option(
+    "--min-p",
+    type=Finite(0, 1),
+    help="Sample only from tokens with at least this fraction of the likeliest token's probability.",
+)
+@click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that occurred.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed for sampling."
+)
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -89,10 +97,10 @@ def command(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    """Write text with the model in FILE, in at most so many megabytes of memory for its weights.
+    """Write text with the model in FILE, with at most N megabytes of memory for its weights.
 
-    The weights stay packed in memory, so a budget of 80 MB takes 80 MB and a little for the work. The text goes to standard
-    output as it comes, everything else to standard error. Ctrl-C ends the text (exit code 75).
+    The weights stay packed in memory: a budget of 80 MB takes 80 MB, and a little more for activations. The text goes to
+    standard output as it is written, everything else to standard error. Ctrl-C ends the text (exit code 75).
 
     \b
     Example:
@@ -103,12 +111,12 @@ def command(
     options = {name: value for name, value in sampling.items() if value is not None}
     drawing = do_sample or bool(options.keys() - {"repetition_penalty"})
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if not quiet:
             click.echo(line, err=True)
 
-    with _common.code_told(quiet):
-        model, tokenizer = _load(file, mb, quiet, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
+    with _common.code_warnings(quiet):
+        model, tokenizer = _load(file, mb, quiet, log, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
     from bstack.packed.follow import following
@@ -116,11 +124,11 @@ def command(
 
     if tokenizer is None:
         raise bstk.UsageError(
-            f"{file} holds no tokenizer, so it reads no text. bstack.load in Python gives the model alone."
+            f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
         )
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
-        with following(model, tell=say) if mb == AUTO else nullcontext():
+        with following(model, tell=log) if mb == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,
@@ -152,17 +160,17 @@ def command(
     else:
         click.echo()
     speed = written.tokens_per_second
-    say(
+    log(
         f"{written.prompt_tokens} + {written.new_tokens} tokens, first after {written.prompt_seconds:.2f} s"
         + (f", then {speed:.1f} tokens/s" if speed else "")
         + f"; {megabytes(state.weight_bytes)} of weights, {state.bits_per_weight or 0:.2f} bits per weight"
     )
     if written.interrupted:
-        raise Interrupted("Stopped: the text ends where you interrupted it.")
+        raise Interrupted("Interrupted: the text ends here.")
 
 
-def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[Any, Any]:
-    """The model within the budget; without one, within what is free. Options are those of `bstack.load`."""
+def _load(file: str, mb: Any, quiet: bool, log: Any, **options: Any) -> tuple[Any, Any]:
+    """Load the model within the budget, or within the free memory. Options are those of `bstack.load`."""
     with _common.open_file(
         file, options["strict"], quiet
     ) as reader:  # its warning, and its refusal, before anything heavy
@@ -176,11 +184,11 @@ def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[An
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
-            raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
-        say(f"Using the whole file: {words}.")
+            raise bstk.UsageError(f"--mb auto is not possible: {words}. Give a number, such as --mb 500.")
+        log(f"Using the whole file: {words}.")
         return load()
     if free <= 0:
-        raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
+        raise bstk.ResourceError(f"No memory for a model: {words}. Close other programs, or give a size with --mb.")
     if bstk.is_url(file):
         model, tokenizer = load(mb=free)
     else:
@@ -188,18 +196,18 @@ def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[An
         model, tokenizer = load(mb=smallest)
         free, words = free_budget()
         loading.resize(model, max(free, 0) + smallest)
-    say(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
+    log(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 
 def _print(text: str) -> None:
-    """Show text as it is, but for what would move the cursor or colour the terminal."""
+    """Write text without control characters; joiners and marks that `printable` escapes stay."""
     import unicodedata
 
-    shown = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
-    sys.stdout.write("".join(shown))
+    clean = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+    sys.stdout.write("".join(clean))
     sys.stdout.flush()
 
 
 def _discard(_text: str) -> None:
-    """Text that is printed at the end, inside JSON."""
+    """Ignore text that is printed at the end, inside JSON."""

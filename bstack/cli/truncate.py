@@ -14,12 +14,14 @@ from bstack.cli._text import megabytes, printable
 
 @click.command("truncate")
 @click.argument("source", type=_common.PlaceType(), metavar="IN|URL")
-@_common.mb_option(required=True, help="The most the file, and its weights in memory, may take. Decimals are allowed.")
+@_common.mb_option(
+    required=True, help="The maximum size of the file, and of its weights in memory. Decimals are allowed."
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="OUT", help="Where to write the cut.")
-@click.option("--in-place", is_flag=True, help="Shorten IN itself. What is cut off is gone.")
+@click.option("--in-place", is_flag=True, help="Shorten IN itself. What is cut off is lost.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--no-seal", is_flag=True, help="Do not mark the cut as meant: readers will call it partial.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be kept.")
+@click.option("--no-seal", is_flag=True, help="Do not seal the cut: readers will call it partial.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be kept.")
 @_common.json_option
 @_common.quiet_option
 def command(
@@ -35,17 +37,15 @@ def command(
 ) -> None:
     """Cut IN to the best model of at most N megabytes (1 MB is 2**20 bytes).
 
-    The cut is the first part of IN: nothing is computed anew. It is sealed, which means that its length is written into
-    it, so that a cut that was meant and a transfer that broke off are told apart. With --no-seal, an unsealed IN is cut
-    like "head -c" does it.
+    The cut is the first part of IN; nothing is computed. It is sealed: its length is written into it, which distinguishes
+    a cut from a transfer that broke off. With --no-seal, an unsealed IN is cut as "head -c" does.
 
-    Of a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part: the same
-    command continues from there. A budget above the size of the file fetches all of it.
+    From a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part, and the
+    same command continues there. A budget above the size of the file fetches all of it.
 
-    Without --force an existing OUT is not replaced. This is looked at when the command starts and again when all is
-    written; a file that another program puts there in the instant after that is replaced.
+    An existing OUT is replaced only with --force. This is checked when the command starts and when all is written.
 
-    Every block is checked while it is copied; --in-place copies nothing and checks nothing.
+    Each block is checked while it is copied; --in-place copies and checks nothing.
 
     \b
     Example:
@@ -57,16 +57,16 @@ def command(
     if output is not None and in_place:
         raise click.UsageError("-o OUT and --in-place exclude each other.")
     if output is None and not in_place and not dry_run:
-        raise click.UsageError("say where the cut goes: -o OUT, or --in-place to shorten IN itself.")
+        raise click.UsageError("no output is named. Use -o OUT, or --in-place to shorten IN itself.")
     if output is not None and os.path.exists(output) and not force and not dry_run:
-        raise click.UsageError(f"{output} exists. Give --force to replace it, or another OUT.")
+        raise click.UsageError(f"{printable(output)} exists. Use --force to replace it, or another OUT.")
     if in_place and bstk.is_url(source):
-        raise click.UsageError("a file on a server cannot be cut in place: name an output with -o OUT.")
+        raise click.UsageError("a file on a server cannot be cut in place. Name an output with -o OUT.")
 
     target = source if in_place else output
-    # Cutting is what a partial file needs, so there is nothing to warn of.
+    # No warning about a partial file: cutting repairs it.
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
-        shown = reader.source.name
+        name = reader.source.name
         if dry_run:
             cut = bstk.plan(reader, mb)
             result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
@@ -78,14 +78,14 @@ def command(
     if not dry_run:
         if in_place:
             bstk.truncate(source, None, mb=mb, seal=not no_seal)
-        with _common.open_file(target, quiet=quiet, warn=False) as reader:
+        with _common.open_file(target or source, quiet=quiet, warn=False) as reader:
             result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = _quality.curve(reader.metadata)
     if as_json:
-        result |= {"input": shown, "output": target, "dry_run": dry_run, "quality": points}
+        result |= {"input": name, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_report(result, printable(target or shown), dry_run))
+    click.echo(_report(result, printable(target or name), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
         click.echo(_quality.render(points, cut=result["file_bytes"]))
@@ -103,11 +103,9 @@ def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
 
 
 def _report(result: dict[str, Any], target: str, dry_run: bool) -> str:
-    lines = [
-        f"{target}: {'would be' if dry_run else 'is'} {megabytes(result['file_bytes'])} as a file "
-        f"and {megabytes(result['memory_bytes'])} of weights in memory",
-        f"  {'would keep' if dry_run else 'kept'} {result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file",
-    ]
+    sizes = f"{megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of weights in memory"
+    kept = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
+    lines = [f"{target}: {'would be' if dry_run else 'is'} {sizes}", f"  {'would keep' if dry_run else 'kept'} {kept}"]
     if result["bits_per_weight"] is not None:
         lines.append(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
     if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:

@@ -22,7 +22,9 @@ class RootType(click.ParamType):
             return value
         if not re.fullmatch("[0-9a-fA-F]{64}", value):
             self.fail(
-                f"{value!r} is no root digest: 64 hexadecimal digits, as bstack inspect --root prints them.", param, ctx
+                f"{value!r} is not a root digest. Give 64 hexadecimal digits, as bstack inspect --root prints them.",
+                param,
+                ctx,
             )
         return bytes.fromhex(value)
 
@@ -36,10 +38,10 @@ class RootType(click.ParamType):
 def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: bool) -> None:
     """Check every digest of FILE and decode every chunk; name the first that is damaged.
 
-    Exit code 0 means all is well, 5 damage, 4 that FILE is something else, 3 (with --strict) that it is partial.
+    Exit code 0: FILE is good. 3 (with --strict): it is partial. 4: it is no .bstk file. 5: it is damaged.
 
-    Digests in FILE itself tell damage, not forgery. With --root, FILE must be the model with that root digest or a cut of
-    it; bstack inspect --root prints it where FILE is known to be good.
+    The digests in FILE detect damage, not forgery. With --root, FILE must be the model with that root digest or a cut of
+    it; bstack inspect --root prints the digest of a trusted copy.
 
     \b
     Example:
@@ -53,7 +55,7 @@ def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: b
             total = sum(chunk.stored_length for chunk in reader.chunks)
             with _progress.copied(total, "verify", quiet) as advance:
                 reader.verify(lambda chunk: advance(chunk.stored_length))
-            # Damage first: of a partial file that is damaged too nobody should hear that it is valid.
+            # Damage is reported first: a damaged partial file is not a valid one.
             if strict and reader.state == "partial":
                 raise bstk.PartialError(f"{file}: {reader.partial_message()}")
     except bstk.BstkError as error:
@@ -80,4 +82,4 @@ def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: b
 def _failure(file: str, error: bstk.BstkError) -> dict[str, object]:
     chunk = getattr(error, "chunk", None)
     place = None if chunk is None else {"name": chunk.name, "level": chunk.level, "offset": chunk.offset}
-    return {"file": file, "ok": False, "exit_code": error.exit_code, "error": error.args[0], "chunk": place}
+    return {"file": file, "ok": False, "exit_code": error.exit_code, "error": str(error), "chunk": place}

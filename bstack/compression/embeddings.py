@@ -13,8 +13,8 @@ from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, add_dense, encode
 from bstack.compression.workers import Workers
 from bstack.errors import UnsupportedModelError
+from bstack.models.code import write_references
 from bstack.models.names import MatrixName, row_ranges
-from bstack.models.references import name_place
 from bstack.models.skeleton import Skeleton
 from bstack.workdir import WorkDirectory
 from bstk.errors import os_errors
@@ -166,7 +166,7 @@ def add_files(skeleton: Skeleton, work: WorkDirectory) -> bool:
     with os_errors(str(folder)):
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
         if checkpoint.code is not None and checkpoint.code.hub is not None:
-            name_place(folder, checkpoint.code.hub.partition("@")[0])
+            write_references(checkpoint.code, folder, place=checkpoint.code.hub.partition("@")[0])
     size = sum((folder / name).stat().st_size for name in {*names, "config.json"})
     if size > bstk.limits.MAX_FILES_LENGTH:
         raise UnsupportedModelError(

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.engine.trust import refuse_tokenizer
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.code import own_attention
+from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.names import MatrixName
 from bstk.errors import DamagedError, os_errors
@@ -56,12 +55,12 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
         The disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
-        folder = (
-            Path(name) / "model"
-        )  # the same each time: transformers keeps code that it runs under the folder's name
+        folder = Path(name) / "model"  # one name: transformers caches code that it runs under it
         with os_errors(str(folder)):
             folder.mkdir()
-        put_files(((inside, file.file_pieces(inside)) for inside in file.files), folder, file.source.name)
+        # Python modules stay inside: no code of a container ever runs.
+        names = [inside for inside in file.files if not any(part.endswith(".py") for part in inside.split("/"))]
+        put_files(((inside, file.file_pieces(inside)) for inside in names), folder, file.source.name)
         yield folder
 
 
@@ -76,7 +75,7 @@ def build_model(
     folder : Path
         Its files.
     trusted : bool
-        Whether Python code that lies there may run (`bstack.engine.trust`).
+        Whether Python code that lies there may run (`bstack.models.code`).
     without_weights : context manager
         Under which it is built, so that its parameters take no memory.
     **settings
@@ -104,7 +103,7 @@ def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     shown = file.source.name
     with understood(shown, "its configuration cannot be used by this transformers"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        own_attention(config)
+        reset_attn_impl(config)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(file.chunks):
         raise UnsupportedModelError(
@@ -131,20 +130,13 @@ def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
     Raises
     ------
     bstack.errors.UnsupportedModelError
-    bstack.errors.ForeignCodeError
-        It needs Python code that may not run.
     """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
     with understood(shown, "its tokenizer cannot be used by this transformers"):
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-        except Exception:
-            if not trusted:
-                refuse_tokenizer(folder, shown)
-            raise
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
 
 
 @contextmanager

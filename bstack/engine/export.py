@@ -15,10 +15,10 @@ import torch
 import bstk
 from bstack.engine.container import build_model, embedded_files, parse_name
 from bstack.engine.dense import dense_weights
-from bstack.engine.trust import check_trust, stage_code
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.folders import new_folder
-from bstack.models.references import names_beside
+from bstack.models.code import check_trust, recorded_place, stage_code
+from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
@@ -29,9 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Endings of what `bstack compress` puts into a container.
-KINDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".codes")
-# Of these, what says where weights are.
+# Model files that say where weights are.
 REFUSED = (INDEX, "adapter_config.json")
 
 
@@ -128,7 +126,9 @@ def export_safetensors(
             )
         shards.finish()
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        beside = sorted(module.name for module in inside.glob("*.py")) if trusted and names_beside(target) else []
+        beside = (
+            sorted(module.name for module in inside.glob("*.py")) if trusted and recorded_place(file) is None else []
+        )
     return Exported(shards.parameters, shards.bytes, files, cut, beside)
 
 
@@ -237,11 +237,10 @@ def _check_names(file: bstk.Reader) -> None:
     """Let nothing into the folder but what a model has beside its weights: other programs act on names (git on `.git`,
     transformers on pickled weights and modules)."""
     for name in file.files:
-        hidden = any(part.startswith((".", "~")) for part in name.split("/"))
-        if hidden or name.lower() in REFUSED or not name.endswith(KINDS):
+        if name.lower() in REFUSED or not is_model_file(name):
             raise DamagedError(
                 f"{file.source.name}: its file {name!r} is none that a model has beside its weights; those end in "
-                f"{', '.join(KINDS)}, and do not begin with a dot."
+                f"{', '.join(MODEL_SUFFIXES)}, and do not begin with a dot."
             )
 
 

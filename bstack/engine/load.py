@@ -16,8 +16,8 @@ from bstack.engine.container import embedded_files, load_tokenizer
 from bstack.engine.dense import dense_model
 from bstack.engine.llama_step import install
 from bstack.engine.packed_model import stacked_model
-from bstack.engine.trust import check_trust, stage_code
 from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import device_of, place_of
 from bstack.packed.store import BlockStore, Resident, store_of
 from bstk import urls

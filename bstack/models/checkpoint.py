@@ -1,15 +1,18 @@
-"""What a checkpoint on disk can do, whatever its format: say what it is, and load chosen parameters."""
+"""The interface of checkpoints of all formats: describe the source, load chosen parameters."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bstack.models.code import Code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Checkpoint"]
 
@@ -20,13 +23,13 @@ class Checkpoint(ABC):
     Attributes
     ----------
     name : str
-        How the user would call the model: the folder's name, the hub id, the file's name.
+        What a user calls the model: the folder's name, the hub id, the file's name.
     config : transformers.PretrainedConfig
         The model's configuration.
     size_bytes : int
         Bytes of the weight files.
     code : bstack.models.code.Code or None
-        Python code that the model brings along and the user lets run.
+        Python code that the model needs and the user allows to run.
     """
 
     name: str
@@ -40,13 +43,13 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def export_tokenizer(self, folder: Path) -> list[str]:
-        """Write the tokenizer's and the generation settings' files into `folder`; return their names.
+        """Write the files of the tokenizer and of the generation settings into `folder`; return their names.
 
         An empty list means that the checkpoint has no tokenizer.
         """
 
     @abstractmethod
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: PreTrainedModel) -> None:
         """Match the checkpoint's tensors with the parameters of `model` (on the meta device).
 
         Raises
@@ -56,17 +59,17 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Fill the named parameters and buffers of the bound `model`, each in the floating type that it has there.
 
-        The memory is the caller's to write to: nothing of it is the checkpoint's, or shows at the next load.
+        The caller may write to that memory: the next load does not see it.
 
         Raises
         ------
-        bstack.errors.WeightError
+        bstack.errors.UnsupportedModelError
             When a tensor holds NaN or infinity; the message names it.
         """
 
     @abstractmethod
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which the checkpoint keeps a parameter, where plain copies should be kept too."""
+        """Return the dtype in which the checkpoint stores a parameter; a container stores plain copies in the same."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from bstack.errors import DamagedModelError, MissingPackageError, UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
-from bstack.models.skeleton import check_finite
+from bstack.models.skeleton import check_finite, owner_of
+from bstk.errors import DamagedError, MissingPackageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["GGUFCheckpoint"]
+
+_PATCHING = threading.Lock()
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -30,9 +37,9 @@ class GGUFCheckpoint(Checkpoint):
 
     Raises
     ------
-    bstack.errors.MissingPackageError
+    bstk.errors.MissingPackageError
         When the optional package `gguf` is absent.
-    bstack.errors.DamagedModelError, bstack.errors.UnsupportedModelError
+    bstk.DamagedError, bstack.errors.UnsupportedModelError
     """
 
     def __init__(self, path: Path):
@@ -50,11 +57,8 @@ class GGUFCheckpoint(Checkpoint):
         self.size_bytes = path.stat().st_size
         try:
             self._reader = gguf.GGUFReader(path)
-            self._check_extent()
-        except DamagedModelError:
-            raise
-        except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
-            raise DamagedModelError(f"{path} is not a whole GGUF file: {error}. Fetch it again.") from None
+        except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
+            raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
         try:
             with self._parsed_once():
                 self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
@@ -67,27 +71,21 @@ class GGUFCheckpoint(Checkpoint):
 
     @contextmanager
     def _parsed_once(self) -> Iterator[None]:
-        """Give transformers the parsed file for the length of a `with` block.
+        """Give transformers the parsed file for the length of a `with` block, in one thread at a time.
 
-        Each of its functions parses the file anew, and makes a table of names for every module: seconds each time.
+        Each of its functions parses the file again and makes a table of names for every module, which takes seconds, and
+        none takes a reader. Other threads that read other files through `gguf` meanwhile get what they ask for.
         """
         import gguf
 
-        reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
-        gguf.GGUFReader = lambda *_args, **_kwargs: self._reader
-        gguf.get_tensor_name_map = functools.cache(table)
-        try:
-            yield
-        finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
-
-    def _check_extent(self) -> None:
-        for tensor in self._reader.tensors:
-            end = int(tensor.data_offset) + int(tensor.n_bytes)
-            if end > self.size_bytes:
-                raise DamagedModelError(
-                    f"{self.path} ends at byte {self.size_bytes}, but {tensor.name} reaches to {end}. Fetch it again."
-                )
+        with _PATCHING:
+            reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+            gguf.GGUFReader = lambda path, *args: self._reader if Path(path) == self.path else reader(path, *args)  # type: ignore
+            gguf.get_tensor_name_map = functools.cache(table)  # type: ignore
+            try:
+                yield
+            finally:
+                gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
 
     def provenance(self) -> dict[str, Any]:
         with open(self.path, "rb") as stream:
@@ -100,7 +98,7 @@ class GGUFCheckpoint(Checkpoint):
         with self._parsed_once():
             return export(folder, self.path.parent, gguf_file=self.path.name)
 
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         try:
@@ -120,15 +118,14 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path} lacks {missing[0]} ({len(missing)} parameters in all), which {type(model).__name__} needs."
             )
 
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         wanted = [name for name in names if name in self._tensors]
         for name in wanted:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
+            owner, leaf = owner_of(model, name)
             expected = getattr(owner, leaf)
             value = torch.from_numpy(self._read(name)).to(expected.dtype)
             if value.shape != expected.shape:
-                raise DamagedModelError(
+                raise DamagedError(
                     f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected.shape)}."
                 )
             if leaf in owner._parameters:
@@ -138,7 +135,7 @@ class GGUFCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _read(self, name: str) -> np.ndarray:
-        # Expert tensors come in several pieces, which transformers' processors gather in a dictionary.
+        # Expert tensors come in several pieces, which the processors of transformers gather in a dictionary.
         gathered: dict[str, Any] = {**self._parsed, "tensors": {}}
         for tensor in self._tensors[name]:
             result = self._processor.process(

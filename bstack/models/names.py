@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ __all__ = ["MatrixName", "row_ranges"]
 
 _PATTERN = re.compile(r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>\d+)\]|\[(?P<start>\d+):(?P<stop>\d+)\])?")
 
-# Rows of embeddings are coded in ranges, each a stack of its own: token ids are given out by falling frequency, and
-# the first few thousand matter far more than the rest (docs/quality.md). So ranges start small and double, up to a
-# size that keeps blocks as fine as other linears'.
+# Rows of embeddings are coded in ranges, each a stack of its own: frequent tokens have small ids, and the first few
+# thousand matter far more than the rest (docs/quality.md). So ranges start small and double, up to a size at which
+# blocks are as small as those of linears.
 FIRST_ROWS = 2048
 RANGE_WEIGHTS = 2**22
 
@@ -36,7 +37,7 @@ class MatrixName(NamedTuple):
     """
 
     parameter: str
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index
     rows: tuple[int, int] | None = None
 
     @classmethod
@@ -59,7 +60,7 @@ class MatrixName(NamedTuple):
         return self.parameter
 
     def view(self, parameter: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """The part of the parameter that this names, as (outputs, inputs); a view."""
+        """Return a view of the named part of a parameter, as (outputs, inputs)."""
         part = parameter if self.index is None else parameter[self.index]
         part = part if self.rows is None else part[self.rows[0] : self.rows[1]]
         return part.t() if transposed else part
@@ -74,4 +75,4 @@ def row_ranges(parameter: str, shape: tuple[int, int]) -> list[MatrixName]:
     while bounds[-1] < rows:
         step = min(bounds[-1], max(RANGE_WEIGHTS // columns, FIRST_ROWS))
         bounds.append(min(bounds[-1] + step, rows))
-    return [MatrixName(parameter, rows=(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [MatrixName(parameter, rows=(a, b)) for a, b in pairwise(bounds)]

@@ -10,16 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bstack.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.checkpoint import Checkpoint
-from bstack.models.code import own_attention, own_code
-from bstack.models.references import ADVICE, check_known
-from bstack.models.skeleton import check_finite
-from bstack.models.staging import staged
+from bstack.models.code import check_code, reset_attn_impl, stage_model
+from bstack.models.skeleton import check_finite, owner_of
+from bstk.errors import DamagedError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["SafetensorsCheckpoint"]
 
@@ -29,7 +31,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class _Header(NamedTuple):
-    """What a shard's header says of a tensor."""
+    """Where a tensor is, from its shard's header."""
 
     file: Path
     dtype: str
@@ -52,7 +54,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     Raises
     ------
-    bstack.errors.ModelNotFoundError, bstack.errors.UnsupportedModelError, bstack.errors.DamagedModelError
+    bstk.UsageError, bstack.errors.UnsupportedModelError, bstk.DamagedError
     """
 
     def __init__(
@@ -60,14 +62,10 @@ class SafetensorsCheckpoint(Checkpoint):
     ):
         self.folder = folder
         self.name = name or folder.resolve().name
-        if trust_remote_code:
-            self.code = own_code(folder, self.name, hub)
-        else:
-            check_known(folder, self.name, ADVICE)
-        # Without weights: transformers runs the code that it finds there, so that must be what was announced and recorded.
+        self.code = check_code(folder, self.name, trust_remote_code, hub)
         self._beside = folder
         if self.code is not None:
-            self._beside = staged(folder, self.code)
+            self._beside = stage_model(folder, self.code)
             weakref.finalize(self, shutil.rmtree, self._beside.parent, ignore_errors=True)
         self.config = _read_config(self._beside, self.code is not None, folder)
         self.files = _weight_files(folder)
@@ -78,7 +76,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._headers: dict[str, _Header] = {}
         for file in self.files:
             with _opened(file) as shard:
-                for key in shard.keys():
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
                     found = shard.get_slice(key)
                     self._headers[key] = _Header(file, found.get_dtype(), tuple(found.get_shape()))
         odd = sorted({h.dtype for h in self._headers.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
@@ -97,11 +95,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> list[str]:
         from bstack.models.tokenizer import export
 
-        return export(folder, self._beside, self.code is not None, shown=self.folder)
+        return export(folder, self._beside, self.code is not None, display_name=self.folder)
 
-    def bind(self, model: torch.nn.Module) -> None:
-        # transformers renames and fuses checkpoint tensors while loading (one tensor per expert becomes one for all);
-        # its own tables are used, so that every architecture that it loads is loaded the same way here.
+    def bind(self, model: PreTrainedModel) -> None:
+        # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own
+        # tables are used, so that every architecture is loaded as transformers loads it.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -125,13 +123,13 @@ class SafetensorsCheckpoint(Checkpoint):
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         missing = sorted(set(state) - self._keys.keys() - tied)
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise UnsupportedModelError(
-                f"{self.name}: the checkpoint lacks {shown}, which {type(model).__name__} needs. "
+                f"{self.name}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
                 "Is config.json the one that belongs to these weights?"
             )
 
-    def load(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         from safetensors import SafetensorError
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -140,17 +138,17 @@ class SafetensorsCheckpoint(Checkpoint):
         keys = sorted({key for name in wanted for key in self._keys[name]})
         try:
             with ExitStack() as stack:
-                # Opened for this call alone: an open file's pages stay mapped, and the whole model would pile up in memory.
+                # Opened for this call only: pages of an open file stay mapped, and the whole model would pile up in memory.
                 files = {self._headers[key].file for key in keys}
                 shards = {file: stack.enter_context(_opened(file)) for file in sorted(files)}
                 info, _ = convert_and_load_state_dict_in_model(
                     model,
                     {key: shards[self._headers[key].file].get_slice(key) for key in keys},
-                    # The type of what is not in the model; everything else takes the model's.
-                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
+                    # The type of tensors that the model does not have; all others take the model's.
+                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),  # type: ignore[arg-type]
                 )
         except SafetensorError as error:
-            raise DamagedModelError(f"{self.name}: a weight file cannot be read: {error}.") from None
+            raise DamagedError(f"{self.name}: a weight file cannot be read: {error}.") from None
         if info.mismatched_keys:
             raise self._mismatch(*sorted(info.mismatched_keys)[0])
         if info.conversion_errors:
@@ -160,24 +158,22 @@ class SafetensorsCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
-        """Copy what needed no conversion: it is memory mapped from the file, and what a caller writes into it would be
-        there at the next load too."""
+        """Copy weights that needed no conversion: they are mapped from the file, and a caller's changes would come back."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
-            if leaf in owner._parameters and self.stored_dtype(name) == owner._parameters[leaf].dtype:
-                copy = owner._parameters[leaf].detach().clone()
-                owner._parameters[leaf] = torch.nn.Parameter(copy, requires_grad=False)
+            owner, leaf = owner_of(model, name)
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None and self.stored_dtype(name) == parameter.dtype:
+                owner._parameters[leaf] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
-    def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedModelError:
-        return DamagedModelError(
+    def _mismatch(self, key: str, found: Iterable[int], expected: Iterable[int]) -> DamagedError:
+        return DamagedError(
             f"{self.name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(expected)}. "
             "Is it the one that belongs to these weights?"
         )
 
     def stored_dtype(self, name: str) -> torch.dtype:
         dtype = DTYPES.get(self._headers[self._keys[name][0]].dtype, torch.float32)
-        # load() gives float32: the other half of a float64 would be zeros.
+        # load() gives float32, so float64 would store zeros in the other half
         return torch.float32 if dtype == torch.float64 else dtype
 
 
@@ -188,23 +184,23 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        size = f"It has {file.stat().st_size} bytes; " if file.is_file() else ""
-        raise DamagedModelError(f"{file} is not a whole safetensors file: {error}. {size}fetch it again.") from None
+        size = f"It has {file.stat().st_size} bytes. " if file.is_file() else ""
+        raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}Fetch it again.") from None
     with shard:
         yield shard
 
 
-def _read_config(folder: Path, trusted: bool, shown: Path):
+def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"{shown} holds no config.json, so it is not a transformers folder.")
+        raise UsageError(f"{display_name} has no config.json, so it is not a transformers folder.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        own_attention(config)
+        reset_attn_impl(config)
         return config
-    except Exception as error:  # whatever a configuration class does with values that make no sense
-        raise UnsupportedModelError(f"{shown / 'config.json'} cannot be used: {one_line(error)}") from None
+    except Exception as error:  # configuration classes raise anything for wrong values
+        raise UnsupportedModelError(f"{display_name / 'config.json'} cannot be used: {one_line(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -212,21 +208,21 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedModelError(
-                f"{folder / INDEX} is not a safetensors index: no JSON with a weight_map."
+            raise DamagedError(
+                f"{folder / INDEX} is not a safetensors index: it is not JSON with a weight_map."
             ) from None
         files = [folder / shard for shard in shards]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise DamagedModelError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
+            raise DamagedError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
         raise UnsupportedModelError(
-            f"{folder} holds {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
+            f"{folder} has {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
             "(load it with transformers and call save_pretrained)."
         )
-    raise ModelNotFoundError(f"{folder} holds no {SINGLE} and no {INDEX}.")
+    raise UsageError(f"{folder} has no {SINGLE} and no {INDEX}.")
 
 
 def _sha256(file: Path) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from bstack.errors import UnsupportedModelError, WeightError, one_line
+from bstack.errors import UnsupportedModelError, one_line
 from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
 
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
 
-__all__ = ["Skeleton", "check_finite", "find_layers", "parameters_on_meta", "quiet_transformers"]
+__all__ = ["Skeleton", "check_finite", "find_layers", "owner_of", "parameters_on_meta", "quiet_transformers"]
 
 PIECE = 2**22
 
@@ -46,7 +48,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.model = _build(checkpoint)
+        self.model: Any = _build(checkpoint)
         give_back_freed_memory()
         self.model.eval().requires_grad_(False)
         checkpoint.bind(self.model)
@@ -63,25 +65,24 @@ class Skeleton:
 
     @property
     def outer_names(self) -> list[str]:
-        """State-dict names outside the repeated layers, tied copies left out."""
+        """Return the state-dict names outside the repeated layers, without tied copies."""
         inside = tuple(name + "." for name, _ in self.layers)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
 
     @property
     def rest_names(self) -> list[str]:
-        """The outer names without the embedding and the head, which are large and needed for a moment only."""
+        """Return the outer names without the embedding and the head, which are large and needed only for a moment."""
         return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
-        """State-dict names of one repeated layer, full."""
+        """Return the full state-dict names of one repeated layer."""
         prefix, layer = self.layers[index]
         return [f"{prefix}.{name}" for name in layer.state_dict()]
 
     def parameter(self, name: str) -> torch.Tensor:
-        """The parameter or buffer of that full name."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.model.get_submodule(owner), leaf)
+        """Return the parameter or buffer of that full name."""
+        return getattr(*owner_of(self.model, name))
 
     @contextmanager
     def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
@@ -89,7 +90,7 @@ class Skeleton:
         names = list(names)
         try:
             if dtype != torch.float32:
-                self._empty(names, dtype)  # what is read takes the type of what it replaces
+                self._empty(names, dtype)  # a weight that is read takes the type of the one it replaces
             with quiet_transformers():
                 self.checkpoint.load(self.model, names)
             self.model.requires_grad_(False)
@@ -106,34 +107,27 @@ class Skeleton:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _empty(self, names: Iterable[str], dtype: torch.dtype) -> None:
-        for owner, leaf in self._owners(names):
-            empty = torch.empty(owner._parameters[leaf].shape, dtype=dtype, device="meta")
-            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-
-    def _owners(self, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
-        """The module that holds each named parameter, and the parameter's name in it; buffers are passed over."""
-        for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
-            if leaf in owner._parameters:
-                yield owner, leaf
+        for owner, leaf in (owner_of(self.model, name) for name in names):
+            if (parameter := owner._parameters.get(leaf)) is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing a progress bar of its own for every few tensors."""
+    """Switch off the progress bars that transformers draws for every few tensors."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
-def _build(checkpoint: Checkpoint) -> nn.Module:
+def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = checkpoint.config
@@ -155,7 +149,7 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
                 trust_remote_code=checkpoint.code is not None,
                 experts_implementation="eager",
             )
-    except Exception as error:  # whatever a constructor does with sizes that make no sense: division by zero, too
+    except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
             f"can build: {one_line(error)}"
@@ -164,19 +158,22 @@ def _build(checkpoint: Checkpoint) -> nn.Module:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Create parameters without memory, but keep buffers real: rotary tables are computed while building."""
-    register = nn.Module.register_parameter
+    """Create parameters without memory, but keep buffers real: rotary tables are computed while building.
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = type(parameter)(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+    Modules that another thread builds at the same time are left alone.
+    """
+    thread = threading.get_ident()
 
-    nn.Module.register_parameter = register_on_meta
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or parameter.device.type == "meta":
+            return None
+        return type(parameter)(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's type lacks the result
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        hook.remove()
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -206,22 +203,27 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, layers
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter or buffer, and the name in it."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
+
+
 def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse NaN and infinity in freshly loaded parameters.
 
     Raises
     ------
-    bstack.errors.WeightError
+    bstack.errors.UnsupportedModelError
     """
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        tensor: Any = getattr(model.get_submodule(owner), leaf)
-        # The sum of all elements is finite only if each is, short of an overflow that float64 rules out. In pieces, for torch
-        # makes a float64 copy of what it sums: 4 GB for a vocabulary of 128,000.
+        tensor: Any = getattr(*owner_of(model, name))
+        # A float64 sum is finite only if all elements are. In pieces, because torch makes a float64 copy of what it sums:
+        # 4 GB for a vocabulary of 128,000.
         pieces = tensor.reshape(-1).split(PIECE)
         if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
             bad = int((~tensor.isfinite()).sum())
-            raise WeightError(
+            raise UnsupportedModelError(
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
             )

@@ -1,4 +1,4 @@
-"""The tokenizer's files, as transformers writes them, so that they can travel inside the container."""
+"""The tokenizer's files as transformers writes them, to be packed into a container."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import UnsupportedModelError
-from bstack.models.references import ADVICE, references, refusal
+from bstack.errors import UnsupportedModelError, one_line
+from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstk.errors import os_errors
 
 __all__ = ["export"]
@@ -16,7 +16,9 @@ __all__ = ["export"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def export(target: Path, source: Path, trusted: bool = False, shown: Path | None = None, **kwargs: str) -> list[str]:
+def export(
+    target: Path, source: Path, trusted: bool = False, display_name: Path | None = None, **kwargs: str
+) -> list[str]:
     """Write tokenizer and generation settings of a checkpoint into a folder.
 
     Parameters
@@ -26,9 +28,9 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
     source : Path
         The checkpoint's folder.
     trusted : bool
-        Whether code that lies there may run.
-    shown : Path, optional
-        What to call the folder in messages; by default what it is.
+        Whether Python code in `source` may run.
+    display_name : Path, optional
+        What to call the folder in messages; `source` by default.
     **kwargs
         Passed to transformers (``gguf_file``).
 
@@ -39,19 +41,17 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    shown = shown or source
+    display_name = display_name or source
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **kwargs)
-        # For a folder without a vocabulary transformers makes up a tokenizer that knows its special tokens alone.
+        # For a folder without a vocabulary transformers makes a tokenizer with special tokens only.
         words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # transformers says in many ways that a folder has no tokenizer; the model stays usable with token ids. But one
-        # that is there and cannot be read must not be lost in silence.
-        if not trusted and (found := references(source)):
-            raise refusal(f"{shown}: the tokenizer", found, ADVICE) from None
+        # transformers raises all these for a folder without a tokenizer, whose model is usable with token ids. A tokenizer
+        # that is there and cannot be read must not get lost silently.
         if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
             raise UnsupportedModelError(
-                f"{shown / present[0]}: the tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
+                f"{display_name / present[0]}: the tokenizer cannot be read: {one_line(error)}"
             ) from None
         words = None
     if words:
@@ -62,10 +62,15 @@ def export(target: Path, source: Path, trusted: bool = False, shown: Path | None
         pass  # most folders have none; transformers then derives the settings from config.json
     else:
         _save(generation, target)
-    # Also in folders: further chat templates stand in one of their own. Code, which transformers puts there too, stays out.
-    return sorted(
+    # Further chat templates are in a folder of their own. transformers copies code there too, which stays out.
+    names = sorted(
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py"
     )
+    if unknown := [name for name in names if not is_model_file(name)]:
+        raise UnsupportedModelError(
+            f"{display_name}: its tokenizer writes {unknown[0]}. bstack packs files that end in {', '.join(MODEL_SUFFIXES)}."
+        )
+    return names
 
 
 def _save(what: Any, target: Path) -> None:

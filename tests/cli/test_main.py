@@ -155,6 +155,29 @@ def test_closed_pipe_is_no_traceback(vector):
     assert done.stderr == ""
 
 
+def test_a_broken_pipe_inside_a_command_is_reported():
+    """Only a closed standard output ends a command in silence: a child or a server may close a pipe, too."""
+    code = (
+        "import click\n"
+        "from bstack.cli import _group\n"
+        "@click.command()\n"
+        "def command():\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "group = _group.LazyGroup('bstack', package='none', summaries={'x': 'x'})\n"
+        "group.get_command = lambda ctx, name: command\n"
+        "group.main(['x'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    words = "a pipe or connection was closed at its other end"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"Error: {words}: [Errno 32] Broken pipe.\n")
+
+
+def test_the_option_of_an_error_becomes_a_flag(failing):
+    error = errors.UsageError("x.bstk exists.")
+    error.option = "overwrite"
+    assert failing(error) == (2, "", "Error: x.bstk exists. Use --force to replace it.\n")
+
+
 def test_shell_completion(bstack):
     done = bstack(_BSTACK_COMPLETE="bash_complete", COMP_WORDS="bstack tr", COMP_CWORD="1")
     assert done.stdout == "plain,truncate\n"

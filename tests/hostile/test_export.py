@@ -55,7 +55,7 @@ def test_names_that_cannot_stand_beside_each_other(tmp_path, names, monkeypatch)
         with with_files(tmp_path, *names) as file, embedded_files(file) as folder:
             assert all((folder / name).read_bytes() == name.encode() for name in names)
     except bstk.DamagedError as error:
-        assert "cannot be put into a folder here" in str(error)
+        assert "cannot be written" in str(error)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["files.bstk"]
 
 

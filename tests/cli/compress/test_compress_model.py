@@ -39,12 +39,12 @@ def test_truncated_gguf(refused, tmp_path, keep):
 
 def test_an_empty_folder(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(2, "holds no config.json", "empty")
+    refused(2, "has no config.json", "empty")
 
 
 def test_no_weights(refused, model):
     (model / "model.safetensors").unlink()
-    refused(2, "holds no model.safetensors", "model")
+    refused(2, "has no model.safetensors", "model")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
@@ -58,7 +58,7 @@ def test_pickles_are_never_opened(refused, model, name):
 def test_truncated_safetensors(refused, model, keep):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(5, ["model.safetensors is not a whole safetensors file", "fetch it again"], "model")
+    refused(5, ["model.safetensors is not a whole safetensors file", "Fetch it again"], "model")
 
 
 def test_safetensors_that_are_something_else(refused, model):

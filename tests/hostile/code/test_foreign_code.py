@@ -19,7 +19,7 @@ from bstack.models.open import open_checkpoint
 
 def test_refused_without_the_flag(model, tmp_path, marker, run):
     with pytest.raises(
-        ForeignCodeError, match="configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*--trust-remote-code"
+        ForeignCodeError, match=r"configuration_own.OwnConfig, modeling_own.OwnForCausalLM.*trust_remote_code"
     ):
         bstack.compress(model, tmp_path / "own.bstk", settings=SETTINGS)
     code, out, err = run("compress", model, "-o", tmp_path / "own.bstk", *QUICK)
@@ -86,11 +86,11 @@ def test_the_file_holds_no_code_and_no_path(packed, tmp_path):
 
 @pytest.mark.parametrize("mode", ["dense", "stack"])
 def test_loads_with_the_flag_and_the_place(packed, model, marker, mode):
-    with pytest.raises(ForeignCodeError, match="--trust-remote-code"):
+    with pytest.raises(ForeignCodeError, match="trust_remote_code"):
         bstack.load(packed, mode=mode)
-    with pytest.raises(ForeignCodeError, match="compressed from a folder.*--code"):
+    with pytest.raises(ForeignCodeError, match=r"compressed from a folder.*code"):
         bstack.load(packed, mode=mode, trust_remote_code=True)
-    with pytest.raises(bstk.UsageError, match="--trust-remote-code"):
+    with pytest.raises(bstk.UsageError, match="trust_remote_code"):
         bstack.load(packed, mode=mode, code=model)
     assert marker.taken() == set()
     with pytest.warns(ForeignCodeWarning, match=f"from {model}: configuration_own.py"):
@@ -147,15 +147,15 @@ def test_code_inside_a_container_never_runs(packed, model, tmp_path, marker):
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        ("/abs/path/evil.Class", "'/abs/path/evil.Class'; allowed is module.Class"),
-        ("../evil.Class", "allowed is module.Class"),
-        ("modeling_own", "allowed is module.Class"),
-        ("modeling_own.Own.Class", "allowed is module.Class"),
-        ("absent.Class", "holds no absent.py"),
-        ("latin.Class", "latin.py of .* cannot be read"),
-        ("deep.Class", "imports .sub.mod"),
-        ("up.Class", "imports .*transformers takes modules only from beside"),
-        ("lost.Class", "its code is in nowhere.py of .* cannot be read"),
+        ("/abs/path/evil.Class", "'/abs/path/evil.Class'. Allowed is module.Class"),
+        ("../evil.Class", "Allowed is module.Class"),
+        ("modeling_own", "Allowed is module.Class"),
+        ("modeling_own.Own.Class", "Allowed is module.Class"),
+        ("absent.Class", "its code absent.Class in .*absent.py"),
+        ("latin.Class", "its code latin.Class in .* cannot be read"),
+        ("deep.Class", "its code deep.Class in .*sub.mod.py"),
+        ("up.Class", "its code up.Class in .* cannot be read"),
+        ("lost.Class", "its code lost.Class in .*nowhere.py"),
     ],
 )
 def test_references_that_lead_nowhere(model, tmp_path, packed, marker, run, reference, words):
@@ -230,3 +230,16 @@ def test_no_question_is_asked(model, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with warnings.catch_warnings(action="error"), pytest.raises(ForeignCodeError):
         open_checkpoint(model)
+
+
+def test_other_code_than_the_recorded_one_is_named(packed, model, marker):
+    (model / "helper.py").write_text((model / "helper.py").read_text() + "\n# changed\n")
+    with pytest.warns(ForeignCodeWarning, match="Other code than the model was compressed with: helper.py."):
+        bstack.load(packed, trust_remote_code=True, code=model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (model / "helper.py").write_text((model / "helper.py").read_text().removesuffix("\n# changed\n"))
+        bstack.load(packed, trust_remote_code=True, code=model)
+    assert [
+        str(one.message) for one in caught if "running" in str(one.message) and "Other code" in str(one.message)
+    ] == []

@@ -76,7 +76,7 @@ def test_an_exported_folder_needs_the_code_of_a_folder_beside_it(packed, model, 
     arguments = ["export", packed, "--to", "safetensors", tmp_path / "out", "--trust-remote-code", "--code", model]
     status, out, _ = run(*arguments)
     modules = ["configuration_own.py", "helper.py", "modeling_own.py", "tokenization_own.py"]
-    assert status == 0 and f"put its Python code beside it: {', '.join(modules)}" in out
+    assert status == 0 and f"copy its Python code there: {', '.join(modules)}" in out
     assert not list((tmp_path / "out").glob("*.py"))
     for name in modules:
         shutil.copy(model / name, tmp_path / "out")

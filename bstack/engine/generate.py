@@ -64,7 +64,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                "this model has no chat template; leave --chat out and write the prompt as the model expects it."
+                "this model has no chat template. Write the prompt as the model expects it, without the template."
             )
         text = render(tokenizer, prompt)
     else:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import click
 
 import bstk
-from bstack.cli import _common
+from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes
 from bstk.errors import Interrupted
 
@@ -68,7 +68,7 @@ class Finite(click.FloatRange):
 )
 @click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
 @click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of drawing.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed for sampling.")
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -103,15 +103,15 @@ def command(
     options = {name: value for name, value in sampling.items() if value is not None}
     drawing = do_sample or bool(options.keys() - {"repetition_penalty"})
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if not quiet:
             click.echo(line, err=True)
 
     with _common.code_told(quiet):
-        model, tokenizer = _load(file, mb, quiet, say, strict=strict, trust_remote_code=trust_remote_code, code=code)
+        model, tokenizer = _load(file, mb, quiet, log, strict, trust_remote_code, code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
-    from bstack.packed.follow import following
+    from bstack.packed.autosize import following
     from bstack.packed.store import store_of
 
     if tokenizer is None:
@@ -120,7 +120,7 @@ def command(
         )
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
-        with following(model, tell=say) if mb == AUTO else nullcontext():
+        with following(model, warn=log) if mb == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,
@@ -152,7 +152,7 @@ def command(
     else:
         click.echo()
     speed = written.tokens_per_second
-    say(
+    log(
         f"{written.prompt_tokens} + {written.new_tokens} tokens, first after {written.prompt_seconds:.2f} s"
         + (f", then {speed:.1f} tokens/s" if speed else "")
         + f"; {megabytes(state.weight_bytes)} of weights, {state.bits_per_weight or 0:.2f} bits per weight"
@@ -161,34 +161,48 @@ def command(
         raise Interrupted("Stopped: the text ends where you interrupted it.")
 
 
-def _load(file: str, mb: Any, quiet: bool, say: Any, **options: Any) -> tuple[Any, Any]:
-    """The model within the budget; without one, within what is free. Options are those of `bstack.load`."""
-    with _common.open_file(
-        file, options["strict"], quiet
-    ) as reader:  # its warning, and its refusal, before anything heavy
-        smallest = Decimal(reader.smallest.budget) / bstk.MB
-    from bstack.engine import load as loading
-    from bstack.packed.follow import free_budget
+def _load(
+    file: str, mb: Any, quiet: bool, log: Callable[[str], None], strict: bool, trust_remote_code: bool, code: str | None
+) -> tuple[Any, Any]:
+    """Load the model within the budget; without one, within what is free."""
+    with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
+        smallest = reader.smallest.budget
+    from bstack.engine.load import load as load_model
+    from bstack.engine.load import resident
+    from bstack.packed.autosize import free_budget
+    from bstack.packed.store import store_of
 
-    load = partial(loading.load, file, mode="stack", warn=False, notify=_common.retries(file, quiet), **options)
+    def load(mb: Any) -> tuple[Any, Any]:
+        return load_model(
+            file,
+            mb=mb,
+            mode="packed",
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+            code=code,
+            warn=False,
+            notify=_common.retries(file, quiet),
+            progress=lambda what, total: _progress.copied(total, what, quiet),
+        )
+
     if mb is not None and mb != AUTO:
-        return load(mb=mb)
+        return load(mb)
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
-            raise bstk.UsageError(f"--mb auto cannot be: {words}. Say how much to take, such as --mb 500.")
-        say(f"Using the whole file: {words}.")
-        return load()
+            raise bstk.UsageError(f"--mb auto does not work here: {words}. Give a budget, such as --mb 500.")
+        log(f"Using the whole file: {words}.")
+        return load(None)
     if free <= 0:
-        raise bstk.ResourceError(f"No memory for a model: {words}. Close something, or say how much to take with --mb.")
+        raise bstk.ResourceError(f"No memory for a model: {words}. End other programs, or give a budget with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(mb=free)
+        model, tokenizer = load(Decimal(free) / bstk.MB)
     else:
-        # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
-        model, tokenizer = load(mb=smallest)
+        # The base model first, so that what is free no longer counts libraries, tokenizer and modules.
+        model, tokenizer = load(Decimal(smallest) / bstk.MB)
         free, words = free_budget()
-        loading.resize(model, max(free, 0) + smallest)
-    say(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
+        store_of(model).resize(max(free or 0, 0) + smallest)
+    log(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

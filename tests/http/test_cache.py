@@ -16,7 +16,7 @@ cache = pytest.importorskip("bstack.engine.url_cache")
 
 def load(url, mb=None, strict=False):
     """What bstack.load reads: chunks of the kept file."""
-    with cache.cached(url, mb, strict) as (file, chunks):
+    with cache.cached(url, None if mb is None else bstk.budget_bytes(mb), strict) as (file, chunks):
         return [file.read(chunk) for chunk in chunks]
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_end_of_a_stopped_transfer_is_fetched_anew(long_head, serve, k
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
 
 
-@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
 def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_path, mode):
     bstack = pytest.importorskip("bstack")
     settings = bstack.Settings(codec="sign", planes=2, rank=1, samples=2, sequence_length=16)
@@ -279,7 +279,7 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
         smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
         mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
     server = serve(path.read_bytes())
-    model, _ = bstack.load(server.url, mb=mb, mode="stack")
+    model, _ = bstack.load(server.url, mb=mb, mode="packed")
     before = bstack.resident(model)
     assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
@@ -289,5 +289,5 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
         until(lambda: told)
     assert "more than was fetched" in told[0]
     assert bstack.resident(model) == before
-    model, _ = bstack.load(server.url, mode="stack")
+    model, _ = bstack.load(server.url, mode="packed")
     assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

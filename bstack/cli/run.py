@@ -68,7 +68,9 @@ class Finite(click.FloatRange):
 )
 @click.option("--min-p", type=Finite(0, 1), help="Draw from tokens of at least this share of the likeliest's.")
 @click.option("--repetition-penalty", type=Finite(0, min_open=True), help="Above 1: avoid tokens that were used.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed for sampling.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed for sampling."
+)
 @_common.trust_option
 @_common.code_option
 @_common.strict_option

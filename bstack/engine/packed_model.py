@@ -67,7 +67,10 @@ def packed_model(
     for chunk in file.chunks:
         if chunk.is_weight and not chunk.is_block:
             _put(
-                model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, backend.device, chunk.name), shown
+                model,
+                chunk.name,
+                _plain(plain_tensor(file.read(chunk), chunk), dtype, backend.device, chunk.name),
+                shown,
             )
     matrices: dict[str, Any] = {}
     lock = PriorityLock()

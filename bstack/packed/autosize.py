@@ -156,9 +156,7 @@ class Poller(ABC):
 class BudgetPoller(Poller):
     """Give a model the size that a function returns, in MB."""
 
-    def __init__(
-        self, store: BlockStore, budget: Callable[[], Any], *, interval: float, warn: Callable[[str], None]
-    ):
+    def __init__(self, store: BlockStore, budget: Callable[[], Any], *, interval: float, warn: Callable[[str], None]):
         super().__init__(interval, warn)
         self._store, self._budget = store, budget
         self._last: Any = self  # no budget yet
@@ -167,7 +165,9 @@ class BudgetPoller(Poller):
     def poll(self, now: float) -> None:
         if (failure := self._new_failure(self._store.failure)) is not None:
             self._retry_at = now + RETRY
-            self._warn_once(one_line(failure), f"The model could not grow: {one_line(failure)}. It is tried again later.")
+            self._warn_once(
+                one_line(failure), f"The model could not grow: {one_line(failure)}. It is tried again later."
+            )
         mb = self._budget()
         if mb != self._last or now >= self._retry_at:
             self._last, self._retry_at = mb, now + RETRY

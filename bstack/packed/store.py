@@ -290,5 +290,7 @@ def store_of(model: Any) -> BlockStore:
     """Return the blocks of a model from ``load(..., mode="packed")``; raise bstk.UsageError for another."""
     store = getattr(model, "bstack_store", None)
     if not isinstance(store, BlockStore):
-        raise UsageError("this model has dense weights, whose size cannot change. Load it with bstack.load(..., mode='packed').")
+        raise UsageError(
+            "this model has dense weights, whose size cannot change. Load it with bstack.load(..., mode='packed')."
+        )
     return store

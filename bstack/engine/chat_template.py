@@ -156,7 +156,7 @@ def _is_huge(operator: str, left: Any, right: Any) -> bool:
 class _Generation(Extension):
     """``{% generation %}``, by which training finds the model's own words: renders what it encloses."""
 
-    tags = {"generation"}
+    tags = frozenset(("generation",))  # type: ignore[assignment]
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -263,9 +263,9 @@ def _needs(module: nn.Module, names: Set[str], allowed: Set[str] = frozenset()) 
         raise ValueError("another structure")
 
 
-def _layer(layer: nn.Module) -> Layer:
+def _layer(layer: Any) -> Layer:
     attention, feed_forward = layer.self_attn, layer.mlp
-    modules = {
+    modules: dict[str, Any] = {
         "query": attention.q_proj,
         "key": attention.k_proj,
         "value": attention.v_proj,
@@ -285,16 +285,16 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _matrix(module: nn.Module) -> Any:
+def _matrix(module: Any) -> Any:
     packed = module.weight.packed
     if module.weight.transposed or not isinstance(packed, Blocks) or len(packed.parts) != 1:
         raise ValueError("another kind of weight")
     return packed.parts[0]
 
 
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+def _array(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else np.ascontiguousarray(tensor.detach().float().numpy())
 
 
-def _epsilon(norm: nn.Module) -> float:
+def _epsilon(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

@@ -95,7 +95,8 @@ def _check_depth(parts: _Parts, shown: str) -> None:
     for _, blocks in parts:
         for block in blocks:
             try:
-                check_put(*block.shape, block.level, block.kind.code, block.rank, checked=True)
+                rows, columns = block.shape
+                check_put(rows, columns, block.level, block.kind.code, block.rank, checked=True)
             except ValueError as error:
                 raise UnsupportedModelError(
                     f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} Load it with "

@@ -147,11 +147,11 @@ class BlockStore:
                         f"the model keeps its size: no thread can be started to load blocks ({error}). End other programs."
                     ) from None
                 self._growth = growth  # after the start: other threads join it
-            growth = self._growth
-        if wait and growth is not None:
-            growth.thread.join()
-            if growth.error is not None:
-                raise growth.error
+            current = self._growth
+        if wait and current is not None:
+            current.thread.join()
+            if current.error is not None:
+                raise current.error
 
     def close(self) -> None:
         """Stop loading and close the file. The model runs on at its size."""

@@ -51,14 +51,14 @@ class PackedWeight(torch.Tensor):
         device: torch.device | str = "cpu",
     ) -> PackedWeight:
         first = packed[0] if isinstance(packed, Sequence) else packed
-        shape = (first.columns, first.rows) if transposed else (first.rows, first.columns)
+        shape: tuple[int, ...] = (first.columns, first.rows) if transposed else (first.rows, first.columns)
         if isinstance(packed, Sequence):
             shape = (len(packed), *shape)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.packed, made.transposed, made.label = packed, transposed, name
         return made
 
-    def __repr__(self, **_options: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedWeight({self.label}, {' x '.join(map(str, tuple(self.shape)))})"
 
     def rebuilt(self) -> torch.Tensor:

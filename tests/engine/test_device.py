@@ -74,17 +74,17 @@ def test_a_parameter_in_parts():
 
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("quantum", "no device"), ("mps", "cpu and cuda, not on mps"), ("cuda:99", "torch finds no cuda:99")],
+    [("quantum", "allowed are cpu"), ("mps", "cpu and cuda, not on mps"), ("cuda:99", "torch finds no cuda:99")],
 )
 def test_devices_that_are_not(device, words):
     with pytest.raises(bstk.UsageError, match=words):
         device_of(device, packed=True)
 
 
-@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")],
+    [("quantum", "allowed are cpu"), (3.5, "allowed are cpu"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")],
 )
 def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
     with pytest.raises(bstk.UsageError, match=words):

@@ -173,7 +173,7 @@ def test_a_file_that_goes_bad_while_it_is_open(path, tmp_path, change):
     """The next growth fails with the reason; the model runs on with what it has, and can shrink."""
     model = damaged(path, tmp_path, change)
     before = logits(model)
-    with pytest.raises(bstk.DamagedError, match="copy.bstk"):
+    with pytest.raises(bstk.DamagedError, match=r"copy.bstk"):
         bstack.resize(model)
     state = bstack.resident(model)
     assert state.error is not None and state.blocks < state.all_blocks

@@ -285,7 +285,7 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
         bstack.resize(model, full)
     told = []
-    with bstack.following(model, lambda: full, tell=told.append):
+    with bstack.following(model, lambda: full, warn=told.append):
         until(lambda: told)
     assert "more than was fetched" in told[0]
     assert bstack.resident(model) == before

@@ -35,19 +35,7 @@ MAX_BITS = 2**14
 
 
 def render(tokenizer: Any, prompt: str) -> str:
-    """Render a prompt as a user's message, as ``tokenizer.apply_chat_template`` does.
-
-    Parameters
-    ----------
-    tokenizer
-        From `bstack.load`, with a chat template.
-    prompt : str
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-        The template fails, or takes too much time or memory.
-    """
+    """Render a prompt as a user's message, as ``tokenizer.apply_chat_template`` does."""
     from transformers import PreTrainedTokenizerBase
 
     messages = [{"role": "user", "content": prompt}]
@@ -64,23 +52,7 @@ def render(tokenizer: Any, prompt: str) -> str:
 def render_messages(
     template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any], *, prompt: bool = True
 ) -> str:
-    """Render messages with a template's text; needs no transformers.
-
-    Parameters
-    ----------
-    template : str
-    messages : sequence of mappings
-        Of plain values, with ``role`` and ``content``.
-    special_tokens : mapping
-        Name -> text, such as ``bos_token``.
-    prompt : bool
-        Whether to end where the model's answer begins.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-        The template fails, or takes too much time or memory.
-    """
+    """Render messages with a template's text; needs no transformers."""
     if len(template) > MAX_TEMPLATE:
         raise _failure(f"it has {len(template)} characters, and at most {MAX_TEMPLATE} are allowed.")
     allowed = MAX_LENGTH + sum(len(str(message)) for message in messages)

@@ -48,15 +48,7 @@ class Written:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template.
-
-    Raises
-    ------
-    bstk.UsageError
-        The prompt is empty or no text, or there is no chat template.
-    bstack.errors.UnsupportedModelError
-        The template or the tokenizer does not work.
-    """
+    """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template."""
     try:
         prompt.encode()
     except UnicodeEncodeError:

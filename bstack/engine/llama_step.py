@@ -48,18 +48,6 @@ def install(model: Any, lock: PriorityLock) -> bool:
     """Give a model of the Llama family the fused step; return whether it has it now.
 
     All blocks of the base model must be in memory, since results are compared with those of the model's own code.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        With packed weights.
-    lock : PriorityLock
-        The lock of its blocks.
-
-    Warns
-    -----
-    RuntimeWarning
-        The structure is that of the Llama family, but the results are not those of the model's own code.
     """
     if library() is None or model.device.type != "cpu" or _is_patched(model):
         return False

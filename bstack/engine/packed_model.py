@@ -31,32 +31,7 @@ _Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 def packed_model(
     file: bstk.Reader, folder: Path, dtype: torch.dtype, backend: Backend, trusted: bool = False
 ) -> tuple[Any, dict[str, Any], PriorityLock]:
-    """Build a model without blocks in memory, and what a `BlockStore` needs to load them.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    folder : Path
-        The model's files.
-    dtype : torch.dtype
-        Of activations and of small plain parameters.
-    backend : Backend
-        The memory of blocks, and their products.
-    trusted : bool
-        Whether Python code among the model's files may run.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-    matrices : dict
-        Stack name -> its matrix, made by `backend`.
-    lock : PriorityLock
-        Of all matrices.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError, bstk.DamagedError
-    """
+    """Build a model without blocks in memory; return it, its matrices by stack name, and their lock."""
     shown = file.source.name
     # Eager code uses one expert's weights at a time, which packed weights allow.
     model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")

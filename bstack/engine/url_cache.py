@@ -95,7 +95,7 @@ def cached(
                 state = (
                     "The kept copy matches its digest now. Load again; if that fails too, the file was made wrongly."
                 )
-            raise KeptCopyError(f"{error.args[0]} {state}") from None
+            raise KeptCopyError(f"{error} {state}") from None
 
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:

@@ -43,18 +43,7 @@ class Memory:
 
 
 def free_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory | None:
-    """Return the minimum that any limit leaves: the machine, each control group around this process, its resource limits.
-
-    Parameters
-    ----------
-    proc, cgroup : Path
-        Where Linux' process files and control groups are.
-
-    Returns
-    -------
-    Memory or None
-        None where the system does not tell. A file that cannot be understood counts as missing.
-    """
+    """Return the minimum that any limit leaves: the machine, each control group around this process, its resource limits."""
     bounds = [*_machine(proc), *group_bounds(proc, cgroup), *_resource_limits(proc)]
     if not bounds:
         return None

@@ -88,15 +88,7 @@ class Allocation:
 
 
 class Arena:
-    """A stack of blocks in memory of its own. Not thread-safe.
-
-    Parameters
-    ----------
-    slab : int
-        Bytes of a slab; a larger block gets a slab of its size.
-    memory : callable
-        Makes a slab of at least that many bytes.
-    """
+    """A stack of blocks in memory of its own. Not thread-safe."""
 
     def __init__(self, slab: int = SLAB, memory: Callable[[int], Memory] = HostMemory):
         self._size, self._memory = slab, memory

@@ -95,15 +95,7 @@ def following(
 
 
 class Poller(ABC):
-    """Call `poll` in a thread of its own, again and again, for the length of a `with` block.
-
-    Parameters
-    ----------
-    interval : float
-        Seconds between two calls.
-    warn : callable
-        Receives each warning, one line, in that thread.
-    """
+    """Call `poll` in a thread of its own, again and again, for the length of a `with` block."""
 
     def __init__(self, interval: float, warn: Callable[[str], None]):
         self._interval, self._warn = interval, warn

@@ -49,19 +49,7 @@ class CpuBackend:
 
 
 class CudaBackend:
-    """A GPU, or under triton's interpreter any device of torch.
-
-    Parameters
-    ----------
-    device : torch.device
-    matrices : int
-        The number of matrices that there will be.
-
-    Raises
-    ------
-    bstack.errors.MissingPackageError
-        triton is not installed.
-    """
+    """A GPU, or under triton's interpreter any device of torch."""
 
     def __init__(self, device: torch.device, matrices: int):
         self.device = device
@@ -81,21 +69,7 @@ class CudaBackend:
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:
-    """Return the device of a name, if weights can be put on it.
-
-    Parameters
-    ----------
-    device : str or torch.device
-    packed : bool
-        Whether the weights are packed, which run on fewer devices.
-
-    Raises
-    ------
-    bstk.UsageError
-        There is no such device here, or packed weights do not run on it.
-    bstack.errors.MissingPackageError
-        Packed weights need triton there, and it is not installed.
-    """
+    """Return the device of a name, if weights can be put on it."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):

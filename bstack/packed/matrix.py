@@ -39,15 +39,7 @@ class Packed(Protocol):
 
 
 class Parts(ABC):
-    """A parameter made of stacks of blocks, whose number may change between any two calls, and during one.
-
-    Parameters
-    ----------
-    parts : sequence of matrices
-        One under the other, all with the same number of columns.
-    lock : PriorityLock
-        Held while a kernel reads the blocks, and while blocks are taken out of `count` before they are dropped.
-    """
+    """A parameter made of stacks of blocks, whose number may change between any two calls, and during one."""
 
     def __init__(self, parts: Sequence[Any], lock: PriorityLock):
         self.parts = list(parts)

@@ -21,21 +21,7 @@ __all__ = ["PackedWeight"]
 
 
 class PackedWeight(torch.Tensor):
-    """A tensor without data that stands for a `Packed` matrix, or for several (experts).
-
-    Parameters
-    ----------
-    packed : Packed or sequence of Packed
-        A sequence makes a tensor of three dimensions.
-    transposed : bool
-        Whether the tensor is inputs x outputs.
-    dtype : torch.dtype
-        The type that the model's code sees.
-    name : str
-        The parameter's name, for messages.
-    device : torch.device or str
-        The device of products.
-    """
+    """A tensor without data that stands for a `Packed` matrix, or for several (experts)."""
 
     packed: Packed | Sequence[Packed]
     transposed: bool

@@ -104,7 +104,7 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
     load(server.url)
     damage(kept, {"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place])
     if place == "chunk":
-        with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
+        with pytest.raises(cache.KeptCopyError, match="Load again to fetch it"):
             load(server.url)
         assert kept.stat().st_size == chunk.offset
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
@@ -117,13 +117,13 @@ def test_two_readers_of_a_damaged_copy_both_may_load_again(long_head, serve, kep
     load(server.url)
     damage(kept, chunk.offset + 3)
     with (
-        pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "load again to fetch it anew"),
+        pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "Load again to fetch it"),
         cache.cached(server.url, None, False) as (file, _),
     ):
         try:
             file.read(chunk)
         finally:
-            with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
+            with pytest.raises(cache.KeptCopyError, match="Load again to fetch it"):
                 load(server.url)
             if mended:
                 load(server.url)

@@ -9,20 +9,14 @@ Importing this package is light; torch and transformers are imported when a func
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-# Read when torch loads its OpenMP, so it takes effect where torch is imported later: threads that wait let go of the
-# processor. With the default they spin, in the way of the kernels' own threads, and where another process takes a core (a
-# laptop in use, a shared server) everything runs 5 to 12 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["Settings", "compress", "following", "load", "resident", "resize"]
 
 _HOMES = {
     "Settings": "bstack.settings",
     "compress": "bstack.compression.api",
-    "following": "bstack.packed.follow",
+    "following": "bstack.packed.autosize",
     "load": "bstack.engine.load",
     "resident": "bstack.engine.load",
     "resize": "bstack.engine.load",

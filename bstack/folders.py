@@ -1,4 +1,4 @@
-"""Folders outside the project: the one that bstack keeps something in, and those that it is asked to make."""
+"""The cache folder, and folders that are made whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["cache_folder", "check_free", "new_folder"]
 
 
 def cache_folder(name: str) -> Path:
-    """The folder `name` in ``bstack`` in $XDG_CACHE_HOME, or in ~/.cache where that is not set (as its specification asks)."""
+    """Return the folder ``bstack/NAME`` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    # "All paths must be absolute. If an implementation encounters a relative path it should ignore it."
+    # The XDG specification: relative paths are ignored.
     base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     return base / "bstack" / name
 
 
 def check_free(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a folder that can be made: nothing is there, or an empty folder, and its parent is a folder.
+    """Return the absolute path of a folder that can be made: it is missing or empty, and its parent is a folder.
 
     Raises
     ------
     bstk.UsageError
-        There is something there already: a file, a link that leads nowhere, or a folder with something in it.
+        There is a file, a broken link, or a folder that is not empty.
     bstk.OutputError
-        Nothing can be made there: the parent is no folder, or the system refuses to look.
+        The parent is not a folder, or cannot be read.
     """
     target = Path(os.path.abspath(path))
     shown = os.fspath(path)
@@ -41,25 +41,23 @@ def check_free(path: str | os.PathLike[str]) -> Path:
                 f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first."
             )
         if os.path.lexists(target) and not target.is_dir():
-            what = "a file" if target.exists() else "a link that leads nowhere"
-            raise UsageError(f"{shown} is {what}; name a folder that is not there yet, or an empty one.")
+            what = "a file" if target.exists() else "a broken link"
+            raise UsageError(f"{shown} is {what}. Name a new folder, or an empty one.")
         if target.is_dir() and (inside := next(target.iterdir(), None)) is not None:
-            raise UsageError(
-                f"{shown} is not empty: it holds {inside.name}. Name a folder that is not there yet, or an empty one."
-            )
+            raise UsageError(f"{shown} is not empty: it holds {inside.name}. Name a new folder, or an empty one.")
     return target
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, for the length of a `with` block: it gets its name when the block ends without an error.
+    """Make a folder to fill in a `with` block; it gets its name when the block ends without an error.
 
-    Until then it is called ``.NAME.xxxxxxxx.part`` and stands beside; a process that is killed leaves that.
+    Until then it is called ``.NAME.xxxxxxxx.part``, which a killed process leaves behind.
 
     Raises
     ------
     bstk.UsageError, bstk.OutputError, bstk.ResourceError
-        As `check_free`; also at the end, where somebody else has put something there meanwhile.
+        As `check_free`; also at the end, if another process has put something there meanwhile.
     """
     target = check_free(path)
     with os_errors(str(target)):
@@ -68,7 +66,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with os_errors(str(target)):
             _sync(temporary)
-            # As a folder that was made in the usual way: mkdtemp makes it for its owner alone.
+            # The usual mode of a new folder; mkdtemp restricts it to the owner.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o777 & ~mask)
@@ -86,7 +84,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Bring all files of a folder to the disk."""
+    """Flush all files of a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as stream:

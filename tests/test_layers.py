@@ -173,11 +173,22 @@ def test_the_floors_stand_in_the_docs():
 
 
 def test_threads_that_wait_let_go_of_the_processor():
-    """Whatever is imported of bstack before torch: torch's OpenMP reads the variable when it is loaded."""
-    code = "import os, sys, bstack; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    """In the command line, before torch is imported: torch's OpenMP reads the variable when it is loaded."""
+    code = (
+        "import os, sys, atexit\n"
+        "def show(): print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)\n"
+        "atexit.register(show); sys.argv[1:] = ['--help']\n"
+        "from bstack.__main__ import main; assert 'torch' not in sys.modules; main()"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
         )
-        assert run.stdout.strip() == expected
+        assert run.stderr.strip() == expected
+
+
+def test_importing_the_library_leaves_the_environment_alone():
+    code = "import os; before = dict(os.environ); import bstack; bstack.load; assert before == dict(os.environ)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -86,7 +86,7 @@ def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
     with ExitStack() as stack:
 
         def packed() -> Any:
-            model, _ = load(request["file"], mb=request["mb"], mode="stack", **_trust(request))
+            model, _ = load(request["file"], mb=request["mb"], mode="packed", **_trust(request))
             stack.callback(store_of(model).close)
             return model
 

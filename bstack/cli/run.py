@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import click
 
 import bstk
-from bstack.cli import _common
+from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes
 from bstk.errors import Interrupted
 
@@ -119,7 +119,7 @@ def command(
         model, tokenizer = _load(file, mb, quiet, log, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
-    from bstack.packed.follow import following
+    from bstack.packed.autosize import following
     from bstack.packed.store import store_of
 
     if tokenizer is None:
@@ -128,7 +128,7 @@ def command(
         )
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
-        with following(model, tell=log) if mb == AUTO else nullcontext():
+        with following(model, warn=log) if mb == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,
@@ -169,34 +169,48 @@ def command(
         raise Interrupted("Interrupted: the text ends here.")
 
 
-def _load(file: str, mb: Any, quiet: bool, log: Any, **options: Any) -> tuple[Any, Any]:
-    """Load the model within the budget, or within the free memory. Options are those of `bstack.load`."""
-    with _common.open_file(
-        file, options["strict"], quiet
-    ) as reader:  # its warning, and its refusal, before anything heavy
-        smallest = Decimal(reader.smallest.budget) / bstk.MB
-    from bstack.engine import load as loading
-    from bstack.packed.follow import free_budget
+def _load(
+    file: str, mb: Any, quiet: bool, log: Callable[[str], None], strict: bool, trust_remote_code: bool, code: str | None
+) -> tuple[Any, Any]:
+    """Load the model within the budget; without one, within what is free."""
+    with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
+        smallest = reader.smallest.budget
+    from bstack.engine.load import load as load_model
+    from bstack.engine.load import resident
+    from bstack.packed.autosize import free_budget
+    from bstack.packed.store import store_of
 
-    load = partial(loading.load, file, mode="stack", warn=False, notify=_common.retries(file, quiet), **options)
+    def load(mb: Any) -> tuple[Any, Any]:
+        return load_model(
+            file,
+            mb=mb,
+            mode="packed",
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+            code=code,
+            warn=False,
+            notify=_common.retries(file, quiet),
+            progress=lambda what, total: _progress.copied(total, what, quiet),
+        )
+
     if mb is not None and mb != AUTO:
-        return load(mb=mb)
+        return load(mb)
     free, words = free_budget()
     if free is None:
         if mb == AUTO:
-            raise bstk.UsageError(f"--mb auto is not possible: {words}. Give a number, such as --mb 500.")
+            raise bstk.UsageError(f"--mb auto does not work here: {words}. Give a budget, such as --mb 500.")
         log(f"Using the whole file: {words}.")
-        return load()
+        return load(None)
     if free <= 0:
-        raise bstk.ResourceError(f"No memory for a model: {words}. Close other programs, or give a size with --mb.")
+        raise bstk.ResourceError(f"No memory for a model: {words}. End other programs, or give a budget with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(mb=free)
+        model, tokenizer = load(Decimal(free) / bstk.MB)
     else:
-        # The smallest model first: what is free is then what is free beside libraries, tokenizer and modules.
-        model, tokenizer = load(mb=smallest)
+        # The base model first, so that what is free no longer counts libraries, tokenizer and modules.
+        model, tokenizer = load(Decimal(smallest) / bstk.MB)
         free, words = free_budget()
-        loading.resize(model, max(free, 0) + smallest)
-    log(f"Using {megabytes(loading.resident(model).weight_bytes)} for weights: {words}.")
+        store_of(model).resize(max(free or 0, 0) + smallest)
+    log(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

@@ -1,1 +1,1 @@
-"""From a container to a model that runs."""
+"""Run a model from a container."""

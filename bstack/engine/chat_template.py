@@ -1,163 +1,190 @@
-"""The chat template of a stranger's model, rendered in a process of its own: ``python -P -m bstack.engine.chat_template``.
+"""Render a model's chat template in Jinja's sandbox, with bounds on its time and on the sizes of what it makes.
 
-transformers renders templates in jinja's sandbox, which keeps them from running code but not from running for ever or filling
-the memory: ``{% for %}`` inside ``{% for %}``, ``'x' * 10**10``, ``10**(10**9)``. No check inside one process ends all of these.
-
-The request is a JSON object on stdin, the answer one on stdout: {"text": ...} or {"error": ...}.
+The sandbox keeps a template from running code. The bounds end the usual ways to run for ever or to fill the memory (loops in
+loops, ``'x' * 10**10``, ``10**(10**9)``); they do not catch every one.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
-import os
-import subprocess
+import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from bstack.errors import UnsupportedModelError, one_line
 
-__all__ = ["main", "render"]
+__all__ = ["render", "render_messages"]
 
-SECONDS = 10
-"""Processor time that a template may take; those of known models take some milliseconds."""
-
-WALL_SECONDS = 120
-"""Time after which the process is ended in any case: where it cannot be limited, or waits for a busy machine."""
-
-MEMORY = 256 * 2**20
-"""Bytes that it may take beside the libraries, on Linux."""
-
-LONGEST = 2**22
-"""Characters that it may give beside the prompt."""
+# Those of known models take some milliseconds and have fewer than 20,000 characters.
+MAX_SECONDS = 10.0
+MAX_TEMPLATE = 2**20
+# Characters of the output beside the messages, and of any value on the way.
+MAX_LENGTH = 2**22
+# Bits of a number: more than any template needs.
+MAX_BITS = 2**14
 
 
-def render(tokenizer: Any, prompt: str, seconds: int = SECONDS) -> str:
-    """A prompt as a user's message in the model's chat template, as ``tokenizer.apply_chat_template`` gives it.
-
-    Parameters
-    ----------
-    tokenizer
-        From `bstack.load`, with a chat template.
-    prompt : str
-    seconds : int
-        Processor time that it may take.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-        The template fails, or takes too much time or memory, or the process that renders it cannot do its work.
-    """
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        if _has_its_own_way(tokenizer):
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        names = tokenizer.special_tokens_map
-        request = {
-            **names,
-            "conversations": [messages],
-            "chat_template": tokenizer.get_chat_template(),
-            "add_generation_prompt": True,
-        }
-    except Exception as error:  # whatever the files of a stranger make of it
-        raise _failed(one_line(error)) from None
-    _refuse_taken(names)
-    limits = {"seconds": seconds, "longest": LONGEST + len(prompt)}
-    data = json.dumps({"limits": limits, "request": request}, default=str).encode()
-    command = [sys.executable, "-P", "-m", "bstack.engine.chat_template"]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=WALL_SECONDS, env=_environment())
-    except subprocess.TimeoutExpired:
-        raise _failed(f"it does not end within {WALL_SECONDS} seconds.") from None
-    if done.returncode < 0:
-        # Ended from outside: for its time, or by a system that is out of memory.
-        raise _failed(f"it takes more than {seconds} seconds, or too much memory.")
-    if done.returncode or not done.stdout:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"]
-        raise _failed(f"the process that renders it ended with status {done.returncode}: {said[-1].rstrip('.')}.")
-    answer = json.loads(done.stdout)
-    if "error" in answer:
-        raise _failed(answer["error"])
-    return answer["text"]
-
-
-def _refuse_taken(names: Iterable[str]) -> None:
-    """Refuse special tokens under names that mean something else to transformers, which does not take them either."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if taken := sorted({"messages", *inspect.signature(render_jinja_template).parameters}.intersection(names)):
-        raise _failed(
-            f"the tokenizer calls a special token {taken[0]!r}, which is the name of something else in a template."
-        )
-
-
-def _environment() -> dict[str, str]:
-    """With bstack where it is for this process, also where that is no place of the interpreter's own."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-def _has_its_own_way(tokenizer: Any) -> bool:
-    """Whether a tokenizer does not render templates as others do: one without them, or with code that the user trusts."""
+def render(tokenizer: Any, prompt: str) -> str:
+    """Render a prompt as a user's message, as ``tokenizer.apply_chat_template`` does."""
     from transformers import PreTrainedTokenizerBase
 
-    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            # A tokenizer without templates, or with code that the user trusts.
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        template, special_tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    except Exception as error:  # files of strangers cause errors of any class
+        raise _failure(one_line(error)) from None
+    return render_messages(template, messages, special_tokens)
 
 
-def _failed(problem: str) -> UnsupportedModelError:
+def render_messages(
+    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any], *, prompt: bool = True
+) -> str:
+    """Render messages with a template's text; needs no transformers."""
+    if len(template) > MAX_TEMPLATE:
+        raise _failure(f"it has {len(template)} characters, and at most {MAX_TEMPLATE} are allowed.")
+    allowed = MAX_LENGTH + sum(len(str(message)) for message in messages)
+    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+    pieces: list[str] = []
+    length = 0
+    try:
+        with _deadline(MAX_SECONDS):
+            for piece in _environment().from_string(template).generate({**special_tokens, **values}):
+                length += len(piece)
+                if length > allowed:
+                    raise SecurityError(f"it makes more than {allowed} characters.")
+                pieces.append(piece)
+    except MemoryError:
+        raise _failure("it takes too much memory.") from None
+    except Exception as error:  # templates can raise any class
+        raise _failure(one_line(error).rstrip(".") + ".") from None
+    return "".join(pieces)
+
+
+def _failure(problem: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the model's chat template fails: {problem} Leave --chat out to write the prompt yourself."
+        f"the model's chat template fails: {problem} Write the prompt as the model expects it, without the template."
     )
 
 
-def main() -> None:
-    """Answer one request."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    asked = json.load(sys.stdin.buffer)
-    with os.fdopen(answers, "wb") as out:
-        out.write(json.dumps(_answer(asked["request"], **asked["limits"])).encode())
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this thread at the first line of Python that runs after so many seconds."""
+    end = time.monotonic() + seconds
 
+    def check(*_event: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes more than {seconds:g} seconds.")
+        return check
 
-def _answer(request: dict[str, Any], seconds: int, longest: int) -> dict[str, str]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    _limit(seconds)
+    before = sys.gettrace()
+    sys.settrace(check)
     try:
-        (text,), _ = render_jinja_template(**request)
-    except MemoryError:
-        return {"error": f"it takes more than {MEMORY // 2**20} MB of memory."}
-    except Exception as error:  # whatever a template does
-        return {"error": one_line(error).rstrip(".") + "."}
-    if len(text) > longest:
-        return {"error": f"it makes {len(text)} characters of the prompt, and at most {longest} are allowed."}
-    return {"text": text}
+        yield
+    finally:
+        sys.settrace(before)
 
 
-def _limit(seconds: int) -> None:
-    """Let the system end this process after so much more processor time, and refuse it more than `MEMORY`."""
-    try:
-        import resource
-    except ImportError:  # Windows: WALL_SECONDS holds
-        return
-    _lower(resource.RLIMIT_CORE, 0)  # the end for time writes the memory to disk otherwise
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + seconds)
-    with suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which refuses operations with huge results."""
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _is_huge(operator, left, right):
+            raise SecurityError(f"the result of {operator} would be too large.")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(arg, int) and arg > MAX_LENGTH for arg in args):
+            raise SecurityError(f"the argument {max(arg for arg in args if isinstance(arg, int))} is too large.")
+        return super().call(context, function, *args, **kwargs)
 
 
-def _lower(what: int, limit: int) -> None:
-    import resource
+def _is_huge(operator: str, left: Any, right: Any) -> bool:
+    if operator == "%":
+        # Widths of fields: digits, or an asterisk that takes one from the arguments.
+        return isinstance(left, str) and re.search(r"\d{7}|\*", left) is not None
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * (max(right, 0) if operator == "**" else 1) > MAX_BITS
+    for sequence, count in ((left, right), (right, left)):
+        if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
+            return len(sequence) * count > MAX_LENGTH
+    return False
 
-    _, most = resource.getrlimit(what)
-    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-    resource.setrlimit(what, (limit, most))
+
+class _Generation(Extension):
+    """``{% generation %}``, by which training finds the model's own words: renders what it encloses."""
+
+    tags = frozenset(("generation",))  # type: ignore[assignment]
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
-if __name__ == "__main__":
-    main()
+class _Dict:
+    """``dict`` without access to the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """``namespace``, without names that begin with an underscore and without huge strings."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without names of its own, so that any can be given
+        Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot have the name {name!r}.")
+        if isinstance(value, str) and len(value) > MAX_LENGTH:
+            raise SecurityError(f"a string of {len(value)} characters is too large.")
+        super().__setitem__(name, value)
+
+
+def _environment() -> _Sandbox:
+    """Return what transformers offers to templates."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    # Jinja's own filter escapes HTML.
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,4 +1,4 @@
-"""From a container: the model's files, its module tree, its plain parameters."""
+"""Read the model's files, its modules and its plain parameters from a container."""
 
 from __future__ import annotations
 
@@ -45,15 +45,7 @@ DTYPES = {
 
 @contextmanager
 def embedded_files(file: bstk.Reader) -> Iterator[Path]:
-    """A folder with the files that a container carries, for the length of a `with` block.
-
-    Raises
-    ------
-    bstk.DamagedError
-        A file is damaged, or its name is none here: too long, or that of a folder of another file.
-    bstk.ResourceError
-        The disk is full.
-    """
+    """Write the files in a container to a folder, for the length of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
         folder = Path(name) / "model"  # one name: transformers caches code that it runs under it
         with os_errors(str(folder)):
@@ -67,23 +59,9 @@ def embedded_files(file: bstk.Reader) -> Iterator[Path]:
 def build_model(
     file: bstk.Reader, folder: Path, trusted: bool, without_weights: AbstractContextManager[Any], **settings: Any
 ) -> Any:
-    """The transformers model that a container's configuration describes, with its generation settings.
+    """Build the model of a container's configuration, in the context `without_weights`, with its generation settings.
 
-    Parameters
-    ----------
-    file : bstk.Reader
-    folder : Path
-        Its files.
-    trusted : bool
-        Whether Python code that lies there may run (`bstack.models.code`).
-    without_weights : context manager
-        Under which it is built, so that its parameters take no memory.
-    **settings
-        For transformers' `from_config`.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
+    `trusted` allows Python code in the folder to run; `settings` are those of transformers' `from_config`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -115,7 +93,7 @@ def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
 
 
 def _generation_config(folder: Path, shown: str) -> Any | None:
-    """How the model's authors want it to generate; None where they do not say."""
+    """Return the generation settings in the model's files, or None."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():
@@ -125,12 +103,7 @@ def _generation_config(folder: Path, shown: str) -> Any | None:
 
 
 def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
-    """The tokenizer; None when the original had none.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
+    """Load the tokenizer; None if the original has none."""
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -141,49 +114,27 @@ def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
 
 @contextmanager
 def understood(shown: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers does with a stranger's files into an error that says whose they are.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
+    """Turn any error of transformers into an UnsupportedModelError that names the file."""
     try:
         yield
     except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
+    except BaseException as error:  # also panics of the tokenizers library, which are no Exceptions
         raise UnsupportedModelError(f"{shown}: {what}: {one_line(error)}") from None
 
 
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:
-    """The tensor of a chunk that is no block, in the type that it is stored in."""
+    """Return the tensor of a plain chunk, in its stored type."""
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(DTYPES[chunk.dtype]).reshape(chunk.shape)
 
 
 def parts_of(
     chunks: Iterable[bstk.Chunk], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]]:
-    """The stacks among some chunks by the parameter that they make up.
+    """Group blocks by the parameter that they make up.
 
-    Parameters
-    ----------
-    chunks : iterable of bstk.Chunk
-        In the order of the file; what is no block is passed over.
-    shapes : mapping
-        State-dict name -> shape, of the whole model.
-
-    Returns
-    -------
-    dict
-        State-dict name -> name and blocks of each of its parts, in the order of their rows or slices. Together they fill it:
-        no weight is left out, and none is there twice.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-        A stack of a parameter that the model does not have.
-    bstk.DamagedError
-        A name against the convention, a stack of another shape than its part, a gap, an overlap.
+    `shapes` gives the shape of each parameter of the model. Returns, for each parameter, the name and the blocks of each of its
+    parts, in the order of their rows or slices. DamagedError unless the parts fill the parameter without gap or overlap.
     """
     stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
     for chunk in chunks:
@@ -213,33 +164,22 @@ def parts_of(
 
 
 def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
-    """First row or slice of a part, and the one after its last, along the first dimension of a parameter of that length."""
+    """Return the first row or slice of a part and the one after its last, in a parameter of that length."""
     if matrix.index is not None:
         return matrix.index, matrix.index + 1
     return matrix.rows or (0, length)
 
 
 def parse_name(name: str) -> MatrixName:
-    """A stack's name, taken apart.
-
-    Raises
-    ------
-    bstk.DamagedError
-    """
+    """Parse the name of a stack; bstk.DamagedError if it is invalid."""
     try:
         return MatrixName.parse(name)
     except ValueError as error:
-        raise DamagedError(f"{error}; format/SPEC.md says what names of stacks look like.") from None
+        raise DamagedError(f"{error}; format/SPEC.md defines names of stacks.") from None
 
 
 def part_of(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torch.Tensor:
-    """The part of a parameter that a stack fills, as (outputs, inputs).
-
-    Raises
-    ------
-    bstk.DamagedError
-        The stack's shape is not that of the part.
-    """
+    """Return the part of a parameter that a stack fills, as (outputs, inputs); DamagedError for another shape."""
     try:
         view = matrix.view(tensor, block.transposed)
     except (IndexError, RuntimeError):

@@ -1,4 +1,4 @@
-"""A transformers model with dense weights, rebuilt from the blocks that a budget admits."""
+"""Rebuild a transformers model with dense weights from some of its blocks."""
 
 from __future__ import annotations
 
@@ -21,24 +21,7 @@ __all__ = ["dense_model", "dense_weights"]
 def dense_model(
     file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], folder: Path, dtype: torch.dtype, trusted: bool = False
 ) -> Any:
-    """The model of some of a file's chunks.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    chunks : tuple of bstk.Chunk
-        A prefix of the file's chunks.
-    folder : Path
-        The model's files.
-    dtype : torch.dtype
-        Of what is floating.
-    trusted : bool
-        Whether Python code among the model's files may run.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError, bstk.DamagedError
-    """
+    """Build the model of the given chunks, a prefix of the file's."""
     shown = file.source.name
     model = build_model(file, folder, trusted, torch.device("meta"))
     return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
@@ -47,31 +30,9 @@ def dense_model(
 def dense_weights(
     file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], model: torch.nn.Module, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rebuild the parameters of a model from some of a file's chunks.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    chunks : tuple of bstk.Chunk
-        A prefix of the file's chunks.
-    model : torch.nn.Module
-        Gives the full shapes; may be on the meta device.
-    dtype : torch.dtype
-        Of what was floating.
-
-    Yields
-    ------
-    name : str
-        State-dict name.
-    tensor : torch.Tensor
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError, bstk.DamagedError
-        Of `parts_of`, before anything is read; and of reading a chunk.
-    """
+    """Yield the name and tensor of each parameter, rebuilt from the given chunks; `model` gives the full shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Before memory is asked for: the shapes are what a configuration says.
+    # Before memory is allocated: the shapes come from a configuration.
     with error_prefix(file.source.name):
         parts = parts_of(chunks, shapes)
     for chunk in chunks:
@@ -89,7 +50,7 @@ def dense_weights(
 
 
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:
-    # from_pretrained also computes the buffers that no checkpoint holds and ties what is tied.
+    # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
     cls, config, generation = type(model), model.config, model.generation_config
     with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
         filled, info = cls.from_pretrained(

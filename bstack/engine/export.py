@@ -1,4 +1,4 @@
-"""A container -> a plain transformers folder with dense weights, one layer in memory at a time."""
+"""Write a container as a transformers folder with dense weights, one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 __all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# A shard is in memory until it is written, beside one layer.
+# A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Model files that say where weights are.
+# Of these, the files that say where weights are.
 REFUSED = (INDEX, "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What `export_safetensors` wrote.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Exported:
     cut : bstk.Cut
         What of the container was used.
     code : list of str
-        Modules that the configuration names as beside it; the folder does not have them, and works when they are put there.
+        Python modules that the configuration needs beside it; the folder works when they are copied there.
     """
 
     parameters: int
@@ -69,7 +69,7 @@ def export_safetensors(
     code: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Exported:
-    """Write a container's model as transformers keeps models: configuration, tokenizer, dense weights in safetensors.
+    """Write a container's model as a transformers folder: configuration, tokenizer, dense weights in safetensors.
 
     Parameters
     ----------
@@ -79,35 +79,35 @@ def export_safetensors(
     mb : number or str, optional
         Use the blocks of the largest cut of at most so many MB; by default all.
     dtype : torch.dtype
-        Of all weights that are floating.
+        Type of all floating-point weights.
     shard_bytes : int
-        Weights go into a next file before one grows beyond this; a layer that is larger is split by parameters.
+        Maximum size of a file of weights, unless one parameter is larger.
     trust_remote_code, code
         As for `bstack.load`. The code itself is not written.
     progress : callable
-        Receives the stored bytes of each group of chunks that is done.
+        Receives the stored bytes of each group of chunks.
 
     Raises
     ------
     bstk.UsageError
         The folder is not empty, or a weight is too large for `dtype`.
     bstk.BudgetError
-        The smallest model is larger than `mb`.
+        The base model is larger than `mb`.
     bstk.DamagedError
-        A chunk is damaged or does not fit the model, or a file inside is none that a model has beside its weights.
+        A chunk is damaged or does not fit the model, or an embedded file is not one that a model has beside its weights.
     bstack.errors.ForeignCodeError
         The model needs Python code that is not in transformers, and may not run it.
     bstack.errors.UnsupportedModelError
         This transformers cannot build the model, or parameters of it are missing.
     bstk.ResourceError, bstk.OutputError
-        It cannot be written.
+        The folder cannot be written.
     """
     check_trust(trust_remote_code, code)
     cut = file.fit(mb)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
         _check_names(file)
-        _copy_files(file, inside, target)  # as they are: what runs here is not named as where it is from
+        _copy_files(file, inside, target)  # before code is staged, which is not written
         trusted = stage_code(file, inside, trust_remote_code, code)
         model = build_model(file, inside, trusted, torch.device("meta"))
         shards = _Shards(target, shard_bytes)
@@ -133,10 +133,10 @@ def export_safetensors(
 
 
 class _Shards:
-    """Collects tensors and writes them into numbered files, whose count is known at the end."""
+    """Collects tensors and writes them into numbered files."""
 
-    def __init__(self, folder: Path, most: int):
-        self._folder, self._most = folder, most
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder, self._max_bytes = folder, max_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -145,16 +145,16 @@ class _Shards:
     def add(self, weights: dict[str, torch.Tensor]) -> None:
         for name, tensor in weights.items():
             size = tensor.numel() * tensor.element_size()
-            if self._pending and self._pending_bytes + size > self._most:
+            if self._pending and self._pending_bytes + size > self._max_bytes:
                 self._write()
-            # A copy where it is a view: shards may not share memory, nor keep all of what a part was cut from.
+            # A copy: shards may not share memory, and a view would keep the whole tensor.
             self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
             self._pending_bytes += size
             self.parameters += tensor.numel()
             self.bytes += size
 
     def finish(self) -> None:
-        """Write what is left, give the files their names, and the index if they are several."""
+        """Write the rest, name the files, and write the index if there are several."""
         self._write()
         count = len(self._shards)
         if count == 1:
@@ -174,11 +174,11 @@ class _Shards:
         target = self._temporary(len(self._shards))
         with os_errors(str(target)):
             target.touch()
-            mode = target.stat().st_mode  # what a new file gets here; safetensors makes its own for its owner alone
+            mode = target.stat().st_mode  # the usual mode of a new file; safetensors restricts its own to the owner
             try:
                 safetensors.torch.save_file(self._pending, target, metadata={"format": "pt"})
                 target.chmod(mode)
-            except safetensors.SafetensorError as error:  # its way to say that the disk is full
+            except safetensors.SafetensorError as error:  # such as a full disk
                 raise ResourceError(
                     f"{target}: cannot write: {one_line(error)}. Free some space, or write to another disk."
                 ) from None
@@ -190,7 +190,7 @@ class _Shards:
 
 
 def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chunk, ...]]:
-    """Weights by layer, first those outside all layers, parameter by parameter."""
+    """Group weights: those outside the layers by parameter, then the others by layer."""
     prefix, layers = find_layers(model)
     prefixes = [f"{prefix}.{i}." for i in range(len(layers))]
     groups: dict[str, list[bstk.Chunk]] = {}
@@ -206,7 +206,7 @@ def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chu
 
 
 def _as_on_disk(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names and shapes of the checkpoints that other programs know: transformers fuses some parameters when it loads them."""
+    """Return weights with the names and shapes of checkpoints; transformers fuses some parameters when it loads them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, weights)
@@ -234,8 +234,7 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
 
 
 def _check_names(file: bstk.Reader) -> None:
-    """Let nothing into the folder but what a model has beside its weights: other programs act on names (git on `.git`,
-    transformers on pickled weights and modules)."""
+    """Refuse embedded files on whose names other programs act, such as `.git`, pickled weights or Python modules."""
     for name in file.files:
         if name.lower() in REFUSED or not is_model_file(name):
             raise DamagedError(
@@ -253,11 +252,11 @@ def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
 
 
 def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
-    """What the container keeps of the configuration, with the class of the model and the type of the weights."""
+    """Add the class of the model and the type of the weights to the configuration."""
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["architectures"] = [type(model).__name__]
-    config.pop("torch_dtype", None)  # the same under its old name
+    config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(path, config)
 

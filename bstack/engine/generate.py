@@ -1,4 +1,4 @@
-"""Text from a model and a prompt, handed out as it comes."""
+"""Generate text from a prompt, and pass it on piece by piece."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["Written", "encode_prompt", "write_text"]
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_text` did.
+    """The result of `write_text`.
 
     Attributes
     ----------
     text : str
-        The new text, special tokens left out.
+        The new text, without special tokens.
     prompt_tokens, new_tokens : int
     prompt_seconds : float
-        Until the first new token.
+        Time to the first new token.
     seconds : float
-        For all tokens after the first.
+        Time for all tokens after the first.
     interrupted : bool
         Whether it was stopped by Ctrl-C.
     """
@@ -43,28 +43,20 @@ class Written:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding; None for fewer than two tokens."""
+        """Speed of decoding; None for fewer than two tokens."""
         return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids of a prompt, int64, shape (1, tokens); with `chat` as a user's message in the model's own template.
-
-    Raises
-    ------
-    bstk.UsageError
-        The prompt is empty or no text, or there is no chat template.
-    bstack.errors.UnsupportedModelError
-        The template or the tokenizer does not work.
-    """
+    """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UsageError("the prompt is no text in UTF-8; convert it first.") from None
+        raise UsageError("the prompt is not UTF-8 text. Convert it first.") from None
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                "this model has no chat template; leave --chat out and write the prompt as the model expects it."
+                "this model has no chat template. Write the prompt as the model expects it, without the template."
             )
         text = render(tokenizer, prompt)
     else:
@@ -72,14 +64,14 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     with understood("the model", "its tokenizer cannot read the prompt"):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:
-        raise UsageError("the prompt is empty; give at least one token, such as -p 'Once'.")
+        raise UsageError("the prompt is empty. Give at least one token, such as 'Once'.")
     return ids.long()
 
 
 def write_text(
     model: Any, tokenizer: Any, ids: torch.Tensor, write: Callable[[str], None], *, seed: int = 0, **options: Any
 ) -> Written:
-    """Generate, handing out text as soon as it is certain.
+    """Generate text, and pass on each piece as soon as it is certain.
 
     Parameters
     ----------
@@ -90,14 +82,14 @@ def write_text(
     write : callable
         Receives each piece of new text. Ctrl-C ends the text, not the program.
     seed : int
-        Of sampling.
+        Random seed of sampling.
     options
-        As for transformers' ``generate``.
+        Arguments of transformers' ``generate``.
 
     Raises
     ------
     bstk.UsageError
-        An option has a value that transformers refuses, or the prompt is longer than the model reads.
+        transformers refuses the value of an option, or the prompt is longer than the model reads.
     bstack.errors.UnsupportedModelError
         transformers cannot run the model as its files say.
     """
@@ -113,7 +105,7 @@ def write_text(
 
     class Streamer(TextStreamer):
         def put(self, value: torch.Tensor) -> None:
-            times.append(time.monotonic())  # the prompt comes first
+            times.append(time.monotonic())  # the first call is for the prompt
             super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -134,9 +126,7 @@ def write_text(
         streamer.end()
     except (BstkError, MemoryError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # token ids beyond the vocabulary, settings of other types: files that do not fit each other
+    except Exception as error:  # such as token ids beyond the vocabulary: files that do not fit each other
         if isinstance(error, ValueError) and not times:
             raise UsageError(f"transformers refuses these options: {one_line(error)}") from None
         raise UnsupportedModelError(
@@ -154,6 +144,6 @@ def write_text(
 
 
 def _pad_token(model: Any) -> int:
-    """Any token does for a single sequence; without one transformers says at every call that it takes the end token."""
+    """Return any token: a single sequence has no padding, but without the setting transformers warns at every call."""
     end = model.generation_config.eos_token_id
     return end[0] if isinstance(end, list) and end else end if isinstance(end, int) else 0

@@ -1,12 +1,12 @@
-"""A .bstk file as a transformers model, and the size it has in memory."""
+"""Load a .bstk file as a transformers model, and change the size that it has in memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +15,18 @@ import bstk
 from bstack.engine.container import embedded_files, load_tokenizer
 from bstack.engine.dense import dense_model
 from bstack.engine.llama_step import install
-from bstack.engine.packed_model import stacked_model
-from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.engine.packed_model import packed_model
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import device_of, place_of
-from bstack.packed.store import BlockStore, Resident, store_of
-from bstk import urls
+from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.packed.backends import backend_of, device_of
+from bstack.packed.store import BlockStore, Resident, fit, store_of
+from bstack.progress import ByteProgress, no_progress
 from bstk.errors import UsageError
 
 __all__ = ["load", "resident", "resize"]
 
-MODES = ("dense", "stack")
+# "stack" is the old name of "packed".
+MODES = {"dense": "dense", "packed": "packed", "stack": "packed"}
 
 
 def load(
@@ -35,11 +36,13 @@ def load(
     mode: str = "dense",
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
+    fused: bool = True,
     strict: bool = False,
     trust_remote_code: bool = False,
     code: str | os.PathLike[str] | None = None,
     warn: bool = True,
     notify: Callable[[str], None] | None = None,
+    progress: ByteProgress = no_progress,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -50,14 +53,17 @@ def load(
         ~/.cache: a later call fetches only what is missing there.
     mb : number or str, optional
         Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
-        By default all that are there.
+        By default all in the file.
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
-        ``stack``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
+        ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
     dtype : torch.dtype or str
         Of activations, and of dense weights.
     device : str or torch.device
-        ``cpu``, or a GPU; ``mode="stack"`` runs on ``cuda`` with triton.
+        ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with triton.
+    fused : bool
+        Let packed models of the Llama family decode a token in one call of the C kernels. Modules that are changed or
+        hooked after loading do not count then; give False to change them.
     strict : bool
         Refuse a partial file.
     trust_remote_code : bool
@@ -69,7 +75,10 @@ def load(
     warn : bool
         Warn about a partial file, as `bstk.open` does.
     notify : callable, optional
-        Called with one line about each retry of a URL; on a terminal the progress line shows them while blocks are fetched.
+        Called with one line about each retry of a URL.
+    progress : callable
+        Called with "fetch" and the bytes to fetch from a URL; returns a context manager, whose value is called with the
+        bytes of each piece.
 
     Returns
     -------
@@ -78,18 +87,23 @@ def load(
     tokenizer : transformers.PreTrainedTokenizerBase or None
         None when the original had none.
 
+    Notes
+    -----
+    Set the environment variable ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported, as the command line does: torch's
+    threads otherwise spin while they wait and take the cores from the packed kernels (docs/performance.md).
+
     Raises
     ------
     bstk.UsageError
-        For an unknown mode or type, or a device that is not here; before anything is read.
+        For an unknown mode or type, or a missing device; before anything is read.
     bstk.BudgetError
-        When the smallest model is larger than `mb`.
+        When the base model is larger than `mb`.
     bstk.RemoteError
         When the URL cannot be read.
     bstack.errors.ForeignCodeError
         When the model needs such code and may not run it.
     bstk.BstkError
-        For a file that is not whole, not readable or damaged.
+        For a file that is partial, unreadable or damaged.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
@@ -98,60 +112,60 @@ def load(
             f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'."
         )
     if mode not in MODES:
-        raise UsageError(f"mode is {mode!r}; allowed are {' and '.join(MODES)}.")
+        raise UsageError(f"mode is {mode!r}; allowed are 'dense' and 'packed'.")
+    packed = MODES[mode] == "packed"
+    budget = None if mb is None else bstk.budget_bytes(mb)
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
-    device = device_of(device, packed=mode == "stack")
-    read = partial(
-        _read,
-        path,
-        mb=mb,
-        mode=mode,
-        dtype=dtype,
-        device=device,
-        strict=strict,
-        trusted=trust_remote_code,
-        code=code,
-        warn=warn,
-        notify=notify,
-    )
+    device = device_of(device, packed)
+    options = _Options(budget, packed, dtype, device, fused, strict, trust_remote_code, code, warn, notify, progress)
     try:
-        return read()
-    except KeptCopyError:  # it is dropped, and fetched anew
-        return read()
+        return _load(path, options)
+    except KeptCopyError:  # dropped from the cache, so it is fetched again
+        return _load(path, options)
 
 
-def _read(
-    path: Any,
-    *,
-    mb: Any,
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    strict: bool,
-    trusted: bool,
-    code: str | None,
-    warn: bool,
-    notify: Callable[[str], None] | None,
-) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class _Options:
+    """The checked arguments of `load`."""
+
+    budget: int | None
+    packed: bool
+    dtype: torch.dtype
+    device: torch.device
+    fused: bool
+    strict: bool
+    trust_remote_code: bool
+    code: str | None
+    warn: bool
+    notify: Callable[[str], None] | None
+    progress: ByteProgress
+
+
+def _load(path: str | os.PathLike[str], options: _Options) -> tuple[Any, Any]:
+    budget, dtype, device = options.budget, options.dtype, options.device
     with ExitStack() as stack:
-        if urls.is_url(path):
-            file, chunks = stack.enter_context(cached(path, mb, strict, warn, notify))
+        fetched = None
+        if isinstance(path, str) and bstk.is_url(path):
+            fetched = budget
+            file, chunks = stack.enter_context(
+                cached(path, budget, options.strict, options.warn, options.notify, options.progress)
+            )
         else:
-            file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
-            chunks = file.chunks[: file.fit(mb).chunks]
+            file = stack.enter_context(bstk.open(path, strict=options.strict, warn=options.warn))
+            chunks = file.chunks[: fit(file, budget).chunks]
         with embedded_files(file) as folder:
-            trusted = stage_code(file, folder, trusted, code)
+            trusted = stage_code(file, folder, options.trust_remote_code, options.code)
             tokenizer = load_tokenizer(folder, file.source.name, trusted)
-            if mode == "dense":
+            if not options.packed:
                 return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
-            place = place_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
-            model, matrices, gate = stacked_model(file, folder, dtype, place, trusted)
+            backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
+            model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
         opened = ExitStack()
-        fetched = mb if urls.is_url(path) else None
-        store = BlockStore(file, matrices, gate, place.arena(), close=opened.close, fetched=fetched)
-        store.resize(mb)
-        install(model, gate)
+        store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
+        store.resize(budget)
+        if options.fused:
+            install(model, lock)
         opened.push(stack.pop_all())  # the file stays open, to grow from
         model.bstack_store = store
         model.save_pretrained = model.state_dict = _refuse_to_save
@@ -159,7 +173,7 @@ def _read(
 
 
 def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:
-    """Change how much of a model is in memory, while it runs if need be, from any thread.
+    """Change how much of a model is in memory, also while it runs, from any thread.
 
     Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
     and each counts from the next product on. Text and caches of keys and values that exist stay as they are
@@ -168,40 +182,40 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        From ``load(..., mode="stack")``.
+        From ``load(..., mode="packed")``.
     mb : number or str, optional
-        The new budget in MB, as for `load`; None for all that the file has.
+        The new budget in MB, as for `load`; None for everything in the file.
     wait : bool
-        Return only when everything is loaded, or another call has taken the place of this one.
+        Return after loading, or when another call has ended it.
 
     Returns
     -------
     Resident
-        What is in memory on return.
+        The part of the model that is in memory on return.
 
     Raises
     ------
     bstk.UsageError
-        The budget is nonsense or more than was fetched, or the model has dense weights.
+        The budget is no positive number or more than was fetched, or the model has dense weights.
     bstk.BudgetError
-        The smallest model is larger than `mb`. Nothing has changed.
+        The base model is larger than `mb`. Nothing has changed.
     bstk.DamagedError, OSError, MemoryError
         A block could not be read. The model keeps the blocks it has and runs on.
     bstk.ResourceError
-        The system starts no further thread to load blocks. The model keeps the blocks it has.
+        No thread can be started to load blocks. The model keeps the blocks it has.
     """
     store = store_of(model)
-    store.resize(mb, wait=wait)
+    store.resize(None if mb is None else bstk.budget_bytes(mb), wait=wait)
     return store.state
 
 
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
     raise UsageError(
-        "this model's weights are packed, so it has no state to save: keep the .bstk file, or save a model from "
+        "this model's weights are packed, so it has no state to save. Keep the .bstk file, or save a model from "
         "bstack.load(..., mode='dense')."
     )
 
 
 def resident(model: Any) -> Resident:
-    """What of a model is in memory; raises bstk.UsageError for one with dense weights."""
+    """Return the part of a model that is in memory; bstk.UsageError for one with dense weights."""
     return store_of(model).state

@@ -14,51 +14,26 @@ from bstack.errors import UnsupportedModelError
 from bstack.kernels.matrix import check_put
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import parameters_on_meta
-from bstack.packed.backends import Place
-from bstack.packed.lock import Gate
+from bstack.packed.backends import Backend
+from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import Table
 from bstack.packed.weight import PackedWeight
 from bstk.errors import DamagedError, error_prefix
 
-__all__ = ["stacked_model"]
+__all__ = ["packed_model"]
 
-# A plain matrix of so many elements is a table that was meant to stay in its type; a smaller one is converted.
+# A plain matrix of at least this many elements keeps its type; a smaller one is converted.
 TABLE = 2**20
 
 _Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 
 
-def stacked_model(
-    file: bstk.Reader, folder: Path, dtype: torch.dtype, place: Place, trusted: bool = False
-) -> tuple[Any, dict[str, Any], Gate]:
-    """A model without any block in memory yet, and what a `BlockStore` needs to bring them.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    folder : Path
-        The model's files.
-    dtype : torch.dtype
-        Of activations and of small plain parameters.
-    place : Place
-        Where blocks live and products run.
-    trusted : bool
-        Whether Python code among the model's files may run.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-    matrices : dict
-        Stack name -> its matrix, made by `place`.
-    gate : Gate
-        Of all of them.
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError, bstk.DamagedError
-    """
+def packed_model(
+    file: bstk.Reader, folder: Path, dtype: torch.dtype, backend: Backend, trusted: bool = False
+) -> tuple[Any, dict[str, Any], PriorityLock]:
+    """Build a model without blocks in memory; return it, its matrices by stack name, and their lock."""
     shown = file.source.name
-    # Eager experts use one expert's weights at a time, which is what packed ones can offer.
+    # Eager code uses one expert's weights at a time, which packed weights allow.
     model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
     with error_prefix(shown):
         parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
@@ -67,15 +42,18 @@ def stacked_model(
     for chunk in file.chunks:
         if chunk.is_weight and not chunk.is_block:
             _put(
-                model, chunk.name, _plain(plain_tensor(file.read(chunk), chunk), dtype, place.device, chunk.name), shown
+                model,
+                chunk.name,
+                _plain(plain_tensor(file.read(chunk), chunk), dtype, backend.device, chunk.name),
+                shown,
             )
     matrices: dict[str, Any] = {}
-    gate = Gate()
+    lock = PriorityLock()
     for parameter, parts in parameters.items():
-        _put(model, parameter, _packed_weight(parameter, parts, matrices, place, gate, dtype), shown)
+        _put(model, parameter, _packed_weight(parameter, parts, matrices, backend, lock, dtype), shown)
     _tie(model, shown)
-    model.to(place.device)  # buffers; everything else is there
-    return model.eval().requires_grad_(False), matrices, gate
+    model.to(backend.device)  # buffers; everything else is there
+    return model.eval().requires_grad_(False), matrices, lock
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
@@ -88,27 +66,28 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name:
 
 
 def _check_depth(parts: _Parts, shown: str) -> None:
-    """Refuse what the kernels do not take."""
+    """Refuse blocks that the kernels do not take."""
     for _, blocks in parts:
         for block in blocks:
             try:
-                check_put(*block.shape, block.level, block.kind.code, block.rank, checked=True)
+                rows, columns = block.shape
+                check_put(rows, columns, block.level, block.kind.code, block.rank, checked=True)
             except ValueError as error:
                 raise UnsupportedModelError(
-                    f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} bstack.load(..., mode='dense') "
-                    "takes any."
+                    f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} Load it with "
+                    "bstack.load(..., mode='dense')."
                 ) from None
 
 
 def _packed_weight(
-    parameter: str, parts: _Parts, matrices: dict[str, Any], place: Place, gate: Gate, dtype: torch.dtype
+    parameter: str, parts: _Parts, matrices: dict[str, Any], backend: Backend, lock: PriorityLock, dtype: torch.dtype
 ) -> PackedWeight:
-    """The stand-in of one parameter; enters its matrices in `matrices`."""
-    made = [place.matrix(*blocks[0].shape) for _, blocks in parts]
+    """Make one parameter and add its matrices to `matrices`."""
+    made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
     matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
     whole = parts[0][0].index is None
-    packed = place.packed(made, gate) if whole else [place.packed([matrix], gate) for matrix in made]
-    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, place.device)
+    packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
+    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, backend.device)
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
@@ -122,7 +101,7 @@ def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
 
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
-    """Set a parameter or buffer. A stand-in is a plain attribute of its module: it is no parameter that could be moved."""
+    """Set a parameter or buffer. A packed one is a plain attribute of its module, since it cannot be moved."""
     owner, leaf = _owner(model, name, shown)
     expected = getattr(owner, leaf)
     if tuple(expected.shape) != tuple(tensor.shape):
@@ -140,7 +119,7 @@ def _put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
 
 
 def _tie(model: Any, shown: str) -> None:
-    """Give tied parameters what they are tied to; then none may be missing."""
+    """Tie parameters; then none may be missing."""
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         target_owner, target_leaf = _owner(model, target, shown)
         source_owner, source_leaf = _owner(model, source, shown)

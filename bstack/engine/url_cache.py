@@ -1,4 +1,4 @@
-"""Models behind URLs: what was fetched of each is kept in a file that grows."""
+"""Keep what was fetched of models behind URLs, each in a file that grows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 import bstk
 from bstack.folders import cache_folder
+from bstack.packed.store import fit
+from bstack.progress import ByteProgress, no_progress
 from bstk import preamble
-from bstk.budget import Budget
 from bstk.copying import extend, intact
 from bstk.download import begin
 from bstk.errors import os_errors
@@ -21,49 +20,56 @@ __all__ = ["KeptCopyError", "cached", "kept_path"]
 
 
 class KeptCopyError(bstk.DamagedError):
-    """The kept copy of a model was damaged on this disk, or became shorter while it was read. Loading again mends that."""
+    """The kept copy of a model was damaged on this disk, or became shorter while it was read. Loading again fetches it."""
 
 
 def kept_path(root: bytes) -> Path:
-    """Where the blocks of the model with that root digest are kept, whatever URL they come from."""
+    """Return the file that keeps the model with that root digest, from any URL."""
     return cache_folder("models") / f"{root.hex()}.bstk"
 
 
 @contextmanager
 def cached(
-    url: str, mb: Budget | None, strict: bool, warn: bool = True, notify: Callable[[str], None] | None = None
+    url: str,
+    budget: int | None,
+    strict: bool,
+    warn: bool = True,
+    notify: Callable[[str], None] | None = None,
+    progress: ByteProgress = no_progress,
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
-    """Fetch what a budget needs of a model behind a URL and is not kept yet.
+    """Fetch the missing part of what a budget needs of a model behind a URL.
 
-    Each call asks the server for the first 64 KiB, to learn which model it has. Nothing else is fetched twice. Several
-    processes may do this at once: one fetches, and the others wait for it.
+    Each call fetches the first 64 KiB, to learn which model the server has, and nothing else twice. Of several processes one
+    fetches, and the others wait for it.
 
     Parameters
     ----------
     url : str
-    mb : number, str or None
-        The budget, as in `bstk.Reader.fit`.
+    budget : int or None
+        Bytes; None for the whole file.
     strict : bool
         Refuse a file that is partial on the server.
     warn : bool
         Warn about one.
     notify : callable or None
-        Called with one line about each retry, but for those that a progress line on a terminal shows.
+        Called with one line about each retry.
+    progress : callable
+        Reports the bytes that are fetched.
 
     Yields
     ------
     file : bstk.Reader
         The kept file.
     chunks : tuple of bstk.Chunk
-        Those within the budget, which may be fewer than are kept.
+        The chunks within the budget, which may be fewer than are kept.
 
     Raises
     ------
     bstk.RemoteError
         The URL cannot be read.
     KeptCopyError
-        A kept chunk is damaged, or gone because another process found it so. What is kept is dropped from there on, and the
-        next call fetches it again.
+        A kept chunk is damaged, or another process has dropped it as damaged. The kept copy is dropped from there on, and
+        the next call fetches it again.
     bstk.DamagedError
         What the server sends is damaged.
     bstk.BstkError
@@ -71,29 +77,29 @@ def cached(
     """
     with closing(bstk.HttpSource(url, notify)) as remote:
         try:
-            path, count = _fetch(remote, mb, strict, warn)
+            path, count = _fetch(remote, budget, strict, warn, progress)
         except bstk.RemoteChangedError:
             remote.restart()
-            path, count = _fetch(remote, mb, strict, warn)
-    with bstk.open(path, warn=False) as file:  # what is kept is always partial
+            path, count = _fetch(remote, budget, strict, warn, progress)
+    with bstk.open(path, warn=False) as file:  # a kept copy is always partial
         if len(file.chunks) < count:
-            raise KeptCopyError(f"{path}: another process found the kept copy damaged and dropped its end: load again.")
+            raise KeptCopyError(f"{path}: another process found the kept copy damaged and dropped its end. Load again.")
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:
             if error.chunk is None:
                 raise
             if _drop_damaged(path, error.chunk):
-                state = "The kept copy is dropped from there on: load again to fetch it anew."
+                state = "The kept copy is dropped from there on. Load again to fetch it."
             else:
                 state = (
-                    "The kept copy matches its digest now: load again. If that ends so too, the file was made wrongly."
+                    "The kept copy matches its digest now. Load again; if that fails too, the file was made wrongly."
                 )
-            raise KeptCopyError(f"{error.args[0]} {state}") from None
+            raise KeptCopyError(f"{error} {state}") from None
 
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
-    """Cut a kept file off before a chunk that does not match its digest there; say whether the chunk is gone, through whomever."""
+    """Cut a kept file before a chunk that does not match its digest; return whether the chunk is gone."""
     with LockedFile(path, wait=True) as kept, os_errors(kept.path):
         if kept.length < chunk.end:
             return True
@@ -104,7 +110,7 @@ def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
 
 
 class _Kept:
-    """A file on a server of which the beginning is on disk too; tables are read there, the rest comes from the server."""
+    """A file on a server whose beginning is on disk too; tables are read from disk, the rest comes from the server."""
 
     def __init__(self, remote: bstk.HttpSource, path: Path):
         self.name = remote.name
@@ -114,7 +120,7 @@ class _Kept:
         self.pieces = remote.pieces
 
     def read(self, offset: int, length: int) -> bytes:
-        # The preamble is the server's: it says how much of the file there is.
+        # The preamble comes from the server: it says how much of the file there is.
         if offset >= preamble.LENGTH and self._path.is_file():
             with closing(bstk.FileSource(self._path)) as kept:
                 data = kept.read(offset, length)
@@ -126,10 +132,12 @@ class _Kept:
         pass  # the owner closes the connections
 
 
-def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool, warn: bool) -> tuple[Path, int]:
-    """Make sure that all within the budget is kept; return where, and how many chunks that is."""
+def _fetch(
+    remote: bstk.HttpSource, budget: int | None, strict: bool, warn: bool, progress: ByteProgress
+) -> tuple[Path, int]:
+    """Fetch what is missing within the budget; return the kept file and its number of chunks within the budget."""
     reader = _open_with_kept_tables(remote, strict, warn)
-    cut = reader.fit(mb)
+    cut = fit(reader, budget)
     path = kept_path(reader.root)
     with os_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +146,7 @@ def _fetch(remote: bstk.HttpSource, mb: Budget | None, strict: bool, warn: bool)
             begin(kept, reader)
             missing = cut.file_bytes - kept.length
         if missing > 0:
-            with _progress(remote, missing) as advance:
+            with progress("fetch", missing) as advance:
                 extend(kept, reader, reader.all_chunks[: cut.chunks], advance)
     return path, cut.chunks
 
@@ -147,18 +155,7 @@ def _open_with_kept_tables(remote: bstk.HttpSource, strict: bool, warn: bool) ->
     head = remote.read(0, preamble.LENGTH)
     if len(head) == preamble.LENGTH and head.startswith(preamble.MAGIC):
         kept = _Kept(remote, kept_path(preamble.parse(head).root()))
-        # Whichever is damaged: the server's file is refused below, and a kept one is begun anew under its lock, by `begin`.
+        # If the server's file is damaged it is refused below; a damaged kept file is begun anew by `begin`, under its lock.
         with suppress(bstk.DamagedError):
             return bstk.open(kept, strict=strict, warn=warn)
     return bstk.open(remote, strict=strict, warn=warn)
-
-
-@contextmanager
-def _progress(remote: bstk.HttpSource, total: int) -> Iterator[Callable[[int], None]]:
-    # disable=None: drawn on terminals only.
-    with tqdm(
-        total=total, desc="fetch", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None
-    ) as bar:
-        if not bar.disable:
-            remote.notify = bar.set_postfix_str
-        yield bar.update

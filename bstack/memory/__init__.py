@@ -1,1 +1,1 @@
-"""How much memory there is, and how much this process holds: asked of the system, no package needed."""
+"""How much memory there is, and how much this process holds."""

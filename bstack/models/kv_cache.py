@@ -1,4 +1,4 @@
-"""A cache of keys and values that grows in place: transformers' own copies all of it at every token."""
+"""A cache of keys and values that grows in place; transformers' own is copied whole at every token."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 __all__ = ["GrowingLayer", "growing_cache", "let_grow"]
 
-LEAST = 64
+MIN_CAPACITY = 64
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, written into buffers that double when they are full.
 
-    `keys` and `values` are views of the buffers' used part, so all that transformers does with them (cropping,
-    reordering, selecting) works; what it replaces is copied to new buffers at the next update.
+    `keys` and `values` are views of the used part of the buffers, so transformers can crop, reorder and select them; tensors
+    that it replaces are copied to new buffers at the next update.
     """
 
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -43,14 +43,14 @@ class GrowingLayer(DynamicLayer):
         needed = used + tokens
         if not self._owns(self.keys, 0) or not self._owns(self.values, 1) or self._buffers[0].shape[-2] < needed:
             self._buffers = tuple(
-                _buffer(shape, old, used, max(LEAST, 2 * needed))
+                _buffer(shape, old, used, max(MIN_CAPACITY, 2 * needed))
                 for shape, old in zip(like or (self.keys, self.values), (self.keys, self.values), strict=True)
             )
             self.advance(0)
         return self._buffers
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that were written into the buffers behind those that are there."""
+        """Count tokens that were written into the buffers after the counted ones."""
         stop = self.get_seq_length() + tokens
         self.keys, self.values = (buffer.narrow(-2, 0, stop) for buffer in self._buffers)
 
@@ -60,12 +60,11 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
     def _owns(self, tensor: torch.Tensor, which: int) -> bool:
-        """Whether a tensor is the start of its buffer, and the buffer may be written to."""
+        """Return whether a tensor is the start of its buffer, and the buffer may be written to."""
         if self._buffers is None:
             return False
         buffer = self._buffers[which]
-        # Compared by memory: under torch.inference_mode a view does not know its base. Nor can what was made under it be
-        # written to outside.
+        # By address: under torch.inference_mode a view has no base. Tensors made under it cannot be written outside of it.
         return (
             tensor.data_ptr() == buffer.data_ptr()
             and tensor.stride() == buffer.stride()
@@ -82,7 +81,7 @@ def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> t
 
 
 def growing_cache(model: Any) -> DynamicCache | None:
-    """A cache for a model's `generate` or `forward`; None for models that keep a state of another kind.
+    """Return a cache for a model's `generate` or `forward`; None for models with another kind of state.
 
     Layers with a sliding window keep transformers' own cache, which is bounded.
     """
@@ -94,7 +93,7 @@ def growing_cache(model: Any) -> DynamicCache | None:
 
 
 def let_grow(cache: Any) -> None:
-    """Have the layers of a cache that is still empty grow in place, where they are transformers' plain ones."""
+    """Replace the empty plain layers of a transformers cache by layers that grow in place."""
     if type(cache) is not DynamicCache:
         return
     if cache.layer_class_to_replicate is DynamicLayer:

@@ -1,7 +1,7 @@
 """Memory for blocks that goes back to the system when they are dropped.
 
-What malloc frees stays with the process for the most part. So blocks lie in arena that are mapped for them alone, stacked in
-the order of the file: dropping from the top unmaps whole arena, and gives back the pages at the end of the last one.
+Most memory that malloc frees stays with the process. So blocks lie in slabs that are mapped for them alone, in the order of
+the file: dropping from the end unmaps whole slabs and gives back the pages at the end of the last one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["HostMemory", "Memory", "Allocation", "Arena"]
+__all__ = ["Allocation", "Arena", "HostMemory", "Memory"]
 
 SLAB = 16 * 2**20
-# Of a block: a cache line, which suits vector loads.
+# Blocks begin at cache lines, for vector loads.
 ALIGNMENT = 64
 
-# Python maps shared memory if nothing is said, of which nothing goes back before the whole mapping does.
+# Python maps shared memory by default, whose pages do not go back before the whole mapping does.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -29,23 +29,17 @@ class Memory(Protocol):
     address: int
 
     def write(self, start: int, block: bytes) -> None:
-        """Copy a block to `start`. Several threads may write at a time, each to a place of its own."""
+        """Copy a block to `start`. Several threads may write at a time, each elsewhere."""
 
     def give_back(self, start: int, stop: int) -> None:
-        """Return what can be returned of a range that is not used any more."""
+        """Return as much as possible of an unused range to the system."""
 
     def close(self) -> None:
-        """Return all of it."""
+        """Return all of it to the system."""
 
 
 class HostMemory:
-    """A mapping of private memory.
-
-    Raises
-    ------
-    MemoryError
-        The system has none left.
-    """
+    """A mapping of private memory; MemoryError if the system has none left."""
 
     def __init__(self, size: int):
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -57,7 +51,7 @@ class HostMemory:
         self.address = ctypes.addressof(self._first)
 
     def write(self, start: int, block: bytes) -> None:
-        ctypes.memmove(self.address + start, block, len(block))  # lets other threads of Python run meanwhile
+        ctypes.memmove(self.address + start, block, len(block))  # releases the GIL
 
     def give_back(self, start: int, stop: int) -> None:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -66,7 +60,7 @@ class HostMemory:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
-        del self._first  # a mapping that something points into cannot be closed
+        del self._first  # a mapping with a reference into it cannot be closed
         self._map.close()
 
 
@@ -79,13 +73,7 @@ class _Slab:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Where a block of a stack lies, or will.
-
-    Attributes
-    ----------
-    address : int
-        A multiple of 64.
-    """
+    """Memory for one block, at an address that is a multiple of 64."""
 
     address: int
     _memory: Memory
@@ -93,28 +81,14 @@ class Allocation:
     _length: int
 
     def write(self, block: bytes) -> None:
-        """Put the block there; from any thread, while nobody drops it.
-
-        Raises
-        ------
-        ValueError
-            The block has another length than the room was made for.
-        """
+        """Copy the block there, from any thread; ValueError for a block of another length."""
         if len(block) != self._length:
-            raise ValueError(f"a block of {len(block)} bytes in a room of {self._length}.")
+            raise ValueError(f"a block of {len(block)} bytes does not fit an allocation of {self._length} bytes.")
         self._memory.write(self._start, block)
 
 
 class Arena:
-    """A stack of blocks in memory of its own. Not thread-safe: the owner takes turns.
-
-    Parameters
-    ----------
-    slab : int
-        Bytes of a slab; a block that is larger gets one of its size.
-    memory : callable
-        Makes a slab of at least so many bytes.
-    """
+    """A stack of blocks in memory of its own. Not thread-safe."""
 
     def __init__(self, slab: int = SLAB, memory: Callable[[int], Memory] = HostMemory):
         self._size, self._memory = slab, memory
@@ -126,17 +100,11 @@ class Arena:
 
     @property
     def mapped_bytes(self) -> int:
-        """Address space taken; pages that no block has touched are not in memory."""
+        """Mapped address space; pages that no block has touched are not in memory."""
         return sum(slab.memory.size for slab in self._slabs)
 
     def reserve(self, length: int) -> Allocation:
-        """Make room for a block of so many bytes on top of the stack; it counts as a block from now on.
-
-        Raises
-        ------
-        MemoryError
-            There is none left.
-        """
+        """Allocate a block of `length` bytes on top of the stack; MemoryError if there is no memory left."""
         top = self._slabs[-1] if self._slabs else None
         if top is None or top.used + length > top.memory.size:
             top = _Slab(self._memory(max(length, self._size)))
@@ -148,7 +116,7 @@ class Arena:
         return Allocation(top.memory.address + start, top.memory, start, length)
 
     def pop(self, count: int) -> None:
-        """Drop the uppermost blocks and give their memory back. Their addresses must not be used any more."""
+        """Drop the uppermost `count` blocks and give their memory back; their addresses become invalid."""
         while count > 0:
             top = self._slabs[-1]
             gone = min(count, top.blocks)

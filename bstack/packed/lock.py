@@ -1,4 +1,4 @@
-"""One at a time at the blocks of a model, and nobody waits long."""
+"""A lock whose urgent callers go first."""
 
 from __future__ import annotations
 
@@ -7,39 +7,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Gate"]
+__all__ = ["PriorityLock"]
 
-# How long a product steps back for one who is waiting: a thread that is woken needs some tens of microseconds.
-STEP_BACK = 0.0002
+# Seconds that others wait between two looks at whether an urgent caller is waiting; waking a thread takes some 50 us.
+PAUSE = 0.0002
 
 
-class Gate:
-    """A lock that products hold while they read blocks, thousands of times a second, and who drops blocks takes once.
+class PriorityLock:
+    """A lock that products hold while they read blocks, thousands of times a second, and dropping blocks takes once.
 
-    A plain lock may be taken again and again by the thread that just let it go. So who is in a hurry says so, and products
-    step back. Products write ``with gate.lock:`` after `step_back`, which no interrupt leaves locked.
-
-    Attributes
-    ----------
-    lock : threading.Lock
+    The thread that releases a plain lock may take it again and again before a waiting one does, so an urgent caller
+    announces itself and the others wait for it.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._hurry = 0
+        self._lock = threading.Lock()
+        self._urgent = 0
 
-    def step_back(self) -> threading.Lock:
-        """Let one in a hurry go first; return the lock."""
-        while self._hurry:
-            time.sleep(STEP_BACK)
-        return self.lock
+    def acquire(self) -> threading.Lock:
+        """Wait for urgent callers, then return the lock for a `with` statement, which no interrupt leaves locked."""
+        while self._urgent:
+            time.sleep(PAUSE)
+        return self._lock
 
     @contextmanager
-    def first(self) -> Iterator[None]:
-        """Hold the lock before the next product does."""
-        self._hurry += 1  # callers take turns: see BlockStore.resize
+    def acquire_urgent(self) -> Iterator[None]:
+        """Hold the lock for a `with` block, before the next product does. One caller at a time."""
+        self._urgent += 1
         try:
-            with self.lock:
+            with self._lock:
                 yield
         finally:
-            self._hurry -= 1
+            self._urgent -= 1

@@ -1,7 +1,4 @@
-"""Products with a parameter that stays as it is stored: blocks, or a table of half precision.
-
-Both kinds offer the same three operations, on torch tensors of any floating type.
-"""
+"""Products with parameters that stay as they are stored: blocks, or tables of half precision."""
 
 from __future__ import annotations
 
@@ -15,58 +12,50 @@ import torch
 
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
-from bstack.packed.lock import Gate
+from bstack.packed.lock import PriorityLock
 
 __all__ = ["Blocks", "Packed", "Parts", "Table"]
 
-# Up to so many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
+# Up to this many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
 FEW = 8
-# Rows that are decoded at a time: what fits in a second-level cache or little more.
+# Weights that are decoded at a time: about what a second-level cache holds.
 DECODED = 2**19
 
 
 class Packed(Protocol):
-    """W of m rows (outputs) and n columns (inputs), in whatever form."""
+    """A matrix W of m rows (outputs) and n columns (inputs), in any form."""
 
     rows: int
     columns: int
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: (..., n) -> (..., m), in the type of x."""
+        """Return x W^T: (..., n) -> (..., m), in the type of x."""
 
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of W: integers (...) -> (..., n)."""
+        """Return rows of W: integers (...) -> (..., n)."""
 
     def dense(self) -> torch.Tensor:
-        """W, float32, shape (m, n)."""
+        """Return W, float32, shape (m, n)."""
 
 
 class Parts(ABC):
-    """A parameter made of stacks; its depth may change between any two calls, and during one.
+    """A parameter made of stacks of blocks, whose number may change between any two calls, and during one."""
 
-    Parameters
-    ----------
-    parts : sequence of matrices
-        One under the other, all with the same number of columns.
-    gate : Gate
-        Held while a kernel reads the blocks. Who drops blocks lowers `count` under it, and then nobody reads them.
-    """
-
-    def __init__(self, parts: Sequence[Any], gate: Gate):
+    def __init__(self, parts: Sequence[Any], lock: PriorityLock):
         self.parts = list(parts)
         self.starts = list(accumulate((part.rows for part in parts[:-1]), initial=0))
         self._bounds = torch.tensor(self.starts[1:], dtype=torch.int64)
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
-        self.gate = gate
+        self.lock = lock
 
     @abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """As `Packed.multiply`."""
+        """Return x W^T, as `Packed.multiply`."""
 
     @abstractmethod
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
-        """Rows of one part, the gate held: int64 (k,), anywhere -> float32 (k, n), where the blocks are."""
+        """Return rows of one part, with the lock held: int64 (k,) -> float32 (k, n), on the device of the blocks."""
 
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
@@ -75,22 +64,22 @@ class Parts(ABC):
         which = torch.bucketize(flat, self._bounds.to(flat.device), right=True)
         for number in set(which.tolist()):
             inside = (which == number).nonzero().squeeze(1)
-            with self.gate.step_back():
+            with self.lock.acquire():
                 found[inside] = self.rows_of(self.parts[number], flat[inside] - self.starts[number])
         return found.to(dtype).reshape(*index.shape, self.columns)
 
     def dense(self) -> torch.Tensor:
-        with self.gate.step_back():
+        with self.lock.acquire():
             return torch.cat([self.rows_of(part, torch.arange(part.rows)) for part in self.parts])
 
 
 class Blocks(Parts):
-    """Of `bstack.kernels.matrix.Matrix`, in the processor's memory."""
+    """Parts of `bstack.kernels.matrix.Matrix`, in the memory of the CPU."""
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns).to(torch.float32).contiguous()
         if flat.shape[0] <= FEW:
-            with self.gate.step_back():
+            with self.lock.acquire():
                 outputs = multiply_many(self.parts, flat.numpy())
             y = torch.from_numpy(outputs[0] if len(outputs) == 1 else np.concatenate(outputs, 1))
         else:
@@ -99,23 +88,23 @@ class Blocks(Parts):
 
     def _multiply_many_tokens(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.empty(x.shape[0], self.rows)
-        turned = torch.from_numpy(rotate(x.numpy()))
+        rotated = torch.from_numpy(rotate(x.numpy()))
         step = max(1, DECODED // self.columns)
         decoded = np.empty((min(step, self.rows), self.columns), np.float32)
         for part, offset in zip(self.parts, self.starts, strict=True):
             for start in range(0, part.rows, step):
                 stop = min(start + step, part.rows)
-                place = y[:, offset + start : offset + stop]
-                before = 0  # nothing has been written to this place
-                for kinds, inputs in (((TRELLIS,), turned), (PLAIN, x)):
-                    with self.gate.step_back():
+                output = y[:, offset + start : offset + stop]
+                written = 0
+                for kinds, inputs in (((TRELLIS,), rotated), (PLAIN, x)):
+                    with self.lock.acquire():
                         if not set(kinds) & set(part.kind[: part.count]):
                             continue
                         weights = decode_rows(part, kinds, start, stop, decoded[: stop - start])
-                    place.addmm_(inputs, torch.from_numpy(weights).t(), beta=before)
-                    before = 1
-                if not before:
-                    place.zero_()
+                    output.addmm_(inputs, torch.from_numpy(weights).t(), beta=written)
+                    written = 1
+                if not written:
+                    output.zero_()
         return y
 
     def rows_of(self, part: Matrix, index: torch.Tensor) -> torch.Tensor:
@@ -123,19 +112,13 @@ class Blocks(Parts):
 
 
 def check_index(index: torch.Tensor, rows: int) -> None:
-    """Raise IndexError for a row that is not there, as torch does."""
+    """Raise IndexError for a missing row, as torch does."""
     if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < rows):
         raise IndexError(f"index out of range: {int(index.min())} to {int(index.max())}, in a table of {rows} rows")
 
 
 class Table:
-    """A matrix of another floating type than the model's, kept in it and converted some rows at a time.
-
-    Parameters
-    ----------
-    tensor : torch.Tensor
-        Shape (m, n).
-    """
+    """A matrix (m, n) that keeps another floating type than the model's and is converted some rows at a time."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor

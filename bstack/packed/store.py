@@ -1,4 +1,4 @@
-"""Which blocks of a file are in memory: loading them, dropping them, while the model runs."""
+"""Load and drop blocks of a file in memory, while the model runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -14,15 +15,14 @@ import bstk
 from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
 from bstack.packed.arena import Allocation, Arena
-from bstack.packed.lock import Gate
-from bstk.budget import Budget
+from bstack.packed.lock import PriorityLock
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["BlockStore", "Resident", "store_of"]
+__all__ = ["BlockStore", "Resident", "fit", "store_of"]
 
-# Threads that read and decode blocks, as many as there are usually free processors for it.
+# Threads that read and decompress blocks.
 READERS = 2
-# Bytes of blocks that one of them fills at a time, or one block.
+# Bytes of blocks that one of them reads at a time, at least one block.
 RUN = 2**20
 
 _Run = list[tuple[int, bstk.Chunk]]
@@ -30,22 +30,22 @@ _Run = list[tuple[int, bstk.Chunk]]
 
 @dataclass(frozen=True)
 class Resident:
-    """What of a model is in memory.
+    """The part of a model that is in memory.
 
     Attributes
     ----------
     weight_bytes : int
-        Weights in memory: blocks and everything that is kept plain.
+        Weights in memory: blocks and plain weights.
     block_bytes : int
-        Blocks alone.
+        Of them blocks.
     blocks, all_blocks : int
         Blocks in memory, and in the file.
     bits_per_weight : float or None
         Of the blocks, over the matrices that have some.
     target_bytes : int
-        `weight_bytes` when the growth under way is through; equal to it when none is.
+        `weight_bytes` after the growth under way; equal to it when there is none.
     error : str or None
-        Why the last growth stopped before its end.
+        What stopped the last growth.
     """
 
     weight_bytes: int
@@ -58,7 +58,7 @@ class Resident:
 
 
 class _Growth:
-    """One loading of missing blocks, up to so many chunks of the file, by a thread that calls `load`."""
+    """A thread that loads missing blocks with `load`, until `count` chunks of the file are in memory."""
 
     def __init__(self, count: int, load: Callable[[_Growth], None]):
         self.count = count
@@ -68,72 +68,72 @@ class _Growth:
 
 
 class BlockStore:
-    """The blocks of an open file in memory, a prefix of its chunks.
+    """The blocks of an open file that are in memory: a prefix of its chunks.
 
     Parameters
     ----------
     file : bstk.Reader
         Kept open, to grow from.
-    places : mapping
+    matrices : mapping
         Stack name -> its matrix.
-    gate : Gate
-        Held by whoever reads the matrices' blocks.
+    lock : PriorityLock
+        Held while the matrices' blocks are read.
     arena : Arena
-        Where the blocks go.
+        The memory of the blocks.
     close : callable
-        What `close` calls, once: it closes the file.
-    fetched : number, str, Decimal or None
-        The budget for which the file was fetched from a URL; None where the file has all that there is.
+        Closes the file; called once.
+    fetched : int or None
+        The budget in bytes for which the file was fetched from a URL; None for a file that is not from a URL.
     """
 
     def __init__(
         self,
         file: bstk.Reader,
-        places: Mapping[str, Matrix],
-        gate: Gate,
+        matrices: Mapping[str, Matrix],
+        lock: PriorityLock,
         arena: Arena,
         *,
         close: Callable[[], None],
-        fetched: Budget | None = None,
+        fetched: int | None = None,
     ):
         self.file = file
         self._close, self._fetched = close, fetched
-        self._places = places
-        self.gate = gate
-        self._slabs = arena
+        self._matrices = matrices
+        self._lock = lock
+        self._arena = arena
         self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
-        self._count = 0  # chunks of the file that are in memory, the plain ones taken as there
-        self._turn = threading.Lock()
-        self._growth: _Growth | None = None  # the last one, under way or not
+        self._count = 0  # chunks in memory; the plain ones count as loaded
+        self._resizing = threading.Lock()
+        self._growth: _Growth | None = None  # the last one, also when it has ended
         self._closed = False
 
-    def resize(self, mb: Budget | None, *, wait: bool = True) -> None:
+    def resize(self, budget: int | None, *, wait: bool = True) -> None:
         """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
 
-        Memory that is dropped has gone back to the system on return. Loading goes on in a thread of its own; each block
-        counts from the next product on. A second call while one is loading takes its place.
+        Dropped memory has gone back to the system on return. Loading runs in a thread of its own; each block counts from the
+        next product on. A second call ends the loading of the first.
 
         Parameters
         ----------
-        mb : number, str, Decimal or None
-            Megabytes of 2**20 bytes; None for everything in the file.
+        budget : int or None
+            Bytes; None for everything in the file.
         wait : bool
-            Return only when loading is through. If not, a failure shows in `state` and in the next call that waits.
+            Return after loading. Otherwise `state` has the error of a failure.
 
         Raises
         ------
         bstk.UsageError, BudgetError
-            The budget is nonsense, below the smallest model, or more than was fetched. Nothing has changed then.
+            The budget is below the base model, or more than was fetched. Nothing has changed.
         bstk.DamagedError, OSError, MemoryError
             A block could not be read. The model keeps what it has.
         bstk.ResourceError
-            The system starts no further thread. The model keeps what it has.
+            No thread can be started. The model keeps what it has.
         """
-        with self._turn:
+        with self._resizing:
             if self._closed:
-                raise UsageError("the model's file has been closed, so its size cannot change any more. Load it again.")
-            cut = self.file.fit(mb)
-            self._require_fetched(mb)
+                raise UsageError("the model's file is closed, so its size cannot change any more. Load it again.")
+            cut = fit(self.file, budget)
+            self._require_fetched(budget)
             self._end_growth()
             self._growth = None
             if cut.chunks < self._count:
@@ -144,18 +144,18 @@ class BlockStore:
                     growth.thread.start()
                 except RuntimeError as error:
                     raise ResourceError(
-                        f"the model keeps its size: no thread starts to load blocks ({error})."
+                        f"the model keeps its size: no thread can be started to load blocks ({error}). End other programs."
                     ) from None
-                self._growth = growth  # not before: others ask it whether its thread runs, and wait for it
-            growth = self._growth
-        if wait and growth is not None:
-            growth.thread.join()
-            if growth.error is not None:
-                raise growth.error
+                self._growth = growth  # after the start: other threads join it
+            current = self._growth
+        if wait and current is not None:
+            current.thread.join()
+            if current.error is not None:
+                raise current.error
 
     def close(self) -> None:
-        """Stop loading and close the file. What is in memory stays, and the model runs on at its size."""
-        with self._turn:
+        """Stop loading and close the file. The model runs on at its size."""
+        with self._resizing:
             self._end_growth()
             if not self._closed:
                 self._closed = True
@@ -163,24 +163,24 @@ class BlockStore:
 
     def __reduce__(self) -> Any:
         raise UsageError(
-            "a model with packed weights cannot be copied or pickled: load it once more, or with mode='dense'."
+            "a model with packed weights cannot be copied or pickled. Load it once more, or with mode='dense'."
         )
 
     @property
     def failure(self) -> BaseException | None:
-        """What stopped the last growth before its end: the same object until the next resize."""
+        """The error that stopped the last growth, the same object until the next resize; or None."""
         growth = self._growth
         return None if growth is None else growth.error
 
     @property
     def budget(self) -> int:
-        """Bytes of the least budget that gives what is in memory when the growth under way is through."""
+        """The minimum budget in bytes that gives what is in memory after the growth under way."""
         count = self._target()
         return max(self.file.chunks[count - 1].end, self._bytes(count))
 
     @property
     def state(self) -> Resident:
-        """What is in memory now."""
+        """The part of the model that is in memory now."""
         growth = self._growth
         loaded = [chunk for number, chunk in self._blocks if number < self._count]
         weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in loaded if chunk.level == 0)
@@ -195,21 +195,20 @@ class BlockStore:
             error=None if growth is None or growth.error is None else one_line(growth.error),
         )
 
-    def _require_fetched(self, mb: Budget | None) -> None:
-        """Raise UsageError where more blocks fit a budget than were fetched."""
+    def _require_fetched(self, budget: int | None) -> None:
+        """Raise UsageError if more blocks fit a budget than were fetched."""
         missing = self.file.all_chunks[len(self.file.chunks) :]
-        if self._fetched is None or mb is None or not missing:
+        if self._fetched is None or budget is None or not missing:
             return
-        budget = bstk.budget_bytes(mb)
         needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
-        if budget > bstk.budget_bytes(self._fetched) and budget >= needed:
+        if budget > self._fetched and budget >= needed:
             raise UsageError(
-                f"{mb} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL again with that "
-                "budget; what is here is not fetched twice."
+                f"{bstk.mb_ceil(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
+                "again with that budget; what is here is not fetched twice."
             )
 
     def _target(self) -> int:
-        """Chunks in memory when the growth under way is through."""
+        """Return the number of chunks in memory after the growth under way."""
         growth = self._growth
         return growth.count if growth is not None and growth.thread.is_alive() else self._count
 
@@ -222,54 +221,54 @@ class BlockStore:
             self._growth.thread.join()
 
     def _drop(self, count: int) -> None:
-        """Keep the first chunks."""
+        """Drop all blocks but those of the first `count` chunks."""
         gone = [chunk for number, chunk in self._blocks if count <= number < self._count]
-        with self.gate.first():
+        with self._lock.acquire_urgent():
             for chunk in reversed(gone):
-                self._places[chunk.name].count = chunk.level
-        self._slabs.pop(len(gone))
+                self._matrices[chunk.name].count = chunk.level
+        self._arena.pop(len(gone))
         self._count = count
 
     def _grow(self, growth: _Growth) -> None:
         runs = _runs([(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count])
         pending: deque[tuple[_Run, list[Allocation], Future[None]]] = deque()
-        kept = len(self._slabs)
+        kept = len(self._arena)  # blocks that count, or did before
         with ThreadPoolExecutor(READERS, thread_name_prefix="bstack-read") as pool:
             try:
                 while not growth.stop.is_set():
                     for run in islice(runs, 2 * READERS - len(pending)):
-                        rooms = [self._slabs.reserve(chunk.raw_length) for _, chunk in run]
-                        pending.append((run, rooms, pool.submit(self._fill, run, rooms, growth.stop)))
+                        allocations = [self._arena.reserve(chunk.raw_length) for _, chunk in run]
+                        pending.append((run, allocations, pool.submit(self._fill, run, allocations, growth.stop)))
                     if not pending:
                         self._count = growth.count
                         break
-                    run, rooms, filled = pending.popleft()
+                    run, allocations, filled = pending.popleft()
                     filled.result()
                     if growth.stop.is_set():
                         break  # the run may not be filled
-                    for (number, chunk), room in zip(run, rooms, strict=True):
-                        matrix = self._places[chunk.name]
-                        # No gate: a level at or past the count is nobody's, and a product takes the count once, at its start.
-                        # The file has checked what blocks say of where to read.
-                        matrix.put(chunk.level, chunk.kind.code, chunk.rank, room.address, checked=True)
+                    for (number, chunk), allocation in zip(run, allocations, strict=True):
+                        matrix = self._matrices[chunk.name]
+                        # Without the lock: no product reads a level at or past the count, which it takes once, at its start.
+                        # The reader has checked the offsets in the block.
+                        matrix.put(chunk.level, chunk.kind.code, chunk.rank, allocation.address, checked=True)
                         matrix.count = chunk.level + 1
                         self._count = number + 1
-                    kept += len(run)
-            except Exception as error:  # kept for whoever waits, or asks
+                        kept += 1
+            except Exception as error:  # for `failure`, and for a caller that waits
                 growth.error = error
             for _, _, filled in pending:
                 filled.cancel()
-        self._slabs.pop(len(self._slabs) - kept)
+        self._arena.pop(len(self._arena) - kept)
 
-    def _fill(self, run: _Run, rooms: list[Allocation], stop: threading.Event) -> None:
-        for (_, chunk), room in zip(run, rooms, strict=True):
+    def _fill(self, run: _Run, allocations: list[Allocation], stop: threading.Event) -> None:
+        for (_, chunk), allocation in zip(run, allocations, strict=True):
             if stop.is_set():
                 return
-            room.write(self.file.read(chunk))
+            allocation.write(self.file.read(chunk))
 
 
 def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:
-    """Neighbours together, so that a small block does not cost a task of its own."""
+    """Group neighbours, so that a small block does not cost a task of its own."""
     run: _Run = []
     size = 0
     for number, chunk in blocks:
@@ -282,9 +281,16 @@ def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:
         yield run
 
 
+def fit(file: bstk.Reader, budget: int | None) -> bstk.Cut:
+    """Return the largest cut of a file within a budget in bytes; None for everything in it."""
+    return file.fit(None if budget is None else Decimal(budget) / bstk.MB)
+
+
 def store_of(model: Any) -> BlockStore:
-    """The blocks of a model from ``load(..., mode="stack")``; raises bstk.UsageError for another."""
+    """Return the blocks of a model from ``load(..., mode="packed")``; raise bstk.UsageError for another."""
     store = getattr(model, "bstack_store", None)
     if not isinstance(store, BlockStore):
-        raise UsageError("this model has dense weights, which have no size to change: bstack.load(..., mode='stack').")
+        raise UsageError(
+            "this model has dense weights, whose size cannot change. Load it with bstack.load(..., mode='packed')."
+        )
     return store

@@ -1,8 +1,8 @@
-"""A parameter that stands for packed weights: to a model's code it is a tensor, and products with it run packed.
+"""A tensor that stands for packed weights: products with it run packed.
 
-Models apply their weights with a handful of operations (`linear`, `embedding`, `addmm`, `matmul`, an index for an
-expert). Standing in for the tensor rather than for the modules makes every architecture run, whatever its modules are
-called. An operation that has no packed form gets the dense weights, rebuilt for that call, and says so once.
+Models apply their weights with a handful of operations (`linear`, `embedding`, `addmm`, `matmul`, an index for an expert).
+Replacing the tensor rather than the modules makes every architecture run. An operation that has no packed form gets dense
+weights, rebuilt for that call, with a warning once.
 """
 
 from __future__ import annotations
@@ -21,21 +21,7 @@ __all__ = ["PackedWeight"]
 
 
 class PackedWeight(torch.Tensor):
-    """A tensor without data in front of a `Packed` matrix, or of a row of them (experts).
-
-    Parameters
-    ----------
-    packed : Packed or sequence of Packed
-        A sequence makes a tensor of three dimensions.
-    transposed : bool
-        Whether the tensor is inputs x outputs.
-    dtype : torch.dtype
-        That the model's code sees.
-    name : str
-        For messages.
-    device : torch.device or str
-        Where products run.
-    """
+    """A tensor without data that stands for a `Packed` matrix, or for several (experts)."""
 
     packed: Packed | Sequence[Packed]
     transposed: bool
@@ -51,18 +37,18 @@ class PackedWeight(torch.Tensor):
         device: torch.device | str = "cpu",
     ) -> PackedWeight:
         first = packed[0] if isinstance(packed, Sequence) else packed
-        shape = (first.columns, first.rows) if transposed else (first.rows, first.columns)
+        shape: tuple[int, ...] = (first.columns, first.rows) if transposed else (first.rows, first.columns)
         if isinstance(packed, Sequence):
             shape = (len(packed), *shape)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.packed, made.transposed, made.label = packed, transposed, name
         return made
 
-    def __repr__(self, **_options: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedWeight({self.label}, {' x '.join(map(str, tuple(self.shape)))})"
 
     def rebuilt(self) -> torch.Tensor:
-        """The dense tensor."""
+        """Return the dense tensor."""
         if isinstance(self.packed, Sequence):
             dense = torch.stack([packed.dense() for packed in self.packed])
         else:
@@ -74,12 +60,12 @@ class PackedWeight(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _QUESTIONS:
+        if func in _ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _COPIES:
             raise UsageError(
-                "packed weights cannot be copied or pickled: load the file once more, or with mode='dense'."
+                "packed weights cannot be copied or pickled. Load the file once more, or with mode='dense'."
             )
         packed_form = _OPERATIONS.get(func)
         result = packed_form(*args, **kwargs) if packed_form else NotImplemented
@@ -92,8 +78,8 @@ class PackedWeight(torch.Tensor):
         return _dense(func, args, kwargs or {})
 
 
-# Packed forms. Parameters are called as torch calls them, since a model's code may name them; `rest` are those that a packed
-# form knows nothing of, such as `out`.
+# Packed forms. Parameters have torch's names, since a model's code may pass them by name; `rest` are those without a packed
+# form, such as `out`.
 
 
 def _linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> Any:
@@ -119,7 +105,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 
 def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **rest: Any) -> Any:
-    # The other arguments concern gradients, but for a largest norm, which no language model sets.
+    # The other arguments concern gradients, except a maximum norm, which no language model sets.
     if not _is_matrix(weight) or weight.transposed or max_norm is not None:
         return NotImplemented
     return weight.packed.lookup(input, weight.dtype)
@@ -163,8 +149,8 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.mm, torch.Tensor.mm), _mm),
 }
 
-# What a tensor without data can answer itself.
-_QUESTIONS = {
+# Attributes of a tensor without data.
+_ATTRIBUTES = {
     torch.Tensor.dim,
     torch.Tensor.size,
     torch.Tensor.numel,
@@ -198,17 +184,17 @@ _QUESTIONS = {
 
 _COPIES = {torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__}
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def _dense(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on dense weights, rebuilt for it."""
+    """Run an operation on dense weights that are rebuilt for it."""
     name = getattr(func, "__name__", str(func))
 
     def rebuilt(value: Any) -> Any:
         if isinstance(value, PackedWeight):
-            if (value.label, name) not in _told:
-                _told.add((value.label, name))
+            if (value.label, name) not in _warned:
+                _warned.add((value.label, name))
                 warnings.warn(
                     f"The model's code applies {name} to {value.label}, which has no packed form: its dense weights are "
                     "rebuilt at every call, slowly. bstack.load(..., mode='dense') keeps them.",

@@ -47,7 +47,7 @@ def test_text_and_summary(bstack, model):
 
 
 def test_it_is_the_text_of_the_model(bstack, model):
-    loaded, tokenizer = library.load(model, mode="stack", mb=mb(model, 0.5))
+    loaded, tokenizer = library.load(model, mode="packed", mb=mb(model, 0.5))
     ids = tokenizer("the river", return_tensors="pt")
     text = loaded.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
     done = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", mb(model, 0.5), "--json", "-q")

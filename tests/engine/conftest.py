@@ -37,4 +37,4 @@ def path(file_of):
 @pytest.fixture
 def model(path):
     """It, loaded with packed weights."""
-    return bstack.load(path, mode="stack")[0]
+    return bstack.load(path, mode="packed")[0]

@@ -9,7 +9,7 @@ import bstk
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.packed.backends import CudaBackend, device_of
-from bstack.packed.lock import Gate
+from bstack.packed.lock import PriorityLock
 from bstack.packed.weight import PackedWeight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,13 +25,13 @@ def test_a_parameter(codec):
     pytest.importorskip("triton", reason="triton is not installed")
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
-    place = CudaBackend(DEVICE, 1)
-    matrix, arena = place.matrix(20, 32), place.arena()
+    backend = CudaBackend(DEVICE, 1)
+    matrix, arena = backend.matrix(20, 32), backend.arena()
     for level, block in enumerate(blocks):
         room = arena.reserve(len(block.payload))
         room.write(block.payload)
         matrix.put(level, block.kind.code, block.rank, room.address, checked=True)
-    packed = PackedWeight(place.packed([matrix], Gate()), False, torch.float32, "w", DEVICE)
+    packed = PackedWeight(backend.packed([matrix], PriorityLock()), False, torch.float32, "w", DEVICE)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for count in range(1, len(blocks) + 1):
         matrix.count = count
@@ -50,19 +50,19 @@ def test_a_parameter(codec):
 def test_a_parameter_in_parts():
     """As an embedding or a head: products and rows of both parts, and the dense weights."""
     pytest.importorskip("triton", reason="triton is not installed")
-    codec, place = TrellisCodec(1), CudaBackend(DEVICE, 2)
-    arena, matrices, dense = place.arena(), [], []
+    codec, backend = TrellisCodec(1), CudaBackend(DEVICE, 2)
+    arena, matrices, dense = backend.arena(), [], []
     for rows in (12, 7):
         weight = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
         block = next(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(rows)))
         room = arena.reserve(len(block.payload))
         room.write(block.payload)
-        matrices.append(place.matrix(rows, 32))
+        matrices.append(backend.matrix(rows, 32))
         matrices[-1].put(0, block.kind.code, block.rank, room.address)
         matrices[-1].count = 1
         dense.append(codec.rebuild([block.payload], [block.kind], [block.rank], (rows, 32)))
     dense = torch.cat(dense).to(DEVICE)
-    packed = place.packed(matrices, Gate())
+    packed = backend.packed(matrices, PriorityLock())
     for tokens in (1, 10):
         x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         assert torch.allclose(packed.multiply(x), x @ dense.t(), atol=1e-4)
@@ -74,17 +74,17 @@ def test_a_parameter_in_parts():
 
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("quantum", "no device"), ("mps", "cpu and cuda, not on mps"), ("cuda:99", "torch finds no cuda:99")],
+    [("quantum", "allowed are cpu"), ("mps", "cpu and cuda, not on mps"), ("cuda:99", "torch finds no cuda:99")],
 )
 def test_devices_that_are_not(device, words):
     with pytest.raises(bstk.UsageError, match=words):
         device_of(device, packed=True)
 
 
-@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("quantum", "no device"), (3.5, "no device"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")],
+    [("quantum", "allowed are cpu"), (3.5, "allowed are cpu"), ("cuda:99", "torch finds no cuda:99"), ("xla", "xla")],
 )
 def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
     with pytest.raises(bstk.UsageError, match=words):

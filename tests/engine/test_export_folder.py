@@ -165,7 +165,7 @@ def test_where_something_is_already(tiny, tmp_path):
         ("full", 2, "is not empty: it holds mine.txt"),
         ("link", 2, "is not empty: it holds mine.txt"),
         ("file", 2, "is a file"),
-        ("nowhere", 2, "is a link that leads nowhere"),
+        ("nowhere", 2, "is a broken link"),
         ("no/such", 1, "is not a folder"),
         ("file/under", 1, "is not a folder"),
         ("a" * 300, 1, "cannot write: "),

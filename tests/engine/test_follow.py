@@ -22,7 +22,7 @@ def until(condition):
 
 def test_following_a_function(path, model, monkeypatch):
     """The model has the size that the function says; a nonsense answer and a failing function are said, and change nothing."""
-    monkeypatch.setattr("bstack.packed.follow.INTERVAL", 0.01)
+    monkeypatch.setattr("bstack.packed.autosize.INTERVAL", 0.01)
     small, _, full = budgets(path)
     answers, told = [small], []
 
@@ -31,7 +31,7 @@ def test_following_a_function(path, model, monkeypatch):
             raise answers[-1]
         return answers[-1]
 
-    with bstack.following(model, budget, tell=told.append):
+    with bstack.following(model, budget, warn=told.append):
         assert until(lambda: bstack.resident(model).blocks < bstack.resident(model).all_blocks)
         few = bstack.resident(model).blocks
         for answer, words in ((-3, "-3"), (0.0001, "smallest"), (RuntimeError("no idea"), "no idea")):
@@ -49,14 +49,14 @@ class Machine:
     def __init__(self, model):
         self.now, self.told = 0.0, []
         self.model, self.room = model, 4000 * bstk.MB
-        self.watcher = bstack.following(model, tell=self.told.append)
+        self.watcher = bstack.following(model, warn=self.told.append)
         self.watcher._read = lambda: Memory(self.room - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
 
     def live(self, seconds):
         """Look twice a second; a growth is through before the next look."""
         for _ in range(2 * seconds):
             self.now += 0.5
-            self.watcher.look(self.now)
+            self.watcher.poll(self.now)
             growth = self.model.bstack_store._growth
             if growth is not None:
                 growth.thread.join(20)
@@ -100,10 +100,10 @@ def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
     model = damaged(path, tmp_path, flip_a_late_byte)
     small, _, full = budgets(path)
     answers, told = [full], []
-    follower = bstack.following(model, lambda: answers[-1], tell=told.append)
+    follower = bstack.following(model, lambda: answers[-1], warn=told.append)
 
     def look(now):
-        follower.look(now)
+        follower.poll(now)
         growth = model.bstack_store._growth
         if growth is not None:
             growth.thread.join(20)

@@ -86,7 +86,7 @@ def test_damage_is_met_before_it_is_used(packed, tmp_path):
     raw = bytearray(packed.read_bytes())
     raw[chunk.offset + chunk.stored_length // 2] ^= 1
     (tmp_path / "bad.bstk").write_bytes(raw)
-    with pytest.raises(bstk.DamagedError, match="bad.bstk"):
+    with pytest.raises(bstk.DamagedError, match=r"bad.bstk"):
         bstack.load(tmp_path / "bad.bstk")
 
 

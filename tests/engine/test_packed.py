@@ -13,7 +13,7 @@ from bstack.codecs.sign import SignCodec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.kernels.matrix import Matrix
-from bstack.packed.lock import Gate
+from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import FEW, Blocks, Table
 from bstack.packed.weight import PackedWeight
 
@@ -42,7 +42,7 @@ def packed(rows, columns, codec="trellis", transposed=False, dtype=torch.float32
     cut = max(1, rows // 3)
     parts = [matrix(cut, columns, 0, codec)] + ([matrix(rows - cut, columns, 1, codec)] if rows > cut else [])
     dense = torch.cat([dense for _, dense in parts])
-    weight = PackedWeight(Blocks([m for m, _ in parts], Gate()), transposed, dtype, "w")
+    weight = PackedWeight(Blocks([m for m, _ in parts], PriorityLock()), transposed, dtype, "w")
     return weight, (dense.t() if transposed else dense).to(dtype)
 
 
@@ -145,7 +145,7 @@ def test_embedding():
 
 def test_experts():
     parts = [matrix(20, 16, seed) for seed in range(3)]
-    gate = Gate()
+    gate = PriorityLock()
     weight = PackedWeight([Blocks([m], gate) for m, _ in parts], False, torch.float32, "experts")
     assert weight.shape == (3, 20, 16)
     x = torch.randn(4, 16)
@@ -174,7 +174,7 @@ def test_tables_of_half_precision(stored):
 
 def test_depth_may_change_between_two_products():
     made, _ = matrix(20, 32, 0)
-    weight = PackedWeight(Blocks([made], Gate()), False, torch.float32, "w")
+    weight = PackedWeight(Blocks([made], PriorityLock()), False, torch.float32, "w")
     x = torch.randn(1, 32)
     whole = functional.linear(x, weight)
     made.count = 1

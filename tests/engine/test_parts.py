@@ -69,7 +69,7 @@ def test_stacks_that_do_not_fit_the_model_are_damage(tmp_path, shapes):
     model.experts = torch.nn.Parameter(torch.zeros(3, 4, 8))
     with (
         bstk.open(write_stacks(tmp_path / "odd.bstk", shapes)) as file,
-        pytest.raises(bstk.DamagedError, match="odd.bstk"),
+        pytest.raises(bstk.DamagedError, match=r"odd.bstk"),
     ):
         dict(dense_weights(file, file.chunks, model, torch.float32))
 

@@ -19,7 +19,7 @@ def test_every_size_is_that_of_a_fresh_load(path, model):
     small, middle, full = budgets(path)
     for mb in (small, full, middle, small, middle, full, full):
         state = bstack.resize(model, mb)
-        fresh, _ = bstack.load(path, mode="stack", mb=mb)
+        fresh, _ = bstack.load(path, mode="packed", mb=mb)
         assert state == bstack.resident(fresh) == bstack.resident(model)
         assert state.weight_bytes <= mb * bstk.MB and state.target_bytes == state.weight_bytes
         assert torch.equal(logits(model), logits(fresh))
@@ -54,13 +54,19 @@ def test_below_the_smallest(model):
 def test_dense_models_have_no_size(path):
     model, _ = bstack.load(path)
     for call in (bstack.resize, bstack.resident):
-        with pytest.raises(bstk.UsageError, match="mode='stack'"):
+        with pytest.raises(bstk.UsageError, match="mode='packed'"):
             call(model)
 
 
 def test_unknown_mode(path):
-    with pytest.raises(bstk.UsageError, match="'packed'; allowed are dense and stack"):
-        bstack.load(path, mode="packed")
+    with pytest.raises(bstk.UsageError, match="'sparse'; allowed are 'dense' and 'packed'"):
+        bstack.load(path, mode="sparse")
+
+
+def test_stack_is_the_old_name_of_packed(path, model):
+    old, _ = bstack.load(path, mode="stack")
+    assert bstack.resident(old) == bstack.resident(model)
+    assert torch.equal(logits(old), logits(model))
 
 
 @pytest.mark.parametrize(("limit", "codec"), [("BLOCKS", "trellis"), ("RANK", "sign")])
@@ -68,15 +74,15 @@ def test_more_than_the_kernels_take(limit, codec, file_of, monkeypatch):
     path = file_of("llama", codec)
     monkeypatch.setattr(f"bstack.kernels.matrix.{limit}", 1)
     with pytest.raises(bstk.BstkError, match="mode='dense'"):
-        bstack.load(path, mode="stack")
+        bstack.load(path, mode="packed")
     monkeypatch.undo()
-    bstack.load(path, mode="stack")
+    bstack.load(path, mode="packed")
 
 
 def test_resizing_while_text_is_written(path, model):
     """Shrink and grow between tokens: the text goes on, and a new text is that of a fresh model."""
     small, middle, full = budgets(path)
-    fresh, _ = bstack.load(path, mode="stack")
+    fresh, _ = bstack.load(path, mode="packed")
     sizes = iter([small, middle, full] * 20)
 
     class Squeeze(torch.nn.Module):
@@ -96,7 +102,7 @@ def test_a_text_goes_on_as_in_a_fresh_model_with_the_same_cache(path, model):
     from transformers import DynamicCache
 
     small, _, full = budgets(path)
-    fresh, _ = bstack.load(path, mode="stack")
+    fresh, _ = bstack.load(path, mode="packed")
     bstack.resize(model, small)
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values
@@ -139,7 +145,7 @@ def test_from_many_threads(path, model):
         assert not thread.is_alive()
     assert not errors
     bstack.resize(model, sizes[1])
-    assert torch.equal(logits(model), logits(bstack.load(path, mode="stack", mb=sizes[1])[0]))
+    assert torch.equal(logits(model), logits(bstack.load(path, mode="packed", mb=sizes[1])[0]))
 
 
 def test_only_missing_blocks_are_read(path, model, monkeypatch):
@@ -167,13 +173,39 @@ def test_a_file_that_goes_bad_while_it_is_open(path, tmp_path, change):
     """The next growth fails with the reason; the model runs on with what it has, and can shrink."""
     model = damaged(path, tmp_path, change)
     before = logits(model)
-    with pytest.raises(bstk.DamagedError, match="copy.bstk"):
+    with pytest.raises(bstk.DamagedError, match=r"copy.bstk"):
         bstack.resize(model)
     state = bstack.resident(model)
     assert state.error is not None and state.blocks < state.all_blocks
     assert logits(model).isfinite().all()
     bstack.resize(model, budgets(path)[0])
     assert torch.equal(logits(model), before) and bstack.resident(model).error is None
+
+
+def test_putting_a_block_that_fails_midway(path, model, monkeypatch):
+    """Blocks that count keep their memory: the model goes on with them, and grows afterwards."""
+    small, _, full = budgets(path)
+    bstack.resize(model, small)
+    store = model.bstack_store
+    before, fresh = bstack.resident(model).blocks, logits(bstack.load(path, mode="packed")[0])
+    matrix_type, calls = type(next(iter(store._matrices.values()))), []
+    put = matrix_type.put
+
+    def fail_at_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no more addresses")
+        return put(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix_type, "put", fail_at_the_third)
+        with pytest.raises(RuntimeError, match="no more addresses"):
+            bstack.resize(model, full)
+    assert bstack.resident(model).blocks == before + 2 == len(store._arena)
+    assert logits(model).isfinite().all()
+    bstack.resize(model, full)
+    assert len(store._arena) == bstack.resident(model).all_blocks
+    assert torch.equal(logits(model), fresh)
 
 
 def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
@@ -213,7 +245,7 @@ def test_a_shrink_stops_a_growth(path, model, monkeypatch):
     assert time.monotonic() - started < 1.0, "it does not wait for the whole growth"
     assert state.target_bytes == state.weight_bytes
     monkeypatch.undo()
-    assert torch.equal(logits(model), logits(bstack.load(path, mode="stack", mb=small)[0]))
+    assert torch.equal(logits(model), logits(bstack.load(path, mode="packed", mb=small)[0]))
 
 
 def test_closing(model):
@@ -247,7 +279,7 @@ def test_signs_grow_while_they_are_used(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sign")
     settings = bstack.Settings(codec="sign", planes=8, rank=8, samples=4, sequence_length=32)
     bstack.compress(tiny_models.save("llama", folder / "model"), folder / "model.bstk", settings=settings)
-    model, _ = bstack.load(folder / "model.bstk", mode="stack")
+    model, _ = bstack.load(folder / "model.bstk", mode="packed")
     small, _, full = budgets(folder / "model.bstk")
     stop, errors = threading.Event(), []
 
@@ -266,5 +298,5 @@ def test_signs_grow_while_they_are_used(tmp_path_factory):
     stop.set()
     thread.join(20)
     assert not errors
-    fresh, _ = bstack.load(folder / "model.bstk", mode="stack")
+    fresh, _ = bstack.load(folder / "model.bstk", mode="packed")
     assert torch.equal(logits(model), logits(fresh))

@@ -51,7 +51,7 @@ def test_without_outliers_planes_stand_on_the_dense_part(file_of):
 
 @pytest.mark.parametrize("tokens", [1, 5, 12])
 def test_packed_agrees_with_dense_at_every_size(path, tokens):
-    model, _ = bstack.load(path, mode="stack", mb=sizes(path)[0])
+    model, _ = bstack.load(path, mode="packed", mb=sizes(path)[0])
     assert bstack.resident(model).blocks < bstack.resident(model).all_blocks
     seen = []
     for mb in (*sizes(path), *reversed(sizes(path))):
@@ -66,7 +66,7 @@ def test_packed_agrees_with_dense_at_every_size(path, tokens):
 @pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 def test_a_step_in_c_gives_the_models_own_logits(path):
     for mb in (sizes(path)[0], None):
-        fast, slow = (bstack.load(path, mode="stack", mb=mb)[0] for _ in range(2))
+        fast, slow = (bstack.load(path, mode="packed", mb=mb)[0] for _ in range(2))
         del slow.forward  # that of its class remains; a model without the fast path has none to delete
         caches = [growing_cache(model) for model in (fast, slow)]
         with torch.no_grad():

@@ -25,7 +25,7 @@ def logits(model, ids=IDS):
 def damaged(path, tmp_path, change):
     """A model loaded small from a copy that is changed afterwards."""
     target = shutil.copy(path, tmp_path / "copy.bstk")
-    model, _ = bstack.load(target, mode="stack", mb=budgets(path)[0])
+    model, _ = bstack.load(target, mode="packed", mb=budgets(path)[0])
     change(target)
     return model
 

@@ -1,7 +1,8 @@
-"""Chat templates that never end, or fill the memory: one documented error, soon, and none of it in this process."""
+"""Chat templates that never end, fill the memory or reach for what they must not: one documented error, soon."""
 
 import subprocess
 import sys
+import time
 
 import pytest
 from test_embedded_files import SETTINGS, with_file
@@ -18,22 +19,39 @@ GOOD = [
     "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}",
     "{%- set ns = namespace(n=0) -%}{% for i in range(99999) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}é\U0001f600",
     "{{ messages | tojson }}{% generation %}x{% endgeneration %}",
+    "{{ messages | tojson(indent=2) }}{{ strftime_now('%Y') }}{{ dict(a=1).a }}{{ '%s-%5d' % ('x', 3) }}{{ '-' * 8 }}{{ 2 ** 8 }}",
+    "{% set x = 1 %}\n  {% generation %}\n{% set x = 2 %}{{ x }}\n {% endgeneration %}\n{{ x }}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 5 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% if tools %}tools{% endif %}{% if documents is none %}none{% endif %}{{ unknown }}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) }}",
+    "{%- set ns = namespace(self=1, found=false) %}{% set ns.found = true %}{{ ns.self }}{{ ns.found }}{{ dict.fromkeys('ab', 0) }}",
 ]
 LOOP = "{% for i in range(99999) %}"
 BAD = {
-    "a long loop": ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
+    "a long loop": ("{% for i in range(10**12) %}{% endfor %}", "too large"),
     "nested loops": (LOOP * 4 + "{% endfor %}" * 4, "more than 1 seconds"),
-    "a number without end": ("{{ 10**(10**9) }}", "more than 1 seconds"),
-    "a long string": ("{{ 'x' * 10**10 }}", "more than 256 MB"),
+    "a number without end": ("{{ 10**(10**9) }}", "would be too large"),
+    "a long string": ("{{ 'x' * 10**10 }}", "would be too large"),
+    "a long list": ("{{ 10**10 * [1] }}", "would be too large"),
+    "a padded string": ("{{ 'x'.ljust(10**10) }}", "too large"),
     "a string that doubles": (
         "{% set ns = namespace(s='x') %}" + LOOP + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "more than 256 MB",
+        "too large",
     ),
-    "a wide field": ("{{ '%1000000000d' % 1 }}", "more than 256 MB"),
-    "a long text": ("{{ 'x' * 10**7 }}", "makes 10000000 characters"),
+    "a wide field": ("{{ '%1000000000d' % 1 }}", "would be too large"),
+    "a wide field from the arguments": ("{{ '%*d' % (10**9, 1) }}", "would be too large"),
+    "a long text": (LOOP + "{{ 'x' * 100 }}{% endfor %}", "makes more than 4194"),
+    "a long template": ("x" * (2**20 + 1), "has 1048577 characters"),
     "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "no template": ("{% for %}", "Expected"),
     "a refusal": ("{{ raise_exception('only with tools') }}", "only with tools"),
+    "an attribute of a class": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "a global of a function": ("{{ strftime_now.__globals__.os }}", "unsafe"),
+    "an attribute by filter": ("{{ (messages | attr('__class__')).x }}", "unsafe|undefined"),
+    "a method by format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe"),
+    "a private name": ("{% set ns = namespace(__class__=1) %}", "cannot have the name"),
+    "a change of the messages": ("{{ messages.append(1) }}", "unsafe"),
+    "a file": ("{% include '/etc/passwd' %}", "no loader"),
+    "an import": ("{% import 'os' as os %}", "no loader"),
 }
 
 
@@ -59,71 +77,35 @@ def test_special_tokens_of_other_names(tiny_llama):
 
 
 @pytest.mark.parametrize("name", ["add_generation_prompt", "conversations", "tools", "messages"])
-def test_special_tokens_of_names_that_are_taken(tiny_llama, name):
+def test_special_tokens_cannot_take_the_names_of_other_values(tiny_llama, name):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama, extra_special_tokens={name: ""})
     tokenizer.chat_template = GOOD[0]
-    with pytest.raises(UnsupportedModelError, match=f"calls a special token '{name}'"):
-        template.render(tokenizer, "the river")
+    assert template.render(tokenizer, "the river") == "<user>the river<assistant>"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
 @pytest.mark.parametrize("case", BAD)
-def test_ends_soon_and_says_why(tokenizer, case):
+def test_ends_soon_and_says_why(tokenizer, case, monkeypatch):
+    monkeypatch.setattr(template, "MAX_SECONDS", 1.0)
     text, words = BAD[case]
     tokenizer.chat_template = text
+    started, trace = time.monotonic(), sys.gettrace()
     with pytest.raises(
-        UnsupportedModelError, match=f"the model's chat template fails: .*({words}).*Leave --chat out"
+        UnsupportedModelError, match=f"the model's chat template fails: .*({words}).*without the template"
     ) as caught:
-        template.render(tokenizer, "the river", seconds=1)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_no_limit_ends_is_ended_from_outside(tokenizer, monkeypatch):
-    monkeypatch.setattr(template, "WALL_SECONDS", 0.01)
-    tokenizer.chat_template = GOOD[0]
-    with pytest.raises(UnsupportedModelError, match="does not end within 0.01 seconds"):
         template.render(tokenizer, "the river")
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 10
+    assert sys.gettrace() is trace
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits")
-def test_a_process_that_is_ended_leaves_no_core():
-    ask = "import resource as r; from bstack.engine import chat_template as template; {}; template._limit(9); print(r.getrlimit(r.RLIMIT_CORE)[0])"
-    raised = "r.setrlimit(r.RLIMIT_CORE, (r.getrlimit(r.RLIMIT_CORE)[1],) * 2)"
-    assert (
-        subprocess.run([sys.executable, "-c", ask.format(raised)], capture_output=True, text=True, check=True).stdout
-        == "0\n"
+def test_needs_no_transformers():
+    code = (
+        "import sys; from bstack.engine.chat_template import render_messages\n"
+        "print(render_messages('{{ a }}{{ messages[0].content }}', [{'role': 'user', 'content': 'b'}], {'a': 'a'}))\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
     )
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", "it takes more than 10 seconds, or too much memory"),
-        ("import sys; sys.exit('no such thing')", "ended with status 1: .*no such thing. Leave"),
-        ("import os; os._exit(3)", "ended with status 3: it says nothing. Leave"),
-    ],
-)
-def test_a_process_that_breaks_says_why(tokenizer, tmp_path, monkeypatch, code, words):
-    if sys.platform == "win32" and "kill" in code:
-        pytest.skip("no signals")
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif '-P' in sys.orig_argv: exec({code!r})")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    tokenizer.chat_template = GOOD[0]
-    with pytest.raises(UnsupportedModelError, match=words):
-        template.render(tokenizer, "the river")
-
-
-def test_the_process_imports_from_where_this_one_does_and_not_from_the_folder_it_is_in(
-    tokenizer, tmp_path, monkeypatch
-):
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "sitecustomize.py").write_text(f"open({str(tmp_path / name / 'run')!r}, 'w')")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "there"), *sys.path])
-    tokenizer.chat_template = GOOD[0]
-    template.render(tokenizer, "the river")
-    assert not (tmp_path / "here" / "run").exists() and (tmp_path / "there" / "run").exists()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == (
+        "ab\nset()\n"
+    )
 
 
 def test_templates_of_no_kind(tokenizer):
@@ -132,10 +114,9 @@ def test_templates_of_no_kind(tokenizer):
         template.render(tokenizer, "the river")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
 def test_the_command(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(template.render, "__defaults__", (1,))
+    monkeypatch.setattr(template, "MAX_SECONDS", 1.0)
     bstack.compress(tiny_llama, "whole.bstk", settings=SETTINGS)
     for text, code in ((GOOD[0], 0), (BAD["nested loops"][0], 1)):
         with_file(tmp_path / "whole.bstk", "x.bstk", "chat_template.jinja", text.encode())

@@ -16,7 +16,7 @@ cache = pytest.importorskip("bstack.engine.url_cache")
 
 def load(url, mb=None, strict=False):
     """What bstack.load reads: chunks of the kept file."""
-    with cache.cached(url, mb, strict) as (file, chunks):
+    with cache.cached(url, None if mb is None else bstk.budget_bytes(mb), strict) as (file, chunks):
         return [file.read(chunk) for chunk in chunks]
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_copy_is_mended(long_head, serve, kept, place):
     load(server.url)
     damage(kept, {"preamble": 60, "tables": 70_000, "chunk": chunk.offset + 3}[place])
     if place == "chunk":
-        with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
+        with pytest.raises(cache.KeptCopyError, match="Load again to fetch it"):
             load(server.url)
         assert kept.stat().st_size == chunk.offset
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
@@ -117,13 +117,13 @@ def test_two_readers_of_a_damaged_copy_both_may_load_again(long_head, serve, kep
     load(server.url)
     damage(kept, chunk.offset + 3)
     with (
-        pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "load again to fetch it anew"),
+        pytest.raises(cache.KeptCopyError, match="matches its digest now" if mended else "Load again to fetch it"),
         cache.cached(server.url, None, False) as (file, _),
     ):
         try:
             file.read(chunk)
         finally:
-            with pytest.raises(cache.KeptCopyError, match="load again to fetch it anew"):
+            with pytest.raises(cache.KeptCopyError, match="Load again to fetch it"):
                 load(server.url)
             if mended:
                 load(server.url)
@@ -163,7 +163,7 @@ def test_a_damaged_end_of_a_stopped_transfer_is_fetched_anew(long_head, serve, k
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
 
 
-@pytest.mark.parametrize("mode", ["dense", "stack"])
+@pytest.mark.parametrize("mode", ["dense", "packed"])
 def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_path, mode):
     bstack = pytest.importorskip("bstack")
     settings = bstack.Settings(codec="sign", planes=2, rank=1, samples=2, sequence_length=16)
@@ -279,15 +279,15 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
         smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
         mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
     server = serve(path.read_bytes())
-    model, _ = bstack.load(server.url, mb=mb, mode="stack")
+    model, _ = bstack.load(server.url, mb=mb, mode="packed")
     before = bstack.resident(model)
     assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
         bstack.resize(model, full)
     told = []
-    with bstack.following(model, lambda: full, tell=told.append):
+    with bstack.following(model, lambda: full, warn=told.append):
         until(lambda: told)
     assert "more than was fetched" in told[0]
     assert bstack.resident(model) == before
-    model, _ = bstack.load(server.url, mode="stack")
+    model, _ = bstack.load(server.url, mode="packed")
     assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

@@ -253,7 +253,7 @@ def test_packed_weights_give_the_dense_logits(made):
     """At several depths, for prompts (rows decoded) and for few tokens (packed products)."""
     with bstk.open(made.path) as file:
         small, full = file.smallest.budget, file.length
-    model, _ = bstack.load(made.path, mode="stack", mb=(small + 1) / bstk.MB)
+    model, _ = bstack.load(made.path, mode="packed", mb=(small + 1) / bstk.MB)
     for share in (0, 0.4, 1):
         mb = (small + (full - small) * share + 1) / bstk.MB
         bstack.resize(model, mb)

@@ -42,11 +42,11 @@ def test_a_stack_of_blocks(steps):
     assert arena.mapped_bytes == 0
 
 
-def test_a_room_takes_its_own_block_only():
+def test_an_allocation_takes_its_own_block_only():
     arena = Arena(4096)
     room = arena.reserve(10)
     for length in (0, 9, 11):
-        with pytest.raises(ValueError, match="room of 10"):
+        with pytest.raises(ValueError, match="allocation of 10 bytes"):
             room.write(bytes(length))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bstack.memory.free import Memory
-from bstack.packed.policy import MOST_PATIENCE, QUIET, STALL, STEP, Policy, default_margin, first_budget
+from bstack.packed.policy import MAX_PATIENCE, QUIET, STALL, STEP, Policy, default_margin, first_budget
 
 MB = 2**20
 SMALLEST, LARGEST, MARGIN = 100 * MB, 2000 * MB, 200 * MB
@@ -155,7 +155,7 @@ def test_patience_comes_back_and_has_an_end():
     decider = policy()
     for _ in range(20):
         decider.failed()
-    assert decider._patience == MOST_PATIENCE * QUIET
+    assert decider._patience == MAX_PATIENCE * QUIET
     model = Model(500)
     model.policy = decider
     model.live(400, lambda now: 1400)

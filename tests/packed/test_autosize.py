@@ -1,4 +1,4 @@
-"""The watcher: what it does with a decision, what it says, how its thread ends, and a real process that is squeezed."""
+"""The poller of memory: what it does with a decision, what it says, how its thread ends, and a real process that is squeezed."""
 
 import dataclasses
 import functools
@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from simulated_machine import MB, V2_MOUNT, Machine
 
 import bstk
 from bstack.memory.free import Memory, free_memory
-from bstack.memory.process import resident_bytes
+from bstack.packed.autosize import MemoryPoller
 from bstack.packed.policy import default_margin
-from bstack.packed.watch import Watcher
 
 SMALLEST, LARGEST = 100 * MB, 1000 * MB
 
@@ -31,11 +31,11 @@ class Model:
             raise self.failing
         self.size = target
 
-    def watcher(self, **changes) -> Watcher:
-        return Watcher(
+    def watcher(self, **changes) -> MemoryPoller:
+        return MemoryPoller(
             self.resize,
             lambda: self.size,
-            **{"smallest": SMALLEST, "largest": LARGEST, "tell": self.said.append, **changes},
+            **{"smallest": SMALLEST, "largest": LARGEST, "warn": self.said.append, **changes},
         )
 
 
@@ -58,14 +58,14 @@ def test_a_group_that_fills_up_and_empties_again(tmp_path):
     watcher = model.watcher(read=functools.partial(free_memory, **machine.roots))
     margin = default_margin(Memory(0, 1200 * MB, ""))
     for now in range(5):
-        watcher.look(now)
+        watcher.poll(now)
     assert model.asked == []
     others(690)
-    watcher.look(5)
+    watcher.poll(5)
     assert model.asked == [1200 * MB - 690 * MB - margin - 16 * MB]
     for now in range(6, 40):
         others(100)
-        watcher.look(now)
+        watcher.poll(now)
     assert model.size == LARGEST and len(model.asked) == 2 and model.said == []
 
 
@@ -73,7 +73,7 @@ def test_an_alarm_of_the_group_shrinks(tmp_path):
     machine, model = Machine(tmp_path), Model()
     machine.belongs("0::/a", mounts=(V2_MOUNT,))
     machine.stall(40, machine.cgroup / "a/memory.pressure")
-    model.watcher(read=functools.partial(free_memory, **machine.roots)).look(0)
+    model.watcher(read=functools.partial(free_memory, **machine.roots)).poll(0)
     assert len(model.asked) == 1 and model.size < 440 * MB
 
 
@@ -82,18 +82,18 @@ def test_too_little_for_the_smallest_is_said_once():
     memory = Memory(10 * MB, 8000 * MB, "the machine's memory")
     watcher = model.watcher(read=lambda: dataclasses.replace(memory, free=520 * MB - model.size), margin=450 * MB)
     for now in range(5):
-        watcher.look(now)
+        watcher.poll(now)
     assert model.asked == [SMALLEST]
     (message,) = model.said
     assert "the machine's memory" in message and "100.00 MB" in message and "450 MB" in message
 
 
 def test_without_a_place_to_tell_it_is_a_warning():
-    watcher = Watcher(
+    watcher = MemoryPoller(
         lambda target: None, lambda: SMALLEST, smallest=SMALLEST, largest=LARGEST, read=lambda: Memory(0, MB, "a test")
     )
     with pytest.warns(RuntimeWarning, match="Too little memory: 0 MB are free of a test"):
-        watcher.look(0)
+        watcher.poll(0)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_a_resize_that_fails_is_said_once_and_tried_again(error):
     model = Model()
     model.failing = error
     watcher = model.watcher(read=lambda: Memory(450 * MB - model.size, 8000 * MB, "a test"), margin=100 * MB)
-    watcher.look(0)
-    watcher.look(1)
+    watcher.poll(0)
+    watcher.poll(1)
     assert model.asked == [334 * MB] * 2
     (message,) = model.said
     assert "334.00 MB" in message and (str(error) or "MemoryError") in message
     model.failing = None
-    watcher.look(2)
-    watcher.look(3)
+    watcher.poll(2)
+    watcher.poll(3)
     assert model.size == 334 * MB and len(model.said) == 1
 
 
@@ -119,7 +119,7 @@ def test_growing_that_fails_waits_longer_each_time():
     model.failing = MemoryError()
     watcher = model.watcher(read=lambda: Memory(2000 * MB, 8000 * MB, "a test"), quiet=2)
     for now in range(60):
-        watcher.look(now)
+        watcher.poll(now)
     assert 2 <= len(model.asked) <= 5 and len(model.said) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
         model.asked.append(target)
         failure = MemoryError()  # after it has returned
 
-    watcher = Watcher(
+    watcher = MemoryPoller(
         resize,
         lambda: model.size,
         failure=lambda: failure,
@@ -140,10 +140,10 @@ def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
         largest=LARGEST,
         quiet=2,
         read=lambda: Memory(2000 * MB, 8000 * MB, "a test"),
-        tell=model.said.append,
+        warn=model.said.append,
     )
     for now in range(60):
-        watcher.look(now)
+        watcher.poll(now)
     assert 2 <= len(model.asked) <= 5
     (message,) = model.said
     assert "could not grow: MemoryError" in message
@@ -162,15 +162,15 @@ def test_a_reading_that_fails_or_says_nothing_is_survived():
 
     model = Model()
     watcher = model.watcher(read=read)
-    watcher.look(0)
-    watcher.look(1)
+    watcher.poll(0)
+    watcher.poll(1)
     assert model.asked == [] and "no such thing" in model.said[0]
-    watcher.look(2)
+    watcher.poll(2)
     assert model.asked == [SMALLEST]
 
 
 def test_a_system_that_does_not_tell_is_refused():
-    with pytest.raises(bstk.UsageError, match="--mb 500"):
+    with pytest.raises(bstk.UsageError, match="fixed budget, such as 500 MB"):
         Model().watcher(read=lambda: None)
 
 
@@ -196,10 +196,10 @@ def test_the_thread_goes_on_where_telling_fails(monkeypatch):
     model.failing = OSError(28, "No space left on device")
     monkeypatch.setattr(threading, "excepthook", failures.append)
 
-    def tell(message):
+    def warn(message):
         raise ValueError("I/O operation on closed file")
 
-    with model.watcher(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, tell=tell):
+    with model.watcher(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, warn=warn):
         until(lambda: len(model.asked) > 2, "no second try")
         model.failing = None
         until(lambda: model.size == SMALLEST, "no shrink")
@@ -215,14 +215,14 @@ def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
         assert proceed.wait(60)
         model.size = target
 
-    watcher = Watcher(
+    watcher = MemoryPoller(
         resize,
         lambda: model.size,
         smallest=SMALLEST,
         largest=LARGEST,
         read=lambda: Memory(0, MB, "a test"),
         interval=0.001,
-        tell=model.said.append,
+        warn=model.said.append,
     )
     with watcher:
         assert entered.wait(60)
@@ -243,7 +243,7 @@ PROCESS = """
 import dataclasses, mmap, sys
 from pathlib import Path
 from bstack.memory.free import free_memory
-from bstack.packed.watch import Watcher
+from bstack.packed.autosize import MemoryPoller
 
 MB = 2**20
 roots = {"proc": Path(sys.argv[1]) / "proc", "cgroup": Path(sys.argv[1]) / "cgroup"}
@@ -264,7 +264,7 @@ def read():
     return dataclasses.replace(memory, free=memory.free - held)
 
 resize(200 * MB)
-with Watcher(resize, lambda: held, smallest=32 * MB, largest=256 * MB, margin=64 * MB, quiet=0.5, interval=0.05, read=read):
+with MemoryPoller(resize, lambda: held, smallest=32 * MB, largest=256 * MB, margin=64 * MB, quiet=0.5, interval=0.05, read=read):
     sys.stdin.read()
 print("ended")
 """
@@ -280,21 +280,19 @@ def test_a_process_gives_its_memory_back_and_takes_it_again(tmp_path):
     ) as process:
         try:
             assert process.stdout.readline() == "200\n"
-            files = tmp_path / "its"
-            files.mkdir()
-            (files / "self").symlink_to(f"/proc/{process.pid}")
-            full = resident_bytes(files)
+            memory = psutil.Process(process.pid).memory_info
+            full = memory().rss
 
             machine.version2("a", used=150, max=300)  # others took 150 MB: 300 - 150 - 64 - 16 are left
             assert process.stdout.readline() == "70\n"
-            assert full - resident_bytes(files) == pytest.approx(130 * MB, rel=0.05)
+            assert full - memory().rss == pytest.approx(130 * MB, rel=0.05)
 
             machine.version2("a", used=290, max=300)
             assert process.stdout.readline() == "32\n"
 
             machine.version2("a", used=20, max=300)
             assert process.stdout.readline() == "200\n"
-            assert resident_bytes(files) == pytest.approx(full, rel=0.05)
+            assert memory().rss == pytest.approx(full, rel=0.05)
             assert process.communicate("", timeout=60)[0] == "ended\n"
         finally:
             process.kill()
@@ -303,8 +301,8 @@ def test_a_process_gives_its_memory_back_and_takes_it_again(tmp_path):
 
 def test_a_process_that_ends_in_the_middle_is_not_held_up():
     code = (
-        "from bstack.packed.watch import Watcher; from bstack.memory.free import Memory\n"
-        "Watcher(print, lambda: 5, smallest=1, largest=9, read=lambda: Memory(2**40, 2**40, 'x'), interval=3600).__enter__()"
+        "from bstack.packed.autosize import MemoryPoller; from bstack.memory.free import Memory\n"
+        "MemoryPoller(print, lambda: 5, smallest=1, largest=9, read=lambda: Memory(2**40, 2**40, 'x'), interval=3600).__enter__()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -313,7 +311,7 @@ def test_a_process_that_ends_in_the_middle_is_not_held_up():
 LIMITED = """
 import mmap, resource, time
 from bstack.memory.free import free_memory
-from bstack.packed.watch import Watcher
+from bstack.packed.autosize import MemoryPoller
 
 MB = 2**20
 arena = [mmap.mmap(-1, 8 * MB) for _ in range(40)]
@@ -324,7 +322,7 @@ def resize(target):
     while len(arena) * 8 * MB > target:
         arena.pop().close()
 
-with Watcher(resize, lambda: len(arena) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
+with MemoryPoller(resize, lambda: len(arena) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
     free = free_memory().free
     others = mmap.mmap(-1, free - 64 * MB)
     end = time.monotonic() + 60

@@ -1,5 +1,6 @@
 import pytest
 import samples
+from served_files import long_head, model  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")

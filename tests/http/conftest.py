@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from range_server import RangeServer
-from served_files import make  # noqa: F401: fixtures
+from served_files import long_head, make, model  # noqa: F401 (fixtures)
 
 import bstk
 

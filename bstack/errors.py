@@ -47,7 +47,7 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     """
     code = getattr(error, "exit_code", None)
     if code is not None:
-        return str(error.args[0] if error.args else error), code
+        return str(error), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):

@@ -80,4 +80,4 @@ def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: b
 def _failure(file: str, error: bstk.BstkError) -> dict[str, object]:
     chunk = getattr(error, "chunk", None)
     place = None if chunk is None else {"name": chunk.name, "level": chunk.level, "offset": chunk.offset}
-    return {"file": file, "ok": False, "exit_code": error.exit_code, "error": error.args[0], "chunk": place}
+    return {"file": file, "ok": False, "exit_code": error.exit_code, "error": str(error), "chunk": place}

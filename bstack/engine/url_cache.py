@@ -11,11 +11,10 @@ from tqdm import tqdm
 import bstk
 from bstack.folders import cache_folder
 from bstk import preamble
+from bstk.atomic import LockedFile
 from bstk.budget import Budget
-from bstk.copying import extend, intact
-from bstk.download import begin
 from bstk.errors import os_errors
-from bstk.locked import LockedFile
+from bstk.transfer import begin, extend, intact
 
 __all__ = ["KeptCopyError", "cached", "kept_path"]
 
@@ -89,7 +88,7 @@ def cached(
                 state = (
                     "The kept copy matches its digest now: load again. If that ends so too, the file was made wrongly."
                 )
-            raise KeptCopyError(f"{error.args[0]} {state}") from None
+            raise KeptCopyError(f"{error} {state}") from None
 
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bstack.errors import DamagedError, one_line
-from bstk.descriptors import Sink
+from bstk.atomic import Sink
 from bstk.errors import OutputError, os_errors
 
 __all__ = ["put_files"]

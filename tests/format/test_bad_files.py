@@ -28,7 +28,7 @@ def test_refused_on_opening(case, good):
     finally:
         tracemalloc.stop()
     assert type(caught.value).__name__ == expected
-    message = caught.value.args[0]
+    message = str(caught.value)
     assert message.startswith("<bytes>: ") and len(message) > 30
 
 

@@ -259,5 +259,5 @@ def test_what_shrinks_too_well_is_stored_longer(length):
     # A matrix of zeros is a legal weight.
     raw = bytes(length)
     frame = bstk.pack(raw)
-    assert length <= frames.most_raw(frame.stored_length)
+    assert length <= frames.max_raw(frame.stored_length)
     assert frames.unpack(frame.stored, length) == raw

@@ -21,12 +21,14 @@ def test_reads_what_was_written(good):
         assert f.metadata == samples.METADATA
         assert f.base_count == samples.BASE
         assert (f.length, f.full_length, f.seal) == (len(good), len(good), 0)
-        assert f.names == ("config.json", "norm.weight", "scale", "layers.0.up", "layers.0.down")
+        names = ["config.json", "norm.weight", "scale", "layers.0.up", "layers.0.down"]
+        assert list(dict.fromkeys(chunk.name for chunk in f.chunks)) == names
         assert f.file("config.json") == b'{"model_type": "tiny"}'
         assert list(f.files) == ["config.json"]
-        assert [c.level for c in f.stack("layers.0.up")] == [0, 1, 2]
-        assert [(c.name, c.level) for c in f.blocks] == [("layers.0.up", 1), ("layers.0.down", 1), ("layers.0.up", 2)]
-        assert [c.transposed for c in f.stack("layers.0.down")] == [True, True]
+        assert [c.level for c in samples.chunks_of(f, "layers.0.up")] == [0, 1, 2]
+        above = [(c.name, c.level) for c in f.chunks[f.base_count :]]
+        assert above == [("layers.0.up", 1), ("layers.0.down", 1), ("layers.0.up", 2)]
+        assert [c.transposed for c in samples.chunks_of(f, "layers.0.down")] == [True, True]
         for chunk, entry in zip(f.chunks, samples.entries(), strict=True):
             assert (chunk.name, chunk.kind, chunk.level, chunk.shape) == (
                 entry.name,
@@ -212,12 +214,9 @@ def test_reads_few_and_small_pieces(good):
         assert Recording.asked == [(0, 256), (256, f.preamble.header_length - 256)]
 
 
-def test_missing_names_and_files(good):
-    with bstk.open(good) as f:
-        with pytest.raises(KeyError):
-            f.file("tokenizer.json")
-        with pytest.raises(KeyError):
-            f.stack("nothing")
+def test_missing_files(good):
+    with bstk.open(good) as f, pytest.raises(KeyError):
+        f.file("tokenizer.json")
 
 
 @pytest.mark.filterwarnings("ignore::bstk.PartialWarning")

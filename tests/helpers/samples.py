@@ -134,6 +134,11 @@ _BLOCKS = {  # kind -> code, rank, incompatible flag, raw bytes of a block of 4 
 }
 
 
+def chunks_of(reader: bstk.Reader, name: str) -> list[bstk.Chunk]:
+    """Return the chunks of `name` that a file has, by level."""
+    return [chunk for chunk in reader.chunks if chunk.name == name]
+
+
 def stack(draft: Draft, *kinds: str) -> None:
     """Have the stack of three blocks in the good file (records 3, 5 and 7) be one of up to three blocks of these kinds."""
     records = (3, 5, 7)

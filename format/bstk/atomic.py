@@ -216,7 +216,7 @@ class LockedFile:
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False, mode: int = 0o666):
         self.path = os.fspath(path)
-        # A file that is created must not be a link that somebody else put there.
+        # Do not create a file through a link.
         flags = os.O_RDWR | _BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
         with os_errors(self.path):
             while True:
@@ -284,7 +284,7 @@ class LockedFile:
             )
 
     def make_private(self, target: str) -> None:
-        """Let nobody read the file who may not read the one at `target`, which it will replace."""
+        """Give the file the mode bits of the one at `target`, which it will replace."""
         copy_mode(self._descriptor, target, _PRIVATE)
 
     def rename(self, target: str) -> None:

@@ -49,7 +49,7 @@ def truncate(
     Returns
     -------
     Cut
-        What was kept.
+        The part that was kept.
 
     Raises
     ------

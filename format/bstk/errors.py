@@ -1,4 +1,4 @@
-"""What can go wrong with a ``.bstk`` file, one class for each thing that a caller may branch on.
+"""Errors of reading and writing ``.bstk`` files: one class for each case that callers branch on.
 
 ``exit_code`` is what the ``bstack`` command ends with; ``docs/exit-codes.md`` explains the codes to users.
 """
@@ -46,7 +46,7 @@ class OutputError(BstkError):
 
 
 class UsageError(BstkError):
-    """The call is invalid: a budget that is not a positive number, an output that exists, two files of different models."""
+    """The call is invalid, such as a budget that is not a positive number, or an output that exists."""
 
     exit_code = 2
 
@@ -150,7 +150,7 @@ class PartialWarning(UserWarning):
 
 @contextmanager
 def error_prefix(name: str) -> Iterator[None]:
-    """Put ``name: `` before the message of any BstkError raised inside, to say which file it is about."""
+    """Put ``name: `` before the message of any BstkError raised inside."""
     try:
         yield
     except BstkError as error:

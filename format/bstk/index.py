@@ -193,7 +193,7 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 form = forms[code, packed] = _parse_form(code, packed)
             kind, shape, dtype, rank, transposed, determined = form
             if found_offset != offset:
-                raise _bad("offset", found_offset, f"{offset}, the end of what stands before it")
+                raise _bad("offset", found_offset, f"{offset}, the end of the bytes before it")
             if not 1 <= stored_length <= limits.MAX_FILE_LENGTH:
                 raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
             # The slack is enough for most chunks, and the full rule is slower.

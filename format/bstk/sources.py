@@ -65,7 +65,7 @@ class FileSource:
             raise UsageError(
                 f"{self.name}: not a regular file, so it cannot be read at any offset.", hint="Save it to disk first."
             )
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._lock = threading.Lock()
         self.restart()
 

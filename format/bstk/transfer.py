@@ -342,7 +342,7 @@ def _require_part(part: LockedFile, reader: Reader) -> None:
     try:
         if _is_unfinished(part) or parse(there).root() == reader.root:
             return
-    except DamagedError:  # nobody needs it; `begin` starts over
+    except DamagedError:  # useless; `begin` starts over
         return
     except UnsupportedVersionError:
         pass

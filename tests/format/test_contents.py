@@ -142,7 +142,7 @@ def test_reading_names_the_block(tmp_path):
     bstk.write(tmp_path / "out.bstk", {}, spqr_stack(block([0, 1, 1], [7])), 1)
     with (
         bstk.open(tmp_path / "out.bstk") as file,
-        pytest.raises(bstk.DamagedError, match="outliers 'w' level 1.*column 7") as caught,
+        pytest.raises(bstk.DamagedError, match=r"outliers 'w' level 1.*column 7") as caught,
     ):
         file.verify()
     assert caught.value.chunk == file.chunks[1]

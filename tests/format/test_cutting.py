@@ -81,7 +81,7 @@ def test_partial_file_is_cut_to_its_last_whole_chunk(good, tmp_path, in_place):
 
 def test_nothing_to_cut(good, good_path, tmp_path):
     for size in (len(good), 2 * len(good)):
-        with pytest.raises(bstk.UsageError, match="nothing to cut: all of it fits in 0.01 MB"):
+        with pytest.raises(bstk.UsageError, match=r"nothing to cut: all of it fits in 0.01 MB"):
             bstk.truncate(good_path, tmp_path / "out.bstk", mb=mb(size))
     assert not (tmp_path / "out.bstk").exists()
 

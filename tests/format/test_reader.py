@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from typing import ClassVar
 
 import pytest
 import samples
@@ -101,7 +102,7 @@ def test_fit(good):
             assert f.fit(end / bstk.MB).chunks == f.fit(f"{end / bstk.MB:.40f}").chunks == count
             assert f.fit_bytes(end).file_bytes == end
         assert f.fit_bytes(f.smallest_length) == f.smallest
-        with pytest.raises(bstk.BudgetError, match="smallest budget is 0.01 MB") as caught:
+        with pytest.raises(bstk.BudgetError, match=r"smallest budget is 0.01 MB") as caught:
             f.fit((f.smallest_length - 1) / bstk.MB)
         assert caught.value.smallest_bytes == f.smallest_length
         assert f.fit("0.01") == f.complete
@@ -127,7 +128,7 @@ def test_cuts_count_what_is_in_them(good):
 def test_even_cuts(good, count):
     with bstk.open(good) as f:
         cuts = f.even_cuts(count)
-        assert list(cuts)[0] == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
+        assert next(iter(cuts)) == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
         assert 2 <= len(cuts) <= count
         step = (f.complete.budget - f.smallest.budget) / (count - 1)
         for cut, budget in cuts.items():
@@ -203,7 +204,7 @@ def test_every_read_may_fail(good, short):
 
 def test_reads_few_and_small_pieces(good):
     class Recording(bstk.BytesSource):
-        asked = []
+        asked: ClassVar[list[tuple[int, int]]] = []
 
         def read(self, offset, length):
             self.asked.append((offset, length))

@@ -298,7 +298,7 @@ def test_writes_through_a_link_and_not_over_a_device(tmp_path, good):
     for path in (tmp_path / "folder", "/dev/null"):
         with pytest.raises(bstk.OutputError, match="not a regular file"):
             bstk.write(path, {}, samples.entries(), samples.BASE)
-    with pytest.raises(bstk.OutputError, match="cannot write: the folder .* does not exist. Create it"):
+    with pytest.raises(bstk.OutputError, match=r"cannot write: the folder .* does not exist. Create it"):
         bstk.write(tmp_path / "none" / "x.bstk", {}, samples.entries(), samples.BASE)
 
 

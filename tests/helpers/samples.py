@@ -172,7 +172,7 @@ class Draft:
 
     def shape(self, record: int, *lengths: int, ndim: int | None = None) -> None:
         self.set(
-            record, shape=struct.pack("<4I", *(lengths + (0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim
+            record, shape=struct.pack("<4I", *((*lengths, 0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim
         )
 
     def chunk(self, record: int, stored: bytes, **values) -> None:

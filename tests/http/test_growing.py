@@ -66,7 +66,7 @@ def test_refusals_change_nothing(model, other, serve, cut, tmp_path, vector):
         bstk.grow(small, 1000, strange.url)
     assert caught.value.exit_code == 2 and len(strange.asked) == 1
     for mb in (sizes[5], sizes[3]):
-        with pytest.raises(bstk.UsageError, match="nothing to add: it takes .* MB already"):
+        with pytest.raises(bstk.UsageError, match=r"nothing to add: it takes .* MB already"):
             bstk.grow(small, mb, server.url)
     with pytest.raises(bstk.UsageError, match="has no more than it"):
         bstk.grow(small, 1000, cut(model, sizes[5], "as-small.bstk"))

@@ -45,8 +45,7 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     """
     code = getattr(error, "exit_code", None)
     if code is not None:
-        message, hint = str(error), getattr(error, "hint", None)
-        return (message if not hint or hint in message else f"{message} {hint}"), code
+        return str(error), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bstk.atomic import sync_folder
 from bstk.errors import OutputError, UsageError, os_errors
-from bstk.files import sync_folder
 
 __all__ = ["cache_folder", "check_free", "new_folder"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import bstk
 from bstack.errors import WorkDirectoryError, one_line
-from bstk import locks
+from bstk import atomic
+from bstk.atomic import replacing, sync_folder
 from bstk.errors import DamagedError, os_errors
-from bstk.files import replacing, sync_folder
 
 __all__ = ["Part", "Record", "WorkDirectory"]
 
@@ -149,9 +149,9 @@ class WorkDirectory:
         lock = self.path / LOCK
         with os_errors(str(lock)):
             self._lock_file = open(lock, "a+b")
-            free = locks.try_lock(self._lock_file.fileno())
+            free = atomic.try_lock(self._lock_file.fileno())
         # Another process may have removed the directory between the two calls: what is locked must be what is there.
-        if not free or not locks.is_at(self._lock_file.fileno(), str(lock)):
+        if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
             raise WorkDirectoryError(
                 f"{self.path} is in use by another bstack compress. Wait for it, or name another with --work-dir."

@@ -134,7 +134,7 @@ def test_circles_are_found():
 
 
 # What the container asks of other packages, and where. requests (with its urllib3) is optional.
-OUTSIDE = {"bstk.frames": {"zstandard"}, "bstk.client": {"requests", "urllib3"}}
+OUTSIDE = {"bstk.frames": {"zstandard"}, "bstk.http": {"requests", "urllib3"}}
 
 
 def test_the_container_needs_nothing_but_zstandard():
@@ -146,7 +146,7 @@ def test_the_container_needs_nothing_but_zstandard():
 
 
 def test_the_container_imports_its_http_client_inside_functions():
-    top = ast.parse(MODULES["bstk.client"].read_text(encoding="utf-8")).body
+    top = ast.parse(MODULES["bstk.http"].read_text(encoding="utf-8")).body
     assert not {"requests", "urllib3"} & {
         name
         for node in top

@@ -145,7 +145,7 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_the_directorys(tmp_p
         (tmp_path / "second").rename(tmp_path / "work")  # a third process has made it anew
         return True
 
-    monkeypatch.setattr("bstack.workdir.locks.try_lock", lock_the_removed)
+    monkeypatch.setattr("bstack.workdir.atomic.try_lock", lock_the_removed)
     with pytest.raises(WorkDirectoryError, match="in use"):
         WorkDirectory(tmp_path / "work", SETTINGS)
     second.release()

@@ -14,7 +14,7 @@ import bstk
 from bstack.bench.results import Report, frontier
 from bstack.errors import MissingPackageError
 from bstk import MB
-from bstk.files import replacing
+from bstk.atomic import replacing
 
 __all__ = ["FORMATS", "check_plot", "save_plot"]
 

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 
 import bstk
-from bstk.descriptors import Sink
+from bstk.atomic import Sink, replacing
 from bstk.errors import os_errors
-from bstk.files import replacing
 
 __all__ = ["Reference", "ReferenceWriter", "file_bytes", "write_reference"]
 

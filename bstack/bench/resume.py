@@ -11,7 +11,7 @@ from typing import Any
 
 import bstk
 from bstack.folders import cache_folder
-from bstk.files import replacing
+from bstk.atomic import replacing
 
 __all__ = ["Rows"]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import bstk
 from bstack.cli._text import megabytes, table
-from bstk.contents import outlier_count
-from bstk.kinds import spqr_parts
+from bstk.kinds import outlier_count, spqr_parts
 
 _PARTS = ("codes", "statistics", "permutation", "outliers", "planes")
 

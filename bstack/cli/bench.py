@@ -189,7 +189,7 @@ def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, q
         for note in report.notes if not quiet else ():
             click.echo(printable(f"Note: {note}"), err=True)
     if csv_path not in (None, "-"):
-        from bstk.files import replacing
+        from bstk.atomic import replacing
 
         with replacing(csv_path) as (sink, _):
             sink.write(as_csv(report).encode())

@@ -12,24 +12,18 @@ from bstack.cli._text import megabytes, printable
 @click.command("grow")
 @_common.file_argument
 @_common.mb_option(
-    required=True, help="The most the file, and its weights in memory, may take then. Decimals are allowed."
+    required=True, help="The maximum size of the file, and of its weights in memory. Decimals are allowed."
 )
 @click.option("--from", "source", type=_common.PlaceType(), required=True, help="A larger file of the same model.")
-@click.option("--in-place", is_flag=True, help="Extend FILE itself: no room for a second copy is needed.")
 @_common.json_option
 @_common.quiet_option
-def command(file: str, mb: str, source: str, in_place: bool, as_json: bool, quiet: bool) -> None:
+def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None:
     """Grow FILE, a cut of a model, to at most N megabytes (1 MB is 2**20 bytes).
 
-    The blocks that come next are added from a larger file of the same model, on disk or behind a URL. Only those are read
-    there. The root digests of the two must be equal; otherwise FILE is not touched.
+    The blocks that come next are appended from a larger file of the same model, on disk or behind a URL. Only those are read
+    there, and each is checked. The root digests of the two files must be equal; otherwise FILE is not touched.
 
-    FILE is copied, and replaced when the new file is whole: whatever ends this earlier, FILE is what it was. Every block is
-    checked. Of a URL, what has arrived is kept in FILE.part: the same command continues from there.
-
-    With --in-place what is added is appended to FILE and checked. If that fails, FILE is what it was before, byte for byte. Only
-    when the transfer from a URL breaks off or is interrupted, or the process is killed, what has arrived is kept: FILE is then a
-    valid partial model, larger than before, and the same command continues.
+    If this fails or is stopped, FILE is a valid partial model, at least as large as before, and the same command continues.
 
     \b
     Example:
@@ -40,8 +34,8 @@ def command(file: str, mb: str, source: str, in_place: bool, as_json: bool, quie
         before = small.length
     with _common.open_file(source, quiet=quiet) as larger:
         cut = bstk.plan_growth(small, mb, larger)
-        with _progress.transferred(larger, cut.file_bytes - before * in_place, "grow", quiet) as advance:
-            cut = bstk.grow(file, mb, larger, progress=advance, in_place=in_place)
+        with _progress.transferred(larger, cut.file_bytes - before, "grow", quiet) as advance:
+            cut = bstk.grow(file, mb, larger, progress=advance)
         blocks = [chunk.is_block for chunk in larger.all_chunks]
         result = {
             "file": file,

@@ -16,8 +16,8 @@ from bstack.engine.container import embedded_files, load_tokenizer
 from bstack.engine.dense import dense_model
 from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
-from bstack.models.code import check_trust, stage_code
 from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import backend_of, device_of
 from bstack.packed.store import BlockStore, Resident, fit, store_of
 from bstack.progress import ByteProgress, no_progress

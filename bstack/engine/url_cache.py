@@ -11,10 +11,9 @@ from bstack.folders import cache_folder
 from bstack.packed.store import fit
 from bstack.progress import ByteProgress, no_progress
 from bstk import preamble
-from bstk.copying import extend, intact
-from bstk.download import begin
+from bstk.atomic import LockedFile
 from bstk.errors import os_errors
-from bstk.locked import LockedFile
+from bstk.transfer import begin, extend, intact
 
 __all__ = ["KeptCopyError", "cached", "kept_path"]
 

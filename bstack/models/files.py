@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bstack.errors import one_line
-from bstk.descriptors import Sink
+from bstk.atomic import Sink
 from bstk.errors import DamagedError, OutputError, os_errors
 
 __all__ = ["MODEL_SUFFIXES", "is_model_file", "put_files"]

@@ -1,50 +1,38 @@
-"""Read, write and cut ``.bstk`` files, with no more than zstandard beside the standard library.
+"""Read, write and cut ``.bstk`` files, with only zstandard beside the standard library.
 
 >>> import bstk
 >>> with bstk.open("model.bstk") as f:             # doctest: +SKIP
-...     print(f.state, f.fit(mb=3000), f.blocks[0])
+...     print(f.state, f.fit(mb=3000), f.chunks[0])
 >>> bstk.truncate("model.bstk", "small.bstk", mb=3000)   # doctest: +SKIP
 
 The format is described in ``format/SPEC.md``.
 """
 
 from . import errors, limits
-from .budget import MB, budget_bytes, mb_ceil
-from .cuts import Cut
-from .cutting import plan, truncate
+from .budget import MB, Cut, budget_bytes, mb_ceil, parse_mb
+from .cutting import grow, plan, plan_growth, truncate
 from .errors import (
     BstkError,
     BudgetError,
-    BusyError,
-    CertificateError,
     DamagedError,
     Interrupted,
     MissingPackageError,
     NotBstkError,
-    OtherModelError,
     OutputError,
     PartialError,
     PartialWarning,
-    RemoteAccessError,
-    RemoteAnswerError,
     RemoteChangedError,
     RemoteError,
-    RemoteNotFoundError,
     ResourceError,
-    RootMismatchError,
-    TransferError,
     TruncatedError,
-    UnreachableError,
     UnsupportedVersionError,
     UsageError,
 )
 from .frames import Frame, pack
-from .growing import grow, plan_growth
 from .http import HttpSource
 from .index import Chunk
 from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, Kind
-from .opening import open
-from .reader import Reader
+from .reader import Reader, open
 from .sources import BytesSource, FileSource, Source
 from .urls import is_url
 from .writer import Entry, write
@@ -59,9 +47,7 @@ __all__ = [
     "TRELLIS",
     "BstkError",
     "BudgetError",
-    "BusyError",
     "BytesSource",
-    "CertificateError",
     "Chunk",
     "Cut",
     "DamagedError",
@@ -73,22 +59,15 @@ __all__ = [
     "Kind",
     "MissingPackageError",
     "NotBstkError",
-    "OtherModelError",
     "OutputError",
     "PartialError",
     "PartialWarning",
     "Reader",
-    "RemoteAccessError",
-    "RemoteAnswerError",
     "RemoteChangedError",
     "RemoteError",
-    "RemoteNotFoundError",
     "ResourceError",
-    "RootMismatchError",
     "Source",
-    "TransferError",
     "TruncatedError",
-    "UnreachableError",
     "UnsupportedVersionError",
     "UsageError",
     "budget_bytes",
@@ -99,6 +78,7 @@ __all__ = [
     "mb_ceil",
     "open",
     "pack",
+    "parse_mb",
     "plan",
     "plan_growth",
     "truncate",

@@ -1,9 +1,10 @@
-"""Megabytes: reading a budget, writing a size. 1 MB = 2**20 bytes, as in the BitStack paper's tables."""
+"""Megabytes: reading a budget, writing a size. 1 MB = 2**20 bytes, as in the tables of the BitStack paper."""
 
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from typing import NamedTuple
 
 from . import limits
 from .errors import UsageError
@@ -13,7 +14,30 @@ MB = 2**20
 Budget = int | float | str | Decimal
 
 
-def budget_bytes(mb: Budget) -> int:
+class Cut(NamedTuple):
+    """A prefix of a file.
+
+    Attributes
+    ----------
+    chunks : int
+        How many chunks it keeps.
+    file_bytes : int
+        Length of the file.
+    memory_bytes : int
+        Raw bytes of its weights, which is what they take in memory.
+    """
+
+    chunks: int
+    file_bytes: int
+    memory_bytes: int
+
+    @property
+    def budget(self) -> int:
+        """The smallest budget, in bytes, that it fits in both ways."""
+        return max(self.file_bytes, self.memory_bytes)
+
+
+def parse_mb(mb: Budget) -> int:
     """Return a budget of `mb` megabytes in whole bytes, rounded down; exact for text, Decimal and ``size / MB``.
 
     Raises
@@ -35,11 +59,22 @@ def budget_bytes(mb: Budget) -> int:
     if value >= limits.MAX_FILE_LENGTH:
         return limits.MAX_FILE_LENGTH
     if value < Decimal("1e-9"):
-        return 0  # less than a byte; spelt out because Fraction("1e-999999999") would fill the memory
+        return 0  # less than a byte; tested here because Fraction("1e-999999999") would fill the memory
     return int(Fraction(value) * MB)
+
+
+budget_bytes = parse_mb
 
 
 def mb_ceil(size: int) -> str:
     """Return `size` bytes in MB with two decimals, rounded up, so that the printed number works as a budget."""
-    hundredths = -(-size * 100 // MB)
-    return f"{hundredths // 100}.{hundredths % 100:02d}"
+    return _hundredths(-(-size * 100 // MB))
+
+
+def mb_floor(size: int) -> str:
+    """Return `size` bytes in MB with two decimals, rounded down."""
+    return _hundredths(size * 100 // MB)
+
+
+def _hundredths(count: int) -> str:
+    return f"{count // 100}.{count % 100:02d}"

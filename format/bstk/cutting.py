@@ -1,18 +1,15 @@
-"""Cutting a file: a shorter prefix, with the length it was cut to written into its preamble."""
+"""Cut a file to a shorter prefix, and grow a cut from a larger file of the same model."""
 
 from __future__ import annotations
 
 import os
 
-from . import opening, urls
-from .budget import Budget, mb_ceil
-from .copying import Progress, copy_chunks, header_of
-from .cuts import Cut
-from .download import download, remove_rests
+from .atomic import LockedFile, LockedSource, remove_leftovers
+from .budget import Budget, Cut, mb_ceil, mb_floor, parse_mb
 from .errors import RemoteChangedError, UsageError, os_errors
-from .files import replacing
-from .locked import Borrowed, LockedFile
-from .reader import Reader
+from .reader import Reader, is_remote, open, reopen, require_rewritable
+from .transfer import Progress, download, extend, overwrite_preamble, remove_parts, write_cut
+from .urls import is_url
 
 
 def truncate(
@@ -28,74 +25,73 @@ def truncate(
     The bytes of the chunks are those of `src`; only the seal and the CRC in the preamble differ. Each chunk is checked
     against its digest while it is copied. Memory stays small however large the file is.
 
-    Of a URL only the cut is fetched. What has arrived is kept in ``DST.part``, and the same call goes on from there; any other
-    call that succeeds with `dst` deletes it.
+    Of a URL only the cut is fetched. Bytes that have arrived are kept in ``DST.part``, where the same call continues; any
+    other call that succeeds with `dst` deletes it.
 
     Parameters
     ----------
     src : path, URL or Reader
         The file to cut: whole, sealed or partial. A reader is left open.
     dst : path or None
-        Where the cut goes, replacing what is there when all of it is written. None cuts `src` in place; at every step of
-        that the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken. Nothing is read for
-        it but the header, so nothing is checked.
+        The output, which replaces what is there when all of it is written. None cuts `src` in place; at every step of that
+        the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken. Cutting in place reads and
+        checks only the header.
     mb : int, float, str or Decimal
-        The budget. For a URL it may be more than the file: then all of it is fetched, and is what it is there.
+        The budget. For a URL it may exceed the file: then all of it is fetched, unchanged.
     seal : bool
-        Write the length into the preamble, so that the cut is known to be meant. Without it the seal is 0, and an
-        unsealed `src` gives exactly its first bytes.
+        Write the length into the preamble, which marks the cut as intended. Without it the seal is 0, and an unsealed `src`
+        gives exactly its first bytes.
     progress : callable or None
         Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
     overwrite : bool
-        Replace what is at `dst`. Without it that is refused at the start, and again at the end if it appeared meanwhile.
+        Replace what is at `dst`. Without it an existing `dst` is refused at the start, and again at the end.
 
     Returns
     -------
     Cut
-        What was kept.
+        The part that was kept.
 
     Raises
     ------
     UsageError
-        `mb` is no positive number, or so large that nothing is cut; or `dst` is `src`, None for a URL, or there already.
-    BusyError
-        Another process changes the file in place, or fetches to the same `dst`.
+        `mb` is not a positive number, or so large that nothing is cut; or `dst` is `src`, None for a URL, or exists; or
+        another process changes the file in place, or fetches to the same `dst`.
     BudgetError
-        The smallest model does not fit.
+        The base model does not fit.
     UnsupportedVersionError
-        The file has a feature this package can read but not rewrite.
+        The file has a feature that this package can read but not rewrite.
     NotBstkError, DamagedError
         `src` is not a valid file, or a chunk of the cut is damaged.
     RemoteError
-        The URL cannot be read; see its subclasses.
+        The URL cannot be read.
     ResourceError, OutputError
         The result cannot be written; nothing was changed.
     """
+    budget = parse_mb(mb)
     if isinstance(src, Reader):
-        return _truncate(src, dst, mb, seal, progress, overwrite)
-    if dst is None and not urls.is_url(src):
-        return _cut_in_place(os.fspath(src), mb, seal)
-    with opening.open(src, warn=False) as source:  # cutting is the cure that the warning names
-        return _truncate(source, dst, mb, seal, progress, overwrite)
+        return _truncate(src, dst, budget, seal, progress, overwrite)
+    if dst is None and not is_url(src):
+        return _cut_in_place(os.fspath(src), budget, seal)
+    with open(src, warn=False) as source:  # cutting repairs what the warning is about
+        return _truncate(source, dst, budget, seal, progress, overwrite)
 
 
-def plan(source: Reader, mb: Budget) -> Cut:
-    """Return what `truncate` would keep of an open file.
+def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
+    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes.
 
     Raises
     ------
     UsageError, BudgetError, UnsupportedVersionError
         As in `truncate`.
     """
-    name = source.source.name
-    opening.require_rewritable(source)
-    cut = source.fit(mb)
-    # A partial file that fits is still worth cutting: to the end of its last whole chunk, and sealed. And all of a file
-    # on a server is worth fetching.
-    if cut.chunks == len(source.chunks) and source.state != "partial" and not opening.is_remote(source):
+    require_rewritable(source)
+    cut = source.fit(mb, budget=budget)
+    # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
+    if cut.chunks == len(source.chunks) and source.state != "partial" and not is_remote(source):
+        given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
         raise UsageError(
-            f"{name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {mb} MB. "
-            "Give a smaller budget, or use the file as it is."
+            f"{source.source.name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {given}.",
+            hint="Give a smaller budget, or use the file as it is.",
         )
     return cut
 
@@ -103,97 +99,168 @@ def plan(source: Reader, mb: Budget) -> Cut:
 def _truncate(
     source: Reader,
     dst: str | os.PathLike[str] | None,
-    mb: Budget,
+    budget: int,
     seal: bool,
     progress: Progress | None,
     overwrite: bool,
 ) -> Cut:
     name = source.source.name
     if dst is None:
-        raise UsageError(f"{name}: an open file or one on a server is not cut in place. Name an output.")
-    if opening.is_remote(source):
+        raise UsageError(f"{name}: an open file or one on a server is not cut in place.", hint="Name an output.")
+    if is_remote(source):
         try:
-            return _fetch(source, dst, mb, seal, progress, overwrite)
+            return _fetch(source, dst, budget, seal, progress, overwrite)
         except RemoteChangedError:
-            return _fetch(opening.reopen(source), dst, mb, seal, progress, overwrite)
-    cut = plan(source, mb)
+            return _fetch(reopen(source), dst, budget, seal, progress, overwrite)
+    cut = plan(source, budget=budget)
     if os.path.exists(dst) and os.path.exists(name) and os.path.samefile(name, dst):
-        raise UsageError(f"{os.fspath(dst)}: the output is the input. To cut it in place, give no output.")
+        raise UsageError(f"{os.fspath(dst)}: the output is the input.", hint="To cut it in place, give no output.")
     write_cut(source, cut, dst, cut.file_bytes if seal else 0, progress, overwrite)
     return cut
 
 
-def write_cut(
-    source: Reader,
-    cut: Cut,
-    dst: str | os.PathLike[str],
-    seal: int,
-    progress: Progress | None = None,
-    overwrite: bool = True,
-    begun: LockedFile | None = None,
-) -> None:
-    """Write a cut of a file on disk to `dst`, which appears whole or not at all. Each chunk is checked.
-
-    Parameters
-    ----------
-    source, cut
-        The file and what to keep of it.
-    dst : path
-    seal : int
-        The seal to write, or 0 for none.
-    progress, overwrite
-        As of `truncate`.
-    begun : LockedFile or None
-        What is at `dst`, if it is a smaller cut of the same file: its chunks are copied from there.
-    """
-    chunks = source.all_chunks[: cut.chunks]
-    with replacing(dst, overwrite, begun) as (sink, temporary):
-
-        def write(data: bytes | memoryview) -> None:
-            with os_errors(os.fspath(dst)):
-                sink.write(data)
-            if progress is not None:
-                progress(len(data))
-
-        write(header_of(source, seal))
-        there = 0
-        if begun is not None:
-            with opening.open(Borrowed(begun), warn=False) as smaller:
-                there = len(smaller.chunks)
-                copy_chunks(smaller, chunks[:there], write)
-        copy_chunks(source, chunks[there:], write)
-        opening.open(temporary, warn=False).close()
-    remove_rests(dst, source.source.name)
-
-
 def _fetch(
-    source: Reader, dst: str | os.PathLike[str], mb: Budget, seal: bool, progress: Progress | None, overwrite: bool
+    source: Reader, dst: str | os.PathLike[str], budget: int, seal: bool, progress: Progress | None, overwrite: bool
 ) -> Cut:
-    cut = plan(source, mb)
+    cut = plan(source, budget=budget)
     everything = cut.chunks == len(source.chunks) and source.state != "partial"
     length = source.seal if everything else cut.file_bytes
     download(source, cut, dst, length if seal else 0, progress, overwrite)
     return cut
 
 
-def _cut_in_place(path: str, mb: Budget, seal: bool) -> Cut:
+def _cut_in_place(path: str, budget: int, seal: bool) -> Cut:
     """Unseal, shorten, seal, each on disk before the next begins: unsealed, the file is valid at either length."""
-    opening.open(
-        path, warn=False
-    ).close()  # what is no good file is refused as such, and not for want of the right to write
+    open(path, warn=False).close()  # an invalid file is refused as such, even if it is not writable
     with LockedFile(path) as file:
-        # Read again: until it was locked, another process may have changed it.
-        with opening.open(Borrowed(file), warn=False) as source:
-            cut = plan(source, mb)
-        steps = []
+        # Read again, because another process may have changed it before it was locked.
+        with open(LockedSource(file), warn=False) as source:
+            cut = plan(source, budget=budget)
         if source.seal:
-            steps.append(lambda: file.write(0, source.preamble.sealed(0).to_bytes()))
-        steps.append(lambda: file.shorten(cut.file_bytes))
-        if seal:
-            steps.append(lambda: file.write(0, source.preamble.sealed(cut.file_bytes).to_bytes()))
+            overwrite_preamble(file, source.preamble.sealed(0).to_bytes())
         with os_errors(path):
-            for step in steps:
-                step()
-                os.fsync(file.fileno())
-    remove_rests(path)
+            file.shorten(cut.file_bytes)
+            file.sync()
+        if seal:
+            overwrite_preamble(file, source.preamble.sealed(cut.file_bytes).to_bytes())
+    remove_parts(path)
+    return cut
+
+
+def grow(
+    path: str | os.PathLike[str], mb: Budget, source: str | os.PathLike[str] | Reader, progress: Progress | None = None
+) -> Cut:
+    """Grow a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
+
+    The result is byte for byte what `truncate` makes of the larger file with the same budget, or the larger file itself if
+    all of it fits and it is whole. Only the missing bytes are read from `source`; each chunk is checked against its digest
+    before its last byte is written.
+
+    The missing bytes are appended to the file itself. Nothing is changed before the first of them have arrived. From then on
+    the file is partial until it is complete: a valid model, at least as large as before, and not sealed. If growing fails or
+    is stopped, the file stays so, and the same call continues from there.
+
+    Parameters
+    ----------
+    path : path
+        The file to grow: sealed or partial.
+    mb : int, float, str or Decimal
+        The budget.
+    source : path, URL or Reader
+        A larger file of the same model. A reader is left open.
+    progress : callable or None
+        Called with the number of bytes of each piece appended.
+
+    Returns
+    -------
+    Cut
+        What the file is now.
+
+    Raises
+    ------
+    UsageError
+        There is nothing to add within `mb`; `source` is `path` or of another model; another process cuts or grows the file,
+        or replaced or deleted it while it grew.
+    BudgetError
+        `mb` is below the base model.
+    UnsupportedVersionError
+        The file has a feature that this package can read but not rewrite.
+    NotBstkError, DamagedError
+        One of the two is not a valid file, or a chunk is damaged.
+    RemoteError
+        The URL cannot be read.
+    ResourceError, OutputError
+        The file cannot be written.
+    """
+    budget = parse_mb(mb)
+    with open(path, warn=False) as small:  # an invalid file is refused before a server is asked
+        require_rewritable(small)
+    if isinstance(source, Reader):
+        return _grow(path, budget, source, progress)
+    with open(source, warn=False) as larger:
+        return _grow(path, budget, larger, progress)
+
+
+def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int | None = None) -> Cut:
+    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes.
+
+    Raises
+    ------
+    UsageError, BudgetError, UnsupportedVersionError
+        As in `grow`.
+    """
+    name, other = small.source.name, larger.source.name
+    require_rewritable(small)
+    if small.root != larger.root:
+        raise UsageError(
+            f"{name}: {other} belongs to another model: its root digest is {larger.root.hex()}, that of {name} is "
+            f"{small.root.hex()}.",
+            hint="Grow it from the file it was cut from.",
+        )
+    if os.path.exists(other) and os.path.samefile(name, other):
+        raise UsageError(f"{name}: the file cannot grow from itself.", hint="Name a larger file of the same model.")
+    cut = larger.fit(mb, budget=budget)
+    here = small.fit()
+    # A partial file that has all blocks already still gets its seal.
+    if cut.chunks < here.chunks or (cut.chunks == here.chunks and small.state != "partial"):
+        available = mb_ceil(larger.fit().budget)
+        if here.chunks >= len(larger.chunks):
+            why = f"{other} has no more than it, {available} MB."
+            hint = "Name a larger file of the same model."
+        else:
+            given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
+            why = f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {given}."
+            hint = f"Give a larger budget; all of {other} takes {available} MB."
+        raise UsageError(f"{name}: nothing to add: {why}", hint=hint)
+    return cut
+
+
+def _grow(path: str | os.PathLike[str], budget: int, larger: Reader, progress: Progress | None) -> Cut:
+    with LockedFile(path) as file:
+        remove_leftovers(os.path.realpath(path))
+        try:
+            cut = _append(file, budget, larger, progress)
+        except RemoteChangedError:
+            cut = _append(file, budget, reopen(larger), progress)
+        file.require_there()
+    remove_parts(path, larger.source.name)
+    return cut
+
+
+def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | None) -> Cut:
+    """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
+    with open(LockedSource(file), warn=False) as small:
+        cut = plan_growth(small, None, larger, budget=budget)
+
+    def unseal() -> None:
+        if small.seal:
+            overwrite_preamble(file, small.preamble.sealed(0).to_bytes())
+
+    extend(file, larger, larger.all_chunks[: cut.chunks], progress, before=unseal)
+    with os_errors(file.path):
+        if file.length > cut.file_bytes:  # the beginning of a chunk that does not fit
+            file.shorten(cut.file_bytes)
+        file.sync()
+    seal = 0 if cut.file_bytes == larger.full_length else cut.file_bytes
+    overwrite_preamble(file, small.preamble.sealed(seal).to_bytes())
     return cut

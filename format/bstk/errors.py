@@ -1,7 +1,6 @@
-"""What can go wrong with a ``.bstk`` file, one class for each thing a caller may want to tell apart.
+"""Errors of reading and writing ``.bstk`` files: one class for each case that callers branch on.
 
-``exit_code`` is what the ``bstack`` command ends with when the error reaches the top; the table for users stands in
-``docs/exit-codes.md``, and a test holds the two together.
+``exit_code`` is what the ``bstack`` command ends with; ``docs/exit-codes.md`` explains the codes to users.
 """
 
 from __future__ import annotations
@@ -9,12 +8,37 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class BstkError(Exception):
-    """Base of all errors of this package; ``args[0]`` is the message."""
+    """Base of all errors of this package. ``str(error)`` is the prefix, the message and the hint.
+
+    Parameters
+    ----------
+    message : str
+        What happened.
+    hint : str or None
+        What to do about it.
+    option : str or None
+        The Python parameter that allows what was refused, such as "overwrite".
+
+    Attributes
+    ----------
+    prefix : str
+        Where it happened, such as ``"model.bstk: "``; see `error_prefix`.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, hint: str | None = None, option: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+        self.option = option
+        self.prefix = ""
+
+    def __str__(self) -> str:
+        return self.prefix + super().__str__() + (f" {self.hint}" if self.hint else "")
 
 
 class OutputError(BstkError):
@@ -22,47 +46,32 @@ class OutputError(BstkError):
 
 
 class UsageError(BstkError):
-    """The call makes no sense: a budget that is no size, a chunk that contradicts itself, an output equal to the input."""
+    """The call is invalid, such as a budget that is not a positive number, or an output that exists."""
 
     exit_code = 2
 
 
-class BusyError(UsageError):
-    """Another process is writing the same file."""
-
-
-class OtherModelError(UsageError):
-    """Two files that should belong to one model have different root digests."""
-
-
 class MissingPackageError(BstkError):
-    """An optional package is needed for this and not installed."""
+    """An optional package is needed and not installed."""
 
 
 class RemoteError(BstkError):
-    """A file on a server cannot be read; the classes below say why."""
+    """A file on a server cannot be read.
 
+    Attributes
+    ----------
+    missing : bool
+        The server has no such file, or the URL is invalid.
+    resumable : bool
+        The connection broke off too often; what has arrived is kept, and the same call continues.
+    """
 
-class UnreachableError(RemoteError):
-    """The server cannot be found, does not answer, or is out of order."""
-
-
-class CertificateError(RemoteError):
-    """The TLS connection failed: usually a certificate that is not trusted."""
-
-
-class RemoteAccessError(RemoteError):
-    """The server asks for permission (401, 403, 407)."""
-
-
-class RemoteNotFoundError(RemoteError, UsageError):
-    """The server has no such file (404, 410), or the URL is none."""
-
-    exit_code = UsageError.exit_code
-
-
-class RemoteAnswerError(RemoteError):
-    """The server's answer cannot be used: it compresses, contradicts itself, or does not say what is needed."""
+    def __init__(self, message: str = "", *, hint: str | None = None, missing: bool = False, resumable: bool = False):
+        super().__init__(message, hint=hint)
+        self.missing = missing
+        self.resumable = resumable
+        if missing or resumable:
+            self.exit_code = UsageError.exit_code if missing else Interrupted.exit_code
 
 
 class RemoteChangedError(RemoteError):
@@ -82,7 +91,7 @@ class NotBstkError(BstkError):
 
 
 class UnsupportedVersionError(BstkError):
-    """A ``.bstk`` file made by a newer writer, with something in it that this reader does not know."""
+    """A newer writer made the file, with features that this reader does not know."""
 
     exit_code = 4
 
@@ -93,23 +102,22 @@ class DamagedError(BstkError):
     Attributes
     ----------
     chunk : bstk.Chunk or None
-        The chunk the damage lies in, if it lies in one.
+        The damaged chunk, if the damage lies in one.
     """
 
     exit_code = 5
-    chunk = None
+
+    def __init__(self, message: str = "", *, hint: str | None = None, chunk: Any = None):
+        super().__init__(message, hint=hint)
+        self.chunk = chunk
 
 
 class TruncatedError(DamagedError):
-    """The file ends before its smallest model does."""
-
-
-class RootMismatchError(DamagedError):
-    """The root digest is not the expected one: another model, or one that somebody changed."""
+    """The file ends before its base model does."""
 
 
 class BudgetError(BstkError):
-    """The budget is below the smallest model.
+    """The budget is below the base model.
 
     Attributes
     ----------
@@ -119,27 +127,21 @@ class BudgetError(BstkError):
 
     exit_code = 6
 
-    def __init__(self, message: str, smallest_bytes: int = 0):
-        super().__init__(message)
+    def __init__(self, message: str = "", smallest_bytes: int = 0, *, hint: str | None = None):
+        super().__init__(message, hint=hint)
         self.smallest_bytes = smallest_bytes
 
 
 class ResourceError(BstkError):
-    """Not enough memory or disk."""
+    """There is not enough memory or disk space."""
 
     exit_code = 7
 
 
 class Interrupted(BstkError):
-    """Stopped by the user; the same command resumes."""
+    """The user stopped the command; the same command resumes."""
 
     exit_code = 75
-
-
-class TransferError(RemoteError):
-    """The connection broke off too often; what has arrived is kept, and the same command resumes."""
-
-    exit_code = Interrupted.exit_code
 
 
 class PartialWarning(UserWarning):
@@ -148,23 +150,21 @@ class PartialWarning(UserWarning):
 
 @contextmanager
 def error_prefix(name: str) -> Iterator[None]:
-    """Put ``name: `` before the message of any BstkError raised inside, so that each message says which file it is about."""
+    """Put ``name: `` before the message of any BstkError raised inside."""
     try:
         yield
     except BstkError as error:
-        error.args = (f"{name}: {error.args[0]}", *error.args[1:])
+        error.prefix = f"{name}: {error.prefix}"
         raise
 
 
 @contextmanager
 def os_errors(path: str) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into ResourceError (no room) or OutputError (anything else)."""
+    """Turn the operating system's refusals to write `path` into ResourceError (no space) or OutputError (anything else)."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        message = f"{path}: cannot write: {error.strerror or error}."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"{path}: cannot write: {reason}. Free some space, or write to another disk."
-            ) from error
-        raise OutputError(f"{path}: cannot write: {reason}.") from error
+            raise ResourceError(message, hint="Free some space, or write to another disk.") from error
+        raise OutputError(message) from error

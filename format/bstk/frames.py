@@ -12,11 +12,11 @@ from . import limits
 from .errors import DamagedError, ResourceError, UsageError
 
 DEFAULT_LEVEL = 3
-"""zstd's own default. Sign bits do not compress at any level; factors shrink about 8 % at all of them."""
+"""zstd's own default. Sign bits do not compress at any level; factors shrink by about 8 % at every level."""
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SHORT_BLOCK = 1024
-_FED = 256  # a block of 128 KiB may take 4 bytes, so this much becomes at most 8 MiB
+_FED = 256  # a block of 128 KiB may take 4 bytes, so this becomes at most 8 MiB
 
 
 class Frame(NamedTuple):
@@ -25,7 +25,7 @@ class Frame(NamedTuple):
     Attributes
     ----------
     stored : bytes
-        The frame as it stands in the file.
+        The frame as it is stored in the file.
     raw_length : int
         Bytes before compression.
     digest : bytes
@@ -42,7 +42,7 @@ class Frame(NamedTuple):
         return len(self.stored)
 
 
-def most_raw(stored_length: int) -> int:
+def max_raw(stored_length: int) -> int:
     """Return the largest raw length a frame of `stored_length` bytes may have."""
     return min(limits.MAX_RAW_LENGTH, limits.EXPANSION_SLACK + limits.MAX_EXPANSION * stored_length)
 
@@ -71,22 +71,20 @@ def pack(raw: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL) -> Fra
         level=level, write_checksum=True, write_content_size=True, write_dict_id=False, threads=0
     )
     stored = compressor.compress(view)
-    if view.nbytes > most_raw(len(stored)):
+    if view.nbytes > max_raw(len(stored)):
         stored = _pack_short(compressor, view)
     return Frame(stored, view.nbytes, hashlib.sha256(stored).digest())
 
 
 def check(stored: bytes, raw_length: int) -> None:
-    """Check the head of a frame without decoding it.
-
-    The decoder takes the declared size at its word and allocates it, so the declaration is compared with the index first.
+    """Check the head of a frame without decoding it, because the decoder allocates the size that the frame declares.
 
     Raises
     ------
     DamagedError
-        It is not one zstd frame as the format asks for, or it declares another raw length than `raw_length`.
+        It is not a zstd frame as the format requires, or it declares another raw length than `raw_length`.
     """
-    # Skippable frames and the formats of zstd before 1.0 have other magic numbers.
+    # Skippable frames and formats before zstd 1.0 have other magic numbers.
     if stored[:4] != _MAGIC:
         raise DamagedError("it does not start with a zstd frame.")
     try:
@@ -128,12 +126,12 @@ def unpack(stored: bytes, raw_length: int) -> bytes:
 
 
 def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
-    """Decode one chunk as `unpack` does, in pieces of which none needs much memory.
+    """Decode one chunk as `unpack` does, in pieces that need little memory.
 
     Raises
     ------
     DamagedError
-        As `unpack`. What was yielded before is then not to be used.
+        As `unpack`; the pieces yielded before must not be used then.
     """
     check(stored, raw_length)
     decoder = zstandard.ZstdDecompressor().decompressobj()
@@ -146,7 +144,7 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
         except zstandard.ZstdError as error:
             raise DamagedError(f"its zstd frame does not decode: {error}.") from error
         length += len(piece)
-        # zstd itself compares with the declared size only where the frame ends, if that is larger than its window.
+        # If the declared size is larger than the window, zstd compares it only where the frame ends.
         if length > raw_length:
             raise DamagedError(f"its zstd frame decodes to more than {raw_length} bytes.")
         if piece:
@@ -156,9 +154,9 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
 
 
 def _pack_short(compressor: zstandard.ZstdCompressor, view: memoryview) -> bytes:
-    """Compress data that shrinks more than the format lets it (a large matrix of zeros) in short blocks.
+    """Compress data that shrinks more than the format allows (a large matrix of zeros) in short blocks.
 
-    zstd turns each block of equal bytes into four, so the length of a block bounds the expansion.
+    zstd turns a block of equal bytes into four bytes, so the length of a block bounds the expansion.
     """
     writer = compressor.compressobj(size=view.nbytes)
     parts = []

@@ -1,17 +1,20 @@
-"""Reading the header: preamble, then tables, each checked before it is believed."""
+"""Read the header: preamble, then tables, each checked before it is used."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import index, metadata, preamble, sniff, stacks
+from . import index, metadata, preamble
 from .errors import DamagedError, NotBstkError, TruncatedError
 from .index import Chunk
 from .sources import Source, read_exactly
+
+_SNIFFED = 512  # bytes that are looked at to recognise other kinds of files
 
 
 def read(source: Source) -> tuple[preamble.Preamble, tuple[Chunk, ...], dict[str, Any]]:
@@ -27,7 +30,7 @@ def read(source: Source) -> tuple[preamble.Preamble, tuple[Chunk, ...], dict[str
     NotBstkError, UnsupportedVersionError
         It is something else, or from a newer version.
     TruncatedError
-        The source ends before its smallest model does.
+        The source ends before its base model does.
     DamagedError
         A check failed.
     """
@@ -39,39 +42,25 @@ def read(source: Source) -> tuple[preamble.Preamble, tuple[Chunk, ...], dict[str
     try:
         return head, *parse_tables(head, tables)
     except DamagedError as error:
-        error.args = (f"{error.args[0]} The digests match, so the file was written wrongly; make it again.",)
+        error.hint = "The digests match, so the file was written wrongly; make it again."
         raise
 
 
 def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, ...], dict[str, Any]]:
-    """Parse what stands between the preamble and the first chunk, and check its rules.
+    """Return the chunks and the metadata of `tables`, the bytes between the preamble and the first chunk.
 
-    Parameters
-    ----------
-    head : Preamble
-        The parsed preamble.
-    tables : bytes
-        Index, names and metadata.
-
-    Returns
-    -------
-    chunks, metadata
-
-    Raises
-    ------
-    DamagedError
-        A rule is broken.
+    Raises DamagedError if a rule is broken.
     """
     index_bytes, names_bytes, metadata_bytes = _split(head, tables)
     with _no_collecting():
         chunks = index.parse(index_bytes, index.parse_names(names_bytes, head.chunk_count), head.header_length)
-        stacks.check(chunks, head)
+        index.check_stacks(chunks, head)
     return tuple(chunks), metadata.parse(metadata_bytes)
 
 
 @contextmanager
 def _no_collecting() -> Iterator[None]:
-    """Pause the search for circular garbage, which looks through all chunks again and again while they are made."""
+    """Pause the garbage collector, which would scan all chunks again and again while they are created."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -82,26 +71,30 @@ def _no_collecting() -> Iterator[None]:
 
 
 def _split(head: preamble.Preamble, tables: bytes) -> tuple[memoryview, bytes, bytes]:
+    """Return index, names and metadata; the index, which is large, without a copy."""
     names_start = head.index_length
     metadata_start = names_start + head.names_length
-    # The index is large, and only read from.
     return memoryview(tables)[:names_start], tables[names_start:metadata_start], tables[metadata_start:]
 
 
 def _check_digests(head: preamble.Preamble, tables: bytes) -> None:
     digests = (head.index_digest, head.names_digest, head.metadata_digest)
-    for what, part, digest in zip(("index", "names table", "metadata"), _split(head, tables), digests, strict=True):
+    parts: tuple[bytes | memoryview, ...] = _split(head, tables)
+    for what, part, digest in zip(("index", "names table", "metadata"), parts, digests, strict=True):
         if hashlib.sha256(part).digest() != digest:
-            raise DamagedError(f"the {what} is damaged: its SHA-256 does not match. Copy or download the file again.")
+            raise DamagedError(
+                f"the {what} is damaged: its SHA-256 does not match.", hint="Copy or download the file again."
+            )
 
 
 def _read_preamble(source: Source) -> preamble.Preamble:
     head = source.read(0, preamble.LENGTH)
     if not head or not preamble.MAGIC.startswith(head[:8]):
-        raise NotBstkError(sniff.describe(source.read(0, sniff.HEAD)))
+        raise NotBstkError(describe(source.read(0, _SNIFFED)))
     if len(head) < preamble.LENGTH:
         raise TruncatedError(
-            f"the file ends after {len(head)} bytes, within its preamble of {preamble.LENGTH}. Copy or download it again."
+            f"the file ends after {len(head)} bytes, within its preamble of {preamble.LENGTH}.",
+            hint="Copy or download it again.",
         )
     return preamble.parse(head)
 
@@ -109,16 +102,54 @@ def _read_preamble(source: Source) -> preamble.Preamble:
 def _check_length(head: preamble.Preamble, length: int) -> None:
     if head.seal and length != head.seal:
         raise DamagedError(
-            f"the file was sealed at {head.seal} bytes and has {length}. "
-            "Something cut or extended it afterwards; copy or download it again."
+            f"the file was sealed at {head.seal} bytes and has {length}.",
+            hint="Something cut or extended it afterwards; copy or download it again.",
         )
     if length > head.full_length:
         raise DamagedError(
-            f"the file has {length} bytes, {length - head.full_length} more than the {head.full_length} it was written "
-            "with. Something was appended; copy or download it again."
+            f"the file has {length} bytes, {length - head.full_length} more than the {head.full_length} it was written with.",
+            hint="Something was appended; copy or download it again.",
         )
     if length < head.smallest_length:
         raise TruncatedError(
-            f"the file ends after {length} bytes, before its smallest model does: that takes {head.smallest_length} of the "
-            f"{head.full_length} bytes of the complete file. Copy or download at least the first {head.smallest_length}."
+            f"the file ends after {length} bytes, before its base model does: that takes {head.smallest_length} of the "
+            f"{head.full_length} bytes of the complete file.",
+            hint=f"Copy or download at least the first {head.smallest_length}.",
         )
+
+
+def describe(head: bytes) -> str:
+    """Return what a file that starts with `head` seems to be, and what to do about it."""
+    if not head:
+        return "the file is empty. Copy or download it again."
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith((b"\x89BSTK\n", b"\x89BSTK\r\r\n", b"\tBSTK", b"\xc2\x89BSTK", b"\xef\xbf\xbdBSTK")):
+        return "this was a .bstk file, broken by a transfer as text. Transfer it as binary."
+    if text.startswith(b"version https://git-lfs.github.com/"):
+        return "this is a git-lfs pointer, not the file it points to. Run: git lfs pull"
+    if text[:15].lower().startswith((b"<!doctype html", b"<html", b"<head")) or text.startswith(b"<?xml"):
+        return "this is a web page (HTML), not a .bstk file: the download ended at an error or log-in page."
+    if head.startswith(b"GGUF"):
+        return "this is a GGUF file, not a .bstk file. To make one of it: bstack compress FILE -o OUT.bstk"
+    if head.startswith(b"PK\x03\x04"):
+        return "this is a zip archive (or a PyTorch .bin/.pt file), not a .bstk file."
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")):
+        return "this is a compressed file, not a .bstk file. Unpack it first."
+    if len(head) > 8 and head[8:9] == b"{" and 2 <= struct.unpack_from("<Q", head)[0] < 2**30:
+        return (
+            "this is a safetensors file, not a .bstk file. To make one: bstack compress FOLDER -o OUT.bstk, with the "
+            "folder it is in."
+        )
+    if text.startswith((b"{", b"[")):
+        return "this is JSON, not a .bstk file."
+    if _is_text(head):
+        return f"this is text, not a .bstk file. It starts with {head[:40]!r}."
+    return f"this is not a .bstk file: it starts with {head[:8].hex(' ')}, not with 89 42 53 54 4b 0d 0a 1a."
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head[: _SNIFFED - 4].decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character in "\t\r\n" for character in text)

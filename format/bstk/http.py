@@ -1,21 +1,27 @@
-"""A file on an HTTP server as a source: ranges of it on demand, over connections that may break."""
+"""Files behind URLs: ranges of them on demand, over connections that may break.
+
+requests and urllib3 (optional packages) are imported inside functions, when the first URL is opened. requests brings TLS,
+redirects that do not carry credentials to another host, proxies and certificates from the environment, and ``~/.netrc``.
+"""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
-from . import answers, urls
-from .answers import TransientError, Version
-from .client import Body, Client
-from .errors import RemoteAnswerError, RemoteChangedError, TransferError, UnreachableError
+from . import preamble, urls
+from .errors import MissingPackageError, RemoteChangedError, RemoteError
 
 HEAD = 2**16
 """Bytes of the first request: the preamble, and all of the header of most small files."""
 
 PIECE = 2**18
-"""Most bytes handed on at a time."""
+"""Maximum bytes handed on at a time."""
 
 RETRIES = 5
 """Attempts after the first, without a byte in between, before giving up."""
@@ -26,17 +32,25 @@ RETRIES_IN_ALL = 1000
 FIRST_DELAY = 0.5
 """Seconds before the first of `RETRIES`; each wait is twice the one before."""
 
+CONNECT_TIMEOUT = 10.0  # seconds
+READ_TIMEOUT = 60.0  # seconds without a byte
+
+_CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
+_MAX_WAIT = 60.0  # seconds that Retry-After is obeyed for
+_OTHER_TOOL = "Download the file with another tool."
+_BAD_RANGES = f"The server does not serve ranges correctly. {_OTHER_TOOL}"
+
 
 class HttpSource:
-    """A file behind a URL. What was read keeps to one version of it.
+    """A file behind a URL. All reads are of one version of it.
 
-    Opening makes one request, for the first `HEAD` bytes; `read` makes one for what it still needs, and goes on where a
-    connection broke off. A server without ranges can be read from start to end only, in one request.
+    Opening makes one request, for the first `HEAD` bytes. `read` makes one for the bytes that are still missing, and continues
+    where a connection broke off. A server without ranges can be read only from start to end, in one request.
 
     Parameters
     ----------
     url : str
-        ``https://``, ``http://`` or ``hf://``; redirects are followed, anew for each request.
+        ``https://``, ``http://`` or ``hf://``; redirects are followed for each request.
     notify : callable or None
         Called with one line about each retry, before its delay. May be set later.
 
@@ -45,7 +59,7 @@ class HttpSource:
     name : str
         The URL without credentials and query.
     length : int
-        Bytes of the file, as the server says.
+        Bytes of the file, according to the server.
     requests : int
         Requests made so far, not counting redirects.
 
@@ -54,23 +68,23 @@ class HttpSource:
     MissingPackageError
         The package requests is not installed.
     RemoteError
-        One of its subclasses: the server cannot be reached, has no such file, or gives an answer that cannot be used.
+        The server cannot be reached, has no such file, or gives an unusable answer.
     """
 
     def __init__(self, url: str, notify: Callable[[str], None] | None = None):
         self.name = urls.shown(url)
         self.notify = notify
         self.requests = 0
-        self._client = Client(self.name, urls.address(url), urls.token(url))
+        self._client = _Client(self.name, urls.address(url), urls.token(url))
         self._lock = threading.Lock()
-        self._body: Body | None = None
+        self._body: _Body | None = None
         self._retries = 0
         self.restart()
 
     def restart(self) -> None:
-        """Forget the version that was read, and begin with the one that is there now."""
+        """Forget the version that was read, and use the current one."""
         self._disconnect()
-        self._version: Version | None = None
+        self._version: _Version | None = None
         self._ranged = True
         self._furthest = 0
         self._head = b""
@@ -85,7 +99,7 @@ class HttpSource:
 
     @property
     def length(self) -> int:
-        return self._version.length
+        return self._version.length if self._version else 0
 
     def read(self, offset: int, length: int) -> bytes:
         """Return the `length` bytes at `offset`; fewer only where the file ends.
@@ -93,20 +107,18 @@ class HttpSource:
         Raises
         ------
         RemoteChangedError
-            The file is no longer the one that was opened.
-        TransferError
-            The connection broke off too often.
+            The file was replaced since it was opened.
         RemoteError
-            The server gives an answer that cannot be used.
+            The connection broke off too often, or the server gives an unusable answer.
         """
         data = b"".join(self.pieces(offset, length))
-        # What begins in the head belongs to it: the header of a file is read so, and is not fetched a second time.
-        if offset < len(self._head) < offset + len(data):
+        # The tables start here, and no chunk does. They are kept, because copying a file needs its header again.
+        if offset == preamble.LENGTH and offset + len(data) > len(self._head):
             self._head = self._head[:offset] + data
         return data
 
     def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield what `read` returns in pieces of at most `PIECE` bytes, in one request unless it breaks off."""
+        """Yield the bytes that `read` returns in pieces of at most `PIECE` bytes, in one request unless it breaks off."""
         stop = min(offset + length, self.length)
         if offset < min(len(self._head), stop):
             yield self._head[offset:stop]
@@ -117,11 +129,12 @@ class HttpSource:
             offset += len(piece)
 
     def close(self) -> None:
+        """Close all connections."""
         self._disconnect()
         self._client.close()
 
     def _piece(self, offset: int, stop: int) -> bytes:
-        """Return at least one byte at `offset`, of a request that goes on to `stop`; none of an empty file."""
+        """Return at least one byte at `offset`, from a request that continues to `stop`; nothing of an empty file."""
         with self._lock:
             failures = 0
             while True:
@@ -134,7 +147,7 @@ class HttpSource:
                         self._disconnect()
                     self._furthest = max(self._furthest, offset + len(data))
                     return data
-                except TransientError as error:
+                except _TransientError as error:
                     self._disconnect()
                     failures += 1
                     self._wait(error, failures)
@@ -142,36 +155,36 @@ class HttpSource:
                     self._disconnect()
                     raise
 
-    def _body_at(self, offset: int, stop: int) -> Body | None:
-        """Return an answer's body that stands at `offset`: the one that is open, or a new one."""
-        # Only the answer of a server without ranges may lie behind: what is between is read and thrown away.
+    def _body_at(self, offset: int, stop: int) -> _Body | None:
+        """Return the body of an answer at `offset`: the open one, or that of a new request."""
+        # Bytes are skipped only in the answer of a server without ranges.
         body = self._body
         if body is None or body.position > offset or (body.position < offset and self._ranged):
             self._disconnect()
-            self._body = self._connect(offset, stop)
-        while self._body is not None and self._body.position < offset:
-            self._body.read(min(PIECE, offset - self._body.position))
-        return self._body
+            self._body = body = self._connect(offset, stop)
+        while body is not None and body.position < offset:
+            body.read(min(PIECE, offset - body.position))
+        return body
 
-    def _connect(self, offset: int, stop: int) -> Body | None:
+    def _connect(self, offset: int, stop: int) -> _Body | None:
         if not self._ranged and offset < self._furthest:
-            raise RemoteAnswerError(
-                f"{self.name}: the server serves no ranges, so the file can be read from start to end only. "
-                "Fetch it with bstack truncate, and use the copy."
+            raise RemoteError(
+                f"{self.name}: the server serves no ranges, so the file can be read from start to end only.",
+                hint="Fetch it with bstack truncate, and use the copy.",
             )
         self.requests += 1
-        response = self._client.get(offset, stop, self._version and self._version.strong_etag)
+        response = self._client.get(offset, stop, self._version.strong_etag if self._version else None)
         try:
-            answer = answers.check(self.name, response.status_code, response.headers, offset, stop)
+            answer = check_answer(self.name, response.status_code, response.headers, offset, stop)
             if self._version is not None and not answer.version.is_same(self._version):
                 raise RemoteChangedError(
-                    f"{self.name}: the file on the server was replaced while it was read. Give the command again when it "
-                    "stays the same."
+                    f"{self.name}: the file on the server was replaced while it was read.",
+                    hint="Give the command again when it stays the same.",
                 )
             if answer.start == answer.stop and answer.version.length > offset:
-                raise RemoteAnswerError(
-                    f"{self.name}: the server says the file has {answer.version.length} bytes, and none from byte {offset} "
-                    "on. It does not serve ranges rightly; download the file with another tool."
+                raise RemoteError(
+                    f"{self.name}: the server says the file has {answer.version.length} bytes, and none from byte {offset} on.",
+                    hint=_BAD_RANGES,
                 )
         except BaseException:
             response.close()
@@ -181,23 +194,23 @@ class HttpSource:
         if answer.start == answer.stop:
             response.close()
             return None
-        return Body(response, answer.start, answer.stop)
+        return _Body(response, answer.start, answer.stop)
 
-    def _wait(self, error: TransientError, failures: int) -> None:
-        """Wait before another attempt, or raise when there were enough."""
+    def _wait(self, error: _TransientError, failures: int) -> None:
+        """Wait before another attempt, or raise RemoteError after the last one."""
         self._retries += 1
         opened = self._version is not None
         if (error.lasting and not opened) or failures > RETRIES or self._retries > RETRIES_IN_ALL:
             if opened:
-                raise TransferError(
-                    f"{self.name}: the transfer broke off: {error} (after {self._retries} attempts). "
-                    "Give the same command again; truncate and grow go on from what has arrived."
+                raise RemoteError(
+                    f"{self.name}: the transfer broke off: {error} (after {self._retries} attempts).",
+                    hint="Give the same command again; truncate and grow continue from the bytes that have arrived.",
+                    resumable=True,
                 )
             if error.answered:
-                raise UnreachableError(
-                    f"{self.name}: cannot be read after {failures} attempts, as {error}. Try again later."
-                )
-            raise UnreachableError(f"{self.name}: cannot be reached: {error}. Check the URL and the network.")
+                message = f"{self.name}: cannot be read after {failures} attempts: {error}."
+                raise RemoteError(message, hint="Try again later.")
+            raise RemoteError(f"{self.name}: cannot be reached: {error}.", hint="Check the URL and the network.")
         delay = max(error.wait, FIRST_DELAY * 2 ** (failures - 1))
         if self.notify is not None:
             self.notify(f"{error}; retry {failures} of {RETRIES} in {delay:.3g} s")
@@ -207,3 +220,251 @@ class HttpSource:
         if self._body is not None:
             self._body.close()
             self._body = None
+
+
+class _TransientError(Exception):
+    """A failure that may be gone in a moment; callers retry, and raise another error after the last attempt.
+
+    Attributes
+    ----------
+    wait : float
+        Seconds that the server asks to wait.
+    lasting : bool
+        Retrying is pointless for a server that never answered: the host does not exist, or refuses connections.
+    answered : bool
+        The server itself reported the failure.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0, lasting: bool = False, answered: bool = False):
+        super().__init__(reason)
+        self.wait = wait
+        self.lasting = lasting
+        self.answered = answered
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The length, entity tag and date of a file on a server, which tell its versions apart."""
+
+    length: int
+    etag: str | None = None
+    modified: str | None = None
+
+    def is_same(self, other: _Version) -> bool:
+        """Whether nothing says that the two differ. Dates count only where a tag is missing."""
+        if self.length != other.length:
+            return False
+        if self.etag and other.etag:
+            return self.etag == other.etag
+        return not (self.modified and other.modified) or self.modified == other.modified
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The tag, if equal tags guarantee equal bytes."""
+        return self.etag if self.etag and self.etag.startswith('"') else None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The head of an answer: bytes `start` to `stop` (exclusive) of a version follow, all of them without `ranged`."""
+
+    version: _Version
+    start: int
+    stop: int
+    ranged: bool
+
+
+def check_answer(name: str, status: int, headers: Mapping[str, str], start: int, stop: int) -> _Answer:
+    """Read the head of an answer to a request for the bytes `start` to `stop` (exclusive) of the file `name`.
+
+    Raises _TransientError if the server is out of order or asks to wait, RemoteError if the answer is unusable.
+    """
+    _check_status(name, status, headers)
+    coding = headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise RemoteError(
+            f"{name}: the server compresses the file ({coding}), although it was asked not to, so offsets do not count in the "
+            "file.",
+            hint="Switch off compression for .bstk files on the server, or download the file with another tool.",
+        )
+    stated = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if status == 200:
+        length = _content_length(headers)
+        if length is None:
+            message = f"{name}: the server serves no ranges and does not say how long the file is."
+            raise RemoteError(message, hint=_OTHER_TOOL)
+        return _Answer(_version(headers, length), 0, length, ranged=False)
+    if stated is None or stated[3] == "*":
+        raise RemoteError(
+            f"{name}: the server answers {status} with Content-Range {headers.get('Content-Range')!r}, which does not say "
+            "how long the file is.",
+            hint=_OTHER_TOOL,
+        )
+    length = int(stated[3])
+    if status == 416:
+        return _Answer(_version(headers, length), start, start, ranged=True)
+    stop = min(stop, length)
+    wanted = f"asked for bytes {start}-{stop - 1}"
+    if stated[1] is None or (int(stated[1]), int(stated[2]) + 1) != (start, stop):
+        raise RemoteError(f"{name}: {wanted}, and the server answers with {stated[0]!r}.", hint=_BAD_RANGES)
+    announced = _content_length(headers)
+    if announced is not None and announced != stop - start:
+        message = f"{name}: {wanted}, and the server announces {announced} bytes instead of {stop - start}."
+        raise RemoteError(message, hint=_BAD_RANGES)
+    return _Answer(_version(headers, length), start, stop, ranged=True)
+
+
+def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        text = headers.get("Retry-After", "").strip()
+        wait = min(float(text), _MAX_WAIT) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0.0
+        raise _TransientError(f"the server answers {status}", wait=wait, answered=True)
+    if status in (404, 410):
+        message = f"{name}: the server has no such file (it answers {status})."
+        raise RemoteError(message, hint="Check the URL.", missing=True)
+    if status in (401, 403, 407):
+        raise RemoteError(
+            f"{name}: the server refuses access (it answers {status}).",
+            hint="Check that you may read the file. Credentials come from ~/.netrc, and for hf:// from HF_TOKEN or the login of "
+            "huggingface_hub; signed URLs expire.",
+        )
+    raise RemoteError(f"{name}: the server answers {status}, which is not the file.", hint="Check the URL.")
+
+
+def _version(headers: Mapping[str, str], length: int) -> _Version:
+    return _Version(length, headers.get("ETag") or None, headers.get("Last-Modified") or None)
+
+
+def _content_length(headers: Mapping[str, str]) -> int | None:
+    text = headers.get("Content-Length", "").strip()
+    return int(text) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else None
+
+
+class _Body:
+    """The body of an answer: `position` is the offset in the file of its next byte, `stop` the one after its last."""
+
+    def __init__(self, response: Any, position: int, stop: int):
+        self._response = response
+        self.position = position
+        self.stop = stop
+
+    def read(self, max_length: int) -> bytes:
+        """Return 1 to `max_length` bytes; raise _TransientError if the connection broke off."""
+        from urllib3.exceptions import HTTPError, ReadTimeoutError
+
+        left = self.stop - self.position
+        try:
+            # read1 returns the bytes that are there; read would wait for all, and lose them if the connection broke off.
+            data: bytes = self._response.raw.read1(min(max_length, left), decode_content=False)
+        except ReadTimeoutError:
+            raise _TransientError(f"no data for {READ_TIMEOUT:g} s") from None
+        except (HTTPError, OSError):
+            data = b""
+        if not data:
+            raise _TransientError(f"the connection broke off, {left} bytes early")
+        self.position += len(data)
+        return data
+
+    def close(self) -> None:
+        """Release the answer; bytes that were not read are not fetched."""
+        from urllib3.exceptions import HTTPError
+
+        if self.position == self.stop:
+            # A connection is reused only after the end of its body was read.
+            with suppress(HTTPError, OSError):
+                self._response.raw.read(1, decode_content=False)
+        self._response.close()
+
+
+class _Client:
+    """Connections to servers, kept open between requests. Needs the package requests."""
+
+    def __init__(self, name: str, address: str, token: str | None = None):
+        try:
+            import requests
+        except ImportError:
+            raise MissingPackageError(
+                f"{name}: reading from a URL needs the package requests: pip install 'bstack[http]'"
+            ) from None
+        self._name = name
+        self._address = address
+        self._session = requests.Session()
+        self._session.headers["Accept-Encoding"] = "identity"  # offsets count in the uncompressed file
+        self._auth = _Bearer(token) if token else None
+
+    def get(self, start: int, stop: int, etag: str | None) -> Any:
+        """Request the bytes `start` to `stop` (exclusive), of the version with the strong tag `etag` if one is given.
+
+        Returns the response, whose body is not read yet. Raises _TransientError if no answer came, RemoteError for an invalid
+        URL, a failure of TLS, or redirects that must not be followed.
+        """
+        import requests
+        from urllib3.exceptions import HTTPError, NewConnectionError
+
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        if etag:
+            headers["If-Range"] = etag
+        try:
+            response = self._session.get(
+                self._address, headers=headers, auth=self._auth, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)
+            )
+        except requests.exceptions.SSLError as error:
+            raise RemoteError(
+                f"{self._name}: no trusted TLS connection: {_innermost(error)}.",
+                hint="Check the host name and the clock of this machine; for a certificate authority of your own, set "
+                "REQUESTS_CA_BUNDLE to its file.",
+            ) from None
+        except requests.exceptions.TooManyRedirects:
+            raise RemoteError(f"{self._name}: the server redirects in circles.", hint="Check the URL.") from None
+        except requests.exceptions.Timeout:
+            raise _TransientError("no answer in time") from None
+        except requests.exceptions.ConnectionError as error:
+            lasting = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
+            raise _TransientError(_innermost(error), lasting=lasting) from None
+        except requests.exceptions.ChunkedEncodingError as error:
+            raise _TransientError(_innermost(error)) from None
+        except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
+            message = f"{self._name}: not a URL that can be read: {_innermost(error)}."
+            raise RemoteError(message, hint="Check it.", missing=True) from None
+        places = [answer.url.lower() for answer in [*response.history, response]]
+        if places[0].startswith("https:") and not all(place.startswith("https:") for place in places):
+            response.close()
+            raise RemoteError(
+                f"{self._name}: the server redirects from https to an unprotected URL, whose answer is refused.",
+                hint="If you trust the connection, give that URL itself.",
+            )
+        return response
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._session.close()
+
+
+class _Bearer:
+    """Sends a token to the host of the URL; requests drops it where a redirect leads to another host."""
+
+    def __init__(self, token: str):
+        self._token = token
+
+    def __call__(self, request: Any) -> Any:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+def _innermost(error: BaseException) -> str:
+    """Return the message of the system, without the layers of libraries around it."""
+    while True:
+        inner = getattr(error, "reason", None)
+        if not isinstance(inner, BaseException):
+            inner = next((value for value in reversed(error.args) if isinstance(value, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
+    text = getattr(error, "strerror", None) or str(error)
+    # "HTTPSConnection(host='host', port=443): Failed to resolve 'host' ([Errno -2] Name or service not known)"
+    text = re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", text)
+    # A refused redirect is quoted, and may lead to a signed URL.
+    text = re.sub(r"\?[^\s'\")]*", "", re.sub(r"//[^/@\s]*@", "//", text))
+    return text.strip().rstrip(".") or type(error).__name__

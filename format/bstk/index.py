@@ -1,27 +1,31 @@
-"""The index, one record of 128 bytes for each chunk, and the names table it points into."""
+"""The index, one record of 128 bytes for each chunk, the names table it points into, and the rules of stacks."""
 
 from __future__ import annotations
 
-import math
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from . import dtypes, frames, kinds, limits
+from . import frames, kinds, limits
 from .errors import DamagedError
-from .names import check_name, first_twice
+from .metadata import first_twice
+from .preamble import Preamble
 
 # name id, kind, level | offset, stored, raw | shape | dtype, ndim, rank, flags | importance, error | reserved | digest
 _RECORD = struct.Struct("<IHH QQQ 4I BBHI dd 24s 32s")
-# The same, with what decides a chunk's form in one piece: shape, dtype, ndim, rank, flags.
+# The same, with the fields that decide a chunk's form in one piece: shape, dtype, ndim, rank, flags.
 _FORMED_RECORD = struct.Struct("<IHH QQQ 24s dd 24s 32s")
 _FORM = struct.Struct("<4I BBHI")
 _NAME_HEAD = struct.Struct("<I")
 _TRANSPOSED = 1
 _RESERVED = bytes(24)
-_MOST_FORMS = 4096  # remembered at once: a hostile index has another one in every record
-_INFINITY = math.inf
+_MAX_FORMS = 4096  # remembered at once, because a hostile index has another one in every record
+_INFINITY = float("inf")
+# Written out because the Unicode database changes: controls, line and paragraph separators, and the bidirectional overrides
+# that make a terminal show another name.
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class Chunk(NamedTuple):
@@ -30,13 +34,13 @@ class Chunk(NamedTuple):
     Attributes
     ----------
     name : str
-        What it is a part of: a file name, or a parameter of the model, perhaps with a slice.
+        A file name, or a parameter of the model, perhaps with a slice.
     kind : Kind
         One of the kinds in `bstk.kinds`.
     level : int
         Which block of its name's stack it is, from 0.
     offset, stored_length : int
-        Where its frame stands in the file, in bytes.
+        Position and length of its frame in the file, in bytes.
     raw_length : int
         Bytes it decodes to.
     shape : tuple of int
@@ -44,11 +48,11 @@ class Chunk(NamedTuple):
     dtype : str
         Element type ("f16"), of the factors in a block; "none" for a file.
     rank : int
-        Rank of a block; 0 for what is no block.
+        Rank of a block; 0 for other chunks.
     transposed : bool
         The matrix is stored transposed relative to the model's parameter.
     importance : float
-        What the writer ordered the blocks by; larger is earlier.
+        The value that the writer ordered the blocks by; larger is earlier.
     error : float
         Relative error of the linear that remains after this block.
     digest : bytes
@@ -71,27 +75,27 @@ class Chunk(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Offset of the byte after its last."""
+        """Offset of the byte after the frame."""
         return self.offset + self.stored_length
 
     @property
     def is_weight(self) -> bool:
-        """It counts as memory."""
+        """Whether it counts as memory."""
         return self.kind.is_weight
 
     @property
     def is_block(self) -> bool:
-        """It is a block of a linear's stack."""
+        """Whether it is a block of a linear's stack."""
         return self.kind.is_block
 
     def describe(self) -> str:
-        """Return how messages call it."""
+        """Return its name in messages."""
         level = f" level {self.level}" if self.is_block else ""
         return f"{self.kind} {self.name!r}{level} at offset {self.offset}"
 
 
 def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
-    """Return the bytes of the index and of the names table. Checks nothing: the writer parses what it got."""
+    """Return the bytes of the index and of the names table, unchecked: the writer parses them afterwards."""
     ids: dict[str, int] = {}
     records, names = [], []
     for chunk in chunks:
@@ -109,7 +113,7 @@ def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
                 chunk.stored_length,
                 chunk.raw_length,
                 *shape,
-                dtypes.BY_NAME[chunk.dtype].code,
+                kinds.DTYPE_BY_NAME[chunk.dtype].code,
                 len(chunk.shape),
                 chunk.rank,
                 _TRANSPOSED * chunk.transposed,
@@ -122,26 +126,26 @@ def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
     return b"".join(records), b"".join(names)
 
 
-def parse_names(data: bytes, most: int) -> list[str]:
-    """Parse the names table.
+def check_name(name: str, file: bool = False) -> None:
+    """Raise ValueError if a name has forbidden characters or, with `file`, is not safe to create as a file in a folder."""
+    bad = _FORBIDDEN.search(name)
+    if bad:
+        raise ValueError(f"the name {name!r} has the control character U+{ord(bad[0]):04X}")
+    if file:
+        # On Windows a colon names a drive or a stream, a backslash a folder.
+        if "\\" in name or ":" in name:
+            raise ValueError(f"the file name {name!r} has a backslash or a colon")
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"the file name {name!r} is not a plain relative path")
 
-    Parameters
-    ----------
-    data : bytes
-        The table.
-    most : int
-        How many names it may have: as many as there are chunks.
 
-    Raises
-    ------
-    DamagedError
-        It does not split into valid, distinct names.
-    """
+def parse_names(data: bytes, max_count: int) -> list[str]:
+    """Parse the names table, which has at most `max_count` names; raise DamagedError unless they are valid and distinct."""
     names: list[str] = []
     position = 0
     while position < len(data):
-        if len(names) == most:
-            raise DamagedError(f"names table: more names than the {most} chunks of the index can use.")
+        if len(names) == max_count:
+            raise DamagedError(f"names table: more names than the {max_count} chunks of the index can use.")
         if len(data) - position < _NAME_HEAD.size:
             raise DamagedError(f"names table: {len(data) - position} bytes are left over after name {len(names)}.")
         (length,) = _NAME_HEAD.unpack_from(data, position)
@@ -163,24 +167,12 @@ def parse_names(data: bytes, most: int) -> list[str]:
 
 
 def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Chunk]:
-    """Parse the records of the index and check each by itself; `stacks.check` looks at what they say together.
+    """Parse the records of the index, whose first chunk is at offset `start`, and check each by itself.
 
-    Parameters
-    ----------
-    data : bytes
-        The index.
-    names : sequence of str
-        The names table.
-    start : int
-        Offset of the first chunk.
-
-    Raises
-    ------
-    DamagedError
-        A record breaks a rule.
+    `check_stacks` checks them together. Both raise DamagedError.
     """
     chunks: list[Chunk] = []
-    forms: dict[tuple[int, bytes], _Form] = {}  # a file has few, and their rules need not be applied to every record
+    forms: dict[tuple[int, bytes], _Form] = {}  # a file has few, so their rules are not applied to every record
     used = 0
     files_left = limits.MAX_FILES_LENGTH
     offset = start
@@ -189,26 +181,25 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
             fields
         )
         try:
-            # In order of first use, so that there is one way to write a table and no name is left unused.
+            # Names are in the order of their first use, so that there is one way to write a table, without unused names.
             if name_id >= used:
                 if name_id > used or name_id >= len(names):
                     raise _bad("name id", name_id, f"at most {min(used, len(names) - 1)}")
                 used += 1
             form = forms.get((code, packed))
             if form is None:
-                if len(forms) == _MOST_FORMS:
+                if len(forms) == _MAX_FORMS:
                     forms.clear()
                 form = forms[code, packed] = _parse_form(code, packed)
             kind, shape, dtype, rank, transposed, determined = form
             if found_offset != offset:
-                raise _bad("offset", found_offset, f"{offset}, the end of what stands before it")
+                raise _bad("offset", found_offset, f"{offset}, the end of the bytes before it")
             if not 1 <= stored_length <= limits.MAX_FILE_LENGTH:
                 raise _bad("stored length", stored_length, f"1 to {limits.MAX_FILE_LENGTH}")
-            # The slack is enough for most; the rest is looked at in full.
-            if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.most_raw(stored_length):
-                raise _bad(
-                    "raw length", raw_length, f"1 to {frames.most_raw(stored_length)} for {stored_length} stored bytes"
-                )
+            # The slack is enough for most chunks, and the full rule is slower.
+            if not 1 <= raw_length <= limits.EXPANSION_SLACK and not 1 <= raw_length <= frames.max_raw(stored_length):
+                allowed = f"1 to {frames.max_raw(stored_length)} for {stored_length} stored bytes"
+                raise _bad("raw length", raw_length, allowed)
             if determined is not None and raw_length != determined:
                 if not isinstance(determined, range):
                     raise _bad("raw length", raw_length, f"{determined}, as its shape has it")
@@ -228,45 +219,26 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 check_name(name, file=True)
                 files_left -= raw_length
                 if files_left < 0:
-                    raise _bad(
-                        "raw length",
-                        raw_length,
-                        f"{files_left + raw_length}, as all files take at most {limits.MAX_FILES_LENGTH}",
-                    )
+                    allowed = f"{files_left + raw_length}, as all files take at most {limits.MAX_FILES_LENGTH}"
+                    raise _bad("raw length", raw_length, allowed)
         except ValueError as problem:
             name = repr(names[name_id]) if name_id < len(names) else "no name"
             raise DamagedError(f"index record {number}, {name} level {level}: {problem}.") from problem
-        chunks.append(
-            _new_chunk(
-                (
-                    name,
-                    kind,
-                    level,
-                    offset,
-                    stored_length,
-                    determined if determined == raw_length else raw_length,
-                    shape,
-                    dtype,
-                    rank,
-                    transposed,
-                    importance,
-                    error,
-                    digest,
-                )
-            )
-        )
+        raw_length = determined if determined == raw_length else raw_length  # one integer for all chunks of a form
+        head = (name, kind, level, offset, stored_length, raw_length)
+        chunks.append(_new_chunk((*head, shape, dtype, rank, transposed, importance, error, digest)))
         offset += stored_length
     if used != len(names):
         raise DamagedError(f"names table: it has {len(names)} names, of which the index uses {used}.")
     return chunks
 
 
-# Chunk(...) without its parsing of arguments, which takes as long as all checks of a record.
+# Chunk(...) without parsing arguments, which takes as long as all checks of a record.
 _new_chunk = partial(tuple.__new__, Chunk)
 
 
 class _Form(NamedTuple):
-    """What a record says of its matrix, and the raw length that this determines, or lengths that it allows."""
+    """The fields of a record that describe its matrix, and the raw length or lengths that these allow."""
 
     kind: kinds.Kind
     shape: tuple[int, ...]
@@ -280,14 +252,14 @@ def _parse_form(kind_code: int, packed: bytes) -> _Form:
     *dimensions, dtype_code, ndim, rank, flags = _FORM.unpack(packed)
     if kind_code not in kinds.BY_CODE:
         raise _bad("kind", kind_code, "a kind this version knows")
-    if dtype_code not in dtypes.BY_CODE:
-        raise _bad("dtype", dtype_code, f"0 to {max(dtypes.BY_CODE)}")
+    if dtype_code not in kinds.DTYPE_BY_CODE:
+        raise _bad("dtype", dtype_code, f"0 to {max(kinds.DTYPE_BY_CODE)}")
     if flags & ~_TRANSPOSED:
         raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
     shape = _shape(dimensions, ndim)
     if flags and len(shape) != 2:
         raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
-    kind, dtype = kinds.BY_CODE[kind_code], dtypes.BY_CODE[dtype_code].name
+    kind, dtype = kinds.BY_CODE[kind_code], kinds.DTYPE_BY_CODE[dtype_code].name
     return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
 
 
@@ -304,3 +276,60 @@ def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 def _bad(what: str, found: object, allowed: str) -> ValueError:
     return ValueError(f"{what} is {found}; allowed: {allowed}")
+
+
+def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
+    """Raise DamagedError unless the chunks make up stacks over a base model and end where the preamble says."""
+    last: dict[str, Chunk] = {}
+    features = 0
+    for position, chunk in enumerate(chunks):
+        kind, name = chunk.kind, chunk.name
+        features |= kind.feature
+        below = last.get(name)
+        if below is None:
+            # Every name belongs to the base model, so that no cut has an empty linear or lacks a file.
+            if position >= preamble.base_count:
+                raise _wrong(chunk, f"its name first appears after the base model ({preamble.base_count} chunks)")
+            if chunk.level != 0:
+                raise _wrong(chunk, f"the first block of a name has level 0, found {chunk.level}")
+            if not kind.first:
+                raise _wrong(chunk, f"a stack does not begin with {kind}; allowed below it: {' or '.join(kind.on)}")
+        else:
+            if not (kind.is_block and below.kind.is_block):
+                raise _wrong(chunk, "its name appears twice, and only blocks stack")
+            if chunk.level != below.level + 1:
+                raise _wrong(chunk, f"level {chunk.level} follows level {below.level}; allowed: {below.level + 1}")
+            if below.kind.name not in kind.on:
+                allowed = " or ".join(kind.on) or "nothing, it is the first of its stack"
+                raise _wrong(chunk, f"{kind} stands on {below.kind}; allowed below it: {allowed}")
+            if chunk.shape != below.shape or chunk.transposed != below.transposed:
+                raise _wrong(
+                    chunk,
+                    f"shape {chunk.shape}, transposed {chunk.transposed}, but the block below it has "
+                    f"{below.shape}, {below.transposed}",
+                )
+        last[name] = chunk
+    known = kinds.known_features()
+    if preamble.incompatible & known != features:
+        raise DamagedError(
+            f"preamble: incompatible flags {preamble.incompatible:#x}, but the kinds in the index need {features:#x}."
+        )
+    _check_ends(chunks, preamble)
+
+
+def _check_ends(chunks: Sequence[Chunk], preamble: Preamble) -> None:
+    base_end = chunks[preamble.base_count - 1].end
+    if base_end != preamble.smallest_length:
+        raise DamagedError(
+            f"preamble: smallest length {preamble.smallest_length}, but the first {preamble.base_count} chunks end at {base_end}."
+        )
+    if chunks[-1].end != preamble.full_length:
+        raise DamagedError(
+            f"preamble: full length {preamble.full_length}, but the last chunk ends at {chunks[-1].end}."
+        )
+    if preamble.seal and all(chunk.end != preamble.seal for chunk in chunks):
+        raise DamagedError(f"preamble: sealed at {preamble.seal}, where no chunk ends.")
+
+
+def _wrong(chunk: Chunk, problem: str) -> DamagedError:
+    return DamagedError(f"index: {chunk.describe()}: {problem}.", chunk=chunk)

@@ -1,18 +1,52 @@
-"""What a chunk can be: the one table. A new kind is a rule function and one line here, and a section in ``SPEC.md``.
+"""Element types and kinds of chunks: the only tables of both.
 
-A rule takes what the record says (shape, dtype name, rank) and returns the raw length these determine, a range of lengths
-where they leave a choice, or None where any is right; it raises ValueError, with words for the user, where they contradict
-the kind.
+A new kind is a rule function and one line here, and a section in ``SPEC.md``. A rule takes the shape, dtype name and rank of a
+record and returns the raw length that these determine, a range of lengths where they leave a choice, or None where any is
+valid. It raises ValueError, with a message for the user, where they contradict the kind.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import compress, count, islice
+from operator import le
 from typing import NamedTuple
 
-from . import contents, dtypes
+
+class DType(NamedTuple):
+    """An element type: its code in the index, its name in the API, its size in bytes."""
+
+    code: int
+    name: str
+    size: int
+
+
+_DTYPES = (
+    DType(0, "none", 0),  # chunks without elements: files
+    DType(1, "f32", 4),
+    DType(2, "f16", 2),
+    DType(3, "bf16", 2),
+    DType(4, "f64", 8),
+    DType(5, "i8", 1),
+    DType(6, "u8", 1),
+    DType(7, "i16", 2),
+    DType(8, "i32", 4),
+    DType(9, "i64", 8),
+    DType(10, "bool", 1),  # one byte an element, 0 or 1
+)
+
+DTYPE_BY_CODE = {dtype.code: dtype for dtype in _DTYPES}
+DTYPE_BY_NAME = {dtype.name: dtype for dtype in _DTYPES}
+
+MAX_SPARSE_COLUMNS = 2**16 - 1
+"""Columns that the 16-bit positions of the spqr and outliers kinds reach."""
+
+_WORDS = {2: "H", 4: next(code for code in "IL" if array(code).itemsize == 4)}
 
 Length = int | range | None
 Rule = Callable[[tuple[int, ...], str, int], Length]
@@ -29,19 +63,20 @@ class Kind:
     name : str
         Its name for people and for JSON.
     is_weight : bool
-        It is part of the model's weights, so its raw length counts as memory.
+        Its raw length counts as memory.
     is_block : bool
         It is one block of a linear's stack, so one name may have many of it, at levels 0, 1, 2...
+    rule : callable
+        Returns the raw length for a shape, dtype name and rank.
     feature : int
-        The bits of the preamble's incompatible-flags word that announce it; 0 for the kinds of version 1.0, which every
-        reader knows. They are set in a file if and only if the file has a chunk of the kind.
+        The bits of the preamble's incompatible flags that announce it; 0 for the kinds of version 1.0, which every reader
+        knows. They are set in a file if and only if the file has a chunk of the kind.
     first : bool
         It may be the first chunk of its name.
     on : tuple of str
-        Names of the kinds that the block below it may be of.
+        Names of the kinds that the block below it may have.
     check : callable or None
-        Takes a chunk's raw bytes and shape, after their length has been checked, and raises ValueError where a decoder
-        would be led outside the matrix.
+        Takes a chunk's raw bytes, of a checked length, and its shape; raises ValueError if they point outside the matrix.
     """
 
     code: int
@@ -67,29 +102,30 @@ def _file(shape: tuple[int, ...], dtype: str, rank: int) -> Length:
 def _tensor(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     if dtype == "none" or rank:
         raise ValueError(f"a tensor has a dtype and no rank, found {dtype}, rank {rank}")
-    return math.prod(shape) * dtypes.BY_NAME[dtype].size
+    return math.prod(shape) * DTYPE_BY_NAME[dtype].size
+
+
+def _matrix(name: str, numbers: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Return the rows and columns of a block whose `numbers` are float16."""
+    if len(shape) != 2:
+        raise ValueError(f"{name} block has two dimensions, found shape {shape}")
+    if dtype != "f16":
+        raise ValueError(f"the {numbers} of {name} block are f16, found {dtype}")
+    return shape[0], shape[1]
 
 
 def _sign(shape: tuple[int, ...], dtype: str, rank: int) -> int:
-    if len(shape) != 2:
-        raise ValueError(f"a sign block has two dimensions, found shape {shape}")
-    rows, columns = shape
-    if dtype != "f16":
-        raise ValueError(f"the factors of a sign block are f16, found {dtype}")
+    rows, columns = _matrix("a sign", "factors", shape, dtype)
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(f"the rank of a {rows} x {columns} sign block is 1 to {min(rows, columns)}, found {rank}")
-    return rows * ((columns + 7) // 8) + dtypes.BY_NAME[dtype].size * rank * (rows + columns)
+    return rows * ((columns + 7) // 8) + DTYPE_BY_NAME[dtype].size * rank * (rows + columns)
 
 
 def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
-    if len(shape) != 2:
-        raise ValueError(f"a trellis block has two dimensions, found shape {shape}")
-    rows, columns = shape
-    if dtype != "f16":
-        raise ValueError(f"the scales of a trellis block are f16, found {dtype}")
+    rows, columns = _matrix("a trellis", "scales", shape, dtype)
     if rank != 2:
         raise ValueError(f"the rank of a trellis block is its bits per code, 2, found {rank}")
-    return (rows + 3) * ((columns + 3) // 4) + dtypes.BY_NAME[dtype].size * rows
+    return (rows + 3) * ((columns + 3) // 4) + DTYPE_BY_NAME[dtype].size * rows
 
 
 class SpqrParts(NamedTuple):
@@ -109,11 +145,7 @@ def spqr_parts(shape: tuple[int, ...], rank: int) -> SpqrParts:
 
 
 def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
-    if len(shape) != 2:
-        raise ValueError(f"an spqr block has two dimensions, found shape {shape}")
-    columns = shape[1]
-    if dtype != "f16":
-        raise ValueError(f"the statistics of an spqr block are f16, found {dtype}")
+    _, columns = _matrix("an spqr", "statistics", shape, dtype)
     subtiles, bits = divmod(rank, 16)
     if bits not in (3, 4) or subtiles not in (1, 2, 4, 8):
         raise ValueError(
@@ -125,27 +157,62 @@ def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
 
 
 def _outliers(shape: tuple[int, ...], dtype: str, rank: int) -> range:
-    if len(shape) != 2:
-        raise ValueError(f"an outliers block has two dimensions, found shape {shape}")
-    rows, columns = shape
-    if dtype != "f16":
-        raise ValueError(f"the values of an outliers block are f16, found {dtype}")
+    rows, columns = _matrix("an outliers", "values", shape, dtype)
     if rank:
         raise ValueError(f"the rank of an outliers block is 0, found {rank}")
     if columns > MAX_SPARSE_COLUMNS:
         raise ValueError(f"an outliers block has at most {MAX_SPARSE_COLUMNS} columns, found {columns}")
-    least = 4 * (rows + 1)
-    return range(least, least + 4 * rows * columns + 1, 4)
+    empty = 4 * (rows + 1)
+    return range(empty, empty + 4 * rows * columns + 1, 4)
 
 
-MAX_SPARSE_COLUMNS = 2**16 - 1
-"""Columns that the 16-bit positions of the spqr and outliers kinds reach."""
+def check_spqr(raw: bytes, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless an spqr block begins with a permutation of its columns."""
+    columns = shape[1]
+    permutation = _integers(raw, 0, columns, 2)
+    if max(permutation) >= columns or len(set(permutation)) != columns:
+        raise ValueError(f"its permutation does not name each of the {columns} columns once")
+
+
+def check_outliers(raw: bytes, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the rows of an outliers block split its values, and their columns rise within the matrix."""
+    rows, columns = shape
+    values = outlier_count(shape, len(raw))
+    pointer = _integers(raw, 0, rows + 1, 4)
+    if pointer[0] or not all(map(le, pointer, islice(pointer, 1, None))):
+        raise ValueError("its row pointer does not start at 0, or falls")
+    if pointer[-1] != values:
+        raise ValueError(f"its row pointer ends at {pointer[-1]}, but its length has room for {values} values")
+    places = _integers(raw, 4 * (rows + 1), values, 2)
+    if values and max(places) >= columns:
+        raise ValueError(f"it has a value in column {max(places)}; the matrix has {columns} columns")
+    # Where a column does not rise, a row must begin.
+    row = 0
+    for fall in compress(count(1), map(le, islice(places, 1, None), places)):
+        row = bisect_left(pointer, fall, row)
+        if pointer[row] != fall:
+            raise ValueError(f"the columns of row {row - 1} do not rise")
+
+
+def outlier_count(shape: tuple[int, ...], raw_length: int) -> int:
+    """Return how many values an outliers block has, of a length that its rule allows."""
+    return raw_length // 4 - (shape[0] + 1)
+
+
+def _integers(raw: bytes, start: int, length: int, size: int) -> array[int]:
+    """Return little-endian unsigned integers of 2 or 4 bytes."""
+    values = array(_WORDS[size])
+    values.frombytes(memoryview(raw)[start : start + size * length])
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
 
 FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)
 TENSOR = Kind(2, "tensor", is_weight=True, is_block=False, rule=_tensor)
 SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign, on=("sign",))
 TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis, on=("trellis", "spqr", "outliers"))
-SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=contents.check_spqr)
+SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=check_spqr)
 OUTLIERS = Kind(
     6,
     "outliers",
@@ -155,7 +222,7 @@ OUTLIERS = Kind(
     feature=1 << 1,
     first=False,
     on=("spqr",),
-    check=contents.check_outliers,
+    check=check_outliers,
 )
 
 BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}

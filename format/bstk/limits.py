@@ -1,6 +1,6 @@
-"""The bounds of the format, in one place; the same table stands in ``SPEC.md``, section "Limits".
+"""The bounds of the format, which ``SPEC.md`` lists in section "Limits".
 
-Each exists so that a reader can refuse a hostile file before it allocates anything on the file's word.
+With them a reader can refuse a hostile file before it allocates the sizes that the file declares.
 """
 
 MAX_FILE_LENGTH = 2**48
@@ -22,8 +22,8 @@ MAX_METADATA_DEPTH = 32
 """Nesting of objects and arrays in the metadata, the top-level object being the first level."""
 
 MAX_METADATA_STRUCTURE = 2**18
-"""How many of the characters ``[ { , :`` the metadata has outside its strings: each value takes one or two of them, and a
-hundred bytes of memory, so the length alone is no bound for the memory that small values take."""
+"""Number of the characters ``[ { , :`` in the metadata outside strings. Each value has one or two of them and takes a hundred
+bytes of memory, so the length alone does not bound the memory of small values."""
 
 MAX_NDIM = 4
 """Dimensions of a tensor: the record has room for four."""
@@ -35,17 +35,13 @@ MAX_RAW_LENGTH = 2**31
 """Bytes of one decoded chunk. A larger parameter is written as several row ranges."""
 
 MAX_FILES_LENGTH = 2**28
-"""Decoded bytes of all embedded files together: whoever loads a model puts them on the disk first, and no budget counts them.
-
-Tokenizers, the largest of them, take less than 64 MiB.
-"""
+"""Decoded bytes of all embedded files together, which loading writes to disk and no budget counts. Tokenizers, the largest of
+them, take less than 64 MiB."""
 
 EXPANSION_SLACK = 2**20
 MAX_EXPANSION = 1024
-"""A chunk of s stored bytes decodes to at most ``EXPANSION_SLACK + MAX_EXPANSION * s`` bytes.
-
-zstd alone would let 64 KiB ask for 2 GiB.
-"""
+"""A chunk of s stored bytes decodes to at most ``EXPANSION_SLACK + MAX_EXPANSION * s`` bytes; zstd alone would allow 2 GiB from
+64 KiB."""
 
 MAX_WINDOW_LENGTH = 2**23
-"""Bytes of a zstd window: what RFC 8878 asks every decoder to support."""
+"""Bytes of a zstd window, which RFC 8878 requires every decoder to support."""

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from . import limits
 from .errors import DamagedError, UsageError
-from .names import first_twice
 
-# Strings are skipped whole, so that what stands inside them does not count. Possessive, so that a long string costs no
-# backtracking memory. One that does not end takes all that is left, for else each of its quotes would be tried in turn.
+# Strings are skipped whole, so that their characters do not count. Possessive, so that a long string needs no backtracking
+# memory. A string without an end takes the rest, because otherwise each of its quotes would be tried in turn.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},:]', re.DOTALL)
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """Parse metadata.
+    """Parse metadata; raise DamagedError unless it is one JSON object in strict UTF-8 and within the limits.
 
-    Python's own parser accepts NaN, 1e999, repeated keys and lone surrogates; other languages' do not, so none is
-    accepted here.
-
-    Raises
-    ------
-    DamagedError
-        It is not one JSON object in strict UTF-8, or it is past a limit.
+    NaN, 1e999, repeated keys and lone surrogates are refused: Python's parser accepts them, those of other languages do not.
     """
     if len(data) > limits.MAX_METADATA_LENGTH:
         raise DamagedError(f"metadata: {len(data)} bytes; at most {limits.MAX_METADATA_LENGTH} are allowed.")
-    # Before the parser, which recurses as deep as its interpreter lets it, and makes 100 bytes of a byte.
+    # First, because the parser recurses without a limit of its own and turns a byte into a hundred.
     _check_structure(data)
     try:
         value = json.loads(
@@ -51,10 +45,7 @@ def parse(data: bytes) -> dict[str, Any]:
 def dump(metadata: dict[str, Any]) -> bytes:
     """Return the canonical bytes of `metadata`: UTF-8, keys sorted, no spaces, so that equal metadata gives equal files.
 
-    Raises
-    ------
-    UsageError
-        `metadata` is not a dictionary of plain JSON values with text keys, or is past a limit.
+    Raises UsageError unless it is a dictionary of plain JSON values with text keys, within the limits.
     """
     if not isinstance(metadata, dict):
         raise UsageError(f"metadata must be a dict, found {type(metadata).__name__}.")
@@ -85,7 +76,7 @@ def _check_structure(data: bytes) -> None:
 
 
 def _check_texts(value: Any) -> None:
-    """Refuse lone surrogates: the one way the parser lets them in is an escape (\\ud800), and they cannot be written again."""
+    """Raise ValueError for a lone surrogate, which the parser accepts as an escape (\\ud800) and which cannot be written."""
     left = [value]
     while left:
         value = left.pop()
@@ -120,3 +111,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise ValueError(f"the key {first_twice(key for key, _ in pairs)!r} appears twice in one object")
     return value
+
+
+def first_twice(names: Iterable[str]) -> str:
+    """Return the first name that appears a second time; there must be one."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise ValueError("no name appears twice")

@@ -14,7 +14,7 @@ MAGIC = b"\x89BSTK\r\n\x1a"
 LENGTH = 256
 MAJOR, MINOR = 1, 0
 SPECIFICATION = "1.1"
-"""Version of ``SPEC.md`` that is read and written. Files say MAJOR.MINOR, and in flags what of a later version they have."""
+"""Version of ``SPEC.md`` that is read and written. Files say MAJOR.MINOR, and in flags which later features they use."""
 
 RECORD_LENGTH = 128
 
@@ -22,23 +22,25 @@ RECORD_LENGTH = 128
 # length | chunk count, base count | offset and length of index, names, metadata | their SHA-256 | reserved | CRC-32
 _LAYOUT = struct.Struct("<8sHHI QQQ QQQ II QQQQQQ 32s32s32s 36s I")
 SEAL = slice(48, 56)
-"""Where the seal stands."""
+"""The bytes of the seal."""
 
 _CRC = slice(252, 256)
+_COPY_AGAIN = "Copy or download the file again."
+_UPGRADE = "Upgrade bstack to read the file."
 
 
 @dataclass(frozen=True)
 class Preamble:
-    """The fields of the preamble; lengths in bytes. Offsets follow from lengths, as there are no holes.
+    """The fields of the preamble; lengths in bytes. Offsets follow from lengths, because there are no holes.
 
     Attributes
     ----------
     full_length : int
-        Length of the complete file, the one this file is or was cut from.
+        Length of the complete file.
     seal : int
         The exact length this file was cut to on purpose, or 0.
     smallest_length : int
-        Where the smallest model ends.
+        Length of the file with the base model alone.
     """
 
     full_length: int
@@ -63,7 +65,7 @@ class Preamble:
 
     @property
     def header_length(self) -> int:
-        """Bytes of preamble, index, names and metadata: where the first chunk starts."""
+        """Bytes of preamble, index, names and metadata: the offset of the first chunk."""
         return LENGTH + self.index_length + self.names_length + self.metadata_length
 
     def to_bytes(self) -> bytes:
@@ -71,30 +73,11 @@ class Preamble:
         index = LENGTH
         names = index + self.index_length
         metadata = names + self.names_length
+        tables = (index, self.index_length, names, self.names_length, metadata, self.metadata_length)
         data = _LAYOUT.pack(
-            MAGIC,
-            MAJOR,
-            self.minor,
-            LENGTH,
-            self.incompatible,
-            self.read_only_compatible,
-            self.compatible,
-            self.full_length,
-            self.seal,
-            self.smallest_length,
-            self.chunk_count,
-            self.base_count,
-            index,
-            self.index_length,
-            names,
-            self.names_length,
-            metadata,
-            self.metadata_length,
-            self.index_digest,
-            self.names_digest,
-            self.metadata_digest,
-            bytes(36),
-            0,
+            *(MAGIC, MAJOR, self.minor, LENGTH, self.incompatible, self.read_only_compatible, self.compatible),
+            *(self.full_length, self.seal, self.smallest_length, self.chunk_count, self.base_count, *tables),
+            *(self.index_digest, self.names_digest, self.metadata_digest, bytes(36), 0),
         )
         return data[: _CRC.start] + struct.pack("<I", zlib.crc32(data[: _CRC.start]))
 
@@ -105,7 +88,7 @@ class Preamble:
     def root(self) -> bytes:
         """Return the root digest: SHA-256 over the preamble without seal and CRC.
 
-        It covers the digests of the index, the names and the metadata, and through the index those of all chunks; so it
+        It covers the digests of the index, the names and the metadata, and through the index those of all chunks. So it
         authenticates a file and every cut of it, and is the same for all of them.
         """
         data = bytearray(self.to_bytes())
@@ -119,99 +102,57 @@ def parse(data: bytes) -> Preamble:
     Raises
     ------
     UnsupportedVersionError
-        Another major version, or an incompatible flag this package does not know.
+        Another major version, or an incompatible flag that this package does not know.
     DamagedError
         A check failed.
     """
-    (
-        _,
-        major,
-        minor,
-        length,
-        incompatible,
-        read_only_compatible,
-        compatible,
-        full_length,
-        seal,
-        smallest_length,
-        chunk_count,
-        base_count,
-        index_offset,
-        index_length,
-        names_offset,
-        names_length,
-        metadata_offset,
-        metadata_length,
-        index_digest,
-        names_digest,
-        metadata_digest,
-        reserved,
-        crc,
-    ) = _LAYOUT.unpack(data)
-    # A later version may have a longer preamble, whose CRC stands elsewhere; within 256 bytes the CRC comes before all.
+    fields = _LAYOUT.unpack(data)
+    _, major, minor, length, *flags, full_length, seal, smallest_length, chunk_count, base_count = fields[:12]
+    index_offset, index_length, names_offset, names_length, metadata_offset, metadata_length = fields[12:18]
+    *digests, reserved, crc = fields[18:]
+    # A later version may have a longer preamble with its CRC elsewhere; within 256 bytes the CRC is checked first.
     if length == LENGTH and crc != zlib.crc32(data[: _CRC.start]):
         raise DamagedError(
-            "the preamble (the first 256 bytes) is damaged: its CRC-32 does not match. Copy or download the file again."
+            "the preamble (the first 256 bytes) is damaged: its CRC-32 does not match.", hint=_COPY_AGAIN
         )
     if major != MAJOR:
         raise UnsupportedVersionError(
-            f"format version {major}.{minor}; this version of bstk reads {MAJOR}.x. Upgrade bstack to read the file."
+            f"format version {major}.{minor}; this version of bstk reads {MAJOR}.x.", hint=_UPGRADE
         )
     _require(length == LENGTH, "preamble length", length, f"{LENGTH} in version {MAJOR}")
-    unknown = incompatible & ~kinds.known_features()
+    unknown = flags[0] & ~kinds.known_features()
     if unknown:
         raise UnsupportedVersionError(
-            f"the file uses features this version of bstk does not know (incompatible flags {unknown:#x}). "
-            "Upgrade bstack to read the file."
+            f"the file uses features this version of bstk does not know (incompatible flags {unknown:#x}).",
+            hint=_UPGRADE,
         )
     _require(not any(reserved), "reserved bytes 216 to 251", reserved.hex(), "zeros")
 
-    result = Preamble(
-        full_length=full_length,
-        smallest_length=smallest_length,
-        chunk_count=chunk_count,
-        base_count=base_count,
-        names_length=names_length,
-        metadata_length=metadata_length,
-        index_digest=index_digest,
-        names_digest=names_digest,
-        metadata_digest=metadata_digest,
-        seal=seal,
-        incompatible=incompatible,
-        read_only_compatible=read_only_compatible,
-        compatible=compatible,
-        minor=minor,
-    )
+    lengths = (full_length, smallest_length, chunk_count, base_count, names_length, metadata_length)
+    result = Preamble(*lengths, *digests, *(seal, *flags, minor))
+    header_length = result.header_length
+    names_start = index_offset + index_length
+    metadata_start = names_offset + names_length
     _require(1 <= chunk_count <= limits.MAX_CHUNKS, "chunk count", chunk_count, f"1 to {limits.MAX_CHUNKS}")
     _require(1 <= base_count <= chunk_count, "base count", base_count, f"1 to the chunk count, {chunk_count}")
-    _require(
-        1 <= names_length <= limits.MAX_NAMES_LENGTH, "names length", names_length, f"1 to {limits.MAX_NAMES_LENGTH}"
-    )
-    _require(
-        2 <= metadata_length <= limits.MAX_METADATA_LENGTH,
-        "metadata length",
-        metadata_length,
-        f"2 to {limits.MAX_METADATA_LENGTH}",
-    )
+    _require_range("names length", names_length, 1, limits.MAX_NAMES_LENGTH)
+    _require_range("metadata length", metadata_length, 2, limits.MAX_METADATA_LENGTH)
     _require(index_offset == LENGTH, "index offset", index_offset, LENGTH)
     _require(index_length == result.index_length, "index length", index_length, result.index_length)
-    _require(names_offset == index_offset + index_length, "names offset", names_offset, index_offset + index_length)
-    _require(
-        metadata_offset == names_offset + names_length, "metadata offset", metadata_offset, names_offset + names_length
-    )
+    _require(names_offset == names_start, "names offset", names_offset, names_start)
+    _require(metadata_offset == metadata_start, "metadata offset", metadata_offset, metadata_start)
     _require(full_length <= limits.MAX_FILE_LENGTH, "full length", full_length, f"at most {limits.MAX_FILE_LENGTH}")
-    _require(
-        result.header_length < smallest_length <= full_length,
-        "smallest length",
-        smallest_length,
-        f"more than the header ({result.header_length}) and at most the full length ({full_length})",
-    )
-    _require(
-        seal == 0 or smallest_length <= seal <= full_length, "seal", seal, f"0, or {smallest_length} to {full_length}"
-    )
+    allowed = f"more than the header ({header_length}) and at most the full length ({full_length})"
+    _require(header_length < smallest_length <= full_length, "smallest length", smallest_length, allowed)
+    allowed = f"0, or {smallest_length} to {full_length}"
+    _require(seal == 0 or smallest_length <= seal <= full_length, "seal", seal, allowed)
     return result
+
+
+def _require_range(what: str, found: int, first: int, last: int) -> None:
+    _require(first <= found <= last, what, found, f"{first} to {last}")
 
 
 def _require(condition: bool, what: str, found: object, allowed: object) -> None:
     if not condition:
-        raise DamagedError(f"preamble: {what} is {found}; allowed: {allowed}. The file was written wrongly.")
+        raise DamagedError(f"preamble: {what} is {found}; allowed: {allowed}.", hint="The file was written wrongly.")

@@ -1,22 +1,32 @@
-"""An open ``.bstk`` file: what is in it, what cuts of it keep, its chunks on demand."""
+"""Open ``.bstk`` files: their content, the cuts of them, their chunks on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
+from typing import Any
 
-from . import frames, header, kinds
-from .budget import Budget, budget_bytes, mb_ceil
-from .cuts import Cut
-from .errors import BudgetError, DamagedError, RootMismatchError, UsageError, error_prefix
+from . import frames, header, kinds, urls
+from .budget import Budget, Cut, mb_ceil, mb_floor, parse_mb
+from .errors import (
+    BudgetError,
+    DamagedError,
+    PartialError,
+    PartialWarning,
+    RemoteChangedError,
+    UnsupportedVersionError,
+    UsageError,
+    error_prefix,
+)
 from .index import Chunk
-from .sources import Source, read_exactly
+from .sources import Opened, Source, as_source, read_exactly
 
 
 class Reader:
@@ -25,7 +35,7 @@ class Reader:
     Attributes
     ----------
     source : Source
-        Where the bytes come from.
+        The source of the bytes.
     preamble : bstk.preamble.Preamble
         The preamble, parsed.
     metadata : dict
@@ -33,12 +43,12 @@ class Reader:
     all_chunks : tuple of Chunk
         Every chunk of the complete file.
     chunks : tuple of Chunk
-        Those that stand wholly in this file, a prefix of `all_chunks`.
+        Those that are wholly in this file, a prefix of `all_chunks`.
     root : bytes
         32 bytes that authenticate the file and every cut of it.
     state : str
-        "whole": all of the complete file. "sealed": cut on purpose, at the seal. "partial": shorter than the complete
-        file and not sealed, so nobody can tell whether that was meant.
+        "whole": the complete file. "sealed": cut on purpose, at the seal. "partial": shorter than the complete file and not
+        sealed, which may be an accident.
     """
 
     def __init__(self, source: Source):
@@ -81,7 +91,7 @@ class Reader:
 
     @property
     def smallest_length(self) -> int:
-        """Bytes of the smallest model's file."""
+        """Bytes of the file of the base model."""
         return self.preamble.smallest_length
 
     @property
@@ -91,7 +101,7 @@ class Reader:
 
     @property
     def base_count(self) -> int:
-        """Chunks of the smallest model."""
+        """Chunks of the base model."""
         return self.preamble.base_count
 
     @property
@@ -101,7 +111,7 @@ class Reader:
 
     @property
     def smallest(self) -> Cut:
-        """The smallest model."""
+        """The base model: the smallest cut."""
         return self.cut(self.base_count)
 
     @property
@@ -109,30 +119,10 @@ class Reader:
         """The complete file, of which this one may be a part."""
         return self.cut(len(self.all_chunks))
 
-    @property
-    def blocks(self) -> tuple[Chunk, ...]:
-        """The blocks after the smallest model that this file has, in the order of the universal stack."""
-        return tuple(chunk for chunk in self.chunks[self.base_count :] if chunk.is_block)
-
     @cached_property
     def files(self) -> Mapping[str, Chunk]:
         """The embedded files by name."""
         return MappingProxyType({chunk.name: chunk for chunk in self.chunks if chunk.kind is kinds.FILE})
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of all chunks, in order of first appearance."""
-        return tuple(self._stacks)
-
-    def stack(self, name: str) -> list[Chunk]:
-        """Return the chunks of `name` that this file has, by level.
-
-        Raises
-        ------
-        KeyError
-            There is no such name.
-        """
-        return list(self._stacks[name])
 
     def file(self, name: str) -> bytes:
         """Return an embedded file.
@@ -154,7 +144,7 @@ class Reader:
         DamagedError
             The chunk does not match its digest, does not decode, or holds positions outside its matrix.
         UsageError
-            The chunk is cut off: it is one of `all_chunks`, but not of `chunks`.
+            The chunk is cut off: it is in `all_chunks`, but not in `chunks`.
         OSError
             The source cannot be read.
         """
@@ -172,7 +162,7 @@ class Reader:
         KeyError
             There is no such file.
         DamagedError
-            As `file`; perhaps not before the last piece.
+            As `file`, perhaps only after the last piece.
         """
         chunk = self.files[name]
         with self._reading(chunk):
@@ -185,70 +175,75 @@ class Reader:
             yield piece
 
     def _stored(self, chunk: Chunk) -> bytes:
-        """Return the stored bytes of a chunk, which match its digest."""
+        """Return the stored bytes of a chunk, after checking its digest."""
         if chunk.end > self.length:
-            raise UsageError(f"it ends at {chunk.end}, and this file at {self.length}. Read it from a larger cut.")
+            message = f"it ends at {chunk.end}, and this file at {self.length}."
+            raise UsageError(message, hint="Read it from a larger cut.")
         stored = read_exactly(self.source, chunk.offset, chunk.stored_length, "chunk")
         if hashlib.sha256(stored).digest() != chunk.digest:
-            raise DamagedError("its SHA-256 does not match the index. Copy or download the file again.")
+            raise DamagedError("its SHA-256 does not match the index.", hint="Copy or download the file again.")
         return stored
 
     @contextmanager
     def _reading(self, chunk: Chunk) -> Iterator[None]:
-        """Let errors say which chunk it was."""
+        """Add the chunk to errors."""
         with error_prefix(f"{self.source.name}: {chunk.describe()}"):
             try:
                 yield
             except ValueError as problem:
-                error = DamagedError(f"{problem}. Its digest matches, so the file was written wrongly; make it again.")
-                error.chunk = chunk
-                raise error from problem
+                hint = "Its digest matches, so the file was written wrongly; make it again."
+                raise DamagedError(f"{problem}.", hint=hint, chunk=chunk) from problem
             except DamagedError as error:
                 error.chunk = chunk
                 raise
 
     def require_root(self, root: bytes) -> None:
-        """Raise RootMismatchError unless the root digest is `root`: then this is the model that was meant, or a cut of it."""
+        """Raise DamagedError unless the root digest is `root`, which means that this is the expected model or a cut of it."""
         if self.root != root:
-            raise RootMismatchError(
-                f"{self.source.name}: the root digest is {self.root.hex()}, expected was {root.hex()}. This is another model, "
-                "or somebody changed it: do not use it before you know why."
+            raise DamagedError(
+                f"{self.source.name}: the root digest is {self.root.hex()}, expected was {root.hex()}.",
+                hint="This is another model, or somebody changed it: do not use it before you know why.",
             )
 
-    def fit(self, mb: Budget | None = None) -> Cut:
-        """Return the largest cut of this file within `mb` megabytes (2**20 bytes), as a file and as weights in memory.
+    def fit(self, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
+        """Return the largest cut of this file within a budget, as a file and as weights in memory.
 
         Parameters
         ----------
         mb : int, float, str, Decimal or None
-            The budget; decimals are exact. None for everything in this file.
+            The budget in megabytes (2**20 bytes); decimals are exact.
+        budget : int or None
+            The budget in bytes, instead of `mb`. Without either, everything in this file is returned.
 
         Raises
         ------
         UsageError
             `mb` is not a positive number.
         BudgetError
-            The smallest model does not fit.
+            The base model does not fit.
         """
-        if mb is None:
+        if mb is not None:
+            budget = parse_mb(mb)
+        if budget is None:
             return self.cut(len(self.chunks))
-        budget = budget_bytes(mb)
-        if budget < self.smallest.budget:
+        base = self.smallest
+        if budget < base.budget:
+            given = f"{mb} MB" if mb is not None else f"{mb_floor(budget)} MB"
             raise BudgetError(
-                f"{self.source.name}: {mb} MB is below the smallest model, which takes "
-                f"{mb_ceil(self.smallest.file_bytes)} MB as a file and {mb_ceil(self.smallest.memory_bytes)} MB of weights "
-                f"in memory. The smallest budget is {mb_ceil(self.smallest.budget)} MB.",
-                self.smallest.budget,
+                f"{self.source.name}: {given} is below the base model, which takes {mb_ceil(base.file_bytes)} MB as a file and "
+                f"{mb_ceil(base.memory_bytes)} MB of weights in memory.",
+                base.budget,
+                hint=f"The smallest budget is {mb_ceil(base.budget)} MB.",
             )
         return self.fit_bytes(budget)
 
     def fit_bytes(self, budget: int) -> Cut:
-        """Return the largest cut of this file within `budget` bytes, as `fit` does; but never below the smallest model."""
+        """Return the largest cut of this file within `budget` bytes, as `fit` does, but at least the base model."""
         count = min(bisect_right(self._ends, budget), bisect_right(self._memory, budget) - 1, len(self.chunks))
         return self.cut(max(count, self.base_count))
 
     def even_cuts(self, count: int) -> dict[Cut, int]:
-        """Return the cuts within `count` budgets in equal steps, from the smallest model to all of this file.
+        """Return the cuts within `count` budgets in equal steps, from the base model to all of this file.
 
         Parameters
         ----------
@@ -258,7 +253,7 @@ class Reader:
         Returns
         -------
         dict of Cut to int
-            Smallest first, with the first of those budgets, in bytes, that it is the answer to. A file of few blocks has fewer.
+            Smallest first, with the first of those budgets, in bytes, that gives the cut. A file of few blocks has fewer.
         """
         first, last = self.smallest.budget, self.fit().budget
         cuts: dict[Cut, int] = {}
@@ -268,19 +263,13 @@ class Reader:
         return cuts
 
     def cut(self, count: int) -> Cut:
-        """Return the first `count` chunks of the complete file as a cut; those of less than the smallest model are none of use.
-
-        Raises
-        ------
-        UsageError
-            There are not so many.
-        """
+        """Return the first `count` chunks of the complete file as a cut; fewer than `base_count` are not a model."""
         if not 0 <= count <= len(self.all_chunks):
-            raise UsageError(f"{self.source.name} has {len(self.all_chunks)} chunks; a cut of {count} was asked for.")
+            raise UsageError(f"{self.source.name} has {len(self.all_chunks)} chunks; found a cut of {count}.")
         return Cut(count, self._ends[count - 1] if count else self.all_chunks[0].offset, self._memory[count])
 
     def bits_per_weight(self, cut: Cut | None = None) -> float | None:
-        """Return the bits a weight of the linears takes in memory, over all their blocks in a cut.
+        """Return the bits that a weight of the linears takes in memory, over all their blocks in a cut.
 
         Parameters
         ----------
@@ -296,17 +285,17 @@ class Reader:
         return 8 * self._block_bytes[count] / self._weights[count] if self._weights[count] else None
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
-        """Check the digest of every chunk in this file and decode it. Preamble and tables were checked by opening.
+        """Check the digest of every chunk in this file and decode it. Opening has checked preamble and tables.
 
         Parameters
         ----------
         progress : callable or None
-            Called with each chunk after it has passed.
+            Called with each chunk after its check.
 
         Raises
         ------
         DamagedError
-            A chunk is damaged; ``error.chunk`` is the first such.
+            A chunk is damaged; ``error.chunk`` is the first one.
         """
         for chunk in self.chunks:
             self.read(chunk)
@@ -314,14 +303,14 @@ class Reader:
                 progress(chunk)
 
     def partial_message(self) -> str:
-        """Return what to tell the user about a partial file."""
+        """Return the warning about a partial file."""
         return (
             f"the file is partial: {self.length} of {self.full_length} bytes, not sealed. It is a valid smaller model, with "
             f"{len(self.chunks)} of {len(self.all_chunks)} chunks. If a transfer was cut short, repeat it; if the cut "
             "was meant, seal it with bstack truncate."
         )
 
-    # For each number of chunks, from none to all.
+    # Sums over the first chunks, for each number of chunks from none to all.
 
     @cached_property
     def _memory(self) -> list[int]:
@@ -337,9 +326,86 @@ class Reader:
         first = (math.prod(chunk.shape) if chunk.is_block and chunk.level == 0 else 0 for chunk in self.all_chunks)
         return list(accumulate(first, initial=0))
 
-    @cached_property
-    def _stacks(self) -> Mapping[str, list[Chunk]]:
-        by_name: dict[str, list[Chunk]] = {}
-        for chunk in self.chunks:
-            by_name.setdefault(chunk.name, []).append(chunk)
-        return by_name
+
+def open(what: Opened, strict: bool = False, *, warn: bool = True) -> Reader:
+    """Open a ``.bstk`` file for reading.
+
+    Parameters
+    ----------
+    what : path, URL, bytes, or a source
+        The header of a URL is read with at most two requests; chunks are read on demand. A source has ``name``, ``length``,
+        ``read(offset, length)`` and ``close()``; it is closed with the reader.
+    strict : bool
+        Refuse a partial file instead of warning about it.
+    warn : bool
+        Warn about a partial file.
+
+    Returns
+    -------
+    Reader
+        A context manager; close it when done.
+
+    Raises
+    ------
+    NotBstkError, UnsupportedVersionError
+        It is something else, or from a newer version.
+    TruncatedError
+        It ends before its base model does.
+    DamagedError
+        A check failed.
+    PartialError
+        It is partial and `strict` is set.
+    OSError, RemoteError
+        It cannot be read.
+
+    Warns
+    -----
+    PartialWarning
+        It is partial (unsealed, and shorter than the complete file), and `warn` is set.
+    """
+    source = as_source(what)
+    try:
+        reader = _read_twice_if_changed(source)
+        if reader.state == "partial":
+            if strict:
+                raise PartialError(f"{source.name}: {reader.partial_message()}")
+            if warn:
+                warnings.warn(f"{source.name}: {reader.partial_message()}", PartialWarning, stacklevel=2)
+    except BaseException:
+        source.close()
+        raise
+    return reader
+
+
+def reopen(reader: Reader) -> Reader:
+    """Return a new reader of the same source, after the file behind it was replaced on its server."""
+    source: Any = reader.source  # only one behind a URL has `restart`
+    source.restart()
+    return Reader(source)
+
+
+def is_remote(reader: Reader) -> bool:
+    """Whether a reader reads from a server."""
+    return urls.is_url(reader.source.name)
+
+
+def require_rewritable(reader: Reader) -> None:
+    """Raise UnsupportedVersionError if the file has features that allow reading it, but not writing parts of it."""
+    if reader.preamble.read_only_compatible:
+        raise UnsupportedVersionError(
+            f"{reader.source.name}: the file has features this version of bstk can read but not rewrite "
+            f"(read-only-compatible flags {reader.preamble.read_only_compatible:#x}).",
+            hint="Upgrade bstack to cut it.",
+        )
+
+
+def _read_twice_if_changed(source: Source) -> Reader:
+    """Read the header; once more if the file was replaced on a server, or written to on disk, in the meantime."""
+    try:
+        return Reader(source)
+    except (DamagedError, RemoteChangedError) as error:
+        changed = isinstance(error, RemoteChangedError) if not hasattr(source, "changed") else source.changed()
+        if not (changed and hasattr(source, "restart")):
+            raise
+        source.restart()
+        return Reader(source)

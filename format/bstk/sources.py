@@ -1,8 +1,4 @@
-"""Where the bytes of a file come from.
-
-A source is anything with ``name`` (for messages), ``length`` (bytes), ``read(offset, length) -> bytes`` and ``close()``.
-`read` may be called from several threads.
-"""
+"""Sources of the bytes of a file: on disk, in memory, behind a URL, or an object of the caller."""
 
 from __future__ import annotations
 
@@ -20,16 +16,19 @@ _PIECE = 4 * 2**20  # bytes read at a time where much is read
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to bytes."""
+    """Random access to bytes. `name` is for messages; `read` may be called from several threads."""
 
     name: str
-    length: int
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return the `length` bytes at `offset`; fewer only where the source ends."""
 
     def close(self) -> None:
-        """Let go of what the source holds."""
+        """Release what the source holds."""
 
 
 class BytesSource:
@@ -48,34 +47,34 @@ class BytesSource:
 
 
 class FileSource:
-    """A file on disk. The length is the one it had when it was opened or last restarted.
+    """A file on disk. Its length is the one it had when it was opened or last restarted.
 
     Raises
     ------
     UsageError
-        It is a pipe or another thing without a length.
+        It is a pipe or something else without a length.
     OSError
         The file cannot be opened, or is a directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.name = os.fspath(path)
-        # Before opening: a pipe opens only when somebody writes to it.
+        # Checked before opening, because opening a pipe waits for a writer.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise UsageError(
-                f"{self.name}: not a regular file, so it cannot be read at any place. Save it to disk first."
+                f"{self.name}: not a regular file, so it cannot be read at any offset.", hint="Save it to disk first."
             )
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._lock = threading.Lock()
         self.restart()
 
     def changed(self) -> bool:
-        """Whether somebody wrote to the file, or shortened it, since it was opened or restarted."""
+        """Whether the file was written to or shortened since it was opened or restarted."""
         return _signature(os.fstat(self._file.fileno())) != self._seen
 
     def restart(self) -> None:
-        """Begin with the file as it is now."""
+        """Use the file as it is now."""
         status = os.fstat(self._file.fileno())
         self.length = status.st_size
         self._seen = _signature(status)
@@ -83,8 +82,8 @@ class FileSource:
     def read(self, offset: int, length: int) -> bytes:
         if length > self.length - offset:
             length = max(0, self.length - offset)
-        # One read may return less than asked (Linux stops at 2 GiB), so loop until the end. A lock around seek and
-        # read, rather than pread, because Windows has no pread.
+        # One read may return less than asked (Linux stops at 2 GiB). A lock around seek and read, because Windows has no
+        # pread.
         parts = []
         with self._lock:
             self._file.seek(offset)
@@ -104,7 +103,11 @@ def _signature(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | Source) -> Source:
+Opened = str | os.PathLike[str] | bytes | bytearray | memoryview | Source
+"""What `bstk.open` takes: a path, a URL, bytes or a source."""
+
+
+def as_source(what: Opened) -> Source:
     """Return `what` as a source: a path or URL is opened, bytes are wrapped, a source is passed through.
 
     Raises
@@ -116,7 +119,7 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
     RemoteError, MissingPackageError
         The URL cannot be read.
     """
-    if urls.is_url(what):
+    if isinstance(what, str) and urls.is_url(what):
         from .http import HttpSource
 
         return HttpSource(what)
@@ -133,20 +136,20 @@ def as_source(what: str | os.PathLike[str] | bytes | bytearray | memoryview | So
 
 
 def read_exactly(source: Source, offset: int, length: int, what: str) -> bytes:
-    """Return exactly `length` bytes at `offset`, or raise DamagedError: a source that returns less has changed meanwhile."""
+    """Return exactly `length` bytes at `offset`; raise DamagedError for fewer, because the source has changed then."""
     data = source.read(offset, length)
     if len(data) != length:
         raise DamagedError(
-            f"{what}: asked for {length} bytes at offset {offset}, got {len(data)}. "
-            "The file became shorter after it was opened; open it again."
+            f"{what}: asked for {length} bytes at offset {offset}, got {len(data)}.",
+            hint="The file became shorter after it was opened; open it again.",
         )
     return data
 
 
 def pieces(source: Source, offset: int, length: int, what: str) -> Iterator[bytes]:
-    """Yield the `length` bytes at `offset` piece by piece, or raise DamagedError as `read_exactly` does.
+    """Yield the `length` bytes at `offset` piece by piece; raise DamagedError as `read_exactly` does.
 
-    A source with a method ``pieces(offset, length)`` decides on the pieces: over a network they are parts of one request.
+    A source with a method ``pieces(offset, length)`` is asked for them: over a network they are parts of one request.
     """
     if hasattr(source, "pieces"):
         yield from source.pieces(offset, length)

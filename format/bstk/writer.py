@@ -1,4 +1,4 @@
-"""Writing a complete ``.bstk`` file."""
+"""Write a complete ``.bstk`` file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import dtypes, frames, header, index, kinds, limits, opening, preamble
+from . import frames, header, index, kinds, limits, preamble
 from . import metadata as metadata_module
-from .download import remove_rests
+from .atomic import replacing
 from .errors import DamagedError, UsageError, error_prefix, os_errors
-from .files import replacing
 from .index import Chunk
+from .reader import open
+from .transfer import remove_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Entry:
     raw_length, stored_length, digest
         As in the `bstk.Frame` it comes from.
     stored : bytes or callable
-        The frame, or a function that returns it, called once when its turn comes, so that a large file can be written
-        from parts on disk with little memory.
+        The frame, or a function that returns it. The function is called once, when the frame is written, so that a large file
+        can be written from parts on disk with little memory.
     """
 
     name: str
@@ -46,28 +47,31 @@ class Entry:
     error: float = 0.0
 
 
-def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int) -> None:
-    """Write a complete, unsealed file; it replaces what is at `path` when it is all there, and not before.
+_SHARED = ("name", "kind", "level", "stored_length", "raw_length", "dtype", "rank", "transposed", "digest")
 
-    Equal arguments give equal bytes. What a stopped download left in ``PATH.part`` is deleted then.
+
+def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int) -> None:
+    """Write a complete, unsealed file, which replaces what is at `path` when it is whole.
+
+    Equal arguments give equal bytes. The ``PATH.part`` of an interrupted download is deleted.
 
     Parameters
     ----------
     path : path
-        Where to.
+        The output.
     metadata : dict
         Plain JSON values.
     chunks : iterable of Entry
-        In file order. The first `base_count` are the smallest model: all files, all tensors, block 0 of every linear.
+        In file order. The first `base_count` are the base model: all files, all tensors, block 0 of every linear.
     base_count : int
-        How many chunks the smallest model has.
+        How many chunks the base model has.
 
     Raises
     ------
     UsageError
-        The chunks break a rule of the format (the message names the chunk), or an entry's bytes are not what it says.
+        The chunks break a rule of the format (the message names the chunk), or the bytes of an entry contradict it.
     ResourceError, OutputError
-        The file cannot be written. What was at `path` is still there.
+        The file cannot be written; `path` is unchanged.
     """
     entries = list(chunks)
     shown = os.fspath(path)
@@ -83,9 +87,9 @@ def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterab
                 _check_stored(entry, stored)
             with os_errors(shown):
                 sink.write(stored)
-        # What a reader will make of it, before it takes the place of anything.
-        opening.open(temporary, strict=True).close()
-    remove_rests(path)
+        # A reader checks it before it replaces anything.
+        open(temporary, strict=True).close()
+    remove_parts(path)
 
 
 def build_header(
@@ -100,7 +104,7 @@ def build_header(
     """
     if not 1 <= base_count <= len(entries) <= limits.MAX_CHUNKS:
         raise UsageError(
-            f"a file has 1 to {limits.MAX_CHUNKS} chunks, of which at least one and at most all are its smallest model; "
+            f"a file has 1 to {limits.MAX_CHUNKS} chunks, of which at least one and at most all are its base model; "
             f"found {len(entries)} and base_count {base_count}."
         )
     for entry in entries:
@@ -111,19 +115,11 @@ def build_header(
     chunks, features = [], 0
     for entry in entries:
         chunk = Chunk(
-            name=entry.name,
-            kind=entry.kind,
-            level=entry.level,
+            **{name: getattr(entry, name) for name in _SHARED},
             offset=offset,
-            stored_length=entry.stored_length,
-            raw_length=entry.raw_length,
             shape=tuple(entry.shape),
-            dtype=entry.dtype,
-            rank=entry.rank,
-            transposed=entry.transposed,
             importance=float(entry.importance),
             error=float(entry.error),
-            digest=entry.digest,
         )
         chunks.append(chunk)
         offset = chunk.end
@@ -146,12 +142,12 @@ def build_header(
         preamble.parse(head.to_bytes())
         header.parse_tables(head, tables)
     except DamagedError as error:
-        raise UsageError(f"cannot write this: {error.args[0]}") from error
+        raise UsageError(f"cannot write this: {error}") from error
     return head, tables
 
 
 def _check_types(entry: Entry) -> None:
-    """Check what the binary record would refuse or silently change; all other rules are the reader's, applied after."""
+    """Check what the binary record would refuse or silently change; the reader checks all other rules afterwards."""
     where = f"chunk {entry.name!r} level {entry.level}"
     numbers = {
         "level": (entry.level, 0xFFFF),
@@ -160,13 +156,13 @@ def _check_types(entry: Entry) -> None:
         "stored_length": (entry.stored_length, limits.MAX_FILE_LENGTH),
         **{f"shape[{i}]": (length, limits.MAX_DIMENSION) for i, length in enumerate(entry.shape)},
     }
-    for what, (value, most) in numbers.items():
-        if not isinstance(value, int) or not 0 <= value <= most:
-            raise UsageError(f"{where}: {what} is {value!r}; allowed: a whole number, 0 to {most}.")
+    for what, (value, largest) in numbers.items():
+        if not isinstance(value, int) or not 0 <= value <= largest:
+            raise UsageError(f"{where}: {what} is {value!r}; allowed: a whole number, 0 to {largest}.")
     if len(entry.shape) > limits.MAX_NDIM:
         raise UsageError(f"{where}: {len(entry.shape)} dimensions; allowed: at most {limits.MAX_NDIM}.")
-    if entry.dtype not in dtypes.BY_NAME:
-        raise UsageError(f"{where}: dtype {entry.dtype!r}; allowed: {', '.join(dtypes.BY_NAME)}.")
+    if entry.dtype not in kinds.DTYPE_BY_NAME:
+        raise UsageError(f"{where}: dtype {entry.dtype!r}; allowed: {', '.join(kinds.DTYPE_BY_NAME)}.")
     if len(entry.digest) != 32:
         raise UsageError(f"{where}: the digest has {len(entry.digest)} bytes; allowed: the 32 of SHA-256.")
     try:
@@ -179,10 +175,10 @@ def _check_types(entry: Entry) -> None:
 def _check_stored(entry: Entry, stored: bytes) -> None:
     where = f"chunk {entry.name!r} level {entry.level}"
     if len(stored) != entry.stored_length:
-        raise UsageError(f"{where}: {len(stored)} stored bytes came where {entry.stored_length} were announced.")
+        raise UsageError(f"{where}: {len(stored)} stored bytes came; announced: {entry.stored_length}.")
     if hashlib.sha256(stored).digest() != entry.digest:
-        raise UsageError(f"{where}: its stored bytes are not those its digest was made of.")
+        raise UsageError(f"{where}: its stored bytes do not match its digest.")
     try:
         frames.check(stored, entry.raw_length)
     except DamagedError as error:
-        raise UsageError(f"{where}: {error.args[0]}") from error
+        raise UsageError(f"{where}: {error}") from error

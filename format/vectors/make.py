@@ -1,8 +1,8 @@
-"""How the golden files were made. They are never made again: a reader must go on reading the very bytes that old writers wrote.
+"""Make the golden files. Existing ones are never made again, because a reader must read the bytes that old writers wrote.
 
-To add one, add it to `FILES` and run ``python format/vectors/make.py``: files that exist are left alone, and so are their
-verdicts. Each verdict says what a reader must come to: the error class on opening, or the state, the root digest and a
-digest of everything in the file; and what checking all chunks comes to.
+To add one, add it to `FILES` and run ``python format/vectors/make.py``: existing files and their verdicts are left alone. Each
+verdict holds the result that a reader must have: the error class on opening, or the state, the root digest and a digest of
+everything in the file; and the result of checking all chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests" / "format")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests" / "helpers")]
 
 import bad_files  # noqa: E402
 import samples  # noqa: E402
@@ -25,7 +25,7 @@ import bstk  # noqa: E402
 
 
 def digest(reader: bstk.Reader) -> str:
-    """Return a SHA-256 over what every present chunk says of itself and its raw bytes."""
+    """Return a SHA-256 over the fields and raw bytes of every present chunk."""
     total = hashlib.sha256()
     for name, kind, level, shape, dtype, rank, transposed, importance, error, raw in samples.content(reader):
         line = [name, kind, level, list(shape), dtype, rank, transposed, importance.hex(), error.hex(), len(raw)]
@@ -34,7 +34,7 @@ def digest(reader: bstk.Reader) -> str:
 
 
 def verdict(path: Path) -> dict[str, object]:
-    """Return what this reader comes to on a file."""
+    """Return the result of this reader on a file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bstk.PartialWarning)
@@ -57,7 +57,7 @@ def _whole() -> bytes:
 
 
 def _weights() -> bytes:
-    """Blocks of every kind with plausible factors; what they add up to is pinned in expected-weights.json."""
+    """Blocks of every kind with plausible factors; expected-weights.json holds the matrices that they add up to."""
     entries = []
     for level, (kind, name, shape, rank) in enumerate(
         [
@@ -82,7 +82,7 @@ def _weights() -> bytes:
 
 
 def _spqr() -> bytes:
-    """SpQR stacks of both widths of code and two widths of group; what they add up to is pinned in expected-spqr.json."""
+    """SpQR stacks of both code widths and two group widths; expected-spqr.json holds the matrices that they add up to."""
     entries = []
     for name, (m, n), rank, counts in (
         ("three", (18, 40), 16 + 3, [2] * 18),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import samples
 
 import bstk
 from bstack.codecs import codec_of_kind
@@ -18,7 +19,7 @@ EXPECTED = {file: json.loads((VECTORS / f"expected-{file}.json").read_text()) fo
 )
 def test_blocks_add_up_to_the_pinned_matrix(golden, name):
     with bstk.open(VECTORS / f"{golden}.bstk") as file:
-        blocks = file.stack(name)
+        blocks = samples.chunks_of(file, name)
         for depth, rows in enumerate(EXPECTED[golden][name], 1):
             part = blocks[:depth]
             rebuilt = codec_of_kind(part[0].kind).rebuild(

@@ -10,6 +10,7 @@ import sysconfig
 from contextlib import contextmanager
 
 import pytest
+import samples
 import tiny_models
 import torch
 
@@ -62,17 +63,21 @@ def made(model):
 
 def test_stacks_are_dense_part_outliers_planes(made):
     with bstk.open(made) as file:
-        linears = [name for name in file.names if name.startswith("model.layers.") and file.stack(name)[0].is_block]
+        linears = [
+            name
+            for name in dict.fromkeys(chunk.name for chunk in file.chunks)
+            if name.startswith("model.layers.") and samples.chunks_of(file, name)[0].is_block
+        ]
         assert len(linears) == 14
         for name in linears:
-            kinds = [chunk.kind for chunk in file.stack(name)]
+            kinds = [chunk.kind for chunk in samples.chunks_of(file, name)]
             assert kinds in ([bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS], [bstk.SPQR, bstk.TRELLIS])
-            errors = [chunk.error for chunk in file.stack(name)]
+            errors = [chunk.error for chunk in samples.chunks_of(file, name)]
             assert errors == sorted(errors, reverse=True)
         for layer in range(2):  # a layer has outliers; not each of its matrices need have some
             assert any(chunk.kind is bstk.OUTLIERS and f"layers.{layer}." in chunk.name for chunk in file.chunks)
         # Embedding and head, tied here, are stacks of the default codec.
-        assert [chunk.kind for chunk in file.stack("model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
+        assert [chunk.kind for chunk in samples.chunks_of(file, "model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
         assert file.preamble.incompatible == 3
         # In the smallest model there are dense parts and no outliers.
         base = file.chunks[: file.base_count]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import bstack
 import bstk
-from bstack.models.hub import default_model
 from bstack.models.gguf import GGUFCheckpoint
+from bstack.models.hub import default_model
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Skeleton
 

@@ -1,6 +1,7 @@
 """A model of SpQR blocks with packed weights: dense part, outliers and planes, at every size it can have."""
 
 import pytest
+import samples
 import torch
 from packed_models import logits
 
@@ -41,9 +42,9 @@ def test_the_file_has_all_three_kinds(file_of):
 def test_without_outliers_planes_stand_on_the_dense_part(file_of):
     with bstk.open(file_of("llama", codec="spqr, none apart")) as file:
         assert {
-            tuple(chunk.kind for chunk in file.stack(name))
-            for name in file.names
-            if file.stack(name)[0].kind is bstk.SPQR
+            tuple(chunk.kind for chunk in samples.chunks_of(file, name))
+            for name in dict.fromkeys(chunk.name for chunk in file.chunks)
+            if samples.chunks_of(file, name)[0].kind is bstk.SPQR
         } == {(bstk.SPQR, bstk.TRELLIS)}
         assert file.preamble.incompatible == bstk.SPQR.feature
         file.verify()

@@ -28,7 +28,7 @@ def test_refused_on_opening(case, good):
     finally:
         tracemalloc.stop()
     assert type(caught.value).__name__ == expected
-    message = caught.value.args[0]
+    message = str(caught.value)
     assert message.startswith("<bytes>: ") and len(message) > 30
 
 
@@ -119,9 +119,9 @@ def test_every_byte_flipped(good, mask):
     for position in range(len(good)):
         data = bytearray(good)
         data[position] ^= mask
-        with pytest.raises(bstk.BstkError):  # every byte is under some check
-            with bstk.open(data) as f:
-                f.verify()
+        # Every byte is under some check.
+        with pytest.raises(bstk.BstkError), bstk.open(data) as f:
+            f.verify()
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,8 +10,7 @@ import warnings
 import pytest
 
 import bstk
-from bstk.files import replacing
-from bstk.locked import LockedFile
+from bstk.atomic import LockedFile, replacing
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="other rules elsewhere")
 
@@ -83,12 +82,11 @@ def test_a_file_that_is_open_is_cut_in_place(good_path, sizes):
             f.read(f.chunks[-1])
 
 
-@pytest.mark.parametrize("in_place", [pytest.param(False, marks=POSIX), True])
-def test_a_file_that_is_open_grows(good, good_path, tmp_path, sizes, in_place):
+def test_a_file_that_is_open_grows(good, good_path, tmp_path, sizes):
     small = tmp_path / "small.bstk"
     bstk.truncate(good_path, small, sizes[0])
     with bstk.open(small) as f:
-        bstk.grow(small, 1, good_path, in_place=in_place)
+        bstk.grow(small, 1, good_path)
         f.verify()
         assert f.length == round(sizes[0] * bstk.MB)
     assert small.read_bytes() == good
@@ -99,11 +97,10 @@ def test_one_process_at_a_time_changes_a_file(good, good_path, tmp_path, sizes):
     bstk.truncate(good_path, small, sizes[1])
     before = small.read_bytes()
     with LockedFile(small):
-        with pytest.raises(bstk.BusyError, match="another process is writing this file") as caught:
+        with pytest.raises(bstk.UsageError, match="another process is writing this file") as caught:
             bstk.truncate(small, None, sizes[0])
-        for in_place in (True, False):
-            with pytest.raises(bstk.BusyError):
-                bstk.grow(small, 1, good_path, in_place=in_place)
+        with pytest.raises(bstk.UsageError, match="another process is writing this file"):
+            bstk.grow(small, 1, good_path)
         bstk.truncate(small, tmp_path / "out.bstk", sizes[0])  # reading is not held up
     assert caught.value.exit_code == 2 and small.read_bytes() == before
     bstk.truncate(small, None, sizes[0])
@@ -114,26 +111,19 @@ def test_nobody_else_changes_a_file_that_grows(good, good_path, tmp_path, sizes)
     refused = []
 
     def meanwhile(count):
-        for change in (
-            lambda: bstk.truncate(small, None, sizes[0]),
-            lambda: bstk.grow(small, sizes[2], good_path),
-            lambda: bstk.grow(small, sizes[2], good_path, in_place=True),
-        ):
-            with pytest.raises(bstk.BusyError):
+        for change in (lambda: bstk.truncate(small, None, sizes[0]), lambda: bstk.grow(small, sizes[2], good_path)):
+            with pytest.raises(bstk.UsageError, match="another process is writing this file"):
                 change()
             refused.append(change)
 
-    for in_place in (False, True):
-        bstk.truncate(good_path, small, sizes[1])
-        bstk.grow(small, 1, good_path, progress=meanwhile, in_place=in_place)
-        assert small.read_bytes() == good and len(refused) >= 3
-        refused.clear()
+    bstk.truncate(good_path, small, sizes[1])
+    bstk.grow(small, 1, good_path, progress=meanwhile)
+    assert small.read_bytes() == good and len(refused) >= 2
 
 
 @POSIX
-@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("by", ["truncate", "another program", "deleting"])
-def test_a_file_that_is_replaced_while_it_grows(by, in_place, good_path, tmp_path, sizes):
+def test_a_file_that_is_replaced_while_it_grows(by, good_path, tmp_path, sizes):
     """Who replaces or deletes a file asks for no lock. What they did stays, and it is said that nothing grew."""
     small = tmp_path / "small.bstk"
     bstk.truncate(good_path, small, sizes[1])
@@ -147,8 +137,8 @@ def test_a_file_that_is_replaced_while_it_grows(by, in_place, good_path, tmp_pat
             (tmp_path / "other").write_bytes(b"other")
             (tmp_path / "other").replace(small)
 
-    with pytest.raises(bstk.BusyError, match="replaced or deleted it meanwhile") as caught:
-        bstk.grow(small, 1, good_path, progress=meanwhile, in_place=in_place)
+    with pytest.raises(bstk.UsageError, match="replaced or deleted it meanwhile") as caught:
+        bstk.grow(small, 1, good_path, progress=meanwhile)
     assert caught.value.exit_code == 2
     if by == "truncate":
         with bstk.open(small) as f:
@@ -170,7 +160,7 @@ def test_growing_cutting_and_reading_one_file_at_once(good, good_path, tmp_path,
                 if draw.random() < 0.5:
                     bstk.truncate(path, None, draw.choice(sizes))
                 else:
-                    bstk.grow(path, draw.choice([*sizes, 1]), good_path, in_place=draw.random() < 0.5)
+                    bstk.grow(path, draw.choice([*sizes, 1]), good_path)
             except bstk.UsageError:  # busy, or nothing to do
                 pass
 
@@ -192,7 +182,7 @@ def test_growing_cutting_and_reading_one_file_at_once(good, good_path, tmp_path,
 
 _KILLED = """
 import os, sys
-from bstk.files import replacing
+from bstk.atomic import replacing
 with replacing(sys.argv[1]) as (sink, temporary):
     sink.write(b"half")
     print(flush=True)

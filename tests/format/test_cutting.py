@@ -9,7 +9,7 @@ import pytest
 import samples
 
 import bstk
-from bstk import cutting
+from bstk import atomic
 
 
 def ends(good):
@@ -81,7 +81,7 @@ def test_partial_file_is_cut_to_its_last_whole_chunk(good, tmp_path, in_place):
 
 def test_nothing_to_cut(good, good_path, tmp_path):
     for size in (len(good), 2 * len(good)):
-        with pytest.raises(bstk.UsageError, match="nothing to cut: all of it fits in 0.01 MB"):
+        with pytest.raises(bstk.UsageError, match=r"nothing to cut: all of it fits in 0.01 MB"):
             bstk.truncate(good_path, tmp_path / "out.bstk", mb=mb(size))
     assert not (tmp_path / "out.bstk").exists()
 
@@ -127,7 +127,7 @@ def test_in_place_is_valid_after_every_step(good, good_path, tmp_path, monkeypat
                 raise OSError(28, "No space left on device")
             self.calls += 1
 
-    monkeypatch.setattr(cutting, "os", Os())
+    monkeypatch.setattr(atomic, "os", Os())
     steps = _SYNCS if sealed else _SYNCS - 1
     if fail_at < steps:
         with pytest.raises(bstk.ResourceError):
@@ -142,7 +142,7 @@ def test_in_place_is_valid_after_every_step(good, good_path, tmp_path, monkeypat
 _KILLED = """
 import os, sys
 import bstk
-from bstk import cutting
+from bstk import atomic
 class Os:
     calls = 0
     def __getattr__(self, name):
@@ -151,7 +151,7 @@ class Os:
         if self.calls == int(sys.argv[2]):
             os.kill(os.getpid(), 9)
         self.calls += 1
-cutting.os = Os()
+atomic.os = Os()
 bstk.truncate(sys.argv[1], None, mb=float(sys.argv[3]))
 """
 

@@ -178,7 +178,7 @@ def test_files_with_fields_set_to_anything(good, tmp_path, zstd):
 
 TEXTS = [
     *(
-        '{"a":%s}' % value
+        f'{{"a":{value}}}'
         for value in (
             "01",
             "1.",

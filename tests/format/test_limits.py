@@ -129,7 +129,7 @@ def test_brackets_in_strings_are_no_nesting(good):
 def test_raw_length_and_expansion(good, shape, stored, accepted):
     draft = samples.Draft(good)
     draft.chunk(1, bytes(stored), dtype=6, raw=math.prod(shape))
-    draft.set(1, shape=struct.pack("<4I", *(shape + (0, 0, 0))[:4]), ndim=len(shape))
+    draft.set(1, shape=struct.pack("<4I", *((*shape, 0, 0, 0))[:4]), ndim=len(shape))
     assert opens(draft.bytes()) is accepted
 
 
@@ -259,5 +259,5 @@ def test_what_shrinks_too_well_is_stored_longer(length):
     # A matrix of zeros is a legal weight.
     raw = bytes(length)
     frame = bstk.pack(raw)
-    assert length <= frames.most_raw(frame.stored_length)
+    assert length <= frames.max_raw(frame.stored_length)
     assert frames.unpack(frame.stored, length) == raw

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from bstk import dtypes, kinds
+from bstk import kinds
 from bstk.preamble import SPECIFICATION
 
 SPEC = (Path(__file__).parents[2] / "format" / "SPEC.md").read_text()
@@ -24,7 +24,7 @@ def test_element_types():
         for what in ("code", "dtype", "bytes")
     )
     assert [(int(c), n, int(s)) for c, n, s in zip(codes, names, sizes, strict=True)] == [
-        tuple(d) for d in dtypes.BY_CODE.values()
+        tuple(d) for d in kinds.DTYPE_BY_CODE.values()
     ]
 
 

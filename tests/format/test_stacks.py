@@ -25,7 +25,7 @@ def test_good_stacks_are_read_and_rebuilt(stack, good):
     samples.stack(draft, *stack)
     with bstk.open(draft.bytes()) as file:
         file.verify()
-        blocks = file.stack("layers.0.up")
+        blocks = samples.chunks_of(file, "layers.0.up")
         payloads = [file.read(block) for block in blocks]
     assert [block.kind.name for block in blocks] == list(stack)
     for depth in range(1, len(blocks) + 1):
@@ -42,9 +42,9 @@ def test_a_stack_of_any_depth_is_rebuilt(first, good):
     draft = samples.Draft(good)
     samples.stack(draft, first, "sign" if first == "sign" else "trellis")
     with bstk.open(draft.bytes()) as file:
-        below, above = map(file.read, file.stack("layers.0.up"))
-        kind, other = (block.kind for block in file.stack("layers.0.up"))
-        rank, shape = file.stack("layers.0.up")[0].rank, file.stack("layers.0.up")[0].shape
+        below, above = map(file.read, samples.chunks_of(file, "layers.0.up"))
+        kind, other = (block.kind for block in samples.chunks_of(file, "layers.0.up"))
+        rank, shape = samples.chunks_of(file, "layers.0.up")[0].rank, samples.chunks_of(file, "layers.0.up")[0].shape
     kinds_, ranks = [kind, *[other] * 20], [rank, *[1 if first == "sign" else 2] * 20]
     assert codec_of_kind(kind).rebuild([below, *[above] * 20], kinds_, ranks, shape).shape == shape
 

@@ -134,6 +134,11 @@ _BLOCKS = {  # kind -> code, rank, incompatible flag, raw bytes of a block of 4 
 }
 
 
+def chunks_of(reader: bstk.Reader, name: str) -> list[bstk.Chunk]:
+    """Return the chunks of `name` that a file has, by level."""
+    return [chunk for chunk in reader.chunks if chunk.name == name]
+
+
 def stack(draft: Draft, *kinds: str) -> None:
     """Have the stack of three blocks in the good file (records 3, 5 and 7) be one of up to three blocks of these kinds."""
     records = (3, 5, 7)
@@ -167,7 +172,7 @@ class Draft:
 
     def shape(self, record: int, *lengths: int, ndim: int | None = None) -> None:
         self.set(
-            record, shape=struct.pack("<4I", *(lengths + (0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim
+            record, shape=struct.pack("<4I", *((*lengths, 0, 0, 0, 0))[:4]), ndim=len(lengths) if ndim is None else ndim
         )
 
     def chunk(self, record: int, stored: bytes, **values) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a forked child cannot use the threads that its parent has
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
 
-import jobs
-from steps import Steps, counted
+import jobs  # noqa: E402
+from steps import Steps, counted  # noqa: E402
 
 GOLDEN = Path(__file__).parents[2] / "format" / "vectors" / "whole.bstk"
 

@@ -26,7 +26,7 @@ def read_all(data: bytes) -> bool:
         try:
             reader = bstk.open(data)
         except bstk.BstkError as error:
-            require(error.args[0].startswith("<bytes>: "), f"a message that does not name the file: {error}")
+            require(str(error).startswith("<bytes>: "), f"a message that does not name the file: {error}")
             return False
         with reader:
             require(

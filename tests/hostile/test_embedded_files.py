@@ -144,7 +144,7 @@ def test_hostile_file(whole, tmp_path, monkeypatch, capsys, name, what, content)
             assert "\n" not in str(error)
     with pytest.raises(SystemExit) as caught:
         main.main(["run", "bad.bstk", "-p", "the river", "--mb", "100", "--max-new-tokens", "4"])
-    out, err = capsys.readouterr()
+    _out, err = capsys.readouterr()
     assert "unexpected" not in err and "Traceback" not in err, err
     assert caught.value.code == 0 or (
         caught.value.code in (1, 2, 5, 7) and err.splitlines()[-1].startswith("Error: ")

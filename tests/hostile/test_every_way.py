@@ -32,7 +32,6 @@ OPENINGS = {
     "truncate": lambda path, serve: bstk.truncate(path, path.with_name("out"), mb=1),
     "truncate in place": lambda path, serve: bstk.truncate(path, None, mb=1),
     "grow": lambda path, serve: bstk.grow(path, 1, path.with_name("good")),
-    "grow in place": lambda path, serve: bstk.grow(path, 1, path.with_name("good"), in_place=True),
     "grow from it": lambda path, serve: bstk.grow(path.with_name("good"), 1, path),
     "load": lambda path, serve: bstack.load(path),
     "load as a stack": lambda path, serve: bstack.load(str(path), mode="stack", strict=True),

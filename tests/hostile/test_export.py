@@ -36,14 +36,14 @@ def test_files_land_in_their_folder(tmp_path, monkeypatch):
         "x" * 200,
     ]
     with with_files(tmp_path, *names) as file:
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         with embedded_files(file) as folder:
             assert folder.parent.parent == tmp_path / "temporary"
-            found = {path for path in tmp_path.rglob("*")} - before - {folder.parent}
+            found = set(tmp_path.rglob("*")) - before - {folder.parent}
             assert {path.relative_to(folder).as_posix() for path in found if path.is_file()} == set(names)
             assert all(path == folder or folder in path.parents for path in found)
             assert all((folder / name).read_bytes() == name.encode() for name in names)
-        assert {path for path in tmp_path.rglob("*")} == before
+        assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

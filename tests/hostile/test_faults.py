@@ -11,7 +11,7 @@ from steps import Steps, counted, refusals
 import bstk
 
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
-GROWTHS = ["grow", "grow whole", "grow in place", "grow whole in place"]
+GROWTHS = ["grow", "grow whole"]
 JOBS = ["truncate", "truncate in place", *GROWTHS]
 
 
@@ -25,62 +25,54 @@ def job(good, request):
 def test_every_change_may_be_refused(job, tmp_path, code):
     refused = list(refusals(job, tmp_path / "folder", code, range(1, 200)))
     for step, error in refused:
-        assert isinstance(error, CODES[code]) and jobs.OUT in error.args[0], step
+        assert isinstance(error, CODES[code]) and jobs.OUT in str(error), step
     assert len(refused) >= 3
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("state", ["sealed", "partial", "partial within a block"])
+@pytest.mark.parametrize("state", ["partial", "partial within a block"])
 @pytest.mark.parametrize("job", GROWTHS, indirect=True)
-def test_a_refused_growth_leaves_the_old_file(job, state, good, tmp_path, code):
-    """Byte for byte; so that a full disk is not met by a file that took all of it."""
-    old = job.old
-    if state != "sealed":
-        old = good[: len(old) + 7 * (state == "partial within a block")]
+def test_a_refused_growth_of_a_partial_file_leaves_a_valid_file(job, state, good, tmp_path, code):
+    """With at least as much of the model as before; `refusals` checks it and does the job again."""
+    old = good[: len(job.old) + 7 * (state == "partial within a block")]
 
     def prepare(folder):
         (folder / "source.bstk").write_bytes(good)
         (folder / jobs.OUT).write_bytes(old)
 
     job = dataclasses.replace(job, old=old, prepare=prepare)
-    steps = 0
-    for steps, _ in refusals(job, tmp_path / "folder", code, range(1, 200)):
-        assert (tmp_path / "folder" / jobs.OUT).read_bytes() == old, steps
-    assert steps >= 4
+    refused = list(refusals(job, tmp_path / "folder", code, range(1, 200)))
+    assert all(isinstance(error, CODES[code]) for _, error in refused) and len(refused) >= 3
 
 
-@pytest.mark.parametrize("job", ["grow in place"], indirect=True)
+@pytest.mark.parametrize("job", ["grow"], indirect=True)
 @pytest.mark.parametrize("first", range(2, 8))
-def test_a_disk_that_goes_away_leaves_a_valid_file_and_says_what_it_is(job, tmp_path, first):
-    """From the n-th change on it refuses all, the rolling back too."""
+def test_a_disk_that_goes_away_leaves_a_valid_file(job, tmp_path, first):
+    """From the n-th change on it refuses all."""
     folder = jobs.fresh(job, tmp_path / "folder")
 
     def refuse():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with counted(Steps(first, refuse, lasting=True)) as steps, pytest.raises(bstk.OutputError) as caught:
+    with counted(Steps(first, refuse, lasting=True)) as steps, pytest.raises(bstk.OutputError):
         job.run(folder)
     assert steps.count >= first
     job.check_stopped(folder)
-    found = (folder / jobs.OUT).read_bytes()
-    if found != job.old:
-        assert "could not be brought back to what it was: Input/output error" in caught.value.args[0]
-        assert f"It is {'sealed' if any(found[48:56]) else 'partial'} now" in caught.value.args[0]
-    if found != job.wanted:
+    if (folder / jobs.OUT).read_bytes() != job.wanted:
         job.repeat(folder)
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, MemoryError, RuntimeError("of a caller")])
 @pytest.mark.parametrize("job", GROWTHS, indirect=True)
-def test_a_growth_from_disk_that_is_stopped_leaves_the_old_file(job, tmp_path, problem):
+def test_a_growth_that_is_stopped_leaves_a_valid_file(job, tmp_path, problem):
     folder = jobs.fresh(job, tmp_path / "folder")
 
     def stop(count):
         raise problem
 
     with pytest.raises(type(problem) if isinstance(problem, Exception) else problem):
-        jobs.grow(folder, len(job.wanted) / bstk.MB, progress=stop, in_place=job.in_place)
-    assert (folder / jobs.OUT).read_bytes() == job.old
+        jobs.grow(folder, len(job.wanted) / bstk.MB, progress=stop)
+    job.check_stopped(folder)
     job.repeat(folder)
 
 
@@ -109,7 +101,7 @@ FAULTS = {"fails": failing, "comes short": lambda data: data[:-1], "comes empty"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["verify", "truncate", "grow", "grow in place"])
+@pytest.mark.parametrize("name", ["verify", "truncate", "grow"])
 def test_every_read_may_fail(good, tmp_path, fault, name):
     job = next(job for job in jobs.container_jobs(good) if job.name == ("truncate" if name == "verify" else name))
     with bstk.open(job.wanted) as wanted:
@@ -123,14 +115,12 @@ def test_every_read_may_fail(good, tmp_path, fault, name):
                 if name == "verify":
                     reader.verify()
                 elif "grow" in name:
-                    bstk.grow(folder / jobs.OUT, size, reader, in_place=job.in_place)
+                    bstk.grow(folder / jobs.OUT, size, reader)
                 else:
                     bstk.truncate(reader, folder / jobs.OUT, size)
         except (bstk.DamagedError, bstk.NotBstkError, OSError):
             failed += 1
         assert source.reads >= step or failed == step - 1
-        if "grow" in name:
-            assert (folder / jobs.OUT).read_bytes() in (job.old, job.wanted)
         job.check_stopped(folder)
         job.repeat(folder)
         if source.reads < step:

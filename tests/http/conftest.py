@@ -34,7 +34,8 @@ def alone(monkeypatch, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     for name, value in {"NO_PROXY": "*", "HOME": home, "XDG_CACHE_HOME": home / "cache"}.items():
         monkeypatch.setenv(name, str(value))
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+    hub = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_ENDPOINT")
+    for name in (*hub, "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("bstk.http.FIRST_DELAY", 0.001)
 

@@ -1,6 +1,8 @@
 """Cutting a file behind a URL: the bytes are those of cutting it on disk, and no others are fetched."""
 
+import errno
 import os
+import re
 import time
 
 import pytest
@@ -10,8 +12,8 @@ from range_server import RangeServer
 from served_files import cut_sizes, make
 
 import bstk
+from bstk.atomic import LockedFile
 from bstk.http import HEAD
-from bstk.locked import LockedFile
 
 
 def expected(data, mb, folder, seal=True):
@@ -126,7 +128,7 @@ def test_without_ranges_nothing_is_read_backwards(model, serve, tmp_path):
     server = serve(model, ranges=False)
     with bstk.open(server.url) as file:
         file.verify()  # from start to end
-        with pytest.raises(bstk.RemoteAnswerError, match="from start to end only. Fetch it with bstack truncate"):
+        with pytest.raises(bstk.RemoteError, match=r"from start to end only. Fetch it with bstack truncate"):
             file.read(file.chunks[-2])
     assert len(server.asked) == 1
 
@@ -163,8 +165,8 @@ def test_any_cut_over_any_broken_transfer_is_the_cut_on_disk(long_head, tmp_path
             patch.setattr("bstk.http.RETRIES_IN_ALL", data.draw(st.integers(0, 3)))
             try:
                 bstk.truncate(server.url, out, first)
-            except (bstk.TransferError, bstk.UnreachableError):
-                pass
+            except bstk.RemoteError as error:
+                assert not error.missing
         bstk.truncate(server.url, out, second)
     assert out.read_bytes() == expected(long_head, second, tmp_path)
 
@@ -179,7 +181,9 @@ def test_resumes_with_what_is_missing(long_head, serve, tmp_path, monkeypatch, g
     with bstk.open(server.url) as file:
         header = file.preamble.header_length
         server.drop_after = given_up_at - HEAD if given_up_at > HEAD else given_up_at
-        with pytest.raises(bstk.TransferError, match="Give the same command again") as caught:
+        with pytest.raises(
+            bstk.RemoteError, check=lambda error: error.resumable, match="Give the same command again"
+        ) as caught:
             bstk.truncate(file, out, mb)
     assert caught.value.exit_code == 75 and not out.exists()
     kept = part.stat().st_size
@@ -200,7 +204,7 @@ def interrupted(server, out, mb, monkeypatch):
         server.drop_after = None
         with bstk.open(server.url) as file:
             server.drop_after = 40_000
-            with pytest.raises(bstk.TransferError):
+            with pytest.raises(bstk.RemoteError, check=lambda error: error.resumable):
                 bstk.truncate(file, out, mb)
         server.drop_after = None
 
@@ -307,10 +311,10 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(remote, long_head, ser
     source.write_bytes(long_head)
     server = serve(long_head)
     place = server.url if remote else source
-    with pytest.raises(bstk.UsageError, match="is there already. Allow to replace it"):
+    with pytest.raises(bstk.UsageError, match=r"the output exists. Name another output"):
         bstk.truncate(place, out, sizes[-1], overwrite=False, progress=lambda count: out.write_text("of somebody else"))
     assert out.read_text() == "of somebody else"
-    with pytest.raises(bstk.UsageError, match="is there already"):
+    with pytest.raises(bstk.UsageError, match="the output exists"):
         bstk.truncate(place, out, sizes[-1], overwrite=False)
     assert (tmp_path / "out.bstk.part").exists() == remote
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
@@ -336,3 +340,115 @@ def test_damage_on_the_server(model, serve, tmp_path):
     bstk.truncate(server.url, out, chunk.offset / bstk.MB)  # a cut that ends before it
     with bstk.open(out, strict=True) as file:
         file.verify()
+
+
+@pytest.mark.parametrize("kind", ["whole", "sealed"])
+def test_a_file_of_its_own_in_the_way_of_the_part(kind, model, other, serve, tmp_path):
+    out, part = tmp_path / "out.bstk", tmp_path / "out.bstk.part"
+    theirs = other if kind == "whole" else expected(other, cut_sizes(other)[1], tmp_path)
+    part.write_bytes(theirs)
+    for mb in (1000, cut_sizes(model)[9]):
+        with pytest.raises(bstk.OutputError, match=r"part: in the way: it is a \.bstk file of its own\. Move it"):
+            bstk.truncate(serve(model).url, out, mb)
+    assert not out.exists() and part.read_bytes() == theirs
+    part.write_bytes(other[:-1])  # what a stopped download of another model may have left
+    bstk.truncate(serve(model).url, out, 1000)
+    assert out.read_bytes() == model and not part.exists()
+
+
+@pytest.mark.parametrize("what", ["a link", "a folder", "not the beginning of a .bstk file"])
+def test_something_else_in_the_way_of_the_part(what, model, serve, tmp_path):
+    out, part = tmp_path / "out.bstk", tmp_path / "out.bstk.part"
+    if what == "a link":
+        part.symlink_to(tmp_path / "precious")
+        (tmp_path / "precious").write_bytes(model)
+    elif what == "a folder":
+        part.mkdir()
+    else:
+        part.write_text("notes")
+    with pytest.raises(bstk.OutputError, match=rf"out\.bstk\.part: in the way: it is {re.escape(what)}\. Move it away"):
+        bstk.truncate(serve(model).url, out, 1000)
+    assert not out.exists()
+    assert what != "a link" or (tmp_path / "precious").read_bytes() == model
+
+
+@pytest.mark.parametrize("where", [0, 110_000])
+def test_a_full_disk_says_what_takes_room(where, long_head, serve, tmp_path, monkeypatch):
+    out, part = tmp_path / "out.bstk", tmp_path / "out.bstk.part"
+    part.write_bytes(long_head[:where])
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bstk.atomic.Sink.write", refuse)
+    with pytest.raises(bstk.ResourceError, match="Free some space") as caught:
+        bstk.truncate(serve(long_head).url, out, 1000)
+    assert (f"{part}, where the same command continues; delete it" in str(caught.value)) == (where > 0)
+    assert not out.exists()
+
+
+def test_a_renaming_that_fails_leaves_no_sealed_part(long_head, serve, tmp_path, monkeypatch):
+    """A sealed part would be the user's own file to the next command."""
+    out, part, mb = tmp_path / "out.bstk", tmp_path / "out.bstk.part", cut_sizes(long_head)[9]
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(bstk.OutputError, match="Operation not permitted"):
+            bstk.truncate(serve(long_head).url, out, mb)
+    assert not out.exists()
+    with bstk.open(part.read_bytes(), warn=False) as file:
+        assert file.state == "partial"
+    (tmp_path / "source.bstk").write_bytes(long_head)
+    bstk.truncate(tmp_path / "source.bstk", out, mb)
+    assert not part.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_private_file_is_private_while_its_replacement_is_written(remote, model, serve, tmp_path, monkeypatch):
+    (tmp_path / "source.bstk").write_bytes(model)
+    out = tmp_path / "out.bstk"
+    out.write_bytes(b"private")
+    out.chmod(0o600)
+    modes, create = set(), os.open
+
+    def look(count):
+        modes.update(path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name.endswith(".part"))
+
+    def watched(path, flags, mode=0o777, **more):
+        descriptor = create(path, flags, mode, **more)
+        look(0)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    place = serve(model).url if remote else tmp_path / "source.bstk"
+    bstk.truncate(place, out, cut_sizes(model)[9], progress=look)
+    assert modes == {0o600} and out.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("remote", [True, False])
+def test_permissions_that_cannot_be_given_are_an_error(remote, model, serve, tmp_path, monkeypatch):
+    (tmp_path / "source.bstk").write_bytes(model)
+    out = tmp_path / "out.bstk"
+    out.write_bytes(b"old")
+    out.chmod(0o640)
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(bstk.OutputError, match="cannot write: Operation not permitted"):
+        bstk.truncate(serve(model).url if remote else tmp_path / "source.bstk", out, cut_sizes(model)[9])
+    assert out.read_bytes() == b"old"
+
+
+def test_a_chunk_is_not_kept_with_the_head(model, serve):
+    """A chunk that begins in the first request and ends behind it is not held for the life of the source."""
+    with bstk.open(serve(model).url) as file:
+        chunk = next(chunk for chunk in file.chunks if chunk.offset < HEAD < chunk.end)
+        file.read(chunk)
+        assert len(file.source._head) == HEAD

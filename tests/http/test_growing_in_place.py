@@ -1,4 +1,4 @@
-"""Growing a cut in place: what is left when it is stopped, and that the same call goes on from there."""
+"""A stopped growth leaves a valid file that is at least as large as before, and the same call continues from there."""
 
 import errno
 import os
@@ -26,14 +26,15 @@ def test_a_broken_transfer_leaves_a_valid_file_that_grows_on(long_head, cut, tmp
         with bstk.open(server.url) as source:
             server.drop_after = data.draw(st.integers(0, 100_000))
             try:
-                bstk.grow(small, stop, source, in_place=True)
-            except bstk.TransferError:
+                bstk.grow(small, stop, source)
+            except bstk.RemoteError as error:
+                assert error.resumable
                 with bstk.open(small.read_bytes(), strict=server.drop_after == 0) as file:
                     file.verify()
             server.drop_after = None
             if small.read_bytes() != large.read_bytes():
                 missing = (small.stat().st_size, large.stat().st_size - 1)
-                bstk.grow(small, stop, source, in_place=True)
+                bstk.grow(small, stop, source)
                 assert missing[0] > missing[1] or server.ranges_asked()[-1] == missing
     assert small.read_bytes() == large.read_bytes()
 
@@ -48,19 +49,20 @@ def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
     data[chunk.offset] ^= 1
     (tmp_path / "source.bstk").write_bytes(data)
     with pytest.raises(bstk.DamagedError) as caught:
-        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk", in_place=True)
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
     assert caught.value.chunk == chunk
-    if remote:  # what was fetched before it is kept
-        assert small.stat().st_size == chunk.offset
-        with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
-            file.verify()
-    else:
-        assert small.read_bytes() == before
+    assert small.read_bytes()[256:] == model[256 : chunk.offset] and chunk.offset > len(before)
+    with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
+        file.verify()
+    # The advice: what is good is not fetched again.
+    server = serve(model)
+    bstk.grow(small, 1000, server.url)
+    assert small.read_bytes() == model and server.ranges_asked()[-1] == (max(chunk.offset, 65536), len(model) - 1)
 
 
 @pytest.mark.parametrize("remote", [True, False])
 @pytest.mark.parametrize("damaged", [0, 1], ids=["the block", "its own end and the next block"])
-def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, model, serve, tmp_path):
+def test_a_partial_file_that_ends_within_a_block_keeps_its_whole_blocks(damaged, remote, model, serve, tmp_path):
     with bstk.open(model) as file:
         chunks = file.chunks[10:12]
     small = tmp_path / "small.bstk"
@@ -71,17 +73,15 @@ def test_a_partial_file_that_ends_within_a_block_is_as_before(damaged, remote, m
     data[chunks[damaged].offset + 20] ^= 1
     (tmp_path / "source.bstk").write_bytes(data)
     with pytest.raises(bstk.DamagedError) as caught:
-        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk", in_place=True)
+        bstk.grow(small, 1000, serve(bytes(data)).url if remote else tmp_path / "source.bstk")
     assert caught.value.chunk == chunks[damaged]
-    if remote and damaged:  # the block that arrived whole is worth more
-        assert small.read_bytes() == model[: chunks[0].end]
-    else:
-        assert small.read_bytes() == before
+    assert small.read_bytes() == model[: chunks[damaged].offset]
+    bstk.grow(small, 1000, serve(model).url)
+    assert small.read_bytes() == model
 
 
-def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve, cut, monkeypatch):
-    sizes = cut_sizes(long_head)
-    small = cut(long_head, sizes[2])
+def test_an_interrupted_transfer_and_a_full_disk_leave_a_valid_file(long_head, serve, cut, monkeypatch):
+    small = cut(long_head, cut_sizes(long_head)[2])
     before = small.read_bytes()
     server = serve(long_head)
     arrived = []
@@ -92,30 +92,32 @@ def test_an_interrupted_transfer_is_kept_and_a_full_disk_is_not(long_head, serve
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bstk.grow(small, 1000, server.url, progress=stop, in_place=True)
+        bstk.grow(small, 1000, server.url, progress=stop)
     kept = small.read_bytes()
     assert len(kept) == len(before) + sum(arrived)
     with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
         file.verify()
 
-    def full(count):  # once something was written of this call
-        monkeypatch.setattr("bstk.locked.LockedFile.write", refuse)
+    def full(count):  # after something was written by this call
+        monkeypatch.setattr("bstk.atomic.LockedFile.write", refuse)
 
     def refuse(file, offset, data):
         monkeypatch.undo()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(bstk.ResourceError):
-        bstk.grow(small, 1000, server.url, progress=full, in_place=True)
-    assert small.read_bytes() == kept
-    bstk.grow(small, 1000, server.url, in_place=True)
+        bstk.grow(small, 1000, server.url, progress=full)
+    assert small.stat().st_size > len(kept) and long_head.startswith(small.read_bytes())
+    with pytest.warns(bstk.PartialWarning), bstk.open(small) as file:
+        file.verify()
+    bstk.grow(small, 1000, server.url)
     assert small.read_bytes() == long_head
 
 
 _KILLED = """
 import os, sys
 import bstk
-from bstk import descriptors
+from bstk import atomic
 class Os:
     calls = 0
     def __getattr__(self, name):
@@ -127,8 +129,8 @@ class Os:
             os.kill(os.getpid(), 9)
         self.calls += 1
         return os.write(descriptor, data)
-descriptors.os = Os()
-bstk.grow(sys.argv[1], 1000, sys.argv[2], in_place=True)
+atomic.os = Os()
+bstk.grow(sys.argv[1], 1000, sys.argv[2])
 """
 
 
@@ -144,5 +146,5 @@ def test_killed_while_growing(tmp_path, call):
     with bstk.open(tmp_path / "small.bstk") as file:
         file.verify()
     if (tmp_path / "small.bstk").read_bytes() != data:  # the last call only repeats a seal of 0
-        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk", in_place=True)
+        bstk.grow(tmp_path / "small.bstk", 1000, tmp_path / "source.bstk")
     assert (tmp_path / "small.bstk").read_bytes() == data

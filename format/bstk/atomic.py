@@ -1,0 +1,361 @@
+"""Write files whole or not at all, and lock those that are changed in place.
+
+Locks are advisory: they hold among programs that ask for them, and end with the process.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from . import urls
+from .errors import OutputError, UsageError, os_errors
+
+_BINARY = getattr(os, "O_BINARY", 0)
+_PRIVATE = 0o600
+_LOCKED_BYTE = 2**62  # far behind any data: Windows locks are mandatory, and readers must not run into one
+_RANDOM = 8 * "[0-9a-f]"  # the random part of a temporary name, as a pattern
+
+
+class Sink:
+    """A file that is being written; `write` loops, because one system call may write less than all."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self.length = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        view = memoryview(data).cast("B")
+        while view.nbytes:
+            written = os.write(self._descriptor, view)
+            self.length += written
+            view = view[written:]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[tuple[Sink, str]]:
+    """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
+
+    Yields the sink and the path of the temporary file, which lies in the same folder and is synced before it is renamed. Until
+    then only its owner can open it if it replaces a file; it gets the mode bits of that file.
+
+    A killed process leaves ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several processes that
+    write `path` at once, the last to finish has its file there.
+
+    Raises
+    ------
+    UsageError
+        `path` is empty or a URL; or without `overwrite` it exists, at the start or when all is written. A file that another
+        process puts there after that is replaced.
+    ResourceError
+        The disk is full.
+    OutputError
+        `path` cannot be written, or is not a regular file.
+    """
+    if not overwrite:
+        require_free(path)
+    target = target_of(path)
+    shown = os.fspath(path)
+    with os_errors(shown):
+        remove_leftovers(target)
+        descriptor, temporary = _create_temporary(target)
+    try:
+        yield Sink(descriptor), temporary
+        with os_errors(shown):
+            copy_mode(descriptor, target)
+            os.fsync(descriptor)
+            if not overwrite:
+                require_free(path)
+            if os.name == "nt":  # cannot rename an open file
+                descriptor = _close(descriptor)
+            # Elsewhere still locked, so that no other process takes it for a leftover.
+            os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            descriptor = _close(descriptor)  # first, because Windows cannot delete an open file
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with suppress(OSError):  # everything is on the disk already
+        _close(descriptor)
+    sync_folder(os.path.dirname(target))
+
+
+def require_free(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError if `path` exists."""
+    if os.path.exists(path):
+        raise UsageError(f"{os.fspath(path)}: the output exists.", hint="Name another output.", option="overwrite")
+
+
+def target_of(path: str | os.PathLike[str]) -> str:
+    """Return the path to rename a replacement of `path` to: links are followed, so that a link stays one.
+
+    Raises
+    ------
+    UsageError
+        It is empty, or a URL.
+    OutputError
+        It is there and not a regular file, or its folder does not exist.
+    """
+    shown = os.fspath(path)
+    if not shown:
+        raise UsageError("The name of the output is empty.", hint="Name a file to write to.")
+    if urls.is_url(shown):
+        raise UsageError(
+            f"{urls.shown(shown)}: an output is a file on disk, not a URL.", hint="Name a file to write to."
+        )
+    target = os.path.realpath(path)
+    with os_errors(shown):
+        try:
+            # Renaming over a device such as /dev/null would replace the device.
+            if not stat.S_ISREG(os.stat(target).st_mode):
+                raise OutputError(f"{shown}: not a regular file.", hint="Name a file to write to.")
+        except FileNotFoundError:
+            folder = os.path.dirname(target)
+            if not os.path.isdir(folder):
+                raise OutputError(
+                    f"{shown}: cannot write: the folder {folder} does not exist.",
+                    hint="Create it, or name another output.",
+                ) from None
+    return target
+
+
+def mode_of_new(target: str) -> int:
+    """Return the mode to create a file with that is to be renamed to `target`: private if it replaces a file."""
+    return _PRIVATE if os.path.lexists(target) else 0o666
+
+
+def copy_mode(descriptor: int, target: str, extra: int = 0) -> None:
+    """Give an open file the mode bits of the file at `target`, if there is one, and the bits `extra`."""
+    if os.name != "posix" or not os.path.exists(target):
+        return
+    mode = (stat.S_IMODE(os.stat(target).st_mode) & 0o777) | extra
+    # Some file systems have one mode for all files, and refuse to change it.
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        os.fchmod(descriptor, mode)
+
+
+def sync_folder(folder: str) -> None:
+    """Make a renaming in `folder` survive a power cut, where the system can."""
+    with suppress(OSError):  # Windows and some network file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(target: str) -> None:
+    """Delete the temporary files that killed processes left of writing `target`: those that nobody has locked."""
+    folder, name = os.path.split(target)
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{_RANDOM}.part")):
+        with suppress(OSError):
+            if not stat.S_ISREG(os.lstat(leftover).st_mode):
+                continue
+            descriptor = os.open(leftover, os.O_RDWR | _BINARY)
+            try:
+                if try_lock(descriptor):
+                    os.unlink(leftover)
+            finally:
+                os.close(descriptor)
+
+
+def _stem(name: str) -> str:
+    """Return the start of a file name that leaves room for a suffix: file systems allow 255 bytes."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
+
+
+def _create_temporary(target: str) -> tuple[int, str]:
+    """Create a locked temporary file next to `target`; the lock tells other processes that it is in use."""
+    folder, name = os.path.split(target)
+    while True:
+        temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode_of_new(target))
+        with suppress(OSError):  # a file system without locks: leftovers stay there
+            wait_for_lock(descriptor)
+        # Another process may have deleted it as a leftover before it was locked.
+        if is_at(descriptor, temporary):
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _close(descriptor: int) -> int:
+    """Close a descriptor, unless it is -1; return -1."""
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
+
+
+class LockedFile:
+    """A file that is changed in place, locked against other processes that want to do the same.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    create : bool
+        Create an empty file if there is none.
+    wait : bool
+        Wait for the lock instead of failing.
+    mode : int
+        Mode bits of a file that is created, before the process's mask.
+
+    Raises
+    ------
+    UsageError
+        Another process has locked it.
+    OutputError
+        It cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False, mode: int = 0o666):
+        self.path = os.fspath(path)
+        # Do not create a file through a link.
+        flags = os.O_RDWR | _BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
+        with os_errors(self.path):
+            while True:
+                self._descriptor = os.open(path, flags, mode)
+                try:
+                    self._lock(wait)
+                    if is_at(self._descriptor, self.path):
+                        break
+                except BaseException:
+                    self.close()
+                    raise
+                # Another process replaced or deleted the file while this one waited for the lock.
+                self.close()
+
+    def _lock(self, wait: bool) -> None:
+        if wait:
+            wait_for_lock(self._descriptor)
+        elif not try_lock(self._descriptor):
+            raise UsageError(
+                f"{self.path}: another process is writing this file.", hint="Wait for it, or name another file."
+            )
+
+    def __enter__(self) -> LockedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which ends the lock. Closing twice is allowed."""
+        self._descriptor = _close(self._descriptor)
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the `length` bytes at `offset`; fewer only where the file ends."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        parts = []
+        while length and (part := os.read(self._descriptor, length)):
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write `data` at `offset`."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        Sink(self._descriptor).write(data)
+
+    def shorten(self, length: int) -> None:
+        """Cut off everything after the first `length` bytes."""
+        os.ftruncate(self._descriptor, length)
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self._descriptor)
+
+    def require_there(self) -> None:
+        """Raise UsageError if another program replaced or deleted the file, which needs no lock."""
+        if not is_at(self._descriptor, self.path):
+            raise UsageError(
+                f"{self.path}: another program replaced or deleted it meanwhile.", hint="Look at what is there now."
+            )
+
+    def make_private(self, target: str) -> None:
+        """Give the file the mode bits of the one at `target`, which it will replace."""
+        copy_mode(self._descriptor, target, _PRIVATE)
+
+    def rename(self, target: str) -> None:
+        """Move the file to `target`, in place of what is there and with its mode bits, and close it."""
+        copy_mode(self._descriptor, target)
+        if os.name == "nt":  # cannot rename an open file
+            self.close()
+        os.replace(self.path, target)  # still locked, so that no other process writes to it
+        self.close()
+
+
+class LockedSource:
+    """A locked file as a source to read from; closing it leaves the file open and locked."""
+
+    def __init__(self, file: LockedFile):
+        self.name = file.path
+        self._file = file
+
+    @property
+    def length(self) -> int:
+        return self._file.length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the `length` bytes at `offset`; fewer only where the file ends."""
+        return self._file.read(offset, length)
+
+    def close(self) -> None:
+        """Do nothing: the caller owns the file."""
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file against other processes and other openings of it; False if it is locked already.
+
+    Raises
+    ------
+    OSError
+        The file system has no locks.
+    """
+    return _lock(descriptor, wait=False)
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Lock an open file, waiting until its lock is free."""
+    _lock(descriptor, wait=True)
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Whether `path` still names the open file, which another process may have renamed or deleted."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        finally:
+            os.lseek(descriptor, position, os.SEEK_SET)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +51,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             self._reader = gguf.GGUFReader(path)
             self._check_extent()
+            self.quantisation = _quantisation(self._reader.tensors)
         except DamagedModelError:
             raise
         except Exception as error:  # the reader raises whatever numpy or struct raise on a bad file
@@ -154,3 +155,12 @@ class GGUFCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> torch.dtype:
         kept = {"F32": torch.float32, "BF16": torch.bfloat16}
         return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)
+
+
+def _quantisation(tensors: Iterable[Any]) -> str | None:
+    """Return the type that most bytes of the file have, or None if it is a float type."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    ((name, _),) = sizes.most_common(1) or [("F32", 0)]
+    return None if name in ("F64", "F32", "F16", "BF16") else name

@@ -10,7 +10,7 @@ import click
 
 from bstack.cli._common import code_told, json_option, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
-from bstack.cli._text import duration, megabytes
+from bstack.cli._text import duration, megabytes, original_fields
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
 _STAGES = {
@@ -167,7 +167,7 @@ def command(
         print_json("bstack.compress/1", report.to_json())
         return
     rows = [
-        ("original", megabytes(report.original_bytes) + " of weight files"),
+        *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
         ("smallest file", megabytes(report.smallest_bytes)),
         (

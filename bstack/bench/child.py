@@ -144,9 +144,8 @@ def isolated_environment() -> dict[str, str]:
 
 
 def _own_folders() -> list[str]:
-    import bstack
-
-    return [str(Path(str(package.__file__)).resolve().parents[1]) for package in (bstack, bstk)]
+    """Return the folders that hold bstack and bstk."""
+    return [str(Path(module).resolve().parents[depth]) for module, depth in ((__file__, 2), (str(bstk.__file__), 1))]
 
 
 def _converse(child: subprocess.Popen[str], request: str, progress: Callable[[], None]) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ class Part:
         self._records_path = folder / f"{name}.json"
         self.records: list[dict[str, Any]] = []
         with os_errors(str(self._data)):
-            self._stream = open(self._data, "wb")
+            self._stream = open(self._data, "wb")  # noqa: SIM115 (closed by close)
         self._offset = 0
 
     def add(self, raw: bytes, *, name: str, kind: bstk.Kind, gain: float = 0.0, **fields: Any) -> None:
@@ -142,7 +142,7 @@ class WorkDirectory:
     def _lock(self) -> None:
         lock = self.path / LOCK
         with os_errors(str(lock)):
-            self._lock_file = open(lock, "a+b")
+            self._lock_file = open(lock, "a+b")  # noqa: SIM115 (closed by release)
             free = locks.try_lock(self._lock_file.fileno())
         # Another process may have removed the directory between the two calls, so the locked file must be the one at the path.
         if not free or not locks.is_at(self._lock_file.fileno(), str(lock)):

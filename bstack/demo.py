@@ -8,14 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import bstack
+import bstk
+from bstack.bench.child import isolated_environment
+
 FOLDER = Path("demo")
 FULL = FOLDER / "smollm2.bstk"
 PROMPT = "Why is the sky blue?"
-SHARES = (0.75, 0.5, 0.35)
+FRACTIONS = (0.75, 0.5, 0.35)
 
 
 def main() -> int:
-    """Run every step, printing the commands; stops at the first that fails."""
+    """Run every step and print the commands; stop at the first that fails."""
     started = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     if FULL.exists():
@@ -38,22 +42,18 @@ def main() -> int:
 
 def _bstack(*arguments: str) -> None:
     print(f"\n$ bstack {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "bstack", *arguments])
+    done = subprocess.run([sys.executable, "-P", "-m", "bstack", *arguments], env=isolated_environment())
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def _sizes() -> list[int]:
-    import bstk
-
     with bstk.open(FULL) as file:
         smallest, full = file.smallest.budget / bstk.MB, file.complete.budget / bstk.MB
-    return [round(smallest + share * (full - smallest)) for share in SHARES]
+    return [round(smallest + fraction * (full - smallest)) for fraction in FRACTIONS]
 
 
 def _generate(path: Path) -> None:
-    import bstack
-
     print(f"\n>>> model, tokenizer = bstack.load({str(path)!r})", flush=True)
     model, tokenizer = bstack.load(path)
     chat = tokenizer.apply_chat_template(

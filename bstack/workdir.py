@@ -1,8 +1,8 @@
 """The work directory of a compression: finished parts that survive an interruption.
 
-A part is a set of packed chunks (``NAME.bin``) and their records (``NAME.json``). The records are put in place last
-and at once, so a part is there exactly when its records are. The directory belongs to one run with one set of
-settings; a lock keeps a second process out.
+A part is a set of packed chunks (``NAME.bin``) and their records (``NAME.json``). The records appear last and whole, so a part
+is finished exactly when its records exist. The directory belongs to one run with one set of settings; a lock keeps a second
+process out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,21 @@ LOCK = "lock"
 
 @dataclass(frozen=True)
 class Record:
-    """One packed chunk of a part: the fields of `bstk.Entry`, and where its bytes stand in the part's file.
+    """One packed chunk of a part.
 
     Attributes
     ----------
+    entry : bstk.Entry
+        The chunk for the container's writer.
     gain : float
         For a block: the predicted fall of the divergence to the original, nats per token.
+    read : callable
+        Reads the packed bytes; raises bstk.DamagedError if they are not what was written.
     """
 
-    name: str
-    kind: int
-    raw_length: int
-    stored_length: int
-    digest: str
-    start: int
-    level: int = 0
-    shape: tuple[int, ...] = ()
-    dtype: str = "none"
-    rank: int = 0
-    transposed: bool = False
-    error: float = 0.0
-    gain: float = 0.0
+    entry: bstk.Entry
+    gain: float
+    read: Callable[[], bytes]
 
 
 class Part:
@@ -60,26 +54,27 @@ class Part:
     def __init__(self, folder: Path, name: str):
         self._data = folder / f"{name}.bin"
         self._records_path = folder / f"{name}.json"
-        self.records: list[Record] = []
+        self.records: list[dict[str, Any]] = []
         with os_errors(str(self._data)):
-            self._stream = open(self._data, "wb")
+            self._stream = open(self._data, "wb")  # noqa: SIM115 (closed by close)
         self._offset = 0
 
-    def add(self, raw: bytes, *, name: str, kind: bstk.Kind, **fields: Any) -> None:
-        """Pack one chunk; `fields` as in `Record`."""
+    def add(self, raw: bytes, *, name: str, kind: bstk.Kind, gain: float = 0.0, **fields: Any) -> None:
+        """Pack one chunk; `fields` as in `bstk.Entry`."""
         frame = bstk.pack(raw)
         with os_errors(str(self._data)):
             self._stream.write(frame.stored)
         self.records.append(
-            Record(
-                name=name,
-                kind=kind.code,
-                raw_length=frame.raw_length,
-                stored_length=len(frame.stored),
-                digest=frame.digest.hex(),
-                start=self._offset,
+            {
+                "name": name,
+                "kind": kind.code,
+                "raw_length": frame.raw_length,
+                "stored_length": len(frame.stored),
+                "digest": frame.digest.hex(),
+                "start": self._offset,
+                "gain": gain,
                 **fields,
-            )
+            }
         )
         self._offset += len(frame.stored)
 
@@ -90,18 +85,18 @@ class Part:
             self._stream.close()
         if finished:
             sync_folder(str(self._data.parent))  # no power cut may leave the records without the bytes
-            _write_whole(self._records_path, json.dumps([asdict(record) for record in self.records]).encode())
+            _write_whole(self._records_path, json.dumps(self.records).encode())
 
 
 class WorkDirectory:
-    """Create the directory, or take up the one that an interrupted run left.
+    """Create the directory, or resume from the one that an interrupted run left.
 
     Parameters
     ----------
     path : Path
         The directory; its parent must exist.
     settings : dict
-        Everything that decides the output, as plain JSON values.
+        What decides the output, as plain JSON values.
 
     Raises
     ------
@@ -119,18 +114,18 @@ class WorkDirectory:
             path.mkdir(exist_ok=True)
         self._lock()
         try:
-            self._take_up(settings)
+            self._resume(settings)
         except BaseException:
             self.release()
             raise
 
-    def _take_up(self, settings: dict[str, Any]) -> None:
+    def _resume(self, settings: dict[str, Any]) -> None:
         file = self.path / SETTINGS
         if not file.exists():
             if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
                 raise WorkDirectoryError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
-                    "Choose another with --work-dir."
+                    "Name another as work_dir."
                 )
             _write_whole(file, json.dumps(settings, indent=1, sort_keys=True).encode())
             return
@@ -141,8 +136,7 @@ class WorkDirectory:
         if changes := list(_differences(earlier, settings)):
             raise WorkDirectoryError(
                 f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
-                "Repeat the earlier settings to resume, or delete the directory (or name another with --work-dir) "
-                "to start over."
+                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over."
             )
 
     def _lock(self) -> None:
@@ -154,15 +148,15 @@ class WorkDirectory:
         if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
             raise WorkDirectoryError(
-                f"{self.path} is in use by another bstack compress. Wait for it, or name another with --work-dir."
+                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir."
             )
 
     def release(self) -> None:
-        """Let other processes in. The lock also ends with the process, however it ends."""
+        """Let other processes use it. The lock also ends with the process."""
         self._lock_file.close()
 
     def has(self, name: str) -> bool:
-        """Whether the part or value is finished."""
+        """Return whether the part or value is finished."""
         return (self.path / f"{name}.json").is_file()
 
     @contextlib.contextmanager
@@ -176,35 +170,35 @@ class WorkDirectory:
             raise
         part.close(finished=True)
 
-    def entries(self, name: str) -> list[tuple[Record, Callable[[], bytes]]]:
-        """The chunks of a finished part, each with a function that reads its packed bytes.
+    def records(self, name: str) -> list[Record]:
+        """Return the chunks of a finished part.
 
         Raises
         ------
         bstk.DamagedError
-            When the records or the bytes are not what was written; the message says which file to delete. The functions
-            raise it, too.
+            When the records are not what was written; the message says which file to delete.
         """
         file, data = self.path / f"{name}.json", self.path / f"{name}.bin"
 
-        def reader(record: Record) -> Callable[[], bytes]:
+        def record(start: int, gain: float, kind: int, digest: str, shape: Sequence[int] = (), **fields: Any) -> Record:
             def read() -> bytes:
                 with _kept(file, data), open(data, "rb") as stream:
-                    stream.seek(record.start)
-                    stored = stream.read(record.stored_length)
-                    if hashlib.sha256(stored).hexdigest() != record.digest:
-                        raise ValueError(f"the bytes of {record.name} are not those that were written")
+                    stream.seek(start)
+                    stored = stream.read(entry.stored_length)
+                    if hashlib.sha256(stored).digest() != entry.digest:
+                        raise ValueError(f"the bytes of {entry.name} are not those that were written")
                     return stored
 
-            return read
+            entry = bstk.Entry(
+                kind=bstk.kinds.BY_CODE[kind], digest=bytes.fromhex(digest), shape=tuple(shape), stored=read, **fields
+            )
+            return Record(entry, gain, read)
 
         with _kept(file, file):
-            return [
-                (record, reader(record)) for record in (Record(**fields) for fields in json.loads(file.read_bytes()))
-            ]
+            return [record(**fields) for fields in json.loads(file.read_bytes())]
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A plain JSON value, computed once and kept."""
+        """Return a plain JSON value, computed once and kept."""
         file = self.path / f"{name}.json"
         if not self.has(name):
             _write_whole(file, json.dumps(compute()).encode())
@@ -212,7 +206,7 @@ class WorkDirectory:
             return json.loads(file.read_bytes())
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A dictionary of torch tensors, computed once and kept."""
+        """Return a dictionary of torch tensors, computed once and kept."""
         import safetensors.torch
 
         file = self.path / f"{name}.safetensors"
@@ -222,7 +216,7 @@ class WorkDirectory:
             return safetensors.torch.load(file.read_bytes())
 
     def has_tensors(self, name: str) -> bool:
-        """Whether the dictionary of tensors is there."""
+        """Return whether the dictionary of tensors exists."""
         return (self.path / f"{name}.safetensors").is_file()
 
     def forget_tensors(self, name: str) -> None:
@@ -232,7 +226,7 @@ class WorkDirectory:
             file.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
-        """An empty folder for the run's own temporary files."""
+        """Return an empty folder for the run's own temporary files."""
         folder = self.path / "scratch"
         shutil.rmtree(folder, ignore_errors=True)
         with os_errors(str(folder)):
@@ -242,8 +236,8 @@ class WorkDirectory:
     def remove(self) -> None:
         """Delete everything: the output is written.
 
-        In an order that leaves a directory to resume from wherever it is stopped: what says that a part is finished before the
-        part, the settings last. Meanwhile the lock keeps others out.
+        A removal that is stopped leaves a directory to resume from: the records of a part go before its chunks, the settings
+        go last.
         """
         last = (SETTINGS, LOCK)
         with contextlib.suppress(OSError):
@@ -262,14 +256,14 @@ class WorkDirectory:
 
 @contextlib.contextmanager
 def _kept(marker: Path, data: Path) -> Iterator[None]:
-    """Say of a kept file that cannot be understood what to delete; without `marker` its part is made anew."""
+    """Say of a damaged file which `marker` to delete, so that its part is made again."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # of json, of safetensors, of a record with other fields, of a file that is gone
+    except Exception as error:  # of json, of safetensors, of a record with other fields, of a missing file
         raise DamagedError(
-            f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made anew."
+            f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made again."
         ) from None
 
 
@@ -279,7 +273,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _differences(earlier: Any, now: Any, where: str = "") -> Iterator[str]:
-    """Name every leaf in which two settings differ."""
+    """Return every leaf in which two settings differ."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         for key in sorted(earlier.keys() | now.keys()):
             yield from _differences(earlier.get(key), now.get(key), f"{where}.{key}" if where else key)

@@ -98,6 +98,16 @@ def test_parts_that_know_only_arrays(inside):
     assert found <= allowed
 
 
+def test_compressing_needs_neither_the_bench_nor_the_engine():
+    reached, left = set(), [name for name in MODULES if home(name) == "bstack.compression"]
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            left += OURS.get(name, ())
+    assert not {name for name in reached if home(name) in ("bstack.bench", "bstack.engine")}
+
+
 def circle(graph):
     """Some circle of a graph, as a list of names; empty when there is none."""
     done, path = set(), []

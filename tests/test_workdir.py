@@ -46,8 +46,8 @@ def uninterrupted(model, tmp_path_factory):
         ("layer-00000.bin", "layer-00000.json"),
         ("layer-00001.json", "layer-00001.json"),
         ("files.bin", "files.json"),
-        ("outer.bin", "outer.json"),
-        ("table-model.embed_tokens.weight.bin", "table-model.embed_tokens.weight.json"),
+        ("outside.bin", "outside.json"),
+        ("embedding-model.embed_tokens.weight.bin", "embedding-model.embed_tokens.weight.json"),
         ("head.safetensors", "head.safetensors"),
         ("windows.safetensors", "windows.safetensors"),
         ("sensitivity.safetensors", "sensitivity.safetensors"),
@@ -87,7 +87,7 @@ def test_running_out_of_memory_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr("bstack.workdir.json.loads", fail)
     with pytest.raises(MemoryError):
-        work.entries("files")
+        work.records("files")
 
 
 def filled(path) -> WorkDirectory:
@@ -129,8 +129,8 @@ def test_a_removal_struck_at_any_point_leaves_nothing_or_something_to_resume_fro
     again = WorkDirectory(tmp_path / "work", SETTINGS)
     for name in PARTS:
         if again.has(name):
-            ((_, read),) = again.entries(name)
-            assert bstk.frames.unpack(read(), len(name)) == name.encode()
+            (record,) = again.records(name)
+            assert bstk.frames.unpack(record.read(), len(name)) == name.encode()
     assert again.value("curve", lambda: [1, 2]) == [1, 2]
     again.remove()
     assert not (tmp_path / "work").exists()

@@ -1,4 +1,8 @@
-"""Measuring one size in a process of its own, so that its load time and memory are its own."""
+"""Measure one size in a process of its own, so that its load time and memory are its own.
+
+The request is one JSON line on the child's stdin, made of `Measure` or `WriteReference`. The answers are JSON lines on its
+stdout: {"step": 1} for progress, and at the end {"result": ...} or {"error": {"message", "exit_code"}}.
+"""
 
 from __future__ import annotations
 
@@ -8,88 +12,93 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.bench.quality import Quality
-from bstack.bench.running import Running
-from bstack.eval.estimates import Estimate
+from bstack.bench.options import mb_text
+from bstack.bench.results import Measured
 
-__all__ = ["Measured", "ask"]
+__all__ = ["Cut", "Measure", "WriteReference", "ask", "isolated_environment", "read_request"]
+
+# Code in the current folder must not run: -P keeps that folder from the import path. The folders of bstack and bstk come
+# last, for a checkout that is on the path only because it is the current folder of the parent.
+_PROGRAM = "import sys; sys.path += sys.argv[1:]; from bstack.bench.worker import main; main()"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a child process found out.
+class Cut:
+    """A file at a budget in bytes, and what `bstack.load` needs to know of its Python code."""
+
+    file: str
+    budget: int
+    code: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure load time, memory and speed, then quality, then tasks.
 
     Attributes
     ----------
-    running : Running or None
-    quality : Quality or None
-    tasks : dict of str to Estimate
+    cut : Cut
+    run : str or None
+        Which model to load and run for load time and memory: the file with ``packed`` or with ``dense`` float32 weights,
+        or the ``original``. None skips that.
+    speed : bool
+        Whether to time its ``generate()``.
+    original : str or None
+        What `open_checkpoint` opens for ``run="original"``.
+    windows : str or None
+        An .npy file of token ids; None skips quality.
+    reference : str or None
+        The file of log probabilities to compare with.
+    tasks : sequence of str
+        For lm-eval.
     """
 
-    running: Running | None
-    quality: Quality | None
-    tasks: dict[str, Estimate]
-
-    @classmethod
-    def from_answer(cls, answer: dict[str, Any]) -> Measured:
-        """Read what `ask` returns."""
-        running, quality = answer.get("running"), answer.get("quality")
-        tasks = {name: Estimate(*pair) for name, pair in answer.get("tasks", {}).items()}
-        return cls(running and Running(**running), quality and Quality.from_plain(quality), tasks)
+    cut: Cut
+    run: str | None = None
+    speed: bool = False
+    original: str | None = None
+    windows: str | None = None
+    reference: str | None = None
+    tasks: Sequence[str] = ()
 
 
-def ask(
-    file: str | os.PathLike[str],
-    mb: Decimal,
-    *,
-    run: str | None = None,
-    speed: bool = False,
-    original: str | None = None,
-    windows: Path | None = None,
-    reference: Path | None = None,
-    make_reference: Path | None = None,
-    tasks: Sequence[str] = (),
-    code: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Load a file at a size in a new process and measure it there.
+@dataclass(frozen=True)
+class WriteReference:
+    """Write the log probabilities on the `windows` (an .npy file of token ids) to the file `output`."""
+
+    cut: Cut
+    windows: str
+    output: str
+
+
+_REQUESTS: dict[str, type[Measure | WriteReference]] = {"measure": Measure, "write_reference": WriteReference}
+
+
+def read_request(text: str) -> Measure | WriteReference:
+    """Read what `ask` sends."""
+    ((name, values),) = json.loads(text).items()
+    return _REQUESTS[name](**{**values, "cut": Cut(**values["cut"])})
+
+
+def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda: None) -> Measured:
+    """Answer a request in a new process.
 
     Parameters
     ----------
-    file : path
-    mb : Decimal
-        The budget in MB.
-    run : str or None
-        Which model to load and run for load time, memory and speed: the file with packed weights (``stack``), with
-        float32 weights (``dense``), or the ``original``; None for none of that.
-    speed : bool
-        Whether to time it.
-    original : str or None
-        What `open_checkpoint` opens, for ``run="original"``.
-    windows : Path or None
-        An .npy file of token ids; None for no quality.
-    reference : Path or None
-        What to compare with.
-    make_reference : Path or None
-        Write the log probabilities there instead of measuring quality.
-    tasks : sequence of str
-        For lm-eval.
-    code, trust_remote_code
-        As for `bstack.load`.
+    request : Measure or WriteReference
     progress : callable
         Called after each repetition of the speed test and each window.
 
     Returns
     -------
-    dict
-        Plain JSON values, which `Measured.from_answer` reads.
+    Measured
+        Empty for `WriteReference`.
 
     Raises
     ------
@@ -98,49 +107,52 @@ def ask(
     bstk.ResourceError
         The system killed the child, most likely for its memory.
     """
-    request = {
-        "file": os.path.abspath(file),
-        "mb": str(mb),
-        "run": run,
-        "speed": speed,
-        "original": original,
-        "windows": _text(windows),
-        "reference": _text(reference),
-        "make_reference": _text(make_reference),
-        "tasks": list(tasks),
-        "code": code,
-        "trust_remote_code": trust_remote_code,
-    }
+    name = next(name for name, kind in _REQUESTS.items() if isinstance(request, kind))
+    shown = f"{mb_text(request.cut.budget)} MB"
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
-            [sys.executable, "-m", "bstack.bench.worker"],
+            [sys.executable, "-P", "-c", _PROGRAM, *_own_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
             encoding="utf-8",
+            env=isolated_environment(),
         )
         try:
-            answer = _converse(child, request, progress)
+            answer = _converse(child, json.dumps({name: asdict(request)}), progress)
             child.wait()
         finally:
             # An interrupt must not leave it running.
             if child.poll() is None:
                 child.kill()
                 child.wait()
-            child.stdout.close()
+            if child.stdout is not None:
+                child.stdout.close()
         if answer is None:
             complaints.seek(0)
-            raise _died(child.returncode, mb, complaints.read().decode(errors="replace"))
+            raise _died(child.returncode, shown, complaints.read().decode(errors="replace"))
     if "error" in answer:
-        raise _raised(answer["error"], mb)
-    return answer["result"]
+        raise _raised(answer["error"], shown)
+    return Measured.from_plain(answer["result"])
 
 
-def _converse(child: subprocess.Popen, request: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any] | None:
-    """Send the request, count the steps, return the final answer; None if the child goes away without one."""
+def isolated_environment() -> dict[str, str]:
+    """Return the environment without entries of PYTHONPATH that mean the current folder, or a folder in it."""
+    entries = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entries)}
+
+
+def _own_folders() -> list[str]:
+    """Return the folders that hold bstack and bstk."""
+    return [str(Path(module).resolve().parents[depth]) for module, depth in ((__file__, 2), (str(bstk.__file__), 1))]
+
+
+def _converse(child: subprocess.Popen[str], request: str, progress: Callable[[], None]) -> dict[str, Any] | None:
+    """Send the request, count the steps, return the final answer; None if the child ends without one."""
+    assert child.stdin is not None and child.stdout is not None
     try:
-        json.dump(request, child.stdin)
+        child.stdin.write(request)
         child.stdin.close()
     except BrokenPipeError:
         return None
@@ -152,23 +164,19 @@ def _converse(child: subprocess.Popen, request: dict[str, Any], progress: Callab
     return None
 
 
-def _died(code: int, mb: Decimal, complaints: str) -> bstk.BstkError:
+def _died(code: int, shown: str, complaints: str) -> bstk.BstkError:
     if code < 0:
         return bstk.ResourceError(
-            f"The process that measured {mb} MB was killed by signal {-code}, most likely because the memory is full: "
-            "to measure quality, weights are unpacked to float32. Free memory, or measure speed alone with --no-quality."
+            f"The process that measured {shown} was killed by signal {-code}, most likely because the memory is full: "
+            "to measure quality, weights are unpacked to float32. Free memory, or measure speed alone, without quality."
         )
     last = complaints.strip().splitlines()[-1:] or ["it said nothing"]
-    return bstk.BstkError(f"The process that measured {mb} MB ended with {code}: {last[0]}")
+    return bstk.BstkError(f"The process that measured {shown} ended with {code}: {last[0]}")
 
 
-def _raised(error: dict[str, Any], mb: Decimal) -> bstk.BstkError:
+def _raised(error: dict[str, Any], shown: str) -> bstk.BstkError:
     if error["exit_code"] is None:
-        return bstk.BstkError(f"Measuring {mb} MB failed with {error['message']}")
+        return bstk.BstkError(f"Measuring {shown} failed with {error['message']}")
     raised = bstk.BstkError(error["message"])
     raised.exit_code = error["exit_code"]
     return raised
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -1,4 +1,4 @@
-"""A bench report as a picture: quality against megabytes."""
+"""A bench report as a plot: quality against megabytes."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ FORMATS = ("png", "svg", "pdf")
 OURS, THEIRS, GREY = "#0072B2", {"gptq": "#D55E00", "rtn": "#009E73", "spqr": "#CC79A7"}, "#555555"
 NAMES = {"spqr": "SpQR"}
 MARKERS = {"gptq": "s", "rtn": "^", "spqr": "D"}
-# A baseline whose perplexity is so many times the worst of the file's sizes is not drawn.
+# A baseline is not drawn if its perplexity is so many times the worst of the file's sizes.
 BROKEN = 4
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Refuse a picture that cannot be drawn, before hours of measuring.
+    """Check that the plot can be drawn, before hours of measuring.
 
     Raises
     ------
     bstk.UsageError
-        The ending names no known format.
+        The name does not end in a known format.
     bstack.errors.MissingPackageError
         Without matplotlib.
     """
     if Path(path).suffix.lower().lstrip(".") not in FORMATS:
-        raise bstk.UsageError(f"{os.fspath(path)}: a picture ends in {', '.join('.' + f for f in FORMATS)}.")
+        raise bstk.UsageError(
+            f"{os.fspath(path)}: the name of a plot must end in {', '.join('.' + f for f in FORMATS)}."
+        )
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError("--plot needs the package matplotlib: pip install 'bstack[bench]'")
+        raise MissingPackageError("A plot needs the package matplotlib: pip install 'bstack[bench]'")
 
 
 def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw the report's quality and write it whole or not at all.
+    """Draw the report's quality; the file appears whole or not at all.
 
     Parameters
     ----------
@@ -57,8 +59,7 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     import matplotlib
 
     picture = io.BytesIO()
-    # The same report gives the same bytes; no window system, whatever the user's matplotlib is set to. Letters in an SVG
-    # stay letters: drawn as paths they would be most of the file.
+    # The same report gives the same bytes. Letters in an SVG stay letters: as paths they would be most of the file.
     with matplotlib.rc_context({"svg.hashsalt": "bstack", "svg.fonttype": "none", "font.size": 10}):
         figure = _draw(report)
         kind = Path(path).suffix.lower().lstrip(".")
@@ -75,16 +76,16 @@ def _draw(report: Report) -> Any:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     source = report.source
     name = source.model or source.file
-    t = source.text
+    t = source.text or {}
     upper.set_title(name, loc="left", fontsize=12, fontweight="bold")
     upper.set_title(f"{t['name']}, {t['windows']} × {t['sequence_length']} tokens", loc="right", fontsize=9, color=GREY)
     _curve(upper, report, "kld")
-    # Without bars: all sizes read the same windows, whose spread moves them together.
+    # Without bars: all sizes are measured on the same windows, so their errors go together.
     _curve(lower, report, "perplexity", bars=False)
-    floor = source.value("noise_floor", "kld")
-    if floor:
-        upper.axhline(floor, color=GREY, linestyle=":", label="noise floor: the original in bfloat16")
-    original = source.value("original", "perplexity")
+    floor = source.original and source.original.noise_floor.kld
+    if floor and 0 < floor.value < math.inf:
+        upper.axhline(floor.value, color=GREY, linestyle=":", label="noise floor: the original in bfloat16")
+    original = _original_perplexity(report)
     if original:
         lower.axhline(original, color=GREY, linestyle="--", label=f"original: {original:.4g}")
     upper.set_ylabel(f"KL divergence from the {source.reference}\nnats per token, ± standard error")
@@ -106,6 +107,13 @@ def _draw(report: Report) -> Any:
     if original:
         lower.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
+
+
+def _original_perplexity(report: Report) -> float | None:
+    """Return the original's perplexity if it can be drawn."""
+    original = report.source.original
+    value = original.quality.perplexity.value if original is not None else math.inf
+    return value if value < math.inf else None
 
 
 def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None:
@@ -133,9 +141,9 @@ def _curve(axes: Any, report: Report, figure: str, *, bars: bool = True) -> None
 
 
 def _leave_out_broken(axes: Any, report: Report) -> None:
-    """End the axis of perplexities above this file's own: a baseline that broke, at a million, would flatten all others."""
-    original = report.source.value("original", "perplexity")
-    ours = [v for p in report.points if (v := p.measured.quality.perplexity.value) < math.inf]
+    """End the axis of perplexities above this file's own, because a broken baseline at a million would flatten the others."""
+    original = _original_perplexity(report)
+    ours = [q.perplexity.value for p in report.points if (q := p.measured.quality) and q.perplexity.value < math.inf]
     theirs = [b.quality.perplexity.value for b in frontier(report.baselines)]
     top = BROKEN * max(ours, default=math.inf)
     above = sum(value > top for value in theirs)
@@ -146,12 +154,12 @@ def _leave_out_broken(axes: Any, report: Report) -> None:
 
 
 def _line(axes: Any, pairs: list[tuple[float, Any]], bars: bool, **style: Any) -> None:
-    # On a logarithmic axis there is no place for 0 (the full file against itself) and none for infinity.
+    # A logarithmic axis has neither 0 (the full file against itself) nor infinity.
     kept = sorted({x: e for x, e in pairs if 0 < e.value < math.inf}.items())
     if kept:
         xs, estimates = zip(*kept, strict=True)
         values = [e.value for e in estimates]
-        # Half of the value at most downwards, so that the bar ends on the axis.
+        # Downwards at most half of the value, so that the bar ends on the axis.
         lengths = [[min(e.error or 0, e.value / 2) for e in estimates], [e.error or 0 for e in estimates]]
         axes.errorbar(xs, values, yerr=lengths if bars else None, elinewidth=1, capsize=2, **style)
 

@@ -1,12 +1,12 @@
-"""A reference model's log probabilities in a file: written window by window, read back one window at a time.
+"""A reference model's log probabilities in a file, and the user's cache of such files.
 
-    "bstack-reference/1\\n"
+    "bstack-reference/2\\n"
     float16 [windows][length - 1][vocabulary], little-endian
     JSON: {"key", "shape", "crc32": one number a window, "extra"}
     8 bytes: length of the JSON, little-endian
 
-Half precision: a log probability between -32 and -16 is off by at most .008, one between -2 and -1 by .0005. What is read back is
-normalised again, so that a distance stays a distance; docs/bench.md has what the rounding does to it (nothing visible).
+Half precision: a log probability between -32 and -16 is off by at most .008, one between -2 and -1 by .0005. What is read
+back is normalised again, so that a divergence stays a divergence. The JSON is Python's, which has Infinity and NaN.
 """
 
 from __future__ import annotations
@@ -15,28 +15,33 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import bstk
+from bstack.folders import cache_folder
 from bstk.atomic import Sink, replacing
 from bstk.errors import os_errors
 
-__all__ = ["Reference", "ReferenceWriter", "file_bytes", "write_reference"]
+__all__ = ["Reference", "ReferenceWriter", "cached", "file_bytes", "write_reference"]
 
-MAGIC = b"bstack-reference/1\n"
-LOWEST = -65504.0
+MAGIC = b"bstack-reference/2\n"
+MIN_HALF = -65504.0
+# All cached references together. One of 16 windows of 512 tokens takes .75 GiB with a vocabulary of 49,152 and 2 GiB
+# with 128,256.
+LIMIT = 4 * 2**30
 
 
 def file_bytes(windows: int, length: int, vocabulary: int) -> int:
-    """Bytes of a reference's file, nearly."""
+    """Estimate the bytes of a reference's file."""
     return 2 * windows * (length - 1) * vocabulary + 16 * windows + 4096
 
 
 class ReferenceWriter:
-    """Receives the windows in order; `write_reference` makes one."""
+    """Write the windows in order; `write_reference` makes one."""
 
     def __init__(self, sink: Sink, shown: str, windows: int):
         self._sink, self._shown, self._windows = sink, shown, windows
@@ -44,10 +49,10 @@ class ReferenceWriter:
         self._checks: list[int] = []
 
     def add(self, number: int, logits: torch.Tensor) -> None:
-        """Write window `number`, which follows the one before; logits of shape (length, vocabulary)."""
+        """Write the next window, `number`; logits of shape (length, vocabulary)."""
         if number != len(self._checks):
-            raise bstk.UsageError(f"window {number} was given after {len(self._checks)} others; they go in order.")
-        rows = logits[:-1].float().log_softmax(-1).clamp_min(LOWEST).half()
+            raise bstk.UsageError(f"window {number} was given after {len(self._checks)} others. Give windows in order.")
+        rows = logits[:-1].float().log_softmax(-1).clamp_min(MIN_HALF).half()
         self._shape = tuple(rows.shape)
         raw = rows.contiguous().numpy().astype("<f2", copy=False).tobytes()
         self._checks.append(zlib.crc32(raw))
@@ -55,14 +60,14 @@ class ReferenceWriter:
             self._sink.write(raw)
 
     def finish(self, key: str, extra: dict[str, Any]) -> None:
-        """Write the end."""
+        """Write the JSON."""
         data = json.dumps(self._end(key, extra)).encode()
         with os_errors(self._shown):
             self._sink.write(data + len(data).to_bytes(8, "little"))
 
     def readable(self, temporary: str) -> Reference:
-        """What has been written, to compare with before it is finished."""
-        return Reference.unfinished(temporary, self._end("", {}))
+        """Open what has been written, to compare with before the JSON is there."""
+        return Reference(temporary, end=self._end("", {}))
 
     def _end(self, key: str, extra: dict[str, Any]) -> dict[str, Any]:
         return {"key": key, "shape": [self._windows, *self._shape], "crc32": self._checks, "extra": extra}
@@ -75,7 +80,7 @@ def write_reference(
     fill: Callable[[ReferenceWriter], None],
     extra: Callable[[Reference], dict[str, Any]] | None = None,
 ) -> Reference:
-    """Write a reference, whole or not at all.
+    """Write a reference; it appears whole or not at all.
 
     Parameters
     ----------
@@ -87,7 +92,7 @@ def write_reference(
     fill : callable
         Adds every window to the writer.
     extra : callable
-        Called after it with the reference as it stands, not yet in its place; plain JSON values to keep with it.
+        Called after `fill` with the unfinished reference; returns plain JSON values to keep with it.
 
     Raises
     ------
@@ -104,13 +109,15 @@ def write_reference(
 
 
 class Reference:
-    """An open reference; every window's checksum is checked when it is read.
+    """Open a reference; every window's checksum is checked when it is read.
 
     Parameters
     ----------
     path : path
-    key : str or None
+    key : str, optional
         What it must belong to.
+    end : dict, optional
+        The JSON of a file that has none yet.
 
     Raises
     ------
@@ -120,30 +127,19 @@ class Reference:
         It cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: str | None = None):
+    def __init__(self, path: str | os.PathLike[str], key: str | None = None, end: dict[str, Any] | None = None):
         self.path = os.fspath(path)
         try:
-            end = self._read_end()
-            self._open(end)
+            end = end or self._read_end()
+            self.extra: dict[str, Any] = end["extra"]
+            self._checks = end["crc32"]
+            windows, positions, vocabulary = end["shape"]
+            self._rows = np.memmap(self.path, "<f2", "r", len(MAGIC), (windows, positions, vocabulary))
             found = end["key"]
         except (ValueError, KeyError, TypeError) as error:
-            raise bstk.DamagedError(f"{self.path} is no reference of this version: {error}.") from None
+            raise bstk.DamagedError(f"{self.path} is not a reference of this version: {error}.") from None
         if key is not None and found != key:
             raise bstk.DamagedError(f"{self.path} belongs to another model or text.")
-
-    @classmethod
-    def unfinished(cls, path: str, end: dict[str, Any]) -> Reference:
-        """One whose windows are all there, and its end not yet."""
-        reference = cls.__new__(cls)
-        reference.path = path
-        reference._open(end)
-        return reference
-
-    def _open(self, end: dict[str, Any]) -> None:
-        self.extra: dict[str, Any] = end["extra"]
-        self._checks = end["crc32"]
-        windows, positions, vocabulary = end["shape"]
-        self._rows = np.memmap(self.path, "<f2", "r", len(MAGIC), (windows, positions, vocabulary))
 
     def _read_end(self) -> dict[str, Any]:
         with open(self.path, "rb") as stream:
@@ -157,16 +153,17 @@ class Reference:
             stream.seek(size - 8 - length)
             end = json.loads(stream.read(length))
             if size != len(MAGIC) + 2 * int(np.prod([int(n) for n in end["shape"]])) + length + 8:
-                raise ValueError("its length does not fit")
+                raise ValueError("its length is wrong")
             return end
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Windows, positions of each, vocabulary."""
-        return self._rows.shape
+        windows, positions, vocabulary = self._rows.shape
+        return windows, positions, vocabulary
 
     def window(self, number: int) -> torch.Tensor:
-        """Log probabilities of one window, float32, shape (length - 1, vocabulary).
+        """Return the log probabilities of one window, float32, shape (length - 1, vocabulary).
 
         Raises
         ------
@@ -183,5 +180,52 @@ class Reference:
     def _checked(self, number: int) -> np.ndarray:
         rows = np.array(self._rows[number])
         if zlib.crc32(rows.data) != self._checks[number]:
-            raise bstk.DamagedError(f"{self.path}: window {number} is damaged. Delete the file; it will be made again.")
+            raise bstk.DamagedError(f"{self.path}: window {number} is damaged. Delete the file, and it is made again.")
         return rows
+
+
+def cached(key: str, size: int, scratch: Path, make: Callable[[Path], Reference]) -> Reference:
+    """Open the reference of that key from the user's cache, or make it.
+
+    Parameters
+    ----------
+    key : str
+        Hexadecimal digits: the name of its file.
+    size : int
+        Bytes that it will take. One larger than `LIMIT`, or one for which the folder cannot be written, goes to
+        `scratch` and is made again in the next run; for others the ones unused longest are deleted.
+    scratch : Path
+        A temporary folder of this run.
+    make : callable
+        Writes it to the path that it is given.
+    """
+    path = cache_folder("references") / f"{key}.ref"
+    try:
+        found = Reference(path, key)
+        found.check()
+        os.utime(path)
+        return found
+    except bstk.DamagedError:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass  # not there, or not readable: made below
+    if size > LIMIT or not _make_room(path.parent, size):
+        return make(scratch / path.name)
+    return make(path)
+
+
+def _make_room(folder: Path, size: int) -> bool:
+    """Make the folder and delete what was unused longest; return whether that was possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return False
+        kept = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in folder.glob("*.ref")), reverse=True)
+        total = size
+        for _, length, path in kept:
+            total += length
+            if total > LIMIT:
+                path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True

@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bstack.bench.baselines.run import Baseline
-    from bstack.bench.child import Measured
-    from bstack.bench.running import Running
+import bstk
+from bstack.bench.options import width
+from bstack.bench.quality import Quality
+from bstack.bench.speed import Running
+from bstack.eval.estimates import Estimate
 
-__all__ = ["Comparison", "Dense", "Point", "Report", "Source", "frontier"]
+__all__ = ["Baseline", "Comparison", "Dense", "Measured", "Original", "Point", "Report", "Sizes", "Source", "frontier"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a child process measured of one size."""
+
+    running: Running | None = None
+    quality: Quality | None = None
+    tasks: dict[str, Estimate] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return values that Python's JSON can carry and `from_plain` reads back."""
+        running = None if self.running is None else self.running.to_json()
+        return {
+            "running": running,
+            "quality": None if self.quality is None else vars(self.quality),
+            "tasks": self.tasks,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Measured:
+        """Read what `to_plain` returned."""
+        running, quality, tasks = plain["running"], plain["quality"], plain["tasks"]
+        return cls(
+            None if running is None else Running.from_json(running),
+            None if quality is None else Quality.from_plain(quality),
+            {name: Estimate(*pair) for name, pair in tasks.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model that the file was made from: bytes of its weight files, its quality, and the noise floor."""
+
+    model: str
+    bytes: int
+    quality: Quality
+    noise_floor: Quality
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "model": self.model,
+            "bytes": self.bytes,
+            "original": self.quality.to_json(),
+            "noise_floor": self.noise_floor.to_json(),
+        }
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was measured, and on what.
+    """What was measured, and on which text.
 
     Attributes
     ----------
@@ -31,9 +79,7 @@ class Source:
         ``name``, ``sha256``, ``windows``, ``sequence_length``; None when quality was not measured.
     reference : str or None
         What the divergence is measured against: ``original`` or ``full file``.
-    original : dict
-        ``model``, ``bytes`` of its weight files, its own quality (``original``) and the ``noise_floor``; empty when
-        no original was given.
+    original : Original or None
     """
 
     file: str
@@ -42,11 +88,7 @@ class Source:
     parameters: int | None
     text: dict[str, Any] | None
     reference: str | None
-    original: dict[str, Any]
-
-    def value(self, which: str, figure: str) -> float | None:
-        """A figure of the ``original`` or the ``noise_floor``; None when there is none."""
-        return ((self.original.get(which) or {}).get(figure) or {}).get("value")
+    original: Original | None
 
 
 @dataclass(frozen=True)
@@ -55,25 +97,25 @@ class Point:
 
     Attributes
     ----------
-    mb : Decimal
-        The budget.
+    budget : int
+        In bytes.
     file_bytes, memory_bytes : int
         What the cut takes as a file and as packed weights in memory.
     bits_per_weight : float or None
     measured : Measured
     """
 
-    mb: Decimal
+    budget: int
     file_bytes: int
     memory_bytes: int
     bits_per_weight: float | None
     measured: Measured
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         m = self.measured
         return {
-            "budget_mb": float(self.mb),
+            "budget_mb": round(self.budget / bstk.MB, 6),
             "file_bytes": self.file_bytes,
             "memory_bytes": self.memory_bytes,
             "bits_per_weight": self.bits_per_weight,
@@ -101,8 +143,72 @@ class Dense:
     running: Running
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return {"name": self.name, "file_bytes": self.file_bytes, **self.running.to_json()}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a quantised model: in a file, each matrix compressed as a .bstk chunk is; and raw, in memory."""
+
+    file_bytes: int
+    memory_bytes: int
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(self.file_bytes + other.file_bytes, self.memory_bytes + other.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One measured baseline.
+
+    Attributes
+    ----------
+    method : str
+    bits, embedding_bits : int
+        Of the linears, and of embeddings and head (always rounded to nearest).
+    sizes : Sizes
+    quality : Quality
+    bpw : float or None
+        SpQR: bits per weight that the linears of a layer may take, if the user chose them.
+    """
+
+    method: str
+    bits: int
+    embedding_bits: int
+    sizes: Sizes
+    quality: Quality
+    bpw: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        return f"{self.method} {self.width} bits, embeddings {self.embedding_bits}"
+
+    @property
+    def width(self) -> str:
+        """Bits of the linears, as the user writes them."""
+        return width(self.bits, self.bpw)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "method": self.method,
+            "bits": self.bits,
+            "bpw": self.bpw,
+            "embedding_bits": self.embedding_bits,
+            **vars(self.sizes),
+            **self.quality.to_json(),
+        }
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return values that Python's JSON can carry and `from_plain` reads back."""
+        return {**vars(self), "sizes": vars(self.sizes), "quality": vars(self.quality)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Baseline:
+        """Read what `to_plain` returned."""
+        return cls(**{**plain, "sizes": Sizes(**plain["sizes"]), "quality": Quality.from_plain(plain["quality"])})
 
 
 @dataclass(frozen=True)
@@ -113,42 +219,34 @@ class Comparison:
     point: Point
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
+        quality = self.point.measured.quality
         return {
             "baseline": self.baseline.name,
             "baseline_bytes": self.baseline.sizes.file_bytes,
             "file_bytes": self.point.file_bytes,
             "baseline_quality": self.baseline.quality.to_json(),
-            "quality": self.point.measured.quality.to_json(),
+            "quality": None if quality is None else quality.to_json(),
         }
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything.
-
-    Attributes
-    ----------
-    source : Source
-    points : list of Point
-    dense : list of Dense
-    baselines : list of Baseline
-    comparisons : list of Comparison
-    notes : list of str
-        Sentences for the user.
-    """
+    """Everything that one run measured; `notes` are sentences for the user."""
 
     source: Source
     points: Sequence[Point]
     dense: Sequence[Dense] = ()
     baselines: Sequence[Baseline] = ()
     comparisons: Sequence[Comparison] = ()
-    notes: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, schema bstack.bench/1."""
+        """Return plain JSON values, schema bstack.bench/1."""
+        original = self.source.original
         return {
             **vars(self.source),
+            "original": {} if original is None else original.to_json(),
             "points": [point.to_json() for point in self.points],
             "dense": [dense.to_json() for dense in self.dense],
             "baselines": [baseline.to_json() for baseline in self.baselines],
@@ -158,12 +256,14 @@ class Report:
 
 
 def frontier(baselines: Sequence[Baseline]) -> list[Baseline]:
-    """Of each method, by size, those that no other of the method beats with as few bytes.
-
-    So of two roundings of the embeddings the better one at those bytes remains; both where neither is better.
-    """
-    kept = []
-    for one in sorted(baselines, key=lambda b: (b.method, b.sizes.file_bytes, b.quality.kld.value)):
-        if not kept or kept[-1].method != one.method or one.quality.kld.value < kept[-1].quality.kld.value:
+    """Return of each method, by size, the baselines that no other of the method beats with as few bytes."""
+    kept: list[Baseline] = []
+    for one in sorted(baselines, key=lambda b: (b.method, b.sizes.file_bytes, _kld(b))):
+        if not kept or kept[-1].method != one.method or _kld(one) < _kld(kept[-1]):
             kept.append(one)
     return kept
+
+
+def _kld(baseline: Baseline) -> float:
+    kld = baseline.quality.kld
+    return math.inf if kld is None else kld.value

@@ -1,4 +1,4 @@
-"""What a bench run has measured so far, kept until it is through: the same command goes on where it was stopped."""
+"""The results of a bench run so far, kept until its report is written: the same command continues where it stopped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import bstk
 from bstack.folders import cache_folder
 from bstk.atomic import replacing
 
-__all__ = ["Rows"]
+__all__ = ["ResumeFile"]
 
-# A run that nobody went on with for so long is forgotten.
+# A stopped run is forgotten after so long.
 KEPT_SECONDS = 30 * 24 * 3600
 
 
-class Rows:
-    """Results by name, in a file of the user's cache. Where that cannot be written, nothing is kept.
+class ResumeFile:
+    """Keep results by name in a file of the user's cache; nothing is kept where that cannot be written.
 
     Parameters
     ----------
@@ -30,35 +30,35 @@ class Rows:
     Attributes
     ----------
     found : int
-        How many results of a run before this one were taken.
+        How many results of an earlier run were used.
     """
 
     def __init__(self, key: str):
         self._path = cache_folder("bench") / f"{key}.json"
         self.found = 0
-        self._rows: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         with suppress(OSError):
             _forget_old(self._path.parent)
-        # What is damaged is measured again.
+        # Damaged results are measured again.
         with suppress(OSError, ValueError):
-            rows = json.loads(self._path.read_text(encoding="utf-8"))
-            self._rows = rows if isinstance(rows, dict) else {}
+            results = json.loads(self._path.read_text(encoding="utf-8"))
+            self._results = results if isinstance(results, dict) else {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return the result of that name, from the run before or measured now; plain JSON values, infinity allowed."""
-        if name in self._rows:
+        """Return the result of that name, from an earlier run or measured now; plain JSON values, infinity allowed."""
+        if name in self._results:
             self.found += 1
-            return self._rows[name]
+            return self._results[name]
         result = measure()
-        self._rows[name] = result
+        self._results[name] = result
         with suppress(OSError, bstk.BstkError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as (sink, _):
-                sink.write(json.dumps(self._rows).encode())
+                sink.write(json.dumps(self._results).encode())
         return result
 
-    def finish(self) -> None:
-        """The run is through: the next one measures anew."""
+    def delete(self) -> None:
+        """Forget everything: the report is written."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 

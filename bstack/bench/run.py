@@ -1,4 +1,4 @@
-"""The whole of ``bstack bench``: sizes of one file, its original, baselines, in one run on the same texts."""
+"""Measure the sizes of one file, its original and baselines, in one run on the same text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from decimal import Decimal
@@ -16,24 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.bench.budgets import even_budgets
-from bstack.bench.child import Measured, ask
-from bstack.bench.options import Options
-from bstack.bench.results import Dense, Point, Report, Source
-from bstack.bench.resume import Rows
+from bstack.bench.child import Cut, Measure, WriteReference, ask
+from bstack.bench.options import Options, even_budgets, mb_text
+from bstack.bench.quality import Quality, original_reference, reference_key
+from bstack.bench.reference import Reference
+from bstack.bench.results import Baseline, Comparison, Dense, Measured, Original, Point, Report, Source
+from bstack.bench.resume import ResumeFile
+from bstack.bench.speed import REPETITIONS
 from bstack.bench.tasks import file_digests
+from bstack.bench.text import Text, file_tokenizer, first_windows, measuring_text, window_length
 from bstack.errors import ForeignCodeWarning
 from bstack.kernels.native import instructions, processors
 from bstack.memory.free import too_little
+from bstack.models.skeleton import Skeleton
 from bstack.progress import Progress
 
 __all__ = ["run_bench"]
 
-# Decides how fast a process is, and so whether a row of an earlier run is one of this.
+# These decide how fast a process is, and so whether a result of an earlier run may be used.
 THREADS = ("OMP_NUM_THREADS", "BSTACK_THREADS")
 
 
-def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress) -> Report:
+def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress) -> tuple[Report, ResumeFile]:
     """Measure a file.
 
     Parameters
@@ -44,10 +49,16 @@ def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress
     progress : callable
         Receives each stage and its steps.
 
+    Returns
+    -------
+    report : Report
+    resume : ResumeFile
+        To delete when the report is written; until then the same call finds all results in it.
+
     Raises
     ------
     bstk.BudgetError
-        A size is below the smallest model; before anything is measured.
+        A size is below the base model; before anything is measured.
     bstk.UsageError
         The original is not the one that the file was made from.
     bstk.BstkError
@@ -56,123 +67,107 @@ def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress
     with ExitStack() as stack:
         file = stack.enter_context(bstk.open(path, warn=False))
         budgets = list(options.budgets or even_budgets(file))
-        cuts = [file.fit(mb=mb) for mb in budgets]
+        cuts = [file.fit(mb=Decimal(budget) / bstk.MB) for budget in budgets]
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bstack-bench-")))
-        run = _Run(file, path, options, scratch, progress)
-        if options.quality:
-            run.prepare()
-        run.open_rows()
+        run = _Run(file, os.fspath(path), options, scratch, progress)
         done: dict[bstk.Cut, Point] = {}
         points = []
-        for number, (mb, cut) in enumerate(zip(budgets, cuts, strict=True), 1):
+        for number, (budget, cut) in enumerate(zip(budgets, cuts, strict=True), 1):
             if cut not in done:
-                done[cut] = run.point(mb, cut, f"size {number} of {len(budgets)}")
-            points.append(replace(done[cut], mb=mb))
+                done[cut] = run.point(budget, cut, f"size {number} of {len(budgets)}")
+            points.append(replace(done[cut], budget=budget))
         dense = run.dense(max(cuts)) if options.speed else []
-        baselines, comparisons = run.against(done) if options.against else ([], [])
-        run.rows.finish()
-        if run.rows.found:
-            run.notes.append(
-                f"Figures measured by a run of this command that was stopped, and taken from it: {run.rows.found}."
-            )
-        return Report(run.source(), points, dense, baselines, comparisons, run.notes)
+        baselines, comparisons = run.baselines(done) if options.against else ([], [])
+        if run.resume.found:
+            run.notes.append(f"Results taken from a run of this command that was stopped: {run.resume.found}.")
+        return Report(run.source(), points, dense, baselines, comparisons, run.notes), run.resume
 
 
 class _Run:
     """State of one run."""
 
-    def __init__(self, file: bstk.Reader, path: Any, options: Options, scratch: Path, progress: Progress):
+    def __init__(self, file: bstk.Reader, path: str, options: Options, scratch: Path, progress: Progress):
         self.file, self.path, self.options, self.scratch, self.progress = file, path, options, scratch, progress
         self.notes: list[str] = []
-        self.windows: Any = None
-        self.length = 0
-        self.windows_path: Path | None = None
-        self.reference: Any = None
-        self.text: Any = None
-        self.skeleton: Any = None
-        self.rows: Any = None
-        self._tokenizer: Any = None
+        self.text: Text | None = None
+        self.skeleton: Skeleton | None = None
+        if options.quality:
+            self.text = self._read_text()
+            if options.original is None:
+                self.text.reference = self._own_reference(self.text)
+            else:
+                self.skeleton = self._open_original(options.original, self.text)
+                with progress("reference", 2 * len(self.skeleton.layers)) as step:
+                    self.text.reference = original_reference(self.skeleton, self.text.windows, scratch, step)
+        self.resume = ResumeFile(self._key())
 
-    def prepare(self) -> None:
-        """Windows and reference."""
-        import numpy as np
-
-        from bstack.bench.text import file_tokenizer, first_windows, measuring_text, window_length
-
+    def _read_text(self) -> Text:
         options = self.options
-        self.length = window_length(self.file, options.length)
+        length = window_length(self.file, options.sequence_length)
         with self.progress("text", 1) as step:
-            self.text = measuring_text(options.text)
-            self._tokenizer = file_tokenizer(self.file, self.options)
-            self.windows = first_windows(self.text, self._tokenizer, options.windows, self.length)
-            self.windows_path = self.scratch / "windows.npy"
-            np.save(self.windows_path, self.windows.numpy())
+            source = measuring_text(options.text)
+            tokenizer = file_tokenizer(self.file, options.trust_remote_code, options.code)
+            windows = first_windows(source, tokenizer, options.windows, length)
+            text = Text(source, tokenizer, windows, self.scratch / "windows.npy")
             step()
-        self.reference = self._own_reference() if options.original is None else self._original_reference()
+        return text
 
-    def _own_reference(self) -> Any:
-        from bstack.bench.reference import Reference
-
+    def _own_reference(self, text: Text) -> Reference:
         self.notes.append(
             "The divergence (KLD) is measured against this file at its full depth, not against the original. "
-            "Give --original MODEL for that."
+            "Name the original to measure against it."
         )
-        full = self.file.fit()
-        with self.progress("own reference", len(self.windows)) as step:
-            self._ask(
-                _exact_mb(full.budget),
-                windows=self.windows_path,
-                make_reference=self.scratch / "own.ref",
-                progress=step,
-            )
-        return Reference(self.scratch / "own.ref")
+        output = self.scratch / "own.ref"
+        with self.progress("own reference", len(text.windows)) as step:
+            ask(WriteReference(self._cut(self.file.fit().budget), str(text.path), str(output)), step)
+        return Reference(output)
 
-    def _original_reference(self) -> Any:
-        from bstack.bench.original import original_reference
+    def _open_original(self, model: str, text: Text) -> Skeleton:
         from bstack.models.open import open_checkpoint
-        from bstack.models.skeleton import Skeleton
 
         with self.progress("original", 1) as step:
-            checkpoint = open_checkpoint(self.options.original, self.options.trust_remote_code)
-            self.skeleton = Skeleton(checkpoint)
+            checkpoint = open_checkpoint(model, self.options.trust_remote_code)
+            skeleton = Skeleton(checkpoint)
             made_from = (self.file.metadata.get("model") or {}).get("source")
             if made_from is not None and made_from != checkpoint.provenance():
-                message = f"{self.options.original} is not the checkpoint this file was made from: its digests differ."
+                message = f"{model} is not the checkpoint this file was made from: its digests differ."
                 if not self.options.force:
                     raise bstk.UsageError(
-                        f"{message} Name the one it was made from, or add --force to measure how far the file is from this one."
+                        f"{message} Name the one it was made from, or set force to measure how far the file is from this one."
                     )
                 self.notes.append(f"{message} The divergence says how far the file is from what was given.")
-            vocabulary = self.skeleton.model.config.get_text_config().vocab_size
-            if not 0 <= int(self.windows.max()) < vocabulary:
+            vocabulary = checkpoint.config.get_text_config().vocab_size
+            if not 0 <= int(text.windows.max()) < vocabulary:
                 raise bstk.UsageError(
-                    f"{self.options.original} has a vocabulary of {vocabulary}; this file's tokenizer goes beyond it. "
-                    "It is not the model the file was made from."
+                    f"{model} has a vocabulary of {vocabulary}, but this file's tokenizer has larger token ids. "
+                    "Name the model that the file was made from."
                 )
-            self._check_targets()
+            self._check_targets(skeleton)
             step()
-        with self.progress("reference", 2 * len(self.skeleton.layers)) as step:
-            return original_reference(self.skeleton, self.windows, self.scratch, step)
+        return skeleton
 
-    def _check_targets(self) -> None:
-        """Before the minutes that come now: can the baselines' linears have the sizes that were named?"""
+    def _check_targets(self, skeleton: Skeleton) -> None:
+        """Check that the linears can have the bits per weight that were asked for, before minutes of measuring."""
         from bstack.bench.baselines.spqr import check_targets
 
         stacks = [chunk for chunk in self.file.chunks if chunk.is_block and chunk.level == 0]
         layers = [
-            [chunk.shape for chunk in stacks if chunk.name.startswith(f"{name}.")] for name, _ in self.skeleton.layers
+            [(chunk.shape[0], chunk.shape[1]) for chunk in stacks if chunk.name.startswith(f"{name}.")]
+            for name, _ in skeleton.layers
         ]
         check_targets(self.options.against, [shapes for shapes in layers if shapes])
 
-    def open_rows(self) -> None:
-        """Find what a run that was stopped has measured on the same file, texts, code and versions."""
-        from bstack.bench.original import reference_key
-
-        on = None if self.windows is None else hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+    def _key(self) -> str:
+        """Digest what decides the results: file, text, code, versions and threads."""
+        on = None
+        if self.text is not None and self.skeleton is not None:
+            on = reference_key(self.skeleton, self.text.windows)
+        elif self.text is not None:
+            on = hashlib.sha256(self.text.windows.numpy().tobytes()).hexdigest()
         about = {
             "root": self.file.root.hex(),
-            "windows": on if self.skeleton is None else reference_key(self.skeleton, self.windows),
-            "reference": None if self.windows is None else "original" if self.skeleton is not None else "full file",
+            "windows": on,
+            "reference": self._reference_name(),
             "full": self.file.fit().chunks,
             "versions": {package: version(package) for package in ("bstack", "torch", "transformers")},
             "kernels": instructions(),
@@ -180,47 +175,52 @@ class _Run:
             "tasks": file_digests(self.options.tasks),
             "code": self._code(),
         }
-        self.rows = Rows(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def _reference_name(self) -> str | None:
+        return None if self.text is None else "full file" if self.skeleton is None else "original"
 
     def _code(self) -> dict[str, Any] | None:
-        """Digests of the Python code that the model needs; None where it needs none."""
+        """Return the digests of the Python code that the model needs; None where it needs none."""
         from bstack.engine.container import embedded_files
         from bstack.models.code import allowed_code
 
         if not self.options.trust_remote_code:
             return None
-        # Who runs it announces it.
+        # The warning belongs to the process that runs the code.
         with embedded_files(self.file) as folder, warnings.catch_warnings(action="ignore", category=ForeignCodeWarning):
             code = allowed_code(self.file, folder, True, self.options.code)
         return None if code is None else code.to_json()
 
-    def _ask(self, mb: Decimal, **what: Any) -> dict[str, Any]:
-        code = self.options.code if self.options.trust_remote_code else None
-        return ask(self.path, mb, code=code, trust_remote_code=self.options.trust_remote_code, **what)
+    def _cut(self, budget: int) -> Cut:
+        trusted = self.options.trust_remote_code
+        return Cut(os.path.abspath(self.path), budget, self.options.code if trusted else None, trusted)
 
-    def point(self, mb: Decimal, cut: bstk.Cut, what: str, *, run: bool = True) -> Point:
-        """Measure one size; `run` for load time, memory and speed, too."""
+    def point(self, budget: int, cut: bstk.Cut, what: str, *, run: bool = True) -> Point:
+        """Measure one size; `run` for load time, memory, speed and tasks, too."""
         speed = run and self.options.speed
-        tasks = self.options.tasks if run else ()
+        tasks = tuple(self.options.tasks) if run else ()
+        text = self.text
 
         def measure() -> dict[str, Any]:
-            windows = 0 if self.windows is None else len(self.windows)
-            with self.progress(f"{what}: {mb} MB", self._repetitions(speed) + windows) as step:
-                return self._ask(
-                    mb,
-                    run="stack" if run else None,
-                    speed=speed,
-                    windows=self.windows_path,
-                    tasks=tasks,
-                    reference=None if self.reference is None else Path(self.reference.path),
-                    progress=step,
-                )
+            steps = (REPETITIONS + 1 if speed else 0) + (0 if text is None else len(text.windows))
+            request = Measure(
+                self._cut(budget),
+                run="packed" if run else None,
+                speed=speed,
+                windows=None if text is None else str(text.path),
+                reference=None if text is None else text.reference.path,
+                tasks=tasks,
+            )
+            with self.progress(f"{what}: {mb_text(budget)} MB", steps) as step:
+                return ask(request, step).to_plain()
 
-        answer = self.rows.get(f"size:{cut.chunks}:{run}:{speed}:{','.join(tasks)}", measure)
-        return Point(mb, cut.file_bytes, cut.memory_bytes, self.file.bits_per_weight(cut), Measured.from_answer(answer))
+        plain = self.resume.get(f"size:{cut.chunks}:{run}:{speed}:{','.join(tasks)}", measure)
+        measured = Measured.from_plain(plain)
+        return Point(budget, cut.file_bytes, cut.memory_bytes, self.file.bits_per_weight(cut), measured)
 
     def dense(self, cut: bstk.Cut) -> list[Dense]:
-        """Measure what the packed sizes are to be compared with: float32 weights, of the file and of the original."""
+        """Measure float32 weights, of the file and of the original, to compare the packed sizes with."""
         needed = 4 * sum(math.prod(chunk.shape) for chunk in self.file.chunks if chunk.is_weight and not chunk.level)
         if memory := too_little(needed):
             self.notes.append(
@@ -228,79 +228,53 @@ class _Run:
                 f"{memory.free / bstk.MB:,.0f} MB are free of {memory.source}."
             )
             return []
+        original = self.options.original
         found = []
-        ways = [("file", "dense")] + ([("original", "original")] if self.options.original is not None else [])
-        for name, run in ways:
+        for name, run in [("file", "dense"), *([] if original is None else [("original", "original")])]:
+            request = Measure(self._cut(cut.budget), run=run, speed=True, original=original)
 
-            def measure(run: str = run, name: str = name) -> dict[str, Any]:
-                with self.progress(f"{name} in float32", self._repetitions(True)) as step:
-                    return self._ask(
-                        _exact_mb(cut.budget), run=run, speed=True, original=self.options.original, progress=step
-                    )
+            def measure(request: Measure = request, name: str = name) -> dict[str, Any]:
+                with self.progress(f"{name} in float32", REPETITIONS + 1) as step:
+                    return ask(request, step).to_plain()
 
-            answer = self.rows.get(f"{run}:{cut.chunks}:{self.options.original}", measure)
-            found.append(Dense(name, cut.file_bytes if run == "dense" else None, Measured.from_answer(answer).running))
+            measured = Measured.from_plain(self.resume.get(f"{run}:{cut.chunks}:{original}", measure))
+            assert measured.running is not None
+            found.append(Dense(name, cut.file_bytes if name == "file" else None, measured.running))
         return found
 
-    @staticmethod
-    def _repetitions(speed: bool) -> int:
-        from bstack.bench.speed import REPETITIONS
-
-        return REPETITIONS + 1 if speed else 0
-
-    def against(self, done: dict[bstk.Cut, Point]) -> tuple[list[Any], list[Any]]:
+    def baselines(self, done: dict[bstk.Cut, Point]) -> tuple[Sequence[Baseline], Sequence[Comparison]]:
         """Measure the baselines, and this file at their sizes."""
-        from bstack.bench.peers import Against
+        from bstack.bench.peers import compare, measure_baselines
 
-        against = Against(
-            self.file,
-            self.skeleton,
-            self._tokenizer,
-            self.windows,
-            self.reference,
-            self.scratch,
-            self.rows,
-            self.notes,
-            self.progress,
+        text, skeleton = self.text, self.skeleton
+        if text is None or skeleton is None:
+            raise bstk.UsageError("Baselines are quantised from the original. Name the original, and measure quality.")
+        found = measure_baselines(
+            self.file, self.options, skeleton, text, self.scratch, self.resume, self.notes, self.progress
         )
-        found = against.measure(self.options.against, self.options.calibration)
 
         def point(budget: int, what: str) -> Point:
             cut = self.file.fit_bytes(budget)
             if cut not in done:
-                done[cut] = self.point(_exact_mb(budget), cut, what, run=False)
+                done[cut] = self.point(budget, cut, what, run=False)
             return done[cut]
 
-        return found, against.compare(found, point)
+        return found, compare(self.file, found, point, self.notes)
 
     def source(self) -> Source:
-        """What was measured, and on what."""
-        from bstack.bench.text import digest
-
+        """Return what was measured, and on which text."""
         model = self.file.metadata.get("model") or {}
-        extra = self.reference.extra if self.reference is not None else {}
+        original = None
+        if self.text is not None and self.skeleton is not None:
+            extra = self.text.reference.extra
+            quality, floor = (Quality.from_plain(extra[name]) for name in ("original", "noise_floor"))
+            original = Original(str(self.options.original), self.skeleton.checkpoint.size_bytes, quality, floor)
         return Source(
-            file=os.path.basename(os.fspath(self.path)),
+            file=os.path.basename(self.path),
             root=self.file.root.hex(),
             model=model.get("name"),
             parameters=model.get("parameters"),
-            text=None
-            if self.text is None
-            else {
-                "name": self.text.name,
-                "sha256": digest(self.text),
-                "windows": self.options.windows,
-                "sequence_length": self.length,
-            },
-            reference=None
-            if self.reference is None
-            else ("original" if self.options.original is not None else "full file"),
-            original={}
-            if not extra
-            else {"model": self.options.original, "bytes": self.skeleton.checkpoint.size_bytes, **extra},
+            text=None if self.text is None else self.text.to_json(),
+            reference=self._reference_name(),
+            original=original,
         )
-
-
-def _exact_mb(size: int) -> Decimal:
-    """A size in MB without rounding: dividing by 2**20 ends after twenty decimals."""
-    return Decimal(size) / bstk.MB

@@ -1,36 +1,40 @@
-"""How fast a model reads and writes, in transformers' own ``generate()``."""
+"""How long a model takes to load, what it holds in memory, and how fast transformers' ``generate()`` runs it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from bstack.kernels.native import instructions
+from bstack.memory.process import peak_bytes, resident_bytes
 
-__all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Speed", "measure_speed"]
+__all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Running", "Speed", "measure_running", "measure_speed"]
 
 # One sequence, as an interactive user has it. Each test once to warm up, then this often.
 PROMPT, DECODED, REPETITIONS = 512, 64, 3
 
 
-class Rate(NamedTuple):
+@dataclass(frozen=True)
+class Rate:
     """Tokens per second: mean and standard deviation over repetitions."""
 
     value: float
     deviation: float
 
 
-class Speed(NamedTuple):
+@dataclass(frozen=True)
+class Speed:
     """Speed at batch size 1.
 
     Attributes
     ----------
     prompt_tokens, decoded_tokens : int
-        How many; fewer than usual for a model of a short context.
+        Fewer than usual for a model of a short context.
     prompt, decode : Rate
     threads : int
         Of torch.
@@ -46,6 +50,67 @@ class Speed(NamedTuple):
     kernels: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """What was measured of a model that runs in a process of its own; memory is None where the system does not say.
+
+    Attributes
+    ----------
+    load_seconds : float or None
+        Until the model can run, without the imports of Python packages. None when it was not loaded as a user would.
+    start_memory_bytes : int or None
+        Resident memory of the process before, Python packages imported.
+    held_memory_bytes : int or None
+        By how much it grew with loading.
+    peak_memory_bytes : int or None
+        By how much it grew at most, with loading and the speed test.
+    speed : Speed or None
+    """
+
+    load_seconds: float | None
+    start_memory_bytes: int | None
+    held_memory_bytes: int | None
+    peak_memory_bytes: int | None
+    speed: Speed | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Running:
+        """Read what `to_json` returned."""
+        speed = values["speed"]
+        if speed is not None:
+            speed = Speed(**{**speed, "prompt": Rate(**speed["prompt"]), "decode": Rate(**speed["decode"])})
+        return cls(**{**values, "speed": speed})
+
+
+def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[[], None] = lambda: None) -> Running:
+    """Load a model and run it, in a process that has imported everything and held no model before.
+
+    Parameters
+    ----------
+    load : callable
+        Returns a transformers model.
+    speed : bool
+        Whether to time it.
+    progress : callable
+        Called after each repetition of the speed test.
+    """
+    before = resident_bytes()
+    started = time.perf_counter()
+    model = load()
+    seconds = time.perf_counter() - started
+    after = resident_bytes()
+    found = measure_speed(model, progress) if speed else None
+    return Running(seconds, before, _growth(before, after), _growth(before, peak_bytes()), found)
+
+
+def _growth(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else max(0, after - before)
+
+
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
     """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more.
 
@@ -53,40 +118,38 @@ def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Sp
     ----------
     model : transformers.PreTrainedModel
     progress : callable
-        Called after each repetition, the first to warm up included.
+        Called after each repetition, the warm-up included.
     """
     config = model.config.get_text_config()
     prompt, decoded = _lengths(getattr(config, "max_position_embeddings", None))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
     times = []
-    for repetition in range(REPETITIONS + 1):
-        found = _once(model, ids, decoded)
-        if repetition:
-            times.append(found)
+    for _ in range(REPETITIONS + 1):
+        times.append(_once(model, ids, decoded))
         progress()
-    reading, writing = zip(*times, strict=True)
+    reading, writing = zip(*times[1:], strict=True)
     return Speed(
         prompt, decoded, _rate(prompt, reading), _rate(decoded, writing), torch.get_num_threads(), instructions()
     )
 
 
-def _lengths(room: int | None) -> tuple[int, int]:
-    """Tokens of the prompt, and after its first new token: in their usual proportion where the model reads fewer."""
+def _lengths(context: int | None) -> tuple[int, int]:
+    """Return the tokens of the prompt and after its first new token; fewer in the same proportion for a short context."""
     needed = PROMPT + 1 + DECODED
-    if room is None or room >= needed:
+    if context is None or context >= needed:
         return PROMPT, DECODED
-    prompt = max(1, room * PROMPT // needed)
-    return prompt, max(1, room - prompt - 1)
+    prompt = max(1, context * PROMPT // needed)
+    return prompt, max(1, context - prompt - 1)
 
 
 def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
-    """Seconds to the first new token, and for those after it."""
+    """Return the seconds to the first new token, and those for the tokens after it."""
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
-        """Notes when tokens arrive; the prompt is handed over first."""
+        """Note when tokens arrive; the prompt arrives first."""
 
         def __init__(self) -> None:
             self.arrivals: list[float] = []
@@ -99,7 +162,7 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
 
     clock = Clock()
     # A field that is None is taken from the model's own configuration. No token ends the text, so that every size does
-    # the same work whatever it says.
+    # the same work.
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

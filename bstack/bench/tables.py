@@ -1,4 +1,4 @@
-"""A bench report as tables for people and as CSV. No torch."""
+"""A bench report as tables for people and as CSV."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
+from bstack.bench.options import mb_text
+from bstack.bench.quality import Quality
 from bstack.bench.results import Dense, Point, Report
+from bstack.bench.speed import Running, Speed
+from bstack.eval.estimates import Estimate
 from bstk import MB
-
-if TYPE_CHECKING:
-    from bstack.bench.running import Running
-    from bstack.eval.estimates import Estimate
 
 __all__ = ["as_csv", "as_tables", "with_error"]
 
@@ -21,7 +21,7 @@ Row = list[str]
 
 
 def with_error(value: float, error: float | None, sign: str = "±") -> str:
-    """A value and its error with as many decimals as the error has something to say to: two digits of it.
+    """Return a value and its error with as many decimals as two digits of the error need; inf and nan as they are.
 
     >>> with_error(36.0824, 1.2345), with_error(0.07263, 0.00119), with_error(12.5, None)
     ('36.1 ± 1.2', '0.0726 ± 0.0012', '12.5')
@@ -44,7 +44,7 @@ def as_tables(report: Report, sign: str = "±") -> str:
     if any(point.measured.tasks for point in report.points):
         parts.append("Tasks\n" + _tasks(report, sign))
     if all(point.measured.running for point in report.points):
-        parts.append(("Speed and memory\n" if _has_speed(report) else "Memory\n") + _running(report, sign))
+        parts.append(("Speed and memory\n" if _speed(report) else "Memory\n") + _running(report, sign))
     if report.baselines:
         parts.append("Baselines, one run for each size\n" + _baselines(report, sign))
     if report.comparisons:
@@ -65,16 +65,17 @@ def _head(report: Report) -> str:
         )
     if source.original:
         lines.append(
-            f"  original   {source.original['model']}, {source.original['bytes'] / MB:,.2f} MB as it is stored, "
-            f"perplexity {source.value('original', 'perplexity'):.4g}"
+            f"  original   {source.original.model}, {source.original.bytes / MB:,.2f} MB as it is stored, "
+            f"perplexity {source.original.quality.perplexity.value:.4g}"
         )
+        floor = source.original.noise_floor.kld
         lines.append(
-            f"  floor      KLD {source.value('noise_floor', 'kld'):.2g}: the original in bfloat16 against itself in float32"
+            f"  floor      KLD {'-' if floor is None else f'{floor.value:.2g}'}: the original in bfloat16 against itself "
+            "in float32"
         )
-    if _has_speed(report):
-        speed = report.points[0].measured.running.speed
+    if speed := _speed(report):
         lines.append(
-            f"  speed      greedy generate(), one sequence, {speed['threads']} threads; packed weights, {speed['kernels']} kernels"
+            f"  speed      greedy generate(), one sequence, {speed.threads} threads; packed weights, {speed.kernels} kernels"
         )
     started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
     if started and started[0] is not None:
@@ -84,60 +85,72 @@ def _head(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _has_speed(report: Report) -> bool:
-    return any(point.measured.running and point.measured.running.speed for point in report.points)
+def _speed(report: Report) -> Speed | None:
+    running = report.points[0].measured.running
+    return None if running is None else running.speed
 
 
 def _quality(report: Report, sign: str) -> str:
     to = "original" if report.source.reference == "original" else "full file"
     head = ["MB", "file MB", "weights MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
-    rows = []
-    for point in report.points:
-        q = point.measured.quality
-        rows.append(
-            [*_sizes(point), *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign)]
-        )
-    return _markdown(head, rows)
+    return _markdown(head, [[*_sizes(p), *_quality_cells(p.measured.quality, sign)] for p in report.points])
+
+
+def _quality_cells(quality: Quality | None, sign: str) -> Row:
+    if quality is None:
+        return ["-"] * 4
+    q = quality
+    return [
+        _estimate(q.perplexity, sign),
+        _estimate(q.kld, sign),
+        _estimate(q.kld_99, sign),
+        _estimate(q.same_top, sign, 100),
+    ]
 
 
 def _tasks(report: Report, sign: str) -> str:
     names = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
     rows = [
-        [_mb(point), *[_estimates((point.measured.tasks.get(name), 1), sign=sign)[0] for name in names]]
+        [mb_text(point.budget), *[_estimate(point.measured.tasks.get(name), sign) for name in names]]
         for point in report.points
     ]
     return _markdown(["MB", *names], rows)
 
 
 def _running(report: Report, sign: str) -> str:
-    with_sizes, with_speed = report.source.text is None, _has_speed(report)
+    with_sizes, speed = report.source.text is None, _speed(report)
     base = report.dense[-1] if report.dense else None
     head = ["MB", *(["file MB", "weights MB", "bits/weight"] if with_sizes else []), "load s", "memory MB", "peak MB"]
-    if with_speed:
-        speed = report.points[0].measured.running.speed
+    if speed is not None:
         # Ratios are to the last row: the original where there is one.
         ratio = ["ratio"] if base is not None else []
-        head += [f"prompt({speed['prompt_tokens']}) t/s", *ratio, f"decode({speed['decoded_tokens']}) t/s", *ratio]
+        head += [f"prompt({speed.prompt_tokens}) t/s", *ratio, f"decode({speed.decoded_tokens}) t/s", *ratio]
     rows = []
     for point in report.points:
-        sizes = _sizes(point) if with_sizes else [_mb(point)]
-        rows.append([*sizes, *_running_cells(point.measured.running, base, with_speed, sign)])
+        sizes = _sizes(point) if with_sizes else [mb_text(point.budget)]
+        rows.append([*sizes, *_running_cells(point.measured.running, base, sign)])
     for dense in report.dense:
         empty = ["", "", ""] if with_sizes else []
-        rows.append([f"{dense.name}, float32", *empty, *_running_cells(dense.running, base, with_speed, sign)])
+        rows.append([f"{dense.name}, float32", *empty, *_running_cells(dense.running, base, sign)])
     return _markdown(head, rows)
 
 
-def _running_cells(running: Running, base: Dense | None, with_speed: bool, sign: str) -> Row:
+def _running_cells(running: Running | None, base: Dense | None, sign: str) -> Row:
+    if running is None:
+        return ["-"] * 3
     cells = ["-" if running.load_seconds is None else f"{running.load_seconds:.2f}"]
     cells += [
         "-" if size is None else f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)
     ]
-    for test in ("prompt", "decode") if with_speed else ():
-        rate = running.speed[test]
-        cells.append(with_error(rate["value"], rate["deviation"], sign))
-        if base is not None:
-            cells.append(f"{rate['value'] / base.running.speed[test]['value']:.2f}")
+    if running.speed is not None:
+        ours, theirs = running.speed, base.running.speed if base is not None else None
+        for rate, other in (
+            (ours.prompt, theirs.prompt if theirs else None),
+            (ours.decode, theirs.decode if theirs else None),
+        ):
+            cells.append(with_error(rate.value, rate.deviation, sign))
+            if other is not None:
+                cells.append(f"{rate.value / other.value:.2f}")
     return cells
 
 
@@ -153,19 +166,17 @@ def _baselines(report: Report, sign: str) -> str:
         "KLD 99 %",
         "same top %",
     ]
-    rows = []
-    for b in report.baselines:
-        q = b.quality
-        rows.append(
-            [
-                b.method,
-                b.width,
-                str(b.embedding_bits),
-                _size(b.sizes.file_bytes),
-                _size(b.sizes.memory_bytes),
-                *_estimates((q.perplexity, 1), (q.kld, 1), (q.kld_99, 1), (q.same_top, 100), sign=sign),
-            ]
-        )
+    rows = [
+        [
+            b.method,
+            b.width,
+            str(b.embedding_bits),
+            _size(b.sizes.file_bytes),
+            _size(b.sizes.memory_bytes),
+            *_quality_cells(b.quality, sign),
+        ]
+        for b in report.baselines
+    ]
     return _markdown(head, rows, left=1)
 
 
@@ -173,44 +184,42 @@ def _comparisons(report: Report, sign: str) -> str:
     head = ["baseline", "its MB", "its KLD", "bstack MB", "bstack KLD", "its KLD / bstack's"]
     rows = []
     for c in report.comparisons:
-        theirs, ours = c.baseline.quality.kld, c.point.measured.quality.kld
-        ratio = f"{theirs.value / ours.value:.2f}" if ours.value > 0 else "-"
+        quality = c.point.measured.quality
+        theirs, ours = c.baseline.quality.kld, None if quality is None else quality.kld
+        ratio = f"{theirs.value / ours.value:.2f}" if theirs and ours and ours.value > 0 else "-"
         rows.append(
             [
                 c.baseline.name,
                 _size(c.baseline.sizes.file_bytes),
-                _estimates((theirs, 1), sign=sign)[0],
+                _estimate(theirs, sign),
                 _size(c.point.file_bytes),
-                _estimates((ours, 1), sign=sign)[0],
+                _estimate(ours, sign),
                 ratio,
             ]
         )
     return _markdown(head, rows, left=1)
 
 
-def _mb(point: Point) -> str:
-    # An exact size has twenty decimals; nobody reads them.
-    return f"{point.mb:f}" if point.mb.as_tuple().exponent >= -3 else f"{point.mb:.3f}"
-
-
 def _sizes(point: Point) -> Row:
     bits = point.bits_per_weight
-    return [_mb(point), _size(point.file_bytes), _size(point.memory_bytes), "-" if bits is None else f"{bits:.3f}"]
+    return [
+        mb_text(point.budget),
+        _size(point.file_bytes),
+        _size(point.memory_bytes),
+        "-" if bits is None else f"{bits:.3f}",
+    ]
 
 
 def _size(size: int) -> str:
     return f"{size / MB:,.{2 if size >= 10 * MB else 4}f}"
 
 
-def _estimates(*pairs: tuple[Estimate | None, float], sign: str) -> Row:
-    return [
-        "-" if e is None else with_error(e.value * factor, None if e.error is None else e.error * factor, sign)
-        for e, factor in pairs
-    ]
+def _estimate(e: Estimate | None, sign: str, factor: float = 1) -> str:
+    return "-" if e is None else with_error(e.value * factor, None if e.error is None else e.error * factor, sign)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Row], left: int = 0) -> str:
-    """Align a Markdown table; the first `left` columns to the left."""
+    """Return an aligned Markdown table; the first `left` columns are aligned to the left."""
     widths = [max(3, *(len(line[i]) for line in [head, *rows])) for i in range(len(head))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
@@ -267,16 +276,16 @@ def as_csv(report: Report) -> str:
     return text.getvalue()
 
 
-def _rates(values: dict) -> dict[str, float]:
-    found = {}
+def _rates(values: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for test in ("prompt", "decode"):
         if rate := (values.get("speed") or {}).get(test):
             found |= {f"{test}_tokens_per_second": rate["value"], f"{test}_sd": rate["deviation"]}
     return found
 
 
-def _flat(values: dict, names: Sequence[str]) -> dict[str, float]:
-    found = {}
+def _flat(values: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float | None] = {}
     for name in names:
         if values.get(name):
             found |= {name: values[name]["value"], f"{name}_se": values[name]["standard_error"]}

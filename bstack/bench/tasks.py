@@ -14,14 +14,14 @@ from bstack.eval.estimates import Estimate
 
 __all__ = ["check_tasks", "file_digests", "run_tasks"]
 
-# What is shown of a task that reports several figures: the first of these that it has.
+# Of a task that reports several figures, the first of these is shown.
 METRICS = ("acc", "exact_match", "acc_norm", "perplexity", "word_perplexity")
 # lm-eval without its extra "hf" lacks the second.
 NEEDED = ("lm_eval", "accelerate")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse tasks that cannot be run, before hours of measuring.
+    """Check that lm-eval can run the tasks, before hours of measuring.
 
     Raises
     ------
@@ -31,25 +31,25 @@ def check_tasks(tasks: Sequence[str]) -> None:
         lm-eval knows no task of that name, or there is no such file.
     """
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise MissingPackageError("--tasks needs lm-eval with its extra hf: pip install 'bstack[tasks]'")
+        raise MissingPackageError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
     from lm_eval.tasks import TaskManager
 
     known = None
     for task in tasks:
         if _is_file(task):
             if not os.path.isfile(task):
-                raise bstk.UsageError(f"--tasks: there is no file {task}.")
+                raise bstk.UsageError(f"There is no file {task}.")
             continue
         known = known or set(TaskManager().all_tasks)
         if task not in known:
             raise bstk.UsageError(
-                f"--tasks: lm-eval knows no task {task!r}. `lm-eval ls tasks` lists its tasks; one of your own is named by "
-                "the path of its .yaml file."
+                f"lm-eval knows no task {task!r}. `lm-eval ls tasks` lists its tasks; name one of your own by the path of "
+                "its .yaml file."
             )
 
 
 def file_digests(tasks: Sequence[str]) -> dict[str, str]:
-    """SHA-256, in hexadecimal digits, of the tasks that are files, by path. What they include is not looked into."""
+    """Return the SHA-256 of the tasks that are files, by path; files that they include do not count."""
     found = {}
     for task in tasks:
         if _is_file(task) and os.path.isfile(task):
@@ -76,7 +76,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Est
     Raises
     ------
     bstk.BstkError
-        The harness failed, for want of the task's data for example.
+        lm-eval failed, for example because the task's data are missing.
     """
     check_tasks(tasks)
     from lm_eval import simple_evaluate
@@ -98,13 +98,13 @@ def _is_file(task: str) -> bool:
 
 
 def _asked(found: dict[str, Any], tasks: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Results by task. A file's task and a tag's are named by lm-eval; those of a group stand behind the group's own."""
+    """Return the results by task, without the members of a group. lm-eval itself names the task of a file and of a tag."""
     inside = {member for members in (found.get("group_subtasks") or {}).values() for member in members}
     return [(task, figures) for task, figures in found["results"].items() if task in tasks or task not in inside]
 
 
 def _headline(figures: dict[str, Any]) -> tuple[str, Estimate]:
-    # Keys are "metric,filter" and "metric_stderr,filter"; "sample_len" and its like are counts.
+    # Keys are "metric,filter" and "metric_stderr,filter"; others, such as "sample_len", are counts.
     found = {
         key.partition(",")[0]: value for key, value in figures.items() if "," in key and isinstance(value, (int, float))
     }

@@ -1,22 +1,51 @@
-"""The texts that quality is measured on."""
+"""The text that quality is measured on, and its windows of tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import bstk
-from bstack.bench.options import Options
+from bstack.bench.reference import Reference
 from bstack.calibration.texts import TextSource, open_text
 from bstack.errors import CalibrationError
 
-__all__ = ["DEFAULT", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
+__all__ = ["DEFAULT", "Text", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
 DEFAULT = "python-reference"
 LENGTH = 512
+
+
+class Text:
+    """The windows to measure quality on.
+
+    Attributes
+    ----------
+    source : TextSource
+    tokenizer : transformers.PreTrainedTokenizerBase
+    windows : torch.Tensor
+        Token ids, int64, shape (windows, length).
+    path : Path
+        An .npy file of them, for child processes.
+    reference : Reference
+        What to compare with; set later.
+    """
+
+    reference: Reference
+
+    def __init__(self, source: TextSource, tokenizer: Any, windows: torch.Tensor, path: Path):
+        self.source, self.tokenizer, self.windows, self.path = source, tokenizer, windows, path
+        np.save(path, windows.numpy())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values for the report."""
+        count, length = self.windows.shape
+        return {"name": self.source.name, "sha256": digest(self.source), "windows": count, "sequence_length": length}
 
 
 def measuring_text(source: str | None) -> TextSource:
@@ -25,9 +54,9 @@ def measuring_text(source: str | None) -> TextSource:
     Parameters
     ----------
     source : str or None
-        A file, a folder or a hub data set, as for calibration; None for the default: the language reference that the
-        standard library carries for ``help()`` (``pydoc_data.topics``), English prose on every machine with a Python.
-        Its wording changes a little from one Python to the next, so its digest goes into every report.
+        A file, a folder or a hub data set, as for calibration; None for the language reference that the standard library
+        carries for ``help()`` (``pydoc_data.topics``), English prose on every machine with a Python. Its wording changes
+        a little between versions of Python, so its digest goes into every report.
 
     Raises
     ------
@@ -40,13 +69,13 @@ def measuring_text(source: str | None) -> TextSource:
         from pydoc_data.topics import topics
     except ImportError:
         raise CalibrationError(
-            "This Python comes without pydoc_data, whose text is the default. Give another with --text FILE."
+            "This Python comes without pydoc_data, whose text is the default. Give another text."
         ) from None
     return TextSource(DEFAULT, "\n\n".join(topics[name].strip() for name in sorted(topics)))
 
 
 def digest(text: TextSource) -> str:
-    """SHA-256 of a text, in hexadecimal digits."""
+    """Return the SHA-256 of a text in hexadecimal digits."""
     return hashlib.sha256(text.text.encode()).hexdigest()
 
 
@@ -79,26 +108,16 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
             break
         characters *= 4
     if len(ids) < needed:
+        few = f"{len(ids) // length} windows" if len(ids) >= length else f"a sequence_length of {len(ids)}"
         raise CalibrationError(
             f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text with --text"
-            + (
-                f", or at most --windows {len(ids) // length}."
-                if len(ids) >= length
-                else f", or a smaller --sequence-length than {len(ids) + 1}."
-            )
+            f"text, or at most {few}."
         )
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
-def file_tokenizer(file: bstk.Reader, options: Options) -> Any:
-    """The tokenizer in a file.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    options : Options
-        Say whether Python code that it needs may run.
+def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> Any:
+    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`.
 
     Raises
     ------
@@ -112,15 +131,15 @@ def file_tokenizer(file: bstk.Reader, options: Options) -> Any:
 
     if "tokenizer_config.json" not in file.files:
         raise CalibrationError(
-            "The file has no tokenizer, so no text can be read and no quality measured. Use --no-quality for its speed."
+            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality."
         )
     with embedded_files(file) as folder:
-        trusted = stage_code(file, folder, options.trust_remote_code, options.code)
+        trusted = stage_code(file, folder, trust_remote_code, code)
         return load_tokenizer(folder, file.source.name, trusted)
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:
-    """Tokens in a window: as many as asked for, or 512, or what the model reads if that is less.
+    """Return the tokens in a window: as many as asked for, or 512, or what the model reads if that is less.
 
     Raises
     ------
@@ -133,7 +152,6 @@ def window_length(file: bstk.Reader, asked: int | None) -> int:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):
         raise bstk.UsageError(
-            f"this model reads at most {min(limits)} tokens, and windows of {asked} were asked for. "
-            f"Give at most --sequence-length {min(limits)}."
+            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less."
         )
     return asked

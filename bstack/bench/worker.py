@@ -1,8 +1,4 @@
-"""One size, measured in a process of its own: ``python -m bstack.bench.worker`` (see `bstack.bench.child`).
-
-The request is a JSON object on stdin. Answers are JSON lines on stdout: {"step": 1} for progress, and at the end
-{"result": ...} or {"error": ...}.
-"""
+"""Measure one size in a process of its own; `bstack.bench.child` starts it."""
 
 from __future__ import annotations
 
@@ -15,137 +11,135 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+import torch
+
 import bstk
+from bstack.bench.child import Cut, Measure, WriteReference, read_request
+from bstack.bench.quality import Scores
+from bstack.bench.reference import Reference, write_reference
+from bstack.bench.results import Measured
+from bstack.bench.speed import Running, measure_running
 from bstack.errors import one_line, user_message
 
 __all__ = ["main"]
 
 
-def main() -> int:
+def main() -> None:
     """Answer one request."""
     # The terminal sends an interrupt to parent and child alike; the parent decides, and ends the child.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
-    request = json.load(sys.stdin)
+    os.dup2(2, 1)  # what libraries print is not an answer
     try:
-        _say(answers, result=measure(request, lambda: _say(answers, step=1)))
+        result = answer(read_request(sys.stdin.read()), lambda: _send(answers, step=1))
+        _send(answers, result=result.to_plain())
     except BaseException as error:
-        _say(answers, error=_described(error))
-        if user_message(error) is None:
+        message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
+        _send(answers, error={"message": message, "exit_code": code})
+        if code is None:
             traceback.print_exc()
-    return 0
 
 
-def _say(answers: TextIO, **message: Any) -> None:
+def _send(answers: TextIO, **message: Any) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 
 
-def _described(error: BaseException) -> dict[str, Any]:
-    message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
-    return {"message": message, "exit_code": code}
-
-
-def measure(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
-    """Measure what the request asks for.
+def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measured:
+    """Do what the request asks for.
 
     Parameters
     ----------
-    request : dict
-        As `bstack.bench.child.ask` makes it.
+    request : Measure or WriteReference
     step : callable
         Called after each repetition and window.
     """
-    _import_model_code(request["file"])
-    result: dict[str, Any] = {}
-    if request["run"] is not None:
-        result["running"] = _run(request, step)
-    if request["windows"] is not None or request["tasks"]:
-        from bstack.engine.load import load
-
-        # Dense: the plain way, on every machine and for every architecture.
-        model, tokenizer = load(request["file"], mb=request["mb"], **_trust(request))
-        if request["windows"] is not None:
-            result |= _score(model, request, step)
-        if request["tasks"]:
+    _import_model_code(request.cut.file)
+    if isinstance(request, WriteReference):
+        _write_reference(request, step)
+        return Measured()
+    running = None if request.run is None else _run(request, request.run, step)
+    quality, tasks = None, {}
+    if request.windows is not None or request.tasks:
+        # Dense: this works on every machine and for every architecture.
+        model, tokenizer = _load(request.cut)
+        if request.windows is not None:
+            windows = _windows(request.windows)
+            scores = Scores(windows, None if request.reference is None else Reference(request.reference))
+            _feed(model, windows, scores.add, step)
+            quality = scores.quality()
+        if request.tasks:
             from bstack.bench.tasks import run_tasks
 
-            result["tasks"] = run_tasks(model, tokenizer, request["tasks"])
-    return result
+            tasks = run_tasks(model, tokenizer, request.tasks)
+    return Measured(running, quality, tasks)
 
 
-def _run(request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
-    from bstack.bench.running import measure_running
+def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     from bstack.engine.load import load
+
+    mb = Decimal(cut.budget) / bstk.MB
+    return load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+
+
+def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
     from bstack.packed.store import store_of
 
     with ExitStack() as stack:
 
         def packed() -> Any:
-            model, _ = load(request["file"], mb=request["mb"], mode="packed", **_trust(request))
+            model, _ = _load(request.cut, mode="packed")
             stack.callback(store_of(model).close)
             return model
 
         def dense() -> Any:
-            return load(request["file"], mb=request["mb"], **_trust(request))[0]
+            return _load(request.cut)[0]
 
         def original() -> Any:
             from bstack.models.open import open_checkpoint
             from bstack.models.skeleton import Skeleton
 
-            skeleton = Skeleton(open_checkpoint(request["original"], request["trust_remote_code"]))
+            skeleton = Skeleton(open_checkpoint(str(request.original), request.cut.trust_remote_code))
             stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
             return skeleton.model
 
-        ways = {"stack": packed, "dense": dense, "original": original}
-        running = measure_running(ways[request["run"]], speed=request["speed"], progress=step)
-    if request["run"] == "original":
-        running = replace(running, load_seconds=None)
-    return running.to_json()
+        load = {"packed": packed, "dense": dense, "original": original}[what]
+        running = measure_running(load, speed=request.speed, progress=step)
+    # The original is not loaded as its user would load it.
+    return replace(running, load_seconds=None) if what == "original" else running
 
 
-def _trust(request: dict[str, Any]) -> dict[str, Any]:
-    return {name: request[name] for name in ("trust_remote_code", "code")}
+def _write_reference(request: WriteReference, step: Callable[[], None]) -> None:
+    model, _ = _load(request.cut)
+    windows = _windows(request.windows)
+    write_reference(Path(request.output), "own", len(windows), lambda writer: _feed(model, windows, writer.add, step))
 
 
-def _score(model: Any, request: dict[str, Any], step: Callable[[], None]) -> dict[str, Any]:
-    import numpy as np
-    import torch
+def _windows(path: str) -> torch.Tensor:
+    return torch.from_numpy(np.load(path))
 
-    from bstack.bench.quality import Scores
-    from bstack.bench.reference import Reference, write_reference
 
-    windows = torch.from_numpy(np.load(request["windows"]))
-
-    def run(take: Callable[[int, torch.Tensor], None]) -> None:
-        for number, window in enumerate(windows):
-            with torch.inference_mode():
-                take(number, model(input_ids=window[None], use_cache=False).logits[0])
-            step()
-
-    if request["make_reference"] is not None:
-        write_reference(Path(request["make_reference"]), "own", len(windows), lambda writer: run(writer.add))
-        return {}
-    scores = Scores(windows, Reference(request["reference"]) if request["reference"] else None)
-    run(scores.add)
-    return {"quality": vars(scores.quality())}
+def _feed(
+    model: Any, windows: torch.Tensor, take: Callable[[int, torch.Tensor], None], step: Callable[[], None]
+) -> None:
+    """Hand the logits of every window to `take`."""
+    for number, window in enumerate(windows):
+        with torch.inference_mode():
+            take(number, model(input_ids=window[None], use_cache=False).logits[0])
+        step()
 
 
 def _import_model_code(path: str) -> None:
-    """Import what transformers imports for this model, seconds of it, so that they do not count as loading."""
-    import torch
+    """Import what transformers imports for this model, which takes seconds that must not count as loading."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401
 
-    # Whatever is wrong with the file, load() says it, and better.
+    # Whatever is wrong with the file, load() says it better.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), bstk.open(path) as file, torch.device("meta"):
         AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**json.loads(file.file("config.json"))), trust_remote_code=False
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bstk import MB
 
@@ -56,3 +57,27 @@ def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
     """Return one line for each (name, value), with aligned values."""
     width = max(len(what) for what, _ in pairs)
     return "\n".join(f"{indent}{what.ljust(width)}  {value}" for what, value in pairs)
+
+
+def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the original takes, as (what, value): in its own precision, and as it was stored if it was quantised.
+
+    Parameters
+    ----------
+    model : mapping
+        Metadata of a model; a file of an older version has ``original_bytes`` at most.
+    """
+    stored, size, quantisation = (
+        model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")
+    )
+    if not isinstance(stored, int):
+        return []
+    if not isinstance(size, int):
+        return [("original", f"{megabytes(stored)} of weight files")]
+    text = f"{megabytes(size)} as {printable(model.get('original_dtype'))}"
+    if quantisation is None:
+        return [("original", text)]
+    return [
+        ("original", f"{text} (source: {megabytes(stored)}, {printable(quantisation)})"),
+        ("", f"above {megabytes(stored)} the source file itself is the better choice: it is exact"),
+    ]

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import bstk
+from bstack.bench.options import Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
 from bstack.cli._progress import stage
 from bstack.cli._text import printable
+from bstk.atomic import replacing
+
+if TYPE_CHECKING:
+    from bstack.bench.results import Report
 
 
-class Parsed(click.ParamType):
-    """Text that a function of its own reads; what it refuses is wrong usage."""
+class BudgetsType(click.ParamType):
+    """Sizes and ranges of sizes, read into bytes."""
 
-    def __init__(self, name: str, module: str, function: str):
-        self.name = name
-        self._home = (module, function)
+    name = "MB,MB-MB+STEP"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        import importlib
-
-        module, function = self._home
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         try:
-            return getattr(importlib.import_module(module), function)(value)
+            return parse_budgets(value)
+        except bstk.UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class AgainstType(click.ParamType):
+    """Baselines and their bits."""
+
+    name = "rtn,gptq:3,spqr:4@4.75,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Choice]:
+        try:
+            return parse_against(value)
         except bstk.UsageError as error:
             self.fail(str(error), param, ctx)
 
@@ -35,7 +47,7 @@ class Parsed(click.ParamType):
 @_common.file_argument
 @click.option(
     "--budgets",
-    type=Parsed("MB,MB-MB+STEP", "bstack.bench.budgets", "parse_budgets"),
+    type=BudgetsType(),
     help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.",
 )
 @click.option(
@@ -57,7 +69,7 @@ class Parsed(click.ParamType):
 )
 @click.option(
     "--against",
-    type=Parsed("rtn,gptq:3,spqr:4@4.75,...", "bstack.bench.baselines.choice", "parse_against"),
+    type=AgainstType(),
     help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
     "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
     "are 1 % of the weights.",
@@ -86,13 +98,32 @@ class Parsed(click.ParamType):
 @_common.code_option
 @_common.json_option
 @_common.quiet_option
-def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def command(
+    file: str,
+    budgets: list[int] | None,
+    original: str | None,
+    force: bool,
+    text: str | None,
+    windows: int,
+    sequence_length: int | None,
+    against: list[Choice] | None,
+    calibration: str | None,
+    tasks: str | None,
+    no_speed: bool,
+    no_quality: bool,
+    plot: str | None,
+    csv_path: str | None,
+    trust_remote_code: bool,
+    code: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Measure the quality, speed and memory of FILE at several sizes.
 
-    For every size: perplexity, divergence from the original (KLD, nats per token) with its 99th percentile, share of
+    For every size: perplexity, divergence from the original (KLD, nats per token) with its 99th percentile, fraction of
     tokens for which both find the same one most likely; and, run from its packed weights, load time, memory and tokens
-    per second beside those of float32 weights. Each size is measured in a process of its own. Stopped? The same command
-    goes on. docs/bench.md says how to read the figures.
+    per second beside those of float32 weights. Each size is measured in a process of its own. If the command is stopped,
+    the same command continues. docs/bench.md explains the figures.
 
     \b
     Example:
@@ -100,83 +131,69 @@ def command(file: str, plot: str | None, csv_path: str | None, as_json: bool, qu
       bstack bench model.bstk --budgets 60,80,100-200+20 --no-quality
       bstack bench model.bstk --original smollm2 --text corpus.txt --against rtn,gptq:3 --csv figures.csv
     """
-    _check(file, plot, csv_path, as_json, given)
-    with _common.open_file(file, quiet=quiet):  # its warning, and its refusal, before anything heavy
-        pass
-    from bstack.bench.options import Options
-    from bstack.bench.run import run_bench
-
-    options = Options(
-        budgets=given["budgets"],
-        speed=not given["no_speed"],
-        quality=not given["no_quality"],
-        text=given["text"],
-        windows=given["windows"],
-        length=given["sequence_length"],
-        original=given["original"],
-        force=given["force"],
-        against=given["against"] or (),
-        calibration=given["calibration"],
-        tasks=_names(given["tasks"]),
-        trust_remote_code=given["trust_remote_code"],
-        code=given["code"] or given["original"],
-    )
-    with _common.code_warnings(quiet):
-        report = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
-    _write(report, plot, csv_path, as_json, quiet)
-
-
-def _check(file: str, plot: str | None, csv_path: str | None, as_json: bool, given: dict[str, Any]) -> None:
-    """Refuse what makes no sense, and what would fail only after hours of measuring."""
-    if given["no_quality"]:
-        unused = {
-            "--plot": plot,
-            "--original": given["original"],
-            "--against": given["against"],
-            "--text": given["text"],
-        }
-        for name, value in unused.items():
+    if no_quality:
+        for name, value in {"--plot": plot, "--original": original, "--against": against, "--text": text}.items():
             if value:
                 raise click.UsageError(f"{name} is about quality, which --no-quality skips. Leave one of them out.")
-    if given["force"] and given["original"] is None:
+    if force and original is None:
         raise click.UsageError("--force is about --original: name one.")
-    if given["against"] and given["original"] is None:
+    if against and original is None:
         raise click.UsageError("--against quantises the original: name it with --original MODEL.")
-    if given["code"] and not given["trust_remote_code"]:
+    if code and not trust_remote_code:
         raise click.UsageError("--code names Python code to run. If you trust it, add --trust-remote-code.")
-    if given["calibration"] and not any(choice.method != "rtn" for choice in given["against"] or ()):
+    if calibration and not any(choice.method != "rtn" for choice in against or ()):
         raise click.UsageError("--calibration is for --against gptq and spqr; nothing else here is calibrated.")
     if as_json and csv_path == "-":
-        raise click.UsageError("--json and --csv - both want standard output. Give --csv a file.")
-    for path in filter(None, (plot, csv_path)):
-        _check_writable(file, path)
+        raise click.UsageError("--json and --csv - both write to standard output. Give --csv a file.")
+    options = Options(
+        budgets=budgets,
+        speed=not no_speed,
+        quality=not no_quality,
+        text=text,
+        windows=windows,
+        sequence_length=sequence_length,
+        original=original,
+        force=force,
+        against=against or (),
+        calibration=calibration,
+        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        trust_remote_code=trust_remote_code,
+        code=code or original,
+    )
+    _check_outputs(file, plot, csv_path)
+    with _common.open_file(file, quiet=quiet):  # its warning or error comes before the heavy imports
+        pass
+    from bstack.bench.tasks import check_tasks
+
+    if options.tasks:
+        check_tasks(options.tasks)
+    from bstack.bench.run import run_bench
+
+    with _common.code_warnings(quiet):
+        report, resume = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
+    _write(report, plot, csv_path, as_json, quiet)
+    resume.delete()  # only now: hours of measuring must survive a full disk and a closed pipe
+
+
+def _check_outputs(file: str, plot: str | None, csv_path: str | None) -> None:
+    """Check what would fail only after hours of measuring."""
+    for path in (plot, csv_path):
+        if path in (None, "-"):
+            continue
+        if os.path.exists(path) and os.path.samefile(file, path):
+            raise click.UsageError(f"{path} is the file to measure; name another.")
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise bstk.OutputError(f"{path}: cannot write: there is no folder {folder}. Create it first.")
+        if not os.access(folder, os.W_OK):
+            raise bstk.OutputError(f"{path}: cannot write: no permission in {folder}.")
     if plot is not None:
         from bstack.bench.plot import check_plot
 
         check_plot(plot)
-    if given["tasks"]:
-        from bstack.bench.tasks import check_tasks
-
-        check_tasks(_names(given["tasks"]))
 
 
-def _check_writable(file: str, path: str) -> None:
-    if path == "-":
-        return
-    if os.path.exists(path) and os.path.samefile(file, path):
-        raise click.UsageError(f"{path} is the file to measure; name another.")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise bstk.OutputError(f"{path}: cannot write: there is no folder {folder}. Create it first.")
-    if not os.access(folder, os.W_OK):
-        raise bstk.OutputError(f"{path}: cannot write: no permission in {folder}.")
-
-
-def _names(tasks: str | None) -> list[str]:
-    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
-
-
-def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool) -> None:
+def _write(report: Report, plot: str | None, csv_path: str | None, as_json: bool, quiet: bool) -> None:
     from bstack.bench.tables import as_csv, as_tables
 
     if csv_path == "-":
@@ -189,8 +206,6 @@ def _write(report: Any, plot: str | None, csv_path: str | None, as_json: bool, q
         for note in report.notes if not quiet else ():
             click.echo(printable(f"Note: {note}"), err=True)
     if csv_path not in (None, "-"):
-        from bstk.atomic import replacing
-
         with replacing(csv_path) as (sink, _):
             sink.write(as_csv(report).encode())
         _say_written(csv_path, quiet)

@@ -11,7 +11,7 @@ import click
 
 from bstack.cli._common import code_warnings, json_option, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
-from bstack.cli._text import duration, megabytes, printable
+from bstack.cli._text import duration, megabytes, original_fields, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
 _STAGES = {
@@ -153,7 +153,7 @@ def command(
         print_json("bstack.compress/1", report.to_json())
         return
     rows = [
-        ("original", megabytes(report.original_bytes) + " of weight files"),
+        *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
         ("smallest file", megabytes(report.smallest_bytes)),
         (

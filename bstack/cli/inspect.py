@@ -10,11 +10,13 @@ import click
 
 import bstk
 from bstack.cli import _common, _quality, _spqr
-from bstack.cli._text import fields, megabytes, number, printable, table
+from bstack.cli._text import fields, megabytes, number, original_fields, printable, table
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
-_MODEL_FIRST = ("name", "architecture", "source", "parameters")
+_MODEL_FIRST = ("name", "architecture", "parameters")
+# Shown in one line.
+_ORIGINAL = {"original_bytes", "original_dtype", "original_dtype_bytes", "source_quantisation"}
 
 
 @click.command("inspect")
@@ -76,13 +78,9 @@ def _model_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     pairs = []
     for key in dict.fromkeys([*_MODEL_FIRST, *model]):
         value = model.get(key)
-        if isinstance(value, (dict, list)) or value is None:
-            continue
-        if key.endswith("_bytes") and isinstance(value, int):
-            pairs.append((printable(key.removesuffix("_bytes")) + " weights", f"{megabytes(value)} as files"))
-        else:
+        if key not in _ORIGINAL and value is not None and not isinstance(value, (dict, list)):
             pairs.append((printable(key.replace("_", " ")), number(value)))
-    return pairs
+    return [*pairs, *original_fields(model)]
 
 
 def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:

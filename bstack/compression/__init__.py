@@ -1,1 +1,1 @@
-"""The stages of a compression, one file each; `bstack.compress`, in entrance.py, runs them."""
+"""The stages of a compression, one file each; `bstack.compress`, in api.py, runs them."""

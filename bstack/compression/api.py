@@ -1,4 +1,4 @@
-"""The pipeline: model -> statistics -> blocks with the error each removes -> order -> container. Resumable."""
+"""Compress a model: statistics -> blocks with the error each removes -> order -> container. Resumable."""
 
 from __future__ import annotations
 
@@ -24,20 +24,27 @@ class Report:
     ----------
     original_bytes
         Weight files of the original.
+    original_dtype, original_dtype_bytes
+        The precision of the original's weights, and what all of them take in it: bfloat16 for a quantised source.
+    source_quantisation
+        How the weight files are quantised, such as ``GGUF Q4_1``; None for floats.
     file_bytes, smallest_bytes
         The file at full length, and cut to its smallest model.
     memory_bytes
         Weights of the full model in memory, as blocks.
     linears, blocks
-        Matrices that became stacks, and their blocks in all.
+        Matrices that became stacks, and all their blocks.
     bits_per_weight
         Of those matrices at full depth, everything in the blocks counted.
     seconds, peak_memory_bytes
-        Of this process; a resumed run counts from its resumption. The peak is None where the system does not tell.
+        Of this process; a resumed run counts from its resumption. The peak is None where the system does not say.
     """
 
     output: str
     original_bytes: int
+    original_dtype: str
+    original_dtype_bytes: int
+    source_quantisation: str | None
     file_bytes: int
     smallest_bytes: int
     memory_bytes: int
@@ -48,7 +55,7 @@ class Report:
     peak_memory_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
 
@@ -74,12 +81,12 @@ def compress(
     settings : Settings
         What to do.
     work_dir : str or Path, optional
-        Where finished parts are kept until the output is written; ``OUTPUT.work`` by default. After an interruption
-        the same call resumes from it.
+        Keeps finished parts until the output is written; ``OUTPUT.work`` by default. After an interruption the same
+        call resumes from it.
     overwrite : bool
         Whether an existing output may be replaced.
     trust_remote_code : bool
-        Whether Python code that the model brings along may run; a `bstack.errors.ForeignCodeWarning` then says which.
+        Whether Python code that the model brings along may run; a `bstack.errors.ForeignCodeWarning` says which.
     dask : str, optional
         Address of a Dask scheduler whose workers encode the matrices; by default threads of this process do. The file is the same.
     progress : callable
@@ -88,27 +95,26 @@ def compress(
     Raises
     ------
     bstk.BstkError
-        One of its subclasses for everything a user can mend; see `bstack.errors`. `ForeignCodeError` for a model whose code is
-        not in transformers, without `trust_remote_code`; `ClusterError` for a cluster that cannot be used.
+        One of its subclasses for everything that a user can correct; see `bstack.errors`.
     """
     started = time.monotonic()
     output = Path(output)
     _check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
-        raise UsageError(f"{output} is the model itself; name another file to write.")
-    # Heavy imports only once the arguments are known to make sense.
+        raise UsageError(f"{output} is the model itself. Name another file to write.")
+    # Heavy imports, after the arguments were checked.
     from bstack.compression.stages import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
     with _workers(dask) as workers:
         result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code)
     try:
-        _check_output(output, overwrite)  # another run may have written it meanwhile
+        _check_output(output, overwrite)  # another run may have written it in the meantime
         with progress("write", 1) as step:
             bstk.write(output, result.metadata, result.entries, result.base_count)
             step()
         with bstk.open(output, strict=True) as file:
-            report = _report(output, file, result.original_bytes, time.monotonic() - started)
+            report = _report(output, file, time.monotonic() - started)
     except BaseException:
         result.work.release()
         raise
@@ -129,22 +135,26 @@ def _workers(dask: str | None) -> Any:
 def _check_output(output: Path, overwrite: bool) -> None:
     folder = output.parent
     if output.is_dir():
-        raise UsageError(f"{output} is a folder; name the file to write, such as {output / 'model.bstk'}.")
+        raise UsageError(f"{output} is a folder. Name the file to write, such as {output / 'model.bstk'}.")
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
     if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists already. Give --force to replace it, or another name.")
+        raise UsageError(f"{output} exists already. Set overwrite to replace it, or give another name.")
     probe = folder / f".{output.name}.probe"
     with os_errors(str(folder)):
         probe.touch()
         probe.unlink()
 
 
-def _report(output: Path, file: bstk.Reader, original_bytes: int, seconds: float) -> Report:
+def _report(output: Path, file: bstk.Reader, seconds: float) -> Report:
+    model = file.metadata["model"]
     blocks = [chunk for chunk in file.chunks if chunk.is_block]
     return Report(
         output=str(output),
-        original_bytes=original_bytes,
+        original_bytes=model["original_bytes"],
+        original_dtype=model["original_dtype"],
+        original_dtype_bytes=model["original_dtype_bytes"],
+        source_quantisation=model.get("source_quantisation"),
         file_bytes=file.length,
         smallest_bytes=file.smallest_length,
         memory_bytes=file.memory_bytes,

@@ -1,7 +1,7 @@
-"""Matrices encoded by the workers of an existing Dask cluster: the file is the same, byte for byte.
+"""Encode matrices on the workers of an existing Dask cluster: the file is the same, byte for byte.
 
-What goes to a worker is arrays and settings, what comes back is blocks; no worker needs the model or a path. The scheduler keeps a
-task's arrays until it is done, so what a worker had in work when it died goes to another one.
+Workers receive arrays and settings and return blocks; they need neither the model nor a path. The scheduler keeps a task's
+arrays until it is done, so another worker takes over from one that died.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bstk.errors import UsageError
 __all__ = ["Cluster"]
 
 CONNECT_SECONDS = 10.0
-# How long a run waits for a worker to come when there is none.
+# How long a run waits for a worker when there is none.
 PATIENCE_SECONDS = 300.0
 POLL_SECONDS = 5.0
 GONE = "went away"
-# Equal everywhere or refused: another version may make other bytes.
+# Must be equal everywhere: another version may make other bytes.
 PACKAGES = ("bstack", "torch", "numpy")
 
 
@@ -47,9 +47,9 @@ class Cluster:
     bstack.errors.MissingPackageError
         distributed is not installed.
     bstk.UsageError
-        `address` is none.
+        `address` is not an address.
     bstack.errors.ClusterError
-        There is no scheduler, it has no workers, or one of them has other versions.
+        There is no scheduler, it has no workers, or a worker has other versions.
     """
 
     def __init__(self, address: str):
@@ -60,8 +60,8 @@ class Cluster:
                 "Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'"
             ) from None
         if ":" not in address:
-            raise UsageError(f"--dask {address!r} is no address of a scheduler; they look like tcp://10.0.0.5:8786.")
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised, in words
+            raise UsageError(f"{address!r} is not the address of a Dask scheduler, such as tcp://10.0.0.5:8786.")
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
         self._address = address
         self._threads = _torch_threads()
         self._compared: set[str] = set()
@@ -69,7 +69,7 @@ class Cluster:
             _knock(address)
             self._client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, MemoryError) as error:
-            # TimeoutError among them. ValueError: no address; MemoryError: what answers there speaks another protocol.
+            # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
             raise ClusterError(
                 f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its address, such as "
                 "tcp://10.0.0.5:8786."
@@ -86,9 +86,11 @@ class Cluster:
     def __exit__(self, *_exception: object) -> None:
         self._client.close()
 
-    def beside(self, inputs: int) -> int:
+    def max_pending(self, inputs: int) -> int:
         with _still_there(self._address):
-            return sum(self._client.nthreads().values())  # one more than are in work, so that nobody waits for the next
+            return 1 + sum(
+                self._client.nthreads().values()
+            )  # one more than threads, so that no worker waits for the next
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> _Task:
         with (
@@ -115,7 +117,7 @@ class Cluster:
             self._compare(worker, found)
 
     def _compare(self, worker: str, found: dict[str, str]) -> None:
-        """Warn of a worker that computes otherwise, once."""
+        """Warn once of a worker that computes with other instructions."""
         if worker in self._compared:
             return
         self._compared.add(worker)
@@ -132,26 +134,26 @@ class Cluster:
 
 
 def _knock(address: str) -> None:
-    """Connect once and hang up, or raise what the address is wrong about.
+    """Connect once and close, or raise what is wrong with the address.
 
-    A client that cannot connect is half made: when it is collected it waits for 20 seconds, and then Python prints its traceback.
+    A Dask client that cannot connect waits for 20 seconds when it is collected, and then Python prints its traceback.
     """
     from distributed import Security
     from distributed.comm import connect
 
-    arguments = Security().get_connection_args("client")  # of dask's settings, as the client takes them
+    arguments = Security().get_connection_args("client")  # of Dask's settings, as the client uses them
 
     async def call() -> None:
         comm = await connect(address, timeout=CONNECT_SECONDS, **arguments)
         await comm.close()
 
-    # In a thread, as a notebook's own has an event loop already.
+    # In a thread, because a notebook's own thread has an event loop already.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, call()).result()
 
 
 class _Task:
-    """A matrix in work on the cluster."""
+    """A matrix that the cluster encodes."""
 
     def __init__(self, future: Any, client: Any, address: str, compare: Callable[[str, dict[str, str]], None]):
         self._future, self._client, self._address, self._compare = future, client, address, compare
@@ -168,7 +170,7 @@ class _Task:
             except KilledWorker as error:
                 raise ClusterLostError(
                     f"Several workers of {self._address} died over the same matrix, the last {error.last_worker.address}: most likely they "
-                    "have too little memory for it. Give them more, or fewer threads, and the same command again: it goes on."
+                    "have too little memory for it. Give them more, or fewer threads, and the same command again to continue."
                 ) from None
             except CancelledError:
                 raise _lost(self._address, GONE) from None
@@ -190,7 +192,7 @@ class _Task:
 
 @contextmanager
 def _still_there(address: str) -> Iterator[None]:
-    """Tell of a scheduler that does not answer any more."""
+    """Raise an error of a scheduler that does not answer any more."""
     try:
         yield
     except OSError:  # dask's CommClosedError among them
@@ -199,12 +201,12 @@ def _still_there(address: str) -> Iterator[None]:
 
 def _lost(address: str, what: str) -> ClusterLostError:
     return ClusterLostError(
-        f"The Dask scheduler at {address} {what}. Give the same command again to go on, with --dask or without."
+        f"The Dask scheduler at {address} {what}. Give the same command again to continue, with Dask or without."
     )
 
 
 def facts() -> dict[str, str]:
-    """What decides the bytes that an encoder makes, beside its input."""
+    """Return what decides the bytes that an encoder makes, besides its input."""
     return {
         **{package: version(package) for package in PACKAGES},
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -222,13 +224,13 @@ def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) ->
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], expected: dict[str, str], threads: int
 ) -> tuple[Any, str, dict[str, str]]:
-    """On a worker. One that came later has not been checked yet; its address and facts go back with the result."""
+    """Run a function on a worker; return its result with the worker's address and facts, which may not be checked yet."""
     import distributed
 
     worker, here = distributed.get_worker().address, facts()
     _check_versions(expected, here, worker)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # sums over other shares of a product round otherwise
+    torch.set_num_threads(threads)  # with another number of threads, sums are rounded in another way
     try:
         return function(*arguments), worker, here
     finally:
@@ -236,6 +238,6 @@ def _call(
 
 
 def _torch_threads() -> int:
-    """Threads that torch takes where `bstack.compression.workers.Threads` would encode."""
+    """Return how many threads torch uses in a thread of `bstack.compression.workers.Threads`."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(torch.get_num_threads).result()

@@ -10,7 +10,7 @@ import torch
 
 import bstk
 from bstack.compression.assemble import Collected
-from bstack.compression.rebuild import put
+from bstack.compression.rebuild import load_blocks
 from bstack.eval.divergence import divergence
 from bstack.eval.streamed import Loaded, run_streamed
 from bstack.models.names import MatrixName
@@ -42,7 +42,7 @@ def measure_curve(
     entries : sequence of bstk.Entry
         The chunks in file order.
     base_count : int
-        How many of them are the smallest model.
+        How many of them are the base model.
     progress : callable
         Called once for the original and once for each size.
 
@@ -62,8 +62,8 @@ def measure_curve(
         def compare(number: int, logits: torch.Tensor) -> None:
             logits = _predicting(logits)
             compared = divergence(original[number], logits)
-            surprise = torch.nn.functional.cross_entropy(logits, windows[number, 1:])
-            found.append((float(compared.kl.mean()), float(compared.same_top.mean()), float(surprise)))  # noqa: B023: of this round
+            nll = torch.nn.functional.cross_entropy(logits, windows[number, 1:])
+            found.append((float(compared.kl.mean()), float(compared.same_top.mean()), float(nll)))  # noqa: B023
 
         run_streamed(skeleton, windows, compare, loaded=_rebuilt(skeleton, collected, _depths(entries[:count])))
         results = torch.tensor(found)
@@ -84,9 +84,9 @@ def measure_curve(
 def with_sizes(
     points: list[dict[str, Any]], metadata: dict[str, Any], entries: Sequence[bstk.Entry], base_count: int
 ) -> dict[str, Any]:
-    """Metadata with the curve in it, each point with the bytes of its file and memory.
+    """Return the metadata with the curve, each point with the bytes of its file and memory.
 
-    The sizes count the metadata that they are part of, so they are filled in until they stay the same.
+    The sizes count the metadata that they are part of, so they are computed until they stay the same.
     """
     stored = [0]
     memory = [0]
@@ -120,7 +120,7 @@ def with_sizes(
 
 
 def _counts(entries: Sequence[bstk.Entry], base_count: int) -> list[int]:
-    """Numbers of chunks that cut the blocks above the smallest model into about equal shares of bytes."""
+    """Return the numbers of chunks that cut the blocks above the base model into about equal parts."""
     above = [entry.stored_length for entry in entries[base_count:]]
     total, counts, passed = sum(above), [base_count], 0
     for position, size in enumerate(above, base_count + 1):
@@ -139,22 +139,24 @@ def _depths(entries: Sequence[bstk.Entry]) -> dict[str, int]:
 
 
 def _rebuilt(skeleton: Skeleton, collected: Collected, depths: dict[str, int]) -> Loaded:
-    """Parameters rebuilt from stacks of some depths, the others from the checkpoint."""
+    """Load parameters from stacks of some depths, the others from the checkpoint."""
 
     @contextmanager
     def loaded(names: list[str]) -> Iterator[None]:
         with skeleton.loaded(names):
-            put(skeleton, {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}, depths)
+            load_blocks(
+                skeleton, {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}, depths
+            )
             yield
 
     return loaded
 
 
 def _predicting(logits: torch.Tensor) -> torch.Tensor:
-    """Positions that predict a token of the window, in all figures, as `bstack bench` counts."""
+    """Return the positions that predict a token of the window, which count in all figures, as in `bstack bench`."""
     return logits[:-1].float()
 
 
 def _round(value: torch.Tensor) -> float:
-    """Six digits: more would be noise, and would differ between machines."""
+    """Round to six digits, because more would differ between machines."""
     return float(f"{float(value):.6g}")

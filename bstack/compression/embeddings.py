@@ -1,4 +1,4 @@
-"""What stands outside the repeated layers: embeddings, head, the remaining parameters, the model's files."""
+"""What is outside the repeated layers: embedding and head, the other parameters, the model's files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from bstk.errors import os_errors
 
 __all__ = [
     "FILES_PART",
-    "OUTER_PART",
-    "TableStatistics",
+    "OUTSIDE_PART",
+    "EmbeddingStatistics",
     "add_files",
     "check_dense",
-    "compress_outer",
-    "table_part",
-    "tables",
+    "compress_outside",
+    "embedding_part",
+    "embeddings",
 ]
 
 FILES_PART = "files"
-OUTER_PART = "outer"
+OUTSIDE_PART = "outside"
 
 
-class TableStatistics:
-    """What is known of the inputs and outputs of the embedding and the head.
+class EmbeddingStatistics:
+    """Hessian and sensitivity of the embedding and the head.
 
     An error E in row i of the head costs F_i (E H E^T)_ii, F_i about the probability of token i. The same row as an
     embedding is read with that probability and costs sum_j G_j E_ij^2 then, G the sensitivity of the first layer's
@@ -58,11 +58,11 @@ class TableStatistics:
         self._calibration = calibration
 
     def of(self, skeleton: Skeleton, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hessian and sensitivity per row of the embedding, the head, or the tied matrix of both."""
+        """Return the hessian and the sensitivity per row of the embedding, the head, or the tied matrix of both."""
         rows, width = shape
         embedding = self._sensitivity.embedding
         if embedding.shape[0] != width:
-            # OPT-350M has a projection between the embedding and the layers: no channel of one is a channel of the other.
+            # OPT-350M has a projection between the embedding and the layers, so their channels are not the same.
             embedding = embedding.mean().expand(width)
         read = self.tokens * torch.diag(embedding)
         if name == skeleton.output_name:
@@ -72,73 +72,78 @@ class TableStatistics:
         return read, (counts + 1) / (counts.sum() + rows)
 
 
-def table_part(parameter: str) -> str:
-    """Name of the part of an embedding or a head."""
-    return f"table-{parameter}"
+def embedding_part(parameter: str) -> str:
+    """Return the name of the part of an embedding or a head."""
+    return f"embedding-{parameter}"
 
 
-def tables(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
-    """The embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
+def embeddings(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
+    """Return the embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
     names = dict.fromkeys((skeleton.input_name, skeleton.output_name))
-    return {name: row_ranges(name, tuple(skeleton.parameter(name).shape)) for name in names}
+    return {name: row_ranges(name, _shape(skeleton, name)) for name in names}
 
 
-def check_dense(skeleton: Skeleton, embeddings: str) -> None:
-    """Refuse a tensor that would be kept dense and is larger than a chunk of the container may be.
+def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
+    rows, width = skeleton.parameter(name).shape
+    return rows, width
+
+
+def check_dense(skeleton: Skeleton, stack_embeddings: bool) -> None:
+    """Check that every tensor that is kept dense fits in a chunk of the container.
 
     Raises
     ------
     bstack.errors.UnsupportedModelError
     """
-    stacked = set(tables(skeleton)) if embeddings == "stack" else set()
+    stacked = set(embeddings(skeleton)) if stack_embeddings else set()
     for name in skeleton.outer_names:
         tensor = skeleton.parameter(name)
         dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * dtype.itemsize
         if name not in stacked and size > bstk.limits.MAX_RAW_LENGTH:
-            advice = " Use --embeddings stack, which splits it." if name in tables(skeleton) else ""
+            advice = " Set embeddings to stack, which splits it." if name in embeddings(skeleton) else ""
             raise UnsupportedModelError(
                 f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor "
                 f"of a .bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.{advice}"
             )
 
 
-def compress_outer(
+def compress_outside(
     skeleton: Skeleton,
-    statistics: TableStatistics,
+    statistics: EmbeddingStatistics,
     codec: Codec | None,
     work: WorkDirectory,
     workers: Workers,
     progress: Callable[[], None],
 ) -> None:
-    """Finish the parts outside the layers; with no codec the embedding and the head stay dense."""
-    stacked = tables(skeleton) if codec is not None else {}
+    """Finish the parts outside the layers; without a codec the embedding and the head stay dense."""
+    stacked = {} if codec is None else embeddings(skeleton)
     for parameter, ranges in stacked.items():
-        if not work.has(table_part(parameter)):
-            _compress_table(skeleton, parameter, ranges, statistics, codec, work, workers, progress)
-    if work.has(OUTER_PART):
+        if codec is not None and not work.has(embedding_part(parameter)):
+            _compress_embedding(skeleton, parameter, ranges, statistics, codec, work, workers, progress)
+    if work.has(OUTSIDE_PART):
         return
-    with work.part(OUTER_PART) as part:
+    with work.part(OUTSIDE_PART) as part:
         for name in skeleton.outer_names:
             if name not in stacked:
                 with skeleton.loaded([name]):
                     add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
 
 
-def _compress_table(
+def _compress_embedding(
     skeleton: Skeleton,
     parameter: str,
     ranges: list[MatrixName],
-    statistics: TableStatistics,
+    statistics: EmbeddingStatistics,
     codec: Codec,
     work: WorkDirectory,
     workers: Workers,
     progress: Callable[[], None],
 ) -> None:
-    """Encode an embedding or a head, range of rows by range. In a frame of its own: gigabytes go with its names, before the next."""
-    with skeleton.loaded([parameter]), work.part(table_part(parameter)) as part:
+    """Encode an embedding or a head by ranges of rows; a function of its own, so that its gigabytes are freed."""
+    with skeleton.loaded([parameter]), work.part(embedding_part(parameter)) as part:
         weight = skeleton.parameter(parameter)
-        hessian, sensitivity = statistics.of(skeleton, parameter, tuple(weight.shape))
+        hessian, sensitivity = statistics.of(skeleton, parameter, _shape(skeleton, parameter))
         rows = {name: slice(*name.rows) if name.rows else slice(None) for name in ranges}
         encode(
             (

@@ -1,4 +1,4 @@
-"""One matrix -> packed blocks in a part, with the gain and the remaining error of each."""
+"""Encode matrices as packed blocks of a part, with the gain and the remaining error of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """What the encoder needs to know of one matrix.
+    """One matrix, and what the encoder needs to know of it.
 
     Attributes
     ----------
@@ -54,8 +54,8 @@ class Matrix:
     transposed : bool
         Whether the model keeps the matrix as inputs x outputs.
     even : bool
-        Encode all rows alike, and use the sensitivity for the gains alone. For embeddings and heads: a row is a token,
-        and what a few thousand tokens say of the frequency of each of them is good for sums, not for choices.
+        Encode all rows with equal weight, and use the sensitivity for the gains alone. For embeddings and heads, whose rows
+        are tokens: a few thousand tokens of calibration say little of the frequency of one.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Matrix:
 
     @property
     def task(self) -> Task:
-        """What a codec takes."""
+        """The arguments of a codec."""
         importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
         return self.weight.contiguous(), self.hessian, self.tokens, importance
 
@@ -78,7 +78,7 @@ def encode(
 ) -> None:
     """Encode matrices, some at a time, and add their blocks to a part in order.
 
-    What comes out does not depend on how many `workers` there are, nor where. `progress` is called after each matrix.
+    The result does not depend on the `workers`. `progress` is called after each matrix.
     """
     pending: deque[Pending] = deque()
 
@@ -89,12 +89,12 @@ def encode(
 
     try:
         for matrix in matrices:
-            # Only so many at a time: each holds its hessian, and a layer may have hundreds of experts.
-            beside = workers.beside(matrix.weight.shape[1])
-            while len(pending) > beside:
+            # Each pending matrix holds its hessian, and a layer may have hundreds of experts.
+            max_pending = workers.max_pending(matrix.weight.shape[1])
+            while len(pending) >= max_pending:
                 finish_one()
             pending.append(workers.submit(encode_arrays, *_arrays(matrix), codec))
-            if not beside:
+            if max_pending == 1:
                 finish_one()
         while pending:
             finish_one()
@@ -104,7 +104,7 @@ def encode(
 
 
 def _arrays(matrix: Matrix) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A matrix as plain arrays and values, which can go to another process; without a copy where there is one already."""
+    """Return a matrix as plain arrays, without a copy where possible, and values, for another process."""
     arrays = {"weight": matrix.weight, "hessian": matrix.hessian, "sensitivity": matrix.sensitivity}
     values = {"name": matrix.name, "tokens": matrix.tokens, "transposed": matrix.transposed, "even": matrix.even}
     return {name: tensor.detach().contiguous().numpy() for name, tensor in arrays.items()}, values
@@ -113,7 +113,7 @@ def _arrays(matrix: Matrix) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def encode_arrays(
     arrays: dict[str, np.ndarray], values: dict[str, Any], codec: Codec
 ) -> list[tuple[bytes, dict[str, Any]]]:
-    """All blocks of a matrix, each with the fields of its record.
+    """Encode a matrix: all its blocks, each with the fields of its record.
 
     A block's gain is the predicted fall of the divergence, 1/2 sum_i E[g_i^2] (change of the squared error of
     output i per token), in nats per token; its error is tr(R H R^T) / tr(W H W^T) after it.
@@ -133,7 +133,8 @@ def encode_arrays(
     bstack.errors.CalibrationError
         Calibration made NaN or infinite values.
     """
-    matrix = Matrix(**{name: _aligned(array) for name, array in arrays.items()}, **values)
+    tensors: dict[str, Any] = {name: _aligned(array) for name, array in arrays.items()}
+    matrix = Matrix(**tensors, **values)
     _check_finite(matrix)
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task
@@ -161,19 +162,19 @@ def encode_arrays(
 
 
 def _check_finite(matrix: Matrix) -> None:
-    # A sum of squares stands on the hessian's diagonal, and nothing beside it is larger.
+    # The largest value of a hessian is on its diagonal.
     for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
         if bad := int((~numbers.isfinite()).sum()):
             raise CalibrationError(
                 f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
-                "its weights matter. Give another text (--calibration), and check that the model works before it is compressed."
+                "its weights matter. Give another calibration text, and check that the model works."
             )
 
 
 def _aligned(array: np.ndarray) -> torch.Tensor:
-    """The array as a tensor that begins where torch's own do: BLAS may add in another order elsewhere.
+    """Return the array as a tensor that is aligned as torch's own, because BLAS may add in another order otherwise.
 
-    One that has come from another process lies anywhere, and may not be written to.
+    An array from another process has any alignment, and may be read-only.
     """
     if array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
         return torch.from_numpy(array)
@@ -183,7 +184,7 @@ def _aligned(array: np.ndarray) -> torch.Tensor:
 
 
 def add_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, part: Part) -> None:
-    """Add a parameter or buffer as it is, in the checkpoint's dtype."""
+    """Add a parameter or buffer unchanged, in the checkpoint's dtype."""
     kept = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     # Through bytes: numpy has no bfloat16. A scalar has no last axis to reinterpret, so it becomes a row of one.
     raw = kept.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Repeated layers -> parts: statistics on the running hidden states, then every linear's blocks."""
+"""Compress the repeated layers: statistics on their hidden states, then the blocks of every linear."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from bstack.workdir import WorkDirectory
 
 __all__ = ["compress_layers", "layer_matrices", "layer_part", "layer_shapes"]
 
-# Matrices below this are routers, gates and the like: next to nothing in bytes, and much in quality.
-LEAST_SIDE = 16
-LEAST_SHARE = 0.001
+# Smaller matrices are routers and gates: few bytes, and much quality.
+MIN_SIDE = 16
+MIN_FRACTION = 0.001
 
 
 def layer_part(index: int) -> str:
-    """Name of a layer's part in the work directory."""
+    """Return the name of a layer's part in the work directory."""
     return f"layer-{index:05d}"
 
 
@@ -40,7 +40,7 @@ def compress_layers(
     workers: Workers,
     progress: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
-    """Finish every layer's part, and return the Hessian of what reaches the head.
+    """Finish every layer's part, and return the hessian of the head's input.
 
     Returns
     -------
@@ -83,15 +83,15 @@ def _compress_layer(
 
 
 def layer_matrices(skeleton: Skeleton, index: int, table: HessianTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
-    """The matrices of a loaded layer that become stacks, with what its statistics say of them."""
+    """Return the matrices of a loaded layer that become stacks, with their statistics."""
     return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
 
 
 def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
-    """The shapes of the matrices that become stacks, by layer, as far as they can be known before anything is loaded.
+    """Return the possible shapes of the matrices that become stacks, by layer, before anything is loaded.
 
-    Each matrix has the shapes (outputs, inputs) that it may have: one, or two where its module does not say which side is which.
-    A parameter that turns out not to be used as a matrix (docs/architecture.md, product watching) is among them.
+    Each matrix has one shape (outputs, inputs), or two where its module does not say which side is which. A parameter that
+    is not used as a matrix (docs/architecture.md, product watching) is among them.
     """
     for index in range(len(skeleton.layers)):
         parameters = layer_parameters(skeleton, index)
@@ -110,12 +110,12 @@ def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
 
 
 def _large(shape: Sequence[int], total: int) -> bool:
-    """Whether a parameter of a layer of `total` weights is to be a stack, if it is used as a matrix."""
-    return min(shape[-2:]) >= LEAST_SIDE and math.prod(shape) >= LEAST_SHARE * total
+    """Return whether a parameter of a layer of `total` weights becomes a stack, if it is used as a matrix."""
+    return min(shape[-2:]) >= MIN_SIDE and math.prod(shape) >= MIN_FRACTION * total
 
 
 def _stacked(table: HessianTable, parameters: dict[str, torch.Tensor]) -> dict[str, list[Operand]]:
-    """Choose the parameters that become stacks; for each, its matrices."""
+    """Return the parameters that become stacks, each with its matrices."""
     seen: dict[str, Operand] = {}
     for operand in table.operands.values():
         seen.setdefault(MatrixName.parse(operand.name).parameter, operand)
@@ -132,11 +132,13 @@ def _stacked(table: HessianTable, parameters: dict[str, torch.Tensor]) -> dict[s
     return chosen
 
 
-def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: HessianTable, sensitivity: Sensitivity):
+def _matrices(
+    skeleton: Skeleton, stacked: dict[str, list[Operand]], table: HessianTable, sensitivity: Sensitivity
+) -> Iterator[Matrix]:
     for parameter, operands in stacked.items():
         seen = [operand for operand in operands if operand.name in table.operands]
         for operand in operands:
-            # An expert that no calibration token reached is judged by what the others received.
+            # An expert that no calibration token reached gets the statistics of the others.
             sources = [operand] if operand in seen else seen
             statistics = [table.statistics(source.name) for source in sources]
             sensitivities = [sensitivity.outputs[s.name] for s in sources if s.name in sensitivity.outputs]
@@ -146,14 +148,16 @@ def _matrices(skeleton: Skeleton, stacked: dict[str, list[Operand]], table: Hess
                 weight,
                 functools.reduce(torch.add, (s.hessian for s in statistics)),
                 sum(s.tokens for s in statistics),
-                sum(sensitivities) / len(sensitivities)
-                if sensitivities
-                else _mean_sensitivity(seen, sensitivity, weight),
+                _mean(sensitivities) if sensitivities else _mean_sensitivity(seen, sensitivity, weight),
                 operand.transposed,
             )
 
 
 def _mean_sensitivity(seen: list[Operand], sensitivity: Sensitivity, weight: torch.Tensor) -> torch.Tensor:
-    """For an expert that no token of the sensitivity run reached: the mean over its siblings."""
+    """Return the mean over its siblings, for an expert that no token of the sensitivity run reached."""
     known = [sensitivity.outputs[o.name] for o in seen if o.name in sensitivity.outputs]
-    return sum(known) / len(known) if known else torch.zeros(weight.shape[0])
+    return _mean(known) if known else torch.zeros(weight.shape[0])
+
+
+def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.add, tensors) / len(tensors)

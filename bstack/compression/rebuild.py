@@ -1,4 +1,4 @@
-"""Weights of the model in construction, rebuilt from finished parts."""
+"""Rebuild weights from finished parts."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-import bstk
 from bstack.codecs import codec_of_kind
-from bstack.compression.assemble import Source
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
+from bstack.workdir import Record
 from bstk.frames import unpack
 
-__all__ = ["put", "rebuild", "weight_view"]
+__all__ = ["load_blocks", "rebuild", "weight_view"]
 
 
-def rebuild(blocks: Sequence[Source]) -> torch.Tensor:
+def rebuild(blocks: Sequence[Record]) -> torch.Tensor:
     """Add up the first blocks of a stack; float32, shape (outputs, inputs)."""
-    records = [record for record, _ in blocks]
-    kinds = [bstk.kinds.BY_CODE[record.kind] for record in records]
-    payloads = [unpack(read(), record.raw_length) for record, read in blocks]
-    return codec_of_kind(kinds[0]).rebuild(payloads, kinds, [r.rank for r in records], tuple(records[0].shape))
+    entries = [record.entry for record in blocks]
+    kinds = [entry.kind for entry in entries]
+    payloads = [unpack(record.read(), record.entry.raw_length) for record in blocks]
+    rows, columns = entries[0].shape
+    return codec_of_kind(kinds[0]).rebuild(payloads, kinds, [entry.rank for entry in entries], (rows, columns))
 
 
-def weight_view(skeleton: Skeleton, name: str, blocks: Sequence[Source]) -> torch.Tensor:
-    """The loaded weight that a stack stands for, as (outputs, inputs); a view."""
+def weight_view(skeleton: Skeleton, name: str, blocks: Sequence[Record]) -> torch.Tensor:
+    """Return a view of the loaded weight that a stack replaces, as (outputs, inputs)."""
     matrix = MatrixName.parse(name)
-    return matrix.view(skeleton.parameter(matrix.parameter), blocks[0][0].transposed)
+    return matrix.view(skeleton.parameter(matrix.parameter), blocks[0].entry.transposed)
 
 
-def put(skeleton: Skeleton, stacks: Mapping[str, Sequence[Source]], depths: Mapping[str, int] | None = None) -> None:
-    """Overwrite loaded weights with stacks, each to its depth or whole."""
+def load_blocks(
+    skeleton: Skeleton, stacks: Mapping[str, Sequence[Record]], depths: Mapping[str, int] | None = None
+) -> None:
+    """Overwrite loaded weights with the first blocks of their stacks, or all."""
     with torch.no_grad():
         for name, blocks in stacks.items():
             depth = len(blocks) if depths is None else depths[name]

@@ -1,4 +1,4 @@
-"""The paper's order: a perplexity search over a model rebuilt from all its blocks. Holds the whole model in memory."""
+"""Order blocks by the paper's perplexity search over a model rebuilt from all its blocks, whole in memory."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bstack.compression.assemble import Collected, Order, Source
+from bstack.compression.assemble import Collected, Order
 from bstack.compression.layers import layer_part
-from bstack.compression.rebuild import put, rebuild, weight_view
+from bstack.compression.rebuild import load_blocks, rebuild, weight_view
 from bstack.eval.perplexity import perplexity
 from bstack.models.skeleton import Skeleton
 from bstack.ordering.paper import PrefixCache, cut_scores
 from bstack.ordering.stack import by_level
-from bstack.workdir import WorkDirectory
+from bstack.workdir import Record, WorkDirectory
 
 __all__ = ["paper_order"]
 
-# Tokens of a search run: with thousands of runs, each must be short.
+# Tokens of a search run; few, because there are thousands of runs.
 SEARCH_TOKENS = 256
 
 
@@ -26,13 +26,13 @@ def paper_order(
 ) -> Order:
     """Score every block by the paper's search and sort level by level; `progress` is called once a layer.
 
-    Finished layers' scores are kept in the work directory.
+    The scores of finished layers are kept in the work directory.
     """
-    parts: list[tuple[str, list[str]]] = [("tables", _inside(collected, skeleton, None))]
+    parts: list[tuple[str, list[str]]] = [("embeddings", _inside(collected, skeleton, None))]
     parts += [(layer_part(i), _inside(collected, skeleton, i)) for i in range(len(skeleton.layers))]
     scores: dict[str, list[float]] = {}
     with skeleton.loaded(skeleton.model.state_dict()), torch.no_grad():
-        put(skeleton, collected.stacks)
+        load_blocks(skeleton, collected.stacks)
         tokens = windows[:1, :SEARCH_TOKENS]
         cache = PrefixCache([layer for _, layer in skeleton.layers], lambda: perplexity(skeleton.model, tokens))
         for position, (part, names) in enumerate(parts):
@@ -51,13 +51,13 @@ def paper_order(
 
 
 def _inside(collected: Collected, skeleton: Skeleton, index: int | None) -> list[str]:
-    """Names of the stacks in one layer, or outside all layers."""
+    """Return the names of the stacks in one layer, or outside all layers."""
     if index is not None:
         return [name for name in collected.stacks if name.startswith(skeleton.layers[index][0] + ".")]
     prefixes = tuple(name + "." for name, _ in skeleton.layers)
     return [name for name in collected.stacks if not name.startswith(prefixes)]
 
 
-def _prefixes(blocks: list[Source]) -> Iterator[torch.Tensor]:
+def _prefixes(blocks: list[Record]) -> Iterator[torch.Tensor]:
     for count in range(1, len(blocks)):
         yield rebuild(blocks[:count])

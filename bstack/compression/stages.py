@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +20,13 @@ from bstack.compression.assemble import collect, gain_order, to_entries
 from bstack.compression.curve import SIZES, measure_curve, with_sizes
 from bstack.compression.embeddings import (
     FILES_PART,
-    OUTER_PART,
-    TableStatistics,
+    OUTSIDE_PART,
+    EmbeddingStatistics,
     add_files,
     check_dense,
-    compress_outer,
-    table_part,
-    tables,
+    compress_outside,
+    embedding_part,
+    embeddings,
 )
 from bstack.compression.layers import compress_layers, layer_part, layer_shapes
 from bstack.compression.workers import Workers
@@ -41,14 +42,16 @@ from bstk.frames import unpack
 
 __all__ = ["Result", "run_stages"]
 
-# Tokens that pass through a layer together: enough to keep the BLAS busy, few enough for the memory.
+# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
 TOKENS_TOGETHER = 4096
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048
-WINDOWS = "windows"
+WINDOWS, SENSITIVITY, HEAD = "windows", "sensitivity", "head"
+# Among the tensors of the sensitivity run, whose other names are those of matrices.
+EMBEDDING = "(embedding)"
 
-# What the importance of a block above the smallest model means, by order.
+# What the importance of a block above the base model means, by order.
 IMPORTANCE = {
     "gain": "predicted fall of the divergence, nats per token and MB",
     "paper": "perplexity without this block and those above it",
@@ -57,12 +60,11 @@ IMPORTANCE = {
 
 @dataclass(frozen=True)
 class Result:
-    """Everything for the container's writer, and the work directory to remove afterwards."""
+    """What the container's writer needs, and the work directory to remove afterwards."""
 
     metadata: dict[str, Any]
     entries: list[bstk.Entry]
     base_count: int
-    original_bytes: int
     work: WorkDirectory
 
 
@@ -82,9 +84,9 @@ def run_stages(
         As the user names it.
     settings : Settings
     work_path : Path
-        The work directory; made if it is not there.
+        The work directory; made if it does not exist.
     workers : Workers
-        Where matrices are encoded; this does not change the result.
+        Encode the matrices; the result is the same for all.
     progress : callable
         Receives each stage and its steps.
     trust_remote_code : bool
@@ -95,7 +97,7 @@ def run_stages(
         checkpoint = open_checkpoint(model, trust_remote_code)
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
-        check_dense(skeleton, settings.embeddings)
+        check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
         provenance = checkpoint.provenance()
         step()
@@ -111,17 +113,17 @@ def run_stages(
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         with progress("layers", len(layers)) as step:
-            if not all(map(work.has, layers)):  # one of them was deleted, being damaged
-                work.forget_tensors("head")
-            output = work.tensors(
-                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
+            if not all(map(work.has, layers)):  # the user deleted one that was damaged
+                work.forget_tensors(HEAD)
+            head = work.tensors(
+                HEAD, lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
-        table_codec = codec.for_tables() if settings.embeddings == "stack" else None
-        statistics = TableStatistics(output["hessian"], int(output["tokens"]), sensitivity, windows)
-        stacked = tables(skeleton) if table_codec else {}
+        embedding_codec = codec.for_tables() if settings.embeddings == "stack" else None
+        statistics = EmbeddingStatistics(head["hessian"], int(head["tokens"]), sensitivity, windows)
+        stacked = embeddings(skeleton) if embedding_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
-            compress_outer(skeleton, statistics, table_codec, work, workers, step)
-        collected = collect(work, [FILES_PART, OUTER_PART, *map(table_part, stacked), *layers])
+            compress_outside(skeleton, statistics, embedding_codec, work, workers, step)
+        collected = collect(work, [FILES_PART, OUTSIDE_PART, *map(embedding_part, stacked), *layers])
         if settings.order == "paper":
             from bstack.compression.search import paper_order
 
@@ -133,9 +135,11 @@ def run_stages(
         with progress("curve", SIZES + 1) as step:
             curve = work.value("curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step))
     except Exception:
-        # Before the calibration text is there nothing is worth resuming, and a leftover would refuse the settings that the
-        # user mends.
-        work.release() if work.has_tensors(WINDOWS) else work.remove()
+        if work.has_tensors(WINDOWS):
+            work.release()
+        else:
+            # Nothing is worth resuming yet, and a leftover would refuse the settings that the user corrects.
+            work.remove()
         raise
     except BaseException:
         work.release()
@@ -146,7 +150,7 @@ def run_stages(
             "name": checkpoint.name,
             "architecture": type(skeleton.model).__name__,
             "parameters": sum(p.numel() for p in skeleton.model.parameters()),
-            "original_bytes": checkpoint.size_bytes,
+            **_original_sizes(skeleton, provenance["format"]),
             "source": provenance,
             **code,
         },
@@ -155,19 +159,44 @@ def run_stages(
         "versions": _versions(),
     }
     metadata = with_sizes(curve, metadata, entries, base_count)
-    return Result(metadata, entries, base_count, checkpoint.size_bytes, work)
+    return Result(metadata, entries, base_count, work)
+
+
+def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
+    """Return what the original takes as it is stored and in the precision of its weights, which is 16 bits if quantised."""
+    checkpoint = skeleton.checkpoint
+    sizes = {"original_bytes": checkpoint.size_bytes}
+    if checkpoint.quantisation is not None:
+        count = sum(p.numel() for p in skeleton.model.parameters())
+        return {
+            **sizes,
+            "original_dtype": "bfloat16",
+            "original_dtype_bytes": 2 * count,
+            "source_quantisation": f"{format.upper()} {checkpoint.quantisation}",
+        }
+    by_dtype: Counter[torch.dtype] = Counter()
+    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.layer_names(i))]:
+        if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
+            dtype = checkpoint.stored_dtype(name)
+            by_dtype[dtype] += parameter.numel() * dtype.itemsize
+    dtype = max(by_dtype, key=lambda key: by_dtype[key])
+    return {
+        **sizes,
+        "original_dtype": str(dtype).removeprefix("torch."),
+        "original_dtype_bytes": sum(by_dtype.values()),
+    }
 
 
 def _check_length(skeleton: Skeleton, length: int) -> None:
-    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(skeleton.checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise CalibrationError(
-            f"--sequence-length is {length}, but {skeleton.checkpoint.name} reads at most {longest} tokens."
+            f"sequence_length is {length}, but {skeleton.checkpoint.name} reads at most {longest} tokens."
         )
 
 
 def _text_record(text: TextSource | None) -> dict[str, str]:
-    """Name and digest of a calibration text; where it lay on the user's machine is nobody's business."""
+    """Return the name and digest of a calibration text, without its folder on the user's machine."""
     if text is None:
         return {}
     digest = hashlib.sha256(text.text.encode()).hexdigest()
@@ -181,7 +210,7 @@ def _versions() -> dict[str, str]:
 def _calibrate(
     skeleton: Skeleton, settings: Settings, text: TextSource | None, work: WorkDirectory, progress: Progress
 ) -> torch.Tensor:
-    """Token windows, and with them the tokenizer's files: both are small and come first."""
+    """Return the token windows; keep the files of configuration and tokenizer first."""
     if not work.has(FILES_PART):
         add_files(skeleton, work)
     count = settings.samples + HELD_OUT
@@ -200,14 +229,15 @@ def _calibrate(
 def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
     from transformers import AutoTokenizer
 
-    kept = work.entries(FILES_PART)
-    if "tokenizer_config.json" not in {record.name for record, _ in kept}:
+    kept = work.records(FILES_PART)
+    if "tokenizer_config.json" not in {record.entry.name for record in kept}:
         raise CalibrationError(
-            "The model has no tokenizer, so a calibration text cannot be read. Use --calibration self, or put the "
+            "The model has no tokenizer, so a calibration text cannot be read. Set calibration to self, or put the "
             "tokenizer's files beside the weights."
         )
     folder = work.scratch()
-    put_files(((record.name, [unpack(read(), record.raw_length)]) for record, read in kept), folder, str(work.path))
+    files = ((record.entry.name, [unpack(record.read(), record.entry.raw_length)]) for record in kept)
+    put_files(files, folder, str(work.path))
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)
@@ -224,7 +254,8 @@ def _sensitivity(
             result = output_sensitivity(
                 skeleton, list(windows[:count].split(together)), seed=seed, scratch=work.scratch(), progress=step
             )
-        return {"": result.embedding, **result.outputs}
+        return {**result.outputs, EMBEDDING: result.embedding}
 
-    tensors = work.tensors("sensitivity", compute)
-    return Sensitivity({name: tensor for name, tensor in tensors.items() if name}, tensors[""])
+    outputs = work.tensors(SENSITIVITY, compute)
+    embedding = outputs.pop(EMBEDDING)
+    return Sensitivity(outputs, embedding)

@@ -1,4 +1,4 @@
-"""Where matrices are encoded: threads of this process; `bstack.compression.cluster` has the other place."""
+"""Encode matrices in threads of this process; `bstack.compression.cluster` does it on other machines."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from bstack.kernels.native import processors
 
 __all__ = ["Pending", "Threads", "Workers"]
 
-# Each matrix in work holds several copies of its Hessian; those of a wide one (0.8 GB each at 14336) leave no room for
-# another matrix.
-MOST_AT_ONCE = 4
+# A pending matrix holds several copies of its hessian, of 0.8 GB each at 14336 inputs, so wide ones are encoded one by one.
+MAX_THREADS = 4
 WIDE = 8192
 
 
 class Pending(Protocol):
-    """A matrix in work."""
+    """A matrix that is being encoded."""
 
     def result(self) -> Any:
-        """Wait for what the function returns, or raise what it raises."""
+        """Wait for the function, and return or raise what it does."""
 
     def cancel(self) -> Any:
-        """It is not needed any more."""
+        """Drop a matrix that is not needed any more."""
 
 
 class Workers(Protocol):
-    """Something that encodes matrices side by side, with the same result wherever it does."""
+    """Encode several matrices at a time, with the same result everywhere."""
 
-    def beside(self, inputs: int) -> int:
-        """How many other matrices may be in work beside one with so many inputs."""
+    def max_pending(self, inputs: int) -> int:
+        """Return how many matrices may be pending at a time, one with so many inputs among them."""
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Pending:
-        """Have a function of a module called with these arguments, now or later."""
+        """Call a function of a module with these arguments, now or later."""
 
 
 class Threads:
-    """Threads of this process, as many as it may use processors, up to four; a context manager.
+    """Threads of this process, one a processor and at most four; a context manager.
 
-    The search kernel is single-threaded and lets go of Python's lock, so matrices side by side keep processors busy.
+    The search kernel has one thread and releases Python's lock, so several matrices keep the processors busy.
     """
 
     def __init__(self) -> None:
-        self._count = min(processors(), MOST_AT_ONCE)
+        self._count = min(processors(), MAX_THREADS)
         self._pool = ThreadPoolExecutor(self._count)
 
     def __enter__(self) -> Threads:
@@ -52,8 +51,8 @@ class Threads:
     def __exit__(self, *_exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def beside(self, inputs: int) -> int:
-        return 0 if inputs > WIDE else self._count - 1
+    def max_pending(self, inputs: int) -> int:
+        return 1 if inputs > WIDE else self._count
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Pending:
         return self._pool.submit(function, *arguments)

@@ -1,4 +1,4 @@
-"""How far one model's next-token distribution is from another's."""
+"""Divergence of one model's next-token distribution from another's."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Averages with their standard errors. Windows are the independent samples: tokens of one window are not.
+"""Means with their standard errors. Windows are independent samples, tokens of one window are not.
 
 The standard error of a mean over W windows is the standard deviation of the W window means (W - 1 in the divisor) over
-sqrt(W). It says how far another sample of the same text would move the value. It does not apply to the difference of two
-models: both are measured on the same windows, and most of the spread is common to them.
+sqrt(W): how far another sample of the same text would move the value. It does not apply to the difference of two models,
+because both are measured on the same windows and most of the spread is common to them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Estimate(NamedTuple):
     ----------
     value : float
     error : float or None
-        Standard error; None for a single sample, which cannot tell.
+        Standard error; None for a single sample.
     """
 
     value: float
     error: float | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """As plain JSON values; what is not finite becomes None, as JSON has no other way."""
+        """Return plain JSON values; values that are not finite become None, because JSON has no others."""
         return {"value": _finite(self.value), "standard_error": _finite(self.error)}
 
 
@@ -40,7 +40,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def mean_estimate(values: torch.Tensor) -> Estimate:
-    """Mean over all tokens, with its standard error over windows.
+    """Return the mean over all tokens, with its standard error over windows.
 
     Parameters
     ----------
@@ -52,21 +52,21 @@ def mean_estimate(values: torch.Tensor) -> Estimate:
     return Estimate(float(means.mean()), error)
 
 
-def perplexity_estimate(surprise: torch.Tensor) -> Estimate:
-    """Exponential of the mean negative log likelihood; the error of the mean carried over (delta method).
+def perplexity_estimate(nll: torch.Tensor) -> Estimate:
+    """Return the exponential of the mean negative log likelihood, with its error by the delta method.
 
     Parameters
     ----------
-    surprise : torch.Tensor
+    nll : torch.Tensor
         Negative log likelihoods in nats, shape (windows, positions).
     """
-    mean, error = mean_estimate(surprise)
+    mean, error = mean_estimate(nll)
     value = math.exp(mean) if mean < 700 else math.inf
     return Estimate(value, None if error is None else value * error)
 
 
 def percentile_estimate(values: torch.Tensor, percent: float) -> Estimate:
-    """A percentile over all tokens; its standard error from a bootstrap over whole windows.
+    """Return a percentile over all tokens, with its standard error from a bootstrap over whole windows.
 
     Parameters
     ----------
@@ -75,10 +75,10 @@ def percentile_estimate(values: torch.Tensor, percent: float) -> Estimate:
     percent : float
         Between 0 and 100.
     """
-    values, share = values.double(), percent / 100
-    value = float(values.quantile(share))
+    values, fraction = values.double(), percent / 100
+    value = float(values.quantile(fraction))
     if len(values) < 2:
         return Estimate(value)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, len(values), (RESAMPLES, len(values)), generator=generator)
-    return Estimate(value, float(torch.stack([values[rows].quantile(share) for rows in drawn]).std()))
+    return Estimate(value, float(torch.stack([values[rows].quantile(fraction) for rows in drawn]).std()))

@@ -11,7 +11,7 @@ __all__ = ["perplexity"]
 
 
 def perplexity(model: nn.Module, windows: torch.Tensor) -> float:
-    """Exponential of the mean negative log likelihood of every token but the first of each window.
+    """Return the exponential of the mean negative log likelihood of every token but the first of each window.
 
     Parameters
     ----------

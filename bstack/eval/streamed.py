@@ -25,7 +25,7 @@ def run_streamed(
     loaded: Loaded | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Hand the logits of every window to `finish`.
+    """Run the model, and hand the logits of every window to `finish`.
 
     Parameters
     ----------
@@ -36,11 +36,11 @@ def run_streamed(
     finish : callable
         Called in the order of the windows with the number and the logits, shape (length, vocabulary).
     loaded : callable, optional
-        What brings the parameters of a layer, given their names; by default `skeleton.loaded`.
+        Loads the parameters of a layer, given their names; by default `skeleton.loaded`.
     progress : callable
         Called after each layer.
     """
-    # Batches reach the end one after the other, in their order.
+    # Batches reach the end in their order.
     numbers = iter(range(len(windows)))
 
     def run(ids: torch.Tensor) -> None:
@@ -59,13 +59,13 @@ def run_streamed(
 
 
 def altered(skeleton: Skeleton, alter: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Loaded:
-    """Parameters as the checkpoint has them, some of them replaced.
+    """Return a way to load parameters from the checkpoint with some of them replaced.
 
     Parameters
     ----------
     skeleton : Skeleton
     alter : callable
-        Given the name and value of every loaded parameter: a new tensor for its place, or None to leave it.
+        Given the name and value of every loaded parameter: returns a new tensor, or None to keep it.
     """
 
     @contextmanager
@@ -81,5 +81,5 @@ def altered(skeleton: Skeleton, alter: Callable[[str, torch.Tensor], torch.Tenso
 
 
 def to_bfloat16(_name: str, value: torch.Tensor) -> torch.Tensor | None:
-    """Weights, and so the arithmetic, in bfloat16."""
+    """Convert weights, and so the arithmetic, to bfloat16."""
     return value.bfloat16() if value.is_floating_point() else None

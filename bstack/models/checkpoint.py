@@ -28,6 +28,8 @@ class Checkpoint(ABC):
         The model's configuration.
     size_bytes : int
         Bytes of the weight files.
+    quantisation : str or None
+        How most of its weights are quantised, such as ``Q4_1``; None where they are floats.
     code : bstack.models.code.Code or None
         Python code that the model needs and the user allows to run.
     """
@@ -35,6 +37,7 @@ class Checkpoint(ABC):
     name: str
     config: Any
     size_bytes: int
+    quantisation: str | None = None
     code: Code | None = None
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +57,7 @@ class GGUFCheckpoint(Checkpoint):
         self.size_bytes = path.stat().st_size
         try:
             self._reader = gguf.GGUFReader(path)
+            self.quantisation = _quantisation(self._reader.tensors)
         except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
             raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
         try:
@@ -151,3 +152,12 @@ class GGUFCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> torch.dtype:
         kept = {"F32": torch.float32, "BF16": torch.bfloat16}
         return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)
+
+
+def _quantisation(tensors: Iterable[Any]) -> str | None:
+    """Return the type that most bytes of the file have, or None if it is a float type."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    ((name, _),) = sizes.most_common(1) or [("F32", 0)]
+    return None if name in ("F64", "F32", "F16", "BF16") else name

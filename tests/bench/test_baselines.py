@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bstk
-from bstack.bench.baselines.choice import BITS, parse_against
 from bstack.bench.baselines.gptq import DAMPING, gptq
-from bstack.bench.baselines.grid import GROUP, packed_bits
-from bstack.bench.baselines.rtn import round_to_nearest
+from bstack.bench.baselines.rtn import GROUP, packed_bits, round_to_nearest
+from bstack.bench.options import BITS, parse_against
 from bstack.bench.results import frontier
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -195,7 +194,7 @@ def test_which_baselines():
         "spqr:2@4.75",
         "spqr:4@4.7@4",
     ):
-        with pytest.raises(bstk.UsageError, match="no baseline|no number of bits"):
+        with pytest.raises(bstk.UsageError, match=r"not a baseline|not a number of bits"):
             parse_against(bad)
     with pytest.raises(bstk.UsageError, match="gptq has no outliers"):
         parse_against("gptq:4@4.75")
@@ -207,7 +206,7 @@ def test_which_baselines():
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "gpt2", "mixtral"])
 def prepared(request, tmp_path_factory):
     import bstack
-    from bstack.bench.original import original_reference
+    from bstack.bench.quality import original_reference
     from bstack.models.open import open_checkpoint
     from bstack.models.skeleton import Skeleton
 
@@ -234,7 +233,7 @@ def logits_of(name, change):
 
 
 def test_rounded_models_are_what_the_formula_says(prepared):
-    from bstack.bench.baselines.run import Baselines
+    from bstack.bench.baselines.model import Baselines
 
     name, folder, skeleton, windows, reference = prepared
     with bstk.open(folder / "out.bstk") as file:
@@ -278,7 +277,7 @@ def test_rounded_models_are_what_the_formula_says(prepared):
 
 def measured(prepared, *runs):
     """What one `Baselines` finds for some methods and bits, one after the other."""
-    from bstack.bench.baselines.run import Baselines
+    from bstack.bench.baselines.model import Baselines
 
     _, folder, skeleton, windows, reference = prepared
     calibration = torch.randint(3, tiny_models.VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(6))
@@ -314,7 +313,8 @@ def test_spqr_models_improve_on_gptq(prepared):
 
 
 def test_spqr_meets_a_target(prepared):
-    from bstack.bench.baselines.run import Baseline, Baselines
+    from bstack.bench.baselines.model import Baselines
+    from bstack.bench.results import Baseline
 
     _, folder, skeleton, windows, reference = prepared
     calibration = torch.randint(3, tiny_models.VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(6))
@@ -334,7 +334,7 @@ def test_a_target_that_shapes_rule_out_is_refused_with_the_choice():
     layers = [[(64, 64), (128, 64)]]
     check_targets(parse_against("rtn,spqr:4,spqr:4@5"), layers)
     for choice, words in (
-        ("spqr:4@4.7", r"--against spqr:4@4.7: bpw is 4.7; .* Allowed is 4\.\d+ to"),
+        ("spqr:4@4.7", r"against spqr:4@4.7: bpw is 4.7; .* Allowed is 4\.\d+ to"),
         ("spqr:3@100", "3 bits in groups of 16"),
     ):
         with pytest.raises(bstk.UsageError, match=words):

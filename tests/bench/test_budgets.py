@@ -3,7 +3,7 @@ from decimal import Decimal
 import pytest
 
 import bstk
-from bstack.bench.budgets import even_budgets, parse_budgets
+from bstack.bench.options import even_budgets, parse_budgets
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from bstack.bench.budgets import even_budgets, parse_budgets
     ],
 )
 def test_sizes(text, sizes):
-    assert parse_budgets(text) == [Decimal(size) for size in sizes.split()]
+    assert parse_budgets(text) == [int(Decimal(size) * bstk.MB) for size in sizes.split()]
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_even_sizes_run_from_the_smallest_to_the_whole():
     file = File([20 * bstk.MB + 123457 * i for i in range(700)])
     sizes = even_budgets(file)
     assert len(sizes) == 10 and sizes == sorted(sizes)
-    assert all(size == size.quantize(Decimal("0.01")) for size in sizes)
-    cuts = [file.fit(mb=size) for size in sizes]
+    assert all(size == bstk.budget_bytes(f"{size / bstk.MB:.2f}") for size in sizes)
+    cuts = [file.fit_bytes(size) for size in sizes]
     assert cuts[0] == file.smallest and cuts[-1] == file.fit()
     steps = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
-    assert max(steps) - min(steps) < Decimal("0.25")  # one block and the rounding
+    assert max(steps) - min(steps) < bstk.MB / 4  # one block and the rounding
 
 
 def test_even_sizes_of_a_tiny_file_are_exact():
     file = File([1000, 1100, 1250])
     sizes = even_budgets(file)
-    assert [file.fit(mb=size).file_bytes for size in sizes] == [1000, 1100, 1250]
-    assert even_budgets(File([1000])) == [Decimal("0.01")]
+    assert [file.fit_bytes(size).file_bytes for size in sizes] == [1000, 1100, 1250]
+    assert even_budgets(File([1000])) == [bstk.budget_bytes("0.01")]

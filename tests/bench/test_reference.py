@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import bstk
-from bstack.bench import cache
-from bstack.bench.cache import cached
-from bstack.bench.reference import Reference, file_bytes, write_reference
+from bstack.bench import reference
+from bstack.bench.reference import Reference, cached, file_bytes, write_reference
 from bstack.folders import cache_folder
 
 LOGITS = torch.randn(3, 9, 50, generator=torch.Generator().manual_seed(1)) * 4
@@ -136,7 +135,7 @@ def test_the_oldest_make_room(home, monkeypatch):
     maker = Maker()
     maker.get("aa", home)
     size = (cache_folder("references") / "aa.ref").stat().st_size
-    monkeypatch.setattr(cache, "LIMIT", 3 * size)
+    monkeypatch.setattr(reference, "LIMIT", 3 * size)
     for age, key in enumerate(["aa", "bb", "cc"]):
         maker.get(key, home, size)
         os.utime(cache_folder("references") / f"{key}.ref", (1000 + age, 1000 + age))
@@ -146,7 +145,7 @@ def test_the_oldest_make_room(home, monkeypatch):
 
 
 def test_one_that_is_too_large_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(cache, "LIMIT", 4000)
+    monkeypatch.setattr(reference, "LIMIT", 4000)
     maker = Maker()
     maker.get("aa", home, size=4001)
     assert maker.paths == [home / "scratch" / "aa.ref"] and not (cache_folder("references") / "aa.ref").exists()

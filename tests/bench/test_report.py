@@ -1,14 +1,16 @@
 """Tables and pictures of reports made by hand."""
 
-from decimal import Decimal
+import importlib.util
+import json
+import math
+from dataclasses import replace
 
 import pytest
 
-from bstack.bench.baselines.run import Baseline, Sizes
-from bstack.bench.child import Measured
+from bstack.bench.plot import save_plot
 from bstack.bench.quality import Quality
-from bstack.bench.results import Dense, Point, Report, Source
-from bstack.bench.running import Running
+from bstack.bench.results import Baseline, Comparison, Dense, Measured, Original, Point, Report, Sizes, Source
+from bstack.bench.speed import Rate, Running, Speed
 from bstack.bench.tables import as_csv, as_tables
 from bstack.eval.estimates import Estimate
 
@@ -20,29 +22,16 @@ def quality(perplexity, kld):
 
 
 def running(decode, held=80 * MB, load=0.5):
-    rate = {"value": 100.0, "deviation": 1.0}
-    speed = {
-        "prompt_tokens": 512,
-        "decoded_tokens": 64,
-        "prompt": rate,
-        "decode": {"value": decode, "deviation": 2.0},
-        "threads": 2,
-        "kernels": "avx2",
-    }
+    speed = Speed(512, 64, Rate(100.0, 1.0), Rate(decode, 2.0), 2, "avx2")
     return Running(load, 350 * MB, held, None if held is None else held + 20 * MB, speed)
 
 
 @pytest.fixture
 def report():
     text = {"name": "text", "sha256": "0" * 64, "windows": 2, "sequence_length": 8}
-    original = {
-        "model": "m",
-        "bytes": MB,
-        "original": {"perplexity": {"value": 30.0}},
-        "noise_floor": {"kld": {"value": 1e-3}},
-    }
+    original = Original("m", MB, Quality(Estimate(30.0)), Quality(Estimate(30.0), Estimate(1e-3)))
     points = [
-        Point(Decimal(mb), mb * MB, mb * MB, 4.0, Measured(running(60.0, mb * MB), quality(ppl, kld), {}))
+        Point(mb * MB, mb * MB, mb * MB, 4.0, Measured(running(60.0, mb * MB), quality(ppl, kld), {}))
         for mb, ppl, kld in ((40, 50.0, 0.5), (80, 33.0, 0.05))
     ]
     dense = [Dense("file", 80 * MB, running(21.0, 500 * MB)), Dense("original", None, running(20.0, None, None))]
@@ -86,12 +75,36 @@ def test_a_broken_baseline_does_not_flatten_the_picture(report):
 
 def test_an_unbroken_picture_shows_everything(report):
     pytest.importorskip("matplotlib")
-    from dataclasses import replace
-
     from bstack.bench.plot import _draw
 
     _, lower = _draw(replace(report, baselines=report.baselines[1:])).axes
     assert lower.get_ylim()[1] > 50 and not lower.texts
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_figures_that_are_not_finite_are_shown(report, broken, tmp_path):
+    """Once they had been measured for hours, they crashed the report."""
+    bad = Quality(*[Estimate(broken, broken)] * 4)
+    original = replace(report.source.original, quality=bad, noise_floor=bad)
+    baselines = [replace(b, quality=bad) for b in report.baselines]
+    for points in (
+        report.points,
+        [
+            replace(p, measured=replace(p.measured, quality=bad, tasks={"t acc": Estimate(broken)}))
+            for p in report.points
+        ],
+    ):
+        comparisons = [Comparison(b, p) for b in baselines for p in points]
+        spoilt = Report(replace(report.source, original=original), points, report.dense, baselines, comparisons)
+        tables = as_tables(spoilt)
+        assert f"perplexity {broken}" in tables and f"KLD {broken}:" in tables and f" {broken} |" in tables
+        assert str(broken) not in as_csv(spoilt)
+        values = json.loads(json.dumps(spoilt.to_json(), allow_nan=False))
+        assert values["original"]["original"]["perplexity"] == {"value": None, "standard_error": None}
+        assert Baseline.from_plain(json.loads(json.dumps(baselines[0].to_plain()))).name == baselines[0].name
+        if importlib.util.find_spec("matplotlib"):
+            save_plot(spoilt, tmp_path / "broken.svg")
+            assert (tmp_path / "broken.svg").stat().st_size
 
 
 @pytest.mark.parametrize(

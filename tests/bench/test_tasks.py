@@ -65,7 +65,7 @@ def test_a_failure_of_the_harness_says_what_it_was(harness):
 def test_unknown_tasks_are_refused(harness, tmp_path):
     with pytest.raises(bstk.UsageError, match="knows no task 'plane'"):
         check_tasks(["plain", "plane"])
-    with pytest.raises(bstk.UsageError, match="no file"):
+    with pytest.raises(bstk.UsageError, match="There is no file"):
         check_tasks([str(tmp_path / "none.yaml")])
 
 

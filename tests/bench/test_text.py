@@ -52,7 +52,7 @@ def test_a_text_of_just_enough():
 
 
 @pytest.mark.parametrize(
-    ("windows", "length", "advice"), [(3, 40, "at most --windows 2"), (1, 90, "--sequence-length than 86")]
+    ("windows", "length", "advice"), [(3, 40, "at most 2 windows"), (1, 90, "at most a sequence_length of 85")]
 )
 def test_a_short_text(windows, length, advice):
     with pytest.raises(CalibrationError, match=advice):

@@ -9,7 +9,8 @@ import pytest
 WORKER = """
 from bstack.bench import worker
 def fail(request, step): raise {}
-worker.measure = fail
+worker.read_request = lambda text: None
+worker.answer = fail
 worker.main()
 """
 

@@ -158,8 +158,8 @@ def test_figures_are_those_of_a_plain_computation(everything, home, tiny_llama, 
     assert found["kld"]["standard_error"] == pytest.approx(float(kl.mean(1).std()) / math.sqrt(3), rel=1e-2)
     assert found["kld_99"]["value"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-2)
     assert found["same_top"]["value"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    surprise = -q.gather(-1, windows[:, 1:, None]).mean()
-    assert found["perplexity"]["value"] == pytest.approx(math.exp(surprise), rel=1e-4)
+    nll = -q.gather(-1, windows[:, 1:, None]).mean()
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(nll), rel=1e-4)
 
 
 def test_baselines_and_comparisons(everything):
@@ -245,13 +245,13 @@ def test_the_original_is_read_once(bench, sizes, tiny_llama, home):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--budgets", "60,abc"], 2, "'abc' is no size"),
+        (["--budgets", "60,abc"], 2, "'abc' is not a size"),
         (["--budgets", "0.000001"], 6, "The smallest budget is"),
         (["--original", "smollm3-none"], 2, "No model 'smollm3-none'"),
         (["--text", "nowhere.txt"], 2, "nowhere.txt"),
         (["--windows", "100000000"], 2, "range"),
         (["--sequence-length", "1"], 2, "range"),
-        (["--against", "awq", "--original", "x"], 2, "'awq' is no baseline"),
+        (["--against", "awq", "--original", "x"], 2, "'awq' is not a baseline"),
         (["--against", "rtn"], 2, "--original MODEL"),
         (["--calibration", "x.txt"], 2, "--against gptq"),
         (["--force"], 2, "--original: name one"),
@@ -282,7 +282,7 @@ def test_spqr_at_a_target(bench, tiny_llama, sizes):
     assert done.returncode == 0, done.stderr
     assert '"spqr:3@7, embeddings 8"' in done.stdout
     done = bench(*ask, "--against", "spqr:3,spqr:3@3.7")
-    assert done.returncode == 2 and "--against spqr:3@3.7: bpw is 3.7; with 3 bits in groups of 16" in done.stderr
+    assert done.returncode == 2 and "against spqr:3@3.7: bpw is 3.7; with 3 bits in groups of 16" in done.stderr
 
 
 def test_a_text_too_short(bench, home):
@@ -293,7 +293,7 @@ def test_a_text_too_short(bench, home):
 
 def test_windows_longer_than_the_model_reads(bench):
     done = bench("--windows", "2", "--sequence-length", "200")
-    assert done.returncode == 2 and "at most --sequence-length 128" in done.stderr
+    assert done.returncode == 2 and "sequence_length is 200, but this model reads at most 128" in done.stderr
 
 
 def test_an_original_of_another_vocabulary(bench, home):
@@ -310,7 +310,7 @@ def test_another_original_is_refused_unless_forced(bench, home, sizes):
     other = tiny_models.save("llama", home / "seed-1", seed=1)
     ask = ("--original", other, *SMALL, "--no-speed", "--budgets", sizes[0])
     done = bench(*ask)
-    assert (done.returncode, done.stdout) == (2, "") and "add --force" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "set force" in done.stderr
     done = bench(*ask, "--force")
     assert done.returncode == 0 and "is not the checkpoint this file was made from" in done.stdout
 
@@ -326,7 +326,7 @@ def test_a_model_without_a_tokenizer(bench, home):
     run = [*COMMAND, "bench", "mute.bstk"]
     options = {"capture_output": True, "text": True, "cwd": home, "env": ENVIRONMENT(home), "timeout": 300}
     done = subprocess.run(run, **options)
-    assert done.returncode == 1 and "Use --no-quality" in done.stderr
+    assert done.returncode == 1 and "without quality" in done.stderr
     assert subprocess.run([*run, "--no-quality", "--budgets", "100"], **options).returncode == 0
 
 
@@ -386,7 +386,6 @@ def test_interrupted(home, sizes):
 def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
     """What was measured before is not measured again, and a run that is through leaves nothing behind."""
     from contextlib import contextmanager
-    from decimal import Decimal
 
     import bstack.bench.run as module
     from bstack.bench.options import Options
@@ -394,31 +393,69 @@ def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked, real = [], module.ask
 
-    def ask(*args, **kwargs):
+    def ask(request, progress):
         if len(asked) == 2:
             asked.clear()
             raise KeyboardInterrupt
-        asked.append(args[1])
-        return real(*args, **kwargs)
+        asked.append(request.cut.budget)
+        return real(request, progress)
 
     @contextmanager
     def progress(stage, steps):
         yield lambda: None
 
     monkeypatch.setattr(module, "ask", ask)
-    options = Options(
-        budgets=[Decimal(size) for size in sizes], speed=False, windows=2, length=24, original=str(tiny_llama)
-    )
+    budgets = [bstk.budget_bytes(size) for size in sizes]
+    options = Options(budgets=budgets, speed=False, windows=2, sequence_length=24, original=str(tiny_llama))
     with pytest.raises(KeyboardInterrupt):
         module.run_bench(home / "model.bstk", options, progress)
     (kept,) = (tmp_path / "bstack" / "bench").iterdir()
     before = json.loads(kept.read_text())
-    report = module.run_bench(home / "model.bstk", options, progress)
-    assert asked == [Decimal(sizes[2])] and not kept.exists()
+    report, resume = module.run_bench(home / "model.bstk", options, progress)
+    assert asked == budgets[2:] and kept.exists()
+    resume.delete()
+    assert not kept.exists()
     assert [vars(p.measured.quality)["kld"] for p in report.points[:2]] == [
         tuple(r["quality"]["kld"]) for r in before.values()
     ]
-    assert report.notes == ["Figures measured by a run of this command that was stopped, and taken from it: 2."]
+    assert report.notes == ["Results taken from a run of this command that was stopped: 2."]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_results_survive_a_report_that_cannot_be_written(home, sizes, tmp_path):
+    """A full disk or a closed pipe at the end must not cost the hours of measuring before."""
+    command = [*COMMAND, "bench", "model.bstk", *SMALL, "--budgets", sizes[0], "--no-speed", "--json"]
+    options = {"cwd": home, "env": {**ENVIRONMENT(home), "XDG_CACHE_HOME": str(tmp_path)}, "timeout": 300}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, **options)
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+    (kept,) = (tmp_path / "bstack" / "bench").iterdir()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        assert subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, **options).returncode == 1
+    assert kept.exists()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options)
+    assert done.returncode == 0 and "was stopped: 1." in json.loads(done.stdout)["notes"][-1] and not kept.exists()
+
+
+def test_python_files_of_the_current_folder_do_not_run(home, sizes, tmp_path):
+    """Neither by the child's own import path nor by an entry of PYTHONPATH that means the current folder."""
+    shutil.copy(home / "model.bstk", tmp_path)
+    for name in ("json", "torch", "numpy", "transformers", "bstack"):
+        (tmp_path / f"{name}.py").write_text(f"open('ran-{name}', 'w')\nraise SystemExit('a stranger runs')\n")
+    from bstack.bench.options import Options
+    from bstack.bench.run import run_bench
+    from bstack.progress import no_progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(["", ".", *filter(None, [os.environ.get("PYTHONPATH")])]))
+        options = Options(budgets=[bstk.budget_bytes(sizes[0])], quality=False, speed=False)
+        report, _ = run_bench("model.bstk", options, no_progress)
+    assert report.points[0].measured.running.load_seconds > 0
+    assert not list(tmp_path.glob("ran-*"))
 
 
 def _children(pid):

@@ -134,3 +134,46 @@ def test_reads_only_the_head(bstack, vector):
     data[chunk.offset : chunk.end] = bytes(chunk.stored_length)
     path.write_bytes(data)
     assert bstack("inspect", path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "lines"),
+    [
+        ({"original_bytes": 98362432}, ["original  93.81 MB of weight files"]),  # as version 0.1 wrote it
+        (
+            {"original_bytes": 269060552, "original_dtype": "bfloat16", "original_dtype_bytes": 269030016},
+            ["original  256.57 MB as bfloat16"],
+        ),
+        (
+            {
+                "original_bytes": 98362432,
+                "original_dtype": "bfloat16",
+                "original_dtype_bytes": 269030016,
+                "source_quantisation": "GGUF Q4_1",
+            },
+            [
+                "original  256.57 MB as bfloat16 (source: 93.81 MB, GGUF Q4_1)",
+                "          above 93.81 MB the source file itself is the better choice: it is exact",
+            ],
+        ),
+        ({"original_bytes": "many"}, []),
+        ({"original_bytes": 2**20, "original_dtype_bytes": 2**21, "source_quantisation": "\x1b[31m"}, None),
+    ],
+)
+def test_what_the_original_takes(bstack, tmp_path, model, lines):
+    """It must not look as if compressing a quantised source made the model larger."""
+    frame = bstk.pack(b"{}")
+    entry = bstk.Entry(
+        name="config.json",
+        kind=bstk.FILE,
+        raw_length=2,
+        stored_length=frame.stored_length,
+        digest=frame.digest,
+        stored=frame.stored,
+    )
+    bstk.write(tmp_path / "x.bstk", {"model": {"name": "a", **model}}, [entry], 1)
+    done = bstack("inspect", tmp_path / "x.bstk")
+    assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
+    if lines is not None:
+        page = done.stdout.split("Sizes\n")[0]
+        assert [line[2:] for line in page.splitlines()[3:] if line.strip() and "name " not in line] == lines

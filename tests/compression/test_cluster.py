@@ -244,8 +244,8 @@ def test_workers_with_other_versions(tiny_llama, tmp_path, scheduler, add_worker
     [
         ("tcp://127.0.0.1:1", 1, "No Dask scheduler answers"),
         ("http://127.0.0.1:1", 1, "No Dask scheduler answers"),
-        ("nonsense", 2, "is no address of a scheduler; they look like tcp://"),
-        ("", 2, "is no address of a scheduler; they look like tcp://"),
+        ("nonsense", 2, "is not the address of a Dask scheduler, such as tcp://"),
+        ("", 2, "is not the address of a Dask scheduler, such as tcp://"),
     ],
 )
 def test_no_scheduler(tiny_llama, tmp_path, address, code, words, capsys, monkeypatch):

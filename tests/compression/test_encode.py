@@ -64,11 +64,11 @@ class Part:
 class Later:
     """Workers that do nothing until they are asked; notes how many matrices are in work."""
 
-    def __init__(self, beside):
-        self._beside, self.waiting, self.most = beside, 0, 0
+    def __init__(self, max_pending):
+        self._max_pending, self.waiting, self.most = max_pending, 0, 0
 
-    def beside(self, inputs):
-        return self._beside
+    def max_pending(self, inputs):
+        return self._max_pending
 
     def submit(self, function, *arguments):
         self.waiting += 1
@@ -91,12 +91,12 @@ def matrices(count):
         yield Matrix(**tensors, **{**VALUES, "name": str(number)})
 
 
-@pytest.mark.parametrize("beside", [0, 1, 3])
-def test_order_and_number_in_work(beside):
-    workers, part, steps = Later(beside), Part(), []
+@pytest.mark.parametrize("max_pending", [1, 2, 4])
+def test_order_and_number_in_work(max_pending):
+    workers, part, steps = Later(max_pending), Part(), []
     encode(matrices(6), CODECS["sign"](2), part, workers, lambda: steps.append(1))
     assert part.names == [(str(number), level) for number in range(6) for level in range(2)]
-    assert workers.most == beside + 1 and len(steps) == 6
+    assert workers.most == max_pending and len(steps) == 6
 
 
 def test_what_is_not_needed_any_more_is_cancelled():
@@ -104,7 +104,7 @@ def test_what_is_not_needed_any_more_is_cancelled():
         yield from matrices(2)
         raise KeyboardInterrupt
 
-    workers = Later(3)
+    workers = Later(4)
     with pytest.raises(KeyboardInterrupt):
         encode(failing(), CODECS["sign"](2), Part(), workers)
     assert workers.waiting == 0
@@ -112,4 +112,4 @@ def test_what_is_not_needed_any_more_is_cancelled():
 
 def test_a_wide_matrix_is_alone_in_a_process():
     with Threads() as threads:
-        assert threads.beside(WIDE + 1) == 0 <= threads.beside(WIDE) < 4
+        assert threads.max_pending(WIDE + 1) == 1 <= threads.max_pending(WIDE) <= 4

@@ -124,7 +124,7 @@ MOMENTS = [
         ("after", "layer-00001.json", "KI"),
         ("after", f"layer-{LAYERS - 1:05d}.json", "K"),
         ("after", "head.safetensors", "K"),
-        ("after", "outer.json", "KI"),
+        ("after", "outside.json", "KI"),
         ("writing", 1, "K"),
         ("writing", 30, "KI"),
     ]
@@ -209,7 +209,7 @@ def test_other_settings_are_refused(unfinished, model, tmp_path, capsys, options
     before = sorted(p.name for p in unfinished.iterdir())
     assert compress(model, "-o", tmp_path / "out.bstk", *QUICK, *options) == 2
     err = capsys.readouterr().err
-    assert words in err and "Repeat the earlier settings" in err and "--work-dir" in err
+    assert words in err and "Repeat the earlier settings" in err and "work_dir" in err
     # Nothing was lost by the attempt, and another work directory works.
     assert sorted(p.name for p in unfinished.iterdir()) == before
     assert compress(model, "-o", tmp_path / "out.bstk", *QUICK, *options, "--work-dir", tmp_path / "other") == 0

@@ -240,13 +240,13 @@ def test_dense_tensors_round_trip(tmp_path_factory, shape, dtype, data):
     add_dense("x", held, dtype, part)
     part.close(finished=True)
     record = part.records[0]
-    assert record.shape == shape and record.raw_length == count * width
+    assert record["shape"] == shape and record["raw_length"] == count * width
     frame = (folder / "p.bin").read_bytes()
     from bstk.frames import unpack
 
-    assert unpack(frame, record.raw_length) == stored.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    chunk = type("Chunk", (), {"dtype": record.dtype, "shape": record.shape})
-    assert torch.equal(plain_tensor(unpack(frame, record.raw_length), chunk).float(), held.float())
+    assert unpack(frame, record["raw_length"]) == stored.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    chunk = type("Chunk", (), {"dtype": record["dtype"], "shape": record["shape"]})
+    assert torch.equal(plain_tensor(unpack(frame, record["raw_length"]), chunk).float(), held.float())
 
 
 def test_packed_weights_give_the_dense_logits(made):

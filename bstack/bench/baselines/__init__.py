@@ -1,4 +1,4 @@
-"""Reference implementations of one-size quantisers, to compare with. No file is written with them.
+"""One-size quantisers to compare with: rtn, gptq (both plain code close to the papers) and spqr (the codec's encoder).
 
-Plain code on purpose: short, close to the papers, no kernels.
+`model` quantises a whole model with one of them, counts its bytes and measures it. No file is written.
 """

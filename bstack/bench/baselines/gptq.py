@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from bstack.bench.baselines.grid import GROUP, GridMatrix, fit, nearest
+from bstack.bench.baselines.rtn import GROUP, GridMatrix, fit, nearest
 
 __all__ = ["DAMPING", "gptq"]
 
 DAMPING = 0.01
-# Columns updated together; a multiple of the group. It changes the speed, and the result by rounding only.
+# Columns updated together, a multiple of the group. It changes the result by rounding only.
 BLOCK = 128
 
 
@@ -38,7 +38,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: b
     dead = hessian.diagonal() <= 0
     hessian = hessian + torch.diag(dead.double())
     weight = weight.clone()
-    # An input that is always 0 may have any weight; 0 is one that every grid has.
+    # An input that is always 0 may have any weight, and every grid has 0.
     weight[:, dead] = 0
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = _inverse_factor(hessian[order][:, order])
@@ -64,7 +64,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: b
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped H, float32."""
+    """Return the upper Cholesky factor of the inverse of the damped H, float32."""
     damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,12 +1,82 @@
-"""Baseline: round every weight to the nearest value of its group's grid. No calibration."""
+"""Baseline: round every weight to the nearest value of its group's grid; 64 weights a group, asymmetric. No calibration."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from bstack.bench.baselines.grid import GROUP, GridMatrix, fit, nearest
+__all__ = ["GROUP", "GridMatrix", "fit", "nearest", "packed_bits", "round_to_nearest"]
 
-__all__ = ["round_to_nearest"]
+GROUP = 64
+
+
+def fit(weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the grid of each row of one group: from its smallest to its largest weight, with 0 on the grid.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        Float32, shape (rows, group).
+    bits : int
+        2 to 8.
+
+    Returns
+    -------
+    scale : torch.Tensor
+        Half precision, shape (rows,), as stored.
+    zero : torch.Tensor
+        The code that stands for 0; uint8, shape (rows,).
+    """
+    low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
+    levels = 2**bits - 1
+    # At least the smallest normal half number: a smaller scale would lose its digits.
+    scale = ((high - low) / levels).clamp(2.0**-14, 65504.0).half()
+    zero = (-low / scale.float()).round().clamp(0, levels).to(torch.uint8)
+    return scale, zero
+
+
+def nearest(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes of the nearest grid values; `scale` and `zero` broadcast against `weights`."""
+    return (weights / scale.float() + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class GridMatrix:
+    """A quantised matrix.
+
+    Attributes
+    ----------
+    bits : int
+    codes : torch.Tensor
+        uint8, shape (rows, columns).
+    scale, zero : torch.Tensor
+        Half precision and uint8, shape (rows, groups).
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """Return the weights, float32, shape (rows, columns)."""
+        columns = self.codes.shape[1]
+        scale = self.scale.float().repeat_interleave(GROUP, 1)[:, :columns]
+        zero = self.zero.float().repeat_interleave(GROUP, 1)[:, :columns]
+        return (self.codes.float() - zero) * scale
+
+    def payload(self) -> bytes:
+        """Return the bytes that a file would hold: codes and zeros bit by bit without gaps, scales in half precision."""
+        scale = self.scale.contiguous().numpy().astype("<f2").tobytes()
+        return packed_bits(self.codes, self.bits) + packed_bits(self.zero, self.bits) + scale
+
+
+def packed_bits(values: torch.Tensor, bits: int) -> bytes:
+    """Pack numbers below 2**bits one after the other, lowest bit first."""
+    flat = values.contiguous().numpy().reshape(-1, 1)
+    return np.packbits(np.unpackbits(flat, axis=1, count=bits, bitorder="little"), bitorder="little").tobytes()
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int) -> GridMatrix:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import bstk
-from bstack.bench.baselines.choice import Choice
+from bstack.bench.options import Choice
 from bstack.codecs.spqr import SpqrCodec
 from bstk.errors import error_prefix
 
@@ -34,17 +34,17 @@ class SpqrMatrix:
     shape: tuple[int, int]
 
     def payload(self) -> bytes:
-        """All its bytes."""
+        """Return all its bytes."""
         return b"".join(self.blocks)
 
     def dense(self) -> torch.Tensor:
-        """The matrix, float32."""
+        """Return the matrix, float32."""
         count = len(self.blocks)
         return SpqrCodec.rebuild(self.blocks, (bstk.SPQR, bstk.OUTLIERS)[:count], (self.rank, 0)[:count], self.shape)
 
 
 def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """Refuse targets that the linears cannot meet.
+    """Check that the linears can have the bits per weight that the choices ask for.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int
     """
     for choice in choices:
         if choice.bpw is not None:
-            with error_prefix(f"--against {choice.name}"):
+            with error_prefix(f"against {choice.name}"):
                 SpqrCodec(choice.bits, bpw=choice.bpw).check_shapes(
                     [[[shape] for shape in shapes] for shapes in layers]
                 )
@@ -76,9 +76,9 @@ def spqr(
     bits : int
         3 or 4.
     bpw : float, optional
-        Bits per weight that they may take together; without it 1 % of the weights are outliers.
+        Bits per weight that they may take together; None: 1 % of the weights are outliers.
     """
-    # Every output counts alike, as in the paper.
+    # All outputs have equal weight, as in the paper.
     tasks = {
         name: (weight.contiguous(), hessian, tokens, torch.ones(weight.shape[0]))
         for name, (weight, hessian, tokens) in weights.items()
@@ -87,5 +87,7 @@ def spqr(
     found = {}
     for name, task in tasks.items():
         blocks = list(codec.encode(*task))
-        found[name] = SpqrMatrix(tuple(block.payload for block in blocks), blocks[0].rank, tuple(task[0].shape))
+        found[name] = SpqrMatrix(
+            tuple(block.payload for block in blocks), blocks[0].rank, (task[0].shape[0], task[0].shape[1])
+        )
     return found

@@ -157,7 +157,7 @@ def test_models_that_are_no_language_models(refused, tmp_path):
 def test_dense_tensors_that_no_chunk_can_hold(refused, model, monkeypatch):
     monkeypatch.setattr(bstk.limits, "MAX_RAW_LENGTH", 40_000)
     # 211 x 48 float32.
-    words = ["model.embed_tokens.weight takes", "kept dense", "Use --embeddings stack"]
+    words = ["model.embed_tokens.weight takes", "kept dense", "Set embeddings to stack"]
     refused(1, words, "model", "--embeddings", "dense")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 import pytest
 import tiny_models
-from compressing import QUICK, everything
+from compressing import QUICK, everything, rewrite
 
 import bstk
+from bstack.cli._text import megabytes
 from bstack.cli.compress import command
 
 
@@ -57,6 +58,47 @@ def test_summary(run, model):
         assert word in out
     # Not a terminal: the stages by name, and no bars.
     assert "Compressing layers" in err and "\r" not in err
+
+
+@pytest.mark.parametrize("quantisation", [None, "Q4_1"])
+def test_what_the_original_takes_in_its_own_precision(run, model, tmp_path, monkeypatch, quantisation):
+    """The source's dtype, or 16 bits for each parameter of a quantised source, whose own size is then named, too."""
+    monkeypatch.setattr("bstack.models.safetensors.SafetensorsCheckpoint.quantisation", quantisation)
+    rewrite(model, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    code, out, err = run("model", "-o", "out.bstk", *QUICK)
+    assert code == 0, err
+    stored = (model / "model.safetensors").stat().st_size
+    with bstk.open(tmp_path / "out.bstk") as file:
+        found = file.metadata["model"]
+    assert (found["original_bytes"], found["original_dtype"]) == (stored, "bfloat16")
+    assert found["original_dtype_bytes"] == 2 * found["parameters"]
+    assert found.get("source_quantisation") == (quantisation and "SAFETENSORS Q4_1")
+    lines = [line for line in out.splitlines() if line.startswith("  original") or "better choice" in line]
+    assert f"{megabytes(2 * found['parameters'])} as bfloat16" in lines[0]
+    assert len(lines) == (2 if quantisation else 1) and (f"above {megabytes(stored)} the source" in out) == (
+        len(lines) == 2
+    )
+    assert main_page(tmp_path / "out.bstk").count("as bfloat16") == 1
+
+
+def main_page(path):
+    from bstack.cli.inspect import _page
+
+    with bstk.open(path) as file:
+        return _page(file)
+
+
+def test_the_type_of_most_bytes_is_the_quantisation_of_a_gguf_file():
+    from types import SimpleNamespace
+
+    from bstack.models.gguf import _quantisation
+
+    def tensors(**sizes):
+        return [SimpleNamespace(tensor_type=SimpleNamespace(name=name), n_bytes=size) for name, size in sizes.items()]
+
+    assert _quantisation(tensors(F32=10, Q4_1=100, Q6_K=50)) == "Q4_1"
+    assert _quantisation(tensors(F32=10, BF16=100, Q6_K=50)) is None
+    assert _quantisation([]) is None
 
 
 def test_json_and_quiet(run, model, tmp_path):

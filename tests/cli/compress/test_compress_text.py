@@ -34,7 +34,7 @@ def test_short_text_says_how_much_is_there_and_the_mended_command_works(run, ref
 
 
 def test_a_length_beyond_what_the_model_reads(refused, model, tmp_path):
-    refused(1, ["--sequence-length is 4000", "at most 128"], "model", "--sequence-length", 4000)
+    refused(1, ["sequence_length is 4000", "at most 128"], "model", "--sequence-length", 4000)
 
 
 def test_text_that_is_not_utf8(refused, model, tmp_path):
@@ -69,7 +69,7 @@ def test_data_set_that_cannot_be_read(refused, model, monkeypatch):
 def test_text_without_a_tokenizer(refused, tmp_path):
     tiny_models.save("llama", tmp_path / "bare")
     (tmp_path / "text.txt").write_text(tiny_models.text())
-    refused(1, ["no tokenizer", "--calibration self"], "bare", "--calibration", "text.txt")
+    refused(1, ["no tokenizer", "calibration to self"], "bare", "--calibration", "text.txt")
 
 
 def test_too_little_memory_to_write_a_text(refused, model, monkeypatch):

@@ -10,7 +10,9 @@ import pytest
 
 import bstk
 from bstack.bench.options import Options
-from bstack.bench.resume import KEPT_SECONDS, Rows
+from bstack.bench.results import Measured
+from bstack.bench.resume import KEPT_SECONDS, ResumeFile
+from bstack.eval.estimates import Estimate
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 
@@ -42,48 +44,48 @@ def refuse():
 
 
 def test_what_was_measured_is_found():
-    assert Rows("a").get("x", lambda: {"value": math.inf}) == {"value": math.inf}
-    again = Rows("a")
+    assert ResumeFile("a").get("x", lambda: {"value": math.inf}) == {"value": math.inf}
+    again = ResumeFile("a")
     assert again.get("x", refuse) == {"value": math.inf} and again.found == 1
-    assert Rows("b").get("x", lambda: 2) == 2
+    assert ResumeFile("b").get("x", lambda: 2) == 2
 
 
 def test_a_run_that_is_through_leaves_nothing(cache):
-    rows = Rows("a")
-    rows.get("x", lambda: 1)
-    rows.finish()
-    rows.finish()
-    assert Rows("a").get("x", lambda: 2) == 2 and [p.name for p in cache.iterdir()] == ["a.json"]
+    resume = ResumeFile("a")
+    resume.get("x", lambda: 1)
+    resume.delete()
+    resume.delete()
+    assert ResumeFile("a").get("x", lambda: 2) == 2 and [p.name for p in cache.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"x": 1', b"[1]", b"\xff\xfe", b"null"])
-def test_damaged_rows_are_measured_again(cache, damage):
-    Rows("a").get("x", lambda: 1)
+def test_damaged_resume_are_measured_again(cache, damage):
+    ResumeFile("a").get("x", lambda: 1)
     (cache / "a.json").write_bytes(damage)
-    assert Rows("a").get("x", lambda: 2) == 2
+    assert ResumeFile("a").get("x", lambda: 2) == 2
 
 
 def test_a_failure_is_not_kept():
-    rows = Rows("a")
+    resume = ResumeFile("a")
     with pytest.raises(ZeroDivisionError):
-        rows.get("x", lambda: 1 / 0)
-    assert rows.get("x", lambda: 3) == 3
+        resume.get("x", lambda: 1 / 0)
+    assert resume.get("x", lambda: 3) == 3
 
 
 def test_old_runs_are_forgotten(cache):
-    Rows("a").get("x", lambda: 1)
+    ResumeFile("a").get("x", lambda: 1)
     old = time.time() - KEPT_SECONDS - 60
     os.utime(cache / "a.json", (old, old))
-    Rows("b")
+    ResumeFile("b")
     assert not (cache / "a.json").exists()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    rows = Rows("a")
-    assert rows.get("x", lambda: 1) == 1 and rows.get("x", refuse) == 1
-    rows.finish()
+    resume = ResumeFile("a")
+    assert resume.get("x", lambda: 1) == 1 and resume.get("x", refuse) == 1
+    resume.delete()
 
 
 @pytest.mark.parametrize("change", ["nothing", "task", "processors", "code"])
@@ -96,12 +98,12 @@ def test_a_stopped_run_is_another_when_what_decides_its_figures_changed(tmp_path
 
     task, asked = tmp_path / "own.yaml", []
 
-    def ask(path, mb, **what):
+    def ask(request, progress):
         if len(asked) == 1:  # the second size of the first run
             asked.append("stopped")
             raise KeyboardInterrupt
-        asked.append(mb)
-        return {"tasks": {"own acc": [0.5, None]}}
+        asked.append(request.cut.budget)
+        return Measured(tasks={"own acc": Estimate(0.5)})
 
     def run():
         options = Options(quality=False, speed=False, tasks=[str(task)], trust_remote_code=True, code=str(tmp_path))

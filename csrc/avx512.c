@@ -3,7 +3,6 @@
  * Inputs are arranged in two planes: high bytes and low bytes of 64 codes, both signed, code = 256 high + low.
  */
 #include "avx512.h"
-#include "avx512_sign.h"
 
 #ifdef BSTACK_X86
 enum {
@@ -201,6 +200,29 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
+/* Eight sign bytes of one row, or fewer, mask 64 columns of inputs. */
+INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
+                     int rows) {
+    (void)stride;
+    __m512i high[4], low[4];
+    UNROLL
+    for (int o = 0; o < deep; o++) high[o] = low[o] = _mm512_setzero_si512();
+    for (int b = 0; b < width; b += 8, x += OPERAND) {
+        uint64_t word = 0;
+        memcpy(&word, bits + b, width - b < 8 ? (size_t)(width - b) : 8);
+        const __m512i value = _mm512_maskz_set1_epi8(_cvtu64_mask64(word), 1);
+        UNROLL
+        for (int o = 0; o < deep; o++) {
+            const uint8_t *at = x + (size_t)o * step;
+            high[o] = _mm512_dpbusd_epi32(high[o], value, _mm512_loadu_si512(at));
+            low[o] = _mm512_dpbusd_epi32(low[o], value, _mm512_loadu_si512(at + WIDE));
+        }
+    }
+    add_sums(high, low, 1, deep, sums, rows);
+}
+
+ROW_BY_ROW(sign)
+
 #define TILE(TALL, DEEP)                                                                  \
     static void trellis_##TALL##x##DEEP(TILE_ARGUMENTS) {                                 \
         trellis_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);             \
@@ -218,10 +240,8 @@ const struct kernels bstack_avx512 = {
     .name = "avx512",
     .arrange = arrange,
     .trellis = trellis,
-    .sign = bstack_avx512_sum_signs,
+    .sign = sign,
     .spqr = &bstack_spqr_avx512,
-    .tabulate = bstack_avx512_tabulate,
-    .table_bytes = AVX512_TABLES,
     .decode = decode,
 };
 

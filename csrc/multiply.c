@@ -2,8 +2,8 @@
  *
  * One operand is a row of inputs as 16-bit codes with one scale: the rotated inputs of a token for all trellis blocks,
  * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
- * more than the product with it (14 for sign blocks, whose products are looked up four at a time), and one scale for a whole
- * row keeps every sum an exact integer.
+ * more than the product with it (14 for sign blocks, so that four of them add up in 16), and one scale for a whole row keeps
+ * every sum an exact integer.
  */
 #include "spqr.h"
 
@@ -47,17 +47,12 @@ static size_t groups_of(int columns, int kind) {
     return round_up(each, GROUP) / GROUP * (kind == BSTACK_TRELLIS ? QUARTERS : 1);
 }
 
-/* Bytes of a group of a sign block's operand. */
-static size_t sign_bytes(const struct job *job) { return job->kernels->tabulate ? job->kernels->table_bytes : OPERAND; }
-
 /* Put the quantised x into place as operand number k; trellis operands by quarters, in turn for each 64 code bytes. */
 static void place(const struct job *job, struct operands *operands, int k, const float *x, int kind, int16_t *scratch) {
     const int n = job->columns;
     const size_t groups = groups_of(n, kind);
-    uint8_t *out = operands->codes + (size_t)k * operands->step;
-    int16_t *codes = (int16_t *)out;
-    const int in_place = kind == BSTACK_SIGN && !job->kernels->tabulate;
-    int16_t *plain = in_place ? codes : scratch;
+    int16_t *codes = (int16_t *)(operands->codes + (size_t)k * operands->step);
+    int16_t *plain = kind == BSTACK_TRELLIS ? scratch : codes;
     operands->scale[k] = bstack_quantise(x, n, kind == BSTACK_TRELLIS ? X_LIMIT : SIGN_LIMIT, plain);
     int64_t total = 0;
     for (int j = 0; j < n; j++) total += plain[j];
@@ -74,10 +69,6 @@ static void place(const struct job *job, struct operands *operands, int k, const
             }
     } else {
         memset(plain + n, 0, 2 * (groups * GROUP - (size_t)n));
-        if (!in_place) {
-            job->kernels->tabulate(plain, groups, out);
-            return;
-        }
     }
     job->kernels->arrange(codes, groups);
 }
@@ -135,7 +126,7 @@ EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix 
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     for (size_t b = 0; b < stride; b += SEGMENT)
         job->kernels->sign(matrix->block[level] + (size_t)start * stride + b, stride,
-                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b / 8 * sign_bytes(job),
+                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b / 8 * OPERAND,
                            in->step, in->count, sums);
     const uint8_t *packed = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
     float u[ROWS * BSTACK_RANK], total[ROWS];
@@ -191,7 +182,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
         for (int level = 0; level < job->matrices[i].count; level++) {
             const int kind = job->matrices[i].kind[level];
             struct operands found = {.step = groups_of(job->columns, kind), .count = job->tokens};
-            found.step *= kind == BSTACK_TRELLIS ? OPERAND : sign_bytes(job);
+            found.step *= OPERAND;
             if (kind == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
             } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {

@@ -17,17 +17,12 @@ static uint32_t sign_bit(uint64_t j) {
     return (uint32_t)(z >> 32) & 0x80000000u;
 }
 
-#if defined(__GNUC__) || defined(__clang__)
 __attribute__((constructor)) static void keep_signs(void) {
     for (int j = 0; j < KEPT; j++) kept_signs[j] = sign_bit((uint64_t)j);
 }
-enum { READY = KEPT };
-#else
-enum { READY = 0 };
-#endif
 
 EACH_CPU static void flip(float *x, int columns) {
-    const int ready = columns < READY ? columns : READY;
+    const int ready = columns < KEPT ? columns : KEPT;
     uint32_t bits;
     for (int j = 0; j < ready; j++) {
         memcpy(&bits, x + j, 4);

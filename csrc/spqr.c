@@ -5,12 +5,6 @@
 
 enum { SOME = 2048 }; /* outliers taken together */
 
-#if defined(__GNUC__)
-#define UNROLL_4 _Pragma("GCC unroll 4")
-#else
-#define UNROLL_4
-#endif
-
 static int is_spqr(int kind) { return kind == BSTACK_SPQR || kind == BSTACK_OUTLIERS; }
 
 static int has_spqr(const struct bstack_matrix *matrix) {
@@ -89,7 +83,7 @@ static float long_row(const uint8_t *index, const uint8_t *value, size_t count, 
 /* given[k] = codes[index[k]]. Two at a time, as the processor stores no more than one word a cycle. */
 static void fetch(const int16_t *codes, const uint8_t *index, size_t count, int16_t *given) {
     size_t k = 0;
-    UNROLL_4
+    _Pragma("GCC unroll 4")
     for (; k + 2 <= count; k += 2) {
         const uint32_t low = (uint16_t)codes[load_16(index + 2 * k)], high = (uint16_t)codes[load_16(index + 2 * k + 2)];
         const uint32_t both = low | high << 16;

@@ -4,7 +4,6 @@
 
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* As in struct kernels. */

@@ -27,7 +27,7 @@ from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import GROUPS, WIDEST, Outliers, outlier_bytes, rank_of
+from bstack.kernels.spqr import GROUPS, MAX_SPARSE_COLUMNS, Outliers, outlier_bytes, rank_of
 from bstack.numerics.errors import output_errors
 from bstack.numerics.outliers import MOST_OF_A_GROUP, outlier_scores
 from bstack.settings import Settings
@@ -236,7 +236,7 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
 
 
 def _check_width(shape: Shape) -> None:
-    if shape[1] > WIDEST:
+    if shape[1] > MAX_SPARSE_COLUMNS:
         raise CodecError(
-            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {WIDEST}. Use --codec trellis."
+            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {MAX_SPARSE_COLUMNS}. Use --codec trellis."
         )

@@ -26,8 +26,8 @@ from bstack.codecs.contract import Block, Codec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import BLOCKS, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.table import TABLE
-from bstack.kernels.trellis import EARLIER, encode_columns
+from bstack.kernels.reference import EARLIER, TABLE
+from bstack.kernels.trellis import encode_columns
 from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 from bstack.numerics.shrinkage import shrinkage

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import bstk
 from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
 from bstack.errors import CodecError
+from bstack.kernels import reference
 from bstack.kernels.native import library
-from bstack.kernels.trellis import encode_columns, encode_columns_reference
+from bstack.kernels.trellis import encode_columns
 from bstack.numerics.errors import output_errors
 from bstack.settings import Settings
 
@@ -78,7 +79,7 @@ def test_kernel_gives_the_codes_of_the_reference(m, n, seed, spread):
     weight = rng.uniform(0.01, 10, m).astype(np.float32)
     table = np.array(TABLE, np.float32)
     one = encode_columns(original.copy(), original, feedback, table, scale, weight)
-    two = encode_columns_reference(original.copy(), original, feedback, table, scale, weight)
+    two = reference.encode_columns(original.copy(), original, feedback, table, scale, weight)
     assert (one[0] == two[0]).all()
     assert (one[1] == two[1]).all()
 

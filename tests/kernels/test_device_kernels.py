@@ -21,6 +21,7 @@ def pair(rows, columns, kinds, seed):
     random = np.random.default_rng(seed)
     payloads = []
     for kind, rank in kinds:
+        rank = min(rank, rows, columns) if kind == SIGN else rank
         count = int(rows * columns * random.choice([0, 0.05, 1]))
         payloads.append((kind, rank, random_payload(random, rows, columns, kind, rank, count)))
     table = device.MatrixTable(3, torch.device(DEVICE))

@@ -25,32 +25,20 @@ _STAGES = {
 }
 
 
-class RankType(click.ParamType):
-    """A whole number, or the word auto."""
+class NumberOrAuto(click.ParamType):
+    """A number of some kind, or the word auto."""
 
-    name = "N|auto"
+    def __init__(self, number: click.ParamType):
+        self._number, self.name = number, f"{number.name} or auto"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto" or isinstance(value, int):
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if value == "auto":
             return value
         try:
-            return int(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
-
-
-class ShareType(click.ParamType):
-    """A number, or the word auto."""
-
-    name = "FRACTION|auto"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        if value == "auto" or isinstance(value, float):
-            return value
-        try:
-            return float(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+            return self._number.convert(value, param, ctx)
+        except click.BadParameter:
+            words = "a whole number" if self._number is click.INT else "a number"
+            self.fail(f"{value!r} is neither {words} nor auto.", param, ctx)
 
 
 @click.command()
@@ -67,7 +55,7 @@ class ShareType(click.ParamType):
     "--codec",
     type=click.Choice(["trellis", "sign", "spqr"]),
     help="trellis (the default): 2 bits per weight and block, best quality. sign: BitStack's sign planes. "
-    "spqr: groups of 3 or 4 bits with outliers apart, trellis blocks on top.",
+    "spqr: groups of 3 or 4 bits with separate outliers, trellis blocks on top.",
 )
 @click.option(
     "--planes",
@@ -77,7 +65,7 @@ class ShareType(click.ParamType):
 )
 @click.option(
     "--rank",
-    type=RankType(),
+    type=NumberOrAuto(click.INT),
     metavar="N|auto",
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
@@ -85,9 +73,9 @@ class ShareType(click.ParamType):
 @click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
 @click.option(
     "--outliers",
-    type=ShareType(),
+    type=NumberOrAuto(click.FLOAT),
     metavar="FRACTION|auto",
-    help="SpQR codec: share of a layer's weights to keep apart, at most 3 of a group; auto (the default) "
+    help="SpQR codec: fraction of a layer's weights that are outliers, at most 3 of a group; auto (the default) "
     "is 0.01, or with --bpw what that leaves room for.",
 )
 @click.option(

@@ -116,7 +116,7 @@ def run_stages(
             output = work.tensors(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
-        table_codec = codec.for_tables() if settings.embeddings == "stack" else None
+        table_codec = codec.for_embeddings() if settings.embeddings == "stack" else None
         statistics = TableStatistics(output["hessian"], int(output["tokens"]), sensitivity, windows)
         stacked = tables(skeleton) if table_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:

@@ -293,7 +293,7 @@ def test_a_text_too_short(bench, home):
 
 def test_windows_longer_than_the_model_reads(bench):
     done = bench("--windows", "2", "--sequence-length", "200")
-    assert done.returncode == 2 and "at most --sequence-length 128" in done.stderr
+    assert done.returncode == 2 and "a sequence length of at most 128" in done.stderr
 
 
 def test_an_original_of_another_vocabulary(bench, home):

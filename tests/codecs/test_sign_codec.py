@@ -12,7 +12,7 @@ import bstk
 from bstack.codecs import codec_of_kind, make_codec
 from bstack.codecs.sign import RANKS, SignCodec, channel_norms, choose_rank
 from bstack.errors import CodecError
-from bstack.numerics.errors import output_errors
+from bstack.numerics.hessian import output_errors
 from bstack.settings import PRESETS, Settings
 
 

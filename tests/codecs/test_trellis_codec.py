@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bstk
+from bstack.codecs import make_codec
 from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels import reference
 from bstack.kernels.native import library
 from bstack.kernels.trellis import encode_columns
-from bstack.numerics.errors import output_errors
+from bstack.numerics.hessian import output_errors
 from bstack.settings import Settings
 
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
@@ -187,8 +188,8 @@ def test_planes_out_of_range_are_refused(planes):
 
 
 def test_a_rank_is_refused():
-    with pytest.raises(CodecError, match="--codec sign"):
-        TrellisCodec.from_settings(Settings(rank=4))
+    with pytest.raises(CodecError, match="belongs to the sign codec"):
+        make_codec(Settings(rank=4))
 
 
 def test_without_kernels_it_warns_and_gives_the_same_bytes(tmp_path):

@@ -92,12 +92,7 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        native: ctypes.CDLL,
-        sizes: Sizes,
-        layers: Sequence[Layer],
-        final_norm: np.ndarray,
-        head: Sequence[Matrix],
+        self, native: ctypes.CDLL, sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]
     ):
         if not 1 <= len(head) <= MAX_PARTS:
             raise ValueError(f"the head has {len(head)} parts; allowed are 1 to {MAX_PARTS}.")

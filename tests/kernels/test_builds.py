@@ -42,7 +42,15 @@ def test_only_glibc_builds_a_function_for_several_cpus():
 def test_installation_warns_where_the_kernels_cannot_be_built(tmp_path):
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "csrc", "bstack", "format"):
         (tmp_path / name).symlink_to(c_builds.ROOT / name)
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        tmp_path / "temp",
+        "--build-lib",
+        tmp_path / "lib",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "CC": "false"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "WARNING: the C kernels could not be built" in done.stderr

@@ -22,8 +22,8 @@ from bstack.kernels import reference
 from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes, pointer
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
 from bstack.kernels.native import CHOICES, library
-from bstack.kernels.selftest import random_payload
 from bstack.kernels.reference import TABLE
+from bstack.kernels.selftest import random_payload
 from bstack.numerics import rotation
 
 CSRC = Path(__file__).parents[2] / "csrc"

@@ -19,12 +19,11 @@ from bstack.bench.baselines.rtn import round_to_nearest
 from bstack.bench.baselines.spqr import SpqrMatrix, spqr
 from bstack.bench.quality import Quality, Scores
 from bstack.bench.reference import Reference
-from bstack.calibration.sensitivity import layer_parameters
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.eval.streamed import altered, run_streamed
 from bstack.models.names import MatrixName
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, layer_parameters
 
 __all__ = ["Baseline", "Baselines", "Sizes"]
 

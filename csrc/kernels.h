@@ -75,7 +75,7 @@ const struct kernels *bstack_kernels(void);
 ALIGNED extern const uint8_t bstack_table[256];
 
 /* A matrix as it is now: the count is read once, and with it the blocks below it, which stay as they are. */
-static inline void bstack_take(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
+static inline void bstack_copy_matrix(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
     const int32_t count = __atomic_load_n(&matrix->count, __ATOMIC_ACQUIRE);
     taken->rows = matrix->rows;
     taken->columns = matrix->columns;

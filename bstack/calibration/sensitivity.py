@@ -89,7 +89,7 @@ class _LayerInputs:
     def write(self, index: int, calls: list[LayerCall]) -> None:
         # Unnamed and held open, so that what is unpickled below (objects of any class) is what was written here.
         with os_errors(str(self._scratch)):
-            stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)
+            stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - `read` closes it
             packed = io.BytesIO()  # torch would turn a full disk into an error of its own
             torch.save([(call.args, call.kwargs) for call in calls], packed)
             stream.write(packed.getbuffer())
@@ -189,5 +189,5 @@ def _take_hidden(
         return call.args[0], lambda layer, leaf: layer(leaf, *call.args[1:], **call.kwargs)
     for key, value in call.kwargs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape:
-            return value, lambda layer, leaf: layer(**{**call.kwargs, key: leaf})
+            return value, lambda layer, leaf, key=key: layer(**{**call.kwargs, key: leaf})
     raise UnsupportedModelError(f"A repeated layer was called without a hidden state: {sorted(call.kwargs)}.")

@@ -127,7 +127,7 @@ def _rows(source: str) -> Iterator[str]:
             f"There is no file or folder {source!r}. If it is a data set of the hub, reading it needs the package "
             "datasets: pip install 'bstack[datasets]'"
         ) from None
-    name, configuration, split = (source.split(":") + ["", ""])[:3]
+    name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         for row in rows:

@@ -62,7 +62,7 @@ class Codec(ABC):
             raise CodecError(f"{setting} is {value!r}; the {self.name} codec takes {allowed}.")
         object.__setattr__(self, setting, kind(value))
 
-    def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:
+    def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:  # noqa: B027
         """Refuse settings that matrices of these shapes make impossible, before any work; by default, none are.
 
         Parameters

@@ -111,7 +111,7 @@ class Dense:
 
     def pack(self, rank: int) -> bytes:
         """The payload of the whole block."""
-        bits, group = form_of(rank)
+        bits, _ = form_of(rank)
         count, groups = self.scales.shape[:2]
         if bits == 4:
             halves = self.codes.reshape(count, ROWS, groups, -1, 2, 2, 4).transpose(0, 2, 3, 4, 1, 5, 6)

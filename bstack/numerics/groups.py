@@ -199,7 +199,7 @@ def code_group(
     max_code : int
         The largest code.
     """
-    positions, rows = target.shape
+    positions = len(target)
     shape = (positions, *scale.shape)
     codes, dense, errors = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     added = torch.zeros(shape)

@@ -238,5 +238,5 @@ def test_auto_outliers_are_those_of_the_target():
 
 def test_more_inputs_than_16_bits_reach_are_refused():
     wide = torch.zeros(1, 65536)
-    with pytest.raises(CodecError, match="65536 inputs.*Use the trellis codec"):
+    with pytest.raises(CodecError, match=r"65536 inputs.*Use the trellis codec"):
         next(SpqrCodec().encode(wide, torch.zeros(1, 1), 1, torch.ones(1)))

@@ -94,7 +94,7 @@ def test_search_finds_the_best_path(rows):
         x = (rng.standard_normal((1, rows)) / UNIT).astype(np.float32)
         weight = rng.uniform(0.1, 3, rows).astype(np.float32)
         ones = np.ones(rows, np.float32)
-        codes, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
+        _, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
         found = (weight * errors[0].astype(float) ** 2).sum()
         best = np.inf
         for path in range(4 ** (rows + 3)):

@@ -331,7 +331,7 @@ def test_bad_calls_are_refused():
         with pytest.raises(ValueError, match="index"):
             lookup(matrix, np.array(index))
     for kind, rank in ((TRELLIS, 1), (SIGN, 0), (SIGN, 17), (2, 1)):
-        with pytest.raises(ValueError, match="a .* block|a block"):
+        with pytest.raises(ValueError, match=r"a .* block|a block"):
             matrix.put(1, kind, rank, 0)
     with pytest.raises(ValueError, match="level is 16"):
         matrix.put(16, TRELLIS, 2, 0)

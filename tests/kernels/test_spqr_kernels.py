@@ -237,11 +237,11 @@ def test_blocks_that_lead_outside_are_refused():
         changed(outliers, 20, "<u2", 4, 3),
     ]
     for payload in broken:
-        with pytest.raises(ValueError, match="row pointer|column|bytes"):
+        with pytest.raises(ValueError, match=r"row pointer|column|bytes"):
             Matrix.of(rows, columns, [(OUTLIERS, 0, payload)])
     order = np.frombuffer(dense[: 2 * columns], "<u2")
     for payload in (changed(dense, 0, "<u2", 20), changed(dense, 0, "<u2", order[1]), dense[:-1], dense + b"\0"):
-        with pytest.raises(ValueError, match="permutation|bytes"):
+        with pytest.raises(ValueError, match=r"permutation|bytes"):
             Matrix.of(rows, columns, [(SPQR, RANKS[0], payload)])
     for kind, rank, words in (
         (SPQR, RANKS[0], "checked"),

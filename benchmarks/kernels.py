@@ -18,7 +18,7 @@ import torch
 from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes
 from bstack.kernels.multiply import decode_rows, multiply_many
 from bstack.kernels.native import CHOICES, instructions, library, set_threads
-from bstack.kernels.selftest import random_payload, trusted_library
+from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
 
 MB = 2**20
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", choices=("roofline", "spqr", "token", "decoding"))
     arguments = parser.parse_args()
-    if trusted_library() is None:
+    if library() is None:
         parser.error("there are no C kernels to measure")
     print(f"best instruction set here: {instructions()}")
     offered = [name for name in reversed(CHOICES[1:]) if library().bstack_offers(name.encode()) == 0]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from bstack.calibration.sensitivity import layer_parameters, output_sensitivity
+from bstack.calibration.sensitivity import output_sensitivity
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import open_text, token_windows
@@ -30,7 +30,7 @@ from bstack.compression.layers import layer_matrices
 from bstack.eval.divergence import divergence
 from bstack.models.names import MatrixName
 from bstack.models.open import open_checkpoint
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, layer_parameters
 from bstack.numerics.groups import code_group, fit_groups
 
 
@@ -110,7 +110,7 @@ def encode_layers(
     bits, weights = [0.0] * len(variants), 0
     with (
         skeleton.loaded(skeleton.rest_names),
-        LayerStream(skeleton, batches, table=lambda name: skeleton.loaded([name])) as stream,
+        LayerStream(skeleton, batches, embedding=lambda name: skeleton.loaded([name])) as stream,
     ):
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)), torch.no_grad():

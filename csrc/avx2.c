@@ -23,7 +23,7 @@ static void arrange(int16_t *x, size_t groups) {
 }
 
 /* The bits of a where the mask is set, of b elsewhere. */
-INLINE __m256i mix(__m256i mask, __m256i a, __m256i b) {
+INLINE __m256i select_bits(__m256i mask, __m256i a, __m256i b) {
     return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 
@@ -60,76 +60,76 @@ INLINE int64_t sum_lanes(__m256i a) {
 }
 
 /* A register of code bytes of one row: 128 columns, 32 of each quarter. */
-INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int deep, __m256i *sum) {
+INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, __m256i *sum) {
     const __m256i crumbs = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(0x0F);
     __m256i row[EARLIER + 1], even[2], odd[2];
     UNROLL
     for (int e = 0; e <= EARLIER; e++) row[e] = _mm256_loadu_si256((const __m256i *)(codes + (size_t)e * stride));
     UNROLL
     for (int e = 0; e < 2; e++) { /* two rows each: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
-        even[e] = mix(crumbs, row[2 * e + 1], _mm256_slli_epi16(row[2 * e], 2));
-        odd[e] = mix(crumbs, _mm256_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
+        even[e] = select_bits(crumbs, row[2 * e + 1], _mm256_slli_epi16(row[2 * e], 2));
+        odd[e] = select_bits(crumbs, _mm256_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
     }
     const __m256i window[QUARTERS] = {
-        mix(nibble, even[1], _mm256_slli_epi16(even[0], 4)),
-        mix(nibble, odd[1], _mm256_slli_epi16(odd[0], 4)),
-        mix(nibble, _mm256_srli_epi16(even[1], 4), even[0]),
-        mix(nibble, _mm256_srli_epi16(odd[1], 4), odd[0]),
+        select_bits(nibble, even[1], _mm256_slli_epi16(even[0], 4)),
+        select_bits(nibble, odd[1], _mm256_slli_epi16(odd[0], 4)),
+        select_bits(nibble, _mm256_srli_epi16(even[1], 4), even[0]),
+        select_bits(nibble, _mm256_srli_epi16(odd[1], 4), odd[0]),
     };
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         const __m256i value = look_up(window[quarter]);
         UNROLL
-        for (int o = 0; o < deep; o++)
+        for (int o = 0; o < depth; o++)
             sum[o] = multiply_add(sum[o], value, x + (size_t)o * step + (size_t)quarter * OPERAND);
     }
 }
 
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep,
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
                         int64_t *sums, int rows) {
     for (int start = 0; start < width; start += FLUSH) {
         const int stop = start + FLUSH < width ? start + FLUSH : width;
         __m256i sum[4];
         UNROLL
-        for (int o = 0; o < deep; o++) sum[o] = _mm256_setzero_si256();
+        for (int o = 0; o < depth; o++) sum[o] = _mm256_setzero_si256();
         int b = start;
-        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, deep, sum);
+        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, depth, sum);
         if (b < stop) {
             uint8_t rest[(EARLIER + 1) * WIDE];
             copy_rest(rest, WIDE, codes + b, stride, stop - b);
-            trellis_step(rest, WIDE, inputs_of(x, b), step, deep, sum);
+            trellis_step(rest, WIDE, inputs_of(x, b), step, depth, sum);
         }
         UNROLL
-        for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
+        for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
     }
 }
 
 /* Four sign bytes of one row: 32 columns. */
-INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int deep, __m256i *sum) {
+INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int depth, __m256i *sum) {
     const __m256i value = _mm256_and_si256(bytes_of_bits(bits), _mm256_set1_epi8(1));
     UNROLL
-    for (int o = 0; o < deep; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
+    for (int o = 0; o < depth; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
 }
 
-INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
+INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;
     __m256i sum[4];
     UNROLL
-    for (int o = 0; o < deep; o++) sum[o] = _mm256_setzero_si256();
+    for (int o = 0; o < depth; o++) sum[o] = _mm256_setzero_si256();
     int b = 0;
     uint32_t word;
     for (; b + 4 <= width; b += 4, x += OPERAND / 2) {
         memcpy(&word, bits + b, 4);
-        sign_step(word, x, step, deep, sum);
+        sign_step(word, x, step, depth, sum);
     }
     if (b < width) {
         word = 0;
         memcpy(&word, bits + b, (size_t)(width - b));
-        sign_step(word, x, step, deep, sum);
+        sign_step(word, x, step, depth, sum);
     }
     UNROLL
-    for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
+    for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
 }
 
 ROW_BY_ROW(trellis)

@@ -3,7 +3,6 @@
  * Inputs are arranged in two planes: high bytes and low bytes of 64 codes, both signed, code = 256 high + low.
  */
 #include "avx512.h"
-#include "avx512_sign.h"
 
 #ifdef BSTACK_X86
 enum {
@@ -28,12 +27,12 @@ INLINE __m512i load(const uint8_t *at, int left) {
 
 /* Ask for bytes to come. The rows of a tile are several streams in one page, which the hardware does not foresee; blocks
  * are contiguous, so this asks for the next tiles' bytes in order. Addresses past the block do no harm. */
-INLINE void fetch(const uint8_t *at, int bytes) {
+INLINE void prefetch(const uint8_t *at, int bytes) {
     for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
 
 /* The bits of a where the mask is set, of b elsewhere. */
-INLINE __m512i mix(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
+INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
 
 /* Sums of the lanes of four registers. */
 INLINE __m128i sum_lanes(const __m512i *a) {
@@ -44,19 +43,19 @@ INLINE __m128i sum_lanes(const __m512i *a) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-/* Add 256 high + low to the sums of a tile: `tall` rows by `deep` operands, lanes [operand * tall + row]. */
-INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep, int64_t *sums, int rows) {
+/* Add 256 high + low to the sums of a tile: `tile_rows` rows by `depth` operands, lanes [operand * tile_rows + row]. */
+INLINE void add_sums(const __m512i *high, const __m512i *low, int tile_rows, int depth, int64_t *sums, int rows) {
     UNROLL
-    for (int k = 0; k < tall * deep; k += 4) {
+    for (int k = 0; k < tile_rows * depth; k += 4) {
         __m512i h[4], l[4];
         UNROLL
         for (int e = 0; e < 4; e++) {
-            h[e] = k + e < tall * deep ? high[k + e] : _mm512_setzero_si512();
-            l[e] = k + e < tall * deep ? low[k + e] : _mm512_setzero_si512();
+            h[e] = k + e < tile_rows * depth ? high[k + e] : _mm512_setzero_si512();
+            l[e] = k + e < tile_rows * depth ? low[k + e] : _mm512_setzero_si512();
         }
         const __m256i h64 = _mm256_cvtepi32_epi64(sum_lanes(h)), l64 = _mm256_cvtepi32_epi64(sum_lanes(l));
         const __m256i all = _mm256_add_epi64(_mm256_slli_epi64(h64, 8), l64);
-        if (tall == 4) {
+        if (tile_rows == 4) {
             __m256i *to = (__m256i *)(sums + k / 4 * rows);
             _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), all));
         } else {
@@ -64,7 +63,7 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tall, int deep
             _mm256_storeu_si256((__m256i *)total, all);
             UNROLL
             for (int e = 0; e < 4; e++)
-                if (k + e < tall * deep) sums[(k + e) / tall * rows + (k + e) % tall] += total[e];
+                if (k + e < tile_rows * depth) sums[(k + e) / tile_rows * rows + (k + e) % tile_rows] += total[e];
         }
     }
 }
@@ -76,90 +75,90 @@ INLINE __m512i look_up(const __m512i *table, __m512i window, __mmask64 upper) {
     return _mm512_mask2_permutex2var_epi8(table[0], found, _knot_mask64(upper), table[1]);
 }
 
-/* One register of code bytes of `tall` rows: 256 columns, 64 of each quarter. */
-INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step, int deep,
+/* One register of code bytes of `tile_rows` rows: 256 columns, 64 of each quarter. */
+INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,
                          const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
     __m512i row[8], even[8], odd[8];
     UNROLL
-    for (int e = 0; e < tall + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
+    for (int e = 0; e < tile_rows + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
     UNROLL
-    for (int e = 0; e < tall + 2; e++) { /* two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
-        even[e] = mix(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
-        odd[e] = mix(crumbs, _mm512_srli_epi16(row[e + 1], 2), row[e]);
+    for (int e = 0; e < tile_rows + 2; e++) { /* two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+        even[e] = select_bits(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
+        odd[e] = select_bits(crumbs, _mm512_srli_epi16(row[e + 1], 2), row[e]);
     }
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         const __m512i *pair = quarter & 1 ? odd : even, top = _mm512_set1_epi8((char)(2 << 2 * quarter));
         UNROLL
-        for (int i = 0; i < tall; i++) {
-            const __m512i window = quarter & 2 ? mix(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
-                                               : mix(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
+        for (int i = 0; i < tile_rows; i++) {
+            const __m512i window = quarter & 2 ? select_bits(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
+                                               : select_bits(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
             /* The top bit comes with the oldest code, before the window is complete. */
             const __m512i value = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
             UNROLL
-            for (int o = 0; o < deep; o++) {
+            for (int o = 0; o < depth; o++) {
                 const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
-                high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value, _mm512_loadu_si512(at));
-                low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], value, _mm512_loadu_si512(at + WIDE));
+                high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value, _mm512_loadu_si512(at));
+                low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value, _mm512_loadu_si512(at + WIDE));
             }
         }
     }
 }
 
-/* 16 code bytes of `tall` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
-INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tall, const uint8_t *x, size_t step,
-                               int deep, const __m512i *table, __m512i *high, __m512i *low) {
+/* 16 code bytes of `tile_rows` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
+INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
+                               int depth, const __m512i *table, __m512i *high, __m512i *low) {
     const int64_t by_2 = 0x0002000200020002; /* four words */
     const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
     __m512i row[8], pair[8]; /* the code of the lane's quarter in the low bits; of rows e and e + 1, the older row's above */
     UNROLL
-    for (int e = 0; e < tall + 3; e++) {
+    for (int e = 0; e < tile_rows + 3; e++) {
         const uint8_t *at = codes + (size_t)e * stride;
         const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
                                             : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
         row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
     }
     UNROLL
-    for (int e = 0; e < tall + 2; e++) pair[e] = mix(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
+    for (int e = 0; e < tile_rows + 2; e++) pair[e] = select_bits(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
     __m512i value[4];
     UNROLL
-    for (int i = 0; i < tall; i++) {
-        const __m512i window = mix(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4));
+    for (int i = 0; i < tile_rows; i++) {
+        const __m512i window = select_bits(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4));
         value[i] = look_up(table, window, _mm512_movepi8_mask(window));
     }
     UNROLL
-    for (int o = 0; o < deep; o++) {
+    for (int o = 0; o < depth; o++) {
         const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
         const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
         UNROLL
-        for (int i = 0; i < tall; i++) {
-            high[o * tall + i] = _mm512_dpbusd_epi32(high[o * tall + i], value[i], x_high);
-            low[o * tall + i] = _mm512_dpbusd_epi32(low[o * tall + i], value[i], x_low);
+        for (int i = 0; i < tile_rows; i++) {
+            high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
+            low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
         }
     }
 }
 
-INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tall, const uint8_t *x, size_t step, int deep,
+INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tile_rows, const uint8_t *x, size_t step, int depth,
                          int64_t *sums, int rows) {
     __m512i high[8], low[8], table[4];
     UNROLL
-    for (int k = 0; k < tall * deep; k++) high[k] = low[k] = _mm512_setzero_si512();
+    for (int k = 0; k < tile_rows * depth; k++) high[k] = low[k] = _mm512_setzero_si512();
     UNROLL
     for (int k = 0; k < 4; k++) table[k] = _mm512_loadu_si512(bstack_table + k * WIDE);
     int b = 0;
-    const uint8_t *ahead = codes + (size_t)(tall + EARLIER) * stride + AHEAD;
+    const uint8_t *ahead = codes + (size_t)(tile_rows + EARLIER) * stride + AHEAD;
     for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND) {
-        fetch(ahead + tall * b, tall * WIDE);
-        trellis_step(codes + b, stride, WIDE, tall, x, step, deep, table, high, low);
+        prefetch(ahead + tile_rows * b, tile_rows * WIDE);
+        trellis_step(codes + b, stride, WIDE, tile_rows, x, step, depth, table, high, low);
     }
-    fetch(ahead + tall * b, tall * (width - b));
+    prefetch(ahead + tile_rows * b, tile_rows * (width - b));
     if (width - b > 2 * SHORT)
-        trellis_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
+        trellis_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
     else
         for (; b < width; b += SHORT, x += SHORT)
-            trellis_short_step(codes + b, stride, width - b, tall, x, step, deep, table, high, low);
-    add_sums(high, low, tall, deep, sums, rows);
+            trellis_short_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
+    add_sums(high, low, tile_rows, depth, sums, rows);
 }
 
 static void decode(const uint8_t *codes, int columns, float scale, float *out) {
@@ -175,14 +174,14 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
         for (int e = 0; e <= EARLIER; e++) row[e] = load(codes + (size_t)e * (size_t)q + b, q - b);
         UNROLL
         for (int e = 0; e < 2; e++) {
-            even[e] = mix(crumbs, row[2 * e + 1], _mm512_slli_epi16(row[2 * e], 2));
-            odd[e] = mix(crumbs, _mm512_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
+            even[e] = select_bits(crumbs, row[2 * e + 1], _mm512_slli_epi16(row[2 * e], 2));
+            odd[e] = select_bits(crumbs, _mm512_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
         }
         const __m512i window[QUARTERS] = {
-            mix(nibble, even[1], _mm512_slli_epi16(even[0], 4)),
-            mix(nibble, odd[1], _mm512_slli_epi16(odd[0], 4)),
-            mix(nibble, _mm512_srli_epi16(even[1], 4), even[0]),
-            mix(nibble, _mm512_srli_epi16(odd[1], 4), odd[0]),
+            select_bits(nibble, even[1], _mm512_slli_epi16(even[0], 4)),
+            select_bits(nibble, odd[1], _mm512_slli_epi16(odd[0], 4)),
+            select_bits(nibble, _mm512_srli_epi16(even[1], 4), even[0]),
+            select_bits(nibble, _mm512_srli_epi16(odd[1], 4), odd[0]),
         };
         UNROLL
         for (int quarter = 0; quarter < QUARTERS; quarter++) {
@@ -201,6 +200,29 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
+/* Eight sign bytes of one row, or fewer, mask 64 columns of inputs. */
+INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
+                     int rows) {
+    (void)stride;
+    __m512i high[4], low[4];
+    UNROLL
+    for (int o = 0; o < depth; o++) high[o] = low[o] = _mm512_setzero_si512();
+    for (int b = 0; b < width; b += 8, x += OPERAND) {
+        uint64_t word = 0;
+        memcpy(&word, bits + b, width - b < 8 ? (size_t)(width - b) : 8);
+        const __m512i value = _mm512_maskz_set1_epi8(_cvtu64_mask64(word), 1);
+        UNROLL
+        for (int o = 0; o < depth; o++) {
+            const uint8_t *at = x + (size_t)o * step;
+            high[o] = _mm512_dpbusd_epi32(high[o], value, _mm512_loadu_si512(at));
+            low[o] = _mm512_dpbusd_epi32(low[o], value, _mm512_loadu_si512(at + WIDE));
+        }
+    }
+    add_sums(high, low, 1, depth, sums, rows);
+}
+
+ROW_BY_ROW(sign)
+
 #define TILE(TALL, DEEP)                                                                  \
     static void trellis_##TALL##x##DEEP(TILE_ARGUMENTS) {                                 \
         trellis_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);             \
@@ -218,10 +240,8 @@ const struct kernels bstack_avx512 = {
     .name = "avx512",
     .arrange = arrange,
     .trellis = trellis,
-    .sign = bstack_avx512_sum_signs,
+    .sign = sign,
     .spqr = &bstack_spqr_avx512,
-    .tabulate = bstack_avx512_tabulate,
-    .table_bytes = AVX512_TABLES,
     .decode = decode,
 };
 

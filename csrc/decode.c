@@ -101,7 +101,7 @@ static void decode_part(void *argument, int part) {
 
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out) {
     struct bstack_matrix taken;
-    bstack_take(&taken, matrix);
+    bstack_copy_matrix(&taken, matrix);
     struct job job = {.matrix = &taken, .kinds = kinds, .start = start, .count = stop - start, .out = out};
     bstack_parallel(decode_part, &job, (job.count + PART - 1) / PART);
 }
@@ -121,7 +121,7 @@ static void look_up_part(void *argument, int part) {
 
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out) {
     struct bstack_matrix taken;
-    bstack_take(&taken, matrix);
+    bstack_copy_matrix(&taken, matrix);
     struct job job = {.matrix = &taken, .index = index, .count = count, .out = out};
     bstack_parallel(look_up_part, &job, (count + PART - 1) / PART);
 }

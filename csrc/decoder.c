@@ -35,7 +35,7 @@ static void normalise(float *restrict y, const float *restrict x, const float *r
 
 /* Rotary position (Su et al., arXiv 2104.09864) of one head, halves paired. */
 EACH_CPU
-static void turn(float *restrict x, const float *restrict cosine, const float *restrict sine, int n) {
+static void rotate_positions(float *restrict x, const float *restrict cosine, const float *restrict sine, int n) {
     const int half = n / 2;
     for (int j = 0; j < half; j++) {
         const float a = x[j], b = x[half + j];
@@ -63,12 +63,12 @@ static void attend(void *argument, int head) {
     const size_t shared = (size_t)(head / (d->heads / d->key_heads)) * (size_t)a->capacity * (size_t)n;
     const float *query = a->query + (size_t)head * n, *keys = a->layer->keys + shared, *values = a->layer->values + shared;
     float *out = a->out + (size_t)head * n, *score = a->scores + (size_t)head * (size_t)a->capacity;
-    float most = -INFINITY, sum = 0.0f;
+    float max = -INFINITY, sum = 0.0f;
     for (int t = 0; t < a->tokens; t++) {
         score[t] = d->scale * dot(query, keys + (size_t)t * n, n);
-        if (score[t] > most) most = score[t];
+        if (score[t] > max) max = score[t];
     }
-    for (int t = 0; t < a->tokens; t++) sum += score[t] = expf(score[t] - most);
+    for (int t = 0; t < a->tokens; t++) sum += score[t] = expf(score[t] - max);
     memset(out, 0, sizeof *out * (size_t)n);
     for (int t = 0; t < a->tokens; t++) add_scaled(out, values + (size_t)t * n, score[t] / sum, n);
 }
@@ -78,7 +78,7 @@ static void gate_values(float *restrict gate, const float *restrict up, int n) {
     for (int j = 0; j < n; j++) gate[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
 }
 
-static void place_heads(float *x, const float *weight, const struct bstack_decoder *d, int heads, const float *cosine,
+static void prepare_heads(float *x, const float *weight, const struct bstack_decoder *d, int heads, const float *cosine,
                         const float *sine, float *scratch) {
     for (int h = 0; h < heads; h++) {
         float *head = x + (size_t)h * d->head_width;
@@ -86,7 +86,7 @@ static void place_heads(float *x, const float *weight, const struct bstack_decod
             memcpy(scratch, head, sizeof *head * (size_t)d->head_width);
             normalise(head, scratch, weight, d->epsilon, d->head_width);
         }
-        turn(head, cosine, sine, d->head_width);
+        rotate_positions(head, cosine, sine, d->head_width);
     }
 }
 
@@ -104,8 +104,8 @@ static int run_layer(const struct bstack_decoder *d, const struct bstack_layer *
     add_bias(query, layer->query_bias, queries);
     add_bias(key, layer->key_bias, keys);
     add_bias(value, layer->value_bias, keys);
-    place_heads(query, layer->query_norm, d, d->heads, cosine, sine, normal);
-    place_heads(key, layer->key_norm, d, d->key_heads, cosine, sine, normal);
+    prepare_heads(query, layer->query_norm, d, d->heads, cosine, sine, normal);
+    prepare_heads(key, layer->key_norm, d, d->key_heads, cosine, sine, normal);
     for (int h = 0; h < d->key_heads; h++) {
         const size_t at = ((size_t)h * (size_t)capacity + (size_t)position) * (size_t)n;
         memcpy(layer->keys + at, key + (size_t)h * n, sizeof *key * (size_t)n);

@@ -5,25 +5,13 @@
  * before the first are stored too, so the search may start in any state.
  *
  * Every float operation is a plain IEEE single operation in a fixed order (built with -ffp-contract=off), so that the
- * reference in bstack/kernels/trellis.py gives the same codes on every machine.
+ * reference in bstack/kernels/reference.py gives the same codes on every machine.
  */
-#include <stdint.h>
+#include "kernels.h"
+
 #include <stdlib.h>
 
-enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES, EARLIER = 3 };
-
-/* One copy of the hot function for each instruction set, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
-#define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EACH_CPU
-#endif
-
-#if defined(__GNUC__) || defined(__clang__)
-#define ALWAYS __attribute__((always_inline)) /* a function of its own would be built for the oldest CPU only */
-#else
-#define ALWAYS
-#endif
+enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES };
 
 /* One row of the search: costs of the 64 states before it -> costs after it, and which oldest code each came from.
  *
@@ -31,8 +19,8 @@ enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES, EAR
  * leave the same state, so the last loops compare four runs of 64 neighbours. (Loops of 64 and more are vectorised by
  * the compilers; shorter ones they unroll first and then do not.)
  */
-static inline ALWAYS void advance(float x, float weight, const float *restrict table, const float *restrict before,
-                                  float *restrict after, uint8_t *restrict from) {
+INLINE void advance(float x, float weight, const float *restrict table, const float *restrict before, float *restrict after,
+                    uint8_t *restrict from) {
     float cost[WINDOWS];
     int32_t oldest[STATES];
     for (int p = 0; p < STATES; p++) {
@@ -98,7 +86,7 @@ static void search_column(const float *restrict x, const float *restrict weight,
  *
  * target:   columns * rows, what each column should become; changed by the feedback of the columns before it.
  * original: columns * rows, what the error is measured against.
- * feedback: columns * columns, [j][t] = share of column j's error that column t > j makes up for.
+ * feedback: columns * columns, [j][t] = part of column j's error that column t > j makes up for.
  * scale, weight: rows.    code: columns * (EARLIER + rows), error: columns * rows, both written.
  * Returns 0, or 1 when there is no memory.
  */
@@ -119,9 +107,9 @@ int bstack_trellis_encode(float *target, const float *original, int columns, int
         search_column(x, weight, rows, table, code + at + (size_t)j * EARLIER, value, back);
         for (int i = 0; i < rows; i++) error[at + i] = original[at + i] - scale[i] * value[i];
         for (int t = j + 1; t < columns; t++) {
-            const float share = feedback[(size_t)j * columns + t];
+            const float part = feedback[(size_t)j * columns + t];
             float *later = target + (size_t)t * rows;
-            for (int i = 0; i < rows; i++) later[i] += share * error[at + i];
+            for (int i = 0; i < rows; i++) later[i] += part * error[at + i];
         }
     }
     free(x);

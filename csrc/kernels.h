@@ -4,8 +4,11 @@
 
 #include "bstack.h"
 
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "blocks are little-endian, and so must the machine be"
+#if !defined(__GNUC__) || defined(_WIN32)
+#error "the kernels need GCC or Clang on a POSIX system; without them bstack uses its numpy reference"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the kernels need a little-endian machine"
 #endif
 
 #include <string.h>
@@ -31,12 +34,10 @@ struct kernels {
      * `width` bytes are used; groups of operands stand in the order of the code bytes, four quarters in turn. */
     void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                     int64_t *sums);
-    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Operands are arranged like those of
-     * a trellis block, or, where there is a `tabulate`, are its tables, `table_bytes` for each group of 64 codes. */
+    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands stand in the order
+     * of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                  int64_t *sums);
-    void (*tabulate)(const int16_t *x, size_t groups, uint8_t *tables);
-    size_t table_bytes;
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null where the plain
      * loop of decode.c serves. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
@@ -46,25 +47,24 @@ struct kernels {
 struct spqr_kernels;
 extern const struct kernels bstack_portable;
 extern const struct spqr_kernels bstack_spqr_portable;
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__)
 #define BSTACK_X86 1
 extern const struct kernels bstack_avx2, bstack_avx512;
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
-#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#elif defined(__aarch64__)
 #define BSTACK_NEON 1
 extern const struct kernels bstack_neon;
 extern const struct spqr_kernels bstack_spqr_neon;
 #endif
 const struct kernels *bstack_kernels(void);
 
-#if defined(__GNUC__) || defined(__clang__)
 #define ALIGNED __attribute__((aligned(64)))
-#else
-#define ALIGNED
-#endif
+/* For functions that must be compiled as part of their caller, for its instruction set. */
+#define INLINE static inline __attribute__((always_inline))
 
-/* Before a function of plain loops: it is compiled for wider registers too, and the loader takes what the CPU has. No bit
- * depends on it: sums of floats keep their order, and nothing is contracted. */
+/* Before a function of plain loops: compile it for wider registers too; the loader takes the version that the CPU has. This
+ * needs the ifunc mechanism, which glibc has and musl has not. No bit depends on it: sums of floats keep their order, and
+ * nothing is contracted. */
 #if defined(BSTACK_X86) && defined(__GLIBC__)
 #define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -75,12 +75,8 @@ const struct kernels *bstack_kernels(void);
 ALIGNED extern const uint8_t bstack_table[256];
 
 /* A matrix as it is now: the count is read once, and with it the blocks below it, which stay as they are. */
-static inline void bstack_take(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
-#if defined(__GNUC__) || defined(__clang__)
+static inline void bstack_copy_matrix(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
     const int32_t count = __atomic_load_n(&matrix->count, __ATOMIC_ACQUIRE);
-#else
-    const int32_t count = *(const volatile int32_t *)&matrix->count;
-#endif
     taken->rows = matrix->rows;
     taken->columns = matrix->columns;
     taken->count = count;

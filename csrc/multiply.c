@@ -2,8 +2,8 @@
  *
  * One operand is a row of inputs as 16-bit codes with one scale: the rotated inputs of a token for all trellis blocks,
  * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
- * more than the product with it (14 for sign blocks, whose products are looked up four at a time), and one scale for a whole
- * row keeps every sum an exact integer.
+ * more than the product with it (14 for sign blocks, so that four of them add up in 16), and one scale for a whole row keeps
+ * every sum an exact integer.
  */
 #include "spqr.h"
 
@@ -11,7 +11,7 @@
 
 enum {
     ROWS = 32,           /* rows summed at once */
-    TOKENS = DIRECT_TOKENS,
+    TOKENS = SPQR_TOKENS,
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
     PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
@@ -33,11 +33,11 @@ struct job {
     float *const *y;
     int count, tokens, columns;
     int steps;        /* parts of the preparation of a token */
-    float *turned;    /* tokens x steps x columns */
+    float *work;      /* tokens x steps x columns */
     int16_t *scratch; /* the same, columns filled up to whole groups */
     struct operands trellis;
     struct operands (*sign)[BSTACK_BLOCKS]; /* of each matrix and block */
-    struct direct direct;
+    struct spqr_job spqr;
     int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
 };
 
@@ -47,17 +47,12 @@ static size_t groups_of(int columns, int kind) {
     return round_up(each, GROUP) / GROUP * (kind == BSTACK_TRELLIS ? QUARTERS : 1);
 }
 
-/* Bytes of a group of a sign block's operand. */
-static size_t sign_bytes(const struct job *job) { return job->kernels->tabulate ? job->kernels->table_bytes : OPERAND; }
-
 /* Put the quantised x into place as operand number k; trellis operands by quarters, in turn for each 64 code bytes. */
-static void place(const struct job *job, struct operands *operands, int k, const float *x, int kind, int16_t *scratch) {
+static void store_operand(const struct job *job, struct operands *operands, int k, const float *x, int kind, int16_t *scratch) {
     const int n = job->columns;
     const size_t groups = groups_of(n, kind);
-    uint8_t *out = operands->codes + (size_t)k * operands->step;
-    int16_t *codes = (int16_t *)out;
-    const int in_place = kind == BSTACK_SIGN && !job->kernels->tabulate;
-    int16_t *plain = in_place ? codes : scratch;
+    int16_t *codes = (int16_t *)(operands->codes + (size_t)k * operands->step);
+    int16_t *plain = kind == BSTACK_TRELLIS ? scratch : codes;
     operands->scale[k] = bstack_quantise(x, n, kind == BSTACK_TRELLIS ? X_LIMIT : SIGN_LIMIT, plain);
     int64_t total = 0;
     for (int j = 0; j < n; j++) total += plain[j];
@@ -74,28 +69,24 @@ static void place(const struct job *job, struct operands *operands, int k, const
             }
     } else {
         memset(plain + n, 0, 2 * (groups * GROUP - (size_t)n));
-        if (!in_place) {
-            job->kernels->tabulate(plain, groups, out);
-            return;
-        }
     }
     job->kernels->arrange(codes, groups);
 }
 
 /* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i,
  * if there are any. */
-EACH_CPU static void prepare(void *argument, int part) {
+EACH_CPU static void prepare_part(void *argument, int part) {
     struct job *job = argument;
     const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
     const float *x = job->x + (size_t)token * (size_t)n;
-    float *turned = job->turned + (size_t)part * (size_t)n;
+    float *work = job->work + (size_t)part * (size_t)n;
     int16_t *scratch = job->scratch + (size_t)part * round_up((size_t)n, GROUP);
     if (i < 0) {
-        bstack_direct_prepare(&job->direct, token, x);
+        bstack_spqr_prepare(&job->spqr, token, x);
         if (!job->trellis.count) return;
-        memcpy(turned, x, sizeof *x * (size_t)n);
-        bstack_rotate(turned, 1, n);
-        place(job, &job->trellis, token, turned, BSTACK_TRELLIS, scratch);
+        memcpy(work, x, sizeof *x * (size_t)n);
+        bstack_rotate(work, 1, n);
+        store_operand(job, &job->trellis, token, work, BSTACK_TRELLIS, scratch);
         return;
     }
     const struct bstack_matrix *matrix = job->matrices + i;
@@ -104,8 +95,8 @@ EACH_CPU static void prepare(void *argument, int part) {
         const int rank = matrix->rank[level];
         const uint8_t *v = matrix->block[level] + (size_t)matrix->rows * (sign_stride(n) + 2 * (size_t)rank);
         for (int r = 0; r < rank; r++) {
-            for (int j = 0; j < n; j++) turned[j] = x[j] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
-            place(job, &job->sign[i][level], token * rank + r, turned, BSTACK_SIGN, scratch);
+            for (int j = 0; j < n; j++) work[j] = x[j] * half_to_float(v + 2 * ((size_t)j * (size_t)rank + (size_t)r));
+            store_operand(job, &job->sign[i][level], token * rank + r, work, BSTACK_SIGN, scratch);
         }
     }
 }
@@ -135,7 +126,7 @@ EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix 
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     for (size_t b = 0; b < stride; b += SEGMENT)
         job->kernels->sign(matrix->block[level] + (size_t)start * stride + b, stride,
-                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b / 8 * sign_bytes(job),
+                           (int)(stride - b < SEGMENT ? stride - b : SEGMENT), rows, in->codes + b / 8 * OPERAND,
                            in->step, in->count, sums);
     const uint8_t *packed = matrix->block[level] + (size_t)matrix->rows * stride + 2 * (size_t)start * rank;
     float u[ROWS * BSTACK_RANK], total[ROWS];
@@ -162,7 +153,7 @@ static void multiply_rows(void *argument, int part) {
     const int stop = start + job->rows[which] < matrix->rows ? start + job->rows[which] : matrix->rows;
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
-    bstack_direct_multiply(&job->direct, which, start, stop - start, y);
+    bstack_spqr_multiply(&job->spqr, which, start, stop - start, y);
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
         for (int level = 0; level < matrix->count; level++)
@@ -181,7 +172,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     job->steps = 1;
     for (size_t i = 0; i < count; i++)
         if (memchr(job->matrices[i].kind, BSTACK_SIGN, (size_t)job->matrices[i].count)) job->steps = 1 + job->count;
-    TAKE(job->turned, sizeof(float) * t * (size_t)job->steps * n);
+    TAKE(job->work, sizeof(float) * t * (size_t)job->steps * n);
     TAKE(job->scratch, sizeof(int16_t) * t * (size_t)job->steps * round_up(n, GROUP));
     TAKE(job->first, sizeof(int) * (count + 1));
     TAKE(job->rows, sizeof(int) * count);
@@ -191,7 +182,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
         for (int level = 0; level < job->matrices[i].count; level++) {
             const int kind = job->matrices[i].kind[level];
             struct operands found = {.step = groups_of(job->columns, kind), .count = job->tokens};
-            found.step *= kind == BSTACK_TRELLIS ? OPERAND : sign_bytes(job);
+            found.step *= OPERAND;
             if (kind == BSTACK_TRELLIS) {
                 if (trellis++) continue; /* one for all */
             } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {
@@ -208,11 +199,11 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
                 job->sign[i][level] = found;
         }
 #undef TAKE
-    job->direct.matrices = job->matrices;
-    job->direct.count = job->count;
-    job->direct.tokens = job->tokens;
-    job->direct.columns = job->columns;
-    return bstack_direct_lay_out(&job->direct, memory, at);
+    job->spqr.matrices = job->matrices;
+    job->spqr.count = job->count;
+    job->spqr.tokens = job->tokens;
+    job->spqr.columns = job->columns;
+    return bstack_spqr_lay_out(&job->spqr, memory, at);
 }
 
 /* Packed bytes of a row, one more than none. */
@@ -226,7 +217,7 @@ static size_t row_bytes(const struct bstack_matrix *matrix) {
 }
 
 /* Share out the rows of all matrices, in whole steps of ROWS. Returns the number of parts. */
-static int share_out(struct job *job) {
+static int split_rows(struct job *job) {
     size_t all = 0;
     for (int i = 0; i < job->count; i++) all += row_bytes(job->matrices + i) * (size_t)job->matrices[i].rows;
     size_t size = all / (size_t)(SHARE * bstack_threads());
@@ -246,7 +237,7 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
     if (count < 1 || tokens < 1) return 0;
     struct bstack_matrix *taken = malloc((sizeof *taken + sizeof(float *)) * (size_t)count);
     if (!taken) return 1;
-    for (int i = 0; i < count; i++) bstack_take(taken + i, matrices[i]);
+    for (int i = 0; i < count; i++) bstack_copy_matrix(taken + i, matrices[i]);
     float **outputs = (float **)(taken + count);
     struct job job = {.kernels = bstack_kernels(), .matrices = taken, .count = count, .tokens = 1};
     job.columns = taken->columns;
@@ -261,8 +252,8 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
         lay_out(&job, (uint8_t *)round_up((uintptr_t)memory, GROUP));
         job.x = x + (size_t)done * (size_t)job.columns;
         for (int i = 0; i < count; i++) outputs[i] = y[i] + (size_t)done * (size_t)taken[i].rows;
-        const int parts = share_out(&job);
-        bstack_parallel(prepare, &job, job.tokens * job.steps);
+        const int parts = split_rows(&job);
+        bstack_parallel(prepare_part, &job, job.tokens * job.steps);
         bstack_parallel(multiply_rows, &job, parts);
     }
     const int problem = !memory;

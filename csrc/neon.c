@@ -39,7 +39,7 @@ INLINE uint8x16_t window_of(uint8x16_t oldest, uint8x16_t older, uint8x16_t old,
 }
 
 /* A register of code bytes of one row: 64 columns, 16 of each quarter. */
-INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int deep,
+INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth,
                          const uint8x16x4_t *table, int32x4_t *sum) {
     uint8x16_t row[EARLIER + 1];
     UNROLL
@@ -48,14 +48,14 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         const uint8x16_t value = look_up(table, window_of(row[0], row[1], row[2], row[3]));
         UNROLL
-        for (int o = 0; o < deep; o++)
+        for (int o = 0; o < depth; o++)
             sum[o] = multiply_add(sum[o], value, x + (size_t)o * step + (size_t)quarter * OPERAND);
         UNROLL
         for (int e = 0; e <= EARLIER; e++) row[e] = vshrq_n_u8(row[e], 2);
     }
 }
 
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int deep,
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
                         int64_t *sums, int rows) {
     uint8x16x4_t table[4];
     UNROLL
@@ -64,35 +64,35 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
         const int stop = start + FLUSH < width ? start + FLUSH : width;
         int32x4_t sum[4];
         UNROLL
-        for (int o = 0; o < deep; o++) sum[o] = vdupq_n_s32(0);
+        for (int o = 0; o < depth; o++) sum[o] = vdupq_n_s32(0);
         int b = start;
-        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, deep, table, sum);
+        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, depth, table, sum);
         if (b < stop) {
             uint8_t rest[(EARLIER + 1) * WIDE];
             copy_rest(rest, WIDE, codes + b, stride, stop - b);
-            trellis_step(rest, WIDE, inputs_of(x, b), step, deep, table, sum);
+            trellis_step(rest, WIDE, inputs_of(x, b), step, depth, table, sum);
         }
         UNROLL
-        for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += vaddlvq_s32(sum[o]);
+        for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += vaddlvq_s32(sum[o]);
     }
 }
 
-INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int deep, int64_t *sums,
+INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;
     const uint8x8_t one = vcreate_u8(0x8040201008040201u);
     int32x4_t sum[4];
     UNROLL
-    for (int o = 0; o < deep; o++) sum[o] = vdupq_n_s32(0);
+    for (int o = 0; o < depth; o++) sum[o] = vdupq_n_s32(0);
     for (int b = 0; b < width; b += 2, x += 2 * WIDE) { /* two sign bytes: 16 columns */
         const uint8x8_t low = vtst_u8(vdup_n_u8(bits[b]), one);
         const uint8x8_t high = vtst_u8(vdup_n_u8(b + 1 < width ? bits[b + 1] : 0), one);
         const uint8x16_t value = vandq_u8(vcombine_u8(low, high), vdupq_n_u8(1));
         UNROLL
-        for (int o = 0; o < deep; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
+        for (int o = 0; o < depth; o++) sum[o] = multiply_add(sum[o], value, x + (size_t)o * step);
     }
     UNROLL
-    for (int o = 0; o < deep; o++) sums[(size_t)o * (size_t)rows] += vaddlvq_s32(sum[o]);
+    for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += vaddlvq_s32(sum[o]);
 }
 
 ROW_BY_ROW(trellis)

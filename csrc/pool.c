@@ -4,16 +4,6 @@
  */
 #include "kernels.h"
 
-#if defined(_WIN32)
-
-void bstack_parallel(void (*work)(void *, int), void *argument, int parts) {
-    for (int part = 0; part < parts; part++) work(argument, part);
-}
-void bstack_set_threads(int count) { (void)count; }
-int bstack_threads(void) { return 1; }
-
-#else
-
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -173,5 +163,3 @@ static void in_child(void) {
 }
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
-
-#endif

@@ -6,8 +6,8 @@
 enum { TOGETHER = 16 }; /* tokens rotated by one thread at a time */
 
 /* Signs of the first inputs, as their sign bits; later ones are computed. Written before any thread reads it. */
-enum { KEPT = 16384 };
-static uint32_t kept_signs[KEPT];
+enum { CACHED = 16384 };
+static uint32_t cached_signs[CACHED];
 
 static uint32_t sign_bit(uint64_t j) {
     uint64_t z = j + 0x9E3779B97F4A7C15u;
@@ -17,21 +17,16 @@ static uint32_t sign_bit(uint64_t j) {
     return (uint32_t)(z >> 32) & 0x80000000u;
 }
 
-#if defined(__GNUC__) || defined(__clang__)
-__attribute__((constructor)) static void keep_signs(void) {
-    for (int j = 0; j < KEPT; j++) kept_signs[j] = sign_bit((uint64_t)j);
+__attribute__((constructor)) static void cache_signs(void) {
+    for (int j = 0; j < CACHED; j++) cached_signs[j] = sign_bit((uint64_t)j);
 }
-enum { READY = KEPT };
-#else
-enum { READY = 0 };
-#endif
 
-EACH_CPU static void flip(float *x, int columns) {
-    const int ready = columns < READY ? columns : READY;
+EACH_CPU static void flip_signs(float *x, int columns) {
+    const int ready = columns < CACHED ? columns : CACHED;
     uint32_t bits;
     for (int j = 0; j < ready; j++) {
         memcpy(&bits, x + j, 4);
-        bits ^= kept_signs[j];
+        bits ^= cached_signs[j];
         memcpy(x + j, &bits, 4);
     }
     for (int j = ready; j < columns; j++) {
@@ -78,7 +73,7 @@ static void rotate_some(void *argument, int part) {
     const int start = part * TOGETHER, stop = start + TOGETHER < rows->tokens ? start + TOGETHER : rows->tokens;
     float *x = rows->x + (size_t)start * (size_t)rows->columns;
     for (int t = start; t < stop; t++, x += rows->columns) {
-        flip(x, rows->columns);
+        flip_signs(x, rows->columns);
         hadamard(x, rows->columns, rows->columns & -rows->columns);
     }
 }
@@ -91,7 +86,7 @@ void bstack_rotate(float *x, int tokens, int columns) {
 void bstack_unrotate(float *x, int tokens, int columns) {
     for (int t = 0; t < tokens; t++, x += columns) {
         hadamard(x, columns, columns & -columns);
-        flip(x, columns);
+        flip_signs(x, columns);
     }
 }
 

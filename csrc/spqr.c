@@ -5,12 +5,6 @@
 
 enum { SOME = 2048 }; /* outliers taken together */
 
-#if defined(__GNUC__)
-#define UNROLL_4 _Pragma("GCC unroll 4")
-#else
-#define UNROLL_4
-#endif
-
 static int is_spqr(int kind) { return kind == BSTACK_SPQR || kind == BSTACK_OUTLIERS; }
 
 static int has_spqr(const struct bstack_matrix *matrix) {
@@ -19,25 +13,25 @@ static int has_spqr(const struct bstack_matrix *matrix) {
     return found;
 }
 
-size_t bstack_direct_lay_out(struct direct *direct, uint8_t *memory, size_t at) {
+size_t bstack_spqr_lay_out(struct spqr_job *spqr, uint8_t *memory, size_t at) {
 #define TAKE(pointer, bytes) ((pointer) = (void *)(memory ? memory + at : NULL), at += round_up((bytes), 64))
-    const size_t t = (size_t)direct->tokens, n = (size_t)direct->columns;
-    direct->used = 0;
-    for (int i = 0; i < direct->count; i++) direct->used |= has_spqr(direct->matrices + i);
-    if (!direct->used) return at;
-    TAKE(direct->codes, sizeof(int16_t) * t * n);
-    direct->width = round_up(n, 8 * TILE);
-    TAKE(direct->own, sizeof(int16_t) * t * direct->width);
-    TAKE(direct->scale, sizeof(float) * t);
-    TAKE(direct->ordered, sizeof(*direct->ordered) * (size_t)direct->count);
-    for (int i = 0; i < direct->count; i++)
-        for (int level = 0; level < direct->matrices[i].count; level++) {
-            if (direct->matrices[i].kind[level] != BSTACK_SPQR) continue;
-            const struct dense dense = dense_of(direct->matrices + i, level);
+    const size_t t = (size_t)spqr->tokens, n = (size_t)spqr->columns;
+    spqr->used = 0;
+    for (int i = 0; i < spqr->count; i++) spqr->used |= has_spqr(spqr->matrices + i);
+    if (!spqr->used) return at;
+    TAKE(spqr->codes, sizeof(int16_t) * t * n);
+    spqr->width = round_up(n, 8 * TILE);
+    TAKE(spqr->own, sizeof(int16_t) * t * spqr->width);
+    TAKE(spqr->scale, sizeof(float) * t);
+    TAKE(spqr->ordered, sizeof(*spqr->ordered) * (size_t)spqr->count);
+    for (int i = 0; i < spqr->count; i++)
+        for (int level = 0; level < spqr->matrices[i].count; level++) {
+            if (spqr->matrices[i].kind[level] != BSTACK_SPQR) continue;
+            const struct dense dense = dense_of(spqr->matrices + i, level);
             struct ordered found = {.step = (size_t)(dense.groups * dense.subtiles) * PLANES};
             TAKE(found.planes, found.step * t);
             TAKE(found.sums, sizeof(float) * t * (size_t)dense.groups);
-            if (memory) direct->ordered[i][level] = found;
+            if (memory) spqr->ordered[i][level] = found;
         }
 #undef TAKE
     return at;
@@ -62,17 +56,17 @@ static void put_in_order(const struct dense *dense, const int16_t *codes, int co
     }
 }
 
-void bstack_direct_prepare(struct direct *direct, int token, const float *x) {
-    if (!direct->used) return;
-    const int n = direct->columns;
-    int16_t *codes = direct->codes + (size_t)token * (size_t)n;
-    direct->scale[token] = bstack_quantise(x, n, X_LIMIT, codes);
-    for (int i = 0; i < direct->count; i++)
-        for (int level = 0; level < direct->matrices[i].count; level++) {
-            if (direct->matrices[i].kind[level] != BSTACK_SPQR) continue;
-            const struct dense dense = dense_of(direct->matrices + i, level);
-            const struct ordered *to = &direct->ordered[i][level];
-            put_in_order(&dense, codes, n, direct->own + (size_t)token * direct->width,
+void bstack_spqr_prepare(struct spqr_job *spqr, int token, const float *x) {
+    if (!spqr->used) return;
+    const int n = spqr->columns;
+    int16_t *codes = spqr->codes + (size_t)token * (size_t)n;
+    spqr->scale[token] = bstack_quantise(x, n, X_LIMIT, codes);
+    for (int i = 0; i < spqr->count; i++)
+        for (int level = 0; level < spqr->matrices[i].count; level++) {
+            if (spqr->matrices[i].kind[level] != BSTACK_SPQR) continue;
+            const struct dense dense = dense_of(spqr->matrices + i, level);
+            const struct ordered *to = &spqr->ordered[i][level];
+            put_in_order(&dense, codes, n, spqr->own + (size_t)token * spqr->width,
                          to->planes + (size_t)token * to->step, to->sums + (size_t)(token * dense.groups));
         }
 }
@@ -87,9 +81,9 @@ static float long_row(const uint8_t *index, const uint8_t *value, size_t count, 
 }
 
 /* given[k] = codes[index[k]]. Two at a time, as the processor stores no more than one word a cycle. */
-static void fetch(const int16_t *codes, const uint8_t *index, size_t count, int16_t *given) {
+static void gather_inputs(const int16_t *codes, const uint8_t *index, size_t count, int16_t *given) {
     size_t k = 0;
-    UNROLL_4
+    _Pragma("GCC unroll 4")
     for (; k + 2 <= count; k += 2) {
         const uint32_t low = (uint16_t)codes[load_16(index + 2 * k)], high = (uint16_t)codes[load_16(index + 2 * k + 2)];
         const uint32_t both = low | high << 16;
@@ -100,13 +94,13 @@ static void fetch(const int16_t *codes, const uint8_t *index, size_t count, int1
 
 /* Inputs of outliers are fetched one by one, for as many rows as have room, and then multiplied in order: faster than
  * instructions that fetch many. */
-static void add_outliers(const struct direct *direct, int which, int level, int first, int rows, float *sums) {
-    const struct outliers outliers = outliers_of(direct->matrices + which, level);
+static void add_outliers(const struct spqr_job *spqr, int which, int level, int first, int rows, float *sums) {
+    const struct outliers outliers = outliers_of(spqr->matrices + which, level);
     int16_t given[SOME + LANES];
     memset(given + SOME, 0, sizeof *given * LANES);
-    for (int t = 0; t < direct->tokens; t++) {
-        const int16_t *codes = direct->codes + (size_t)t * (size_t)direct->columns;
-        float *out = sums + t * DIRECT_ROWS;
+    for (int t = 0; t < spqr->tokens; t++) {
+        const int16_t *codes = spqr->codes + (size_t)t * (size_t)spqr->columns;
+        float *out = sums + t * SPQR_ROWS;
         for (int i = 0, stop; i < rows; out += stop - i, i = stop) {
             const uint8_t *pointer = outliers.pointer + 4 * (size_t)(first + i);
             const size_t start = load_32(pointer);
@@ -117,36 +111,36 @@ static void add_outliers(const struct direct *direct, int which, int level, int 
                 *out += long_row(index, value, count, codes);
                 continue;
             }
-            fetch(codes, index, count, given);
+            gather_inputs(codes, index, count, given);
             bstack_kernels()->spqr->outliers(pointer, stop - i, value, given, out);
         }
     }
 }
 
-static void add_dense(const struct direct *direct, int which, int level, int first, int rows, float *sums) {
-    const struct dense dense = dense_of(direct->matrices + which, level);
+static void add_dense(const struct spqr_job *spqr, int which, int level, int first, int rows, float *sums) {
+    const struct dense dense = dense_of(spqr->matrices + which, level);
     const uint8_t *tiles = dense.tiles + (size_t)(first / TILE) * (size_t)dense.groups * dense.tile_bytes;
-    bstack_kernels()->spqr->dense(&dense, tiles, (rows + TILE - 1) / TILE, &direct->ordered[which][level], direct->tokens, sums);
+    bstack_kernels()->spqr->dense(&dense, tiles, (rows + TILE - 1) / TILE, &spqr->ordered[which][level], spqr->tokens, sums);
 }
 
-void bstack_direct_multiply(const struct direct *direct, int which, int start, int rows, float *y) {
-    const struct bstack_matrix *matrix = direct->matrices + which;
+void bstack_spqr_multiply(const struct spqr_job *spqr, int which, int start, int rows, float *y) {
+    const struct bstack_matrix *matrix = spqr->matrices + which;
     const size_t step = (size_t)matrix->rows;
     y += start;
-    for (int t = 0; t < direct->tokens; t++) memset(y + (size_t)t * step, 0, sizeof *y * (size_t)rows);
+    for (int t = 0; t < spqr->tokens; t++) memset(y + (size_t)t * step, 0, sizeof *y * (size_t)rows);
     if (!has_spqr(matrix)) return;
     for (int level = 0; level < matrix->count; level++)
         if (is_spqr(matrix->kind[level]))
-            for (int i = 0; i < rows; i += DIRECT_ROWS) {
-                const int own = rows - i < DIRECT_ROWS ? rows - i : DIRECT_ROWS;
-                ALIGNED float sums[DIRECT_ROWS * DIRECT_TOKENS];
-                memset(sums, 0, sizeof *sums * (size_t)(DIRECT_ROWS * direct->tokens));
-                (matrix->kind[level] == BSTACK_SPQR ? add_dense : add_outliers)(direct, which, level, start + i, own, sums);
-                for (int t = 0; t < direct->tokens; t++)
-                    for (int k = 0; k < own; k++) y[(size_t)t * step + (size_t)(i + k)] += sums[t * DIRECT_ROWS + k];
+            for (int i = 0; i < rows; i += SPQR_ROWS) {
+                const int own = rows - i < SPQR_ROWS ? rows - i : SPQR_ROWS;
+                ALIGNED float sums[SPQR_ROWS * SPQR_TOKENS];
+                memset(sums, 0, sizeof *sums * (size_t)(SPQR_ROWS * spqr->tokens));
+                (matrix->kind[level] == BSTACK_SPQR ? add_dense : add_outliers)(spqr, which, level, start + i, own, sums);
+                for (int t = 0; t < spqr->tokens; t++)
+                    for (int k = 0; k < own; k++) y[(size_t)t * step + (size_t)(i + k)] += sums[t * SPQR_ROWS + k];
             }
-    for (int t = 0; t < direct->tokens; t++)
-        for (int i = 0; i < rows; i++) y[(size_t)t * step + (size_t)i] *= direct->scale[t];
+    for (int t = 0; t < spqr->tokens; t++)
+        for (int i = 0; i < rows; i++) y[(size_t)t * step + (size_t)i] *= spqr->scale[t];
 }
 
 size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level) {

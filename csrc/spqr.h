@@ -9,8 +9,8 @@ enum {
     STATISTICS = 20, /* bytes at the end of a tile: scale codes, zero codes, four halves */
     PLANES = 32,     /* bytes of 16 inputs: their high bytes, then their low ones, both signed, code = 256 high + low */
     QUADS = 4,       /* words of one of them: four inputs each */
-    DIRECT_ROWS = 32,  /* rows taken at once, at most: two tiles */
-    DIRECT_TOKENS = 8, /* tokens */
+    SPQR_ROWS = 32,  /* rows taken at once, at most: two tiles */
+    SPQR_TOKENS = 8, /* tokens */
     LANES = 16,      /* partial sums of a row's outliers */
 };
 
@@ -58,7 +58,7 @@ static inline struct outliers outliers_of(const struct bstack_matrix *matrix, in
 }
 
 /* What the blocks of SpQR of all matrices of a call read: the inputs of each token, rounded to 16 bits. */
-struct direct {
+struct spqr_job {
     const struct bstack_matrix *matrices;
     int count, tokens, columns, used; /* used: some matrix has such a block */
     int16_t *codes;                   /* tokens x columns */
@@ -73,12 +73,12 @@ struct direct {
 };
 
 /* Lay out the arrays in memory from `at` on; returns where they end. With a null `memory`, only find the size. */
-size_t bstack_direct_lay_out(struct direct *direct, uint8_t *memory, size_t at);
+size_t bstack_spqr_lay_out(struct spqr_job *spqr, uint8_t *memory, size_t at);
 /* Fill them for one token, x its inputs. */
-void bstack_direct_prepare(struct direct *direct, int token, const float *x);
+void bstack_spqr_prepare(struct spqr_job *spqr, int token, const float *x);
 /* Set rows start to start + rows - 1 of the product with matrix `which` to what its blocks of SpQR contribute; start is a
- * multiple of DIRECT_ROWS. Block after block: so the inputs, which outliers read out of order, stay in the nearest cache. */
-void bstack_direct_multiply(const struct direct *direct, int which, int start, int rows, float *y);
+ * multiple of SPQR_ROWS. Block after block: so the inputs, which outliers read out of order, stay in the nearest cache. */
+void bstack_spqr_multiply(const struct spqr_job *spqr, int which, int start, int rows, float *y);
 
 /* Bytes of a row, on average. */
 size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level);
@@ -86,7 +86,7 @@ size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level);
 void bstack_dense_add_rows(const struct bstack_matrix *matrix, int level, int row, int rows, float *out);
 void bstack_outliers_add_row(const struct bstack_matrix *matrix, int level, int row, float *out);
 
-/* One instruction set. Results are added to out[token * DIRECT_ROWS + row]. */
+/* One instruction set. Results are added to out[token * SPQR_ROWS + row]. */
 struct spqr_kernels {
     /* `tall` row tiles, 1 or 2, from the one at `tiles` on. For each row: from 0, for each group in turn, add
      * scale (sum code x - zero sum x), every operation rounded by itself. `out` has room for two. */

@@ -109,7 +109,7 @@ INLINE void row_tiles(const struct dense *dense, int bits, int subtiles, int tal
     }
     UNROLL
     for (int k = 0; k < tall * deep; k++) {
-        float *to = out + (first + k / tall) * DIRECT_ROWS + k % tall * TILE;
+        float *to = out + (first + k / tall) * SPQR_ROWS + k % tall * TILE;
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), total[k]));
     }
 }

@@ -11,7 +11,7 @@ static int code_of(const uint8_t *subtile, int bits, int row, int j) {
 static void row_tile(const struct dense *dense, const uint8_t *tile, const struct ordered *x, int tokens, float *out) {
     const int inputs = dense->subtiles * TILE;
     const size_t subtile_bytes = (size_t)dense->bits * 32;
-    float total[TILE * DIRECT_TOKENS] = {0};
+    float total[TILE * SPQR_TOKENS] = {0};
     for (int g = 0; g < dense->groups; g++, tile += dense->tile_bytes) {
         const uint8_t *at = tile + dense->tile_bytes - STATISTICS;
         float s[2], z[2];
@@ -23,7 +23,7 @@ static void row_tile(const struct dense *dense, const uint8_t *tile, const struc
             const uint8_t *field = at + 3 * (r / 8);
             const float scale = s[0] + s[1] * (float)(load_32(field) >> 3 * (r % 8) & 7);
             const float zero = z[0] + z[1] * (float)(load_32(field + 6) >> 3 * (r % 8) & 7);
-            int32_t sum[DIRECT_TOKENS] = {0};
+            int32_t sum[SPQR_TOKENS] = {0};
             for (int j = 0; j < inputs; j++) {
                 const int code = code_of(tile + (size_t)(j / TILE) * subtile_bytes, dense->bits, r, j % TILE);
                 const uint8_t *plane = x->planes + (size_t)(g * dense->subtiles + j / TILE) * PLANES + j % TILE;
@@ -35,11 +35,11 @@ static void row_tile(const struct dense *dense, const uint8_t *tile, const struc
         }
     }
     for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < TILE; r++) out[t * DIRECT_ROWS + r] += total[t * TILE + r];
+        for (int r = 0; r < TILE; r++) out[t * SPQR_ROWS + r] += total[t * TILE + r];
 }
 
-static void dense(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out) {
-    for (; tall; tall--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
+static void dense(const struct dense *dense, const uint8_t *tiles, int tile_rows, const struct ordered *x, int tokens, float *out) {
+    for (; tile_rows; tile_rows--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
         row_tile(dense, tiles, x, tokens, out);
 }
 

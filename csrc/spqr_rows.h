@@ -50,7 +50,7 @@ INLINE void part_of_tile(const struct dense *dense, int bits, int part, const ui
     }
     UNROLL
     for (int t = 0; t < deep; t++) {
-        float *to = out + (first + t) * DIRECT_ROWS + part * ROWS;
+        float *to = out + (first + t) * SPQR_ROWS + part * ROWS;
         floats before;
         memcpy(&before, to, sizeof before);
         before += total[t];
@@ -66,8 +66,8 @@ INLINE void row_tile(const struct dense *dense, int bits, const uint8_t *tiles, 
     }
 }
 
-static void dense(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out) {
-    for (; tall; tall--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
+static void dense(const struct dense *dense, const uint8_t *tiles, int tile_rows, const struct ordered *x, int tokens, float *out) {
+    for (; tile_rows; tile_rows--, tiles += (size_t)dense->groups * dense->tile_bytes, out += TILE)
         if (dense->bits == 4)
             row_tile(dense, 4, tiles, x, tokens, out);
         else

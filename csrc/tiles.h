@@ -4,7 +4,6 @@
 
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* As in struct kernels. */
@@ -20,20 +19,20 @@ typedef void tile(TILE_ARGUMENTS);
 static inline void for_each_tile(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step,
                                  int operands, int64_t *sums, tile *by_4x1, tile *by_4x2, tile *by_2x4, tile *by_1x1) {
     for (int i = 0; i < rows;) {
-        const int left = rows - i, tall = left >= 4 ? 4 : left >= 2 && operands >= 4 ? 2 : 1;
+        const int left = rows - i, tile_rows = left >= 4 ? 4 : left >= 2 && operands >= 4 ? 2 : 1;
         for (int o = 0; o < operands;) {
-            const int deep = tall == 1 ? 1 : operands - o >= 4 ? 4 : tall == 2 || operands - o < 2 ? 1 : 2;
+            const int depth = tile_rows == 1 ? 1 : operands - o >= 4 ? 4 : tile_rows == 2 || operands - o < 2 ? 1 : 2;
             const uint8_t *codes = packed + (size_t)i * stride, *in = x + (size_t)o * step;
             int64_t *to = sums + (size_t)o * (size_t)rows + i;
-            if (deep == 4)
-                for (int e = 0; e < tall; e += 2) by_2x4(codes + (size_t)e * stride, stride, width, in, step, to + e, rows);
-            else if (tall == 4)
-                (deep == 2 ? by_4x2 : by_4x1)(codes, stride, width, in, step, to, rows);
+            if (depth == 4)
+                for (int e = 0; e < tile_rows; e += 2) by_2x4(codes + (size_t)e * stride, stride, width, in, step, to + e, rows);
+            else if (tile_rows == 4)
+                (depth == 2 ? by_4x2 : by_4x1)(codes, stride, width, in, step, to, rows);
             else
-                for (int e = 0; e < tall; e++) by_1x1(codes + (size_t)e * stride, stride, width, in, step, to + e, rows);
-            o += deep;
+                for (int e = 0; e < tile_rows; e++) by_1x1(codes + (size_t)e * stride, stride, width, in, step, to + e, rows);
+            o += depth;
         }
-        i += tall;
+        i += tile_rows;
     }
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 import bstack
 import bstk
+from bstack.codecs import make_codec
 from bstack.settings import PRESETS, Settings
 
 # By field: values that are right, and values of a wrong type.
@@ -37,19 +38,38 @@ def test_every_field_is_tested():
     assert list(VALUES) == [field.name for field in fields(Settings)]
 
 
+OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
+OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed"}
+
+
+def made(name, value):
+    """The field's value as the settings have it, or for a codec's setting as the codec has it."""
+    settings = (
+        Settings(**{name: value}) if name in OWN else Settings(codec=OWNERS.get(name, "trellis"), **{name: value})
+    )
+    return settings.to_json() if name in OWN else make_codec(settings).settings()
+
+
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (right, _) in VALUES.items() for value in right])
 def test_what_is_right_is_taken(name, value):
     assert getattr(Settings(**{name: value}), name) == value
+    found = made(name, value)[name]
+    assert found == value or value is None
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("planes", np.int64(4)), ("seed", np.uint8(3)), ("bpw", np.float32(4.75)), ("outliers", np.int32(0))],
+    [
+        ("planes", np.int64(4)),
+        ("rank", np.int16(4)),
+        ("seed", np.uint8(3)),
+        ("bpw", np.float32(4.75)),
+        ("outliers", np.int32(0)),
+    ],
 )
 def test_numbers_of_numpy_become_plain_ones(name, value):
-    settings = Settings(**{name: value})
-    assert json.loads(json.dumps(settings.to_json()))[name] == value
-    assert settings == Settings(**{name: value.item()})
+    assert json.loads(json.dumps(made(name, value)))[name] == value
+    assert made(name, value) == made(name, value.item())
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, wrong) in VALUES.items() for value in wrong])
@@ -58,11 +78,14 @@ def test_another_type_is_refused_by_name(name, value, how):
     if how == "changed" and value is None:
         return  # stays as it was
     with pytest.raises(bstk.UsageError) as refused:
-        Settings(**{name: value}) if how == "made" else PRESETS["default"].with_changes(**{name: value})
+        if how == "made" or name not in OWN:
+            made(name, value)
+        else:
+            PRESETS["default"].with_changes(**{name: value})
     words = str(refused.value)
-    assert words.startswith(f"{name} is {value!r}, of type {type(value).__name__}; allowed is a ")
-    for other in ("auto", None):
-        assert (repr(other) in words.partition("allowed")[2]) == (other in VALUES[name][0])
+    assert words.startswith(f"{name.replace('_', ' ')} is {value!r}; ")
+    allowed = re.split("allowed|takes", words)[1]
+    assert ("auto" in allowed) == ("auto" in VALUES[name][0])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +94,7 @@ def test_another_type_is_refused_by_name(name, value, how):
         ({"order": "best"}, "order is 'best'; allowed are gain, paper."),
         ({"embeddings": "no"}, "embeddings is 'no'; allowed are stack, dense."),
         ({"samples": 0}, "samples is 0; allowed are 1 to 1048576."),
-        ({"sequence_length": 7}, "sequence-length is 7; allowed are 8 to 1048576."),
+        ({"sequence_length": 7}, "sequence length is 7; allowed are 8 to 1048576."),
         ({"seed": -1}, "seed is -1"),
     ],
 )

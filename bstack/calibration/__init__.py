@@ -1,1 +1,1 @@
-"""Texts -> token windows -> per-linear input statistics and sensitivities, one layer in memory at a time."""
+"""Texts, token windows, and from them hessians and sensitivities, with one layer in memory at a time."""

@@ -1,7 +1,7 @@
-"""Calibration text that the model writes itself: no network, no files, and the model's own distribution.
+"""Lets the model write its calibration text: no network, no files, and the model's own distribution.
 
-The idea of data-free calibration is that of LLM-QAT (arXiv 2305.17888, section 3.1): start from a random token and
-sample on. Where the model has a start token, that comes first.
+The idea of data-free calibration is that of LLM-QAT (arXiv 2305.17888, section 3.1): sample after a random
+token. Where the model has a start token, that comes first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_windows(
     samples, length : int
         How many windows, and how many tokens each.
     seed : int
-        Of the sampling.
+        Random seed.
     progress : callable
         Called after each token of each group of texts; `token_steps` times.
 
@@ -48,7 +48,7 @@ def write_windows(
     Raises
     ------
     bstk.ResourceError
-        When the whole model does not fit in the memory that is free.
+        The whole model does not fit in the free memory.
     """
     dtype = _dtype()
     _check_memory(skeleton, dtype)
@@ -63,13 +63,13 @@ def write_windows(
 
 
 def token_steps(samples: int, length: int) -> int:
-    """How many times `write_windows` calls `progress`."""
+    """Return how many times `write_windows` calls `progress`."""
     texts, text_length = _shape(samples, length)
     return -(-texts // TOGETHER) * (text_length - 1)
 
 
 def _shape(samples: int, length: int) -> tuple[int, int]:
-    """Number of texts and tokens in each that make up some windows."""
+    """Return the number of texts, and of tokens in each, that make up some windows."""
     pieces = -(-length // TEXT_LENGTH)
     return samples * pieces, -(-length // pieces)
 
@@ -88,10 +88,10 @@ def _write_group(
         return torch.randint(0, vocabulary, (count, 1), generator=generator)
 
     class Draw(LogitsProcessor):
-        """Leave one token possible: drawn with one random number per sequence.
+        """Leave one token possible, drawn with one random number per sequence.
 
-        `generate` itself takes a random number for every word of the vocabulary, a third of the time of the model. And
-        after its end a text is followed by another beginning: the model alone would repeat the end.
+        `generate` would draw a random number for every word of the vocabulary, which takes a third of the model's time.
+        After the end of a text another one begins; the model alone would repeat the end.
         """
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -104,8 +104,7 @@ def _write_group(
             return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     first = random_words() if start is None else torch.full((count, 1), start)
-    # Windows must be full, so the token that ends a text is one that does not exist: a field that is None is taken from
-    # the model's own configuration.
+    # Windows must be full, so the end token is one that does not exist; None would mean that of the model.
     written = skeleton.model.generate(
         first,
         attention_mask=torch.ones_like(first),
@@ -124,7 +123,7 @@ def _write_group(
 
 
 def _special_tokens(model: Any) -> tuple[int | None, list[int]]:
-    """The token that starts a text, if there is one, and those that end it."""
+    """Return the token that starts a text, if there is one, and those that end it."""
     configs = (model.config.get_text_config(), model.generation_config)
     found = {
         kind: [
@@ -143,7 +142,7 @@ def _listed(tokens: int | list[int] | None) -> list[int]:
 
 
 def _dtype() -> torch.dtype:
-    """Where the processor multiplies bfloat16 it does so at twice the speed, and a draw does not mind the rounding."""
+    """Return bfloat16 where the processor multiplies it, at twice the speed; sampling tolerates the rounding."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
@@ -164,7 +163,7 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         int64, shape (sequences, 1).
     """
     heights = logits.float().softmax(-1).cumsum(-1)
-    # Up to the last height rather than 1: rounding leaves it a little off.
+    # Up to the last height rather than 1, from which rounding makes it differ.
     level = torch.rand(logits.shape[0], 1, generator=generator) * heights[:, -1:]
     return torch.searchsorted(heights, level, right=True).clamp_max(logits.shape[-1] - 1)
 
@@ -175,6 +174,6 @@ def _check_memory(skeleton: Skeleton, dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
         raise ResourceError(
             f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as {name}, "
-            f"{memory.free / 2**30:.1f} GiB are free of {memory.source}. Give a text with --calibration FILE: that streams one "
-            "layer at a time."
+            f"{memory.free / 2**30:.1f} GiB are free of {memory.source}. Give a calibration text: that streams one layer at a "
+            "time."
         )

@@ -1,8 +1,8 @@
-"""How much the model's output distribution minds an error in each output of each linear.
+"""Estimates how much an error in each output of each linear changes the model's output distribution.
 
 For a small error d in one linear's output y, the Kullback-Leibler divergence of the model's next-token
 distribution grows by about 1/2 d^T F d, F = E[g g^T] the Fisher information and g the gradient of the log
-probability of a token drawn from the model itself. Kept is the diagonal of F, averaged over calibration tokens:
+probability of a token drawn from the model itself. The result is the diagonal of F, averaged over calibration tokens:
 one number per output. One backward pass gives it for all linears; layers are loaded one at a time, backwards.
 """
 
@@ -21,19 +21,10 @@ import torch
 from bstack.calibration.products import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, layer_parameters
 from bstk.errors import os_errors
 
-__all__ = ["Sensitivity", "layer_parameters", "output_sensitivity"]
-
-
-def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
-    """The loaded parameters of a layer that could be linears: those of two or three dimensions, by full name."""
-    return {
-        name: tensor
-        for name in skeleton.layer_names(index)
-        if (tensor := skeleton.parameter(name)).dim() in (2, 3) and tensor.is_floating_point()
-    }
+__all__ = ["Sensitivity", "output_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def output_sensitivity(
     batches : sequence of torch.Tensor
         Token ids, int64, shape (sequences, length).
     seed : int
-        Of the draw of tokens from the model's distribution.
+        Random seed of the tokens drawn from the model's distribution.
     scratch : Path
         An existing folder for the layers' inputs, so that memory does not grow with the number of layers.
     progress : callable
@@ -89,18 +80,17 @@ def output_sensitivity(
 
 
 class _LayerInputs:
-    """The arguments of every layer call, on disk: one nameless file a layer, read back once."""
+    """The arguments of every layer call, in one unnamed temporary file a layer, each read back once."""
 
     def __init__(self, scratch: Path):
         self._scratch = scratch
         self._streams: dict[int, IO[bytes]] = {}
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
-        # A file without a name, held open: keyword arguments may be objects of any class, and what is unpickled below
-        # must be what was written here.
+        # Unnamed and held open, so that what is unpickled below (objects of any class) is what was written here.
         with os_errors(str(self._scratch)):
-            stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)
-            packed = io.BytesIO()  # torch turns a full disk into an error of its own
+            stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - `read` closes it
+            packed = io.BytesIO()  # torch would turn a full disk into an error of its own
             torch.save([(call.args, call.kwargs) for call in calls], packed)
             stream.write(packed.getbuffer())
             stream.flush()
@@ -141,7 +131,7 @@ def _forward(
     leaves: list[torch.Tensor] = []
 
     def start_gradient(output: Any) -> Any:
-        torch.set_grad_enabled(True)  # of this batch's thread only
+        torch.set_grad_enabled(True)  # in this batch's thread only
         leaf = _hidden(output).detach().requires_grad_()
         leaves.append(leaf)
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
@@ -154,14 +144,14 @@ def _forward(
             # At the logits the expectation over the draw is known: E[(p - onehot)^2] = p (1 - p).
             squares.add_sum(skeleton.output_name, (probabilities * (1 - probabilities)).sum(0))
             drawn = torch.multinomial(probabilities, 1, generator=generator)
-        # The sum, not the mean: each position's token is a draw of its own.
+        # The sum, not the mean, since each position's token is drawn independently.
         (-log_probabilities.gather(1, drawn).sum()).backward()
         return leaves[-1].grad
 
-    def table(name: str) -> AbstractContextManager[None]:
+    def load(name: str) -> AbstractContextManager[None]:
         return skeleton.loaded([name])
 
-    with LayerStream(skeleton, batches, run=run, after_layers=start_gradient, table=table) as stream:
+    with LayerStream(skeleton, batches, run=run, after_layers=start_gradient, embedding=load) as stream:
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 inputs.write(index, stream.calls())
@@ -199,5 +189,5 @@ def _take_hidden(
         return call.args[0], lambda layer, leaf: layer(leaf, *call.args[1:], **call.kwargs)
     for key, value in call.kwargs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape:
-            return value, lambda layer, leaf: layer(**{**call.kwargs, key: leaf})
+            return value, lambda layer, leaf, key=key: layer(**{**call.kwargs, key: leaf})
     raise UnsupportedModelError(f"A repeated layer was called without a hidden state: {sorted(call.kwargs)}.")

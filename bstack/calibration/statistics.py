@@ -9,13 +9,13 @@ import torch
 from bstack.calibration.products import Operand, ProductWatch
 from bstack.calibration.stream import LayerStream
 
-__all__ = ["InputStatistics", "HessianTable", "gather"]
+__all__ = ["HessianTable", "InputStatistics", "gather"]
 
 STRIP = 384
 
 
 class InputStatistics:
-    """What calibration says about one distinct input.
+    """The hessian of one distinct input.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class InputStatistics:
     def add(self, inputs: torch.Tensor) -> None:
         """Add tokens; `inputs` has shape (..., inputs)."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        # X^T X is symmetric: strips from the diagonal downwards are little more than half the work.
+        # X^T X is symmetric, so strips from the diagonal downwards save almost half the work.
         for start in range(0, rows.shape[1], STRIP):
             strip = slice(start, start + STRIP)
             self._hessian[start:, strip].addmm_(rows[:, start:].t(), rows[:, strip])
@@ -45,7 +45,7 @@ class InputStatistics:
 
     @property
     def hessian(self) -> torch.Tensor:
-        """X^T X summed over the tokens, float32, shape (inputs, inputs)."""
+        """Return X^T X summed over the tokens, float32, shape (inputs, inputs)."""
         if not self._mirrored:
             for start in range(STRIP, self._hessian.shape[0], STRIP):
                 strip = slice(start, start + STRIP)
@@ -70,16 +70,16 @@ class HessianTable:
     _seen: dict[tuple, tuple[torch.Tensor, str]] = field(default_factory=dict)
 
     def start_batch(self) -> None:
-        """Forget which tensors were met: their memory may be reused by the next batch."""
+        """Forget the tensors seen, whose memory the next batch may reuse."""
         self._seen.clear()
 
     def report(self, operand: Operand, inputs: torch.Tensor, _output: torch.Tensor, _part: int | None = None) -> None:
-        """Take note of one product (the callback of ProductWatch)."""
+        """Record one product (the callback of ProductWatch)."""
         if inputs.numel() == 0:
             return  # an expert without a token in this batch; all empty tensors share one address
         self.operands.setdefault(operand.name, operand)
         key = (inputs.data_ptr(), inputs.shape, inputs.stride())
-        # The tensor is kept with its key, so that no other can get its address within the batch.
+        # Keep the tensor, so that no other can get its address within the batch.
         _, leader = self._seen.setdefault(key, (inputs, operand.name))
         if leader == operand.name:
             if operand.name not in self._statistics:
@@ -89,12 +89,12 @@ class HessianTable:
         self._leaders.setdefault(operand.name, leader)
 
     def statistics(self, name: str) -> InputStatistics:
-        """The statistics of a linear's input."""
+        """Return the statistics of a linear's input."""
         return self._statistics[self._leaders[name]]
 
 
 def gather(stream: LayerStream, index: int, parameters: dict[str, torch.Tensor]) -> HessianTable:
-    """Run every batch through the current layer and collect Hessians of what its linears read.
+    """Run every batch through the current layer and collect the hessians of its linears' inputs.
 
     Parameters
     ----------

@@ -101,8 +101,8 @@ class _Batch:
 class LayerStream:
     """All batches of a calibration run, side by side in front of the same layer.
 
-    Use as a context manager; the parameters outside the layers must be loaded for its whole length, with `table` all but
-    the embedding and the head.
+    Use as a context manager; the parameters outside the layers must be loaded for its whole length, with `embedding` all
+    but the embedding and the head.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class LayerStream:
         `torch.no_grad`.
     after_layers : callable, optional
         Called in the batch's thread with the last layer's output; what it returns goes on to the rest of the model.
-    table : callable, optional
+    embedding : callable, optional
         Given the parameter name of the embedding or the head, a context in which it is loaded: the embedding is while the
         batches go to the first layer, the head while they go on from the last.
 
@@ -132,13 +132,13 @@ class LayerStream:
         *,
         run: Callable[[torch.Tensor], Any] | None = None,
         after_layers: Callable[[Any], Any] = lambda output: output,
-        table: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        embedding: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ):
         self._skeleton = skeleton
         self._inputs = batches
         self._run = run or self._base_model
         self._after_layers = after_layers
-        self._table = table
+        self._embedding = embedding
         self._head = [] if run is None else [skeleton.output_name]
         self._current: _Batch | None = None
         self._forwards: list[Callable[..., Any]] = []
@@ -150,7 +150,7 @@ class LayerStream:
             layer.forward = self._stopping(index, layer.forward)
         self._batches = [_Batch(lambda ids=ids: self._run(ids)) for ids in self._inputs]
         try:
-            with self._table(self._skeleton.input_name):
+            with self._embedding(self._skeleton.input_name):
                 self._advance()
         except BaseException:
             self.__exit__()
@@ -195,7 +195,7 @@ class LayerStream:
             yield index, layer
             with ExitStack() as stack:
                 for head in self._head if index == len(self._skeleton.layers) - 1 else ():
-                    stack.enter_context(self._table(head))
+                    stack.enter_context(self._embedding(head))
                 self._advance()
         if any(batch.call is not None for batch in self._batches):
             raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""Calibration texts: files, folders, hub data sets -> windows of token ids."""
+"""Reads calibration texts (files, folders, hub data sets) and cuts them into windows of token ids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bstack.errors import CalibrationError, TextNotFoundError, one_line
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
 SELF = "self"
-# Windows beyond the samples, which calibration does not see: the quality curve in the file is measured on them.
+# Windows beyond the samples, on which the quality curve in the file is measured; calibration does not see them.
 HELD_OUT = 4
 PLAIN = {".txt", ".md", ".raw", ".tokens", ".text"}
 RECORDS = {".jsonl", ".ndjson"}
-# Characters that are read at most: enough for any request, and a bound on what a folder of a terabyte costs.
-LONGEST = 256 * 2**20
-# And of a data set of the hub, which is fetched while it is read.
-LONGEST_FETCHED = 2**24
+# The most characters that are read, so that a folder of a terabyte costs no more.
+MAX_CHARACTERS = 256 * 2**20
+# The same for a data set of the hub, which is fetched while it is read.
+MAX_FETCHED = 2**24
 BETWEEN = "\n\n"
 # The shortest windows that the settings allow.
-LEAST_LENGTH = 8
+MIN_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -55,44 +55,44 @@ def open_text(source: str) -> TextSource:
     Raises
     ------
     bstack.errors.CalibrationError
-        When it holds no text, or not as UTF-8.
+        The source holds no text, or text that is not UTF-8.
     bstack.errors.TextNotFoundError
-        When nothing of that name is there, or it is a hub data set that cannot be read.
+        There is nothing of that name, or a hub data set cannot be read.
     """
     path = Path(source)
     if path.is_file():
-        text = _joined(_pieces(path), LONGEST)
+        text = _joined(_pieces(path), MAX_CHARACTERS)
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
         if not files:
             raise CalibrationError(
                 f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}."
             )
-        text = _joined((piece for file in files for piece in _pieces(file)), LONGEST)
+        text = _joined((piece for file in files for piece in _pieces(file)), MAX_CHARACTERS)
     else:
-        return TextSource(source, _joined(_rows(source), LONGEST_FETCHED))
+        return TextSource(source, _joined(_rows(source), MAX_FETCHED))
     return TextSource(path.name, text)
 
 
 def _joined(pieces: Iterator[str], longest: int) -> str:
-    """The first `longest` characters of pieces with a blank line between them; later pieces are not asked for."""
-    kept, length = [], 0
+    """Join pieces with blank lines up to `longest` characters; later pieces are not asked for."""
+    joined, length = [], 0
     for piece in pieces:
-        kept.append(piece)
+        joined.append(piece)
         length += len(piece) + len(BETWEEN)
         if length >= longest:
             break
-    return BETWEEN.join(kept)[:longest]
+    return BETWEEN.join(joined)[:longest]
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """The whole of a plain file, up to the bound; each text of a file of records."""
+    """Yield a plain file up to the bound, or each text of a file of records."""
     try:
         if path.suffix.lower() in RECORDS:
             yield from _records(path)
             return
         with open(path, encoding="utf-8") as stream:
-            yield stream.read(LONGEST)
+            yield stream.read(MAX_CHARACTERS)
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x}). "
@@ -104,12 +104,12 @@ def _pieces(path: Path) -> Iterator[str]:
 
 def _records(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(LONGEST), ""), 1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_CHARACTERS), ""), 1):
             if not line.strip():
                 continue
-            if len(line) >= LONGEST:
+            if len(line) >= MAX_CHARACTERS:
                 raise CalibrationError(
-                    f"{path}, line {number}: longer than {LONGEST} characters. Split the text into records."
+                    f"{path}, line {number}: longer than {MAX_CHARACTERS} characters. Split the text into records."
                 )
             try:
                 text = json.loads(line)["text"]
@@ -119,7 +119,7 @@ def _records(path: Path) -> Iterator[str]:
 
 
 def _rows(source: str) -> Iterator[str]:
-    """Each text of a data set of the hub, fetched as it is asked for."""
+    """Yield each text of a data set of the hub, fetched as it is asked for."""
     try:
         import datasets
     except ImportError:
@@ -127,7 +127,7 @@ def _rows(source: str) -> Iterator[str]:
             f"There is no file or folder {source!r}. If it is a data set of the hub, reading it needs the package "
             "datasets: pip install 'bstack[datasets]'"
         ) from None
-    name, configuration, split = (source.split(":") + ["", ""])[:3]
+    name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         for row in rows:
@@ -163,16 +163,16 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
     Raises
     ------
     bstack.errors.CalibrationError
-        When the text has fewer than (samples + held_out) x length tokens.
+        The text has fewer than (samples + held_out) x length tokens.
     """
     ids = tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
     available, count = len(ids) // length, samples + held_out
     if available < count:
         more = f" and {held_out} more to measure the quality on" if held_out else ""
         if available > held_out:
-            advice = f"a longer text, or at most --samples {available - held_out}"
-        elif len(ids) // count >= LEAST_LENGTH:
-            advice = f"a longer text, or at most --sequence-length {len(ids) // count}"
+            advice = f"a longer text, or at most {available - held_out} samples"
+        elif len(ids) // count >= MIN_LENGTH:
+            advice = f"a longer text, or a sequence length of at most {len(ids) // count}"
         else:
             advice = "a longer text"
         raise CalibrationError(

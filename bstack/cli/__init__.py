@@ -30,10 +30,10 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from bstack.kernels.native import instructions
+    from bstack.kernels.native import describe
     from bstk.preamble import SPECIFICATION
 
-    parts = f"reads and writes format {SPECIFICATION}, Python {platform.python_version()}, kernels: {instructions()}"
+    parts = f"reads and writes format {SPECIFICATION}, Python {platform.python_version()}, kernels: {describe()}"
     click.echo(f"bstack {version('bstack')} ({parts})")
     for package in ("torch", "transformers", "zstandard", "numpy"):
         try:

@@ -1,26 +1,22 @@
-"""What every codec promises.
+"""The interface of a codec, which turns a matrix into ordered blocks, each of which lowers the error that is left.
 
-A codec turns a matrix into an ordered list of blocks, each of which lowers the error that the earlier ones left.
-It knows arrays, not files, models or names. One codec a file; the registry in `bstack.codecs` finds them.
+A codec works on arrays; it knows no files, models or names. One codec a file; the registry is in `bstack.codecs`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 
 import bstk
 from bstack.errors import CodecError
-from bstack.settings import Settings
 
 __all__ = ["Block", "Codec", "Task"]
-
-# Settings that one codec alone has.
-_OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
 
 # What `Codec.encode` takes: weight, hessian, tokens, importance.
 Task = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]
@@ -28,7 +24,7 @@ Task = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]
 
 @dataclass(frozen=True)
 class Block:
-    """One block as it leaves the encoder.
+    """A block as it leaves the encoder.
 
     Attributes
     ----------
@@ -51,40 +47,28 @@ class Block:
 class Codec(ABC):
     """Encode a matrix into blocks, and rebuild it from the first few of them.
 
-    An instance holds the encoder's settings; rebuilding needs none, everything is in the blocks.
+    A subclass is a frozen dataclass whose fields are the encoder's settings, each of which it checks. Rebuilding needs no
+    settings: everything is in the blocks.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[bstk.Kind, ...]]
 
-    @classmethod
-    @abstractmethod
-    def from_settings(cls, settings: Settings) -> Codec:
-        """An encoder with the settings that concern this codec.
+    def _check_number(self, setting: str, kind: type, allowed: str, fits: Callable[[Any], bool]) -> None:
+        """Make a setting a plain number (numpy has its own), or raise CodecError with what is allowed."""
+        value = getattr(self, setting)
+        # bool is a subclass of int; reject it.
+        if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real) or not fits(value):
+            raise CodecError(f"{setting} is {value!r}; the {self.name} codec takes {allowed}.")
+        object.__setattr__(self, setting, kind(value))
 
-        Raises
-        ------
-        bstack.errors.CodecError
-            For a value that the codec does not allow, or a setting that it does not have.
-        """
-
-    @classmethod
-    def refuse_foreign(cls, settings: Settings) -> None:
-        """Raise CodecError for a setting that belongs to another codec."""
-        for field, owner in _OWNERS.items():
-            value = getattr(settings, field)
-            if owner != cls.name and value is not None:
-                raise CodecError(
-                    f"{field} is {value}, but the {cls.name} codec has none; it belongs to --codec {owner}."
-                )
-
-    def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:
+    def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:  # noqa: B027
         """Refuse settings that matrices of these shapes make impossible, before any work; by default, none are.
 
         Parameters
         ----------
         layers : iterable
-            By layer and matrix: the shapes (outputs, inputs) that it may have. They are two where it only shows in use which
+            By layer and matrix: the shapes (outputs, inputs) that it may have, two where only a run of the model shows which
             of its sides the inputs are.
 
         Raises
@@ -93,7 +77,7 @@ class Codec(ABC):
         """
 
     def for_layer(self, tasks: Iterable[Task]) -> Codec:
-        """The encoder for the matrices of one layer, which it may look at together first; by default, as it is.
+        """Return the encoder for the matrices of one layer, which it may look at together first; by default, this one.
 
         Parameters
         ----------
@@ -103,17 +87,17 @@ class Codec(ABC):
         Raises
         ------
         bstack.errors.CodecError
-            For a setting that these matrices make impossible.
+            These matrices make a setting impossible.
         """
         return self
 
-    def for_tables(self) -> Codec:
-        """The encoder for embeddings and heads; by default, this one."""
+    def for_embeddings(self) -> Codec:
+        """Return the encoder for embeddings and heads; by default, this one."""
         return self
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The settings as plain JSON values, recorded in the file."""
+        """Return the settings as plain JSON values, as the file records them."""
+        return {"codec": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
 
     @abstractmethod
     def encode(
@@ -128,7 +112,7 @@ class Codec(ABC):
         hessian : torch.Tensor
             H = X^T X of the matrix's input, float32, shape (inputs, inputs), symmetric, not negative.
         tokens : int
-            Rows of X: how far H can be trusted.
+            Rows of X, which say how reliable H is.
         importance : torch.Tensor
             How much the model minds a squared error in each output (docs/method.md), float32, shape (outputs,),
             not negative, in any unit. A codec may ignore it.

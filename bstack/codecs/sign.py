@@ -13,27 +13,26 @@ the next one repairs its rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
-from bstack.errors import CodecError
-from bstack.numerics.errors import output_errors
+from bstack.numerics.hessian import output_errors
 from bstack.numerics.lowrank import leading_triplets
-from bstack.settings import Settings
 
 __all__ = ["KIND", "SignCodec", "choose_rank"]
 
 KIND = bstk.SIGN
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 HALF_MAX = 65504.0
-# The rounding of half-precision factors leaves about this share of the squared error, however well the rank fits.
-LEAST_LEFT = 2.0**-22
+# The rounding of half-precision factors leaves about this fraction of the squared error, however well the rank fits.
+MIN_LEFT = 2.0**-22
 
 
+@dataclass(frozen=True)
 class SignCodec(Codec):
     """Sign planes with low-rank magnitudes.
 
@@ -53,22 +52,13 @@ class SignCodec(Codec):
     name = "sign"
     kinds = (KIND,)
 
-    def __init__(self, planes: int = 8, rank: int | str = "auto"):
-        if not 1 <= planes <= 64:
-            raise CodecError(f"planes is {planes}; the sign codec takes 1 to 64.")
-        if rank != "auto" and not (isinstance(rank, int) and 1 <= rank <= 256):
-            raise CodecError(f"rank is {rank!r}; the sign codec takes 1 to 256, or auto.")
-        self.planes = planes
-        self.rank = rank
+    planes: int = 8
+    rank: int | str = "auto"
 
-    @classmethod
-    def from_settings(cls, settings: Settings) -> SignCodec:
-        cls.refuse_foreign(settings)
-        given = {"planes": settings.planes, "rank": settings.rank}
-        return cls(**{name: value for name, value in given.items() if value is not None})
-
-    def settings(self) -> dict[str, Any]:
-        return {"codec": self.name, "planes": self.planes, "rank": self.rank}
+    def __post_init__(self) -> None:
+        self._check_number("planes", int, "1 to 64", lambda planes: 1 <= planes <= 64)
+        if self.rank != "auto":
+            self._check_number("rank", int, "1 to 256, or auto", lambda rank: 1 <= rank <= 256)
 
     def encode(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
@@ -93,9 +83,9 @@ class SignCodec(Codec):
 
 
 def channel_norms(hessian: torch.Tensor) -> torch.Tensor:
-    """L2 norm of every input channel, from the diagonal of H; float32, shape (inputs,).
+    """Return the L2 norm of every input channel, from the diagonal of H; float32, shape (inputs,).
 
-    Channels that calibration never excited get a small share of the mean: their weights are kept, coarsely.
+    Channels that calibration never excited get a small fraction of the mean, so that their weights are kept coarsely.
     """
     norms = hessian.diagonal().clamp_min(0).sqrt()
     mean = norms.mean()
@@ -106,8 +96,8 @@ def choose_rank(scaled: torch.Tensor) -> int:
     """Choose the rank that removes the most error per bit from a matrix.
 
     After a plane of rank k the squared residual is ||A||^2 - sum of the k leading squared singular values of |A|.
-    Chosen is the k of 1, 2, 3, 4, 6, 8, 12, 16 with the largest fall of its logarithm per bit of
-    m n + 16 k (m + n); below the rounding of half precision no rank can fall.
+    The choice is the k of 1, 2, 3, 4, 6, 8, 12, 16 with the largest fall of its logarithm per bit of
+    m n + 16 k (m + n). No rank gets below the rounding of half precision.
 
     Parameters
     ----------
@@ -121,17 +111,15 @@ def choose_rank(scaled: torch.Tensor) -> int:
     if total == 0:
         return 1
     removed = s.double().square().cumsum(0) / total
-    return max(
-        ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(LEAST_LEFT).log()) / (m * n + 16 * k * (m + n))
-    )
+    return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(MIN_LEFT).log()) / (m * n + 16 * k * (m + n)))
 
 
 def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half-precision factors of |R diag(s)| ~ U V^T, the scale taken out of V."""
+    """Return half-precision factors of |R diag(s)| ~ U V^T, the scale taken out of V."""
     u, s, v = leading_triplets(absolute, rank)
     root = s.clamp_min(0).sqrt()
     u, v = u * root, v * root / scale[:, None]
-    # Only the product matters: share the range evenly, so that neither factor leaves half precision.
+    # Only the product matters; balance the factors so that neither leaves the range of half precision.
     top_u, top_v = u.abs().amax(0).clamp_min(1e-30), v.abs().amax(0).clamp_min(1e-30)
     balance = (top_v / top_u).sqrt()
     u, v = u * balance, v / balance

@@ -1,4 +1,4 @@
-"""SpQR: small groups of 3 or 4 bits with outliers apart (arXiv 2306.03078), and trellis blocks on top of them.
+"""SpQR: small groups of 3 or 4 bits with separate outliers (arXiv 2306.03078), and trellis blocks on top of them.
 
     level 0   dense part: groups of inputs with a scale and a zero point each, both codes of 3 bits
     next      outliers: what the dense part lacks at the places where a group would suffer most; none, no block
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,29 +22,28 @@ import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec, Task
-from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damped
+from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damp
 from bstack.codecs.spqr_target import Shape, check_target, check_target_of_layers, range_of
 from bstack.codecs.trellis import TrellisCodec
 from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import GROUPS, WIDEST, Outliers, outlier_bytes, rank_of
-from bstack.numerics.errors import output_errors
-from bstack.numerics.outliers import MOST_OF_A_GROUP, outlier_scores
-from bstack.settings import Settings
+from bstack.kernels.spqr import GROUPS, MAX_SPARSE_COLUMNS, Outliers, outlier_bytes, rank_of
+from bstack.numerics.hessian import output_errors
+from bstack.numerics.outliers import MAX_OF_A_GROUP, outlier_scores
 
 __all__ = ["SpqrCodec"]
 
-# Share of the weights that the paper keeps apart, at most.
-AUTO_SHARE = 0.01
-PLANES = 2
-MOST_PLANES = 14  # a stack has 16 blocks
+# The most that the paper makes outliers.
+AUTO_FRACTION = 0.01
+MAX_PLANES = 14  # a stack has 16 blocks
 # Thresholds are numbered by this many to an octave, from 2^-LOWEST on.
 TO_AN_OCTAVE, LOWEST = 1024, 200
 PLACES = 2 * LOWEST * TO_AN_OCTAVE
 BYTES_OF_AN_OUTLIER = 4
 
 
+@dataclass(frozen=True)
 class SpqrCodec(Codec):
     """SpQR blocks and residual planes.
 
@@ -54,13 +54,13 @@ class SpqrCodec(Codec):
     group : int
         Inputs that share a scale and a zero point: 16, 32, 64 or 128.
     outliers : float or "auto"
-        Share of the weights of each layer that are kept apart, 0 to .5; auto is 1 %, or what `bpw` leaves room for.
+        Fraction of the weights of each layer that are outliers, 0 to .5; auto is 1 %, or what `bpw` leaves room for.
     bpw : float, optional
-        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of a share.
+        Bits per weight that dense part and outliers of each layer may take, everything counted; in place of a fraction.
     planes : int
         Trellis blocks on top, 0 to 14.
     threshold : int, optional
-        What `for_layer` found; without it each matrix has the share for itself.
+        What `for_layer` found; without it each matrix has the fraction for itself.
 
     Raises
     ------
@@ -70,65 +70,48 @@ class SpqrCodec(Codec):
     name = "spqr"
     kinds = (bstk.SPQR,)
 
-    def __init__(
-        self,
-        bits: int = 4,
-        group: int = 16,
-        outliers: float | str | None = None,
-        bpw: float | None = None,
-        planes: int = PLANES,
-        threshold: int | None = None,
-    ):
-        if bits not in (3, 4):
-            raise CodecError(f"bits is {bits}; the spqr codec takes 3 or 4.")
-        if group not in GROUPS:
-            raise CodecError(f"group is {group}; the spqr codec takes {', '.join(map(str, GROUPS))}.")
-        if not 0 <= planes <= MOST_PLANES:
-            raise CodecError(f"planes is {planes}; the spqr codec takes 0 to {MOST_PLANES} (2 bits per weight each).")
-        outliers = "auto" if outliers is None else outliers
-        if bpw is not None and outliers != "auto":
-            raise CodecError(
-                f"outliers is {outliers} and bpw is {bpw}; give one: --bpw decides how many outliers there are."
-            )
-        if outliers != "auto" and not (isinstance(outliers, (int, float)) and 0 <= outliers <= 0.5):
-            raise CodecError(
-                f"outliers is {outliers!r}; the spqr codec takes a share of the weights, 0 to 0.5, or auto."
-            )
-        if bpw is not None:
-            check_target(bpw, bits, group)
-        self.bits, self.group, self.outliers, self.bpw, self.planes = bits, group, outliers, bpw, planes
-        self.threshold = threshold
+    bits: int = 4
+    group: int = 16
+    outliers: float | str = "auto"
+    bpw: float | None = None
+    planes: int = 2
+    threshold: int | None = None
 
-    @classmethod
-    def from_settings(cls, settings: Settings) -> SpqrCodec:
-        cls.refuse_foreign(settings)
-        names = ("bits", "group", "outliers", "bpw", "planes")
-        codec = cls(**{name: value for name in names if (value := getattr(settings, name)) is not None})
-        # Only groups that are cut off at a matrix's end have room for a larger share.
-        if codec.outliers != "auto" and codec.outliers > (most := MOST_OF_A_GROUP / codec.group):
+    def __post_init__(self) -> None:
+        self._check_number("bits", int, "3 or 4", lambda bits: bits in (3, 4))
+        self._check_number("group", int, ", ".join(map(str, GROUPS)), lambda group: group in GROUPS)
+        self._check_number(
+            "planes", int, f"0 to {MAX_PLANES} (2 bits per weight each)", lambda planes: 0 <= planes <= MAX_PLANES
+        )
+        auto = isinstance(self.outliers, str) and self.outliers == "auto"
+        if self.bpw is not None and not auto:
             raise CodecError(
-                f"outliers is {codec.outliers}; with groups of {codec.group} it is at most {most:g}, as at most {MOST_OF_A_GROUP} of a group "
-                "are kept apart."
+                f"outliers is {self.outliers} and bpw is {self.bpw}; give one: bpw decides how many outliers there are."
             )
-        return codec
+        if not auto:
+            allowed = "a fraction of the weights, 0 to 0.5, or auto"
+            self._check_number("outliers", float, allowed, lambda outliers: 0 <= outliers <= 0.5)
+        if self.bpw is not None:
+            self._check_number("bpw", float, "a number of bits per weight", lambda bpw: not abs(bpw) > 1e6)
+            check_target(self.bpw, self.bits, self.group)
 
     def settings(self) -> dict[str, Any]:
-        # With a target there is no share to record, also where auto was given in words.
-        share = self.outliers if self.bpw is None else None
-        return {
-            "codec": self.name,
-            "bits": self.bits,
-            "group": self.group,
-            "outliers": share,
-            "bpw": self.bpw,
-            "planes": self.planes,
-        }
+        settings = super().settings()
+        del settings["threshold"]
+        # With a target there is no fraction to record, even where auto was given explicitly.
+        return settings | {"outliers": self.outliers if self.bpw is None else None}
 
-    def for_tables(self) -> Codec:
-        """Embeddings and heads are stacks of the default codec: they are cut into finer steps."""
+    def for_embeddings(self) -> Codec:
+        """Return the default codec, whose stacks can be cut in finer steps."""
         return TrellisCodec()
 
     def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
+        # Only groups that are cut off at a matrix's end have room for a larger fraction.
+        if self.outliers != "auto" and self.outliers > (most := MAX_OF_A_GROUP / self.group):
+            raise CodecError(
+                f"outliers is {self.outliers}; with groups of {self.group} it is at most {most:g}, as at most "
+                f"{MAX_OF_A_GROUP} of a group can be outliers."
+            )
         layers = list(layers)
         for layer in layers:
             for shapes in layer:
@@ -144,21 +127,21 @@ class SpqrCodec(Codec):
             shapes.append(tuple(task[0].shape))
             _check_width(shapes[-1])
             prices += self._prices(self.outlier_places(*task)[0])
-        return SpqrCodec(
-            self.bits, self.group, self.outliers, self.bpw, self.planes, _threshold(prices, self._allowed(shapes))
-        )
+        return replace(self, threshold=_threshold(prices, self._allowed(shapes)))
 
     def encode(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
         shape = tuple(weight.shape)
         _check_width(shape)
-        places, trusted = self.outlier_places(weight, hessian, tokens, importance)
+        places, damped = self.outlier_places(weight, hessian, tokens, importance)
         threshold = self.threshold
         if threshold is None:
             threshold = _threshold(self._prices(places), self._allowed([shape]))
-        apart = places >= threshold
-        dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, self.bits, self.group)
+        outlier_mask = places >= threshold
+        dense, values, rows, columns, added = code_columns(
+            weight, damped, outlier_mask, importance, self.bits, self.group
+        )
         residual = weight - values
         rank = rank_of(self.bits, self.group)
         yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, hessian))
@@ -184,21 +167,21 @@ class SpqrCodec(Codec):
     def outlier_places(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> tuple[torch.Tensor, Damped]:
-        """Each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs).
+        """Return each weight's score as an outlier, numbered on a logarithmic scale: int64, shape (outputs, inputs).
 
-        Parameters are those of `encode`. The Hessian made ready comes with it.
+        Parameters are those of `encode`. Also returns the damped hessian.
         """
-        trusted = damped(hessian, tokens)
-        scores = outlier_scores(weight[:, trusted.order], trusted.cost, self.group, 2**self.bits - 1)
+        damped = damp(hessian, tokens)
+        scores = outlier_scores(weight[:, damped.order], damped.cost, self.group, 2**self.bits - 1)
         # Half the importance, by token: the predicted divergence, in the same unit for all matrices of a layer.
         scores *= (bounded(importance) * (0.5 / max(tokens, 1)))[:, None]
         numbers = ((scores.double().clamp_min(1e-300).log2() + LOWEST) * TO_AN_OCTAVE).clamp_(0, PLACES - 1).long()
         places = torch.empty_like(numbers)
-        places[:, trusted.order] = numbers
-        return places, trusted
+        places[:, damped.order] = numbers
+        return places, damped
 
     def _prices(self, places: torch.Tensor) -> np.ndarray:
-        """What the outliers at each place cost one matrix: their count, or with `bpw` their bytes; int64, shape (PLACES,)."""
+        """Return what the outliers at each place cost one matrix: their count, or with `bpw` their bytes; int64, shape (PLACES,)."""
         counts = np.bincount(places.reshape(-1).numpy(), minlength=PLACES)
         if self.bpw is None:
             return counts
@@ -207,24 +190,24 @@ class SpqrCodec(Codec):
         return counts
 
     def _allowed(self, shapes: Sequence[Shape]) -> int:
-        """What outliers of matrices of these shapes may cost together, in the unit of `_prices`."""
+        """Return what outliers of matrices of these shapes may cost together, in the unit of `_prices`."""
         weights = sum(math.prod(shape) for shape in shapes)
         if self.bpw is None:
-            return int((AUTO_SHARE if self.outliers == "auto" else self.outliers) * weights)
+            return int((AUTO_FRACTION if self.outliers == "auto" else self.outliers) * weights)
         if not shapes:
             return 0
-        least, _ = range_of(shapes, self.bits, self.group)
-        if self.bpw < least:
+        low = range_of(shapes, self.bits, self.group).min
+        if self.bpw < low:
             raise CodecError(
-                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {least:.4f} bits per weight "
+                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {low:.4f} bits per weight "
                 "without any outlier, with the order of their inputs counted. Give more"
-                f"{', or --bits 3' if self.bits == 4 else ''}."
+                f"{', or take 3 bits' if self.bits == 4 else ''}."
             )
-        return int((self.bpw - least) * weights / 8)
+        return int((self.bpw - low) * weights / 8)
 
 
 def _threshold(prices: np.ndarray, allowed: int) -> int:
-    """The smallest threshold above 0 at which the scores that reach it cost no more than `allowed`."""
+    """Return the smallest threshold above 0 at which the scores that reach it cost no more than `allowed`."""
     reaching = prices[::-1].cumsum()[::-1]
     return max(1, int((reaching > allowed).sum()))
 
@@ -236,7 +219,7 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
 
 
 def _check_width(shape: Shape) -> None:
-    if shape[1] > WIDEST:
+    if shape[1] > MAX_SPARSE_COLUMNS:
         raise CodecError(
-            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {WIDEST}. Use --codec trellis."
+            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {MAX_SPARSE_COLUMNS}. Use the trellis codec."
         )

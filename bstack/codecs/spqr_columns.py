@@ -1,4 +1,4 @@
-"""The columns of a matrix -> SpQR's dense part and outliers: groups one after the other, with error feedback."""
+"""Codes the columns of a matrix as SpQR's dense part and outliers: group after group, with error feedback."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from bstack.kernels.spqr import ROWS, Dense
 from bstack.numerics.feedback import factorise
 from bstack.numerics.groups import LEVELS, Coded, code_group, fit_groups, fit_levels, refit_groups
-from bstack.numerics.shrinkage import shrinkage
+from bstack.numerics.hessian import shrinkage
 
-__all__ = ["OUTLIER_COST", "Damped", "bounded", "code_columns", "damped"]
+__all__ = ["OUTLIER_COST", "Damped", "bounded", "code_columns", "damp"]
 
-# Of the mean of the Hessian's diagonal, as in GPTQ.
+# Relative to the mean of the hessian's diagonal, as in GPTQ.
 DAMPING = 0.01
-# What an outlier's error counts in its group's fit, against other weights, times the square of the largest code: it is made up
-# for, but not in the dense part alone. What leaving it out costs there, over what it brings, grows with that square.
+# How much an outlier's error counts in its group's fit, against other weights, times the square of the largest code: its
+# own block corrects it, so it counts less. What leaving it out costs, over what it brings, grows with that square.
 OUTLIER_COST = 4.5
 # Scales tried for each row and group, the nearest of the eight, and zero points with each of them.
 SCALES, ZEROS = 4, 3
@@ -25,12 +25,12 @@ ROUNDS = 2
 
 
 class Damped(NamedTuple):
-    """A Hessian made ready for feedback.
+    """A damped hessian, ready for feedback.
 
     Attributes
     ----------
     order : torch.Tensor
-        Columns by falling Hessian, int64, shape (inputs,).
+        Columns by falling diagonal of the hessian, int64, shape (inputs,).
     factor : torch.Tensor
         The feedback factor of the columns in that order (`factorise`), shape (inputs, inputs).
     cost : torch.Tensor
@@ -42,16 +42,16 @@ class Damped(NamedTuple):
     cost: torch.Tensor
 
 
-def damped(hessian: torch.Tensor, tokens: int) -> Damped:
-    """Shrink, order and factorise a Hessian, float32, shape (inputs, inputs)."""
-    kept, ridge = shrinkage(hessian, tokens)
+def damp(hessian: torch.Tensor, tokens: int) -> Damped:
+    """Shrink, order and factorise a hessian, float32, shape (inputs, inputs)."""
+    keep, ridge = shrinkage(hessian, tokens)
     order = hessian.diagonal().argsort(stable=True, descending=True)
-    damping = ridge + DAMPING * float((kept * hessian.diagonal()[order]).mean())
-    return Damped(order, *factorise(lambda: kept * hessian[order][:, order], damping if damping > 0 else 1.0))
+    damping = ridge + DAMPING * float((keep * hessian.diagonal()[order]).mean())
+    return Damped(order, *factorise(lambda: keep * hessian[order][:, order], damping if damping > 0 else 1.0))
 
 
 def code_columns(
-    weight: torch.Tensor, trusted: Damped, apart: torch.Tensor, importance: torch.Tensor, bits: int, group: int
+    weight: torch.Tensor, damped: Damped, outlier_mask: torch.Tensor, importance: torch.Tensor, bits: int, group: int
 ) -> tuple[Dense, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Code all columns, group after group, each with the feedback of those before it.
 
@@ -59,8 +59,8 @@ def code_columns(
     ----------
     weight : torch.Tensor
         Float32, shape (outputs, inputs).
-    trusted : Damped
-    apart : torch.Tensor
+    damped : Damped
+    outlier_mask : torch.Tensor
         True for outliers; bool, shape (outputs, inputs).
     importance : torch.Tensor
         Of the outputs, shape (outputs,); weighs the rows that share a second level.
@@ -77,14 +77,14 @@ def code_columns(
         What the outliers add there, float16.
     """
     m, n = weight.shape
-    order, most = trusted.order, 2**bits - 1
+    order, max_code = damped.order, 2**bits - 1
     # Rows in whole tiles: the last one again, without weight.
     rows = torch.arange(-(-m // ROWS) * ROWS).clamp_max(m - 1)
     original = weight[rows][:, order].t().contiguous()
-    kept = torch.where(apart, OUTLIER_COST / most**2, 1.0)[rows][:, order].t().contiguous()
-    share = bounded(importance)
-    share = share[rows] / share.mean()
-    share[m:] = 0
+    counts = torch.where(outlier_mask, OUTLIER_COST / max_code**2, 1.0)[rows][:, order].t().contiguous()
+    row_weight = bounded(importance)
+    row_weight = row_weight[rows] / row_weight.mean()
+    row_weight[m:] = 0
     errors, dense, added = (torch.empty_like(original) for _ in range(3))
     codes = np.zeros((len(rows), -(-n // group) * group), np.uint8)
     small = np.zeros((2, len(rows), -(-n // group)), np.uint8)
@@ -93,16 +93,18 @@ def code_columns(
         here = slice(start, min(start + group, n))
         target = original[here]
         if start:
-            target = target + trusted.factor[:start, here].t() @ errors[:start]
-        found = _code(target, original[here], trusted.factor[here, here], trusted.cost[here], kept[here], share, most)
+            target = target + damped.factor[:start, here].t() @ errors[:start]
+        found = _code(
+            target, original[here], damped.factor[here, here], damped.cost[here], counts[here], row_weight, max_code
+        )
         errors[here], dense[here], added[here] = found.coded.errors, found.coded.dense, found.coded.added
         codes[:m, here] = found.coded.codes.t()[:m].to(torch.uint8).numpy()
         small[:, :m, number] = found.numbers[:, :m].to(torch.uint8).numpy()
         levels[:, number] = found.levels.numpy()
     values, difference = torch.empty_like(weight), torch.empty_like(weight)
     values[:, order], difference[:, order] = dense.t()[:m], added.t()[:m]
-    # An outlier that adds nothing needs no place.
-    places = ((difference != 0) & apart).nonzero(as_tuple=True)
+    # An outlier that adds nothing is not stored.
+    places = ((difference != 0) & outlier_mask).nonzero(as_tuple=True)
     packed = Dense(order.numpy(), codes, small[0], small[1], levels)
     return packed, values, *places, difference[places].half()
 
@@ -118,34 +120,34 @@ def _code(
     weight: torch.Tensor,
     factor: torch.Tensor,
     cost: torch.Tensor,
-    kept: torch.Tensor,
-    share: torch.Tensor,
-    most: int,
+    counts: torch.Tensor,
+    row_weight: torch.Tensor,
+    max_code: int,
 ) -> _Found:
-    """Code one group: fit it, quantise the fits of 16 rows together, try the nearest of those in earnest; then once more.
+    """Code one group: fit it, quantise the fits of 16 rows together, code with the nearest of those; then once more.
 
-    The second round starts from the codes of the first, and is kept for those tiles that it makes better.
+    The second round starts from the codes of the first, and is used for those tiles that it makes better.
     """
     best = None
-    scale, zero = fit_groups(target, cost, kept, most)
-    weighed = cost[:, None] * kept
-    mass = weighed.sum(0)
+    scale, zero = fit_groups(target, cost, counts, max_code)
+    position_weight = cost[:, None] * counts
+    mass = position_weight.sum(0)
     for turn in range(ROUNDS):
         if turn:
             wanted = target + factor.triu(1).t() @ best.coded.errors
-            scale, zero = refit_groups(wanted, best.coded.codes, weighed, scale)
+            scale, zero = refit_groups(wanted, best.coded.codes, position_weight, scale)
         # A relative error of the scale counts by the group's power, an error of the zero point by its mass.
-        power = (weighed * target.square()).sum(0) / scale.square()
-        wanted = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * share
+        power = (position_weight * target.square()).sum(0) / scale.square()
+        wanted = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * row_weight
         levels = torch.stack(fit_levels(*map(_tiles, wanted)), 2).transpose(0, 1).flatten(1)
-        numbers, scales, zeros = _candidates(scale, zero, levels, most)
-        coded = code_group(target, weight, factor, cost, kept, scales, zeros, most)
+        numbers, scales, zeros = _candidates(scale, zero, levels, max_code)
+        coded = code_group(target, weight, factor, cost, counts, scales, zeros, max_code)
         choice = coded.cost.argmin(0)
         chosen = coded.chosen(choice)
         numbers = numbers.gather(1, choice.expand(2, 1, -1)).squeeze(1)
         found = _Found(chosen, numbers, levels)
         if best is not None:
-            better = _tiles(share * chosen.cost).sum(1) < _tiles(share * best.coded.cost).sum(1)
+            better = _tiles(row_weight * chosen.cost).sum(1) < _tiles(row_weight * best.coded.cost).sum(1)
             by_row = better.repeat_interleave(ROWS)
             mixed = Coded(*(torch.where(by_row, new, old) for new, old in zip(chosen, best.coded, strict=True)))
             found = _Found(
@@ -156,9 +158,9 @@ def _code(
 
 
 def _candidates(
-    scale: torch.Tensor, zero: torch.Tensor, levels: torch.Tensor, most: int
+    scale: torch.Tensor, zero: torch.Tensor, levels: torch.Tensor, max_code: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The stored scales nearest to what each row wants, with the zero points that keep the middle of the range.
+    """Return the stored scales nearest to what each row wants, with the zero points that keep the middle of the range.
 
     Returns
     -------
@@ -171,7 +173,7 @@ def _candidates(
     near = _near(scale, base, step, SCALES)
     # As a decoder computes them: in float32, a product and a sum.
     scales = base + step * near
-    wanted = most / 2 - (most / 2 - zero) * scale / torch.where(scales == 0, 1.0, scales)
+    wanted = max_code / 2 - (max_code / 2 - zero) * scale / torch.where(scales == 0, 1.0, scales)
     base, step = (levels[:, i].float().repeat_interleave(ROWS) for i in (2, 3))
     near_zero = _near(wanted, base, step, ZEROS).transpose(0, 1).flatten(0, 1)
     near, scales = near.repeat_interleave(ZEROS, 0), scales.repeat_interleave(ZEROS, 0)
@@ -179,7 +181,7 @@ def _candidates(
 
 
 def _near(wanted: torch.Tensor, base: torch.Tensor, step: torch.Tensor, count: int) -> torch.Tensor:
-    """The codes of the nearest values base + step * code; float32, one more axis in front."""
+    """Return the codes of the nearest values base + step * code; float32, one more axis in front."""
     place = (wanted - base) / torch.where(step == 0, 1.0, step)
     first = (place - (count - 2) / 2).floor_() if count % 2 == 0 else (place - (count - 1) / 2).round_()
     return first.clamp_(0, LEVELS - count) + torch.arange(count, dtype=torch.float32).reshape(-1, *[1] * wanted.dim())
@@ -190,6 +192,6 @@ def _tiles(by_row: torch.Tensor) -> torch.Tensor:
 
 
 def bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Importance with none so small that its row would not count at all; 1 where there is none."""
+    """Return the importance with none so small that its row would not count at all; 1 where there is none."""
     mean = float(importance.mean())
     return importance.clamp_min(1e-3 * mean) if mean > 0 else torch.ones_like(importance)

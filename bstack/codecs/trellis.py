@@ -16,27 +16,25 @@ has the measurements behind every choice here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
-from bstack.errors import CodecError
 from bstack.kernels.matrix import BLOCKS, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.table import TABLE
-from bstack.kernels.trellis import EARLIER, encode_columns
-from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
+from bstack.kernels.reference import EARLIER, TABLE
+from bstack.kernels.trellis import encode_columns
+from bstack.numerics.feedback import choose_damping, feedback_factor, spectrum_sample
+from bstack.numerics.hessian import shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
-from bstack.numerics.shrinkage import shrinkage
-from bstack.settings import Settings
 
 __all__ = ["TABLE", "TrellisCodec"]
 
 BITS = 2
-# How many later blocks the feedback's damping considers: what measured best for the first blocks and the last two.
+# How many later blocks the feedback's damping considers; measured best for the first blocks and for the last two.
 LATER, LATER_AT_THE_END = 1.0, 0.5
 # The quantiser's range over the row's root mean square: a little room for what the feedback adds.
 HEADROOM = 1.03
@@ -47,6 +45,7 @@ ROWS_TOGETHER = 256
 HALF_MAX = 65504.0
 
 
+@dataclass(frozen=True)
 class TrellisCodec(Codec):
     """Two bits per weight and block.
 
@@ -63,39 +62,31 @@ class TrellisCodec(Codec):
     name = "trellis"
     kinds = (bstk.TRELLIS,)
 
-    def __init__(self, planes: int = 4):
-        if not 1 <= planes <= 16:
-            raise CodecError(f"planes is {planes}; the trellis codec takes 1 to 16 (2 bits per weight each).")
-        self.planes = planes
+    planes: int = 4
 
-    @classmethod
-    def from_settings(cls, settings: Settings) -> TrellisCodec:
-        cls.refuse_foreign(settings)
-        return cls() if settings.planes is None else cls(settings.planes)
-
-    def settings(self) -> dict[str, Any]:
-        return {"codec": self.name, "planes": self.planes}
+    def __post_init__(self) -> None:
+        self._check_number("planes", int, "1 to 16 (2 bits per weight each)", lambda planes: 1 <= planes <= 16)
 
     def encode(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
-        turned = rotate_hessian(hessian)
-        kept, ridge = shrinkage(turned, tokens)
-        spectrum = spectrum_sample(_trusted(turned, kept, ridge))
+        rotated = rotate_hessian(hessian)
+        keep, ridge = shrinkage(rotated, tokens)
+        spectrum = spectrum_sample(_damped(rotated, keep, ridge))
         importance = _bounded(importance)
         residual = rotate(weight)
-        # R H, carried along: a product with H costs as much as all the rest.
-        product = residual @ turned
-        factor = damped_for = None
+        # R H is carried along, since a product with H costs as much as all the rest.
+        product = residual @ rotated
+        factor = factor_later = None
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
-            if later != damped_for:
-                factor, damped_for = None, later  # the old one gives way first
-                factor = feedback_factor(lambda: _trusted(turned, kept, ridge), damping(*spectrum, later))
+            if later != factor_later:
+                factor, factor_later = None, later  # frees the old factor before the new one is made
+                factor = feedback_factor(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, factor, scale, importance)
-            values_product = values @ turned
-            scale = _refit(residual, values, values_product, kept, ridge)
+            values_product = values @ rotated
+            scale = _refit(residual, values, values_product, keep, ridge)
             residual -= values.mul_(scale.float()[:, None])
             product -= values_product.mul_(scale.float()[:, None])
             del values, values_product
@@ -113,15 +104,15 @@ class TrellisCodec(Codec):
         return unrotate(total)
 
 
-def _trusted(turned: torch.Tensor, kept: float, ridge: float) -> torch.Tensor:
-    """The better estimate of a Hessian that `shrinkage` describes."""
-    trusted = kept * turned
-    trusted.diagonal().add_(ridge)
-    return trusted
+def _damped(hessian: torch.Tensor, keep: float, ridge: float) -> torch.Tensor:
+    """Return the better estimate of a hessian that `shrinkage` describes."""
+    damped = keep * hessian
+    damped.diagonal().add_(ridge)
+    return damped
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Importance of the rows relative to their mean, none so small that its weights would be arbitrary."""
+    """Return the importance of the rows relative to their mean, none so small that its weights would be arbitrary."""
     mean = importance.mean()
     return (importance / mean).clamp_min(1e-3) if mean > 0 else torch.ones_like(importance)
 
@@ -137,14 +128,14 @@ def _encode(
     """
     m, n = residual.shape
     table = np.array(TABLE, np.float32)
-    # Errors are weighed in units of the output, so by the squared scale too.
+    # Errors count in units of the output, hence the squared scale.
     weight = importance * scale.square()
     weight = (weight / weight.mean().clamp_min(1e-38)).numpy()
     columns = residual.t().clone(memory_format=torch.contiguous_format)  # a copy also of a single row
     codes = np.empty((n, EARLIER + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
-        # What is not needed any more gives way to what is: up to `start` these are the columns' errors.
+        # To save memory, `columns` holds the errors of the columns up to `start`.
         target = columns[start:stop] + factor[:start, start:stop].t() @ columns[:start]
         codes[start:stop], errors = encode_columns(
             target.numpy(),
@@ -161,7 +152,7 @@ def _encode(
 
 
 def _values(codes: np.ndarray) -> torch.Tensor:
-    """Table values of codes (3 + m, n), float32, shape (m, n)."""
+    """Return the table values of codes (3 + m, n), float32, shape (m, n)."""
     windows = codes[EARLIER:].copy()
     for above in range(1, EARLIER + 1):
         windows |= codes[EARLIER - above : -above] << (BITS * above)
@@ -173,26 +164,26 @@ def _values(codes: np.ndarray) -> torch.Tensor:
 
 
 def _refit(
-    residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor, kept: float, ridge: float
+    residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor, keep: float, ridge: float
 ) -> torch.Tensor:
-    """Scale of each row that leaves the smallest output error, v H r / v H v; half precision, shape (m,).
+    """Return the scale of each row that leaves the smallest output error, v H r / v H v; half precision, shape (m,).
 
-    `product` is v times the hessian as it was measured; H is the better estimate of it (`_trusted`).
+    `product` is v times the hessian as it was measured; H is the better estimate of it (`_damped`).
     """
     scale = torch.empty(len(values))
     for rows in _parts(values):
-        trusted = kept * product[rows] + ridge * values[rows]
-        scale[rows] = (trusted * residual[rows]).sum(1) / (trusted * values[rows]).sum(1).clamp_min(1e-30)
+        damped = keep * product[rows] + ridge * values[rows]
+        scale[rows] = (damped * residual[rows]).sum(1) / (damped * values[rows]).sum(1).clamp_min(1e-30)
     return scale.clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The sum of a times b over each row, shape (m,)."""
+    """Return the sum of a times b over each row, shape (m,)."""
     return torch.cat([(a[rows] * b[rows]).sum(1) for rows in _parts(a)])
 
 
 def _parts(matrix: torch.Tensor | np.ndarray) -> Iterator[slice]:
-    """Rows a few at a time: of a large matrix not even a product's copy should be in memory."""
+    """Yield rows a few at a time, so that of a large matrix not even a product is copied whole."""
     for start in range(0, len(matrix), ROWS_TOGETHER):
         yield slice(start, start + ROWS_TOGETHER)
 

@@ -15,7 +15,7 @@ from bstack.codecs import Codec
 from bstack.codecs.contract import Task
 from bstack.compression.workers import Pending, Workers
 from bstack.errors import CalibrationError
-from bstack.numerics.errors import output_errors
+from bstack.numerics.hessian import output_errors
 from bstack.workdir import Part
 
 __all__ = ["Matrix", "add_dense", "encode", "encode_arrays"]

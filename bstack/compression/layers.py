@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from bstack.calibration.products import Operand
-from bstack.calibration.sensitivity import Sensitivity, layer_parameters
+from bstack.calibration.sensitivity import Sensitivity
 from bstack.calibration.statistics import HessianTable, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, add_dense, encode
 from bstack.compression.workers import Workers
 from bstack.models.names import MatrixName
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, layer_parameters
 from bstack.workdir import WorkDirectory
 
 __all__ = ["compress_layers", "layer_matrices", "layer_part", "layer_shapes"]
@@ -49,7 +49,7 @@ def compress_layers(
     """
     with (
         skeleton.loaded(skeleton.rest_names),
-        LayerStream(skeleton, batches, table=lambda name: skeleton.loaded([name])) as stream,
+        LayerStream(skeleton, batches, embedding=lambda name: skeleton.loaded([name])) as stream,
     ):
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):

@@ -118,7 +118,7 @@ def run_stages(
             head = work.tensors(
                 HEAD, lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
-        embedding_codec = codec.for_tables() if settings.embeddings == "stack" else None
+        embedding_codec = codec.for_embeddings() if settings.embeddings == "stack" else None
         statistics = EmbeddingStatistics(head["hessian"], int(head["tokens"]), sensitivity, windows)
         stacked = embeddings(skeleton) if embedding_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bstack.kernels.decoder import MOST_PARTS, Decoder, Layer, Sizes
+from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
 from bstack.models.kv_cache import GrowingLayer, growing_cache, let_grow
 from bstack.packed.lock import PriorityLock
@@ -240,9 +240,9 @@ def _decoder(model: Any) -> Decoder:
         float(attention.scaling),
     )
     parts = head.weight.packed.parts
-    if len(parts) > MOST_PARTS:
+    if len(parts) > MAX_PARTS:
         raise ValueError("too many parts")
-    return Decoder(sizes, [_layer(layer) for layer in layers], _array(base.norm.weight), parts)
+    return Decoder(library(), sizes, [_layer(layer) for layer in layers], _array(base.norm.weight), parts)
 
 
 def _needs(module: nn.Module, names: Set[str], allowed: Set[str] = frozenset()) -> None:

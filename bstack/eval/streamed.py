@@ -50,7 +50,7 @@ def run_streamed(
     loaded = loaded or skeleton.loaded
     with (
         loaded(skeleton.rest_names),
-        LayerStream(skeleton, list(windows.split(1)), run=run, table=lambda name: loaded([name])) as stream,
+        LayerStream(skeleton, list(windows.split(1)), run=run, embedding=lambda name: loaded([name])) as stream,
     ):
         for index, _ in stream.steps():
             with loaded(skeleton.layer_names(index)):

@@ -1,1 +1,1 @@
-"""Plain reference kernels, and their C counterparts where those are built."""
+"""Arithmetic on packed matrices: a plain numpy reference, and C or Triton kernels where they are available."""

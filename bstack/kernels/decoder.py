@@ -1,4 +1,4 @@
-"""One token through a whole decoder of the Llama family in C (csrc/decoder.c)."""
+"""Runs one token through a whole decoder of the Llama family in C (csrc/decoder.c)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bstack.kernels.matrix import Matrix
-from bstack.kernels.native import pointer
-from bstack.kernels.selftest import trusted_library
+from bstack.kernels.matrix import Matrix, pointer
 
-__all__ = ["MOST_PARTS", "Decoder", "Layer", "Sizes"]
+__all__ = ["MAX_PARTS", "Decoder", "Layer", "Sizes"]
 
-MOST_PARTS = 256
+MAX_PARTS = 256
 _MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 _NORMS = ("input_norm", "post_norm", "query_norm", "key_norm")
 _BIASES = tuple(f"{name}_bias" for name in _MATRICES)
@@ -78,36 +76,37 @@ class Decoder:
 
     Parameters
     ----------
+    native : ctypes.CDLL
+        The C kernels (`bstack.kernels.native.library`).
     sizes : Sizes
     layers : sequence of Layer
     final_norm : np.ndarray
         float32, shape (width,).
     head : sequence of Matrix
-        One under the other; at most `MOST_PARTS`.
+        One under the other; at most `MAX_PARTS`.
 
     Raises
     ------
     ValueError
-        The C kernels are not in use, or a shape does not fit.
+        A shape does not fit.
     """
 
-    def __init__(self, sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]):
-        native = trusted_library()
-        if native is None:
-            raise ValueError("the C kernels are not in use")
-        if not 1 <= len(head) <= MOST_PARTS:
-            raise ValueError(f"a head of {len(head)} parts; allowed are 1 to {MOST_PARTS}.")
+    def __init__(
+        self, native: ctypes.CDLL, sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]
+    ):
+        if not 1 <= len(head) <= MAX_PARTS:
+            raise ValueError(f"the head has {len(head)} parts; allowed are 1 to {MAX_PARTS}.")
         _check(sizes, layers, final_norm, head)
         self._native = native
         native.bstack_decoder_scratch.restype = ctypes.c_size_t
         self._kept = (layers, final_norm, head)  # C holds addresses only
         self._layers = (_Layer * len(layers))()
-        for place, layer in zip(self._layers, layers, strict=True):
+        for structure, layer in zip(self._layers, layers, strict=True):
             for name in _MATRICES:
-                setattr(place, name, ctypes.addressof(getattr(layer, name)))
+                setattr(structure, name, ctypes.addressof(getattr(layer, name)))
             for name in (*_NORMS, *_BIASES):
                 array = getattr(layer, name)
-                setattr(place, name, None if array is None else array.ctypes.data)
+                setattr(structure, name, None if array is None else array.ctypes.data)
         self._head = (ctypes.c_void_p * len(head))(*map(ctypes.addressof, head))
         self._decoder = _Decoder(
             sizes.width,
@@ -128,9 +127,9 @@ class Decoder:
         self._capacity = 0
 
     def use_cache(self, keys: Sequence[int], values: Sequence[int], capacity: int) -> None:
-        """Say where each layer's keys and values lie: addresses of float32, (key heads, capacity, head width)."""
-        for place, key, value in zip(self._layers, keys, values, strict=True):
-            place.keys, place.values = key, value
+        """Set where each layer's keys and values lie: addresses of float32, (key heads, capacity, head width)."""
+        for structure, key, value in zip(self._layers, keys, values, strict=True):
+            structure.keys, structure.values = key, value
         if capacity != self._capacity:
             floats = self._native.bstack_decoder_scratch(ctypes.byref(self._decoder), capacity)
             self._scratch = np.empty(floats, np.float32)
@@ -138,7 +137,7 @@ class Decoder:
             self._capacity = capacity
 
     def step(self, x: np.ndarray, cosine: np.ndarray, sine: np.ndarray, position: int) -> np.ndarray:
-        """Run one token; its keys and values are added to the cache.
+        """Run one token and add its keys and values to the cache.
 
         Parameters
         ----------

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from bstack.kernels.device_spqr import add_rows, dense_sums, half, outlier_sums
 from bstack.kernels.matrix import BLOCKS, OUTLIERS, SIGN, SPQR, TRELLIS, check_put
-from bstack.kernels.table import TABLE
+from bstack.kernels.reference import TABLE
 
 __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
 

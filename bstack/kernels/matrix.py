@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bstack.kernels.spqr import Outliers, dense_bytes, outlier_bytes
+import bstk
+from bstk.kinds import BY_CODE
 
 __all__ = [
     "BLOCKS",
@@ -22,22 +23,27 @@ __all__ = [
     "check_block",
     "check_put",
     "kind_bits",
+    "pointer",
 ]
 
-# Kinds by their codes in the container (format/SPEC.md, section 6).
-SIGN, TRELLIS, SPQR, OUTLIERS = 3, 4, 5, 6
-# Those that multiply the inputs themselves; trellis blocks multiply the rotated ones.
+SIGN, TRELLIS, SPQR, OUTLIERS = (kind.code for kind in (bstk.SIGN, bstk.TRELLIS, bstk.SPQR, bstk.OUTLIERS))
+# Kinds that multiply the inputs themselves; trellis blocks multiply the rotated inputs.
 PLAIN = (SIGN, SPQR, OUTLIERS)
-# Blocks of a stack and rank of a sign block, at most.
+# Most blocks of a stack, and highest rank of a sign block.
 BLOCKS, RANK = 16, 16
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    """Address of a C-contiguous array, which the caller keeps alive."""
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 class Matrix(ctypes.Structure):
     """A stack of blocks in memory, W of m rows (outputs) and n columns (inputs).
 
-    The owner of the memory fills in levels with `put`, and sets `count`: levels 0 to count - 1 are in use. It may
-    raise `count` at any time, also while calls read the matrix: each takes it once, at its start. It may lower it, and
-    change levels that were in use, whenever no such call is running. Nothing has to be rebuilt. Blocks may lie at any address, 64-byte alignment helps a little.
+    The owner of the memory fills in levels with `put` and sets `count`: levels 0 to count - 1 are in use. It may raise
+    `count` at any time, also while calls read the matrix: each call reads it once, at its start. It may lower `count` and
+    change levels that were in use while no such call runs. Blocks may lie at any address; 64-byte alignment helps a little.
 
     Attributes
     ----------
@@ -61,61 +67,58 @@ class Matrix(ctypes.Structure):
     ]
 
     def put(self, level: int, kind: int, rank: int, address: int, *, checked: bool = False) -> None:
-        """Say where the block of a level lies; `count` stays as it is.
+        """Set where the block of a level lies; `count` stays as it is.
 
         Parameters
         ----------
         level : int
             0 to 15.
-        kind : int
-            `SIGN`, `TRELLIS`, `SPQR` or `OUTLIERS`.
-        rank : int
-            1 to 16 for a sign block; 2, the bits of a code, for a trellis block; bits and group of an SpQR block; 0 for outliers.
+        kind, rank : int
+            As in the chunk's record; a sign block has rank 16 at most.
         address : int
             Of the block's bytes, which the caller keeps alive and unchanged.
         checked : bool
-            `check_block` has found nothing wrong with these bytes. Blocks of kind `SPQR` and `OUTLIERS`, which say where to
-            read, are not taken without it.
+            Whether the bytes have passed `check_block`, or the container's reader, which checks the same. Required for
+            kinds `SPQR` and `OUTLIERS`, which say where to read.
 
         Raises
         ------
         ValueError
+            The matrix does not take such a block.
         """
         check_put(self.rows, self.columns, level, kind, rank, checked)
         self.kind[level], self.rank[level], self.block[level] = kind, rank, address
 
     @classmethod
     def of(cls, rows: int, columns: int, blocks: Sequence[tuple[int, int, bytes]]) -> Matrix:
-        """A matrix of payloads: (kind, rank, bytes) of each level. It keeps copies of the bytes.
+        """Make a matrix of payloads, (kind, rank, bytes) of each level, and keep copies of the bytes.
 
         Raises
         ------
         ValueError
-            For a shape, kind, rank or length that cannot be.
+            The shape, or a kind, rank or payload, is not possible.
         """
         if not (1 <= rows < 2**31 and 1 <= columns < 2**31):
             raise ValueError(f"a matrix of {rows} x {columns}; each side is 1 to 2**31 - 1.")
         matrix = cls(rows, columns)
         matrix._kept = [np.frombuffer(payload, np.uint8).copy() for _, _, payload in blocks]
-        for level, ((kind, rank, _), bytes_) in enumerate(zip(blocks, matrix._kept, strict=True)):
-            check_block(rows, columns, kind, rank, bytes_)
-            matrix.put(level, kind, rank, bytes_.ctypes.data, checked=True)
+        for level, ((kind, rank, payload), copy) in enumerate(zip(blocks, matrix._kept, strict=True)):
+            check_block(rows, columns, kind, rank, payload)
+            matrix.put(level, kind, rank, copy.ctypes.data, checked=True)
         matrix.count = len(blocks)
         return matrix
 
     def payload(self, level: int) -> np.ndarray:
-        """The bytes of a block, uint8, where they lie; valid as long as the owner keeps them."""
+        """Return the bytes of a block, uint8, where they lie; valid as long as the owner keeps them."""
         count = 0
         if self.kind[level] == OUTLIERS:
-            count = ctypes.c_uint32.from_address(
-                self.block[level] + 4 * self.rows
-            ).value  # a row pointer need not be aligned
+            count = ctypes.c_uint32.from_address(self.block[level] + 4 * self.rows).value
         length = block_bytes(self.rows, self.columns, self.kind[level], self.rank[level], count)
         return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.block[level]))
 
 
 def kind_bits(kinds: Iterable[int]) -> int:
-    """A set of kinds as the C kernels take it: bit k for kind k."""
+    """Return a set of kinds as the C kernels take it: bit k for kind k."""
     return sum(1 << kind for kind in kinds)
 
 
@@ -124,39 +127,26 @@ def check_put(rows: int, columns: int, level: int, kind: int, rank: int, checked
     if not 0 <= level < BLOCKS:
         raise ValueError(f"level is {level}; a matrix has levels 0 to {BLOCKS - 1}.")
     block_bytes(rows, columns, kind, rank)
-    if kind in (SPQR, OUTLIERS) and not checked:
-        raise ValueError(
-            f"a block of kind {kind} that has not been checked; it says where to read. Call check_block first."
-        )
+    if BY_CODE[kind].check is not None and not checked:
+        raise ValueError(f"a block of kind {kind} says where to read and has not been checked. Call check_block first.")
 
 
-def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes | np.ndarray) -> None:
-    """See that products with a block read nothing outside of it and of its inputs.
-
-    Parameters
-    ----------
-    rows, columns : int
-    kind, rank : int
-    payload : bytes or array of uint8
-        The chunk's raw bytes.
+def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes) -> None:
+    """Check that products with a block read nothing outside it and its inputs.
 
     Raises
     ------
     ValueError
-        For another length than `block_bytes`, an order of inputs that is no permutation, or outliers out of place.
+        The payload has another length than the container's rule says, or points outside the matrix.
     """
-    bytes_ = np.frombuffer(payload, np.uint8)
-    if kind == OUTLIERS:
-        block_bytes(rows, columns, kind, rank)
-        Outliers.unpack(bytes_, rows, columns)
-        return
-    expected = block_bytes(rows, columns, kind, rank)
-    if bytes_.size != expected:
-        raise ValueError(f"a block has {bytes_.size} bytes; one of {rows} x {columns}, kind {kind}, has {expected}.")
-    if kind == SPQR:
-        order = bytes_[: 2 * columns].view("<u2")
-        if order.max() >= columns or (np.bincount(order, minlength=columns) != 1).any():
-            raise ValueError(f"the order of an SpQR block's inputs is no permutation of 0 to {columns - 1}.")
+    lengths = _lengths(rows, columns, kind, rank)
+    if len(payload) not in lengths:
+        raise ValueError(
+            f"a block has {len(payload)} bytes; one of {rows} x {columns}, kind {kind}, has {lengths[0]}"
+            f"{' and 4 for each outlier' if len(lengths) > 1 else ''}."
+        )
+    if check := BY_CODE[kind].check:
+        check(payload, (rows, columns))
 
 
 def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -> int:
@@ -165,22 +155,17 @@ def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -
     Raises
     ------
     ValueError
-        For a kind or a rank that the kernels do not know.
+        The kernels do not know the kind or the rank.
     """
-    if kind == TRELLIS:
-        if rank != 2:
-            raise ValueError(f"a trellis block of rank {rank}; it has 2 bits per code.")
-        return (rows + 3) * -(-columns // 4) + 2 * rows
-    if kind == SPQR:
-        return dense_bytes(rows, columns, rank)
-    if kind == OUTLIERS:
-        if rank:
-            raise ValueError(f"a block of outliers of rank {rank}; it has rank 0.")
-        return outlier_bytes(rows, count)
-    if kind != SIGN:
-        raise ValueError(
-            f"a block of kind {kind}; the kernels know {SIGN} (sign), {TRELLIS} (trellis), {SPQR} (SpQR) and {OUTLIERS} (outliers)."
-        )
-    if not 1 <= rank <= RANK:
+    return _lengths(rows, columns, kind, rank)[count]
+
+
+def _lengths(rows: int, columns: int, kind: int, rank: int) -> range:
+    """The lengths that a block may have: one, or for outliers one for each count."""
+    if kind not in (TRELLIS, *PLAIN):
+        known = ", ".join(f"{code} ({BY_CODE[code]})" for code in sorted((TRELLIS, *PLAIN)))
+        raise ValueError(f"a block of kind {kind}; the kernels know {known}.")
+    lengths = BY_CODE[kind].rule((rows, columns), "f16", rank)
+    if kind == SIGN and rank > RANK:
         raise ValueError(f"a sign block of rank {rank}; the kernels take 1 to {RANK}.")
-    return rows * -(-columns // 8) + 2 * rank * (rows + columns)
+    return lengths if isinstance(lengths, range) else range(lengths, lengths + 1)

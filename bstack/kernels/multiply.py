@@ -8,15 +8,14 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from bstack.kernels import reference
-from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, kind_bits
-from bstack.kernels.native import pointer
-from bstack.kernels.selftest import trusted_library
+from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix, kind_bits, pointer
+from bstack.kernels.native import library
 
 __all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "rotate"]
 
 
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
-    """y = x W^T for few tokens, without building W.
+    """Compute y = x W^T for few tokens, without building W.
 
     Inputs are rounded, with one scale a token: to 16 bits for trellis blocks, to 14 for sign blocks. For trellis blocks y_i
     differs from the product in real numbers by at most ``2e-5 * max_j |x_j| * sum_j |W_ij|``, both rotated; for a rank of
@@ -40,30 +39,30 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        For an x of another shape or dtype.
+        x has another shape or dtype.
     """
     return multiply_many([matrix], x)[0]
 
 
 def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
-    """As `multiply`, for several matrices that read the same x (q, k and v; gate and up), which is prepared once.
+    """Do as `multiply` for several matrices that read the same x (q, k and v; gate and up), which is prepared once.
 
     Raises
     ------
     ValueError
-        For an x of another shape or dtype than every matrix needs.
+        x has another shape or dtype than every matrix needs.
     """
     for matrix in matrices:
         _check(x, matrix.columns)
-    native = trusted_library()
+    native = library()
     if native is None:
         return [reference.multiply(matrix, x) for matrix in matrices]
     x = np.ascontiguousarray(x)
     outputs = [np.empty((len(x), matrix.rows), np.float32) for matrix in matrices]
     count = len(matrices)
-    places = (ctypes.c_void_p * count)(*(ctypes.addressof(matrix) for matrix in matrices))
+    addresses = (ctypes.c_void_p * count)(*(ctypes.addressof(matrix) for matrix in matrices))
     results = (ctypes.c_void_p * count)(*(y.ctypes.data for y in outputs))
-    if native.bstack_multiply(places, count, pointer(x), len(x), results):
+    if native.bstack_multiply(addresses, count, pointer(x), len(x), results):
         raise MemoryError
     return outputs
 
@@ -71,7 +70,7 @@ def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]
 def decode_rows(
     matrix: Matrix, kinds: int | Collection[int], start: int, stop: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rows start to stop - 1 of the sum of a matrix's blocks of some kinds; zeros where it has none.
+    """Add up rows start to stop - 1 of a matrix's blocks of some kinds; zeros where it has none.
 
     For long prompts, with T the rows of kind TRELLIS and S those of the kinds PLAIN (all others)::
 
@@ -94,22 +93,20 @@ def decode_rows(
     Raises
     ------
     ValueError
-        For another kind, rows that are not there, or an `out` of another shape or layout.
+        The kind is another, the rows are not there, or `out` has another shape or layout.
     """
     kinds = (kinds,) if isinstance(kinds, int) else tuple(kinds)
     for kind in kinds:
         if kind not in (*PLAIN, TRELLIS):
-            raise ValueError(
-                f"kind is {kind}; allowed are {SIGN} (sign), {TRELLIS} (trellis), {SPQR} (SpQR) and {OUTLIERS} (outliers)."
-            )
+            raise ValueError(f"kind is {kind}; allowed are {', '.join(map(str, sorted((*PLAIN, TRELLIS))))}.")
     if not 0 <= start <= stop <= matrix.rows:
-        raise ValueError(f"rows {start} to {stop} of a matrix with {matrix.rows}.")
+        raise ValueError(f"rows are {start} to {stop}; the matrix has {matrix.rows}.")
     shape = (stop - start, matrix.columns)
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of shape {out.shape}; needed is contiguous float32 of shape {shape}.")
-    native = trusted_library()
+    native = library()
     if native is None:
         out[...] = reference.decode_rows(matrix, kinds, start, stop)
     else:
@@ -118,7 +115,7 @@ def decode_rows(
 
 
 def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
-    """Rows of W itself, all kinds added up and the rotation undone: an embedding.
+    """Return rows of W itself, all kinds added up and the rotation undone, as an embedding needs them.
 
     Parameters
     ----------
@@ -134,12 +131,12 @@ def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        For an index that is not there.
+        There is no such row.
     """
     index = np.ascontiguousarray(index, np.int64)
     if index.ndim != 1 or (index.size and not (index.min() >= 0 and index.max() < matrix.rows)):
-        raise ValueError(f"an index outside 0 to {matrix.rows - 1}, or indices not in one dimension.")
-    native = trusted_library()
+        raise ValueError(f"an index is outside 0 to {matrix.rows - 1}, or indices have not one dimension.")
+    native = library()
     if native is None:
         return reference.lookup(matrix, index)
     out = np.empty((len(index), matrix.columns), np.float32)
@@ -148,20 +145,20 @@ def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray) -> np.ndarray:
-    """(x * signs) H for rows x, float32, shape (t, n): what trellis blocks multiply (format/SPEC.md, section 6).
+    """Return (x * signs) H for rows x, float32, shape (t, n): what trellis blocks multiply (format/SPEC.md, section 6).
 
     Raises
     ------
     ValueError
-        For an x that is not float32 of two dimensions.
+        x is not float32 of two dimensions.
     """
     _check(x, x.shape[-1] if x.ndim else 0)
-    native = trusted_library()
+    native = library()
     if native is None:
         return reference.rotate(x)
-    turned = np.array(x, np.float32, order="C")
-    native.bstack_rotate(pointer(turned), *turned.shape)
-    return turned
+    rotated = np.array(x, np.float32, order="C")
+    native.bstack_rotate(pointer(rotated), *rotated.shape)
+    return rotated
 
 
 def _check(x: np.ndarray, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""The C kernels, loaded with ctypes; None where they are not built.
+"""The C kernels, loaded with ctypes and tested; None where they are missing or fail.
 
 ``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
 ``avx512``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of threads; by default one for each
@@ -10,60 +10,85 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import warnings
 from functools import cache
 
 from bstack.errors import KernelError
+from bstack.kernels import selftest
 
-__all__ = ["CHOICES", "THREADS", "VARIABLE", "instructions", "library", "pointer", "processors", "set_threads"]
+__all__ = ["CHOICES", "THREADS", "VARIABLE", "describe", "instructions", "library", "processors", "set_threads"]
 
 VARIABLE = "BSTACK_KERNELS"
 THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
 CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512")
-MOST_THREADS = 256
+MAX_THREADS = 256
 INTERFACE = 3
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, set to the wanted instruction set and threads; None when it is not built or not wanted.
+    """Return the library, set to the wanted instruction set and threads; None where the reference runs in its place.
 
     Raises
     ------
     bstack.errors.KernelError
-        When ``BSTACK_KERNELS`` or ``BSTACK_THREADS`` is no value that works here.
+        ``BSTACK_KERNELS`` or ``BSTACK_THREADS`` is no value that works here.
+
+    Warns
+    -----
+    RuntimeWarning
+        The kernels are not built, or a result of theirs is not the reference's.
     """
+    native, problem = _choose()
+    if problem:
+        warnings.warn(
+            f"{problem} Until then the reference runs, some hundred times slower.", RuntimeWarning, stacklevel=3
+        )
+    return native
+
+
+@cache
+def _choose() -> tuple[ctypes.CDLL | None, str]:
+    """The library as `library` returns it, and what is wrong with the kernels, if anything is."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in CHOICES:
         raise KernelError(
             f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is."
         )
     threads = _threads()
-    loaded = None if wanted == REFERENCE else _load()
-    if loaded is None:
-        if wanted not in ("", REFERENCE):
+    if wanted == REFERENCE:
+        return None, ""
+    native = _load()
+    if native is None:
+        if wanted:
             raise KernelError(
                 f"{VARIABLE} is {wanted!r}, but the C kernels are not built. Install a C compiler and reinstall bstack, "
                 f"or unset {VARIABLE}."
             )
-        return None
-    if wanted and loaded.bstack_use(wanted.encode()):
-        offered = ", ".join(name for name in CHOICES if name == REFERENCE or loaded.bstack_offers(name.encode()) == 0)
+        return None, "The C kernels are not built. Install a C compiler and reinstall bstack."
+    if wanted and native.bstack_use(wanted.encode()):
+        offered = ", ".join(name for name in CHOICES if name == REFERENCE or native.bstack_offers(name.encode()) == 0)
         raise KernelError(f"{VARIABLE} is {wanted!r}, which this CPU does not have; it has {offered}.")
-    loaded.bstack_set_threads(threads)
-    return loaded
+    native.bstack_set_threads(threads)
+    if failed := selftest.failure(native):
+        return None, (
+            f"The C kernels ({native.bstack_instructions().decode()}) failed their self-test: {failed} differs from the "
+            f"reference. Reinstall bstack, or try {VARIABLE}=portable; please report it with your CPU and compiler."
+        )
+    return native, ""
 
 
 def instructions() -> str:
-    """Name of the kernels in use, one of `CHOICES`.
-
-    Raises
-    ------
-    bstack.errors.KernelError
-        As `library`.
-    """
-    native = library()
+    """Return the name of the kernels in use, one of `CHOICES`; raise KernelError as `library`."""
+    native, _ = _choose()
     return REFERENCE if native is None else native.bstack_instructions().decode()
+
+
+def describe() -> str:
+    """Return the name of the kernels in use, with what is wrong where they are missing; raise KernelError as `library`."""
+    _, problem = _choose()
+    return f"{instructions()}, some hundred times slower than C: {problem}" if problem else instructions()
 
 
 def set_threads(threads: int) -> None:
@@ -74,19 +99,14 @@ def set_threads(threads: int) -> None:
     ValueError
         For a number outside 1 to 256.
     """
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"threads is {threads}; allowed are 1 to {MOST_THREADS}.")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads is {threads}; allowed are 1 to {MAX_THREADS}.")
     if (native := library()) is not None:
         native.bstack_set_threads(threads)
 
 
-def pointer(array) -> ctypes.c_void_p:
-    """Address of a C-contiguous numpy array, which the caller keeps alive."""
-    return ctypes.c_void_p(array.ctypes.data)
-
-
 def processors() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -98,7 +118,7 @@ def _load() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    # A library from an earlier build may stand in a working copy: its functions may take other arguments.
+    # A working copy may hold a library from an earlier build, whose functions take other arguments.
     if getattr(loaded, "bstack_kernels_version", lambda: 0)() != INTERFACE:
         return None
     loaded.bstack_instructions.restype = ctypes.c_char_p
@@ -109,7 +129,7 @@ def _load() -> ctypes.CDLL | None:
 def _threads() -> int:
     given = os.environ.get(THREADS, "")
     if not given:
-        return min(processors(), MOST_THREADS)
-    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MOST_THREADS):
-        raise KernelError(f"{THREADS} is {given!r}; allowed are 1 to {MOST_THREADS}. Unset it to use every CPU.")
+        return min(processors(), MAX_THREADS)
+    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MAX_THREADS):
+        raise KernelError(f"{THREADS} is {given!r}; allowed are 1 to {MAX_THREADS}. Unset it to use every CPU.")
     return int(given)

@@ -1,21 +1,18 @@
-"""Trust in the C kernels: before their first use they must agree with the reference on a small matrix of each kind."""
+"""Self-test of the C kernels: before their first use each must agree with the reference on small inputs."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import warnings
-from functools import cache
 
 import numpy as np
 
 from bstack.kernels import reference
-from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, kind_bits
-from bstack.kernels.native import REFERENCE, VARIABLE, library
+from bstack.kernels.decoder import Decoder, Layer, Sizes
+from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, kind_bits, pointer
 from bstack.kernels.spqr import ROWS as TILE
 from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
 
-__all__ = ["random_payload", "trusted_library"]
+__all__ = ["failure", "random_payload"]
 
 # More rows than the loops take at a time, twice over and some left; more tokens than they take at a time.
 ROWS, COLUMNS, TOKENS = 71, 300, 5
@@ -26,58 +23,112 @@ BLOCKS = {
 }
 
 
-@cache
-def trusted_library() -> ctypes.CDLL | None:
-    """The C kernels, or None, with a warning, where they are missing or fail the test; without one if not wanted.
-
-    Raises
-    ------
-    bstack.errors.KernelError
-        As `bstack.kernels.native.library`.
-    """
-    native = library()
-    if native is None:
-        if os.environ.get(VARIABLE) != REFERENCE:
-            _warn("The C kernels are not built. Install a C compiler and reinstall bstack.")
-        return None
-    if failed := _failure(native):
-        name = native.bstack_instructions().decode()
-        _warn(
-            f"The C kernels ({name}) failed their self-test: {failed} differs from the reference. Reinstall bstack, or try "
-            f"{VARIABLE}=portable; please report it with your CPU and compiler."
-        )
-        return None
-    return native
-
-
-def _warn(problem: str) -> None:
-    warnings.warn(f"{problem} Until then the reference runs, some hundred times slower.", RuntimeWarning, stacklevel=4)
-
-
-def _failure(native: ctypes.CDLL) -> str:
-    """What goes wrong, in a word or two; nothing if all agrees."""
+def failure(native: ctypes.CDLL) -> str:
+    """Return which result of the kernels is wrong, in a few words; an empty string if none is."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((TOKENS, COLUMNS)).astype(np.float32)
     for name, parts in BLOCKS.items():
         blocks = [(kind, rank, random_payload(rng, ROWS, COLUMNS, kind, rank, COLUMNS)) for kind, rank in parts]
         matrix = Matrix.of(ROWS, COLUMNS, blocks)
-        y = np.empty((TOKENS, ROWS), np.float32)
-        places = (ctypes.c_void_p * 1)(ctypes.addressof(matrix))
-        native.bstack_multiply(
-            places, 1, x.ctypes.data_as(ctypes.c_void_p), TOKENS, (ctypes.c_void_p * 1)(y.ctypes.data)
-        )
+        y = np.zeros((TOKENS, ROWS), np.float32)
+        matrices = (ctypes.c_void_p * 1)(ctypes.addressof(matrix))
+        native.bstack_multiply(matrices, 1, pointer(x), TOKENS, (ctypes.c_void_p * 1)(y.ctypes.data))
         if y.tobytes() != reference.multiply(matrix, x).tobytes():
             return f"a product with a {name} block"
-        rows = np.empty((ROWS, COLUMNS), np.float32)
+        rows = np.zeros((ROWS, COLUMNS), np.float32)
         kinds = PLAIN if parts[0][0] in PLAIN else (TRELLIS,)
-        native.bstack_decode_rows(ctypes.byref(matrix), kind_bits(kinds), 0, ROWS, rows.ctypes.data_as(ctypes.c_void_p))
+        native.bstack_decode_rows(ctypes.byref(matrix), kind_bits(kinds), 0, ROWS, pointer(rows))
         if rows.tobytes() != reference.decode_rows(matrix, kinds, 0, ROWS).tobytes():
             return f"a decoded {name} block"
-    return ""
+        index = np.array([ROWS - 1, 0, ROWS // 2])
+        native.bstack_lookup(ctypes.byref(matrix), pointer(index), len(index), pointer(rows))
+        if rows[: len(index)].tobytes() != reference.lookup(matrix, index).tobytes():
+            return f"a row looked up in a {name} block"
+    if not _encoder_agrees(native, rng):
+        return "an encoded trellis block"
+    return "" if _decoder_agrees(native, rng) else "a step of the decoder"
+
+
+def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    rows, columns = 37, 3  # more rows than pass between two corrections of the costs
+    target, original = rng.standard_normal((2, columns, rows)).astype(np.float32) * 50
+    feedback = rng.standard_normal((columns, columns)).astype(np.float32) / 4
+    table = np.array(reference.TABLE, np.float32)
+    scale, weight = (0.5 + rng.random((2, rows))).astype(np.float32)
+    codes, errors = np.zeros((columns, reference.EARLIER + rows), np.uint8), np.zeros_like(original)
+    arrays = target.copy(), original, feedback, table, scale, weight, codes, errors
+    target_, original_, *rest = map(pointer, arrays)
+    native.bstack_trellis_encode(target_, original_, columns, rows, *rest)
+    expected = reference.encode_columns(target, original, feedback, table, scale, weight)
+    return (codes.tobytes(), errors.tobytes()) == tuple(array.tobytes() for array in expected)
+
+
+def _decoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    """Two steps of a decoder of one layer, to rounding: the exponential differs between C libraries."""
+    sizes = Sizes(width=24, inner=40, heads=4, key_heads=2, head_width=6, epsilon=1e-5, scale=0.4)
+    queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
+
+    def matrix(rows: int, columns: int) -> Matrix:
+        return Matrix.of(rows, columns, [(TRELLIS, 2, random_payload(rng, rows, columns, TRELLIS, 2))])
+
+    def vector(length: int) -> np.ndarray:
+        return rng.standard_normal(length).astype(np.float32)
+
+    shapes = [(queries, 24), (keys, 24), (keys, 24), (24, queries), (40, 24), (40, 24), (24, 40)]
+    norms = [vector(length) for length in (24, 24, 6, 6)]
+    layer = Layer(*(matrix(*shape) for shape in shapes), *norms, query_bias=vector(queries), down_bias=vector(24))
+    final_norm, head = vector(24), matrix(50, 24)
+    decoder = Decoder(native, sizes, [layer], final_norm, [head])
+    cache = np.zeros((2, sizes.key_heads, 2, sizes.head_width), np.float32)
+    decoder.use_cache([cache[0].ctypes.data], [cache[1].ctypes.data], 2)
+    past: list[np.ndarray] = []
+    for position in range(2):
+        x, cosine, sine = vector(24), vector(6), vector(6)
+        expected = _decoder_step(sizes, layer, final_norm, head, x, cosine, sine, past)
+        if not np.allclose(decoder.step(x, cosine, sine, position), expected, rtol=1e-3, atol=1e-3):
+            return False
+    return True
+
+
+def _decoder_step(
+    sizes: Sizes,
+    layer: Layer,
+    final_norm: np.ndarray,
+    head: Matrix,
+    x: np.ndarray,
+    cosine: np.ndarray,
+    sine: np.ndarray,
+    past: list[np.ndarray],
+) -> np.ndarray:
+    """Return the logits of a token in plain numpy; `past` holds keys and values of the tokens before and grows."""
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + sizes.epsilon) * weight
+
+    def product(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+        return reference.multiply(matrix, x[None].astype(np.float32))[0]
+
+    def heads(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        x = norm(x.reshape(-1, sizes.head_width), weight)
+        low, high = np.split(x, 2, -1)
+        return x * cosine + np.concatenate([-high, low], -1) * sine
+
+    normal = norm(x, layer.input_norm)
+    query = heads(product(layer.query, normal) + layer.query_bias, layer.query_norm)
+    key = heads(product(layer.key, normal), layer.key_norm)
+    past.append(np.stack([key, product(layer.value, normal).reshape(key.shape)]))
+    keys, values = np.stack(past, 2).repeat(sizes.heads // sizes.key_heads, 1)
+    scores = np.exp(sizes.scale * np.einsum("hd,htd->ht", query, keys))
+    attended = np.einsum("ht,htd->hd", scores / scores.sum(-1, keepdims=True), values)
+    x = x + product(layer.out, attended.reshape(-1))
+    normal = norm(x, layer.post_norm)
+    gate = product(layer.gate, normal)
+    x = x + product(layer.down, gate / (1 + np.exp(-gate)) * product(layer.up, normal)) + layer.down_bias
+    return product(head, norm(x, final_norm))
 
 
 def random_payload(rng: np.random.Generator, rows: int, columns: int, kind: int, rank: int, count: int = 0) -> bytes:
-    """A block of random codes or signs, with scales or factors of a trained matrix's size; `count` is that of outliers."""
+    """Make a block of random codes or signs, with scales or factors of a trained matrix's size; `count` is that of outliers."""
     if kind == SPQR:
         return _random_dense(rng, rows, columns, rank)
     if kind == OUTLIERS:

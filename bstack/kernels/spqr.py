@@ -1,6 +1,6 @@
 """Blocks of SpQR (arXiv 2306.03078) as arrays: the dense part, 3 or 4 bits a weight in small groups, and its outliers.
 
-The layout, byte by byte, stands in format/SPEC.md, section 6. In short: the dense part is the order of its inputs, then for
+The layout, byte by byte, is described in format/SPEC.md, section 6. In short: the dense part is the order of its inputs, then for
 each 16 rows and each group of inputs one tile. A tile holds the codes, for each row a scale code c and a zero code k of
 3 bits, and four numbers S0, S1, Z0, Z1, from which scale = S0 + S1 c, zero = Z0 + Z1 k, weight = scale (code - zero).
 Outliers are stored by rows: where each row begins, then the inputs of all, then their values.
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import bstk
+from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_parts
+
 __all__ = [
     "GROUPS",
     "LANES",
+    "MAX_SPARSE_COLUMNS",
     "ROWS",
     "STATISTICS",
-    "WIDEST",
     "Dense",
     "Outliers",
     "dense_bytes",
@@ -26,16 +29,13 @@ __all__ = [
     "rank_of",
 ]
 
-# Rows of a tile; inputs of a subtile, the unit that groups are made of.
+# Rows of a tile.
 ROWS = 16
 # Partial sums of a row's outliers.
 LANES = 16
-ALIGNMENT = 64
 # Bytes of a tile's scale and zero codes and their second level.
-STATISTICS = 20
+STATISTICS = spqr_parts((ROWS, 1), 16 + 4).statistics
 GROUPS = (16, 32, 64, 128)
-# Columns are numbered by 16 bits.
-WIDEST = 65535
 
 
 def rank_of(bits: int, group: int) -> int:
@@ -44,41 +44,23 @@ def rank_of(bits: int, group: int) -> int:
 
 
 def form_of(rank: int) -> tuple[int, int]:
-    """Bits of a code, 3 or 4, and inputs of a group: 16, 32, 64 or 128.
-
-    Raises
-    ------
-    ValueError
-        For a rank that says something else.
-    """
-    bits, group = rank % 16, rank // 16 * 16
-    if bits not in (3, 4) or group not in GROUPS:
-        raise ValueError(
-            f"an SpQR block of rank {rank}; it is 16 * (group / 16) + bits, group 16, 32, 64 or 128, bits 3 or 4."
-        )
-    return bits, group
-
-
-def _tile_bytes(bits: int, group: int) -> int:
-    return group * bits * ROWS // 8 + STATISTICS
-
-
-def _start(columns: int) -> int:
-    """Where the tiles begin."""
-    return -(-2 * columns // ALIGNMENT) * ALIGNMENT
+    """Bits of a code and inputs of a group, from the rank of a block that the container allows."""
+    return rank % 16, rank // 16 * 16
 
 
 def dense_bytes(rows: int, columns: int, rank: int) -> int:
-    """Length of a dense part in bytes; raises ValueError for a rank or a width that cannot be."""
-    bits, group = form_of(rank)
-    if columns > WIDEST:
-        raise ValueError(f"an SpQR block of {columns} inputs; it has at most {WIDEST}.")
-    return _start(columns) + -(-rows // ROWS) * -(-columns // group) * _tile_bytes(bits, group)
+    """Length of a dense part in bytes; raises ValueError for a rank or a width that is not possible."""
+    return bstk.SPQR.rule((rows, columns), "f16", rank)
 
 
 def outlier_bytes(rows: int, count: int) -> int:
     """Length of a block of so many outliers in bytes."""
-    return 4 * (rows + 1) + 4 * count
+    return bstk.OUTLIERS.rule((rows, MAX_SPARSE_COLUMNS), "f16", 0)[count]
+
+
+def _start(columns: int) -> int:
+    """Where the tiles begin."""
+    return spqr_parts((ROWS, columns), rank_of(4, 16)).permutation
 
 
 @dataclass(frozen=True)
@@ -108,9 +90,8 @@ class Dense:
         """The tiles that rows start to stop - 1 lie in, of a payload, uint8; its first row is ``start // 16 * 16``."""
         bits, group = form_of(rank)
         groups = -(-columns // group)
-        tiles = payload[_start(columns) :].reshape(-1, groups, _tile_bytes(bits, group))[
-            start // ROWS : -(-stop // ROWS)
-        ]
+        tile_bytes = group * bits * ROWS // 8 + STATISTICS
+        tiles = payload[_start(columns) :].reshape(-1, groups, tile_bytes)[start // ROWS : -(-stop // ROWS)]
         count = len(tiles)
         packed = tiles[..., :-STATISTICS].reshape(count, groups, group // 16, 32 * bits)
         if bits == 4:  # 16 rows of 4 bytes for each 8 inputs: 4 in the low halves, 4 in the high ones
@@ -130,7 +111,7 @@ class Dense:
 
     def pack(self, rank: int) -> bytes:
         """The payload of the whole block."""
-        bits, group = form_of(rank)
+        bits, _ = form_of(rank)
         count, groups = self.scales.shape[:2]
         if bits == 4:
             halves = self.codes.reshape(count, ROWS, groups, -1, 2, 2, 4).transpose(0, 2, 3, 4, 1, 5, 6)
@@ -206,29 +187,11 @@ class Outliers:
     value: np.ndarray
 
     @classmethod
-    def unpack(cls, payload: np.ndarray, rows: int, columns: int) -> Outliers:
-        """The arrays of a payload, uint8; they share its memory.
-
-        Raises
-        ------
-        ValueError
-            When the row pointer or an input leads out of the block or of the matrix, or inputs do not rise.
-        """
-        least = outlier_bytes(rows, 0)
-        if payload.size < least or payload.size % 4:
-            raise ValueError(
-                f"a block of outliers of {rows} rows has {least} bytes and 4 for each, found {payload.size}."
-            )
-        pointer, count = payload[:least].view("<u4"), (payload.size - least) // 4
-        index = payload[least : least + 2 * count].view("<u2")
-        if pointer[0] or pointer[-1] != count or (pointer[1:] < pointer[:-1]).any():
-            raise ValueError(
-                f"the row pointer of {count} outliers starts at {pointer[0]}, ends at {pointer[-1]}, or falls."
-            )
-        falls = np.flatnonzero(index[1:] <= index[:-1]) + 1
-        if not np.isin(falls, pointer).all() or (count and index.max() >= columns):
-            raise ValueError(f"the inputs of outliers do not rise within their row, or reach beyond {columns - 1}.")
-        return cls(pointer, index, payload[least + 2 * count :].view("<f2"))
+    def unpack(cls, payload: np.ndarray, rows: int) -> Outliers:
+        """Return the arrays of a payload, uint8, that has been checked; they share its memory."""
+        pointer, rest = np.split(payload, [outlier_bytes(rows, 0)])
+        index, value = np.split(rest, 2)
+        return cls(pointer.view("<u4"), index.view("<u2"), value.view("<f2"))
 
     def pack(self) -> bytes:
         """The payload."""

@@ -1,4 +1,4 @@
-"""Encoding a group of columns of a trellis block: the C kernel, or the reference with the same result bit for bit."""
+"""Encodes a group of columns of a trellis block: with the C kernel, or the reference, which gives the same bits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from functools import cache
 
 import numpy as np
 
-from bstack.kernels.native import VARIABLE, library, pointer
+from bstack.kernels import reference
+from bstack.kernels.matrix import pointer
+from bstack.kernels.native import library
+from bstack.kernels.reference import EARLIER
 
-__all__ = ["EARLIER", "encode_columns", "encode_columns_reference"]
-
-BITS = 2
-CODES = 1 << BITS
-WINDOWS = 256
-STATES = WINDOWS // CODES
-EARLIER = 3
+__all__ = ["encode_columns"]
 
 
 def encode_columns(
@@ -26,7 +23,7 @@ def encode_columns(
     scale: np.ndarray,
     weight: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the codes of some columns, each taking up its share of the errors of those before it.
+    """Choose the codes of some columns, each of which makes up for part of the errors of those before it.
 
     Parameters
     ----------
@@ -35,7 +32,7 @@ def encode_columns(
     original : np.ndarray
         What errors are measured against, float32, shape (columns, rows).
     feedback : np.ndarray
-        Entry [j, t]: the share of column j's error that is added to the target of column t > j; float32, shape
+        Entry [j, t]: the part of column j's error that is added to the target of column t > j; float32, shape
         (columns, columns).
     table : np.ndarray
         Values of the 256 windows, float32.
@@ -52,7 +49,7 @@ def encode_columns(
     native = library()
     if native is None:
         _warn_once()
-        return encode_columns_reference(target, original, feedback, table, scale, weight)
+        return reference.encode_columns(target, original, feedback, table, scale, weight)
     columns, rows = target.shape
     codes = np.empty((columns, EARLIER + rows), np.uint8)
     errors = np.empty((columns, rows), np.float32)
@@ -74,55 +71,7 @@ def encode_columns(
 @cache
 def _warn_once() -> None:
     warnings.warn(
-        "The C kernels are not in use, so the trellis codec encodes some hundred times slower. Install a C compiler "
-        f"and reinstall bstack (or unset {VARIABLE}); or compress with --codec sign.",
+        "The C kernels are not in use, so the trellis codec encodes some hundred times slower.",
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def encode_columns_reference(
-    target: np.ndarray,
-    original: np.ndarray,
-    feedback: np.ndarray,
-    table: np.ndarray,
-    scale: np.ndarray,
-    weight: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `encode_columns`, in plain numpy: a Viterbi search (G. D. Forney, Proc. IEEE 61, 1973) down each column."""
-    columns, rows = target.shape
-    codes = np.empty((columns, EARLIER + rows), np.uint8)
-    errors = np.empty((columns, rows), np.float32)
-    inverse = np.float32(1) / scale
-    for j in range(columns):
-        codes[j], values = _search(target[j] * inverse, weight, table)
-        errors[j] = original[j] - scale * values
-        for t in range(j + 1, columns):
-            target[t] += feedback[j, t] * errors[j]
-    return codes, errors
-
-
-def _search(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows = x.shape[0]
-    cost = np.zeros(STATES, np.float32)
-    oldest = np.empty((rows, STATES), np.uint8)
-    for i in range(rows):
-        difference = x[i] - table
-        reached = np.repeat(cost, CODES) + weight[i] * (difference * difference)
-        by_oldest = reached.reshape(CODES, STATES)
-        oldest[i] = by_oldest.argmin(0)
-        cost = by_oldest.min(0)
-        if i & 15 == 15:
-            cost = cost - cost[0]
-    codes = np.empty(EARLIER + rows, np.uint8)
-    values = np.empty(rows, np.float32)
-    state = int(cost.argmin())
-    for i in range(rows - 1, -1, -1):
-        window = state + int(oldest[i, state]) * STATES
-        codes[EARLIER + i] = window & (CODES - 1)
-        values[i] = table[window]
-        state = window >> BITS
-    for i in range(EARLIER - 1, -1, -1):
-        codes[i] = state & (CODES - 1)
-        state >>= BITS
-    return codes, values

@@ -18,7 +18,15 @@ from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_h
 if TYPE_CHECKING:
     from bstack.models.checkpoint import Checkpoint
 
-__all__ = ["Skeleton", "check_finite", "find_layers", "owner_of", "parameters_on_meta", "quiet_transformers"]
+__all__ = [
+    "Skeleton",
+    "check_finite",
+    "find_layers",
+    "layer_parameters",
+    "owner_of",
+    "parameters_on_meta",
+    "quiet_transformers",
+]
 
 PIECE = 2**22
 
@@ -227,3 +235,12 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
             )
+
+
+def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
+    """Return the loaded parameters of a layer that may be linears: those of two or three dimensions, by full name."""
+    return {
+        name: tensor
+        for name in skeleton.layer_names(index)
+        if (tensor := skeleton.parameter(name)).dim() in (2, 3) and tensor.is_floating_point()
+    }

@@ -1,1 +1,1 @@
-"""Low-rank approximation, error measures, refits: arrays in, arrays out. No files, no models."""
+"""Numerical methods on arrays: rotation, error feedback, hessians, groups, outliers, low rank. No files, no models."""

@@ -11,31 +11,31 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["damping", "factorise", "feedback_factor", "spectrum_sample"]
+__all__ = ["choose_damping", "factorise", "feedback_factor", "spectrum_sample"]
 
-# Above this width double precision would not fit beside the rest; single precision has been enough with damping.
+# Above this width double precision would not fit in memory; single precision is enough with damping.
 DOUBLE_WIDTH = 8192
-# Of the mean eigenvalue: what a sample of a few thousand tokens does not know anyway.
-LEAST_DAMPING = 1e-3
+# Relative to the mean eigenvalue: smaller ones are noise in a sample of a few thousand tokens.
+MIN_DAMPING = 1e-3
 PIECE = 2**22
-NOT_FINITE = "The Hessian holds NaN or infinite values, so it has no feedback factor."
+NOT_FINITE = "The hessian holds NaN or infinite values, so it has no feedback factor."
 
 
-def feedback_factor(hessian: Callable[[], torch.Tensor], damp: float) -> torch.Tensor:
-    """M of hessian() + damp I = M D M^T; see `factorise`."""
-    return factorise(hessian, damp)[0]
+def feedback_factor(hessian: Callable[[], torch.Tensor], damping: float) -> torch.Tensor:
+    """Compute M of hessian() + damping I = M D M^T; see `factorise`."""
+    return factorise(hessian, damping)[0]
 
 
-def factorise(hessian: Callable[[], torch.Tensor], damp: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and D of hessian() + damp I = M D M^T.
+def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute M and D of hessian() + damping I = M D M^T.
 
-    Made where the hessian was, without another matrix of its size: one is .8 GB at a width of 14336.
+    The factor takes the hessian's memory: another matrix of its size would be .8 GB at a width of 14336.
 
     Parameters
     ----------
     hessian : callable
         Returns H, float32, shape (inputs, inputs), contiguous, which is overwritten; called again where rounding spoils a factor.
-    damp : float
+    damping : float
         d, positive: how far the feedback is held back.
 
     Returns
@@ -49,13 +49,13 @@ def factorise(hessian: Callable[[], torch.Tensor], damp: float) -> tuple[torch.T
     Raises
     ------
     ValueError
-        The hessian holds NaN or infinite values, so that no damping gives it a factor.
+        The hessian holds NaN or infinite values.
     """
-    while (factor := _cholesky(hessian(), damp)) is None:
-        damp *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
-        if not (math.isfinite(damp) and bool(hessian().diagonal().isfinite().all())):
+    while (factor := _cholesky(hessian(), damping)) is None:
+        damping *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
+        if not (math.isfinite(damping) and bool(hessian().diagonal().isfinite().all())):
             raise ValueError(NOT_FINITE)
-    # LAPACK's factor stands column by column, so its transpose is the one that is contiguous.
+    # LAPACK's factor is stored column by column, so its transpose is the one that is contiguous.
     upper = _flip(factor.t()).t()
     diagonal = upper.diagonal().clone()
     if not bool(diagonal.isfinite().all()):
@@ -63,10 +63,10 @@ def factorise(hessian: Callable[[], torch.Tensor], damp: float) -> tuple[torch.T
     return upper.div_(diagonal).float(), diagonal.square().float()
 
 
-def _cholesky(hessian: torch.Tensor, damp: float) -> torch.Tensor | None:
-    """Cholesky factor of the flipped, damped hessian in the hessian's own memory, if it is wide; None where there is none."""
+def _cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
+    """Return the Cholesky factor of the flipped, damped hessian, in its own memory if it is wide; None where there is none."""
     flipped = _flip(hessian.double() if len(hessian) <= DOUBLE_WIDTH else hessian)
-    flipped.diagonal().add_(damp)
+    flipped.diagonal().add_(damping)
     columns = flipped.t()  # as LAPACK wants it; it is symmetric
     failed = torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(columns, out=(columns, failed))
@@ -80,14 +80,14 @@ def _flip(square: torch.Tensor) -> torch.Tensor:
     for start in range(0, half, PIECE):
         stop = min(start + PIECE, half)
         front, back = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
-        kept = front.flip(0)
+        flipped = front.flip(0)
         front.copy_(back.flip(0))
-        back.copy_(kept)
+        back.copy_(flipped)
     return square
 
 
-def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> float:
-    """The damping that serves a block and `later` more blocks on top of it best.
+def choose_damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> float:
+    """Choose the damping that serves a block and `later` more blocks on top of it best.
 
     Full feedback leaves the smallest error, but coloured like the inverse of H, and a coloured residual costs the next
     block more. With n_i = 1 / (l_i + d) the shape of the error at a fixed determinant (which is what the number of
@@ -99,7 +99,7 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
     Parameters
     ----------
     eigenvalues, weights : torch.Tensor
-        A sample of the spectrum l of H and the share of each value, float64, shape (values,).
+        A sample of the spectrum l of H and the fraction of each value, float64, shape (values,).
     later : float
         How many later blocks count; positive.
 
@@ -113,7 +113,7 @@ def damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> f
     if mean <= 0:
         return 1.0
     # The left side falls from 1 to 0 as d grows; halve the interval on a logarithmic scale.
-    low, high = math.log(LEAST_DAMPING * mean), math.log(1e6 * mean)
+    low, high = math.log(MIN_DAMPING * mean), math.log(1e6 * mean)
     for _ in range(60):
         middle = (low + high) / 2
         if float((weights * spectrum / (spectrum + math.exp(middle))).sum()) > 1 / (1 + later):
@@ -158,7 +158,7 @@ def spectrum_sample(
             basis[k] = v
             w = hessian @ v
             alpha[k] = float(w @ v)
-            # Against all earlier vectors, twice: without it Lanczos finds the large values again and again.
+            # Orthogonalise against all earlier vectors, twice: otherwise Lanczos finds the large values again and again.
             for _ in range(2):
                 w = w - basis[: k + 1].t() @ (basis[: k + 1] @ w)
             norm = float(w.norm())

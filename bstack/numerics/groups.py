@@ -1,6 +1,6 @@
 """Uniform codes in small groups with a scale and a zero point each, which are quantised themselves (SpQR, arXiv 2306.03078).
 
-A weight is scale * (code - zero), codes 0 to `most`. Arrays here are laid out (positions of the group, rows): what a step
+A weight is scale * (code - zero), codes 0 to `max_code`. Arrays here are laid out (positions of the group, rows): what a step
 needs of one position is contiguous.
 """
 
@@ -14,20 +14,20 @@ __all__ = ["LEVELS", "Coded", "code_group", "fit_groups", "fit_levels", "refit_g
 
 # Scales and zero points are codes of 3 bits.
 LEVELS = 8
-# Share of the range of a group's weights that the codes span at first: all of it, or less, clipping the extremes.
+# Fraction of the range of a group's weights that the codes span at first: all of it, or less, clipping the extremes.
 SPANS = (1.0, 0.85)
 LEVEL_SPANS = (1.0, 0.85, 0.7)
 REFITS = 2
-# A zero point lies at most this many code ranges away, so that a group whose weights are nearly equal gets one that is stored well.
-FARTHEST_ZERO = 2
+# A zero point lies at most this many code ranges away, so that it is stored precisely where weights are nearly equal.
+MAX_ZERO = 2
 HALF_MAX = 65504.0
 TINY = 1e-30
 
 
 def fit_groups(
-    target: torch.Tensor, cost: torch.Tensor, kept: torch.Tensor, most: int
+    target: torch.Tensor, cost: torch.Tensor, weight: torch.Tensor, max_code: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each row's group: least squares and rounding in turn, from several clipped ranges.
+    """Fit scale and zero point of each row's group: least squares and rounding in turn, from several clipped ranges.
 
     Parameters
     ----------
@@ -35,9 +35,9 @@ def fit_groups(
         What to represent, float32, shape (positions, rows).
     cost : torch.Tensor
         Of a squared error at each position, float32, shape (positions,).
-    kept : torch.Tensor
-        How much a weight counts: 1, and less for outliers; float32, shape (positions, rows).
-    most : int
+    weight : torch.Tensor
+        How much the error of each weight counts: 1, and less for outliers; float32, shape (positions, rows).
+    max_code : int
         The largest code.
 
     Returns
@@ -45,42 +45,42 @@ def fit_groups(
     scale, zero : torch.Tensor
         Float32, shape (rows,); scale positive.
     """
-    weight = cost[:, None] * kept
-    apart = kept < 1
-    ranges = [_range(target, apart, most)]
-    if bool(apart.any()):
-        ranges.append(_range(target, torch.zeros_like(apart), most))
-    # One more axis in front: the ranges and the shares of them.
-    middle, half, least = torch.stack(ranges, 1).repeat_interleave(len(SPANS), 1)
-    scale = torch.maximum(2 * half / most * torch.tensor(SPANS * len(ranges))[:, None], least)
-    zero = most / 2 - middle / scale
+    outlier_mask = weight < 1
+    weight = cost[:, None] * weight
+    ranges = [_range(target, outlier_mask, max_code)]
+    if bool(outlier_mask.any()):
+        ranges.append(_range(target, torch.zeros_like(outlier_mask), max_code))
+    # One more axis in front: the ranges and the fractions of them.
+    middle, half, min_scale = torch.stack(ranges, 1).repeat_interleave(len(SPANS), 1)
+    scale = torch.maximum(2 * half / max_code * torch.tensor(SPANS * len(ranges))[:, None], min_scale)
+    zero = max_code / 2 - middle / scale
     best = None
     for step in range(REFITS + 1):
-        codes = (target / scale[:, None] + zero[:, None]).round_().clamp_(0, most)
+        codes = (target / scale[:, None] + zero[:, None]).round_().clamp_(0, max_code)
         error = (weight * (target - scale[:, None] * (codes - zero[:, None])).square_()).sum(1)
         found = torch.stack([error, scale, zero])
         best = found if best is None else torch.where(error < best[0], found, best)
         if step < REFITS:
             scale, zero = refit_groups(target, codes, weight, scale)
-            scale = torch.maximum(scale, least)
+            scale = torch.maximum(scale, min_scale)
     choice = best[0].argmin(0)[None]
     return best[1].gather(0, choice)[0], best[2].gather(0, choice)[0]
 
 
-def _range(target: torch.Tensor, without: torch.Tensor, most: int) -> torch.Tensor:
-    """Middle and half width of what each row's weights span, and the least scale; shape (3, rows)."""
+def _range(target: torch.Tensor, without: torch.Tensor, max_code: int) -> torch.Tensor:
+    """Return middle and half width of what each row's weights span, and the smallest scale; shape (3, rows)."""
     high = target.masked_fill(without, -torch.inf).amax(0)
     low = target.masked_fill(without, torch.inf).amin(0)
     empty = high < low
     high, low = high.masked_fill(empty, 0.0), low.masked_fill(empty, 0.0)
-    least = (torch.maximum(high.abs(), low.abs()) / (FARTHEST_ZERO * most)).clamp_min(TINY)
-    return torch.stack([(high + low) / 2, (high - low) / 2, least])
+    min_scale = (torch.maximum(high.abs(), low.abs()) / (MAX_ZERO * max_code)).clamp_min(TINY)
+    return torch.stack([(high + low) / 2, (high - low) / 2, min_scale])
 
 
 def refit_groups(
     target: torch.Tensor, codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares of target ~ scale * (codes - zero), by row; where all codes are equal the scale stays as it is.
+    """Fit target ~ scale * (codes - zero) by row; where all codes are equal the scale stays as it is.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def refit_groups(
 
 
 def fit_levels(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second level: base + step * (0 to 7) for the numbers of each tile, as it is stored.
+    """Fit the second level, base + step * (0 to 7) for the numbers of each tile, as it is stored.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class Coded(NamedTuple):
     cost: torch.Tensor
 
     def chosen(self, candidate: torch.Tensor) -> Coded:
-        """One candidate for each row; `candidate` is int64, shape (rows,). The axis of candidates goes."""
+        """Return one candidate for each row; `candidate` is int64, shape (rows,). The axis of candidates is dropped."""
         index = candidate.expand(self.codes.shape[0], 1, -1)
         parts = (part.gather(1, index).squeeze(1) for part in self[:4])
         return Coded(*parts, self.cost.gather(0, candidate[None]).squeeze(0))
@@ -172,13 +172,13 @@ class Coded(NamedTuple):
 
 def code_group(
     target: torch.Tensor,
-    weight: torch.Tensor,
+    original: torch.Tensor,
     factor: torch.Tensor,
     cost: torch.Tensor,
-    kept: torch.Tensor,
+    weight: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
-    most: int,
+    max_code: int,
 ) -> Coded:
     """Code a group position by position, each with the feedback of those before it.
 
@@ -186,37 +186,37 @@ def code_group(
     ----------
     target : torch.Tensor
         The weights, with the feedback of earlier groups; float32, shape (positions, rows).
-    weight : torch.Tensor
+    original : torch.Tensor
         The original weights, likewise.
     factor : torch.Tensor
         The group's own part of the feedback factor, unit upper triangular, shape (positions, positions).
     cost : torch.Tensor
         Of a squared error at each position, shape (positions,).
-    kept : torch.Tensor
-        1, and less for outliers: how much the error counts that the dense part alone has there; float32, shape (positions, rows).
+    weight : torch.Tensor
+        How much the dense part's error counts at each weight: 1, and less for outliers; float32, shape (positions, rows).
     scale, zero : torch.Tensor
         Float32, shape (candidates, rows). A scale may be 0.
-    most : int
+    max_code : int
         The largest code.
     """
-    positions, rows = target.shape
+    positions = len(target)
     shape = (positions, *scale.shape)
     codes, dense, errors = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     added = torch.zeros(shape)
     total = torch.zeros_like(scale)
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    apart = (kept < 1).any(1).tolist()
+    has_outliers = (weight < 1).any(1).tolist()
     for j in range(positions):
         wanted = target[j].expand_as(scale)
         if j:
             wanted = wanted + (factor[:j, j] @ errors[:j].view(j, -1)).view_as(scale)
-        torch.addcmul(zero, wanted, inverse, out=codes[j]).round_().clamp_(0, most)
+        torch.addcmul(zero, wanted, inverse, out=codes[j]).round_().clamp_(0, max_code)
         torch.mul(scale, codes[j] - zero, out=dense[j])
         stored = dense[j]
-        if apart[j]:
+        if has_outliers[j]:
             difference = (wanted - stored).clamp_(-HALF_MAX, HALF_MAX).half().float()
-            added[j] = torch.where(kept[j] < 1, difference, 0.0)
+            added[j] = torch.where(weight[j] < 1, difference, 0.0)
             stored = stored + added[j]
-        torch.sub(weight[j], stored, out=errors[j])
-        total.add_((wanted - dense[j]).square_().mul_(kept[j]), alpha=float(cost[j]))
+        torch.sub(original[j], stored, out=errors[j])
+        total.add_((wanted - dense[j]).square_().mul_(weight[j]), alpha=float(cost[j]))
     return Coded(codes, dense, added, errors, total)

@@ -1,19 +1,19 @@
-"""Which weights stretch the range of their group so far that keeping them apart pays: a leave-one-out test."""
+"""Scores weights as outliers, which stretch the range of their group: a leave-one-out test."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["MOST_OF_A_GROUP", "outlier_scores"]
+__all__ = ["MAX_OF_A_GROUP", "outlier_scores"]
 
-# Weights of one group that may be outliers.
-MOST_OF_A_GROUP = 3
+# The most outliers of a group.
+MAX_OF_A_GROUP = 3
 
 
-def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: int) -> torch.Tensor:
-    """The fall of each group's error when one more weight is left out of it.
+def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, max_code: int) -> torch.Tensor:
+    """Compute how much each group's error falls when one more weight is left out of it.
 
-    A group of range r, quantised in `most` steps, has errors of variance (r / most)^2 / 12, each weighed by its column's
+    A group of range r, quantised in `max_code` steps, has errors of variance (r / max_code)^2 / 12, each weighed by its column's
     cost. Leaving out a weight at an end of the range takes its own error away, and makes the range smaller for all others.
     The end that helps more goes first, three times. Scores fall within a group: where a second step gains more than the
     first, which is so for two equal extremes, both have the mean. Other weights score 0.
@@ -29,7 +29,7 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
         Of a squared error in each column, float32, shape (columns,).
     group : int
         Columns of a group; the last may have fewer.
-    most : int
+    max_code : int
         The largest code.
 
     Returns
@@ -41,7 +41,7 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
     groups = -(-columns // group)
     missing = groups * group - columns
     if missing:
-        # Free of cost, and inside the range, also when the ends are gone.
+        # They cost nothing and lie inside the range, even when the ends are left out.
         inside = weight[:, columns - group + missing :].median(1, keepdim=True).values
         weight = torch.cat([weight, inside.expand(rows, missing)], 1)
         cost = torch.cat([cost, cost.new_zeros(missing)])
@@ -52,7 +52,7 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
     left = cost.sum(2, keepdim=True)
     error = _error(values, low, high, left)
     taken, falls = [], []
-    for _ in range(min(MOST_OF_A_GROUP, group - 1)):
+    for _ in range(min(MAX_OF_A_GROUP, group - 1)):
         below, above = (left - cost.gather(2, places.gather(2, end)) for end in (low, high))
         without_low, without_high = _error(values, low + 1, high, below), _error(values, low, high - 1, above)
         lower = without_low < without_high
@@ -63,7 +63,7 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, most: i
         low, high = low + lower, high - (~lower).long()
     scores = torch.zeros(rows, groups, group)
     for place, score in zip(taken, _falling(falls), strict=True):
-        scores.scatter_(2, place, score / (12 * most**2))
+        scores.scatter_(2, place, score / (12 * max_code**2))
     return scores.reshape(rows, -1)[:, :columns]
 
 
@@ -72,7 +72,7 @@ def _error(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, left: to
 
 
 def _falling(gains: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Slopes of the least concave curve above the sums of the gains."""
+    """Return the slopes of the least concave curve above the sums of the gains."""
 
     def mean(start: int, stop: int) -> torch.Tensor:
         return sum(gains[start:stop]) / (stop - start)

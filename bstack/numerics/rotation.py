@@ -1,8 +1,8 @@
 """An orthogonal change of input coordinates that makes weights look Gaussian: random signs, then Hadamard blocks.
 
-After it no input stands out, and the weights of a row behave like independent draws, which is what a code for
-Gaussian sources wants (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). It is its own description: everything
-follows from the width, so nothing has to be stored.
+After it no input stands out, and the weights of a row behave like independent draws, which suits a code for
+Gaussian sources (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). Everything
+follows from the width, so nothing is stored.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ ROWS_TOGETHER = 512
 
 
 def block_size(width: int) -> int:
-    """The largest power of two that divides the width."""
+    """Return the largest power of two that divides the width."""
     return width & -width
 
 
 @cache
 def signs(width: int) -> torch.Tensor:
-    """The signs of the inputs, +1 or -1, float32, shape (width,).
+    """Return the signs of the inputs, +1 or -1, float32, shape (width,).
 
     Entry j is -1 where the top bit of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), its state at j, is set.
     """
@@ -39,7 +39,7 @@ def _splitmix64(state: int) -> int:
 
 
 def rotate(matrix: torch.Tensor) -> torch.Tensor:
-    """Turn the last axis: (x * signs) H for each row x, H block-diagonal with normalised Hadamard blocks.
+    """Rotate the last axis: (x * signs) H for each row x, H block-diagonal with normalised Hadamard blocks.
 
     Parameters
     ----------
@@ -55,19 +55,19 @@ def unrotate(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_hessian(hessian: torch.Tensor) -> torch.Tensor:
-    """The Hessian of rotated inputs, from that of the inputs; shape (width, width), contiguous.
+    """Compute the hessian of rotated inputs from that of the inputs; shape (width, width), contiguous.
 
-    Equal to ``rotate(rotate(hessian).t())``, a few rows at a time, with one matrix beside the hessian and not four.
+    It equals ``rotate(rotate(hessian).t())``, but takes the memory of one matrix beside the hessian and not of four.
     """
-    turned = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    rotated = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     for start in range(0, hessian.shape[0], ROWS_TOGETHER):
         rows = slice(start, start + ROWS_TOGETHER)
-        turned[rows] = rotate(hessian[rows])
-    _transpose(turned)
+        rotated[rows] = rotate(hessian[rows])
+    _transpose(rotated)
     for start in range(0, hessian.shape[0], ROWS_TOGETHER):
         rows = slice(start, start + ROWS_TOGETHER)
-        turned[rows] = rotate(turned[rows])
-    return turned
+        rotated[rows] = rotate(rotated[rows])
+    return rotated
 
 
 def _transpose(square: torch.Tensor) -> None:
@@ -77,20 +77,20 @@ def _transpose(square: torch.Tensor) -> None:
         square[rows, rows] = square[rows, rows].t().clone()
         for left in range(top + ROWS_TOGETHER, square.shape[0], ROWS_TOGETHER):
             columns = slice(left, left + ROWS_TOGETHER)
-            kept = square[rows, columns].t().clone()
+            tile = square[rows, columns].t().clone()
             square[rows, columns] = square[columns, rows].t()
-            square[columns, rows] = kept
+            square[columns, rows] = tile
 
 
 def _hadamard(matrix: torch.Tensor) -> torch.Tensor:
     width = matrix.shape[-1]
     size = block_size(width)
     blocks = matrix.reshape(-1, size)
-    # A block of 2^a * 2^b is transformed along both of its axes: two small products in place of many passes.
+    # A block of 2^a * 2^b is transformed along both of its axes, as two small products in place of many passes.
     first = 1 << (size.bit_length() - 1) // 2
     left, right = _hadamard_matrix(first).to(matrix), _hadamard_matrix(size // first).to(matrix)
-    turned = left @ blocks.reshape(-1, first, size // first) @ right
-    return turned.reshape(matrix.shape)
+    rotated = left @ blocks.reshape(-1, first, size // first) @ right
+    return rotated.reshape(matrix.shape)
 
 
 def _hadamard_matrix(size: int) -> torch.Tensor:

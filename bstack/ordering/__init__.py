@@ -1,1 +1,1 @@
-"""Importance of blocks -> the universal stack."""
+"""Orders blocks by their importance into the universal stack."""

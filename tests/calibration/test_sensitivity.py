@@ -85,7 +85,7 @@ def test_sensitivities_predict_the_divergence_of_damaged_outputs(skeletons, tmp_
             reference = model(batches[0]).logits.log_softmax(-1)
             hook = module.register_forward_hook(
                 lambda _m, _i, output: (
-                    output + 0.02 * torch.randn(output.shape, generator=generator, dtype=output.dtype)
+                    output + 0.02 * torch.randn(output.shape, generator=generator, dtype=output.dtype)  # noqa: B023
                 )
             )
             divergences = []

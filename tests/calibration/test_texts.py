@@ -52,7 +52,7 @@ def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch):
             yield text
 
     monkeypatch.setattr(texts, "_records", counting)
-    monkeypatch.setattr(texts, "LONGEST", 20)
+    monkeypatch.setattr(texts, "MAX_CHARACTERS", 20)
     (tmp_path / "a.jsonl").write_text('{"text":"abcdef"}\n' * 50)
     (tmp_path / "b.txt").write_text("x" * 50)
     (tmp_path / "c.txt").write_bytes(b"\xff" * 50)  # would be refused
@@ -99,7 +99,7 @@ def test_no_more_of_a_data_set_is_fetched_than_the_bound(monkeypatch):
             yield {"text": "abcdef"}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_a, **_k: rows()))
-    monkeypatch.setattr(texts, "LONGEST_FETCHED", 20)
+    monkeypatch.setattr(texts, "MAX_FETCHED", 20)
     assert open_text("owner/set").text == "abcdef\n\nabcdef\n\nabcd" and fetched == [0, 1, 2]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import bstk
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
-from bstack.numerics.errors import output_errors
+from bstack.numerics.hessian import output_errors
 
 # Layout
 

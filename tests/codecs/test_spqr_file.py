@@ -191,7 +191,7 @@ def test_no_planes(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--bits", 4), "belongs to --codec spqr"),
+        (("--bits", 4), "belongs to the spqr codec"),
         (("--codec", "spqr", "--bits", "four"), "not a valid integer"),
         (("--codec", "spqr", "--outliers", "few"), "neither a number nor auto"),
         (("--codec", "spqr", "--bpw", 4.5), "Or take 3 bits"),
@@ -206,7 +206,7 @@ def test_no_planes(model, tmp_path):
             ("--codec", "trellis", "--preset", "paper", "--planes", 3),
             "--codec trellis has others. Leave one of them out",
         ),
-        (("--codec", "spqr", "--rank", 4), "rank is 4, but the spqr codec has none; it belongs to --codec sign"),
+        (("--codec", "spqr", "--rank", 4), "rank is 4, but the spqr codec has none; it belongs to the sign codec"),
     ],
 )
 def test_what_makes_no_sense_is_taught(model, tmp_path, arguments, words):

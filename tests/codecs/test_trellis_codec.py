@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bstk
+from bstack.codecs import make_codec
 from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
 from bstack.errors import CodecError
+from bstack.kernels import reference
 from bstack.kernels.native import library
-from bstack.kernels.trellis import encode_columns, encode_columns_reference
-from bstack.numerics.errors import output_errors
+from bstack.kernels.trellis import encode_columns
+from bstack.numerics.hessian import output_errors
 from bstack.settings import Settings
 
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
@@ -78,7 +80,7 @@ def test_kernel_gives_the_codes_of_the_reference(m, n, seed, spread):
     weight = rng.uniform(0.01, 10, m).astype(np.float32)
     table = np.array(TABLE, np.float32)
     one = encode_columns(original.copy(), original, feedback, table, scale, weight)
-    two = encode_columns_reference(original.copy(), original, feedback, table, scale, weight)
+    two = reference.encode_columns(original.copy(), original, feedback, table, scale, weight)
     assert (one[0] == two[0]).all()
     assert (one[1] == two[1]).all()
 
@@ -92,7 +94,7 @@ def test_search_finds_the_best_path(rows):
         x = (rng.standard_normal((1, rows)) / UNIT).astype(np.float32)
         weight = rng.uniform(0.1, 3, rows).astype(np.float32)
         ones = np.ones(rows, np.float32)
-        codes, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
+        _, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
         found = (weight * errors[0].astype(float) ** 2).sum()
         best = np.inf
         for path in range(4 ** (rows + 3)):
@@ -186,8 +188,8 @@ def test_planes_out_of_range_are_refused(planes):
 
 
 def test_a_rank_is_refused():
-    with pytest.raises(CodecError, match="--codec sign"):
-        TrellisCodec.from_settings(Settings(rank=4))
+    with pytest.raises(CodecError, match="belongs to the sign codec"):
+        make_codec(Settings(rank=4))
 
 
 def test_without_kernels_it_warns_and_gives_the_same_bytes(tmp_path):

@@ -3,9 +3,9 @@
 import tiny_models
 import torch
 
-from bstack.calibration.sensitivity import layer_parameters
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
+from bstack.models.skeleton import layer_parameters
 
 IDS = torch.randint(3, tiny_models.VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCHES = list(IDS.split(2))

@@ -43,7 +43,7 @@ def _code(subtile: bytes, bits: int, r: int, p: int) -> int:
 
 def outliers(payload: bytes, shape: tuple[int, int]) -> np.ndarray:
     """The matrix of an outliers block, float32."""
-    m, n = shape
+    m, _ = shape
     matrix = np.zeros(shape, np.float32)
     pointer = struct.unpack_from(f"<{m + 1}I", payload)
     count = pointer[-1]

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 import bstk
 from bstack.codecs import SignCodec, TrellisCodec
 from bstack.kernels import reference
-from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes
+from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes, pointer
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
-from bstack.kernels.native import CHOICES, library, pointer
+from bstack.kernels.native import CHOICES, library
+from bstack.kernels.reference import TABLE
 from bstack.kernels.selftest import random_payload
-from bstack.kernels.table import TABLE
 from bstack.numerics import rotation
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -49,7 +49,7 @@ def threads():
 
 def stack(rng, rows, columns, kinds):
     """A matrix of random blocks; kinds are 0 for trellis, or the rank of a sign block."""
-    blocks = [(SIGN, k) if k else (TRELLIS, 2) for k in kinds]
+    blocks = [(SIGN, min(k, rows, columns)) if k else (TRELLIS, 2) for k in kinds]
     return Matrix.of(rows, columns, [(*b, random_payload(rng, rows, columns, *b)) for b in blocks])
 
 
@@ -302,8 +302,9 @@ def test_nothing_past_a_block_is_read(instructions, fenced, rank):
     With one row little or nothing stands between the last codes and that end.
     """
     rng = np.random.default_rng(rank)
-    kind, stored = (SIGN, rank) if rank else (TRELLIS, 2)
+    kind = SIGN if rank else TRELLIS
     for rows, columns in ((1, 1), (1, 3), (3, 64), (5, 253), (2, 256), (17, 100), (4, 576), (1, 1031)):
+        stored = min(rank, rows, columns) if rank else 2
         payload = random_payload(rng, rows, columns, kind, stored)
         matrix = Matrix(rows, columns, 1)
         matrix.put(0, kind, stored, fenced(payload))
@@ -330,7 +331,7 @@ def test_bad_calls_are_refused():
         with pytest.raises(ValueError, match="index"):
             lookup(matrix, np.array(index))
     for kind, rank in ((TRELLIS, 1), (SIGN, 0), (SIGN, 17), (2, 1)):
-        with pytest.raises(ValueError, match="a .* block|a block"):
+        with pytest.raises(ValueError, match=r"a .* block|a block"):
             matrix.put(1, kind, rank, 0)
     with pytest.raises(ValueError, match="level is 16"):
         matrix.put(16, TRELLIS, 2, 0)

@@ -1,13 +1,16 @@
 """Choosing the C kernels: environment variables, self-test, what is said when they are missing."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from bstack.cli import main
 from bstack.kernels import native, selftest
 from bstack.kernels.native import CHOICES, library
 
@@ -63,11 +66,11 @@ def test_a_value_that_makes_no_sense_is_an_error(variable, value):
     assert f"Error: {variable} is " in done.stderr and "allowed are" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_choice_that_is_not_there_is_an_error(monkeypatch):
+def test_a_choice_that_is_not_there_is_an_error(afresh, monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: None)
     monkeypatch.setenv("BSTACK_KERNELS", "avx2")
     with pytest.raises(native.KernelError, match="not built"):
-        native.library.__wrapped__()
+        afresh()
 
     class Old:
         def bstack_use(self, name):
@@ -78,22 +81,63 @@ def test_a_choice_that_is_not_there_is_an_error(monkeypatch):
 
     monkeypatch.setattr(native, "_load", Old)
     with pytest.raises(native.KernelError, match="this CPU does not have; it has reference, portable"):
-        native.library.__wrapped__()
+        afresh()
 
 
-def test_missing_kernels_are_said_aloud(monkeypatch):
-    monkeypatch.delenv("BSTACK_KERNELS", raising=False)
-    monkeypatch.setattr(selftest, "library", lambda: None)
+@pytest.fixture
+def afresh(monkeypatch):
+    """The choice of kernels as at the start of a process, with nothing asked for; afterwards as it was."""
+    for variable in (native.VARIABLE, native.THREADS):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(native, "_choose", functools.cache(native._choose.__wrapped__))
+    return native.library.__wrapped__
+
+
+def test_missing_kernels_are_reported(afresh, monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: None)
     with pytest.warns(RuntimeWarning, match="not built. Install a C compiler"):
-        assert selftest.trusted_library.__wrapped__() is None
+        assert afresh() is None
+
+
+def version(monkeypatch):
+    return CliRunner().invoke(main, ["--version"]).output
+
+
+def test_the_version_says_that_kernels_are_missing(afresh, monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: None)
+    words = "kernels: reference, some hundred times slower than C: The C kernels are not built. Install a C compiler"
+    assert words in version(monkeypatch)
+
+
+BROKEN = {
+    "bstack_multiply": "a product with a trellis block",
+    "bstack_decode_rows": "a decoded trellis block",
+    "bstack_lookup": "a row looked up in a trellis block",
+    "bstack_trellis_encode": "an encoded trellis block",
+    "bstack_decoder_step": "a step of the decoder",
+}
+
+
+class Broken:
+    """The library without one of its functions: whoever calls it finds the results as they were before."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __getattr__(self, name):
+        return (lambda *_: 0) if name == self._function else getattr(native.library(), name)
 
 
 @built
-@pytest.mark.parametrize("broken", ["multiply", "decode_rows"])
-def test_kernels_that_fail_the_self_test_are_not_used(monkeypatch, broken):
-    monkeypatch.setattr(selftest.reference, broken, lambda *_: np.zeros(1))
-    with pytest.warns(RuntimeWarning, match="failed their self-test"):
-        assert selftest.trusted_library.__wrapped__() is None
+@pytest.mark.parametrize("function", BROKEN)
+def test_kernels_that_fail_the_self_test_are_neither_used_nor_named(afresh, monkeypatch, function):
+    whole = native.library()
+    monkeypatch.setattr(native, "_load", lambda: Broken(function))
+    monkeypatch.setattr(native, "library", lambda: whole)
+    with pytest.warns(RuntimeWarning, match=f"failed their self-test: {BROKEN[function]} differs"):
+        assert afresh() is None
+    assert native.instructions() == "reference"
+    assert "kernels: reference," in version(monkeypatch) and "failed their self-test" in version(monkeypatch)
 
 
 @built
@@ -108,11 +152,18 @@ def test_a_single_wrong_result_fails_the_self_test(row, token):
             results = (ctypes.c_float * (tokens * selftest.ROWS)).from_address(y[0])
             results[token * selftest.ROWS + row] += 1
 
-    assert selftest._failure(native.library()) == ""
-    assert selftest._failure(Wrong()).startswith("a product with a trellis block")
+    assert selftest.failure(native.library()) == ""
+    assert selftest.failure(Wrong()).startswith("a product with a trellis block")
+
+
+@built
+@pytest.mark.parametrize("function", ["multiply", "decode_rows", "lookup", "encode_columns"])
+def test_the_self_test_asks_the_reference(monkeypatch, function):
+    monkeypatch.setattr(selftest.reference, function, lambda *_: np.zeros(1))
+    assert selftest.failure(native.library())
 
 
 def test_the_reference_on_request_is_no_reason_to_warn():
-    script = "from bstack.kernels.selftest import trusted_library\nassert trusted_library() is None"
+    script = "from bstack.kernels.native import library\nassert library() is None"
     done = run(script, BSTACK_KERNELS="reference", PYTHONWARNINGS="error::RuntimeWarning")
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bstack.numerics.feedback import damping, feedback_factor, spectrum_sample
+from bstack.numerics.feedback import choose_damping, feedback_factor, spectrum_sample
+from bstack.numerics.hessian import shrinkage
 from bstack.numerics.rotation import block_size, rotate, rotate_hessian, signs, unrotate
-from bstack.numerics.shrinkage import shrinkage
 
 
 def dense_rotation(n: int) -> np.ndarray:
@@ -115,13 +115,13 @@ def test_damping_is_the_minimum_it_claims(later):
         n = 1 / (values + d)
         return float((values * n).mean().log() + later * n.mean().log() - (1 + later) * n.log().mean())
 
-    d = damping(values, weights, later)
+    d = choose_damping(values, weights, later)
     grid = [d * 10 ** (k / 20) for k in range(-40, 41)]
     assert cost(d) <= min(cost(other) for other in grid) + 1e-9
 
 
 def test_damping_of_a_zero_hessian_is_positive():
-    assert damping(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64) / 3, 1.0) > 0
+    assert choose_damping(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64) / 3, 1.0) > 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 64, 300])
@@ -135,12 +135,12 @@ def test_spectrum_sample_serves_the_damping(n):
     exact = torch.linalg.eigvalsh(h.double())
     uniform = torch.full((n,), 1 / n, dtype=torch.float64)
     for later in (0.5, 1.0):
-        assert damping(values, weights, later) == pytest.approx(damping(exact, uniform, later), rel=0.35)
+        assert choose_damping(values, weights, later) == pytest.approx(choose_damping(exact, uniform, later), rel=0.35)
 
 
 def shrink(h, tokens):
-    kept, ridge = shrinkage(h, tokens)
-    return kept * h + ridge * torch.eye(h.shape[0])
+    keep, ridge = shrinkage(h, tokens)
+    return keep * h + ridge * torch.eye(h.shape[0])
 
 
 def test_shrinkage_pulls_a_small_sample_towards_the_truth():

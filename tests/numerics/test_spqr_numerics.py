@@ -7,7 +7,7 @@ from codec_inputs import gaussian, hessian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bstack.codecs.spqr_columns import damped
+from bstack.codecs.spqr_columns import damp
 from bstack.numerics.feedback import factorise
 from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
 from bstack.numerics.outliers import outlier_scores
@@ -140,5 +140,5 @@ def test_scores_against_leaving_weights_out_one_by_one():
 
 
 def test_damping_of_an_empty_hessian_is_positive():
-    prepared = damped(torch.zeros(5, 5), 10)
+    prepared = damp(torch.zeros(5, 5), 10)
     assert torch.equal(prepared.factor, torch.eye(5)) and (prepared.cost > 0).all()

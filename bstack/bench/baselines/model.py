@@ -17,12 +17,11 @@ from bstack.bench.options import CALIBRATED
 from bstack.bench.quality import Scores
 from bstack.bench.reference import Reference
 from bstack.bench.results import Baseline, Sizes
-from bstack.calibration.sensitivity import layer_parameters
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, layer_parameters
 
 __all__ = ["Baselines"]
 

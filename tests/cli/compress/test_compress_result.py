@@ -30,7 +30,7 @@ from bstack.cli.compress import command
         ("--samples", "0", "samples is 0"),
         ("--samples", "-1", "samples is -1"),
         ("--samples", "x", "integer"),
-        ("--sequence-length", "7", "sequence-length is 7; allowed are 8"),
+        ("--sequence-length", "7", "sequence length is 7; allowed are 8"),
         ("--seed", "-1", "seed is -1"),
         ("--order", "best", "gain"),
         ("--codec", "zip", "sign"),

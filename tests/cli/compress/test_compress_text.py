@@ -24,10 +24,10 @@ def test_short_text_says_how_much_is_there_and_the_mended_command_works(run, ref
         "text.txt has ",
         "2 samples of 128 and 4 more",
         "need 768",
-        "a longer text, or at most --sequence-length 2",
+        "a longer text, or a sequence length of at most 2",
     ]
     refused(1, words, "model", "--calibration", "text.txt", "--sequence-length", 128)
-    refused(1, "at most --samples", "model", "--calibration", "text.txt", "--samples", 900)
+    refused(1, "at most ", "model", "--calibration", "text.txt", "--samples", 900)
     refused(1, "Give a longer text.\n", "model", "--calibration", "text.txt", "--sequence-length", 128, "--samples", 99)
     code, _, err = run("model", "-o", "out.bstk", *QUICK, "--calibration", "text.txt")
     assert code == 0, err
@@ -75,4 +75,4 @@ def test_text_without_a_tokenizer(refused, tmp_path):
 def test_too_little_memory_to_write_a_text(refused, model, monkeypatch):
     memory = Memory(free=1000, total=10**9, source="a small box")
     monkeypatch.setattr("bstack.memory.free.free_memory", lambda: memory)
-    refused(7, ["the whole model must be in memory", "free of a small box", "--calibration FILE"], "model")
+    refused(7, ["the whole model must be in memory", "free of a small box", "Give a calibration text"], "model")

@@ -1,0 +1,209 @@
+/* Compares what every instruction set of this CPU computes with what the portable kernels do, bit for bit, on matrices of odd
+ * shapes in memory of exactly their size; the argument names an instruction set that must be there. test_builds.py builds and
+ * runs it with other compilers, C libraries and sanitizers. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bstack.h"
+
+static uint32_t state = 1;
+static uint32_t next(void) { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+static uint16_t half(void) { return (uint16_t)((next() & 0x8000u) | (0x2400u + next() % 0x1000u)); } /* 2^-6 to 2^-2 in size */
+
+static void put_halves(uint8_t *at, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        const uint16_t value = half();
+        memcpy(at + 2 * i, &value, 2);
+    }
+}
+
+static uint8_t *random_bytes(size_t count) {
+    uint8_t *bytes = malloc(count + 1);
+    for (size_t i = 0; i < count; i++) bytes[i] = (uint8_t)next();
+    return bytes;
+}
+
+static uint8_t *block(size_t codes, size_t halves) {
+    uint8_t *bytes = random_bytes(codes + 2 * halves);
+    put_halves(bytes + codes, halves);
+    return bytes;
+}
+
+/* Layouts: format/SPEC.md, section 6. */
+static uint8_t *spqr_block(int m, int n, int bits, int group) {
+    const size_t start = ((size_t)(2 * n) + 63) / 64 * 64, tile = (size_t)(2 * bits * group + 20);
+    const size_t tiles = (size_t)((m + 15) / 16) * (size_t)((n + group - 1) / group);
+    uint8_t *bytes = random_bytes(start + tiles * tile);
+    uint16_t *order = malloc(sizeof *order * (size_t)n);
+    for (int i = 0; i < n; i++) order[i] = (uint16_t)i;
+    for (int i = n - 1; i > 0; i--) {
+        const uint32_t other = next() % (uint32_t)(i + 1);
+        const uint16_t kept = order[i];
+        order[i] = order[other], order[other] = kept;
+    }
+    memcpy(bytes, order, sizeof *order * (size_t)n);
+    free(order);
+    for (size_t i = 1; i <= tiles; i++) put_halves(bytes + start + i * tile - 8, 4);
+    return bytes;
+}
+
+static uint8_t *outliers_block(int m, int n) {
+    uint32_t pointer[128] = {0}; /* rows are 70 at most */
+    const uint32_t most = next() % 3 ? (uint32_t)n / 20 : (uint32_t)n;
+    for (int i = 0; i < m; i++) pointer[i + 1] = pointer[i] + next() % (most + 1);
+    const size_t start = 4 * (size_t)(m + 1), count = pointer[m];
+    uint8_t *bytes = random_bytes(start + 4 * count);
+    memcpy(bytes, pointer, start);
+    for (size_t k = 0; k < count; k++) {
+        const uint16_t input = (uint16_t)(next() % (uint32_t)n);
+        memcpy(bytes + start + 2 * k, &input, 2);
+    }
+    put_halves(bytes + start + 2 * count, count);
+    return bytes;
+}
+
+/* One SpQR block, in half of them outliers, in half a trellis block after them. */
+static void fill_spqr(struct bstack_matrix *matrix) {
+    const int m = matrix->rows, n = matrix->columns, bits = 3 + (int)(next() % 2), group = 16 << next() % 4;
+    int count = 1;
+    matrix->kind[0] = BSTACK_SPQR, matrix->rank[0] = (uint8_t)(group + bits), matrix->block[0] = spqr_block(m, n, bits, group);
+    if (next() % 2) matrix->kind[count] = BSTACK_OUTLIERS, matrix->rank[count] = 0, matrix->block[count++] = outliers_block(m, n);
+    if (next() % 2) {
+        matrix->kind[count] = BSTACK_TRELLIS, matrix->rank[count] = 2;
+        matrix->block[count++] = block((size_t)(m + 3) * (size_t)((n + 3) / 4), (size_t)m);
+    }
+    matrix->count = count;
+}
+
+static float *random_floats(size_t count, float limit) {
+    float *x = malloc(sizeof *x * count);
+    for (size_t i = 0; i < count; i++) x[i] = ((float)(int)next() / 8388608.0f - 1.0f) * limit;
+    return x;
+}
+
+/* Products, rows and looked-up rows of a matrix in one array. */
+static float *results(const struct bstack_matrix *matrix, const float *x, int tokens, size_t *bytes) {
+    const int m = matrix->rows, n = matrix->columns, start = m / 3, looked_up = 3;
+    const size_t products = (size_t)(tokens * m), rows = (size_t)((m - start) * n);
+    *bytes = sizeof(float) * (products + 2 * rows + (size_t)(looked_up * n));
+    float *out = malloc(*bytes), *at = out;
+    if (bstack_multiply(&matrix, 1, x, tokens, &at)) exit(3);
+    at += products;
+    bstack_decode_rows(matrix, 1u << BSTACK_TRELLIS, start, m, at);
+    bstack_decode_rows(matrix, ~(1u << BSTACK_TRELLIS), start, m, at + rows);
+    const int64_t index[] = {m - 1, 0, m / 2};
+    bstack_lookup(matrix, index, looked_up, at + 2 * rows);
+    return out;
+}
+
+static void compare_matrices(const char *const *names, int count) {
+    for (int round = 0; round < 400; round++) {
+        const int m = 1 + (int)(next() % 70), n = 1 + (int)(next() % 700), tokens = 1 + (int)(next() % 9);
+        struct bstack_matrix matrix = {.rows = m, .columns = n, .count = 1 + (int)(next() % 3)};
+        if (round % 2) fill_spqr(&matrix);
+        for (int level = 0; round % 2 == 0 && level < matrix.count; level++) {
+            const int rank = next() % 2 ? 1 + (int)(next() % 16) : 0;
+            matrix.kind[level] = rank ? BSTACK_SIGN : BSTACK_TRELLIS;
+            matrix.rank[level] = (uint8_t)(rank ? rank : 2);
+            matrix.block[level] = rank ? block((size_t)m * (size_t)((n + 7) / 8), (size_t)rank * (size_t)(m + n))
+                                       : block((size_t)(m + 3) * (size_t)((n + 3) / 4), (size_t)m);
+        }
+        float *x = random_floats((size_t)(tokens * n), 8.0f), *expected = NULL;
+        for (int k = 0; k < count; k++) {
+            size_t bytes;
+            bstack_use(names[k]);
+            float *found = results(&matrix, x, tokens, &bytes);
+            if (!expected) {
+                expected = found;
+                continue;
+            }
+            if (memcmp(expected, found, bytes)) {
+                fprintf(stderr, "%s, round %d: %d x %d, %d tokens, %d blocks of kind %d first\n", names[k], round, m, n, tokens,
+                        matrix.count, matrix.kind[0]);
+                exit(1);
+            }
+            free(found);
+        }
+        free(x), free(expected);
+        for (int level = 0; level < matrix.count; level++) free((void *)matrix.block[level]);
+    }
+}
+
+int bstack_trellis_encode(float *target, const float *original, int columns, int rows, const float *feedback,
+                          const float *table, const float *scale, const float *weight, uint8_t *code, float *error);
+
+/* Encode some columns of odd lengths: nothing to compare with, but memory is watched. */
+static void encode(void) {
+    for (int round = 0; round < 6; round++) {
+        const int rows = 1 + round * 13, columns = 1 + (int)(next() % 5);
+        const size_t size = (size_t)(rows * columns);
+        float *target = random_floats(size, 1.0f), *original = random_floats(size, 1.0f), *table = random_floats(256, 127.0f);
+        float *feedback = random_floats((size_t)(columns * columns), 0.1f), *error = malloc(sizeof *error * size);
+        float *scale = random_floats((size_t)rows, 0.0f), *weight = random_floats((size_t)rows, 0.0f);
+        for (int i = 0; i < rows; i++) scale[i] = weight[i] = 1.0f;
+        uint8_t *code = malloc((size_t)((rows + 3) * columns));
+        if (bstack_trellis_encode(target, original, columns, rows, feedback, table, scale, weight, code, error)) exit(3);
+        for (int i = 0; i < (rows + 3) * columns; i++)
+            if (code[i] > 3) exit(4);
+        free(target), free(original), free(table), free(feedback), free(error), free(scale), free(weight), free(code);
+    }
+}
+
+static const struct bstack_matrix *trellis_matrix(int m, int n) {
+    struct bstack_matrix *matrix = calloc(1, sizeof *matrix);
+    matrix->rows = m, matrix->columns = n, matrix->count = 1, matrix->kind[0] = BSTACK_TRELLIS, matrix->rank[0] = 2;
+    matrix->block[0] = block((size_t)(m + 3) * (size_t)((n + 3) / 4), (size_t)m);
+    return matrix;
+}
+
+/* A decoder of one layer, whose steps must fill the cache and give the same logits with every instruction set. */
+static void compare_decoders(const char *const *names, int count) {
+    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, CAPACITY = 3 };
+    const int queries = HEADS * HEAD_WIDTH, keys = KEY_HEADS * HEAD_WIDTH;
+    struct bstack_layer layer = {
+        .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
+        .out = trellis_matrix(WIDTH, queries), .gate = trellis_matrix(INNER, WIDTH), .up = trellis_matrix(INNER, WIDTH),
+        .down = trellis_matrix(WIDTH, INNER), .input_norm = random_floats(WIDTH, 1.0f), .post_norm = random_floats(WIDTH, 1.0f),
+        .query_norm = random_floats(HEAD_WIDTH, 1.0f), .key_norm = random_floats(HEAD_WIDTH, 1.0f),
+        .query_bias = random_floats((size_t)queries, 1.0f), .down_bias = random_floats(WIDTH, 1.0f),
+        .keys = malloc(sizeof(float) * (size_t)(keys * CAPACITY)), .values = malloc(sizeof(float) * (size_t)(keys * CAPACITY)),
+    };
+    const struct bstack_matrix *head[] = {trellis_matrix(WORDS - 8, WIDTH), trellis_matrix(8, WIDTH)};
+    struct bstack_decoder decoder = {
+        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = 1,
+        .head_parts = 2, .epsilon = 1e-5f, .scale = 0.4f, .layer = &layer, .final_norm = random_floats(WIDTH, 1.0f), .head = head,
+    };
+    decoder.scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, CAPACITY));
+    float *embedding = random_floats(WIDTH, 1.0f), *cosine = random_floats(HEAD_WIDTH, 1.0f), *sine = random_floats(HEAD_WIDTH, 1.0f);
+    float *x = malloc(sizeof *x * WIDTH), *logits[2] = {malloc(sizeof(float) * WORDS), malloc(sizeof(float) * WORDS)};
+    for (int k = 0; k < count; k++) {
+        bstack_use(names[k]);
+        for (int position = 0; position < CAPACITY; position++) {
+            memcpy(x, embedding, sizeof *x * WIDTH);
+            if (bstack_decoder_step(&decoder, x, cosine, sine, position, CAPACITY, logits[k > 0])) exit(3);
+        }
+        if (k && memcmp(logits[0], logits[1], sizeof(float) * WORDS)) {
+            fprintf(stderr, "%s: the decoder's logits differ\n", names[k]);
+            exit(1);
+        }
+    }
+}
+
+int main(int argc, char **argv) {
+    static const char *const all[] = {"portable", "neon", "avx2", "avx512"};
+    const char *names[4];
+    int count = 0;
+    for (int k = 0; k < 4; k++)
+        if (!bstack_offers(all[k])) names[count++] = all[k];
+    if (argc > 1 && bstack_offers(argv[1])) return fprintf(stderr, "no %s kernels\n", argv[1]), 2;
+    bstack_set_threads(2);
+    compare_matrices(names, count);
+    encode();
+    compare_decoders(names, count);
+    bstack_set_threads(1);
+    bstack_rotate(NULL, 0, 1); /* ends the threads */
+    puts("400 matrices agree");
+    return 0;
+}

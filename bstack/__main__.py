@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """Run the command, and leave the process with an exit code of ``docs/exit-codes.md``."""
+    """Run the command, and leave the process with an exit code of ``docs/guide.md``."""
     import os
 
     # torch's OpenMP reads it when it is loaded: waiting threads release the CPU. By default they spin and take the cores from

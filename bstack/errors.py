@@ -1,4 +1,4 @@
-"""Errors of the toolchain beside those of bstk. Each class carries the exit code of the command line (docs/exit-codes.md)."""
+"""Errors of the toolchain beside those of bstk. Each class carries the exit code of the command line (docs/guide.md)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
-    """Return what a user reads about an error that ends a process, and the exit code (docs/exit-codes.md).
+    """Return what a user reads about an error that ends a process, and the exit code (docs/guide.md).
 
     Parameters
     ----------

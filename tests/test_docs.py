@@ -133,7 +133,7 @@ def test_python_examples_run(document, blocks, workplace, tmp_path, monkeypatch)
         line = read(document)[: block.start("code")].count("\n")
         source = re.sub(r"\bmb=[\d.]+", f"mb={size}", block["code"])
         if '"packed"' not in inspect.getsource(loading):
-            source = source.replace('mode="packed"', 'mode="stack"')
+
         code = compile("\n" * line + source, document, "exec")
         if not block["reason"]:
             # The first example compresses to a file that lies there for the other pages.

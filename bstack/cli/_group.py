@@ -68,7 +68,7 @@ class LazyGroup(click.Group):
             raise BstkError(f"a pipe or connection was closed at its other end: {one_line(error)}.") from error
 
     def main(self, *args: Any, **settings: Any) -> None:  # type: ignore[override]
-        """Run, and leave the process with an exit code of ``docs/exit-codes.md``."""
+        """Run, and leave the process with an exit code of ``docs/guide.md``."""
         try:
             settings["standalone_mode"] = False
             code = super().main(*args, **settings)

@@ -123,7 +123,7 @@ def command(
     For every size: perplexity, divergence from the original (KLD, nats per token) with its 99th percentile, fraction of
     tokens for which both find the same one most likely; and, run from its packed weights, load time, memory and tokens
     per second beside those of float32 weights. Each size is measured in a process of its own. If the command is stopped,
-    the same command continues. docs/bench.md explains the figures.
+    the same command continues. docs/guide.md explains the figures.
 
     \b
     Example:

@@ -7,7 +7,7 @@
 The encoder takes the columns in order of falling Hessian and feeds each column's error on to the later ones
 (`bstack.numerics.feedback`). Which weights are outliers is decided before: a leave-one-out test
 (`bstack.numerics.outliers`) in units of the predicted divergence, with one threshold for all matrices of a layer.
-docs/quality.md has the measurements.
+docs/research/notebook.md has the measurements.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ arXiv 2406.11235):
     block = diag(scale) TABLE[w]                                  W ~ unrotate(sum of the blocks)
 
 The encoder runs down the rows, because the error feedback (`bstack.numerics.feedback`) couples columns and leaves
-rows independent: so each column is still quantised with the exact feedback of all columns before it. docs/quality.md
+rows independent: so each column is still quantised with the exact feedback of all columns before it. docs/research/notebook.md
 has the measurements behind every choice here.
 """
 

@@ -91,7 +91,7 @@ def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
     """Return the possible shapes of the matrices that become stacks, by layer, before anything is loaded.
 
     Each matrix has one shape (outputs, inputs), or two where its module does not say which side is which. A parameter that
-    is not used as a matrix (docs/architecture.md, product watching) is among them.
+    is not used as a matrix (CONTRIBUTING.md, product watching) is among them.
     """
     for index in range(len(skeleton.layers)):
         parameters = layer_parameters(skeleton, index)

@@ -90,7 +90,7 @@ def load(
     Notes
     -----
     Set the environment variable ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported, as the command line does: torch's
-    threads otherwise spin while they wait and take the cores from the packed kernels (docs/performance.md).
+    threads otherwise spin while they wait and take the cores from the packed kernels (docs/results.md).
 
     Raises
     ------
@@ -177,7 +177,7 @@ def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: b
 
     Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
     and each counts from the next product on. Text and caches of keys and values that exist stay as they are
-    (docs/running.md says what that means).
+    (docs/guide.md says what that means).
 
     Parameters
     ----------

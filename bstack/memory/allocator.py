@@ -21,7 +21,7 @@ def give_back_freed_memory() -> None:
 
     The first call also limits the number of heaps to two. glibc keeps freed blocks of up to 32 MB in its heaps, where one
     layer's matrices leave gaps that the next layer's do not quite fit: peak memory grew by nearly a layer's size with every
-    layer (docs/memory.md).
+    layer (docs/research/notebook.md).
     """
     if (libc := _libc()) is not None:
         libc.mallopt(_M_ARENA_MAX, 2)

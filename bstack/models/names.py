@@ -17,7 +17,7 @@ __all__ = ["MatrixName", "row_ranges"]
 _PATTERN = re.compile(r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>\d+)\]|\[(?P<start>\d+):(?P<stop>\d+)\])?")
 
 # Rows of embeddings are coded in ranges, each a stack of its own: frequent tokens have small ids, and the first few
-# thousand matter far more than the rest (docs/quality.md). So ranges start small and double, up to a size at which
+# thousand matter far more than the rest (docs/research/notebook.md). So ranges start small and double, up to a size at which
 # blocks are as small as those of linears.
 FIRST_ROWS = 2048
 RANGE_WEIGHTS = 2**22

@@ -1,4 +1,4 @@
-"""Resize a model while it runs: to what the machine has free, or to what a function says (docs/running.md)."""
+"""Resize a model while it runs: to what the machine has free, or to what a function says (docs/guide.md)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def following(
         From ``bstack.load(..., mode="packed")``.
     budget : callable, optional
         Called twice a second; returns a budget in MB, as `bstack.resize` takes one. By default the memory of the machine
-        is watched (docs/running.md).
+        is watched (docs/guide.md).
     warn : callable
         Receives warnings, one line each; by default it gives a RuntimeWarning.
 

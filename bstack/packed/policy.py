@@ -1,4 +1,4 @@
-"""Decide when a running model shrinks or grows, from readings of memory, without a clock or a thread (docs/running.md)."""
+"""Decide when a running model shrinks or grows, from readings of memory, without a clock or a thread (docs/guide.md)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Errors of reading and writing ``.bstk`` files: one class for each case that callers branch on.
 
-``exit_code`` is what the ``bstack`` command ends with; ``docs/exit-codes.md`` explains the codes to users.
+``exit_code`` is what the ``bstack`` command ends with; ``docs/guide.md`` explains the codes to users.
 """
 
 from __future__ import annotations

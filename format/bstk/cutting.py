@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from .atomic import LockedFile, LockedSource, remove_leftovers
-from .budget import Budget, Cut, mb_ceil, mb_floor, parse_mb
+from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
 from .errors import RemoteChangedError, UsageError, os_errors
+from .http import is_url
 from .reader import Reader, is_remote, open, reopen, require_rewritable
 from .transfer import Progress, download, extend, overwrite_preamble, remove_parts, write_cut
-from .urls import is_url
 
 
 def truncate(
@@ -67,7 +67,7 @@ def truncate(
     ResourceError, OutputError
         The result cannot be written; nothing was changed.
     """
-    budget = parse_mb(mb)
+    budget = budget_bytes(mb)
     if isinstance(src, Reader):
         return _truncate(src, dst, budget, seal, progress, overwrite)
     if dst is None and not is_url(src):
@@ -77,13 +77,7 @@ def truncate(
 
 
 def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
-    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes.
-
-    Raises
-    ------
-    UsageError, BudgetError, UnsupportedVersionError
-        As in `truncate`.
-    """
+    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
     require_rewritable(source)
     cut = source.fit(mb, budget=budget)
     # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
@@ -192,7 +186,7 @@ def grow(
     ResourceError, OutputError
         The file cannot be written.
     """
-    budget = parse_mb(mb)
+    budget = budget_bytes(mb)
     with open(path, warn=False) as small:  # an invalid file is refused before a server is asked
         require_rewritable(small)
     if isinstance(source, Reader):
@@ -202,13 +196,7 @@ def grow(
 
 
 def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int | None = None) -> Cut:
-    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes.
-
-    Raises
-    ------
-    UsageError, BudgetError, UnsupportedVersionError
-        As in `grow`.
-    """
+    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
     name, other = small.source.name, larger.source.name
     require_rewritable(small)
     if small.root != larger.root:

@@ -35,14 +35,10 @@ class Chunk(NamedTuple):
     ----------
     name : str
         A file name, or a parameter of the model, perhaps with a slice.
-    kind : Kind
-        One of the kinds in `bstk.kinds`.
     level : int
         Which block of its name's stack it is, from 0.
-    offset, stored_length : int
-        Position and length of its frame in the file, in bytes.
-    raw_length : int
-        Bytes it decodes to.
+    offset, stored_length, raw_length : int
+        Position and length of its frame in the file, and the bytes it decodes to.
     shape : tuple of int
         Shape of the matrix or tensor; () for a file.
     dtype : str
@@ -51,10 +47,8 @@ class Chunk(NamedTuple):
         Rank of a block; 0 for other chunks.
     transposed : bool
         The matrix is stored transposed relative to the model's parameter.
-    importance : float
-        The value that the writer ordered the blocks by; larger is earlier.
-    error : float
-        Relative error of the linear that remains after this block.
+    importance, error : float
+        The value that the writer ordered the blocks by, larger first; the relative error of the linear after this block.
     digest : bytes
         SHA-256 of the stored bytes.
     """

@@ -19,8 +19,7 @@ from .sources import pieces, read_exactly
 
 _PIECE = 4 * 2**20  # bytes hashed at a time
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes of each piece that was written."""
+Progress = Callable[[int], None]  # called with the number of bytes of each piece that was written
 
 
 def header_of(reader: Reader, seal: int) -> bytes:
@@ -38,25 +37,10 @@ def copy_chunks(
     skip: int = 0,
     digest: hashlib._Hash | None = None,
 ) -> None:
-    """Copy consecutive chunks of a file.
+    """Copy consecutive chunks of a file; `write` gets the last bytes of a chunk after the chunk's digest was checked.
 
-    Parameters
-    ----------
-    reader : Reader
-        The file. Only its source is used, so `chunks` may be those of another cut of it.
-    chunks : sequence of Chunk
-    write : callable
-        Takes the bytes in order. It gets the last bytes of a chunk after the chunk's digest was checked.
-    progress : callable or None
-    skip : int
-        Bytes of the first chunk that the copy has already, and that are not read again.
-    digest : hashlib object or None
-        Unfinished SHA-256 of these bytes.
-
-    Raises
-    ------
-    DamagedError
-        A chunk does not match its digest; ``error.chunk`` is that chunk. Its last bytes were not written.
+    Only the source of `reader` is used, so `chunks` may be those of another cut of it. The copy has the first `skip` bytes of
+    the first chunk already, whose unfinished SHA-256 is `digest`.
     """
     if not chunks:
         return
@@ -96,12 +80,11 @@ def extend(
     Parameters
     ----------
     file : LockedFile
-        Unsealed after `before` was called, and at least as long as the header.
+        At least as long as the header, and unsealed after `before` was called.
     reader : Reader
         The file to read from.
     chunks : sequence of Chunk
         Those that `file` is to hold, from chunk 0 on.
-    progress : callable or None
     before : callable or None
         Called once, when the first missing bytes have arrived, before they are written.
 
@@ -224,25 +207,7 @@ def download(
 
     Until then the bytes that have arrived are in ``DST.part``, and stay there if this ends early. A later call uses them if
     their header is that of the file, byte for byte except for the seal, up to the first chunk that does not match its digest.
-
-    Parameters
-    ----------
-    reader, cut, dst, seal, overwrite
-        As in `write_cut`.
-    progress : callable or None
-        Called with the number of bytes that are there, at once for those of an earlier call.
-
-    Raises
-    ------
-    UsageError
-        Without `overwrite`, `dst` exists; if it appeared during the download, the bytes that arrived are kept. Or another
-        process fetches to `dst`.
-    DamagedError
-        A chunk that arrived does not match its digest. The bytes before it are kept.
-    RemoteError
-        The transfer broke off, or the file changed on the server.
-    ResourceError, OutputError
-        It cannot be written.
+    `progress` is called with the number of bytes that are there, at once for those of an earlier call.
     """
     if not overwrite:
         require_free(dst)
@@ -255,7 +220,7 @@ def download(
     with LockedFile(path, create=True, mode=mode_of_new(target)) as part, _full_disk_hint(part):
         with os_errors(path):
             _require_part(part, reader)
-            part.make_private(target)
+            part.copy_mode(target)
             begin(part, reader)
             part.shorten(intact(part, chunks))
             if progress is not None:
@@ -277,13 +242,7 @@ def download(
 
 
 def begin(part: LockedFile, reader: Reader) -> None:
-    """Make `part` the beginning of the file: keep it if it is that already, else reduce it to the header.
-
-    Raises
-    ------
-    OutputError
-        It holds something other than a .bstk file, which is not overwritten.
-    """
+    """Make `part` the beginning of the file: keep it if it is that already, else reduce it to the header."""
     header = header_of(reader, 0)
     there = part.read(0, len(header))
     if not _may_be_bstk(there):

@@ -177,22 +177,25 @@ def _close(descriptor: int) -> int:
 
 
 class LockedFile:
-    """A file that is changed in place, locked against other processes: `wait` for the lock, or raise UsageError."""
+    """A file that is changed in place, locked against other processes: `wait` for the lock, or raise UsageError.
+
+    It is a `bstk.Source` too.
+    """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False, mode: int = 0o666):
-        self.path = os.fspath(path)
+        self.name = os.fspath(path)
         # Do not create a file through a link.
         flags = os.O_RDWR | _BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
-        with os_errors(self.path):
+        with os_errors(self.name):
             while True:
                 self._descriptor = os.open(path, flags, mode)
                 try:
                     if not try_lock(self._descriptor, wait):
                         raise UsageError(
-                            f"{self.path}: another process is writing this file.",
+                            f"{self.name}: another process is writing this file.",
                             hint="Wait for it, or name another file.",
                         )
-                    if is_at(self._descriptor, self.path):
+                    if is_at(self._descriptor, self.name):
                         break
                 except BaseException:
                     self.close()
@@ -239,9 +242,9 @@ class LockedFile:
 
     def require_there(self) -> None:
         """Raise UsageError if another program replaced or deleted the file, which needs no lock."""
-        if not is_at(self._descriptor, self.path):
+        if not is_at(self._descriptor, self.name):
             raise UsageError(
-                f"{self.path}: another program replaced or deleted it meanwhile.", hint="Look at what is there now."
+                f"{self.name}: another program replaced or deleted it meanwhile.", hint="Look at what is there now."
             )
 
     def copy_mode(self, target: str) -> None:
@@ -253,27 +256,8 @@ class LockedFile:
         copy_mode(self._descriptor, target)
         if os.name == "nt":  # cannot rename an open file
             self.close()
-        os.replace(self.path, target)  # still locked, so that no other process writes to it
+        os.replace(self.name, target)  # still locked, so that no other process writes to it
         self.close()
-
-
-class LockedSource:
-    """A locked file as a source to read from; closing it leaves the file open and locked."""
-
-    def __init__(self, file: LockedFile):
-        self.name = file.path
-        self._file = file
-
-    @property
-    def length(self) -> int:
-        return self._file.length
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return the `length` bytes at `offset`; fewer only where the file ends."""
-        return self._file.read(offset, length)
-
-    def close(self) -> None:
-        """Do nothing: the caller owns the file."""
 
 
 def try_lock(descriptor: int, wait: bool = False) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .atomic import LockedFile, LockedSource, remove_leftovers
+from .atomic import LockedFile, remove_leftovers
 from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
 from .errors import RemoteChangedError, UsageError, os_errors
 from .http import is_url
@@ -128,8 +128,8 @@ def _cut_in_place(path: str, budget: int, seal: bool) -> Cut:
     open(path, warn=False).close()  # an invalid file is refused as such, even if it is not writable
     with LockedFile(path) as file:
         # Read again, because another process may have changed it before it was locked.
-        with open(LockedSource(file), warn=False) as source:
-            cut = plan(source, budget=budget)
+        source = open(file, warn=False)
+        cut = plan(source, budget=budget)
         if source.seal:
             overwrite_preamble(file, source.preamble.sealed(0).to_bytes())
         with os_errors(path):
@@ -237,15 +237,15 @@ def _grow(path: str | os.PathLike[str], budget: int, larger: Reader, progress: P
 
 def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | None) -> Cut:
     """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
-    with open(LockedSource(file), warn=False) as small:
-        cut = plan_growth(small, None, larger, budget=budget)
+    small = open(file, warn=False)
+    cut = plan_growth(small, None, larger, budget=budget)
 
     def unseal() -> None:
         if small.seal:
             overwrite_preamble(file, small.preamble.sealed(0).to_bytes())
 
     extend(file, larger, larger.all_chunks[: cut.chunks], progress, before=unseal)
-    with os_errors(file.path):
+    with os_errors(file.name):
         if file.length > cut.file_bytes:  # the beginning of a chunk that does not fit
             file.shorten(cut.file_bytes)
         file.sync()

@@ -96,7 +96,7 @@ def extend(
     OutputError, ResourceError
         `file` cannot be written.
     """
-    with os_errors(file.path):
+    with os_errors(file.name):
         position = file.length
     first = bisect_right([chunk.end for chunk in chunks], position)
     if first == len(chunks):
@@ -104,12 +104,16 @@ def extend(
     there = position - chunks[first].offset
     digest: hashlib._Hash | None = _digest_of(file, chunks[first].offset, there)
 
+    def start() -> None:
+        nonlocal before
+        if before is not None:
+            before()
+            before = None
+
     def write(data: memoryview) -> None:
-        nonlocal position, before
-        with os_errors(file.path):
-            if before is not None:
-                before()
-                before = None
+        nonlocal position
+        with os_errors(file.name):
+            start()
             file.write(position, data)
         position += len(data)
 
@@ -118,10 +122,8 @@ def extend(
             return copy_chunks(reader, chunks[first:], write, progress, there, digest)
         except DamagedError as error:
             if error.chunk is not None and file.length > error.chunk.offset:
-                with os_errors(file.path):
-                    if before is not None:
-                        before()
-                        before = None
+                with os_errors(file.name):
+                    start()
                     file.shorten(error.chunk.offset)
             if not (there and error.chunk is chunks[first]):
                 raise
@@ -142,7 +144,7 @@ def intact(file: LockedFile, chunks: Sequence[Chunk]) -> int:
 
 def overwrite_preamble(file: LockedFile, data: bytes) -> None:
     """Write a preamble with another seal, and wait until it is on the disk."""
-    with os_errors(file.path):
+    with os_errors(file.name):
         file.write(0, data)
         file.sync()
 
@@ -168,12 +170,7 @@ def _damaged(reader: Reader, chunk: Chunk) -> DamagedError:
 
 
 def write_cut(
-    reader: Reader,
-    cut: Cut,
-    dst: str | os.PathLike[str],
-    seal: int,
-    progress: Progress | None = None,
-    overwrite: bool = True,
+    reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None, overwrite: bool
 ) -> None:
     """Write a cut of a file on disk to `dst`, which appears whole or not at all, with the seal `seal` or 0 for none."""
     with replacing(dst, overwrite) as (sink, temporary):
@@ -196,12 +193,7 @@ def part_of(dst: str | os.PathLike[str]) -> str:
 
 
 def download(
-    reader: Reader,
-    cut: Cut,
-    dst: str | os.PathLike[str],
-    seal: int,
-    progress: Progress | None = None,
-    overwrite: bool = True,
+    reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None, overwrite: bool
 ) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all, with the seal `seal` or 0 for none.
 
@@ -245,8 +237,6 @@ def begin(part: LockedFile, reader: Reader) -> None:
     """Make `part` the beginning of the file: keep it if it is that already, else reduce it to the header."""
     header = header_of(reader, 0)
     there = part.read(0, len(header))
-    if not _may_be_bstk(there):
-        raise _in_the_way(part.path, "not the beginning of a .bstk file")
     # The preamble pins the tables, and they pin all chunks; so equal headers, except for the seal, mean the same file.
     with suppress(BstkError):
         if len(there) >= LENGTH:
@@ -259,8 +249,7 @@ def begin(part: LockedFile, reader: Reader) -> None:
 def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
     """Delete the leftovers of interrupted runs next to `dst`: temporary files, and the ``.part`` of a download.
 
-    The part is deleted only if it is what an interrupted download leaves: the beginning of a .bstk file, unsealed. A whole or
-    sealed file, a link, a running download, and `source`, the file that `dst` was made from, stay.
+    A whole or sealed file, a link, a running download, and `source`, the file that `dst` was made from, stay.
     """
     remove_leftovers(os.path.realpath(dst))
     path = part_of(dst)
@@ -268,11 +257,8 @@ def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
         if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
             return
         with LockedFile(path) as part:
-            unfinished = _is_unfinished(part)
-            if unfinished and os.name != "nt":  # Windows cannot delete an open file
+            if _is_unfinished(part):
                 os.unlink(path)
-        if unfinished and os.name == "nt":
-            os.unlink(path)
 
 
 @contextmanager
@@ -283,7 +269,7 @@ def _full_disk_hint(part: LockedFile) -> Iterator[None]:
     except ResourceError as error:
         if part.length:
             error.hint = (
-                f"{error.hint} The bytes that have arrived are kept in {part.path}, where the same command continues; delete it "
+                f"{error.hint} The bytes that have arrived are kept in {part.name}, where the same command continues; delete it "
                 "to free its space."
             )
         raise
@@ -296,8 +282,8 @@ def _in_the_way(part: str, what: str) -> OutputError:
 def _require_part(part: LockedFile, reader: Reader) -> None:
     """Raise OutputError if ``DST.part`` is not a .bstk file, or a whole or sealed file of another model."""
     there = part.read(0, LENGTH)
-    if not _may_be_bstk(there):
-        raise _in_the_way(part.path, "not the beginning of a .bstk file")
+    if not MAGIC.startswith(there[: len(MAGIC)]):
+        raise _in_the_way(part.name, "not the beginning of a .bstk file")
     try:
         if _is_unfinished(part) or parse(there).root() == reader.root:
             return
@@ -305,21 +291,13 @@ def _require_part(part: LockedFile, reader: Reader) -> None:
         return
     except UnsupportedVersionError:
         pass
-    raise _in_the_way(part.path, "a .bstk file of its own")
-
-
-def _may_be_bstk(start: bytes) -> bool:
-    """Whether a file that starts so may be the beginning of a .bstk file."""
-    return start[: len(MAGIC)] == MAGIC[: len(start)]
+    raise _in_the_way(part.name, "a .bstk file of its own")
 
 
 def _is_unfinished(part: LockedFile) -> bool:
-    """Whether a file may be left by an interrupted download: empty, a part of the preamble, or unsealed and not whole.
-
-    Raises DamagedError or UnsupportedVersionError if a download cannot have written its preamble.
-    """
+    """Whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
     there = part.read(0, LENGTH)
-    if len(there) < LENGTH or not _may_be_bstk(there):
-        return _may_be_bstk(there)
+    if len(there) < LENGTH:
+        return MAGIC.startswith(there[: len(MAGIC)])
     preamble = parse(there)
     return not preamble.seal and part.length < preamble.full_length

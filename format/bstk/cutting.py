@@ -58,14 +58,10 @@ def truncate(
         another process changes the file in place, or fetches to the same `dst`.
     BudgetError
         The base model does not fit.
-    UnsupportedVersionError
-        The file has a feature that this package can read but not rewrite.
-    NotBstkError, DamagedError
-        `src` is not a valid file, or a chunk of the cut is damaged.
-    RemoteError
-        The URL cannot be read.
-    ResourceError, OutputError
-        The result cannot be written; nothing was changed.
+    NotBstkError, DamagedError, UnsupportedVersionError
+        `src` is not a valid file, a chunk of the cut is damaged, or this package can read the file but not rewrite it.
+    RemoteError, ResourceError, OutputError
+        The URL cannot be read, or the result cannot be written; nothing was changed.
     """
     budget = budget_bytes(mb)
     if isinstance(src, Reader):
@@ -177,14 +173,10 @@ def grow(
         or replaced or deleted it while it grew.
     BudgetError
         `mb` is below the base model.
-    UnsupportedVersionError
-        The file has a feature that this package can read but not rewrite.
-    NotBstkError, DamagedError
-        One of the two is not a valid file, or a chunk is damaged.
-    RemoteError
-        The URL cannot be read.
-    ResourceError, OutputError
-        The file cannot be written.
+    NotBstkError, DamagedError, UnsupportedVersionError
+        One of the two is not a valid file, a chunk is damaged, or this package can read the file but not rewrite it.
+    RemoteError, ResourceError, OutputError
+        The URL cannot be read, or the file cannot be written.
     """
     budget = budget_bytes(mb)
     with open(path, warn=False) as small:  # an invalid file is refused before a server is asked

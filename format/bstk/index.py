@@ -250,14 +250,6 @@ def _parse_form(kind_code: int, packed: bytes) -> _Form:
         raise _bad("dtype", dtype_code, f"0 to {max(kinds.DTYPE_BY_CODE)}")
     if flags & ~_TRANSPOSED:
         raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
-    shape = _shape(dimensions, ndim)
-    if flags and len(shape) != 2:
-        raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
-    kind, dtype = kinds.BY_CODE[kind_code], kinds.DTYPE_BY_CODE[dtype_code].name
-    return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
-
-
-def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
     if ndim > limits.MAX_NDIM:
         raise _bad("number of dimensions", ndim, f"0 to {limits.MAX_NDIM}")
     if any(dimensions[ndim:]):
@@ -265,7 +257,11 @@ def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
     for length in dimensions[:ndim]:
         if not 1 <= length <= limits.MAX_DIMENSION:
             raise _bad("dimension", length, f"1 to {limits.MAX_DIMENSION}")
-    return tuple(dimensions[:ndim])
+    shape = tuple(dimensions[:ndim])
+    if flags and len(shape) != 2:
+        raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
+    kind, dtype = kinds.BY_CODE[kind_code], kinds.DTYPE_BY_CODE[dtype_code].name
+    return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
 
 
 def _bad(what: str, found: object, allowed: str) -> ValueError:
@@ -308,10 +304,6 @@ def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
         raise DamagedError(
             f"preamble: incompatible flags {preamble.incompatible:#x}, but the kinds in the index need {features:#x}."
         )
-    _check_ends(chunks, preamble)
-
-
-def _check_ends(chunks: Sequence[Chunk], preamble: Preamble) -> None:
     base_end = chunks[preamble.base_count - 1].end
     if base_end != preamble.smallest_length:
         raise DamagedError(

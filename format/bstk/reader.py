@@ -38,6 +38,10 @@ class Reader:
         The source of the bytes, the parsed preamble, and the metadata, a dictionary.
     all_chunks, chunks : tuple of Chunk
         Every chunk of the complete file, and those that are wholly in this file, a prefix.
+    base_count : int
+        Chunks of the base model.
+    smallest_length, full_length, seal : int
+        Bytes of the file of the base model and of the complete file; the length this file is sealed at, or 0.
     root : bytes
         32 bytes that authenticate the file and every cut of it.
     state : str
@@ -50,12 +54,16 @@ class Reader:
         with error_prefix(source.name):
             self.preamble, self.all_chunks, self.metadata = header.read(source)
         self.root = self.preamble.root()
+        self.seal = self.preamble.seal
+        self.base_count = self.preamble.base_count
+        self.smallest_length = self.preamble.smallest_length
+        self.full_length = self.preamble.full_length
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
-        if self.preamble.seal:
+        if self.seal:
             self.state = "sealed"
         else:
-            self.state = "whole" if source.length == self.preamble.full_length else "partial"
+            self.state = "whole" if source.length == self.full_length else "partial"
 
     def __enter__(self) -> Reader:
         return self
@@ -77,26 +85,6 @@ class Reader:
     def length(self) -> int:
         """Bytes of this file."""
         return self.source.length
-
-    @property
-    def full_length(self) -> int:
-        """Bytes of the complete file."""
-        return self.preamble.full_length
-
-    @property
-    def smallest_length(self) -> int:
-        """Bytes of the file of the base model."""
-        return self.preamble.smallest_length
-
-    @property
-    def seal(self) -> int:
-        """Length the file is sealed at, or 0."""
-        return self.preamble.seal
-
-    @property
-    def base_count(self) -> int:
-        """Chunks of the base model."""
-        return self.preamble.base_count
 
     @property
     def memory_bytes(self) -> int:

@@ -187,11 +187,6 @@ def write_cut(
     remove_parts(dst, reader.source.name)
 
 
-def part_of(dst: str | os.PathLike[str]) -> str:
-    """Return the path of the file that keeps the bytes that have arrived for `dst`."""
-    return os.path.realpath(dst) + ".part"
-
-
 def download(
     reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None, overwrite: bool
 ) -> None:
@@ -203,7 +198,8 @@ def download(
     """
     if not overwrite:
         require_free(dst)
-    target, path = target_of(dst), part_of(dst)
+    target = target_of(dst)
+    path = target + ".part"
     for what, found in (("a link", os.path.islink(path)), ("a folder", os.path.isdir(path))):
         if found:
             raise _in_the_way(path, what)
@@ -251,8 +247,9 @@ def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
 
     A whole or sealed file, a link, a running download, and `source`, the file that `dst` was made from, stay.
     """
-    remove_leftovers(os.path.realpath(dst))
-    path = part_of(dst)
+    target = os.path.realpath(dst)
+    remove_leftovers(target)
+    path = target + ".part"
     with suppress(OSError, BstkError):
         if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
             return

@@ -57,7 +57,14 @@ def copy_chunks(
             position += len(part)
             if position == chunk.end:
                 if digest.digest() != chunk.digest:
-                    raise _damaged(reader, chunk)
+                    hint = "The file is damaged: make or fetch it again."
+                    if is_remote(reader):
+                        hint = "Give the same command again; if that does not help, the file is damaged on the server."
+                    raise DamagedError(
+                        f"{name}: {chunk.describe()}: its SHA-256 does not match the index.",
+                        hint=f"{hint} A cut that ends before this chunk is good.",
+                        chunk=chunk,
+                    )
                 chunk, digest = next(left, chunk), hashlib.sha256()
             write(part)
             if progress is not None:
@@ -156,17 +163,6 @@ def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
         digest.update(piece)
         offset += len(piece)
     return digest
-
-
-def _damaged(reader: Reader, chunk: Chunk) -> DamagedError:
-    hint = "The file is damaged: make or fetch it again."
-    if is_remote(reader):
-        hint = "Give the same command again; if that does not help, the file is damaged on the server."
-    return DamagedError(
-        f"{reader.source.name}: {chunk.describe()}: its SHA-256 does not match the index.",
-        hint=f"{hint} A cut that ends before this chunk is good.",
-        chunk=chunk,
-    )
 
 
 def write_cut(

@@ -40,9 +40,6 @@ class Entry:
     error: float = 0.0
 
 
-_SHARED = ("name", "kind", "level", "stored_length", "raw_length", "dtype", "rank", "transposed", "digest")
-
-
 def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int) -> None:
     """Write a complete, unsealed file, which replaces what is at `path` when it is whole.
 
@@ -98,9 +95,10 @@ def build_header(
     names_length = sum(4 + len(name.encode()) for name in {entry.name for entry in entries})
     offset = preamble.LENGTH + preamble.RECORD_LENGTH * len(entries) + names_length + len(metadata_bytes)
     chunks, features = [], 0
+    shared = ("name", "kind", "level", "stored_length", "raw_length", "dtype", "rank", "transposed", "digest")
     for entry in entries:
         chunk = Chunk(
-            **{name: getattr(entry, name) for name in _SHARED},
+            **{name: getattr(entry, name) for name in shared},
             offset=offset,
             shape=tuple(entry.shape),
             importance=float(entry.importance),

@@ -14,7 +14,7 @@ import click
 import bstk
 from bstack.cli._text import printable
 from bstack.errors import ForeignCodeWarning
-from bstk import urls
+from bstk.http import shown
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
@@ -113,7 +113,7 @@ def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool =
 
 def retries(url: str, quiet: bool) -> Callable[[str], None] | None:
     """Return a function that logs each retry of a URL on stderr: a server that does not answer may take minutes."""
-    return None if quiet else lambda text: click.echo(printable(f"{urls.shown(url)}: {text}"), err=True)
+    return None if quiet else lambda text: click.echo(printable(f"{shown(url)}: {text}"), err=True)
 
 
 def print_json(schema: str, result: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 import bstk
@@ -37,7 +39,7 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
         with _progress.transferred(larger, cut.file_bytes - before, "grow", quiet) as advance:
             cut = bstk.grow(file, mb, larger, progress=advance)
         blocks = [chunk.is_block for chunk in larger.all_chunks]
-        result = {
+        result: dict[str, Any] = {
             "file": file,
             "from": larger.source.name,
             "file_bytes": cut.file_bytes,

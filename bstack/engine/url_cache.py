@@ -99,7 +99,7 @@ def cached(
 
 def _drop_damaged(path: Path, chunk: bstk.Chunk) -> bool:
     """Cut a kept file before a chunk that does not match its digest; return whether the chunk is gone."""
-    with LockedFile(path, wait=True) as kept, os_errors(kept.path):
+    with LockedFile(path, wait=True) as kept, os_errors(kept.name):
         if kept.length < chunk.end:
             return True
         if intact(kept, [chunk]) == chunk.end:
@@ -141,7 +141,7 @@ def _fetch(
     with os_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
     with LockedFile(path, create=True, wait=True) as kept:
-        with os_errors(kept.path):
+        with os_errors(kept.name):
             begin(kept, reader)
             missing = cut.file_bytes - kept.length
         if missing > 0:

@@ -9,7 +9,7 @@ The format is described in ``format/SPEC.md``.
 """
 
 from . import errors, limits
-from .budget import MB, Cut, budget_bytes, mb_ceil, parse_mb
+from .budget import MB, Cut, budget_bytes, mb_ceil
 from .cutting import grow, plan, plan_growth, truncate
 from .errors import (
     BstkError,
@@ -29,12 +29,11 @@ from .errors import (
     UsageError,
 )
 from .frames import Frame, pack
-from .http import HttpSource
+from .http import HttpSource, is_url
 from .index import Chunk
 from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, Kind
 from .reader import Reader, open
 from .sources import BytesSource, FileSource, Source
-from .urls import is_url
 from .writer import Entry, write
 
 __all__ = [
@@ -78,7 +77,6 @@ __all__ = [
     "mb_ceil",
     "open",
     "pack",
-    "parse_mb",
     "plan",
     "plan_growth",
     "truncate",

@@ -13,13 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from . import urls
+from . import http
 from .errors import OutputError, UsageError, os_errors
 
 _BINARY = getattr(os, "O_BINARY", 0)
-_PRIVATE = 0o600
 _LOCKED_BYTE = 2**62  # far behind any data: Windows locks are mandatory, and readers must not run into one
-_RANDOM = 8 * "[0-9a-f]"  # the random part of a temporary name, as a pattern
 
 
 class Sink:
@@ -42,21 +40,15 @@ class Sink:
 def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[tuple[Sink, str]]:
     """Write a file that appears at `path`, in place of what is there, when the block ends well; otherwise nothing changes.
 
-    Yields the sink and the path of the temporary file, which lies in the same folder and is synced before it is renamed. Until
-    then only its owner can open it if it replaces a file; it gets the mode bits of that file.
-
-    A killed process leaves ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it. Of several processes that
-    write `path` at once, the last to finish has its file there.
+    Yields the sink and the path of the temporary file, which lies in the same folder and is synced before it is renamed. A
+    killed process leaves ``.NAME.xxxxxxxx.part``; the next one that writes `path` deletes it.
 
     Raises
     ------
     UsageError
-        `path` is empty or a URL; or without `overwrite` it exists, at the start or when all is written. A file that another
-        process puts there after that is replaced.
-    ResourceError
-        The disk is full.
-    OutputError
-        `path` cannot be written, or is not a regular file.
+        `path` is empty or a URL; or without `overwrite` it exists, at the start or when all is written.
+    ResourceError, OutputError
+        The disk is full; `path` cannot be written, or is not a regular file.
     """
     if not overwrite:
         require_free(path)
@@ -94,21 +86,13 @@ def require_free(path: str | os.PathLike[str]) -> None:
 
 
 def target_of(path: str | os.PathLike[str]) -> str:
-    """Return the path to rename a replacement of `path` to: links are followed, so that a link stays one.
-
-    Raises
-    ------
-    UsageError
-        It is empty, or a URL.
-    OutputError
-        It is there and not a regular file, or its folder does not exist.
-    """
+    """Return the path to rename a replacement of `path` to, after its links; raise an error unless a file may lie there."""
     shown = os.fspath(path)
     if not shown:
         raise UsageError("The name of the output is empty.", hint="Name a file to write to.")
-    if urls.is_url(shown):
+    if http.is_url(shown):
         raise UsageError(
-            f"{urls.shown(shown)}: an output is a file on disk, not a URL.", hint="Name a file to write to."
+            f"{http.shown(shown)}: an output is a file on disk, not a URL.", hint="Name a file to write to."
         )
     target = os.path.realpath(path)
     with os_errors(shown):
@@ -128,7 +112,7 @@ def target_of(path: str | os.PathLike[str]) -> str:
 
 def mode_of_new(target: str) -> int:
     """Return the mode to create a file with that is to be renamed to `target`: private if it replaces a file."""
-    return _PRIVATE if os.path.lexists(target) else 0o666
+    return 0o600 if os.path.lexists(target) else 0o666
 
 
 def copy_mode(descriptor: int, target: str, extra: int = 0) -> None:
@@ -154,7 +138,7 @@ def sync_folder(folder: str) -> None:
 def remove_leftovers(target: str) -> None:
     """Delete the temporary files that killed processes left of writing `target`: those that nobody has locked."""
     folder, name = os.path.split(target)
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{_RANDOM}.part")):
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{8 * '[0-9a-f]'}.part")):
         with suppress(OSError):
             if not stat.S_ISREG(os.lstat(leftover).st_mode):
                 continue
@@ -178,7 +162,7 @@ def _create_temporary(target: str) -> tuple[int, str]:
         temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode_of_new(target))
         with suppress(OSError):  # a file system without locks: leftovers stay there
-            wait_for_lock(descriptor)
+            try_lock(descriptor, wait=True)
         # Another process may have deleted it as a leftover before it was locked.
         if is_at(descriptor, temporary):
             return descriptor, temporary
@@ -193,51 +177,31 @@ def _close(descriptor: int) -> int:
 
 
 class LockedFile:
-    """A file that is changed in place, locked against other processes that want to do the same.
+    """A file that is changed in place, locked against other processes: `wait` for the lock, or raise UsageError.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    create : bool
-        Create an empty file if there is none.
-    wait : bool
-        Wait for the lock instead of failing.
-    mode : int
-        Mode bits of a file that is created, before the process's mask.
-
-    Raises
-    ------
-    UsageError
-        Another process has locked it.
-    OutputError
-        It cannot be opened for writing.
+    It is a `bstk.Source` too.
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False, wait: bool = False, mode: int = 0o666):
-        self.path = os.fspath(path)
+        self.name = os.fspath(path)
         # Do not create a file through a link.
         flags = os.O_RDWR | _BINARY | ((os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)) if create else 0)
-        with os_errors(self.path):
+        with os_errors(self.name):
             while True:
                 self._descriptor = os.open(path, flags, mode)
                 try:
-                    self._lock(wait)
-                    if is_at(self._descriptor, self.path):
+                    if not try_lock(self._descriptor, wait):
+                        raise UsageError(
+                            f"{self.name}: another process is writing this file.",
+                            hint="Wait for it, or name another file.",
+                        )
+                    if is_at(self._descriptor, self.name):
                         break
                 except BaseException:
                     self.close()
                     raise
                 # Another process replaced or deleted the file while this one waited for the lock.
                 self.close()
-
-    def _lock(self, wait: bool) -> None:
-        if wait:
-            wait_for_lock(self._descriptor)
-        elif not try_lock(self._descriptor):
-            raise UsageError(
-                f"{self.path}: another process is writing this file.", hint="Wait for it, or name another file."
-            )
 
     def __enter__(self) -> LockedFile:
         return self
@@ -278,68 +242,26 @@ class LockedFile:
 
     def require_there(self) -> None:
         """Raise UsageError if another program replaced or deleted the file, which needs no lock."""
-        if not is_at(self._descriptor, self.path):
+        if not is_at(self._descriptor, self.name):
             raise UsageError(
-                f"{self.path}: another program replaced or deleted it meanwhile.", hint="Look at what is there now."
+                f"{self.name}: another program replaced or deleted it meanwhile.", hint="Look at what is there now."
             )
 
-    def make_private(self, target: str) -> None:
-        """Give the file the mode bits of the one at `target`, which it will replace."""
-        copy_mode(self._descriptor, target, _PRIVATE)
+    def copy_mode(self, target: str) -> None:
+        """Give the file the mode bits of the one at `target`, which it will replace, and stay writable."""
+        copy_mode(self._descriptor, target, 0o600)
 
     def rename(self, target: str) -> None:
         """Move the file to `target`, in place of what is there and with its mode bits, and close it."""
         copy_mode(self._descriptor, target)
         if os.name == "nt":  # cannot rename an open file
             self.close()
-        os.replace(self.path, target)  # still locked, so that no other process writes to it
+        os.replace(self.name, target)  # still locked, so that no other process writes to it
         self.close()
 
 
-class LockedSource:
-    """A locked file as a source to read from; closing it leaves the file open and locked."""
-
-    def __init__(self, file: LockedFile):
-        self.name = file.path
-        self._file = file
-
-    @property
-    def length(self) -> int:
-        return self._file.length
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return the `length` bytes at `offset`; fewer only where the file ends."""
-        return self._file.read(offset, length)
-
-    def close(self) -> None:
-        """Do nothing: the caller owns the file."""
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file against other processes and other openings of it; False if it is locked already.
-
-    Raises
-    ------
-    OSError
-        The file system has no locks.
-    """
-    return _lock(descriptor, wait=False)
-
-
-def wait_for_lock(descriptor: int) -> None:
-    """Lock an open file, waiting until its lock is free."""
-    _lock(descriptor, wait=True)
-
-
-def is_at(descriptor: int, path: str) -> bool:
-    """Whether `path` still names the open file, which another process may have renamed or deleted."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
+def try_lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file against all other openings of it; False if it is locked. OSError where there are no locks."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -359,3 +281,11 @@ def _lock(descriptor: int, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Whether `path` still names the open file, which another process may have renamed or deleted."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -15,17 +15,7 @@ Budget = int | float | str | Decimal
 
 
 class Cut(NamedTuple):
-    """A prefix of a file.
-
-    Attributes
-    ----------
-    chunks : int
-        How many chunks it keeps.
-    file_bytes : int
-        Length of the file.
-    memory_bytes : int
-        Raw bytes of its weights, which is what they take in memory.
-    """
+    """A prefix of a file: its number of chunks, its length as a file, the raw bytes of its weights (their memory)."""
 
     chunks: int
     file_bytes: int
@@ -37,7 +27,7 @@ class Cut(NamedTuple):
         return max(self.file_bytes, self.memory_bytes)
 
 
-def parse_mb(mb: Budget) -> int:
+def budget_bytes(mb: Budget) -> int:
     """Return a budget of `mb` megabytes in whole bytes, rounded down; exact for text, Decimal and ``size / MB``.
 
     Raises
@@ -61,9 +51,6 @@ def parse_mb(mb: Budget) -> int:
     if value < Decimal("1e-9"):
         return 0  # less than a byte; tested here because Fraction("1e-999999999") would fill the memory
     return int(Fraction(value) * MB)
-
-
-budget_bytes = parse_mb
 
 
 def mb_ceil(size: int) -> str:

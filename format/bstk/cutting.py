@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from .atomic import LockedFile, LockedSource, remove_leftovers
-from .budget import Budget, Cut, mb_ceil, mb_floor, parse_mb
+from .atomic import LockedFile, remove_leftovers
+from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
 from .errors import RemoteChangedError, UsageError, os_errors
+from .http import is_url
 from .reader import Reader, is_remote, open, reopen, require_rewritable
 from .transfer import Progress, download, extend, overwrite_preamble, remove_parts, write_cut
-from .urls import is_url
 
 
 def truncate(
@@ -58,16 +58,12 @@ def truncate(
         another process changes the file in place, or fetches to the same `dst`.
     BudgetError
         The base model does not fit.
-    UnsupportedVersionError
-        The file has a feature that this package can read but not rewrite.
-    NotBstkError, DamagedError
-        `src` is not a valid file, or a chunk of the cut is damaged.
-    RemoteError
-        The URL cannot be read.
-    ResourceError, OutputError
-        The result cannot be written; nothing was changed.
+    NotBstkError, DamagedError, UnsupportedVersionError
+        `src` is not a valid file, a chunk of the cut is damaged, or this package can read the file but not rewrite it.
+    RemoteError, ResourceError, OutputError
+        The URL cannot be read, or the result cannot be written; nothing was changed.
     """
-    budget = parse_mb(mb)
+    budget = budget_bytes(mb)
     if isinstance(src, Reader):
         return _truncate(src, dst, budget, seal, progress, overwrite)
     if dst is None and not is_url(src):
@@ -77,13 +73,7 @@ def truncate(
 
 
 def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
-    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes.
-
-    Raises
-    ------
-    UsageError, BudgetError, UnsupportedVersionError
-        As in `truncate`.
-    """
+    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
     require_rewritable(source)
     cut = source.fit(mb, budget=budget)
     # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
@@ -134,8 +124,8 @@ def _cut_in_place(path: str, budget: int, seal: bool) -> Cut:
     open(path, warn=False).close()  # an invalid file is refused as such, even if it is not writable
     with LockedFile(path) as file:
         # Read again, because another process may have changed it before it was locked.
-        with open(LockedSource(file), warn=False) as source:
-            cut = plan(source, budget=budget)
+        source = open(file, warn=False)
+        cut = plan(source, budget=budget)
         if source.seal:
             overwrite_preamble(file, source.preamble.sealed(0).to_bytes())
         with os_errors(path):
@@ -183,16 +173,12 @@ def grow(
         or replaced or deleted it while it grew.
     BudgetError
         `mb` is below the base model.
-    UnsupportedVersionError
-        The file has a feature that this package can read but not rewrite.
-    NotBstkError, DamagedError
-        One of the two is not a valid file, or a chunk is damaged.
-    RemoteError
-        The URL cannot be read.
-    ResourceError, OutputError
-        The file cannot be written.
+    NotBstkError, DamagedError, UnsupportedVersionError
+        One of the two is not a valid file, a chunk is damaged, or this package can read the file but not rewrite it.
+    RemoteError, ResourceError, OutputError
+        The URL cannot be read, or the file cannot be written.
     """
-    budget = parse_mb(mb)
+    budget = budget_bytes(mb)
     with open(path, warn=False) as small:  # an invalid file is refused before a server is asked
         require_rewritable(small)
     if isinstance(source, Reader):
@@ -202,13 +188,7 @@ def grow(
 
 
 def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int | None = None) -> Cut:
-    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes.
-
-    Raises
-    ------
-    UsageError, BudgetError, UnsupportedVersionError
-        As in `grow`.
-    """
+    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
     name, other = small.source.name, larger.source.name
     require_rewritable(small)
     if small.root != larger.root:
@@ -249,15 +229,15 @@ def _grow(path: str | os.PathLike[str], budget: int, larger: Reader, progress: P
 
 def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | None) -> Cut:
     """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
-    with open(LockedSource(file), warn=False) as small:
-        cut = plan_growth(small, None, larger, budget=budget)
+    small = open(file, warn=False)
+    cut = plan_growth(small, None, larger, budget=budget)
 
     def unseal() -> None:
         if small.seal:
             overwrite_preamble(file, small.preamble.sealed(0).to_bytes())
 
     extend(file, larger, larger.all_chunks[: cut.chunks], progress, before=unseal)
-    with os_errors(file.path):
+    with os_errors(file.name):
         if file.length > cut.file_bytes:  # the beginning of a chunk that does not fit
             file.shorten(cut.file_bytes)
         file.sync()

@@ -14,17 +14,12 @@ from typing import Any
 class BstkError(Exception):
     """Base of all errors of this package. ``str(error)`` is the prefix, the message and the hint.
 
-    Parameters
+    Attributes
     ----------
-    message : str
-        What happened.
     hint : str or None
         What to do about it.
     option : str or None
         The Python parameter that allows what was refused, such as "overwrite".
-
-    Attributes
-    ----------
     prefix : str
         Where it happened, such as ``"model.bstk: "``; see `error_prefix`.
     """
@@ -58,12 +53,8 @@ class MissingPackageError(BstkError):
 class RemoteError(BstkError):
     """A file on a server cannot be read.
 
-    Attributes
-    ----------
-    missing : bool
-        The server has no such file, or the URL is invalid.
-    resumable : bool
-        The connection broke off too often; what has arrived is kept, and the same call continues.
+    `missing`: the server has no such file, or the URL is invalid. `resumable`: the connection broke off too often; what has
+    arrived is kept, and the same call continues.
     """
 
     def __init__(self, message: str = "", *, hint: str | None = None, missing: bool = False, resumable: bool = False):
@@ -97,13 +88,7 @@ class UnsupportedVersionError(BstkError):
 
 
 class DamagedError(BstkError):
-    """A check failed: a digest, a checksum, a length, or a rule of the format.
-
-    Attributes
-    ----------
-    chunk : bstk.Chunk or None
-        The damaged chunk, if the damage lies in one.
-    """
+    """A check failed: a digest, a checksum, a length, a rule of the format. `chunk` is the damaged one, if there is one."""
 
     exit_code = 5
 
@@ -117,13 +102,7 @@ class TruncatedError(DamagedError):
 
 
 class BudgetError(BstkError):
-    """The budget is below the base model.
-
-    Attributes
-    ----------
-    smallest_bytes : int
-        The smallest budget that works, in bytes.
-    """
+    """The budget is below the base model; `smallest_bytes` is the smallest budget that works, in bytes."""
 
     exit_code = 6
 

@@ -11,26 +11,13 @@ import zstandard
 from . import limits
 from .errors import DamagedError, ResourceError, UsageError
 
-DEFAULT_LEVEL = 3
-"""zstd's own default. Sign bits do not compress at any level; factors shrink by about 8 % at every level."""
-
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SHORT_BLOCK = 1024
 _FED = 256  # a block of 128 KiB may take 4 bytes, so this becomes at most 8 MiB
 
 
 class Frame(NamedTuple):
-    """A compressed chunk.
-
-    Attributes
-    ----------
-    stored : bytes
-        The frame as it is stored in the file.
-    raw_length : int
-        Bytes before compression.
-    digest : bytes
-        SHA-256 of `stored`, 32 bytes.
-    """
+    """A compressed chunk: the zstd frame as it is stored, the bytes before compression, and the SHA-256 of `stored`."""
 
     stored: bytes
     raw_length: int
@@ -47,7 +34,7 @@ def max_raw(stored_length: int) -> int:
     return min(limits.MAX_RAW_LENGTH, limits.EXPANSION_SLACK + limits.MAX_EXPANSION * stored_length)
 
 
-def pack(raw: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL) -> Frame:
+def pack(raw: bytes | bytearray | memoryview, level: int = 3) -> Frame:
     """Compress one chunk. Equal input gives equal output (with the same zstd library).
 
     Parameters
@@ -55,7 +42,8 @@ def pack(raw: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL) -> Fra
     raw : bytes-like, C-contiguous
         1 to 2**31 bytes.
     level : int
-        zstd level, 1 to 19; above 19 zstd would need a window larger than readers must support.
+        zstd level, 1 to 19; above 19 zstd would need a window larger than readers must support. Sign bits do not compress at
+        any level; factors shrink by about 8 % at every level.
 
     Raises
     ------
@@ -77,13 +65,7 @@ def pack(raw: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL) -> Fra
 
 
 def check(stored: bytes, raw_length: int) -> None:
-    """Check the head of a frame without decoding it, because the decoder allocates the size that the frame declares.
-
-    Raises
-    ------
-    DamagedError
-        It is not a zstd frame as the format requires, or it declares another raw length than `raw_length`.
-    """
+    """Check the head of a frame without decoding it, because the decoder allocates the size that the frame declares."""
     # Skippable frames and formats before zstd 1.0 have other magic numbers.
     if stored[:4] != _MAGIC:
         raise DamagedError("it does not start with a zstd frame.")
@@ -104,15 +86,7 @@ def check(stored: bytes, raw_length: int) -> None:
 
 
 def unpack(stored: bytes, raw_length: int) -> bytes:
-    """Decode one chunk.
-
-    Raises
-    ------
-    DamagedError
-        It is not exactly one valid frame of `raw_length` raw bytes.
-    ResourceError
-        There is no memory for `raw_length` bytes.
-    """
+    """Decode one chunk; raise DamagedError unless it is exactly one valid frame of `raw_length` raw bytes."""
     check(stored, raw_length)
     try:
         raw = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
@@ -126,13 +100,7 @@ def unpack(stored: bytes, raw_length: int) -> bytes:
 
 
 def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
-    """Decode one chunk as `unpack` does, in pieces that need little memory.
-
-    Raises
-    ------
-    DamagedError
-        As `unpack`; the pieces yielded before must not be used then.
-    """
+    """Decode one chunk as `unpack` does, in pieces that need little memory; if it raises, no piece may be used."""
     check(stored, raw_length)
     decoder = zstandard.ZstdDecompressor().decompressobj()
     length = 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 from . import index, metadata, preamble
@@ -14,25 +13,11 @@ from .errors import DamagedError, NotBstkError, TruncatedError
 from .index import Chunk
 from .sources import Source, read_exactly
 
-_SNIFFED = 512  # bytes that are looked at to recognise other kinds of files
-
 
 def read(source: Source) -> tuple[preamble.Preamble, tuple[Chunk, ...], dict[str, Any]]:
-    """Read and check the header with two reads, the first of them small and of a fixed length.
+    """Read and check the header with two reads, the first of them small: preamble, chunks and metadata of the complete file.
 
-    Returns
-    -------
-    preamble, chunks, metadata
-        Of the complete file.
-
-    Raises
-    ------
-    NotBstkError, UnsupportedVersionError
-        It is something else, or from a newer version.
-    TruncatedError
-        The source ends before its base model does.
-    DamagedError
-        A check failed.
+    Raises NotBstkError, UnsupportedVersionError, TruncatedError (it ends before its base model) or DamagedError.
     """
     head = _read_preamble(source)
     _check_length(head, source.length)
@@ -47,27 +32,17 @@ def read(source: Source) -> tuple[preamble.Preamble, tuple[Chunk, ...], dict[str
 
 
 def parse_tables(head: preamble.Preamble, tables: bytes) -> tuple[tuple[Chunk, ...], dict[str, Any]]:
-    """Return the chunks and the metadata of `tables`, the bytes between the preamble and the first chunk.
-
-    Raises DamagedError if a rule is broken.
-    """
+    """Return the chunks and the metadata of `tables`, the bytes between the preamble and the first chunk, checked."""
     index_bytes, names_bytes, metadata_bytes = _split(head, tables)
-    with _no_collecting():
+    collects = gc.isenabled()
+    gc.disable()  # the collector would scan all chunks again and again while they are created
+    try:
         chunks = index.parse(index_bytes, index.parse_names(names_bytes, head.chunk_count), head.header_length)
         index.check_stacks(chunks, head)
-    return tuple(chunks), metadata.parse(metadata_bytes)
-
-
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Pause the garbage collector, which would scan all chunks again and again while they are created."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if enabled:
+        if collects:
             gc.enable()
+    return tuple(chunks), metadata.parse(metadata_bytes)
 
 
 def _split(head: preamble.Preamble, tables: bytes) -> tuple[memoryview, bytes, bytes]:
@@ -90,7 +65,7 @@ def _check_digests(head: preamble.Preamble, tables: bytes) -> None:
 def _read_preamble(source: Source) -> preamble.Preamble:
     head = source.read(0, preamble.LENGTH)
     if not head or not preamble.MAGIC.startswith(head[:8]):
-        raise NotBstkError(describe(source.read(0, _SNIFFED)))
+        raise NotBstkError(describe(source.read(0, 512)))
     if len(head) < preamble.LENGTH:
         raise TruncatedError(
             f"the file ends after {len(head)} bytes, within its preamble of {preamble.LENGTH}.",
@@ -142,14 +117,8 @@ def describe(head: bytes) -> str:
         )
     if text.startswith((b"{", b"[")):
         return "this is JSON, not a .bstk file."
-    if _is_text(head):
-        return f"this is text, not a .bstk file. It starts with {head[:40]!r}."
+    with suppress(UnicodeDecodeError):
+        # Without the last bytes, where a character may be cut.
+        if all(character.isprintable() or character in "\t\r\n" for character in head[:508].decode("utf-8")):
+            return f"this is text, not a .bstk file. It starts with {head[:40]!r}."
     return f"this is not a .bstk file: it starts with {head[:8].hex(' ')}, not with 89 42 53 54 4b 0d 0a 1a."
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head[: _SNIFFED - 4].decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return all(character.isprintable() or character in "\t\r\n" for character in text)

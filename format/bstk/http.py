@@ -6,32 +6,25 @@ redirects that do not carry credentials to another host, proxies and certificate
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-from . import preamble, urls
+from . import preamble
 from .errors import MissingPackageError, RemoteChangedError, RemoteError
 
-HEAD = 2**16
-"""Bytes of the first request: the preamble, and all of the header of most small files."""
-
-PIECE = 2**18
-"""Maximum bytes handed on at a time."""
-
-RETRIES = 5
-"""Attempts after the first, without a byte in between, before giving up."""
-
-RETRIES_IN_ALL = 1000
-"""Attempts after broken connections over the life of a source."""
-
-FIRST_DELAY = 0.5
-"""Seconds before the first of `RETRIES`; each wait is twice the one before."""
-
+HEAD = 2**16  # bytes of the first request: the preamble, and all of the header of most small files
+PIECE = 2**18  # maximum bytes handed on at a time
+RETRIES = 5  # attempts after the first, without a byte in between, before giving up
+RETRIES_IN_ALL = 1000  # attempts after broken connections over the life of a source
+FIRST_DELAY = 0.5  # seconds before the first of RETRIES; each wait is twice the one before
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
 
@@ -39,6 +32,66 @@ _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)
 _MAX_WAIT = 60.0  # seconds that Retry-After is obeyed for
 _OTHER_TOOL = "Download the file with another tool."
 _BAD_RANGES = f"The server does not serve ranges correctly. {_OTHER_TOOL}"
+
+
+def is_url(what: object) -> bool:
+    """Whether `what` is text that starts with ``https://``, ``http://`` or ``hf://``."""
+    return isinstance(what, str) and what.lower().startswith(("https://", "http://", "hf://"))
+
+
+def shown(url: str) -> str:
+    """Return `url` without the parts that may be secret: user, password, and the query, which holds the key of signed URLs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # an invalid address, which is refused later
+        return url.partition("?")[0]
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def address(url: str) -> str:
+    """Return the address to request: on the hub's server for ``hf://OWNER/REPO[@REVISION]/FILE``, else `url` itself.
+
+    The server is the environment variable HF_ENDPOINT, or huggingface.co.
+    """
+    if not _is_hub(url):
+        return url
+    owner, _, rest = url[len("hf://") :].partition("/")
+    repository, _, file = rest.partition("/")
+    repository, _, revision = repository.partition("@")
+    if not (owner and repository and file):
+        raise RemoteError(
+            f"{url}: a file on the hub is named hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE.", missing=True
+        )
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    return f"{endpoint}/{quote(owner)}/{quote(repository)}/resolve/{quote(revision or 'main', safe='')}/{quote(file)}"
+
+
+def token(url: str) -> str | None:
+    """Return the access token for an ``hf://`` URL, where huggingface_hub looks for it; None for other URLs."""
+    if not _is_hub(url):
+        return None
+    given = _clean(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or "")
+    if given:
+        return given
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
+    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    path = os.environ.get("HF_TOKEN_PATH", os.path.join(_expand(home), "token"))
+    try:
+        return _clean(Path(_expand(path)).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _expand(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def _clean(text: str) -> str | None:
+    return text.replace("\r", "").replace("\n", "").strip() or None
+
+
+def _is_hub(url: str) -> bool:
+    return url.lower().startswith("hf://")
 
 
 class HttpSource:
@@ -54,15 +107,6 @@ class HttpSource:
     notify : callable or None
         Called with one line about each retry, before its delay. May be set later.
 
-    Attributes
-    ----------
-    name : str
-        The URL without credentials and query.
-    length : int
-        Bytes of the file, according to the server.
-    requests : int
-        Requests made so far, not counting redirects.
-
     Raises
     ------
     MissingPackageError
@@ -72,10 +116,10 @@ class HttpSource:
     """
 
     def __init__(self, url: str, notify: Callable[[str], None] | None = None):
-        self.name = urls.shown(url)
+        self.name = shown(url)  # without secrets
         self.notify = notify
-        self.requests = 0
-        self._client = _Client(self.name, urls.address(url), urls.token(url))
+        self.requests = 0  # so far, not counting redirects
+        self._client = _Client(self.name, address(url), token(url))
         self._lock = threading.Lock()
         self._body: _Body | None = None
         self._retries = 0
@@ -102,15 +146,7 @@ class HttpSource:
         return self._version.length if self._version else 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return the `length` bytes at `offset`; fewer only where the file ends.
-
-        Raises
-        ------
-        RemoteChangedError
-            The file was replaced since it was opened.
-        RemoteError
-            The connection broke off too often, or the server gives an unusable answer.
-        """
+        """Return the `length` bytes at `offset`; RemoteChangedError if the file was replaced since it was opened."""
         data = b"".join(self.pieces(offset, length))
         # The tables start here, and no chunk does. They are kept, because copying a file needs its header again.
         if offset == preamble.LENGTH and offset + len(data) > len(self._head):
@@ -225,14 +261,8 @@ class HttpSource:
 class _TransientError(Exception):
     """A failure that may be gone in a moment; callers retry, and raise another error after the last attempt.
 
-    Attributes
-    ----------
-    wait : float
-        Seconds that the server asks to wait.
-    lasting : bool
-        Retrying is pointless for a server that never answered: the host does not exist, or refuses connections.
-    answered : bool
-        The server itself reported the failure.
+    `wait`: seconds that the server asks for. `lasting`: retrying is pointless for a server that never answered, because the
+    host does not exist, or refuses connections. `answered`: the server itself reported the failure.
     """
 
     def __init__(self, reason: str, wait: float = 0.0, lasting: bool = False, answered: bool = False):
@@ -275,10 +305,7 @@ class _Answer:
 
 
 def check_answer(name: str, status: int, headers: Mapping[str, str], start: int, stop: int) -> _Answer:
-    """Read the head of an answer to a request for the bytes `start` to `stop` (exclusive) of the file `name`.
-
-    Raises _TransientError if the server is out of order or asks to wait, RemoteError if the answer is unusable.
-    """
+    """Read the head of an answer to a request for the bytes `start` to `stop` (exclusive) of the file `name`."""
     _check_status(name, status, headers)
     coding = headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
@@ -288,12 +315,13 @@ def check_answer(name: str, status: int, headers: Mapping[str, str], start: int,
             hint="Switch off compression for .bstk files on the server, or download the file with another tool.",
         )
     stated = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    marks = headers.get("ETag") or None, headers.get("Last-Modified") or None
     if status == 200:
         length = _content_length(headers)
         if length is None:
             message = f"{name}: the server serves no ranges and does not say how long the file is."
             raise RemoteError(message, hint=_OTHER_TOOL)
-        return _Answer(_version(headers, length), 0, length, ranged=False)
+        return _Answer(_Version(length, *marks), 0, length, ranged=False)
     if stated is None or stated[3] == "*":
         raise RemoteError(
             f"{name}: the server answers {status} with Content-Range {headers.get('Content-Range')!r}, which does not say "
@@ -301,8 +329,9 @@ def check_answer(name: str, status: int, headers: Mapping[str, str], start: int,
             hint=_OTHER_TOOL,
         )
     length = int(stated[3])
+    version = _Version(length, *marks)
     if status == 416:
-        return _Answer(_version(headers, length), start, start, ranged=True)
+        return _Answer(version, start, start, ranged=True)
     stop = min(stop, length)
     wanted = f"asked for bytes {start}-{stop - 1}"
     if stated[1] is None or (int(stated[1]), int(stated[2]) + 1) != (start, stop):
@@ -311,7 +340,7 @@ def check_answer(name: str, status: int, headers: Mapping[str, str], start: int,
     if announced is not None and announced != stop - start:
         message = f"{name}: {wanted}, and the server announces {announced} bytes instead of {stop - start}."
         raise RemoteError(message, hint=_BAD_RANGES)
-    return _Answer(_version(headers, length), start, stop, ranged=True)
+    return _Answer(version, start, stop, ranged=True)
 
 
 def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
@@ -331,10 +360,6 @@ def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
             "huggingface_hub; signed URLs expire.",
         )
     raise RemoteError(f"{name}: the server answers {status}, which is not the file.", hint="Check the URL.")
-
-
-def _version(headers: Mapping[str, str], length: int) -> _Version:
-    return _Version(length, headers.get("ETag") or None, headers.get("Last-Modified") or None)
 
 
 def _content_length(headers: Mapping[str, str]) -> int | None:
@@ -397,8 +422,7 @@ class _Client:
     def get(self, start: int, stop: int, etag: str | None) -> Any:
         """Request the bytes `start` to `stop` (exclusive), of the version with the strong tag `etag` if one is given.
 
-        Returns the response, whose body is not read yet. Raises _TransientError if no answer came, RemoteError for an invalid
-        URL, a failure of TLS, or redirects that must not be followed.
+        The body of the response is not read yet. _TransientError means that no answer came.
         """
         import requests
         from urllib3.exceptions import HTTPError, NewConnectionError
@@ -420,11 +444,9 @@ class _Client:
             raise RemoteError(f"{self._name}: the server redirects in circles.", hint="Check the URL.") from None
         except requests.exceptions.Timeout:
             raise _TransientError("no answer in time") from None
-        except requests.exceptions.ConnectionError as error:
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             lasting = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
             raise _TransientError(_innermost(error), lasting=lasting) from None
-        except requests.exceptions.ChunkedEncodingError as error:
-            raise _TransientError(_innermost(error)) from None
         except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
             message = f"{self._name}: not a URL that can be read: {_innermost(error)}."
             raise RemoteError(message, hint="Check it.", missing=True) from None

@@ -35,14 +35,10 @@ class Chunk(NamedTuple):
     ----------
     name : str
         A file name, or a parameter of the model, perhaps with a slice.
-    kind : Kind
-        One of the kinds in `bstk.kinds`.
     level : int
         Which block of its name's stack it is, from 0.
-    offset, stored_length : int
-        Position and length of its frame in the file, in bytes.
-    raw_length : int
-        Bytes it decodes to.
+    offset, stored_length, raw_length : int
+        Position and length of its frame in the file, and the bytes it decodes to.
     shape : tuple of int
         Shape of the matrix or tensor; () for a file.
     dtype : str
@@ -51,10 +47,8 @@ class Chunk(NamedTuple):
         Rank of a block; 0 for other chunks.
     transposed : bool
         The matrix is stored transposed relative to the model's parameter.
-    importance : float
-        The value that the writer ordered the blocks by; larger is earlier.
-    error : float
-        Relative error of the linear that remains after this block.
+    importance, error : float
+        The value that the writer ordered the blocks by, larger first; the relative error of the linear after this block.
     digest : bytes
         SHA-256 of the stored bytes.
     """
@@ -256,14 +250,6 @@ def _parse_form(kind_code: int, packed: bytes) -> _Form:
         raise _bad("dtype", dtype_code, f"0 to {max(kinds.DTYPE_BY_CODE)}")
     if flags & ~_TRANSPOSED:
         raise _bad("flags", f"{flags:#x}", f"bit {_TRANSPOSED:#x}")
-    shape = _shape(dimensions, ndim)
-    if flags and len(shape) != 2:
-        raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
-    kind, dtype = kinds.BY_CODE[kind_code], kinds.DTYPE_BY_CODE[dtype_code].name
-    return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
-
-
-def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
     if ndim > limits.MAX_NDIM:
         raise _bad("number of dimensions", ndim, f"0 to {limits.MAX_NDIM}")
     if any(dimensions[ndim:]):
@@ -271,7 +257,11 @@ def _shape(dimensions: Sequence[int], ndim: int) -> tuple[int, ...]:
     for length in dimensions[:ndim]:
         if not 1 <= length <= limits.MAX_DIMENSION:
             raise _bad("dimension", length, f"1 to {limits.MAX_DIMENSION}")
-    return tuple(dimensions[:ndim])
+    shape = tuple(dimensions[:ndim])
+    if flags and len(shape) != 2:
+        raise _bad("transposed flag", 1, "0 for what does not have two dimensions")
+    kind, dtype = kinds.BY_CODE[kind_code], kinds.DTYPE_BY_CODE[dtype_code].name
+    return _Form(kind, shape, dtype, rank, bool(flags), kind.rule(shape, dtype, rank))
 
 
 def _bad(what: str, found: object, allowed: str) -> ValueError:
@@ -314,10 +304,6 @@ def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
         raise DamagedError(
             f"preamble: incompatible flags {preamble.incompatible:#x}, but the kinds in the index need {features:#x}."
         )
-    _check_ends(chunks, preamble)
-
-
-def _check_ends(chunks: Sequence[Chunk], preamble: Preamble) -> None:
     base_end = chunks[preamble.base_count - 1].end
     if base_end != preamble.smallest_length:
         raise DamagedError(

@@ -13,8 +13,9 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import compress, count, islice
-from operator import le
+from operator import le, or_
 from typing import NamedTuple
 
 
@@ -26,22 +27,11 @@ class DType(NamedTuple):
     size: int
 
 
-_DTYPES = (
-    DType(0, "none", 0),  # chunks without elements: files
-    DType(1, "f32", 4),
-    DType(2, "f16", 2),
-    DType(3, "bf16", 2),
-    DType(4, "f64", 8),
-    DType(5, "i8", 1),
-    DType(6, "u8", 1),
-    DType(7, "i16", 2),
-    DType(8, "i32", 4),
-    DType(9, "i64", 8),
-    DType(10, "bool", 1),  # one byte an element, 0 or 1
-)
-
-DTYPE_BY_CODE = {dtype.code: dtype for dtype in _DTYPES}
-DTYPE_BY_NAME = {dtype.name: dtype for dtype in _DTYPES}
+# In the order of their codes. Files have no elements; a bool is one byte, 0 or 1.
+_NAMES = ("none", "f32", "f16", "bf16", "f64", "i8", "u8", "i16", "i32", "i64", "bool")
+_SIZES = (0, 4, 2, 2, 8, 1, 1, 2, 4, 8, 1)
+DTYPE_BY_CODE = {code: DType(code, *named) for code, named in enumerate(zip(_NAMES, _SIZES, strict=True))}
+DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPE_BY_CODE.values()}
 
 MAX_SPARSE_COLUMNS = 2**16 - 1
 """Columns that the 16-bit positions of the spqr and outliers kinds reach."""
@@ -54,14 +44,10 @@ Rule = Callable[[tuple[int, ...], str, int], Length]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of chunk.
+    """A kind of chunk, with its number in the index and its name for people and for JSON.
 
     Attributes
     ----------
-    code : int
-        Its number in the index.
-    name : str
-        Its name for people and for JSON.
     is_weight : bool
         Its raw length counts as memory.
     is_block : bool
@@ -208,29 +194,17 @@ def _integers(raw: bytes, start: int, length: int, size: int) -> array[int]:
     return values
 
 
-FILE = Kind(1, "file", is_weight=False, is_block=False, rule=_file)
-TENSOR = Kind(2, "tensor", is_weight=True, is_block=False, rule=_tensor)
-SIGN = Kind(3, "sign", is_weight=True, is_block=True, rule=_sign, on=("sign",))
-TRELLIS = Kind(4, "trellis", is_weight=True, is_block=True, rule=_trellis, on=("trellis", "spqr", "outliers"))
-SPQR = Kind(5, "spqr", is_weight=True, is_block=True, rule=_spqr, feature=1 << 0, check=check_spqr)
-OUTLIERS = Kind(
-    6,
-    "outliers",
-    is_weight=True,
-    is_block=True,
-    rule=_outliers,
-    feature=1 << 1,
-    first=False,
-    on=("spqr",),
-    check=check_outliers,
-)
+# code, name, is_weight, is_block, rule, feature
+FILE = Kind(1, "file", False, False, _file)
+TENSOR = Kind(2, "tensor", True, False, _tensor)
+SIGN = Kind(3, "sign", True, True, _sign, on=("sign",))
+TRELLIS = Kind(4, "trellis", True, True, _trellis, on=("trellis", "spqr", "outliers"))
+SPQR = Kind(5, "spqr", True, True, _spqr, 1 << 0, check=check_spqr)
+OUTLIERS = Kind(6, "outliers", True, True, _outliers, 1 << 1, first=False, on=("spqr",), check=check_outliers)
 
 BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}
 
 
 def known_features() -> int:
     """Return the incompatible-flag bits that this package understands."""
-    bits = 0
-    for kind in BY_CODE.values():
-        bits |= kind.feature
-    return bits
+    return reduce(or_, (kind.feature for kind in BY_CODE.values()))

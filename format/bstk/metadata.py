@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from . import limits
 from .errors import DamagedError, UsageError
@@ -28,7 +28,7 @@ def parse(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(
             data.decode("utf-8"),
-            parse_constant=_no_constant,
+            parse_constant=_finite,
             parse_float=_finite,
             parse_int=_finite_integer,
             object_pairs_hook=_unique,
@@ -89,14 +89,10 @@ def _check_texts(value: Any) -> None:
             left += value
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large for a number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 

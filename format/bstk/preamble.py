@@ -12,18 +12,14 @@ from .errors import DamagedError, UnsupportedVersionError
 
 MAGIC = b"\x89BSTK\r\n\x1a"
 LENGTH = 256
-MAJOR, MINOR = 1, 0
-SPECIFICATION = "1.1"
-"""Version of ``SPEC.md`` that is read and written. Files say MAJOR.MINOR, and in flags which later features they use."""
-
+MAJOR, MINOR = 1, 0  # what files say; flags say which later features they use
+SPECIFICATION = "1.1"  # version of SPEC.md that is read and written
 RECORD_LENGTH = 128
 
 # magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, smallest
 # length | chunk count, base count | offset and length of index, names, metadata | their SHA-256 | reserved | CRC-32
 _LAYOUT = struct.Struct("<8sHHI QQQ QQQ II QQQQQQ 32s32s32s 36s I")
 SEAL = slice(48, 56)
-"""The bytes of the seal."""
-
 _CRC = slice(252, 256)
 _COPY_AGAIN = "Copy or download the file again."
 _UPGRADE = "Upgrade bstack to read the file."
@@ -33,14 +29,8 @@ _UPGRADE = "Upgrade bstack to read the file."
 class Preamble:
     """The fields of the preamble; lengths in bytes. Offsets follow from lengths, because there are no holes.
 
-    Attributes
-    ----------
-    full_length : int
-        Length of the complete file.
-    seal : int
-        The exact length this file was cut to on purpose, or 0.
-    smallest_length : int
-        Length of the file with the base model alone.
+    `full_length` is that of the complete file, `smallest_length` that of the base model alone, `seal` the exact length this
+    file was cut to on purpose, or 0.
     """
 
     full_length: int
@@ -99,12 +89,7 @@ class Preamble:
 def parse(data: bytes) -> Preamble:
     """Parse and check the 256 bytes of a preamble, whose magic number the caller has recognised.
 
-    Raises
-    ------
-    UnsupportedVersionError
-        Another major version, or an incompatible flag that this package does not know.
-    DamagedError
-        A check failed.
+    Raises UnsupportedVersionError for another major version or an unknown incompatible flag, else DamagedError.
     """
     fields = _LAYOUT.unpack(data)
     _, major, minor, length, *flags, full_length, seal, smallest_length, chunk_count, base_count = fields[:12]
@@ -135,8 +120,10 @@ def parse(data: bytes) -> Preamble:
     metadata_start = names_offset + names_length
     _require(1 <= chunk_count <= limits.MAX_CHUNKS, "chunk count", chunk_count, f"1 to {limits.MAX_CHUNKS}")
     _require(1 <= base_count <= chunk_count, "base count", base_count, f"1 to the chunk count, {chunk_count}")
-    _require_range("names length", names_length, 1, limits.MAX_NAMES_LENGTH)
-    _require_range("metadata length", metadata_length, 2, limits.MAX_METADATA_LENGTH)
+    allowed = f"1 to {limits.MAX_NAMES_LENGTH}"
+    _require(1 <= names_length <= limits.MAX_NAMES_LENGTH, "names length", names_length, allowed)
+    allowed = f"2 to {limits.MAX_METADATA_LENGTH}"
+    _require(2 <= metadata_length <= limits.MAX_METADATA_LENGTH, "metadata length", metadata_length, allowed)
     _require(index_offset == LENGTH, "index offset", index_offset, LENGTH)
     _require(index_length == result.index_length, "index length", index_length, result.index_length)
     _require(names_offset == names_start, "names offset", names_offset, names_start)
@@ -147,10 +134,6 @@ def parse(data: bytes) -> Preamble:
     allowed = f"0, or {smallest_length} to {full_length}"
     _require(seal == 0 or smallest_length <= seal <= full_length, "seal", seal, allowed)
     return result
-
-
-def _require_range(what: str, found: int, first: int, last: int) -> None:
-    _require(first <= found <= last, what, found, f"{first} to {last}")
 
 
 def _require(condition: bool, what: str, found: object, allowed: object) -> None:

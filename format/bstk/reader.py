@@ -13,8 +13,8 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
-from . import frames, header, kinds, urls
-from .budget import Budget, Cut, mb_ceil, mb_floor, parse_mb
+from . import frames, header, http, kinds
+from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
 from .errors import (
     BudgetError,
     DamagedError,
@@ -34,16 +34,14 @@ class Reader:
 
     Attributes
     ----------
-    source : Source
-        The source of the bytes.
-    preamble : bstk.preamble.Preamble
-        The preamble, parsed.
-    metadata : dict
-        The metadata.
-    all_chunks : tuple of Chunk
-        Every chunk of the complete file.
-    chunks : tuple of Chunk
-        Those that are wholly in this file, a prefix of `all_chunks`.
+    source, preamble, metadata
+        The source of the bytes, the parsed preamble, and the metadata, a dictionary.
+    all_chunks, chunks : tuple of Chunk
+        Every chunk of the complete file, and those that are wholly in this file, a prefix.
+    base_count : int
+        Chunks of the base model.
+    smallest_length, full_length, seal : int
+        Bytes of the file of the base model and of the complete file; the length this file is sealed at, or 0.
     root : bytes
         32 bytes that authenticate the file and every cut of it.
     state : str
@@ -56,12 +54,16 @@ class Reader:
         with error_prefix(source.name):
             self.preamble, self.all_chunks, self.metadata = header.read(source)
         self.root = self.preamble.root()
+        self.seal = self.preamble.seal
+        self.base_count = self.preamble.base_count
+        self.smallest_length = self.preamble.smallest_length
+        self.full_length = self.preamble.full_length
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
-        if self.preamble.seal:
+        if self.seal:
             self.state = "sealed"
         else:
-            self.state = "whole" if source.length == self.preamble.full_length else "partial"
+            self.state = "whole" if source.length == self.full_length else "partial"
 
     def __enter__(self) -> Reader:
         return self
@@ -85,26 +87,6 @@ class Reader:
         return self.source.length
 
     @property
-    def full_length(self) -> int:
-        """Bytes of the complete file."""
-        return self.preamble.full_length
-
-    @property
-    def smallest_length(self) -> int:
-        """Bytes of the file of the base model."""
-        return self.preamble.smallest_length
-
-    @property
-    def seal(self) -> int:
-        """Length the file is sealed at, or 0."""
-        return self.preamble.seal
-
-    @property
-    def base_count(self) -> int:
-        """Chunks of the base model."""
-        return self.preamble.base_count
-
-    @property
     def memory_bytes(self) -> int:
         """Raw bytes of the weights in this file."""
         return self._memory[len(self.chunks)]
@@ -125,15 +107,7 @@ class Reader:
         return MappingProxyType({chunk.name: chunk for chunk in self.chunks if chunk.kind is kinds.FILE})
 
     def file(self, name: str) -> bytes:
-        """Return an embedded file.
-
-        Raises
-        ------
-        KeyError
-            There is no such file.
-        DamagedError
-            It does not match its digest, or does not decode.
-        """
+        """Return an embedded file; KeyError if there is none of that name."""
         return self.read(self.files[name])
 
     def read(self, chunk: Chunk) -> bytes:
@@ -145,8 +119,6 @@ class Reader:
             The chunk does not match its digest, does not decode, or holds positions outside its matrix.
         UsageError
             The chunk is cut off: it is in `all_chunks`, but not in `chunks`.
-        OSError
-            The source cannot be read.
         """
         with self._reading(chunk):
             raw = frames.unpack(self._stored(chunk), chunk.raw_length)
@@ -155,15 +127,7 @@ class Reader:
             return raw
 
     def file_pieces(self, name: str) -> Iterator[bytes]:
-        """Yield an embedded file in pieces, so that a large one needs little memory.
-
-        Raises
-        ------
-        KeyError
-            There is no such file.
-        DamagedError
-            As `file`, perhaps only after the last piece.
-        """
+        """Yield an embedded file in pieces, so that a large one needs little memory; damage may show after the last."""
         chunk = self.files[name]
         with self._reading(chunk):
             pieces = frames.unpack_pieces(self._stored(chunk), chunk.raw_length)
@@ -198,7 +162,7 @@ class Reader:
                 raise
 
     def require_root(self, root: bytes) -> None:
-        """Raise DamagedError unless the root digest is `root`, which means that this is the expected model or a cut of it."""
+        """Raise DamagedError unless the root digest is `root`: that of the expected model and every cut of it."""
         if self.root != root:
             raise DamagedError(
                 f"{self.source.name}: the root digest is {self.root.hex()}, expected was {root.hex()}.",
@@ -217,13 +181,11 @@ class Reader:
 
         Raises
         ------
-        UsageError
-            `mb` is not a positive number.
-        BudgetError
-            The base model does not fit.
+        UsageError, BudgetError
+            `mb` is not a positive number; the base model does not fit.
         """
         if mb is not None:
-            budget = parse_mb(mb)
+            budget = budget_bytes(mb)
         if budget is None:
             return self.cut(len(self.chunks))
         base = self.smallest
@@ -243,17 +205,9 @@ class Reader:
         return self.cut(max(count, self.base_count))
 
     def even_cuts(self, count: int) -> dict[Cut, int]:
-        """Return the cuts within `count` budgets in equal steps, from the base model to all of this file.
+        """Return the cuts within `count` budgets (at least 2) in equal steps, from the base model to all of this file.
 
-        Parameters
-        ----------
-        count : int
-            At least 2.
-
-        Returns
-        -------
-        dict of Cut to int
-            Smallest first, with the first of those budgets, in bytes, that gives the cut. A file of few blocks has fewer.
+        Smallest first, each with the first of those budgets, in bytes, that gives it. A file of few blocks has fewer.
         """
         first, last = self.smallest.budget, self.fit().budget
         cuts: dict[Cut, int] = {}
@@ -269,33 +223,14 @@ class Reader:
         return Cut(count, self._ends[count - 1] if count else self.all_chunks[0].offset, self._memory[count])
 
     def bits_per_weight(self, cut: Cut | None = None) -> float | None:
-        """Return the bits that a weight of the linears takes in memory, over all their blocks in a cut.
-
-        Parameters
-        ----------
-        cut : Cut or None
-            A cut of this file; None for everything in it.
-
-        Returns
-        -------
-        float or None
-            None if the file has no linears.
-        """
+        """Return the bits that a weight of the linears takes in memory in a cut (None: this file); None without linears."""
         count = len(self.chunks) if cut is None else cut.chunks
         return 8 * self._block_bytes[count] / self._weights[count] if self._weights[count] else None
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
-        """Check the digest of every chunk in this file and decode it. Opening has checked preamble and tables.
+        """Check the digest of every chunk in this file and decode it; `progress` is called with each chunk after its check.
 
-        Parameters
-        ----------
-        progress : callable or None
-            Called with each chunk after its check.
-
-        Raises
-        ------
-        DamagedError
-            A chunk is damaged; ``error.chunk`` is the first one.
+        Opening has checked preamble and tables. Raises DamagedError, with the first damaged chunk as ``error.chunk``.
         """
         for chunk in self.chunks:
             self.read(chunk)
@@ -336,9 +271,9 @@ def open(what: Opened, strict: bool = False, *, warn: bool = True) -> Reader:
         The header of a URL is read with at most two requests; chunks are read on demand. A source has ``name``, ``length``,
         ``read(offset, length)`` and ``close()``; it is closed with the reader.
     strict : bool
-        Refuse a partial file instead of warning about it.
+        Refuse a partial file (unsealed, and shorter than the complete file) instead of warning about it.
     warn : bool
-        Warn about a partial file.
+        Warn about a partial file, with PartialWarning.
 
     Returns
     -------
@@ -349,19 +284,12 @@ def open(what: Opened, strict: bool = False, *, warn: bool = True) -> Reader:
     ------
     NotBstkError, UnsupportedVersionError
         It is something else, or from a newer version.
-    TruncatedError
-        It ends before its base model does.
-    DamagedError
-        A check failed.
+    TruncatedError, DamagedError
+        It ends before its base model does; a check failed.
     PartialError
         It is partial and `strict` is set.
     OSError, RemoteError
         It cannot be read.
-
-    Warns
-    -----
-    PartialWarning
-        It is partial (unsealed, and shorter than the complete file), and `warn` is set.
     """
     source = as_source(what)
     try:
@@ -386,7 +314,7 @@ def reopen(reader: Reader) -> Reader:
 
 def is_remote(reader: Reader) -> bool:
     """Whether a reader reads from a server."""
-    return urls.is_url(reader.source.name)
+    return http.is_url(reader.source.name)
 
 
 def require_rewritable(reader: Reader) -> None:

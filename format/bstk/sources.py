@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-from . import urls
 from .errors import DamagedError, UsageError
+from .http import HttpSource, is_url
 
 _PIECE = 4 * 2**20  # bytes read at a time where much is read
 
@@ -47,15 +47,7 @@ class BytesSource:
 
 
 class FileSource:
-    """A file on disk. Its length is the one it had when it was opened or last restarted.
-
-    Raises
-    ------
-    UsageError
-        It is a pipe or something else without a length.
-    OSError
-        The file cannot be opened, or is a directory.
-    """
+    """A file on disk, of the length it had when it was opened or last restarted; UsageError for a pipe and the like."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.name = os.fspath(path)
@@ -82,15 +74,11 @@ class FileSource:
     def read(self, offset: int, length: int) -> bytes:
         if length > self.length - offset:
             length = max(0, self.length - offset)
-        # One read may return less than asked (Linux stops at 2 GiB). A lock around seek and read, because Windows has no
-        # pread.
+        # One read may return less than asked (Linux stops at 2 GiB). Windows has no pread, so seek and read are locked.
         parts = []
         with self._lock:
             self._file.seek(offset)
-            while length:
-                part = self._file.read(length)
-                if not part:
-                    break
+            while length and (part := self._file.read(length)):
                 parts.append(part)
                 length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -108,20 +96,8 @@ Opened = str | os.PathLike[str] | bytes | bytearray | memoryview | Source
 
 
 def as_source(what: Opened) -> Source:
-    """Return `what` as a source: a path or URL is opened, bytes are wrapped, a source is passed through.
-
-    Raises
-    ------
-    TypeError
-        `what` is none of these.
-    OSError
-        The file cannot be opened.
-    RemoteError, MissingPackageError
-        The URL cannot be read.
-    """
-    if isinstance(what, str) and urls.is_url(what):
-        from .http import HttpSource
-
+    """Return `what` as a source: a path or URL is opened, bytes are wrapped, a source is passed through."""
+    if isinstance(what, str) and is_url(what):
         return HttpSource(what)
     if isinstance(what, (str, os.PathLike)):
         return FileSource(what)

@@ -19,8 +19,7 @@ from .sources import pieces, read_exactly
 
 _PIECE = 4 * 2**20  # bytes hashed at a time
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes of each piece that was written."""
+Progress = Callable[[int], None]  # called with the number of bytes of each piece that was written
 
 
 def header_of(reader: Reader, seal: int) -> bytes:
@@ -38,25 +37,10 @@ def copy_chunks(
     skip: int = 0,
     digest: hashlib._Hash | None = None,
 ) -> None:
-    """Copy consecutive chunks of a file.
+    """Copy consecutive chunks of a file; `write` gets the last bytes of a chunk after the chunk's digest was checked.
 
-    Parameters
-    ----------
-    reader : Reader
-        The file. Only its source is used, so `chunks` may be those of another cut of it.
-    chunks : sequence of Chunk
-    write : callable
-        Takes the bytes in order. It gets the last bytes of a chunk after the chunk's digest was checked.
-    progress : callable or None
-    skip : int
-        Bytes of the first chunk that the copy has already, and that are not read again.
-    digest : hashlib object or None
-        Unfinished SHA-256 of these bytes.
-
-    Raises
-    ------
-    DamagedError
-        A chunk does not match its digest; ``error.chunk`` is that chunk. Its last bytes were not written.
+    Only the source of `reader` is used, so `chunks` may be those of another cut of it. The copy has the first `skip` bytes of
+    the first chunk already, whose unfinished SHA-256 is `digest`.
     """
     if not chunks:
         return
@@ -73,7 +57,14 @@ def copy_chunks(
             position += len(part)
             if position == chunk.end:
                 if digest.digest() != chunk.digest:
-                    raise _damaged(reader, chunk)
+                    hint = "The file is damaged: make or fetch it again."
+                    if is_remote(reader):
+                        hint = "Give the same command again; if that does not help, the file is damaged on the server."
+                    raise DamagedError(
+                        f"{name}: {chunk.describe()}: its SHA-256 does not match the index.",
+                        hint=f"{hint} A cut that ends before this chunk is good.",
+                        chunk=chunk,
+                    )
                 chunk, digest = next(left, chunk), hashlib.sha256()
             write(part)
             if progress is not None:
@@ -96,12 +87,11 @@ def extend(
     Parameters
     ----------
     file : LockedFile
-        Unsealed after `before` was called, and at least as long as the header.
+        At least as long as the header, and unsealed after `before` was called.
     reader : Reader
         The file to read from.
     chunks : sequence of Chunk
         Those that `file` is to hold, from chunk 0 on.
-    progress : callable or None
     before : callable or None
         Called once, when the first missing bytes have arrived, before they are written.
 
@@ -113,7 +103,7 @@ def extend(
     OutputError, ResourceError
         `file` cannot be written.
     """
-    with os_errors(file.path):
+    with os_errors(file.name):
         position = file.length
     first = bisect_right([chunk.end for chunk in chunks], position)
     if first == len(chunks):
@@ -121,12 +111,16 @@ def extend(
     there = position - chunks[first].offset
     digest: hashlib._Hash | None = _digest_of(file, chunks[first].offset, there)
 
+    def start() -> None:
+        nonlocal before
+        if before is not None:
+            before()
+            before = None
+
     def write(data: memoryview) -> None:
-        nonlocal position, before
-        with os_errors(file.path):
-            if before is not None:
-                before()
-                before = None
+        nonlocal position
+        with os_errors(file.name):
+            start()
             file.write(position, data)
         position += len(data)
 
@@ -135,10 +129,8 @@ def extend(
             return copy_chunks(reader, chunks[first:], write, progress, there, digest)
         except DamagedError as error:
             if error.chunk is not None and file.length > error.chunk.offset:
-                with os_errors(file.path):
-                    if before is not None:
-                        before()
-                        before = None
+                with os_errors(file.name):
+                    start()
                     file.shorten(error.chunk.offset)
             if not (there and error.chunk is chunks[first]):
                 raise
@@ -159,7 +151,7 @@ def intact(file: LockedFile, chunks: Sequence[Chunk]) -> int:
 
 def overwrite_preamble(file: LockedFile, data: bytes) -> None:
     """Write a preamble with another seal, and wait until it is on the disk."""
-    with os_errors(file.path):
+    with os_errors(file.name):
         file.write(0, data)
         file.sync()
 
@@ -173,24 +165,8 @@ def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
     return digest
 
 
-def _damaged(reader: Reader, chunk: Chunk) -> DamagedError:
-    hint = "The file is damaged: make or fetch it again."
-    if is_remote(reader):
-        hint = "Give the same command again; if that does not help, the file is damaged on the server."
-    return DamagedError(
-        f"{reader.source.name}: {chunk.describe()}: its SHA-256 does not match the index.",
-        hint=f"{hint} A cut that ends before this chunk is good.",
-        chunk=chunk,
-    )
-
-
 def write_cut(
-    reader: Reader,
-    cut: Cut,
-    dst: str | os.PathLike[str],
-    seal: int,
-    progress: Progress | None = None,
-    overwrite: bool = True,
+    reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None, overwrite: bool
 ) -> None:
     """Write a cut of a file on disk to `dst`, which appears whole or not at all, with the seal `seal` or 0 for none."""
     with replacing(dst, overwrite) as (sink, temporary):
@@ -207,46 +183,19 @@ def write_cut(
     remove_parts(dst, reader.source.name)
 
 
-def part_of(dst: str | os.PathLike[str]) -> str:
-    """Return the path of the file that keeps the bytes that have arrived for `dst`."""
-    return os.path.realpath(dst) + ".part"
-
-
 def download(
-    reader: Reader,
-    cut: Cut,
-    dst: str | os.PathLike[str],
-    seal: int,
-    progress: Progress | None = None,
-    overwrite: bool = True,
+    reader: Reader, cut: Cut, dst: str | os.PathLike[str], seal: int, progress: Progress | None, overwrite: bool
 ) -> None:
     """Fetch a cut of a file to `dst`, which appears whole or not at all, with the seal `seal` or 0 for none.
 
     Until then the bytes that have arrived are in ``DST.part``, and stay there if this ends early. A later call uses them if
     their header is that of the file, byte for byte except for the seal, up to the first chunk that does not match its digest.
-
-    Parameters
-    ----------
-    reader, cut, dst, seal, overwrite
-        As in `write_cut`.
-    progress : callable or None
-        Called with the number of bytes that are there, at once for those of an earlier call.
-
-    Raises
-    ------
-    UsageError
-        Without `overwrite`, `dst` exists; if it appeared during the download, the bytes that arrived are kept. Or another
-        process fetches to `dst`.
-    DamagedError
-        A chunk that arrived does not match its digest. The bytes before it are kept.
-    RemoteError
-        The transfer broke off, or the file changed on the server.
-    ResourceError, OutputError
-        It cannot be written.
+    `progress` is called with the number of bytes that are there, at once for those of an earlier call.
     """
     if not overwrite:
         require_free(dst)
-    target, path = target_of(dst), part_of(dst)
+    target = target_of(dst)
+    path = target + ".part"
     for what, found in (("a link", os.path.islink(path)), ("a folder", os.path.isdir(path))):
         if found:
             raise _in_the_way(path, what)
@@ -255,7 +204,7 @@ def download(
     with LockedFile(path, create=True, mode=mode_of_new(target)) as part, _full_disk_hint(part):
         with os_errors(path):
             _require_part(part, reader)
-            part.make_private(target)
+            part.copy_mode(target)
             begin(part, reader)
             part.shorten(intact(part, chunks))
             if progress is not None:
@@ -277,17 +226,9 @@ def download(
 
 
 def begin(part: LockedFile, reader: Reader) -> None:
-    """Make `part` the beginning of the file: keep it if it is that already, else reduce it to the header.
-
-    Raises
-    ------
-    OutputError
-        It holds something other than a .bstk file, which is not overwritten.
-    """
+    """Make `part` the beginning of the file: keep it if it is that already, else reduce it to the header."""
     header = header_of(reader, 0)
     there = part.read(0, len(header))
-    if not _may_be_bstk(there):
-        raise _in_the_way(part.path, "not the beginning of a .bstk file")
     # The preamble pins the tables, and they pin all chunks; so equal headers, except for the seal, mean the same file.
     with suppress(BstkError):
         if len(there) >= LENGTH:
@@ -300,20 +241,17 @@ def begin(part: LockedFile, reader: Reader) -> None:
 def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
     """Delete the leftovers of interrupted runs next to `dst`: temporary files, and the ``.part`` of a download.
 
-    The part is deleted only if it is what an interrupted download leaves: the beginning of a .bstk file, unsealed. A whole or
-    sealed file, a link, a running download, and `source`, the file that `dst` was made from, stay.
+    A whole or sealed file, a link, a running download, and `source`, the file that `dst` was made from, stay.
     """
-    remove_leftovers(os.path.realpath(dst))
-    path = part_of(dst)
+    target = os.path.realpath(dst)
+    remove_leftovers(target)
+    path = target + ".part"
     with suppress(OSError, BstkError):
         if not stat.S_ISREG(os.lstat(path).st_mode) or (os.path.exists(source) and os.path.samefile(path, source)):
             return
         with LockedFile(path) as part:
-            unfinished = _is_unfinished(part)
-            if unfinished and os.name != "nt":  # Windows cannot delete an open file
+            if _is_unfinished(part):
                 os.unlink(path)
-        if unfinished and os.name == "nt":
-            os.unlink(path)
 
 
 @contextmanager
@@ -324,7 +262,7 @@ def _full_disk_hint(part: LockedFile) -> Iterator[None]:
     except ResourceError as error:
         if part.length:
             error.hint = (
-                f"{error.hint} The bytes that have arrived are kept in {part.path}, where the same command continues; delete it "
+                f"{error.hint} The bytes that have arrived are kept in {part.name}, where the same command continues; delete it "
                 "to free its space."
             )
         raise
@@ -337,8 +275,8 @@ def _in_the_way(part: str, what: str) -> OutputError:
 def _require_part(part: LockedFile, reader: Reader) -> None:
     """Raise OutputError if ``DST.part`` is not a .bstk file, or a whole or sealed file of another model."""
     there = part.read(0, LENGTH)
-    if not _may_be_bstk(there):
-        raise _in_the_way(part.path, "not the beginning of a .bstk file")
+    if not MAGIC.startswith(there[: len(MAGIC)]):
+        raise _in_the_way(part.name, "not the beginning of a .bstk file")
     try:
         if _is_unfinished(part) or parse(there).root() == reader.root:
             return
@@ -346,21 +284,13 @@ def _require_part(part: LockedFile, reader: Reader) -> None:
         return
     except UnsupportedVersionError:
         pass
-    raise _in_the_way(part.path, "a .bstk file of its own")
-
-
-def _may_be_bstk(start: bytes) -> bool:
-    """Whether a file that starts so may be the beginning of a .bstk file."""
-    return start[: len(MAGIC)] == MAGIC[: len(start)]
+    raise _in_the_way(part.name, "a .bstk file of its own")
 
 
 def _is_unfinished(part: LockedFile) -> bool:
-    """Whether a file may be left by an interrupted download: empty, a part of the preamble, or unsealed and not whole.
-
-    Raises DamagedError or UnsupportedVersionError if a download cannot have written its preamble.
-    """
+    """Whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
     there = part.read(0, LENGTH)
-    if len(there) < LENGTH or not _may_be_bstk(there):
-        return _may_be_bstk(there)
+    if len(there) < LENGTH:
+        return MAGIC.startswith(there[: len(MAGIC)])
     preamble = parse(there)
     return not preamble.seal and part.length < preamble.full_length

@@ -19,17 +19,10 @@ from .transfer import remove_parts
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One chunk to write.
+    """One chunk to write: the fields of `bstk.Chunk`, with the lengths and the digest of a `bstk.Frame`.
 
-    Attributes
-    ----------
-    name, kind, level, shape, dtype, rank, transposed, importance, error
-        As in `bstk.Chunk`.
-    raw_length, stored_length, digest
-        As in the `bstk.Frame` it comes from.
-    stored : bytes or callable
-        The frame, or a function that returns it. The function is called once, when the frame is written, so that a large file
-        can be written from parts on disk with little memory.
+    `stored` is the frame, or a function that returns it. The function is called once, when the frame is written, so that a
+    large file can be written from parts on disk with little memory.
     """
 
     name: str
@@ -47,9 +40,6 @@ class Entry:
     error: float = 0.0
 
 
-_SHARED = ("name", "kind", "level", "stored_length", "raw_length", "dtype", "rank", "transposed", "digest")
-
-
 def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterable[Entry], base_count: int) -> None:
     """Write a complete, unsealed file, which replaces what is at `path` when it is whole.
 
@@ -58,13 +48,11 @@ def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterab
     Parameters
     ----------
     path : path
-        The output.
     metadata : dict
         Plain JSON values.
     chunks : iterable of Entry
         In file order. The first `base_count` are the base model: all files, all tensors, block 0 of every linear.
     base_count : int
-        How many chunks the base model has.
 
     Raises
     ------
@@ -95,13 +83,7 @@ def write(path: str | os.PathLike[str], metadata: dict[str, Any], chunks: Iterab
 def build_header(
     metadata: dict[str, Any], entries: Sequence[Entry], base_count: int
 ) -> tuple[preamble.Preamble, bytes]:
-    """Return the preamble and the tables (index, names, metadata) of a complete file, checked as a reader checks them.
-
-    Raises
-    ------
-    UsageError
-        The entries break a rule of the format.
-    """
+    """Return the preamble and the tables (index, names, metadata) of a complete file, checked as a reader checks them."""
     if not 1 <= base_count <= len(entries) <= limits.MAX_CHUNKS:
         raise UsageError(
             f"a file has 1 to {limits.MAX_CHUNKS} chunks, of which at least one and at most all are its base model; "
@@ -113,9 +95,10 @@ def build_header(
     names_length = sum(4 + len(name.encode()) for name in {entry.name for entry in entries})
     offset = preamble.LENGTH + preamble.RECORD_LENGTH * len(entries) + names_length + len(metadata_bytes)
     chunks, features = [], 0
+    shared = ("name", "kind", "level", "stored_length", "raw_length", "dtype", "rank", "transposed", "digest")
     for entry in entries:
         chunk = Chunk(
-            **{name: getattr(entry, name) for name in _SHARED},
+            **{name: getattr(entry, name) for name in shared},
             offset=offset,
             shape=tuple(entry.shape),
             importance=float(entry.importance),

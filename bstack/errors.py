@@ -10,15 +10,11 @@ __all__ = [
     "CalibrationError",
     "ClusterError",
     "ClusterLostError",
-    "CodecError",
     "DamagedError",
     "ForeignCodeError",
     "ForeignCodeWarning",
-    "KernelError",
     "MissingPackageError",
-    "TextNotFoundError",
     "UnsupportedModelError",
-    "WorkDirectoryError",
     "one_line",
     "user_message",
 ]
@@ -91,7 +87,3 @@ class ClusterLostError(ClusterError):
     """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
 
     exit_code = Interrupted.exit_code
-
-
-# Names from before all wrong usage had one class.
-CodecError = KernelError = TextNotFoundError = WorkDirectoryError = UsageError

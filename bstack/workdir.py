@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.errors import WorkDirectoryError, one_line
+from bstack.errors import one_line
 from bstk import atomic
 from bstk.atomic import replacing, sync_folder
-from bstk.errors import DamagedError, os_errors
+from bstk.errors import DamagedError, UsageError, os_errors
 
 __all__ = ["Part", "Record", "WorkDirectory"]
 
@@ -100,7 +100,7 @@ class WorkDirectory:
 
     Raises
     ------
-    bstack.errors.WorkDirectoryError
+    bstk.UsageError
         When it holds the work of a run with other settings (the message says which), or another process uses it.
     bstk.OutputError, bstk.ResourceError
         When it cannot be written.
@@ -123,7 +123,7 @@ class WorkDirectory:
         file = self.path / SETTINGS
         if not file.exists():
             if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
-                raise WorkDirectoryError(
+                raise UsageError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
                     "Name another as work_dir."
                 )
@@ -132,9 +132,9 @@ class WorkDirectory:
         try:
             earlier = json.loads(file.read_bytes())
         except ValueError:
-            raise WorkDirectoryError(f"{file} is damaged. Delete {self.path} to start over.") from None
+            raise UsageError(f"{file} is damaged. Delete {self.path} to start over.") from None
         if changes := list(_differences(earlier, settings)):
-            raise WorkDirectoryError(
+            raise UsageError(
                 f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
                 "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over."
             )
@@ -142,12 +142,12 @@ class WorkDirectory:
     def _lock(self) -> None:
         lock = self.path / LOCK
         with os_errors(str(lock)):
-            self._lock_file = open(lock, "a+b")
+            self._lock_file = open(lock, "a+b")  # noqa: SIM115 (open as long as the directory is locked)
             free = atomic.try_lock(self._lock_file.fileno())
         # Another process may have removed the directory between the two calls: what is locked must be what is there.
         if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
-            raise WorkDirectoryError(
+            raise UsageError(
                 f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir."
             )
 

@@ -6,7 +6,7 @@ import torch
 
 from bstack.codecs import CODECS
 from bstack.compression.encode import Matrix, encode, encode_arrays
-from bstack.compression.workers import WIDE, Threads
+from bstack.compression.encode import WIDE, Threads
 from bstack.errors import CalibrationError
 
 

@@ -38,7 +38,7 @@ def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):
 def test_existing_output_needs_force(run, model, tmp_path):
     (tmp_path / "out.bstk").write_text("precious")
     code, _, err = run("model", "-o", "out.bstk", *QUICK)
-    assert code == 2 and "exists already" in err and "overwrite" in err
+    assert code == 2 and "the output exists" in err and "--force" in err
     assert (tmp_path / "out.bstk").read_text() == "precious"
     # A forced run that fails leaves the old output where it was.
     assert run("nothing", "-o", "out.bstk", "--force", *QUICK)[0] == 2

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 from compressing import QUICK
 
 import bstk
@@ -49,9 +50,7 @@ def test_existing_output_needs_force(run, model, tmp_path):
 
 
 def test_the_model_is_never_its_own_output(run, tmp_path):
-    from test_load import write_gguf
-
-    before = write_gguf(tmp_path / "model.gguf").read_bytes()
+    before = tiny_gguf.write(tmp_path / "model.gguf").read_bytes()
     code, _, err = run("model.gguf", "-o", "model.gguf", "--force", *QUICK)
     assert code == 2 and "is the model itself" in err
     assert (tmp_path / "model.gguf").read_bytes() == before

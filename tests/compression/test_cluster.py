@@ -126,7 +126,7 @@ def test_the_same_file_with_another_number_of_threads(codec, tiny_llama, tmp_pat
 
 def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
     workers = add_workers(3, BSTACK_KERNELS="reference")  # slow, with the same result bit for bit
-    by_address = {address: pid for address, pid in client.run(os.getpid).items()}
+    by_address = dict(client.run(os.getpid))
     killed = []
 
     def kill_one():

@@ -55,20 +55,9 @@ class UnsupportedModelError(BstkError):
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):
-    """The model needs Python code that is not in transformers, and that the user has not allowed or not named.
-
-    Attributes
-    ----------
-    option : str or None
-        The Python parameter that allows or names it.
-    """
+    """The model needs Python code that is not in transformers, and that the user has not allowed or not named."""
 
     exit_code = UsageError.exit_code
-    option: str | None = None
-
-    def __init__(self, message: str, *, option: str | None = None):
-        super().__init__(message)
-        self.option = option
 
 
 class ForeignCodeWarning(UserWarning):

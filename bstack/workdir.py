@@ -96,7 +96,8 @@ class WorkDirectory:
             if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
                 raise UsageError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
-                    "Name another as work_dir."
+                    "Name another as work_dir.",
+                    option="work_dir",
                 )
             _write_whole(file, json.dumps(settings, indent=1, sort_keys=True).encode())
             return
@@ -107,7 +108,8 @@ class WorkDirectory:
         if changes := list(_differences(earlier, settings)):
             raise UsageError(
                 f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
-                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over."
+                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over.",
+                option="work_dir",
             )
 
     def _lock(self) -> None:
@@ -119,7 +121,8 @@ class WorkDirectory:
         if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
             raise UsageError(
-                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir."
+                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir.",
+                option="work_dir",
             )
 
     def release(self) -> None:

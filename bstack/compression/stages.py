@@ -89,7 +89,8 @@ def run_stages(
     longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and settings.sequence_length > longest:
         raise CalibrationError(
-            f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens."
+            f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
+            option="sequence_length",
         )
     code = {} if checkpoint.code is None else {"code": checkpoint.code.to_json()}
     source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}

@@ -10,15 +10,11 @@ __all__ = [
     "CalibrationError",
     "ClusterError",
     "ClusterLostError",
-    "CodecError",
     "DamagedError",
     "ForeignCodeError",
     "ForeignCodeWarning",
-    "KernelError",
     "MissingPackageError",
-    "TextNotFoundError",
     "UnsupportedModelError",
-    "WorkDirectoryError",
     "one_line",
     "user_message",
 ]
@@ -59,20 +55,9 @@ class UnsupportedModelError(BstkError):
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):
-    """The model needs Python code that is not in transformers, and that the user has not allowed or not named.
-
-    Attributes
-    ----------
-    option : str or None
-        The Python parameter that allows or names it.
-    """
+    """The model needs Python code that is not in transformers, and that the user has not allowed or not named."""
 
     exit_code = UsageError.exit_code
-    option: str | None = None
-
-    def __init__(self, message: str, *, option: str | None = None):
-        super().__init__(message)
-        self.option = option
 
 
 class ForeignCodeWarning(UserWarning):
@@ -91,7 +76,3 @@ class ClusterLostError(ClusterError):
     """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
 
     exit_code = Interrupted.exit_code
-
-
-# Names from before all wrong usage had one class.
-CodecError = KernelError = TextNotFoundError = WorkDirectoryError = UsageError

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from bstack.errors import CodecError
+from bstk.errors import UsageError
 
 __all__ = ["PRESETS", "Settings"]
 
@@ -46,7 +46,7 @@ class Settings:
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
         A value is not allowed. Settings of the codec are checked when the codec is made.
     """
 
@@ -69,15 +69,15 @@ class Settings:
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
         for name in ("codec", "calibration"):
             if not isinstance(getattr(self, name), str):
-                raise CodecError(f"{name} is {getattr(self, name)!r}; allowed is a text.")
+                raise UsageError(f"{name} is {getattr(self, name)!r}; allowed is a text.")
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
-                raise CodecError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+                raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
         for name, low, high in (("samples", 1, 2**20), ("sequence_length", 8, 2**20), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             # bool is a subclass of int; reject it.
             if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-                raise CodecError(f"{name.replace('_', ' ')} is {value!r}; allowed are {low} to {high}.")
+                raise UsageError(f"{name.replace('_', ' ')} is {value!r}; allowed are {low} to {high}.")
             object.__setattr__(self, name, int(value))
 
     def with_changes(self, **changes: Any) -> Settings:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.errors import WorkDirectoryError, one_line
+from bstack.errors import one_line
 from bstk import atomic
 from bstk.atomic import replacing, sync_folder
-from bstk.errors import DamagedError, os_errors
+from bstk.errors import DamagedError, UsageError, os_errors
 
 __all__ = ["Part", "Record", "WorkDirectory"]
 
@@ -31,21 +31,11 @@ LOCK = "lock"
 
 @dataclass(frozen=True)
 class Record:
-    """One packed chunk of a part.
-
-    Attributes
-    ----------
-    entry : bstk.Entry
-        The chunk for the container's writer.
-    gain : float
-        For a block: the predicted fall of the divergence to the original, nats per token.
-    read : callable
-        Reads the packed bytes; raises bstk.DamagedError if they are not what was written.
-    """
+    """One packed chunk of a part."""
 
     entry: bstk.Entry
-    gain: float
-    read: Callable[[], bytes]
+    gain: float  # of a block: the predicted fall of the divergence to the original, nats per token
+    read: Callable[[], bytes]  # returns the packed bytes; raises bstk.DamagedError if they are not what was written
 
 
 class Part:
@@ -64,21 +54,13 @@ class Part:
         frame = bstk.pack(raw)
         with os_errors(str(self._data)):
             self._stream.write(frame.stored)
-        self.records.append(
-            {
-                "name": name,
-                "kind": kind.code,
-                "raw_length": frame.raw_length,
-                "stored_length": len(frame.stored),
-                "digest": frame.digest.hex(),
-                "start": self._offset,
-                "gain": gain,
-                **fields,
-            }
-        )
+        record = {"name": name, "kind": kind.code, "gain": gain, "start": self._offset, "digest": frame.digest.hex()}
+        lengths = {"raw_length": frame.raw_length, "stored_length": len(frame.stored)}
+        self.records.append({**record, **lengths, **fields})
         self._offset += len(frame.stored)
 
     def close(self, *, finished: bool) -> None:
+        """Write the records of a finished part, and close its file."""
         with os_errors(str(self._data)):
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -89,21 +71,10 @@ class Part:
 
 
 class WorkDirectory:
-    """Create the directory, or resume from the one that an interrupted run left.
+    """Create the directory in an existing folder, or resume from the one that an interrupted run left.
 
-    Parameters
-    ----------
-    path : Path
-        The directory; its parent must exist.
-    settings : dict
-        What decides the output, as plain JSON values.
-
-    Raises
-    ------
-    bstack.errors.WorkDirectoryError
-        When it holds the work of a run with other settings (the message says which), or another process uses it.
-    bstk.OutputError, bstk.ResourceError
-        When it cannot be written.
+    `settings` are what decides the output, as plain JSON values. A directory with the work of other settings, or that
+    another process uses, is a UsageError.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -123,32 +94,35 @@ class WorkDirectory:
         file = self.path / SETTINGS
         if not file.exists():
             if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
-                raise WorkDirectoryError(
+                raise UsageError(
                     f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
-                    "Name another as work_dir."
+                    "Name another as work_dir.",
+                    option="work_dir",
                 )
             _write_whole(file, json.dumps(settings, indent=1, sort_keys=True).encode())
             return
         try:
             earlier = json.loads(file.read_bytes())
         except ValueError:
-            raise WorkDirectoryError(f"{file} is damaged. Delete {self.path} to start over.") from None
+            raise UsageError(f"{file} is damaged. Delete {self.path} to start over.") from None
         if changes := list(_differences(earlier, settings)):
-            raise WorkDirectoryError(
+            raise UsageError(
                 f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
-                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over."
+                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over.",
+                option="work_dir",
             )
 
     def _lock(self) -> None:
         lock = self.path / LOCK
         with os_errors(str(lock)):
-            self._lock_file = open(lock, "a+b")
+            self._lock_file = open(lock, "a+b")  # noqa: SIM115 (open as long as the directory is locked)
             free = atomic.try_lock(self._lock_file.fileno())
         # Another process may have removed the directory between the two calls: what is locked must be what is there.
         if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
-            raise WorkDirectoryError(
-                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir."
+            raise UsageError(
+                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir.",
+                option="work_dir",
             )
 
     def release(self) -> None:
@@ -171,13 +145,7 @@ class WorkDirectory:
         part.close(finished=True)
 
     def records(self, name: str) -> list[Record]:
-        """Return the chunks of a finished part.
-
-        Raises
-        ------
-        bstk.DamagedError
-            When the records are not what was written; the message says which file to delete.
-        """
+        """Return the chunks of a finished part; raise DamagedError, which names the file to delete, for other records."""
         file, data = self.path / f"{name}.json", self.path / f"{name}.bin"
 
         def record(start: int, gain: float, kind: int, digest: str, shape: Sequence[int] = (), **fields: Any) -> Record:

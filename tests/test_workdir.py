@@ -11,8 +11,8 @@ import torch
 
 import bstk
 from bstack.cli import main
-from bstack.errors import WorkDirectoryError
 from bstack.workdir import WorkDirectory
+from bstk.errors import UsageError
 
 QUICK = ["--codec", "sign", "--planes", "2", "--rank", "2", "--samples", "2", "--sequence-length", "16", "-q"]
 SETTINGS = {"seed": 0}
@@ -146,7 +146,7 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_the_directorys(tmp_p
         return True
 
     monkeypatch.setattr("bstack.workdir.atomic.try_lock", lock_the_removed)
-    with pytest.raises(WorkDirectoryError, match="in use"):
+    with pytest.raises(UsageError, match="in use"):
         WorkDirectory(tmp_path / "work", SETTINGS)
     second.release()
 

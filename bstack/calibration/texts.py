@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, TextNotFoundError, one_line
+from bstack.errors import CalibrationError, one_line
+from bstk.errors import UsageError
 
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
@@ -56,7 +57,7 @@ def open_text(source: str) -> TextSource:
     ------
     bstack.errors.CalibrationError
         The source holds no text, or text that is not UTF-8.
-    bstack.errors.TextNotFoundError
+    bstk.UsageError
         There is nothing of that name, or a hub data set cannot be read.
     """
     path = Path(source)
@@ -123,7 +124,7 @@ def _rows(source: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise TextNotFoundError(
+        raise UsageError(
             f"There is no file or folder {source!r}. If it is a data set of the hub, reading it needs the package "
             "datasets: pip install 'bstack[datasets]'"
         ) from None
@@ -138,7 +139,7 @@ def _rows(source: str) -> Iterator[str]:
     except CalibrationError:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
-        raise TextNotFoundError(
+        raise UsageError(
             f"There is no file or folder {source!r}, and as a hub data set it cannot be read: {one_line(error)}"
         ) from None
 

@@ -54,7 +54,7 @@ class FileType(click.Path):
 
 def _is_model(value: str) -> bool:
     """Tell whether `value` names a model, as for ``bstack compress``, instead of a .bstk file."""
-    from bstack.models.hub import DEFAULT_MODEL
+    from bstack.models.files import DEFAULT_MODEL
 
     if os.path.isdir(value):
         return os.path.exists(os.path.join(value, "config.json"))

@@ -7,8 +7,8 @@ from bstack.codecs.contract import Block, Codec
 from bstack.codecs.sign import SignCodec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
-from bstack.errors import CodecError
 from bstack.settings import Settings
+from bstk.errors import UsageError
 
 __all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 
@@ -37,17 +37,17 @@ def make_codec(settings: Settings) -> Codec:
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
         There is no codec of that name, it lacks a setting that is given, or does not allow its value.
     """
     if settings.codec not in CODECS:
-        raise CodecError(f"codec is {settings.codec!r}; allowed are {', '.join(CODECS)}.")
+        raise UsageError(f"codec is {settings.codec!r}; allowed are {', '.join(CODECS)}.")
     codec = CODECS[settings.codec]
     given = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
     for name, value in given.items():
         if codec not in _SETTINGS[name]:
             owners = " or ".join(owner.name for owner in _SETTINGS[name])
-            raise CodecError(
+            raise UsageError(
                 f"{name} is {value}, but the {codec.name} codec has none; it belongs to the {owners} codec."
             )
     return codec(**given)

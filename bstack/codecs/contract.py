@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 import bstk
-from bstack.errors import CodecError
+from bstk.errors import UsageError
 
 __all__ = ["Block", "Codec", "Task"]
 
@@ -55,11 +55,11 @@ class Codec(ABC):
     kinds: ClassVar[tuple[bstk.Kind, ...]]
 
     def _check_number(self, setting: str, kind: type, allowed: str, fits: Callable[[Any], bool]) -> None:
-        """Make a setting a plain number (numpy has its own), or raise CodecError with what is allowed."""
+        """Make a setting a plain number (numpy has its own), or raise UsageError with what is allowed."""
         value = getattr(self, setting)
         # bool is a subclass of int; reject it.
         if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real) or not fits(value):
-            raise CodecError(f"{setting} is {value!r}; the {self.name} codec takes {allowed}.")
+            raise UsageError(f"{setting} is {value!r}; the {self.name} codec takes {allowed}.")
         object.__setattr__(self, setting, kind(value))
 
     def check_shapes(self, layers: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> None:  # noqa: B027
@@ -73,7 +73,7 @@ class Codec(ABC):
 
         Raises
         ------
-        bstack.errors.CodecError
+        bstk.UsageError
         """
 
     def for_layer(self, tasks: Iterable[Task]) -> Codec:
@@ -86,7 +86,7 @@ class Codec(ABC):
 
         Raises
         ------
-        bstack.errors.CodecError
+        bstk.UsageError
             These matrices make a setting impossible.
         """
         return self

@@ -46,7 +46,7 @@ class SignCodec(Codec):
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
     """
 
     name = "sign"

@@ -25,12 +25,12 @@ from bstack.codecs.contract import Block, Codec, Task
 from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damp
 from bstack.codecs.spqr_target import Shape, check_target, check_target_of_layers, range_of
 from bstack.codecs.trellis import TrellisCodec
-from bstack.errors import CodecError
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
 from bstack.kernels.spqr import GROUPS, MAX_SPARSE_COLUMNS, Outliers, outlier_bytes, rank_of
 from bstack.numerics.hessian import output_errors
 from bstack.numerics.outliers import MAX_OF_A_GROUP, outlier_scores
+from bstk.errors import UsageError
 
 __all__ = ["SpqrCodec"]
 
@@ -64,7 +64,7 @@ class SpqrCodec(Codec):
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
     """
 
     name = "spqr"
@@ -85,7 +85,7 @@ class SpqrCodec(Codec):
         )
         auto = isinstance(self.outliers, str) and self.outliers == "auto"
         if self.bpw is not None and not auto:
-            raise CodecError(
+            raise UsageError(
                 f"outliers is {self.outliers} and bpw is {self.bpw}; give one: bpw decides how many outliers there are."
             )
         if not auto:
@@ -108,7 +108,7 @@ class SpqrCodec(Codec):
     def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
         # Only groups that are cut off at a matrix's end have room for a larger fraction.
         if self.outliers != "auto" and self.outliers > (most := MAX_OF_A_GROUP / self.group):
-            raise CodecError(
+            raise UsageError(
                 f"outliers is {self.outliers}; with groups of {self.group} it is at most {most:g}, as at most "
                 f"{MAX_OF_A_GROUP} of a group can be outliers."
             )
@@ -198,7 +198,7 @@ class SpqrCodec(Codec):
             return 0
         low = range_of(shapes, self.bits, self.group).min
         if self.bpw < low:
-            raise CodecError(
+            raise UsageError(
                 f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {low:.4f} bits per weight "
                 "without any outlier, with the order of their inputs counted. Give more"
                 f"{', or take 3 bits' if self.bits == 4 else ''}."
@@ -220,6 +220,6 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
 
 def _check_width(shape: Shape) -> None:
     if shape[1] > MAX_SPARSE_COLUMNS:
-        raise CodecError(
+        raise UsageError(
             f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {MAX_SPARSE_COLUMNS}. Use the trellis codec."
         )

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bstack.errors import CodecError
 from bstack.kernels.spqr import ROWS, STATISTICS, dense_bytes, outlier_bytes, rank_of
 from bstack.numerics.outliers import MAX_OF_A_GROUP
+from bstk.errors import UsageError
 
 __all__ = ["MAX_BITS", "Range", "Shape", "check_target", "check_target_of_layers", "range_of"]
 
@@ -46,11 +46,11 @@ def check_target(bpw: float, bits: int, group: int) -> None:
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
     """
     dense, high = _without_shapes(bits, group)
     if not dense < bpw <= MAX_BITS:
-        raise CodecError(
+        raise UsageError(
             f"bpw is {bpw}; with {bits} bits in groups of {group} the dense part alone takes {dense:g} bits per weight, and "
             f"outliers at most {high - dense:g} more. Allowed is more than {dense:g}, up to about {high:g}."
             f"{_fewer_bits(bpw, bits, _without_shapes(MIN_BITS, group))}"
@@ -75,7 +75,7 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
         With the range that is good for every layer.
     """
     layers = [layer for layer in layers if layer]  # one may have no matrix that is large enough
@@ -91,9 +91,9 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
         f"order of their inputs counted, and at most {high:g}, with {MAX_OF_A_GROUP} outliers in every group."
     )
     if low > min(high, MAX_BITS):
-        raise CodecError(f"{what} No value is possible: leave it out, or choose another group.")
+        raise UsageError(f"{what} No value is possible: leave it out, or choose another group.")
     advice = _fewer_bits(bpw, bits, _ranges(layers, MIN_BITS, group)[1])
-    raise CodecError(f"{what} Allowed is {low:g} to {min(high, MAX_BITS):g}.{advice}")
+    raise UsageError(f"{what} Allowed is {low:g} to {min(high, MAX_BITS):g}.{advice}")
 
 
 def _ranges(layers: Iterable[Sequence[Sequence[Shape]]], bits: int, group: int) -> tuple[Range, Range]:

@@ -56,7 +56,7 @@ class TrellisCodec(Codec):
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
     """
 
     name = "trellis"

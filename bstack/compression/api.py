@@ -11,6 +11,7 @@ import bstk
 from bstack.memory.process import peak_bytes
 from bstack.progress import Progress, no_progress
 from bstack.settings import PRESETS, Settings
+from bstk.atomic import require_free
 from bstk.errors import OutputError, UsageError, os_errors
 
 __all__ = ["Report", "compress"]
@@ -103,10 +104,12 @@ def compress(
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself. Name another file to write.")
     # Heavy imports, after the arguments were checked.
+    from bstack.compression.cluster import Cluster
+    from bstack.compression.encode import Threads
     from bstack.compression.stages import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
-    with _workers(dask) as workers:
+    with Threads() if dask is None else Cluster(dask) as workers:
         result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code)
     try:
         _check_output(output, overwrite)  # another run may have written it in the meantime
@@ -122,24 +125,14 @@ def compress(
     return report
 
 
-def _workers(dask: str | None) -> Any:
-    if dask is None:
-        from bstack.compression.workers import Threads
-
-        return Threads()
-    from bstack.compression.cluster import Cluster
-
-    return Cluster(dask)
-
-
 def _check_output(output: Path, overwrite: bool) -> None:
     folder = output.parent
     if output.is_dir():
         raise UsageError(f"{output} is a folder. Name the file to write, such as {output / 'model.bstk'}.")
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists already. Set overwrite to replace it, or give another name.")
+    if not overwrite:
+        require_free(output)
     probe = folder / f".{output.name}.probe"
     with os_errors(str(folder)):
         probe.touch()

@@ -26,28 +26,19 @@ from bstk.errors import UsageError
 __all__ = ["Cluster"]
 
 CONNECT_SECONDS = 10.0
-# How long a run waits for a worker when there is none.
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 300.0  # how long a run waits for a worker when there is none
 POLL_SECONDS = 5.0
-GONE = "went away"
 # Must be equal everywhere: another version may make other bytes.
 PACKAGES = ("bstack", "torch", "numpy")
 
 
 class Cluster:
-    """The workers of a Dask scheduler; a context manager.
-
-    Parameters
-    ----------
-    address : str
-        Of the scheduler, such as ``tcp://10.0.0.5:8786``.
+    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager.
 
     Raises
     ------
-    bstack.errors.MissingPackageError
-        distributed is not installed.
-    bstk.UsageError
-        `address` is not an address.
+    bstack.errors.MissingPackageError, bstk.UsageError
+        distributed is not installed; `address` is not an address.
     bstack.errors.ClusterError
         There is no scheduler, it has no workers, or a worker has other versions.
     """
@@ -62,61 +53,79 @@ class Cluster:
         if ":" not in address:
             raise UsageError(f"{address!r} is not the address of a Dask scheduler, such as tcp://10.0.0.5:8786.")
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
-        self._address = address
-        self._threads = _torch_threads()
+        self.address = address
+        with ThreadPoolExecutor(1) as pool:
+            self._torch_threads = pool.submit(
+                torch.get_num_threads
+            ).result()  # as in `bstack.compression.encode.Threads`
         self._compared: set[str] = set()
         try:
             _knock(address)
-            self._client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+            self.client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
             raise ClusterError(
-                f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its address, such as "
-                "tcp://10.0.0.5:8786."
+                f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its "
+                "address, such as tcp://10.0.0.5:8786."
             ) from None
         try:
             self._check_workers()
         except BaseException:
-            self._client.close()
+            self.client.close()
             raise
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._client.close()
+        self.client.close()
 
     def max_pending(self, inputs: int) -> int:
-        with _still_there(self._address):
-            return 1 + sum(
-                self._client.nthreads().values()
-            )  # one more than threads, so that no worker waits for the next
+        """Return how many matrices may be pending: one more than threads, so that no worker waits for the next."""
+        return 1 + self.count_threads()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> _Task:
-        with (
-            _still_there(self._address),
-            warnings.catch_warnings(action="ignore", category=UserWarning),
-        ):  # of large arrays
-            future = self._client.submit(_call, function, arguments, facts(), self._threads, pure=False)
-        return _Task(future, self._client, self._address, self._compare)
+    def count_threads(self) -> int:
+        """Return how many threads all workers have."""
+        with self._still_there():
+            return sum(self.client.nthreads().values())
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> _Task:
+        """Call a function of a module with these arguments on a worker."""
+        ignored = warnings.catch_warnings(action="ignore", category=UserWarning)  # of large arrays
+        with self._still_there(), ignored:
+            future = self.client.submit(_call, function, arguments, facts(), self._torch_threads, pure=False)
+        return _Task(self, future)
+
+    def lost(self, what: str = "went away") -> ClusterLostError:
+        """Return the error of a cluster that is of no use any more."""
+        return ClusterLostError(
+            f"The Dask scheduler at {self.address} {what}. Give the same command again to continue, with Dask or without."
+        )
+
+    @contextmanager
+    def _still_there(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # dask's CommClosedError among them
+            raise self.lost() from None
 
     def _check_workers(self) -> None:
         try:
-            self._client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
             raise ClusterError(
-                f"The Dask scheduler at {self._address} has no workers. Start some: dask worker {self._address}"
+                f"The Dask scheduler at {self.address} has no workers. Start some: dask worker {self.address}"
             ) from None
         here = facts()
-        for worker, found in self._client.run(facts, on_error="return").items():
+        for worker, found in self.client.run(facts, on_error="return").items():
             if isinstance(found, Exception):
                 raise ClusterError(
                     f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
                 )
             _check_versions(here, found, worker)
-            self._compare(worker, found)
+            self.compare(worker, found)
 
-    def _compare(self, worker: str, found: dict[str, str]) -> None:
+    def compare(self, worker: str, found: dict[str, str]) -> None:
         """Warn once of a worker that computes with other instructions."""
         if worker in self._compared:
             return
@@ -155,54 +164,41 @@ def _knock(address: str) -> None:
 class _Task:
     """A matrix that the cluster encodes."""
 
-    def __init__(self, future: Any, client: Any, address: str, compare: Callable[[str, dict[str, str]], None]):
-        self._future, self._client, self._address, self._compare = future, client, address, compare
+    def __init__(self, cluster: Cluster, future: Any):
+        self._cluster, self._future = cluster, future
 
     def result(self) -> Any:
+        """Wait for the function, and return or raise what it does; raise ClusterLostError without workers."""
         from distributed import KilledWorker
 
         deserted = None
         while True:
             try:
                 found, worker, there = self._future.result(timeout=POLL_SECONDS)
-                self._compare(worker, there)
+                self._cluster.compare(worker, there)
                 return found
             except KilledWorker as error:
                 raise ClusterLostError(
-                    f"Several workers of {self._address} died over the same matrix, the last {error.last_worker.address}: most likely they "
-                    "have too little memory for it. Give them more, or fewer threads, and the same command again to continue."
+                    f"Several workers of {self._cluster.address} died over the same matrix, the last "
+                    f"{error.last_worker.address}: most likely they have too little memory for it. Give them more, or fewer "
+                    "threads, and the same command again to continue."
                 ) from None
             except CancelledError:
-                raise _lost(self._address, GONE) from None
+                raise self._cluster.lost() from None
             except TimeoutError:
                 if self._future.status == "error" and isinstance(self._future.exception(), TimeoutError):
                     raise  # the encoder's own
-                if self._client.status != "running":
-                    raise _lost(self._address, GONE) from None
+                if self._cluster.client.status != "running":
+                    raise self._cluster.lost() from None
                 now = time.monotonic()
-                with _still_there(self._address):
-                    deserted = (deserted or now) if not self._client.nthreads() else None
+                deserted = None if self._cluster.count_threads() else deserted or now
                 if deserted is not None and now - deserted > PATIENCE_SECONDS:
-                    raise _lost(self._address, f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
+                    raise self._cluster.lost(f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
 
     def cancel(self) -> None:
-        if self._client.status == "running":
+        """Drop a matrix that is not needed any more."""
+        if self._cluster.client.status == "running":
             self._future.cancel()
-
-
-@contextmanager
-def _still_there(address: str) -> Iterator[None]:
-    """Raise an error of a scheduler that does not answer any more."""
-    try:
-        yield
-    except OSError:  # dask's CommClosedError among them
-        raise _lost(address, GONE) from None
-
-
-def _lost(address: str, what: str) -> ClusterLostError:
-    return ClusterLostError(
-        f"The Dask scheduler at {address} {what}. Give the same command again to continue, with Dask or without."
-    )
 
 
 def facts() -> dict[str, str]:
@@ -235,9 +231,3 @@ def _call(
         return function(*arguments), worker, here
     finally:
         torch.set_num_threads(before)
-
-
-def _torch_threads() -> int:
-    """Return how many threads torch uses in a thread of `bstack.compression.workers.Threads`."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(torch.get_num_threads).result()

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.compression.assemble import Collected
-from bstack.compression.rebuild import load_blocks
+from bstack.compression.assemble import Collected, load_blocks
 from bstack.eval.divergence import divergence
-from bstack.eval.streamed import Loaded, run_streamed
+from bstack.eval.streamed import run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
 from bstk.writer import build_header
@@ -38,7 +37,6 @@ def measure_curve(
     windows : torch.Tensor
         Held-out token ids, int64, shape (windows, length).
     collected : Collected
-        All chunks.
     entries : sequence of bstk.Entry
         The chunks in file order.
     base_count : int
@@ -53,30 +51,34 @@ def measure_curve(
         ``same_top``, and ``perplexity`` on these windows, all over every position but the last of a window.
     """
     original: list[torch.Tensor] = []
-    run_streamed(skeleton, windows, lambda _, logits: original.append(_predicting(logits).log_softmax(-1)))
+    run_streamed(skeleton, windows, lambda _, logits: original.append(logits[:-1].float().log_softmax(-1)))
     progress()
     points = []
     for count in _counts(entries, base_count):
+        depths = {entry.name: entry.level + 1 for entry in entries[:count] if entry.kind.is_block}
         found: list[tuple[float, float, float]] = []
 
         def compare(number: int, logits: torch.Tensor) -> None:
-            logits = _predicting(logits)
+            logits = logits[:-1].float()  # the positions that predict a token of the window, as in `bstack bench`
             compared = divergence(original[number], logits)
             nll = torch.nn.functional.cross_entropy(logits, windows[number, 1:])
             found.append((float(compared.kl.mean()), float(compared.same_top.mean()), float(nll)))  # noqa: B023
 
-        run_streamed(skeleton, windows, compare, loaded=_rebuilt(skeleton, collected, _depths(entries[:count])))
+        @contextmanager
+        def rebuilt(names: list[str]) -> Iterator[None]:
+            with skeleton.loaded(names):
+                stacks = {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}
+                load_blocks(skeleton, stacks, depths)  # noqa: B023
+                yield
+
+        run_streamed(skeleton, windows, compare, loaded=rebuilt)
         results = torch.tensor(found)
         means = results.mean(0)
-        points.append(
-            {
-                "chunks": count,
-                "kld": _round(means[0]),
-                "kld_se": _round(results[:, 0].std() / len(results) ** 0.5) if len(results) > 1 else 0.0,
-                "same_top": _round(means[1]),
-                "perplexity": _round(means[2].double().clamp_max(700).exp()),
-            }
-        )
+        kld_se = results[:, 0].std() / len(results) ** 0.5 if len(results) > 1 else 0.0
+        perplexity = means[2].double().clamp_max(700).exp()
+        values = {"kld": means[0], "kld_se": kld_se, "same_top": means[1], "perplexity": perplexity}
+        # Six digits, because more would differ between machines.
+        points.append({"chunks": count, **{name: float(f"{float(value):.6g}") for name, value in values.items()}})
         progress()
     return points
 
@@ -88,30 +90,24 @@ def with_sizes(
 
     The sizes count the metadata that they are part of, so they are computed until they stay the same.
     """
-    stored = [0]
-    memory = [0]
-    weights = blocks = 0
-    blocks_before, bits_before = [0], [0]
-    for entry in entries:
-        stored.append(stored[-1] + entry.stored_length)
-        memory.append(memory[-1] + entry.raw_length * entry.kind.is_weight)
-        blocks += entry.kind.is_block
-        blocks_before.append(blocks)
-        bits_before.append(bits_before[-1] + 8 * entry.raw_length * entry.kind.is_block)
-        weights += entry.shape[0] * entry.shape[1] if entry.kind.is_block and entry.level == 0 else 0
+    quality = []
+    for point in points:
+        kept = entries[: point["chunks"]]
+        blocks = [entry for entry in kept if entry.kind.is_block]
+        weights = sum(entry.shape[0] * entry.shape[1] for entry in blocks if entry.level == 0)
+        bits = 8 * sum(entry.raw_length for entry in blocks)
+        quality.append(
+            {
+                "file_bytes": sum(entry.stored_length for entry in kept),
+                "memory_bytes": sum(entry.raw_length for entry in kept if entry.kind.is_weight),
+                "blocks": len(blocks),
+                "bits_per_weight": round(bits / weights, 3) if weights else 0.0,
+                **{key: value for key, value in point.items() if key != "chunks"},
+            }
+        )
     header = 0
     while True:
-        quality = [
-            {
-                "file_bytes": header + stored[p["chunks"]],
-                "memory_bytes": memory[p["chunks"]],
-                "blocks": blocks_before[p["chunks"]],
-                "bits_per_weight": round(bits_before[p["chunks"]] / weights, 3) if weights else 0.0,
-                **{key: value for key, value in p.items() if key != "chunks"},
-            }
-            for p in points
-        ]
-        complete = {**metadata, "quality": quality}
+        complete = {**metadata, "quality": [{**p, "file_bytes": header + p["file_bytes"]} for p in quality]}
         head, tables = build_header(complete, entries, base_count)
         length = len(head.to_bytes()) + len(tables)
         if length == header:
@@ -128,35 +124,3 @@ def _counts(entries: Sequence[bstk.Entry], base_count: int) -> list[int]:
         if passed * (SIZES - 1) >= total * len(counts):
             counts.append(position)
     return sorted({*counts[:SIZES], len(entries)})
-
-
-def _depths(entries: Sequence[bstk.Entry]) -> dict[str, int]:
-    depths: dict[str, int] = {}
-    for entry in entries:
-        if entry.kind.is_block:
-            depths[entry.name] = entry.level + 1
-    return depths
-
-
-def _rebuilt(skeleton: Skeleton, collected: Collected, depths: dict[str, int]) -> Loaded:
-    """Load parameters from stacks of some depths, the others from the checkpoint."""
-
-    @contextmanager
-    def loaded(names: list[str]) -> Iterator[None]:
-        with skeleton.loaded(names):
-            load_blocks(
-                skeleton, {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}, depths
-            )
-            yield
-
-    return loaded
-
-
-def _predicting(logits: torch.Tensor) -> torch.Tensor:
-    """Return the positions that predict a token of the window, which count in all figures, as in `bstack bench`."""
-    return logits[:-1].float()
-
-
-def _round(value: torch.Tensor) -> float:
-    """Round to six digits, because more would differ between machines."""
-    return float(f"{float(value):.6g}")

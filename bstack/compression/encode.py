@@ -1,11 +1,15 @@
-"""Encode matrices as packed blocks of a part, with the gain and the remaining error of each."""
+"""Encode matrices as packed blocks of a part, with the gain and the remaining error of each; in threads of this process.
+
+`bstack.compression.cluster` does it on other machines.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,26 +17,19 @@ import torch
 import bstk
 from bstack.codecs import Codec
 from bstack.codecs.contract import Task
-from bstack.compression.workers import Pending, Workers
 from bstack.errors import CalibrationError
+from bstack.kernels.native import processors
 from bstack.numerics.hessian import output_errors
 from bstack.workdir import Part
 
-__all__ = ["Matrix", "add_dense", "encode", "encode_arrays"]
+__all__ = ["Matrix", "Threads", "Workers", "add_dense", "encode", "encode_arrays"]
 
-ALIGNMENT = 64
+# A pending matrix holds several copies of its hessian, of 0.8 GB each at 14336 inputs, so wide ones are encoded one by one.
+MAX_THREADS = 4
+WIDE = 8192
 
-_DTYPES = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float64: "f64",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "bool",
-}
+_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+_DTYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool"}
 
 
 @dataclass(frozen=True)
@@ -68,18 +65,49 @@ class Matrix:
 
     @property
     def task(self) -> Task:
-        """The arguments of a codec."""
+        """Return the arguments of a codec."""
         importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
         return self.weight.contiguous(), self.hessian, self.tokens, importance
+
+
+class Pending(Protocol):
+    """A matrix that is being encoded."""
+
+    def result(self) -> Any:
+        """Wait for the function, and return or raise what it does."""
+
+    def cancel(self) -> Any:
+        """Drop a matrix that is not needed any more."""
+
+
+class Workers(Protocol):
+    """Encode several matrices at a time, with the same result everywhere."""
+
+    def max_pending(self, inputs: int) -> int:
+        """Return how many matrices may be pending at a time, one with so many inputs among them."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Pending:
+        """Call a function of a module with these arguments, now or later."""
+
+
+class Threads(ThreadPoolExecutor):
+    """Threads of this process, one a processor and at most four: the search kernel releases Python's lock."""
+
+    def __init__(self) -> None:
+        super().__init__(min(processors(), MAX_THREADS))
+
+    def __exit__(self, *_exception: object) -> None:
+        self.shutdown(cancel_futures=True)
+
+    def max_pending(self, inputs: int) -> int:
+        """Return how many matrices may be pending at a time, one with so many inputs among them."""
+        return 1 if inputs > WIDE else self._max_workers
 
 
 def encode(
     matrices: Iterable[Matrix], codec: Codec, part: Part, workers: Workers, progress: Callable[[], None] = lambda: None
 ) -> None:
-    """Encode matrices, some at a time, and add their blocks to a part in order.
-
-    The result does not depend on the `workers`. `progress` is called after each matrix.
-    """
+    """Encode matrices, some at a time, and add their blocks to a part in order; the result is the same for all workers."""
     pending: deque[Pending] = deque()
 
     def finish_one() -> None:
@@ -93,7 +121,13 @@ def encode(
             max_pending = workers.max_pending(matrix.weight.shape[1])
             while len(pending) >= max_pending:
                 finish_one()
-            pending.append(workers.submit(encode_arrays, *_arrays(matrix), codec))
+            arrays, values = {}, {}
+            for name, value in vars(matrix).items():
+                if isinstance(value, torch.Tensor):
+                    arrays[name] = value.detach().contiguous().numpy()  # plain arrays, for another process
+                else:
+                    values[name] = value
+            pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()
         while pending:
@@ -103,39 +137,23 @@ def encode(
             task.cancel()
 
 
-def _arrays(matrix: Matrix) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return a matrix as plain arrays, without a copy where possible, and values, for another process."""
-    arrays = {"weight": matrix.weight, "hessian": matrix.hessian, "sensitivity": matrix.sensitivity}
-    values = {"name": matrix.name, "tokens": matrix.tokens, "transposed": matrix.transposed, "even": matrix.even}
-    return {name: tensor.detach().contiguous().numpy() for name, tensor in arrays.items()}, values
-
-
 def encode_arrays(
     arrays: dict[str, np.ndarray], values: dict[str, Any], codec: Codec
 ) -> list[tuple[bytes, dict[str, Any]]]:
-    """Encode a matrix: all its blocks, each with the fields of its record.
+    """Encode a matrix, given as the attributes of a `Matrix`: all its blocks, each with the fields of its record.
 
     A block's gain is the predicted fall of the divergence, 1/2 sum_i E[g_i^2] (change of the squared error of
     output i per token), in nats per token; its error is tr(R H R^T) / tr(W H W^T) after it.
-
-    Parameters
-    ----------
-    arrays, values : dict
-        The attributes of a `Matrix`.
-    codec : Codec
-
-    Returns
-    -------
-    list of (bytes, dict)
-
-    Raises
-    ------
-    bstack.errors.CalibrationError
-        Calibration made NaN or infinite values.
     """
     tensors: dict[str, Any] = {name: _aligned(array) for name, array in arrays.items()}
     matrix = Matrix(**tensors, **values)
-    _check_finite(matrix)
+    # The largest value of a hessian is on its diagonal.
+    for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
+        if bad := int((~numbers.isfinite()).sum()):
+            raise CalibrationError(
+                f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
+                "its weights matter. Give another calibration text, and check that the model works."
+            )
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task
         weight = task[0]
@@ -161,22 +179,12 @@ def encode_arrays(
     return chunks
 
 
-def _check_finite(matrix: Matrix) -> None:
-    # The largest value of a hessian is on its diagonal.
-    for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
-        if bad := int((~numbers.isfinite()).sum()):
-            raise CalibrationError(
-                f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
-                "its weights matter. Give another calibration text, and check that the model works."
-            )
-
-
 def _aligned(array: np.ndarray) -> torch.Tensor:
     """Return the array as a tensor that is aligned as torch's own, because BLAS may add in another order otherwise.
 
     An array from another process has any alignment, and may be read-only.
     """
-    if array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+    if array.flags.writeable and array.ctypes.data % 64 == 0:
         return torch.from_numpy(array)
     tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
     tensor.numpy()[...] = array

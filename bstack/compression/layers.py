@@ -1,4 +1,4 @@
-"""Compress the repeated layers: statistics on their hidden states, then the blocks of every linear."""
+"""Compress the parts of a model: the repeated layers, the embedding and the head, the other parameters, the files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,37 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+import bstk
 from bstack.calibration.products import Operand
 from bstack.calibration.sensitivity import Sensitivity
 from bstack.calibration.statistics import HessianTable, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
-from bstack.compression.encode import Matrix, add_dense, encode
-from bstack.compression.workers import Workers
-from bstack.models.names import MatrixName
+from bstack.compression.encode import Matrix, Workers, add_dense, encode
+from bstack.errors import UnsupportedModelError
+from bstack.models.code import write_references
+from bstack.models.names import MatrixName, row_ranges
 from bstack.models.skeleton import Skeleton, layer_parameters
 from bstack.workdir import WorkDirectory
+from bstk.errors import os_errors
 
-__all__ = ["compress_layers", "layer_matrices", "layer_part", "layer_shapes"]
+__all__ = [
+    "FILES_PART",
+    "OUTSIDE_PART",
+    "add_files",
+    "check_dense",
+    "compress_layers",
+    "compress_outside",
+    "embedding_part",
+    "embedding_statistics",
+    "embeddings",
+    "layer_matrices",
+    "layer_part",
+    "layer_shapes",
+]
 
+FILES_PART = "files"
+OUTSIDE_PART = "outside"
 # Smaller matrices are routers and gates: few bytes, and much quality.
 MIN_SIDE = 16
 MIN_FRACTION = 0.001
@@ -29,6 +47,11 @@ MIN_FRACTION = 0.001
 def layer_part(index: int) -> str:
     """Return the name of a layer's part in the work directory."""
     return f"layer-{index:05d}"
+
+
+def embedding_part(parameter: str) -> str:
+    """Return the name of the part of an embedding or a head."""
+    return f"embedding-{parameter}"
 
 
 def compress_layers(
@@ -40,13 +63,7 @@ def compress_layers(
     workers: Workers,
     progress: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
-    """Finish every layer's part, and return the hessian of the head's input.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``hessian``, shape (width, width), and ``tokens``.
-    """
+    """Finish every layer's part; return the ``hessian`` of the head's input, (width, width), and its ``tokens``."""
     with (
         skeleton.loaded(skeleton.rest_names),
         LayerStream(skeleton, batches, embedding=lambda name: skeleton.loaded([name])) as stream,
@@ -78,13 +95,31 @@ def _compress_layer(
         for name in skeleton.layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
-        fitted = codec.for_layer(m.task for m in _matrices(skeleton, stacked, table, sensitivity))
-        encode(_matrices(skeleton, stacked, table, sensitivity), fitted, part, workers)
+        fitted = codec.for_layer(m.task for m in layer_matrices(skeleton, index, table, sensitivity))
+        encode(layer_matrices(skeleton, index, table, sensitivity), fitted, part, workers)
 
 
 def layer_matrices(skeleton: Skeleton, index: int, table: HessianTable, sensitivity: Sensitivity) -> Iterator[Matrix]:
     """Return the matrices of a loaded layer that become stacks, with their statistics."""
-    return _matrices(skeleton, _stacked(table, layer_parameters(skeleton, index)), table, sensitivity)
+    for parameter, operands in _stacked(table, layer_parameters(skeleton, index)).items():
+        seen = [operand for operand in operands if operand.name in table.operands]
+        for operand in operands:
+            # An expert that no calibration token reached gets the statistics of the others, one that no token of the
+            # sensitivity run reached their mean sensitivity.
+            sources = [operand] if operand in seen else seen
+            statistics = [table.statistics(source.name) for source in sources]
+            weight = MatrixName.parse(operand.name).view(skeleton.parameter(parameter), operand.transposed)
+            outputs = sensitivity.outputs
+            known = [outputs[s.name] for s in sources if s.name in outputs]
+            known = known or [outputs[s.name] for s in seen if s.name in outputs] or [torch.zeros(weight.shape[0])]
+            yield Matrix(
+                operand.name,
+                weight,
+                functools.reduce(torch.add, (s.hessian for s in statistics)),
+                sum(s.tokens for s in statistics),
+                functools.reduce(torch.add, known) / len(known),
+                operand.transposed,
+            )
 
 
 def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
@@ -95,22 +130,21 @@ def layer_shapes(skeleton: Skeleton) -> Iterator[list[list[tuple[int, int]]]]:
     """
     for index in range(len(skeleton.layers)):
         parameters = layer_parameters(skeleton, index)
-        total = sum(p.numel() for p in parameters.values())
         layer = []
         for name, parameter in parameters.items():
-            if _large(parameter.shape, total):
+            if _large(parameter.shape, parameters):
                 rows, columns = parameter.shape[-2:]
                 module = skeleton.model.get_submodule(name.rpartition(".")[0])
-                certain = (
-                    getattr(module, "out_features", None) == rows and getattr(module, "in_features", None) == columns
-                )
-                shapes = [(rows, columns)] if certain or rows == columns else [(rows, columns), (columns, rows)]
+                sides = getattr(module, "out_features", None), getattr(module, "in_features", None)
+                one = rows == columns or sides == (rows, columns)
+                shapes = [(rows, columns)] if one else [(rows, columns), (columns, rows)]
                 layer += [shapes] * math.prod(parameter.shape[:-2])
         yield layer
 
 
-def _large(shape: Sequence[int], total: int) -> bool:
-    """Return whether a parameter of a layer of `total` weights becomes a stack, if it is used as a matrix."""
+def _large(shape: Sequence[int], parameters: dict[str, torch.Tensor]) -> bool:
+    """Return whether one of a layer's parameters becomes a stack, if it is used as a matrix."""
+    total = sum(p.numel() for p in parameters.values())
     return min(shape[-2:]) >= MIN_SIDE and math.prod(shape) >= MIN_FRACTION * total
 
 
@@ -119,45 +153,110 @@ def _stacked(table: HessianTable, parameters: dict[str, torch.Tensor]) -> dict[s
     seen: dict[str, Operand] = {}
     for operand in table.operands.values():
         seen.setdefault(MatrixName.parse(operand.name).parameter, operand)
-    total = sum(p.numel() for p in parameters.values())
     chosen: dict[str, list[Operand]] = {}
     for name, operand in seen.items():
         shape = parameters[name].shape
-        if not _large(shape, total):
-            continue
-        if len(shape) == 2:
-            chosen[name] = [operand]
-        else:
-            chosen[name] = [Operand(f"{name}[{i}]", operand.transposed) for i in range(shape[0])]
+        if _large(shape, parameters):
+            experts = [Operand(f"{name}[{i}]", operand.transposed) for i in range(shape[0])]
+            chosen[name] = [operand] if len(shape) == 2 else experts
     return chosen
 
 
-def _matrices(
-    skeleton: Skeleton, stacked: dict[str, list[Operand]], table: HessianTable, sensitivity: Sensitivity
-) -> Iterator[Matrix]:
-    for parameter, operands in stacked.items():
-        seen = [operand for operand in operands if operand.name in table.operands]
-        for operand in operands:
-            # An expert that no calibration token reached gets the statistics of the others.
-            sources = [operand] if operand in seen else seen
-            statistics = [table.statistics(source.name) for source in sources]
-            sensitivities = [sensitivity.outputs[s.name] for s in sources if s.name in sensitivity.outputs]
-            weight = MatrixName.parse(operand.name).view(skeleton.parameter(parameter), operand.transposed)
-            yield Matrix(
-                operand.name,
-                weight,
-                functools.reduce(torch.add, (s.hessian for s in statistics)),
-                sum(s.tokens for s in statistics),
-                _mean(sensitivities) if sensitivities else _mean_sensitivity(seen, sensitivity, weight),
-                operand.transposed,
+def embeddings(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
+    """Return the embedding and the head by parameter name, one entry when they are tied, with their ranges of rows."""
+    names = dict.fromkeys((skeleton.input_name, skeleton.output_name))
+    return {name: row_ranges(name, skeleton.parameter(name).shape) for name in names}
+
+
+def check_dense(skeleton: Skeleton, stack_embeddings: bool) -> None:
+    """Check that every tensor that is kept dense fits in a chunk of the container; else raise UnsupportedModelError."""
+    split = embeddings(skeleton)
+    for name in skeleton.outer_names:
+        tensor = skeleton.parameter(name)
+        dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * dtype.itemsize
+        if size > bstk.limits.MAX_RAW_LENGTH and not (stack_embeddings and name in split):
+            raise UnsupportedModelError(
+                f"{skeleton.checkpoint.name}: {name} takes {size / 2**30:.2f} GiB and would be kept dense, but a dense tensor "
+                f"of a .bstk file takes at most {bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.",
+                hint="Set embeddings to stack, which splits it." if name in split else None,
             )
 
 
-def _mean_sensitivity(seen: list[Operand], sensitivity: Sensitivity, weight: torch.Tensor) -> torch.Tensor:
-    """Return the mean over its siblings, for an expert that no token of the sensitivity run reached."""
-    known = [sensitivity.outputs[o.name] for o in seen if o.name in sensitivity.outputs]
-    return _mean(known) if known else torch.zeros(weight.shape[0])
+def compress_outside(
+    skeleton: Skeleton,
+    statistics: Callable[[str], tuple[torch.Tensor, int, torch.Tensor]],
+    codec: Codec | None,
+    work: WorkDirectory,
+    workers: Workers,
+    progress: Callable[[], None],
+) -> None:
+    """Finish the parts outside the layers; without a codec the embedding and the head stay dense.
+
+    `statistics` is `embedding_statistics` of all but the name.
+    """
+    stacked = {} if codec is None else embeddings(skeleton)
+    for name, ranges in stacked.items():
+        if codec is not None and not work.has(embedding_part(name)):
+            with skeleton.loaded([name]), work.part(embedding_part(name)) as part:
+                encode(_range_matrices(skeleton, name, ranges, *statistics(name)), codec, part, workers, progress)
+    if not work.has(OUTSIDE_PART):
+        with work.part(OUTSIDE_PART) as part:
+            for name in skeleton.outer_names:
+                if name not in stacked:
+                    with skeleton.loaded([name]):
+                        add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
 
 
-def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return functools.reduce(torch.add, tensors) / len(tensors)
+def _range_matrices(
+    skeleton: Skeleton, parameter: str, ranges: list[MatrixName], hessian: torch.Tensor, tokens: int, rows: torch.Tensor
+) -> Iterator[Matrix]:
+    weight = skeleton.parameter(parameter)
+    for name in ranges:
+        part = slice(*name.rows) if name.rows else slice(None)
+        yield Matrix(str(name), weight[part], hessian, tokens, rows[part], even=True)
+
+
+def embedding_statistics(
+    skeleton: Skeleton, head: dict[str, torch.Tensor], sensitivity: Sensitivity, windows: torch.Tensor, name: str
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Return the hessian, its tokens and the sensitivity per row of the embedding, the head, or the tied matrix of both.
+
+    An error E in row i of the head costs F_i (E H E^T)_ii, F_i about the probability of token i. The same row as an
+    embedding is read with that probability and costs sum_j G_j E_ij^2 then, G the sensitivity of the first layer's
+    input. So one weighted hessian, H + T diag(G), and one sensitivity per row serve a tied matrix in both roles. How
+    often a row is read is counted in the calibration's `windows`.
+    """
+    rows, width = skeleton.parameter(name).shape
+    tokens = int(head["tokens"])
+    embedding = sensitivity.embedding
+    if embedding.shape[0] != width:
+        # OPT-350M has a projection between the embedding and the layers, so their channels are not the same.
+        embedding = embedding.mean().expand(width)
+    read = tokens * torch.diag(embedding)
+    if name == skeleton.output_name:
+        hessian = head["hessian"] + read if name == skeleton.input_name else head["hessian"]
+        return hessian, tokens, sensitivity.outputs[name]
+    counts = torch.bincount(windows.reshape(-1), minlength=rows)[:rows].float()
+    return read, tokens, (counts + 1) / (counts.sum() + rows)
+
+
+def add_files(skeleton: Skeleton, work: WorkDirectory) -> None:
+    """Pack configuration and tokenizer files; raise UnsupportedModelError if no container takes so many bytes of them."""
+    folder = work.scratch()
+    checkpoint = skeleton.checkpoint
+    names = sorted({*checkpoint.export_tokenizer(folder), "config.json"})
+    with os_errors(str(folder)):
+        (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
+        if checkpoint.code is not None and checkpoint.code.hub is not None:
+            write_references(checkpoint.code, folder, place=checkpoint.code.hub.partition("@")[0])
+    size = sum((folder / name).stat().st_size for name in names)
+    if size > bstk.limits.MAX_FILES_LENGTH:
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
+            f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB."
+        )
+    with work.part(FILES_PART) as part:
+        for name in names:
+            if data := (folder / name).read_bytes():
+                part.add(data, name=name, kind=bstk.FILE)

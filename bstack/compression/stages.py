@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,22 +16,24 @@ from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
-from bstack.compression.assemble import collect, gain_order, to_entries
+from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
 from bstack.compression.curve import SIZES, measure_curve, with_sizes
-from bstack.compression.embeddings import (
+from bstack.compression.encode import Workers
+from bstack.compression.layers import (
     FILES_PART,
     OUTSIDE_PART,
-    EmbeddingStatistics,
     add_files,
     check_dense,
+    compress_layers,
     compress_outside,
     embedding_part,
+    embedding_statistics,
     embeddings,
+    layer_part,
+    layer_shapes,
 )
-from bstack.compression.layers import compress_layers, layer_part, layer_shapes
-from bstack.compression.workers import Workers
 from bstack.errors import CalibrationError
-from bstack.models.code import Code, put_code
+from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
@@ -47,7 +49,7 @@ TOKENS_TOGETHER = 4096
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048
-WINDOWS, SENSITIVITY, HEAD = "windows", "sensitivity", "head"
+WINDOWS = "windows"
 # Among the tensors of the sensitivity run, whose other names are those of matrices.
 EMBEDDING = "(embedding)"
 
@@ -58,8 +60,7 @@ IMPORTANCE = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What the container's writer needs, and the work directory to remove afterwards."""
 
     metadata: dict[str, Any]
@@ -69,29 +70,9 @@ class Result:
 
 
 def run_stages(
-    model: str,
-    settings: Settings,
-    work_path: Path,
-    workers: Workers,
-    progress: Progress,
-    trust_remote_code: bool = False,
+    model: str, settings: Settings, work_path: Path, workers: Workers, progress: Progress, trust_remote_code: bool
 ) -> Result:
-    """Run or resume the stages.
-
-    Parameters
-    ----------
-    model : str
-        As the user names it.
-    settings : Settings
-    work_path : Path
-        The work directory; made if it does not exist.
-    workers : Workers
-        Encode the matrices; the result is the same for all.
-    progress : callable
-        Receives each stage and its steps.
-    trust_remote_code : bool
-        Run the Python code that the model brings along.
-    """
+    """Run or resume the stages; the parameters are those of `bstack.compress`."""
     codec = make_codec(settings)
     with progress("open", 1) as step:
         checkpoint = open_checkpoint(model, trust_remote_code)
@@ -101,8 +82,16 @@ def run_stages(
         codec.check_shapes(layer_shapes(skeleton))
         provenance = checkpoint.provenance()
         step()
-    settings_record = {**settings.to_json(), **codec.settings(), **_text_record(text)}
-    _check_length(skeleton, settings.sequence_length)
+    settings_record = {**settings.to_json(), **codec.settings()}
+    if text is not None:  # without its folder on the user's machine
+        settings_record["calibration"] = text.name
+        settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and settings.sequence_length > longest:
+        raise CalibrationError(
+            f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
+            option="sequence_length",
+        )
     code = {} if checkpoint.code is None else {"code": checkpoint.code.to_json()}
     source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
     work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
@@ -114,34 +103,28 @@ def run_stages(
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         with progress("layers", len(layers)) as step:
             if not all(map(work.has, layers)):  # the user deleted one that was damaged
-                work.forget_tensors(HEAD)
+                work.forget_tensors("head")
             head = work.tensors(
-                HEAD, lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
+                "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
         embedding_codec = codec.for_embeddings() if settings.embeddings == "stack" else None
-        statistics = EmbeddingStatistics(head["hessian"], int(head["tokens"]), sensitivity, windows)
+        statistics = partial(embedding_statistics, skeleton, head, sensitivity, windows)
         stacked = embeddings(skeleton) if embedding_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outside(skeleton, statistics, embedding_codec, work, workers, step)
         collected = collect(work, [FILES_PART, OUTSIDE_PART, *map(embedding_part, stacked), *layers])
         if settings.order == "paper":
-            from bstack.compression.search import paper_order
-
             with progress("order", len(skeleton.layers) + 1) as step:
-                order = paper_order(skeleton, windows, collected, work, step)
+                order = paper_order(skeleton, windows, collected.stacks, ["embeddings", *layers], work, step)
         else:
             order = gain_order(collected.stacks)
         entries, base_count = to_entries(collected, order)
         with progress("curve", SIZES + 1) as step:
             curve = work.value("curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step))
-    except Exception:
-        if work.has_tensors(WINDOWS):
-            work.release()
-        else:
-            # Nothing is worth resuming yet, and a leftover would refuse the settings that the user corrects.
+    except BaseException as error:
+        # Without windows nothing is worth resuming, and a leftover would refuse the settings that the user corrects.
+        if isinstance(error, Exception) and not work.has_tensors(WINDOWS):
             work.remove()
-        raise
-    except BaseException:
         work.release()
         raise
     metadata = {
@@ -158,49 +141,24 @@ def run_stages(
         "importance": IMPORTANCE[settings.order],
         "versions": _versions(),
     }
-    metadata = with_sizes(curve, metadata, entries, base_count)
-    return Result(metadata, entries, base_count, work)
+    return Result(with_sizes(curve, metadata, entries, base_count), entries, base_count, work)
 
 
 def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
     """Return what the original takes as it is stored and in the precision of its weights, which is 16 bits if quantised."""
     checkpoint = skeleton.checkpoint
-    sizes = {"original_bytes": checkpoint.size_bytes}
+    sizes: dict[str, Any] = {"original_bytes": checkpoint.size_bytes}
     if checkpoint.quantisation is not None:
         count = sum(p.numel() for p in skeleton.model.parameters())
-        return {
-            **sizes,
-            "original_dtype": "bfloat16",
-            "original_dtype_bytes": 2 * count,
-            "source_quantisation": f"{format.upper()} {checkpoint.quantisation}",
-        }
+        sizes |= {"original_dtype": "bfloat16", "original_dtype_bytes": 2 * count}
+        return {**sizes, "source_quantisation": f"{format.upper()} {checkpoint.quantisation}"}
     by_dtype: Counter[torch.dtype] = Counter()
     for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.layer_names(i))]:
         if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
             dtype = checkpoint.stored_dtype(name)
             by_dtype[dtype] += parameter.numel() * dtype.itemsize
     dtype = max(by_dtype, key=lambda key: by_dtype[key])
-    return {
-        **sizes,
-        "original_dtype": str(dtype).removeprefix("torch."),
-        "original_dtype_bytes": sum(by_dtype.values()),
-    }
-
-
-def _check_length(skeleton: Skeleton, length: int) -> None:
-    longest = getattr(skeleton.checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise CalibrationError(
-            f"sequence_length is {length}, but {skeleton.checkpoint.name} reads at most {longest} tokens."
-        )
-
-
-def _text_record(text: TextSource | None) -> dict[str, str]:
-    """Return the name and digest of a calibration text, without its folder on the user's machine."""
-    if text is None:
-        return {}
-    digest = hashlib.sha256(text.text.encode()).hexdigest()
-    return {"calibration": text.name, "calibration_sha256": digest}
+    return {**sizes, "original_dtype": str(dtype).removeprefix("torch."), "original_dtype_bytes": by_dtype.total()}
 
 
 def _versions() -> dict[str, str]:
@@ -217,7 +175,7 @@ def _calibrate(
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            tokenizer = _tokenizer(work, skeleton.checkpoint.code)
+            tokenizer = _tokenizer(skeleton, work)
             return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
         with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
             windows = write_windows(skeleton, count, settings.sequence_length, seed=settings.seed, progress=step)
@@ -226,9 +184,10 @@ def _calibrate(
     return work.tensors(WINDOWS, compute)["windows"]
 
 
-def _tokenizer(work: WorkDirectory, code: Code | None) -> Any:
+def _tokenizer(skeleton: Skeleton, work: WorkDirectory) -> Any:
     from transformers import AutoTokenizer
 
+    code = skeleton.checkpoint.code
     kept = work.records(FILES_PART)
     if "tokenizer_config.json" not in {record.entry.name for record in kept}:
         raise CalibrationError(
@@ -256,6 +215,5 @@ def _sensitivity(
             )
         return {**result.outputs, EMBEDDING: result.embedding}
 
-    outputs = work.tensors(SENSITIVITY, compute)
-    embedding = outputs.pop(EMBEDDING)
-    return Sensitivity(outputs, embedding)
+    outputs = work.tensors("sensitivity", compute)
+    return Sensitivity(embedding=outputs.pop(EMBEDDING), outputs=outputs)

@@ -13,8 +13,8 @@ import os
 import warnings
 from functools import cache
 
-from bstack.errors import KernelError
 from bstack.kernels import selftest
+from bstk.errors import UsageError
 
 __all__ = ["CHOICES", "THREADS", "VARIABLE", "describe", "instructions", "library", "processors", "set_threads"]
 
@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL | None:
 
     Raises
     ------
-    bstack.errors.KernelError
+    bstk.UsageError
         ``BSTACK_KERNELS`` or ``BSTACK_THREADS`` is no value that works here.
 
     Warns
@@ -53,23 +53,21 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
     """The library as `library` returns it, and what is wrong with the kernels, if anything is."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in CHOICES:
-        raise KernelError(
-            f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is."
-        )
+        raise UsageError(f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is.")
     threads = _threads()
     if wanted == REFERENCE:
         return None, ""
     native = _load()
     if native is None:
         if wanted:
-            raise KernelError(
+            raise UsageError(
                 f"{VARIABLE} is {wanted!r}, but the C kernels are not built. Install a C compiler and reinstall bstack, "
                 f"or unset {VARIABLE}."
             )
         return None, "The C kernels are not built. Install a C compiler and reinstall bstack."
     if wanted and native.bstack_use(wanted.encode()):
         offered = ", ".join(name for name in CHOICES if name == REFERENCE or native.bstack_offers(name.encode()) == 0)
-        raise KernelError(f"{VARIABLE} is {wanted!r}, which this CPU does not have; it has {offered}.")
+        raise UsageError(f"{VARIABLE} is {wanted!r}, which this CPU does not have; it has {offered}.")
     native.bstack_set_threads(threads)
     if failed := selftest.failure(native):
         return None, (
@@ -80,13 +78,13 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
 
 
 def instructions() -> str:
-    """Return the name of the kernels in use, one of `CHOICES`; raise KernelError as `library`."""
+    """Return the name of the kernels in use, one of `CHOICES`; raise UsageError as `library`."""
     native, _ = _choose()
     return REFERENCE if native is None else native.bstack_instructions().decode()
 
 
 def describe() -> str:
-    """Return the name of the kernels in use, with what is wrong where they are missing; raise KernelError as `library`."""
+    """Return the name of the kernels in use, with what is wrong where they are missing; raise UsageError as `library`."""
     _, problem = _choose()
     return f"{instructions()}, some hundred times slower than C: {problem}" if problem else instructions()
 
@@ -131,5 +129,5 @@ def _threads() -> int:
     if not given:
         return min(processors(), MAX_THREADS)
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MAX_THREADS):
-        raise KernelError(f"{THREADS} is {given!r}; allowed are 1 to {MAX_THREADS}. Unset it to use every CPU.")
+        raise UsageError(f"{THREADS} is {given!r}; allowed are 1 to {MAX_THREADS}. Unset it to use every CPU.")
     return int(given)

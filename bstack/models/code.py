@@ -16,8 +16,7 @@ from typing import Any
 
 import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, one_line
-from bstack.models.files import is_model_file, put_files
-from bstack.models.hub import hub_snapshot
+from bstack.models.files import hub_snapshot, is_model_file, put_files
 from bstk.errors import os_errors
 
 __all__ = ["Code", "allowed_code", "check_code", "check_trust", "put_code", "recorded_place"]
@@ -29,24 +28,13 @@ _MAPS = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_confi
 
 @dataclass(frozen=True)
 class Code:
-    """Modules that the user allows to run.
-
-    Attributes
-    ----------
-    folder : Path
-        Holds the modules.
-    hub : str or None
-        Where they come from, ``owner/name@commit``; None for a folder, whose path is private.
-    digests : dict
-        File name -> SHA-256, of the modules that ``auto_map`` names and of those that they import from beside them.
-    references : dict
-        Automatic class -> ``module.Class``.
-    """
+    """Modules that the user allows to run."""
 
     folder: Path
-    hub: str | None
+    hub: str | None  # where they come from, owner/name@commit; None for a folder, whose path is private
+    # File name -> SHA-256, of the modules that auto_map names and of those that they import from beside them.
     digests: dict[str, str]
-    references: dict[str, str]
+    references: dict[str, str]  # automatic class -> module.Class
 
     def to_json(self) -> dict[str, Any]:
         """Return what a container's metadata record: the place if it is public, and the digests."""
@@ -56,28 +44,15 @@ class Code:
 def check_code(folder: Path, name: str, trust_remote_code: bool, hub: str | None = None) -> Code | None:
     """Return the code that a checkpoint needs, after a warning that names it; None where it needs none.
 
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint.
-    name : str
-        Its name, for messages.
-    trust_remote_code : bool
-    hub : str, optional
-        Where the folder comes from: ``owner/name@commit``.
-
-    Raises
-    ------
-    bstack.errors.ForeignCodeError
-        Code is needed, and not allowed or not found.
+    Code that is not allowed or not found is a ForeignCodeError. `hub` is where the folder comes from, ``owner/name@commit``.
     """
     if not (found := _needed(folder, name, trust_remote_code)):
         return None
     places = {reference.rpartition("--")[0] for reference in found.values()}
     if len(places) > 1:
         raise UnsupportedModelError(
-            f"{name}: its code is in {len(places)} places: {', '.join(sorted(found.values()))}. Copy the modules into the "
-            "model's folder, and leave only module.Class in auto_map."
+            f"{name}: its code is in {len(places)} places: {', '.join(sorted(found.values()))}.",
+            hint="Copy the modules into the model's folder, and leave only module.Class in auto_map.",
         )
     return _find(place, found, name) if (place := places.pop()) else _load(folder, hub, found, name)
 
@@ -89,7 +64,7 @@ def allowed_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code:
     ----------
     file : bstk.Reader
     folder : Path
-        The files that it carries.
+        Holds the files that the container carries.
     trust_remote_code : bool
     code : str or None
         A folder or a hub id with the code; None for the hub id that the file records.
@@ -119,7 +94,7 @@ def stage_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code: s
 
 
 def stage_model(folder: Path, code: Code) -> Path:
-    """Copy the files beside a checkpoint's weights into a temporary folder, with `code` and no other.
+    """Copy the files beside a checkpoint's weights into a temporary folder, with `code` and no other code.
 
     transformers runs code from the folder that it reads: this way it runs what was announced and recorded, at one commit.
     The caller deletes the parent of the folder that is returned.
@@ -257,6 +232,7 @@ def _load(folder: Path, hub: str | None, found: dict[str, str], name: str, recor
 
 
 def _record(file: bstk.Reader) -> dict[str, Any]:
+    """Return what a container records of its model's code."""
     model = file.metadata.get("model")
     record = model.get("code") if isinstance(model, dict) else None
     return record if isinstance(record, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.checkpoint import Checkpoint
-from bstack.models.skeleton import check_finite, owner_of
+from bstack.models.files import export_tokenizer, file_record
+from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstk.errors import DamagedError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -28,19 +27,7 @@ _PATCHING = threading.Lock()
 
 
 class GGUFCheckpoint(Checkpoint):
-    """Read a GGUF file through the `gguf` package and transformers' tables of names.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-
-    Raises
-    ------
-    bstk.errors.MissingPackageError
-        When the optional package `gguf` is absent.
-    bstk.DamagedError, bstack.errors.UnsupportedModelError
-    """
+    """Read a GGUF file through the optional package `gguf` and transformers' tables of names."""
 
     def __init__(self, path: Path):
         try:
@@ -82,22 +69,18 @@ class GGUFCheckpoint(Checkpoint):
         with _PATCHING:
             reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
             gguf.GGUFReader = lambda path, *args: self._reader if Path(path) == self.path else reader(path, *args)  # type: ignore
-            gguf.get_tensor_name_map = functools.cache(table)  # type: ignore
+            gguf.get_tensor_name_map = functools.cache(table)
             try:
                 yield
             finally:
                 gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
 
     def provenance(self) -> dict[str, Any]:
-        with open(self.path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"format": "gguf", "files": [{"name": self.path.name, "bytes": self.size_bytes, "sha256": digest}]}
+        return {"format": "gguf", "files": [file_record(self.path)]}
 
     def export_tokenizer(self, folder: Path) -> list[str]:
-        from bstack.models.tokenizer import export
-
         with self._parsed_once():
-            return export(folder, self.path.parent, gguf_file=self.path.name)
+            return export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -112,12 +95,7 @@ class GGUFCheckpoint(Checkpoint):
             target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))
             if target is not None:
                 self._tensors[target].append(tensor)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing = sorted(set(model.state_dict()) - self._tensors.keys() - tied)
-        if missing:
-            raise UnsupportedModelError(
-                f"{self.path} lacks {missing[0]} ({len(missing)} parameters in all), which {type(model).__name__} needs."
-            )
+        check_complete(model, str(self.path), self._tensors)
 
     def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         wanted = [name for name in names if name in self._tensors]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,17 +25,7 @@ RANGE_WEIGHTS = 2**22
 
 
 class MatrixName(NamedTuple):
-    """A parsed matrix name.
-
-    Attributes
-    ----------
-    parameter : str
-        State-dict name.
-    index : int or None
-        Slice along the first of three dimensions.
-    rows : tuple of int or None
-        First row, and the row after the last.
-    """
+    """A parsed matrix name: the parameter, and a slice along the first of three dimensions or a range of rows."""
 
     parameter: str
     index: int | None = None  # type: ignore[assignment]  # hides tuple.index
@@ -46,11 +37,8 @@ class MatrixName(NamedTuple):
         match = _PATTERN.fullmatch(name)
         if match is None:
             raise ValueError(f"{name!r} is not the name of a matrix")
-        if match["index"] is not None:
-            return cls(match["parameter"], index=int(match["index"]))
-        if match["start"] is not None:
-            return cls(match["parameter"], rows=(int(match["start"]), int(match["stop"])))
-        return cls(match["parameter"])
+        index, start, stop = match["index"], match["start"], match["stop"]
+        return cls(match["parameter"], int(index) if index else None, (int(start), int(stop)) if start else None)
 
     def __str__(self) -> str:
         if self.index is not None:
@@ -66,7 +54,7 @@ class MatrixName(NamedTuple):
         return part.t() if transposed else part
 
 
-def row_ranges(parameter: str, shape: tuple[int, int]) -> list[MatrixName]:
+def row_ranges(parameter: str, shape: Sequence[int]) -> list[MatrixName]:
     """Split an embedding or head into ranges of rows; one with few rows stays whole."""
     rows, columns = shape
     if rows <= FIRST_ROWS:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bstack.errors import UnsupportedModelError
-from bstack.models.checkpoint import Checkpoint
-from bstack.models.files import MODEL_SUFFIXES
-from bstack.models.hub import DEFAULT_MODEL, DEFAULT_PACKAGE, default_model, hub_snapshot
+from bstack.models.files import DEFAULT_MODEL, DEFAULT_PACKAGE, MODEL_SUFFIXES, default_model, hub_snapshot
+from bstack.models.gguf import GGUFCheckpoint
+from bstack.models.safetensors import SafetensorsCheckpoint
+from bstack.models.skeleton import Checkpoint
 from bstk.errors import UsageError
 
 __all__ = ["open_checkpoint"]
@@ -36,9 +37,6 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
     bstack.errors.UnsupportedModelError
         When it is found, but is no checkpoint that bstack reads.
     """
-    from bstack.models.gguf import GGUFCheckpoint
-    from bstack.models.safetensors import SafetensorsCheckpoint
-
     path = Path(model)
     if path.is_dir():
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import weakref
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.checkpoint import Checkpoint
 from bstack.models.code import check_code, reset_attn_impl, stage_model
-from bstack.models.skeleton import check_finite, owner_of
+from bstack.models.files import export_tokenizer, file_record
+from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstk.errors import DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SafetensorsCheckpoint"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -39,23 +37,7 @@ class _Header(NamedTuple):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Read a folder as `save_pretrained` writes it.
-
-    Parameters
-    ----------
-    folder : Path
-        Holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
-    name : str, optional
-        What to call the model; the folder's name by default.
-    trust_remote_code : bool
-        Run the Python code that it brings along.
-    hub : str, optional
-        Where the folder comes from: ``owner/name@commit``.
-
-    Raises
-    ------
-    bstk.UsageError, bstack.errors.UnsupportedModelError, bstk.DamagedError
-    """
+    """Read a folder as `save_pretrained` writes it; `hub` is where it comes from, ``owner/name@commit``."""
 
     def __init__(
         self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False, hub: str | None = None
@@ -70,9 +52,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = _read_config(self._beside, self.code is not None, folder)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)
-        self._read_headers()
-
-    def _read_headers(self) -> None:
         self._headers: dict[str, _Header] = {}
         for file in self.files:
             with _opened(file) as shard:
@@ -87,15 +66,10 @@ class SafetensorsCheckpoint(Checkpoint):
             )
 
     def provenance(self) -> dict[str, Any]:
-        return {
-            "format": "safetensors",
-            "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in self.files],
-        }
+        return {"format": "safetensors", "files": [file_record(file) for file in self.files]}
 
     def export_tokenizer(self, folder: Path) -> list[str]:
-        from bstack.models.tokenizer import export
-
-        return export(folder, self._beside, self.code is not None, display_name=self.folder)
+        return export_tokenizer(folder, self._beside, self.code is not None, display_name=self.folder)
 
     def bind(self, model: PreTrainedModel) -> None:
         # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own
@@ -120,14 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
             first = converter.target_patterns[0]
             for other in converter.target_patterns:
                 self._keys[target.replace(first, other)].append(key)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing = sorted(set(state) - self._keys.keys() - tied)
-        if missing:
-            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise UnsupportedModelError(
-                f"{self.name}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
-                "Is config.json the one that belongs to these weights?"
-            )
+        check_complete(model, self.name, self._keys)
 
     def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         from safetensors import SafetensorError
@@ -223,8 +190,3 @@ def _weight_files(folder: Path) -> list[Path]:
             "(load it with transformers and call save_pretrained)."
         )
     raise UsageError(f"{folder} has no {SINGLE} and no {INDEX}.")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

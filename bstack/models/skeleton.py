@@ -1,11 +1,13 @@
-"""A transformers model without weights: its repeated layers, filled and emptied one at a time."""
+"""A transformers model without weights, its layers filled and emptied one at a time from a checkpoint of any format."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,30 +16,50 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
+from bstack.models.code import Code
 
 if TYPE_CHECKING:
-    from bstack.models.checkpoint import Checkpoint
+    from transformers import PreTrainedModel
 
-__all__ = [
-    "Skeleton",
-    "check_finite",
-    "find_layers",
-    "layer_parameters",
-    "owner_of",
-    "parameters_on_meta",
-    "quiet_transformers",
-]
+__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters"]
+__all__ += ["owner_of", "parameters_on_meta", "quiet_transformers"]
 
-PIECE = 2**22
+
+class Checkpoint(ABC):
+    """An original model on disk, read a few parameters at a time."""
+
+    name: str  # what a user calls the model: the folder's name, the hub id, the file's name
+    config: Any  # transformers.PretrainedConfig
+    size_bytes: int  # of the weight files
+    quantisation: str | None = None  # of most weights, such as Q4_1; None for floats
+    code: Code | None = None  # that the model needs and the user allows to run
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """Describe the source in plain JSON values: format, file names, sizes and digests."""
+
+    @abstractmethod
+    def export_tokenizer(self, folder: Path) -> list[str]:
+        """Write the files of the tokenizer and of the generation settings into `folder`; return their names."""
+
+    @abstractmethod
+    def bind(self, model: PreTrainedModel) -> None:
+        """Match the tensors with the parameters of `model` (on the meta device), as `check_complete`."""
+
+    @abstractmethod
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Fill the named parameters and buffers of the bound `model`, each in its floating type; then `check_finite`.
+
+        The caller may write to that memory: the next load does not see it.
+        """
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the checkpoint stores a parameter; a container stores plain copies in the same."""
 
 
 class Skeleton:
     """The module tree of a causal language model, parameters on the meta device until they are loaded.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        Where the parameters come from.
 
     Attributes
     ----------
@@ -62,21 +84,18 @@ class Skeleton:
         checkpoint.bind(self.model)
         prefix, layers = find_layers(self.model)
         self.layers = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
-        self._names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        self.input_name = self._names[id(self.model.get_input_embeddings().weight)]
+        names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
+        self.input_name = names[id(self.model.get_input_embeddings().weight)]
         head = self.model.get_output_embeddings()
-        tied = head is None or head.weight is self.model.get_input_embeddings().weight or self._tied_by_config()
-        self.output_name = self.input_name if tied else self._names[id(head.weight)]
-
-    def _tied_by_config(self) -> bool:
-        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
+        tied = head is None or head.weight is self.model.get_input_embeddings().weight
+        tied = tied or getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
+        self.output_name = self.input_name if tied else names[id(head.weight)]
 
     @property
     def outer_names(self) -> list[str]:
         """Return the state-dict names outside the repeated layers, without tied copies."""
         inside = tuple(name + "." for name, _ in self.layers)
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
+        return [name for name in _untied_names(self.model) if not name.startswith(inside)]
 
     @property
     def rest_names(self) -> list[str]:
@@ -185,29 +204,20 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find a model's repeated layers: the outermost module list that holds the most parameters.
+    """Find a model's repeated layers, the outermost module list that holds the most parameters, and its full name.
 
-    Returns
-    -------
-    name : str
-        Full name of the list, for example ``model.layers``.
-    layers : nn.ModuleList
-
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-        When the model has no module list with parameters.
+    A model without such a list is refused with an UnsupportedModelError.
     """
     found: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(other + ".") for _, other, _ in found):
             size = sum(math.prod(p.shape) for p in module.parameters())
             found.append((size, name, module))
-    if not found or max(found, key=lambda f: f[0])[0] == 0:
+    size, name, layers = max(found, key=lambda f: f[0], default=(0, "", nn.ModuleList()))
+    if not size:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of repeated layers, so there is nothing to stream and compress."
         )
-    _, name, layers = max(found, key=lambda f: f[0])
     return name, layers
 
 
@@ -217,18 +227,28 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), leaf
 
 
-def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN and infinity in freshly loaded parameters.
+def _untied_names(model: Any) -> list[str]:
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    return [name for name in model.state_dict() if name not in tied]
 
-    Raises
-    ------
-    bstack.errors.UnsupportedModelError
-    """
+
+def check_complete(model: nn.Module, source: str, found: Container[str]) -> None:
+    """Refuse a source without all parameters of the model with an UnsupportedModelError that names some."""
+    if missing := sorted(name for name in _untied_names(model) if name not in found):
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UnsupportedModelError(
+            f"{source}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
+            "Is its configuration, such as config.json, the one that belongs to these weights?"
+        )
+
+
+def check_finite(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse NaN and infinity in freshly loaded parameters with an UnsupportedModelError."""
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
         # A float64 sum is finite only if all elements are. In pieces, because torch makes a float64 copy of what it sums:
         # 4 GB for a vocabulary of 128,000.
-        pieces = tensor.reshape(-1).split(PIECE)
+        pieces = tensor.reshape(-1).split(2**22)
         if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
             bad = int((~tensor.isfinite()).sum())
             raise UnsupportedModelError(

@@ -7,7 +7,8 @@ import pytest
 
 from bstack.calibration import texts
 from bstack.calibration.texts import TextSource, open_text, token_windows
-from bstack.errors import CalibrationError, TextNotFoundError
+from bstack.errors import CalibrationError
+from bstk.errors import UsageError
 
 
 class Letters:
@@ -109,5 +110,5 @@ def test_hub_data_sets_without_texts(monkeypatch):
     with pytest.raises(CalibrationError, match='no "text" column, only content, label'):
         open_text("owner/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextNotFoundError, match="pip install"):
+    with pytest.raises(UsageError, match="pip install"):
         open_text("owner/set")

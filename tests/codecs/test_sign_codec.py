@@ -13,9 +13,9 @@ from hypothesis import given, settings
 import bstk
 from bstack.codecs import codec_of_kind, make_codec
 from bstack.codecs.sign import RANKS, SignCodec, channel_norms, choose_rank
-from bstack.errors import CodecError
 from bstack.numerics.hessian import output_errors
 from bstack.settings import PRESETS, Settings
+from bstk.errors import UsageError
 
 
 def gram(inputs: int, seed: int = 0, tokens: int = 64) -> torch.Tensor:
@@ -294,13 +294,13 @@ def test_auto_rank_of_cases_that_are_clear():
 
 @pytest.mark.parametrize("rank", [0, -1, 257, "often", 2.5, None])
 def test_ranks_that_are_none(rank):
-    with pytest.raises(CodecError, match="1 to 256, or auto"):
+    with pytest.raises(UsageError, match="1 to 256, or auto"):
         SignCodec(rank=rank)
 
 
 @pytest.mark.parametrize("planes", [0, -3, 65])
 def test_planes_that_are_none(planes):
-    with pytest.raises(CodecError, match="1 to 64"):
+    with pytest.raises(UsageError, match="1 to 64"):
         SignCodec(planes=planes)
 
 
@@ -311,5 +311,5 @@ def test_the_bounds_themselves_are_allowed():
 
 def test_registry():
     assert codec_of_kind(bstk.SIGN) is SignCodec
-    with pytest.raises(CodecError, match=r"codec is .zip.; allowed are .*sign"):
+    with pytest.raises(UsageError, match=r"codec is .zip.; allowed are .*sign"):
         make_codec(Settings(codec="zip"))

@@ -12,8 +12,8 @@ import bstk
 from bstack.codecs import make_codec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.spqr_target import range_of
-from bstack.errors import CodecError
 from bstack.settings import Settings
+from bstk.errors import UsageError
 
 # A layer together
 
@@ -87,7 +87,7 @@ def test_a_matrix_whose_weights_are_all_alike_has_no_outliers_block():
 
 
 def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
-    with pytest.raises(CodecError, match=r"take 4\.8750 bits per weight without any outlier.*or take 3 bits"):
+    with pytest.raises(UsageError, match=r"take 4\.8750 bits per weight without any outlier.*or take 3 bits"):
         SpqrCodec(4, bpw=4.7).for_layer(layer())
 
 
@@ -118,13 +118,13 @@ def test_the_range_is_that_of_what_is_encoded(bits, group, shapes):
     for bpw in (least, (least + most) / 2):
         SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
     for bpw in (least - 0.001, most + 0.001):
-        with pytest.raises(CodecError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Allowed is"):
+        with pytest.raises(UsageError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Allowed is"):
             SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
 
 
 def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes():
     layers = [[[(64, 64)], [(64, 256), (256, 64)]], [[(32, 64)]]]
-    with pytest.raises(CodecError, match="Allowed is ") as refused:
+    with pytest.raises(UsageError, match="Allowed is ") as refused:
         SpqrCodec(bpw=4.7).check_shapes(layers)
     low, high = re.search(r"Allowed is ([\d.]+) to ([\d.]+)\.", str(refused.value)).groups()
     for bpw in (float(low), float(high)):
@@ -146,22 +146,22 @@ def test_a_layer_without_matrices_rules_nothing_out():
 
 
 def test_matrices_too_small_for_any_target():
-    with pytest.raises(CodecError, match="No value is possible: leave it out, or choose another group"):
+    with pytest.raises(UsageError, match="No value is possible: leave it out, or choose another group"):
         SpqrCodec(group=128, bpw=12).check_shapes([[[(16, 16)]]])
 
 
 @pytest.mark.parametrize(("group", "bpw", "advised"), [(128, 4.09, False), (16, 4.65, True)])
 def test_fewer_bits_are_advised_where_they_can_have_the_target(group, bpw, advised):
     layers = [[[(512, 512)]]]
-    with pytest.raises(CodecError, match=r"Allowed is [\d.]+ to [\d.]+\." + (" Or take 3 bits.$" if advised else "$")):
+    with pytest.raises(UsageError, match=r"Allowed is [\d.]+ to [\d.]+\." + (" Or take 3 bits.$" if advised else "$")):
         SpqrCodec(group=group, bpw=bpw).check_shapes(layers)
-    with nullcontext() if advised else pytest.raises(CodecError):
+    with nullcontext() if advised else pytest.raises(UsageError):
         SpqrCodec(3, group=group, bpw=bpw).check_shapes(layers)
 
 
 def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
     SpqrCodec().check_shapes([[[(70000, 64), (64, 70000)]]])  # it may be the outputs that are so many
-    with pytest.raises(CodecError, match="70000 inputs"):
+    with pytest.raises(UsageError, match="70000 inputs"):
         SpqrCodec().check_shapes([[[(64, 70000)]]])
 
 
@@ -197,14 +197,14 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
     ],
 )
 def test_settings_out_of_range_are_refused(given, words):
-    with pytest.raises(CodecError, match=words):
+    with pytest.raises(UsageError, match=words):
         make_codec(Settings(codec="spqr", **given)).check_shapes([])
 
 
 @pytest.mark.parametrize("codec", ["trellis", "sign"])
 @pytest.mark.parametrize("given", [{"bits": 4}, {"group": 16}, {"outliers": "auto"}, {"bpw": 5.0}])
 def test_other_codecs_refuse_its_settings(codec, given):
-    with pytest.raises(CodecError, match=f"{codec} codec has none; it belongs to the spqr codec"):
+    with pytest.raises(UsageError, match=f"{codec} codec has none; it belongs to the spqr codec"):
         make_codec(Settings(codec=codec, **given))
 
 
@@ -238,5 +238,5 @@ def test_auto_outliers_are_those_of_the_target():
 
 def test_more_inputs_than_16_bits_reach_are_refused():
     wide = torch.zeros(1, 65536)
-    with pytest.raises(CodecError, match=r"65536 inputs.*Use the trellis codec"):
+    with pytest.raises(UsageError, match=r"65536 inputs.*Use the trellis codec"):
         next(SpqrCodec().encode(wide, torch.zeros(1, 1), 1, torch.ones(1)))

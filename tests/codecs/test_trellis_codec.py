@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import bstk
 from bstack.codecs import make_codec
 from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
-from bstack.errors import CodecError
 from bstack.kernels import reference
 from bstack.kernels.native import library
 from bstack.kernels.trellis import encode_columns
 from bstack.numerics.hessian import output_errors
 from bstack.settings import Settings
+from bstk.errors import UsageError
 
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
 
@@ -183,12 +183,12 @@ def test_same_input_gives_the_same_bytes():
 
 @pytest.mark.parametrize("planes", [0, -1, 17])
 def test_planes_out_of_range_are_refused(planes):
-    with pytest.raises(CodecError, match="1 to 16"):
+    with pytest.raises(UsageError, match="1 to 16"):
         TrellisCodec(planes)
 
 
 def test_a_rank_is_refused():
-    with pytest.raises(CodecError, match="belongs to the sign codec"):
+    with pytest.raises(UsageError, match="belongs to the sign codec"):
         make_codec(Settings(rank=4))
 
 

@@ -126,7 +126,7 @@ def test_the_same_file_with_another_number_of_threads(codec, tiny_llama, tmp_pat
 
 def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
     workers = add_workers(3, BSTACK_KERNELS="reference")  # slow, with the same result bit for bit
-    by_address = {address: pid for address, pid in client.run(os.getpid).items()}
+    by_address = dict(client.run(os.getpid))
     killed = []
 
     def kill_one():
@@ -204,9 +204,9 @@ def test_an_encoder_that_times_out_is_not_asked_for_ever():
         def exception(self):
             return TimeoutError("a slow disk")
 
-    client = SimpleNamespace(status="running", nthreads=lambda: {"one": 1})
+    workers = SimpleNamespace(client=SimpleNamespace(status="running"), count_threads=lambda: 1)
     with pytest.raises(TimeoutError, match="a slow disk"):
-        cluster._Task(Failed(), client, "tcp://127.0.0.1:1", lambda *_: None).result()
+        cluster._Task(workers, Failed()).result()
 
 
 @pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}], indirect=True)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from bstack.codecs import CODECS
-from bstack.compression.encode import Matrix, encode, encode_arrays
-from bstack.compression.workers import WIDE, Threads
+from bstack.compression.encode import WIDE, Matrix, Threads, encode, encode_arrays
 from bstack.errors import CalibrationError
 
 

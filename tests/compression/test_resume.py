@@ -209,7 +209,7 @@ def test_other_settings_are_refused(unfinished, model, tmp_path, capsys, options
     before = sorted(p.name for p in unfinished.iterdir())
     assert compress(model, "-o", tmp_path / "out.bstk", *QUICK, *options) == 2
     err = capsys.readouterr().err
-    assert words in err and "Repeat the earlier settings" in err and "work_dir" in err
+    assert words in err and "Repeat the earlier settings" in err and "--work-dir" in err
     # Nothing was lost by the attempt, and another work directory works.
     assert sorted(p.name for p in unfinished.iterdir()) == before
     assert compress(model, "-o", tmp_path / "out.bstk", *QUICK, *options, "--work-dir", tmp_path / "other") == 0

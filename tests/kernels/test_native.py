@@ -69,7 +69,7 @@ def test_a_value_that_makes_no_sense_is_an_error(variable, value):
 def test_a_choice_that_is_not_there_is_an_error(afresh, monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: None)
     monkeypatch.setenv("BSTACK_KERNELS", "avx2")
-    with pytest.raises(native.KernelError, match="not built"):
+    with pytest.raises(native.UsageError, match="not built"):
         afresh()
 
     class Old:
@@ -80,7 +80,7 @@ def test_a_choice_that_is_not_there_is_an_error(afresh, monkeypatch):
             return 0 if name == b"portable" else 2
 
     monkeypatch.setattr(native, "_load", Old)
-    with pytest.raises(native.KernelError, match="this CPU does not have; it has reference, portable"):
+    with pytest.raises(native.UsageError, match="this CPU does not have; it has reference, portable"):
         afresh()
 
 

@@ -54,7 +54,7 @@ def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int
 
     Raises
     ------
-    bstack.errors.CodecError
+    bstk.UsageError
     """
     for choice in choices:
         if choice.bpw is not None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 from compressing import QUICK
 
 import bstk
@@ -38,7 +39,7 @@ def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):
 def test_existing_output_needs_force(run, model, tmp_path):
     (tmp_path / "out.bstk").write_text("precious")
     code, _, err = run("model", "-o", "out.bstk", *QUICK)
-    assert code == 2 and "exists already" in err and "overwrite" in err
+    assert code == 2 and "the output exists" in err and "--force" in err
     assert (tmp_path / "out.bstk").read_text() == "precious"
     # A forced run that fails leaves the old output where it was.
     assert run("nothing", "-o", "out.bstk", "--force", *QUICK)[0] == 2
@@ -49,9 +50,7 @@ def test_existing_output_needs_force(run, model, tmp_path):
 
 
 def test_the_model_is_never_its_own_output(run, tmp_path):
-    from test_load import write_gguf
-
-    before = write_gguf(tmp_path / "model.gguf").read_bytes()
+    before = tiny_gguf.write(tmp_path / "model.gguf").read_bytes()
     code, _, err = run("model.gguf", "-o", "model.gguf", "--force", *QUICK)
     assert code == 2 and "is the model itself" in err
     assert (tmp_path / "model.gguf").read_bytes() == before

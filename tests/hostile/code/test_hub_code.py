@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import bstack
 import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
-from bstack.models.hub import hub_snapshot
+from bstack.models.files import hub_snapshot
 from bstack.models.open import open_checkpoint
 
 

@@ -41,22 +41,8 @@ class Cut:
 class Measure:
     """Measure load time, memory and speed, then quality, then tasks.
 
-    Attributes
-    ----------
-    cut : Cut
-    run : str or None
-        Which model to load and run for load time and memory: the file with ``packed`` or with ``dense`` float32 weights,
-        or the ``original``. None skips that.
-    speed : bool
-        Whether to time its ``generate()``.
-    original : str or None
-        What `open_checkpoint` opens for ``run="original"``.
-    windows : str or None
-        An .npy file of token ids; None skips quality.
-    reference : str or None
-        The file of log probabilities to compare with.
-    tasks : sequence of str
-        For lm-eval.
+    `run` names the model to run for load time and memory: the file with ``packed`` or ``dense`` float32 weights, or the
+    ``original``, which `open_checkpoint` opens. `windows` is an .npy file of token ids, `reference` a file to compare with.
     """
 
     cut: Cut
@@ -87,18 +73,7 @@ def read_request(text: str) -> Measure | WriteReference:
 
 
 def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda: None) -> Measured:
-    """Answer a request in a new process.
-
-    Parameters
-    ----------
-    request : Measure or WriteReference
-    progress : callable
-        Called after each repetition of the speed test and each window.
-
-    Returns
-    -------
-    Measured
-        Empty for `WriteReference`.
+    """Answer a request in a new process; empty for `WriteReference`. `progress` is called for each repetition and window.
 
     Raises
     ------

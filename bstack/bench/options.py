@@ -35,19 +35,7 @@ CALIBRATED = ("gptq", "spqr")
 
 
 class Choice(NamedTuple):
-    """A baseline to measure.
-
-    Attributes
-    ----------
-    method : str
-        ``rtn``, ``gptq`` or ``spqr``.
-    bits : int
-        Bits of a code.
-    asked : bool
-        The user named the bits, so it is measured whatever its size.
-    bpw : float or None
-        SpQR: bits per weight of the linears with their outliers; None for the usual fraction of outliers.
-    """
+    """A baseline to measure: method, bits of a code, whether the user named them, SpQR's bits per weight."""
 
     method: str
     bits: int
@@ -174,13 +162,7 @@ def width(bits: int, bpw: float | None) -> str:
 
 
 def parse_against(text: str) -> list[Choice]:
-    """Read ``rtn,gptq``, ``rtn:4,gptq:3`` or ``spqr:4@4.75``. Whether the bits per weight can be met is checked later.
-
-    Raises
-    ------
-    bstk.UsageError
-        The message names the wrong part.
-    """
+    """Read ``rtn,gptq``, ``rtn:4,gptq:3`` or ``spqr:4@4.75``. Whether the bits per weight can be met is checked later."""
     chosen: dict[tuple[str, int, float | None], Choice] = {}
     for part in map(str.strip, text.split(",")):
         method, colon, bits = part.partition(":")

@@ -34,30 +34,7 @@ def measure_baselines(
     notes: list[str],
     progress: Progress,
 ) -> list[Baseline]:
-    """Quantise the original and measure it; without named bits only baselines of a size with the file.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    options : Options
-        Its ``against`` and ``calibration``.
-    skeleton : Skeleton
-        The original, nothing loaded.
-    text : Text
-        Windows to measure on, the original's log probabilities on them, and the tokenizer for the calibration.
-    scratch : Path
-        A temporary folder.
-    resume : ResumeFile
-        Where results are kept.
-    notes : list of str
-        Receives sentences for the user.
-    progress : callable
-
-    Raises
-    ------
-    bstack.errors.CalibrationError
-        The calibration text cannot be read, or is too short.
-    """
+    """Quantise the original and measure it; without named bits only baselines of a size with the file."""
     runner = Baselines(file, skeleton, text.windows, text.reference, scratch)
     choices = _fitting(file, runner, options.against, notes)
     windows = None
@@ -81,17 +58,7 @@ def measure_baselines(
 def compare(
     file: bstk.Reader, baselines: Sequence[Baseline], point: Callable[[int, str], Point], notes: list[str]
 ) -> list[Comparison]:
-    """Compare the file with the best of the baselines at their bytes.
-
-    Parameters
-    ----------
-    file : bstk.Reader
-    baselines : sequence of Baseline
-    point : callable
-        Measures the file at a budget in bytes; the text says what for.
-    notes : list of str
-        Receives a sentence on baselines that are too small.
-    """
+    """Compare the file with the best of the baselines at their bytes."""
     smallest = file.smallest.budget
     best = frontier(baselines)
     if below := [b.name for b in best if b.sizes.file_bytes < smallest]:

@@ -65,22 +65,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Source:
-    """What was measured, and on which text.
-
-    Attributes
-    ----------
-    file : str
-        Its name, without folders.
-    root : str
-        Its root digest, in hexadecimal digits.
-    model : str or None
-    parameters : int or None
-    text : dict or None
-        ``name``, ``sha256``, ``windows``, ``sequence_length``; None when quality was not measured.
-    reference : str or None
-        What the divergence is measured against: ``original`` or ``full file``.
-    original : Original or None
-    """
+    """What was measured, and on which text; `reference` is what the divergence is measured against."""
 
     file: str
     root: str
@@ -93,17 +78,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Point:
-    """The file at one size.
-
-    Attributes
-    ----------
-    budget : int
-        In bytes.
-    file_bytes, memory_bytes : int
-        What the cut takes as a file and as packed weights in memory.
-    bits_per_weight : float or None
-    measured : Measured
-    """
+    """The file cut to a budget in bytes."""
 
     budget: int
     file_bytes: int
@@ -127,16 +102,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Dense:
-    """A model with float32 weights, run as the packed sizes are, to compare their speed with.
-
-    Attributes
-    ----------
-    name : str
-        ``file`` or ``original``.
-    file_bytes : int or None
-        Of the cut; None for the original.
-    running : Running
-    """
+    """The ``file`` or the ``original`` with float32 weights, run as the packed sizes are, to compare their speed with."""
 
     name: str
     file_bytes: int | None
@@ -160,18 +126,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One measured baseline.
-
-    Attributes
-    ----------
-    method : str
-    bits, embedding_bits : int
-        Of the linears, and of embeddings and head (always rounded to nearest).
-    sizes : Sizes
-    quality : Quality
-    bpw : float or None
-        SpQR: bits per weight that the linears of a layer may take, if the user chose them.
-    """
+    """One measured baseline; embeddings and head are always rounded to nearest. `bpw` is SpQR's, if the user chose it."""
 
     method: str
     bits: int

@@ -51,14 +51,7 @@ def _send(answers: TextIO, **message: Any) -> None:
 
 
 def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measured:
-    """Do what the request asks for.
-
-    Parameters
-    ----------
-    request : Measure or WriteReference
-    step : callable
-        Called after each repetition and window.
-    """
+    """Do what the request asks for; `step` is called after each repetition and window."""
     _import_model_code(request.cut.file)
     if isinstance(request, WriteReference):
         _write_reference(request, step)

@@ -26,17 +26,7 @@ def curve(metadata: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def render(points: list[dict[str, Any]], *, cut: int | None = None, here: int | None = None) -> str:
-    """Return the curve as a table.
-
-    Parameters
-    ----------
-    points : list
-        Of `curve`.
-    cut : int, optional
-        Put > at the largest measured file of at most so many bytes.
-    here : int, optional
-        Put - at every measured file of more bytes.
-    """
+    """Return the curve as a table: > at the largest file of at most `cut` bytes, - at every file of more than `here`."""
     # The known columns in their order, then what else was measured.
     present = dict.fromkeys(key for point in points for key in point)
     columns = [key for key in dict.fromkeys([*_TITLES, *present]) if key in present and _is_plain(points, key)]

@@ -62,10 +62,7 @@ def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
 def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what the original takes, as (what, value): in its own precision, and as it was stored if it was quantised.
 
-    Parameters
-    ----------
-    model : mapping
-        Metadata of a model; a file of an older version has ``original_bytes`` at most.
+    The metadata of a file of an older version has ``original_bytes`` at most.
     """
     stored, size, quantisation = (
         model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")

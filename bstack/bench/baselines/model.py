@@ -32,18 +32,7 @@ TOKENS_TOGETHER = 4096
 class Baselines:
     """Runs baselines on the matrices that a .bstk file keeps as stacks; everything else stays as in the file.
 
-    Parameters
-    ----------
-    file : bstk.Reader
-        Says which matrices are quantised, and what the rest of a file costs.
-    skeleton : Skeleton
-        The original, nothing loaded.
-    windows : torch.Tensor
-        To measure on.
-    reference : Reference
-        The original's log probabilities on them.
-    scratch : Path
-        A temporary folder; a quantised model is kept there while it is measured.
+    A quantised model is kept in the folder `scratch` while it is measured on `windows` against the original's `reference`.
     """
 
     def __init__(
@@ -90,21 +79,7 @@ class Baselines:
         progress: Callable[[], None] = lambda: None,
         bpw: float | None = None,
     ) -> list[Baseline]:
-        """Quantise and measure, with the embeddings at 8 bits and at 4.
-
-        Parameters
-        ----------
-        method : str
-            ``rtn``, ``gptq`` or ``spqr``.
-        bits : int
-            Of the linears.
-        calibration : torch.Tensor or None
-            Token ids, int64, shape (samples, length), for GPTQ and SpQR.
-        progress : callable
-            Called once for each layer while quantising, and in each pass of measuring.
-        bpw : float, optional
-            SpQR: bits per weight that the linears of a layer may take together.
-        """
+        """Quantise and measure, with the embeddings at 8 bits and at 4; `calibration` is for GPTQ and SpQR."""
         store = _Store(self._scratch / f"{method}-{bits}")
         if calibration is not None and method in CALIBRATED:
             self._quantise_in_order(method, calibration, bits, store, progress, bpw)

@@ -59,17 +59,8 @@ class ReferenceWriter:
         with os_errors(self._shown):
             self._sink.write(raw)
 
-    def finish(self, key: str, extra: dict[str, Any]) -> None:
-        """Write the JSON."""
-        data = json.dumps(self._end(key, extra)).encode()
-        with os_errors(self._shown):
-            self._sink.write(data + len(data).to_bytes(8, "little"))
-
-    def readable(self, temporary: str) -> Reference:
-        """Open what has been written, to compare with before the JSON is there."""
-        return Reference(temporary, end=self._end("", {}))
-
-    def _end(self, key: str, extra: dict[str, Any]) -> dict[str, Any]:
+    def end(self, key: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return what the JSON at the end of the file says."""
         return {"key": key, "shape": [self._windows, *self._shape], "crc32": self._checks, "extra": extra}
 
 
@@ -86,7 +77,11 @@ def write_reference(
             sink.write(MAGIC)
         writer = ReferenceWriter(sink, os.fspath(path), windows)
         fill(writer)
-        writer.finish(key, {} if extra is None else extra(writer.readable(temporary)))
+        # The unfinished file is read with the JSON that it does not have yet.
+        found = {} if extra is None else extra(Reference(temporary, end=writer.end("", {})))
+        data = json.dumps(writer.end(key, found)).encode()
+        with os_errors(os.fspath(path)):
+            sink.write(data + len(data).to_bytes(8, "little"))
     return Reference(path, key)
 
 

@@ -26,22 +26,15 @@ class Measured:
 
     def to_plain(self) -> dict[str, Any]:
         """Return values that Python's JSON can carry and `from_plain` reads back."""
-        running = None if self.running is None else self.running.to_json()
-        return {
-            "running": running,
-            "quality": None if self.quality is None else vars(self.quality),
-            "tasks": self.tasks,
-        }
+        running = self.running and self.running.to_json()
+        return {"running": running, "quality": self.quality and vars(self.quality), "tasks": self.tasks}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Measured:
         """Read what `to_plain` returned."""
-        running, quality, tasks = plain["running"], plain["quality"], plain["tasks"]
-        return cls(
-            None if running is None else Running.from_json(running),
-            None if quality is None else Quality.from_plain(quality),
-            {name: Estimate(*pair) for name, pair in tasks.items()},
-        )
+        running, quality = plain["running"], plain["quality"]
+        tasks = {name: Estimate(*pair) for name, pair in plain["tasks"].items()}
+        return cls(running and Running.from_json(running), quality and Quality.from_plain(quality), tasks)
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,8 @@ class Original:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "model": self.model,
-            "bytes": self.bytes,
-            "original": self.quality.to_json(),
-            "noise_floor": self.noise_floor.to_json(),
-        }
+        named = {"model": self.model, "bytes": self.bytes}
+        return {**named, "original": self.quality.to_json(), "noise_floor": self.noise_floor.to_json()}
 
 
 @dataclass(frozen=True)
@@ -147,14 +136,8 @@ class Baseline:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "method": self.method,
-            "bits": self.bits,
-            "bpw": self.bpw,
-            "embedding_bits": self.embedding_bits,
-            **vars(self.sizes),
-            **self.quality.to_json(),
-        }
+        named = {key: getattr(self, key) for key in ("method", "bits", "bpw", "embedding_bits")}
+        return {**named, **vars(self.sizes), **self.quality.to_json()}
 
     def to_plain(self) -> dict[str, Any]:
         """Return values that Python's JSON can carry and `from_plain` reads back."""
@@ -199,13 +182,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, schema bstack.bench/1."""
         original = self.source.original
+        measured = ("points", "dense", "baselines", "comparisons")
         return {
             **vars(self.source),
             "original": {} if original is None else original.to_json(),
-            "points": [point.to_json() for point in self.points],
-            "dense": [dense.to_json() for dense in self.dense],
-            "baselines": [baseline.to_json() for baseline in self.baselines],
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            **{key: [one.to_json() for one in getattr(self, key)] for key in measured},
             "notes": list(self.notes),
         }
 

@@ -144,4 +144,4 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
 
 def _rate(tokens: int, seconds: tuple[float, ...]) -> Rate:
     rates = [tokens / s for s in seconds]
-    return Rate(statistics.mean(rates), statistics.stdev(rates) if len(rates) > 1 else 0.0)
+    return Rate(statistics.mean(rates), statistics.stdev(rates))

@@ -47,9 +47,8 @@ def measuring_text(source: str | None) -> TextSource:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise CalibrationError(
-            "This Python comes without pydoc_data, whose text is the default. Give another text."
-        ) from None
+        message = "This Python comes without pydoc_data, whose text is the default. Give another text."
+        raise CalibrationError(message, option="text") from None
     return TextSource(DEFAULT, "\n\n".join(topics[name].strip() for name in sorted(topics)))
 
 
@@ -76,7 +75,8 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
         few = f"{len(ids) // length} windows" if len(ids) >= length else f"a sequence_length of {len(ids)}"
         raise CalibrationError(
             f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text, or at most {few}."
+            f"text, or at most {few}.",
+            option="windows" if len(ids) >= length else "sequence_length",
         )
     return torch.tensor(ids[:needed]).view(windows, length)
 
@@ -88,7 +88,8 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
 
     if "tokenizer_config.json" not in file.files:
         raise CalibrationError(
-            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality."
+            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
+            option="quality",
         )
     with embedded_files(file) as folder:
         trusted = stage_code(file, folder, trust_remote_code, code)
@@ -103,6 +104,7 @@ def window_length(file: bstk.Reader, asked: int | None) -> int:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):
         raise bstk.UsageError(
-            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less."
+            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less.",
+            option="sequence_length",
         )
     return asked

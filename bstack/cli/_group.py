@@ -84,7 +84,7 @@ class LazyGroup(click.Group):
 
 
 def _stdout_is_closed() -> bool:
-    """Tell whether the reader of standard output is gone (``| head``), not that of another pipe or socket."""
+    """Return whether the reader of standard output is gone (``| head``), not that of another pipe or socket."""
     try:
         sys.stdout.flush()
         readers = select.poll()

@@ -49,7 +49,7 @@ def test_existing_output_needs_force(run, model, tmp_path):
 
 
 def test_the_model_is_never_its_own_output(run, tmp_path):
-    from test_load import write_gguf
+    from tiny_models import write_gguf
 
     before = write_gguf(tmp_path / "model.gguf").read_bytes()
     code, _, err = run("model.gguf", "-o", "model.gguf", "--force", *QUICK)

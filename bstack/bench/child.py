@@ -41,22 +41,8 @@ class Cut:
 class Measure:
     """Measure load time, memory and speed, then quality, then tasks.
 
-    Attributes
-    ----------
-    cut : Cut
-    run : str or None
-        Which model to load and run for load time and memory: the file with ``packed`` or with ``dense`` float32 weights,
-        or the ``original``. None skips that.
-    speed : bool
-        Whether to time its ``generate()``.
-    original : str or None
-        What `open_checkpoint` opens for ``run="original"``.
-    windows : str or None
-        An .npy file of token ids; None skips quality.
-    reference : str or None
-        The file of log probabilities to compare with.
-    tasks : sequence of str
-        For lm-eval.
+    `run` names the model to run for load time and memory: the file with ``packed`` or ``dense`` float32 weights, or the
+    ``original``, which `open_checkpoint` opens. `windows` is an .npy file of token ids, `reference` a file to compare with.
     """
 
     cut: Cut
@@ -77,7 +63,7 @@ class WriteReference:
     output: str
 
 
-_REQUESTS: dict[str, type[Measure | WriteReference]] = {"measure": Measure, "write_reference": WriteReference}
+_REQUESTS: dict[str, type[Measure | WriteReference]] = {kind.__name__: kind for kind in (Measure, WriteReference)}
 
 
 def read_request(text: str) -> Measure | WriteReference:
@@ -87,18 +73,7 @@ def read_request(text: str) -> Measure | WriteReference:
 
 
 def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda: None) -> Measured:
-    """Answer a request in a new process.
-
-    Parameters
-    ----------
-    request : Measure or WriteReference
-    progress : callable
-        Called after each repetition of the speed test and each window.
-
-    Returns
-    -------
-    Measured
-        Empty for `WriteReference`.
+    """Answer a request in a new process; empty for `WriteReference`. `progress` is called for each repetition and window.
 
     Raises
     ------
@@ -107,7 +82,6 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
     bstk.ResourceError
         The system killed the child, most likely for its memory.
     """
-    name = next(name for name, kind in _REQUESTS.items() if isinstance(request, kind))
     shown = f"{mb_text(request.cut.budget)} MB"
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
@@ -120,7 +94,7 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
             env=isolated_environment(),
         )
         try:
-            answer = _converse(child, json.dumps({name: asdict(request)}), progress)
+            answer = _converse(child, json.dumps({type(request).__name__: asdict(request)}), progress)
             child.wait()
         finally:
             # An interrupt must not leave it running.
@@ -132,9 +106,14 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
         if answer is None:
             complaints.seek(0)
             raise _died(child.returncode, shown, complaints.read().decode(errors="replace"))
-    if "error" in answer:
-        raise _raised(answer["error"], shown)
-    return Measured.from_plain(answer["result"])
+    if "error" not in answer:
+        return Measured.from_plain(answer["result"])
+    message, code = answer["error"]["message"], answer["error"]["exit_code"]
+    if code is None:
+        raise bstk.BstkError(f"Measuring {shown} failed with {message}")
+    raised = bstk.BstkError(message)
+    raised.exit_code = code
+    raise raised
 
 
 def isolated_environment() -> dict[str, str]:
@@ -172,11 +151,3 @@ def _died(code: int, shown: str, complaints: str) -> bstk.BstkError:
         )
     last = complaints.strip().splitlines()[-1:] or ["it said nothing"]
     return bstk.BstkError(f"The process that measured {shown} ended with {code}: {last[0]}")
-
-
-def _raised(error: dict[str, Any], shown: str) -> bstk.BstkError:
-    if error["exit_code"] is None:
-        return bstk.BstkError(f"Measuring {shown} failed with {error['message']}")
-    raised = bstk.BstkError(error["message"])
-    raised.exit_code = error["exit_code"]
-    return raised

@@ -35,19 +35,7 @@ CALIBRATED = ("gptq", "spqr")
 
 
 class Choice(NamedTuple):
-    """A baseline to measure.
-
-    Attributes
-    ----------
-    method : str
-        ``rtn``, ``gptq`` or ``spqr``.
-    bits : int
-        Bits of a code.
-    asked : bool
-        The user named the bits, so it is measured whatever its size.
-    bpw : float or None
-        SpQR: bits per weight of the linears with their outliers; None for the usual fraction of outliers.
-    """
+    """A baseline to measure: method, bits of a code, whether the user named them, SpQR's bits per weight."""
 
     method: str
     bits: int
@@ -64,30 +52,10 @@ class Choice(NamedTuple):
 class Options:
     """What to measure.
 
-    Attributes
-    ----------
-    budgets : sequence of int or None
-        Sizes in bytes; None: ten from the base model to the whole file.
-    speed, quality : bool
-    text : str or None
-        File, folder or hub data set; None: the default of `bstack.bench.text`.
-    windows : int
-    sequence_length : int or None
-        Tokens in each window; None: 512, or what the model reads if that is less.
-    original : str or None
-        The model that the file was made from.
-    force : bool
-        Accept another model as the original.
-    against : sequence of Choice
-        Baselines; they need the original.
-    calibration : str or None
-        For GPTQ and SpQR; None: what the file's metadata names.
-    tasks : sequence of str
-        For lm-eval.
-    trust_remote_code : bool
-        Run the Python code that the model needs.
-    code : str or None
-        Folder or hub id with that code.
+    `budgets` are bytes; None means ten sizes from the base model to the whole file. None as `text` means the default of
+    `bstack.bench.text`, as `sequence_length` 512 or what the model reads, as `calibration` what the file's metadata names.
+    `force` accepts another model as the `original`, which the baselines in `against` need. `code` is the folder or hub id
+    of the Python code that `trust_remote_code` allows.
     """
 
     budgets: Sequence[int] | None = None
@@ -174,13 +142,7 @@ def width(bits: int, bpw: float | None) -> str:
 
 
 def parse_against(text: str) -> list[Choice]:
-    """Read ``rtn,gptq``, ``rtn:4,gptq:3`` or ``spqr:4@4.75``. Whether the bits per weight can be met is checked later.
-
-    Raises
-    ------
-    bstk.UsageError
-        The message names the wrong part.
-    """
+    """Read ``rtn,gptq``, ``rtn:4,gptq:3`` or ``spqr:4@4.75``. Whether the bits per weight can be met is checked later."""
     chosen: dict[tuple[str, int, float | None], Choice] = {}
     for part in map(str.strip, text.split(",")):
         method, colon, bits = part.partition(":")

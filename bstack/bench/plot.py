@@ -28,15 +28,7 @@ BROKEN = 4
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Check that the plot can be drawn, before hours of measuring.
-
-    Raises
-    ------
-    bstk.UsageError
-        The name does not end in a known format.
-    bstack.errors.MissingPackageError
-        Without matplotlib.
-    """
+    """Check that the plot can be drawn, before hours of measuring."""
     if Path(path).suffix.lower().lstrip(".") not in FORMATS:
         raise bstk.UsageError(
             f"{os.fspath(path)}: the name of a plot must end in {', '.join('.' + f for f in FORMATS)}."
@@ -46,15 +38,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw the report's quality; the file appears whole or not at all.
-
-    Parameters
-    ----------
-    report : Report
-        With quality.
-    path : path
-        Ending in .png, .svg or .pdf.
-    """
+    """Draw the report's quality; the file appears whole or not at all."""
     check_plot(path)
     import matplotlib
 

@@ -24,15 +24,8 @@ __all__ = ["Quality", "Scores", "original_reference", "reference_key"]
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of one model.
-
-    Attributes
-    ----------
-    perplexity : Estimate
-    kld, kld_99 : Estimate or None
-        Mean and 99th percentile of the divergence from the reference, nats per token.
-    same_top : Estimate or None
-        Fraction of the positions at which both find the same token most likely.
+    """Hold perplexity, mean and 99th percentile of the divergence in nats per token, fraction of equal likeliest
+    tokens.
     """
 
     perplexity: Estimate
@@ -54,13 +47,6 @@ class Scores:
     """Collect the logits of one window after the other.
 
     Every position but the last of a window counts, in all figures: those that predict a token of the window.
-
-    Parameters
-    ----------
-    windows : torch.Tensor
-        Token ids, int64, shape (windows, length), length at least 2.
-    reference : Reference or None
-        What to compare with.
     """
 
     def __init__(self, windows: torch.Tensor, reference: Reference | None):
@@ -112,17 +98,7 @@ def original_reference(
 
     Its ``extra`` holds the ``original``'s own quality and the ``noise_floor``: the quality of the same model with
     weights and arithmetic in bfloat16 instead of float32. A smaller divergence than that is not worth bytes.
-
-    Parameters
-    ----------
-    skeleton : Skeleton
-        The original, nothing loaded.
-    windows : torch.Tensor
-        Token ids, int64, shape (windows, length).
-    scratch : Path
-        For a reference too large to keep.
-    progress : callable
-        Called after each layer of each of two passes, when it is made.
+    `progress` is called after each layer of both passes.
     """
     key = reference_key(skeleton, windows)
     vocabulary = skeleton.checkpoint.config.get_text_config().vocab_size

@@ -59,17 +59,8 @@ class ReferenceWriter:
         with os_errors(self._shown):
             self._sink.write(raw)
 
-    def finish(self, key: str, extra: dict[str, Any]) -> None:
-        """Write the JSON."""
-        data = json.dumps(self._end(key, extra)).encode()
-        with os_errors(self._shown):
-            self._sink.write(data + len(data).to_bytes(8, "little"))
-
-    def readable(self, temporary: str) -> Reference:
-        """Open what has been written, to compare with before the JSON is there."""
-        return Reference(temporary, end=self._end("", {}))
-
-    def _end(self, key: str, extra: dict[str, Any]) -> dict[str, Any]:
+    def end(self, key: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return what the JSON at the end of the file says."""
         return {"key": key, "shape": [self._windows, *self._shape], "crc32": self._checks, "extra": extra}
 
 
@@ -80,51 +71,24 @@ def write_reference(
     fill: Callable[[ReferenceWriter], None],
     extra: Callable[[Reference], dict[str, Any]] | None = None,
 ) -> Reference:
-    """Write a reference; it appears whole or not at all.
-
-    Parameters
-    ----------
-    path : path
-        Where it appears when it is complete.
-    key : str
-        What it belongs to.
-    windows : int
-    fill : callable
-        Adds every window to the writer.
-    extra : callable
-        Called after `fill` with the unfinished reference; returns plain JSON values to keep with it.
-
-    Raises
-    ------
-    bstk.ResourceError
-        The disk is full.
-    """
+    """Write a reference of `windows`, which `fill` adds and `extra` describes; it appears whole or not at all."""
     with replacing(path) as (sink, temporary):
         with os_errors(os.fspath(path)):
             sink.write(MAGIC)
         writer = ReferenceWriter(sink, os.fspath(path), windows)
         fill(writer)
-        writer.finish(key, {} if extra is None else extra(writer.readable(temporary)))
+        # The unfinished file is read with the JSON that it does not have yet.
+        found = {} if extra is None else extra(Reference(temporary, end=writer.end("", {})))
+        data = json.dumps(writer.end(key, found)).encode()
+        with os_errors(os.fspath(path)):
+            sink.write(data + len(data).to_bytes(8, "little"))
     return Reference(path, key)
 
 
 class Reference:
-    """Open a reference; every window's checksum is checked when it is read.
+    """Open a reference that must belong to `key`; every window's checksum is checked when it is read.
 
-    Parameters
-    ----------
-    path : path
-    key : str, optional
-        What it must belong to.
-    end : dict, optional
-        The JSON of a file that has none yet.
-
-    Raises
-    ------
-    bstk.DamagedError
-        It is not such a file, belongs to something else, or is not whole.
-    OSError
-        It cannot be read.
+    Raises bstk.DamagedError when it is no such file, belongs to something else, or is not whole.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: str | None = None, end: dict[str, Any] | None = None):
@@ -163,13 +127,7 @@ class Reference:
         return windows, positions, vocabulary
 
     def window(self, number: int) -> torch.Tensor:
-        """Return the log probabilities of one window, float32, shape (length - 1, vocabulary).
-
-        Raises
-        ------
-        bstk.DamagedError
-            The window does not match its checksum.
-        """
+        """Return the log probabilities of one window, float32, shape (length - 1, vocabulary)."""
         return torch.from_numpy(self._checked(number).astype(np.float32)).log_softmax(-1)
 
     def check(self) -> None:
@@ -185,19 +143,10 @@ class Reference:
 
 
 def cached(key: str, size: int, scratch: Path, make: Callable[[Path], Reference]) -> Reference:
-    """Open the reference of that key from the user's cache, or make it.
+    """Open the reference of that key from the user's cache, or `make` it.
 
-    Parameters
-    ----------
-    key : str
-        Hexadecimal digits: the name of its file.
-    size : int
-        Bytes that it will take. One larger than `LIMIT`, or one for which the folder cannot be written, goes to
-        `scratch` and is made again in the next run; for others the ones unused longest are deleted.
-    scratch : Path
-        A temporary folder of this run.
-    make : callable
-        Writes it to the path that it is given.
+    One larger than `LIMIT`, or one for which the folder cannot be written, goes to `scratch` and is made again in the next
+    run; for others the ones unused longest are deleted.
     """
     path = cache_folder("references") / f"{key}.ref"
     try:

@@ -26,22 +26,15 @@ class Measured:
 
     def to_plain(self) -> dict[str, Any]:
         """Return values that Python's JSON can carry and `from_plain` reads back."""
-        running = None if self.running is None else self.running.to_json()
-        return {
-            "running": running,
-            "quality": None if self.quality is None else vars(self.quality),
-            "tasks": self.tasks,
-        }
+        running = self.running and self.running.to_json()
+        return {"running": running, "quality": self.quality and vars(self.quality), "tasks": self.tasks}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Measured:
         """Read what `to_plain` returned."""
-        running, quality, tasks = plain["running"], plain["quality"], plain["tasks"]
-        return cls(
-            None if running is None else Running.from_json(running),
-            None if quality is None else Quality.from_plain(quality),
-            {name: Estimate(*pair) for name, pair in tasks.items()},
-        )
+        running, quality = plain["running"], plain["quality"]
+        tasks = {name: Estimate(*pair) for name, pair in plain["tasks"].items()}
+        return cls(running and Running.from_json(running), quality and Quality.from_plain(quality), tasks)
 
 
 @dataclass(frozen=True)
@@ -55,32 +48,13 @@ class Original:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "model": self.model,
-            "bytes": self.bytes,
-            "original": self.quality.to_json(),
-            "noise_floor": self.noise_floor.to_json(),
-        }
+        named = {"model": self.model, "bytes": self.bytes}
+        return {**named, "original": self.quality.to_json(), "noise_floor": self.noise_floor.to_json()}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was measured, and on which text.
-
-    Attributes
-    ----------
-    file : str
-        Its name, without folders.
-    root : str
-        Its root digest, in hexadecimal digits.
-    model : str or None
-    parameters : int or None
-    text : dict or None
-        ``name``, ``sha256``, ``windows``, ``sequence_length``; None when quality was not measured.
-    reference : str or None
-        What the divergence is measured against: ``original`` or ``full file``.
-    original : Original or None
-    """
+    """What was measured, and on which text; `reference` is what the divergence is measured against."""
 
     file: str
     root: str
@@ -93,17 +67,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Point:
-    """The file at one size.
-
-    Attributes
-    ----------
-    budget : int
-        In bytes.
-    file_bytes, memory_bytes : int
-        What the cut takes as a file and as packed weights in memory.
-    bits_per_weight : float or None
-    measured : Measured
-    """
+    """The file cut to a budget in bytes."""
 
     budget: int
     file_bytes: int
@@ -127,16 +91,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Dense:
-    """A model with float32 weights, run as the packed sizes are, to compare their speed with.
-
-    Attributes
-    ----------
-    name : str
-        ``file`` or ``original``.
-    file_bytes : int or None
-        Of the cut; None for the original.
-    running : Running
-    """
+    """The ``file`` or the ``original`` with float32 weights, run as the packed sizes are, to compare their speed with."""
 
     name: str
     file_bytes: int | None
@@ -160,18 +115,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One measured baseline.
-
-    Attributes
-    ----------
-    method : str
-    bits, embedding_bits : int
-        Of the linears, and of embeddings and head (always rounded to nearest).
-    sizes : Sizes
-    quality : Quality
-    bpw : float or None
-        SpQR: bits per weight that the linears of a layer may take, if the user chose them.
-    """
+    """One measured baseline; embeddings and head are always rounded to nearest. `bpw` is SpQR's, if the user chose it."""
 
     method: str
     bits: int
@@ -192,14 +136,8 @@ class Baseline:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "method": self.method,
-            "bits": self.bits,
-            "bpw": self.bpw,
-            "embedding_bits": self.embedding_bits,
-            **vars(self.sizes),
-            **self.quality.to_json(),
-        }
+        named = {key: getattr(self, key) for key in ("method", "bits", "bpw", "embedding_bits")}
+        return {**named, **vars(self.sizes), **self.quality.to_json()}
 
     def to_plain(self) -> dict[str, Any]:
         """Return values that Python's JSON can carry and `from_plain` reads back."""
@@ -244,13 +182,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, schema bstack.bench/1."""
         original = self.source.original
+        measured = ("points", "dense", "baselines", "comparisons")
         return {
             **vars(self.source),
             "original": {} if original is None else original.to_json(),
-            "points": [point.to_json() for point in self.points],
-            "dense": [dense.to_json() for dense in self.dense],
-            "baselines": [baseline.to_json() for baseline in self.baselines],
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            **{key: [one.to_json() for one in getattr(self, key)] for key in measured},
             "notes": list(self.notes),
         }
 

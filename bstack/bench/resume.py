@@ -22,15 +22,7 @@ KEPT_SECONDS = 30 * 24 * 3600
 class ResumeFile:
     """Keep results by name in a file of the user's cache; nothing is kept where that cannot be written.
 
-    Parameters
-    ----------
-    key : str
-        Hexadecimal digits, of everything that decides the results: the name of the file.
-
-    Attributes
-    ----------
-    found : int
-        How many results of an earlier run were used.
+    `key` digests everything that decides the results; `found` counts the results of an earlier run that were used.
     """
 
     def __init__(self, key: str):

@@ -244,7 +244,7 @@ class _Run:
 
     def baselines(self, done: dict[bstk.Cut, Point]) -> tuple[Sequence[Baseline], Sequence[Comparison]]:
         """Measure the baselines, and this file at their sizes."""
-        from bstack.bench.peers import compare, measure_baselines
+        from bstack.bench.baselines.model import compare, measure_baselines
 
         text, skeleton = self.text, self.skeleton
         if text is None or skeleton is None:
@@ -269,12 +269,7 @@ class _Run:
             extra = self.text.reference.extra
             quality, floor = (Quality.from_plain(extra[name]) for name in ("original", "noise_floor"))
             original = Original(str(self.options.original), self.skeleton.checkpoint.size_bytes, quality, floor)
-        return Source(
-            file=os.path.basename(self.path),
-            root=self.file.root.hex(),
-            model=model.get("name"),
-            parameters=model.get("parameters"),
-            text=None if self.text is None else self.text.to_json(),
-            reference=self._reference_name(),
-            original=original,
-        )
+        text = None if self.text is None else self.text.to_json()
+        name, parameters = model.get("name"), model.get("parameters")
+        file, root = os.path.basename(self.path), self.file.root.hex()
+        return Source(file, root, name, parameters, text, self._reference_name(), original)

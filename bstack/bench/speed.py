@@ -29,18 +29,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed at batch size 1.
-
-    Attributes
-    ----------
-    prompt_tokens, decoded_tokens : int
-        Fewer than usual for a model of a short context.
-    prompt, decode : Rate
-    threads : int
-        Of torch.
-    kernels : str
-        Those in use for packed weights, as ``bstack --version`` names them.
-    """
+    """Speed at batch size 1; a model of a short context has fewer tokens than usual."""
 
     prompt_tokens: int
     decoded_tokens: int
@@ -52,19 +41,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Running:
-    """What was measured of a model that runs in a process of its own; memory is None where the system does not say.
+    """What was measured of a model in a process of its own; memory is None where the system does not say.
 
-    Attributes
-    ----------
-    load_seconds : float or None
-        Until the model can run, without the imports of Python packages. None when it was not loaded as a user would.
-    start_memory_bytes : int or None
-        Resident memory of the process before, Python packages imported.
-    held_memory_bytes : int or None
-        By how much it grew with loading.
-    peak_memory_bytes : int or None
-        By how much it grew at most, with loading and the speed test.
-    speed : Speed or None
+    `load_seconds` excludes the imports of Python packages, and is None when the model was not loaded as a user would.
+    `start_memory_bytes` is resident before loading; it grew by `held_memory_bytes` with loading, at most by the peak.
     """
 
     load_seconds: float | None
@@ -87,17 +67,7 @@ class Running:
 
 
 def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[[], None] = lambda: None) -> Running:
-    """Load a model and run it, in a process that has imported everything and held no model before.
-
-    Parameters
-    ----------
-    load : callable
-        Returns a transformers model.
-    speed : bool
-        Whether to time it.
-    progress : callable
-        Called after each repetition of the speed test.
-    """
+    """Load a model and run it, in a process that has imported everything and held no model before."""
     before = resident_bytes()
     started = time.perf_counter()
     model = load()
@@ -112,14 +82,7 @@ def _growth(before: int | None, after: int | None) -> int | None:
 
 
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
-    """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    progress : callable
-        Called after each repetition, the warm-up included.
-    """
+    """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more."""
     config = model.config.get_text_config()
     prompt, decoded = _lengths(getattr(config, "max_position_embeddings", None))
     generator = torch.Generator().manual_seed(0)
@@ -181,4 +144,4 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
 
 def _rate(tokens: int, seconds: tuple[float, ...]) -> Rate:
     rates = [tokens / s for s in seconds]
-    return Rate(statistics.mean(rates), statistics.stdev(rates) if len(rates) > 1 else 0.0)
+    return Rate(statistics.mean(rates), statistics.stdev(rates))

@@ -11,7 +11,7 @@ from typing import Any
 from bstack.bench.options import mb_text
 from bstack.bench.quality import Quality
 from bstack.bench.results import Dense, Point, Report
-from bstack.bench.speed import Running, Speed
+from bstack.bench.speed import Rate, Running, Speed
 from bstack.eval.estimates import Estimate
 from bstk import MB
 
@@ -60,9 +60,8 @@ def _head(report: Report) -> str:
     lines = [", ".join([source.file, *filter(None, about)])]
     if source.text is not None:
         t = source.text
-        lines.append(
-            f"  text       {t['name']} (SHA-256 {t['sha256'][:12]}), first {t['windows']} windows of {t['sequence_length']} tokens"
-        )
+        windows = f"first {t['windows']} windows of {t['sequence_length']} tokens"
+        lines.append(f"  text       {t['name']} (SHA-256 {t['sha256'][:12]}), {windows}")
     if source.original:
         lines.append(
             f"  original   {source.original.model}, {source.original.bytes / MB:,.2f} MB as it is stored, "
@@ -92,20 +91,19 @@ def _speed(report: Report) -> Speed | None:
 
 def _quality(report: Report, sign: str) -> str:
     to = "original" if report.source.reference == "original" else "full file"
-    head = ["MB", "file MB", "weights MB", "bits/weight", "perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
+    head = ["MB", "file MB", "weights MB", "bits/weight", *_quality_head(to)]
     return _markdown(head, [[*_sizes(p), *_quality_cells(p.measured.quality, sign)] for p in report.points])
+
+
+def _quality_head(to: str) -> Row:
+    return ["perplexity", f"KLD to {to}", "KLD 99 %", "same top %"]
 
 
 def _quality_cells(quality: Quality | None, sign: str) -> Row:
     if quality is None:
         return ["-"] * 4
-    q = quality
-    return [
-        _estimate(q.perplexity, sign),
-        _estimate(q.kld, sign),
-        _estimate(q.kld_99, sign),
-        _estimate(q.same_top, sign, 100),
-    ]
+    figures = [quality.perplexity, quality.kld, quality.kld_99]
+    return [*[_estimate(figure, sign) for figure in figures], _estimate(quality.same_top, sign, 100)]
 
 
 def _tasks(report: Report, sign: str) -> str:
@@ -143,40 +141,21 @@ def _running_cells(running: Running | None, base: Dense | None, sign: str) -> Ro
         "-" if size is None else f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)
     ]
     if running.speed is not None:
-        ours, theirs = running.speed, base.running.speed if base is not None else None
-        for rate, other in (
-            (ours.prompt, theirs.prompt if theirs else None),
-            (ours.decode, theirs.decode if theirs else None),
-        ):
+        theirs = base.running.speed if base is not None else None
+        for test in ("prompt", "decode"):
+            rate: Rate = getattr(running.speed, test)
             cells.append(with_error(rate.value, rate.deviation, sign))
-            if other is not None:
-                cells.append(f"{rate.value / other.value:.2f}")
+            if theirs is not None:
+                cells.append(f"{rate.value / getattr(theirs, test).value:.2f}")
     return cells
 
 
 def _baselines(report: Report, sign: str) -> str:
-    head = [
-        "baseline",
-        "bits",
-        "embeddings",
-        "file MB",
-        "weights MB",
-        "perplexity",
-        "KLD to original",
-        "KLD 99 %",
-        "same top %",
-    ]
-    rows = [
-        [
-            b.method,
-            b.width,
-            str(b.embedding_bits),
-            _size(b.sizes.file_bytes),
-            _size(b.sizes.memory_bytes),
-            *_quality_cells(b.quality, sign),
-        ]
-        for b in report.baselines
-    ]
+    head = ["baseline", "bits", "embeddings", "file MB", "weights MB", *_quality_head("original")]
+    rows = []
+    for b in report.baselines:
+        sizes = [_size(b.sizes.file_bytes), _size(b.sizes.memory_bytes)]
+        rows.append([b.method, b.width, f"{b.embedding_bits}", *sizes, *_quality_cells(b.quality, sign)])
     return _markdown(head, rows, left=1)
 
 
@@ -187,27 +166,14 @@ def _comparisons(report: Report, sign: str) -> str:
         quality = c.point.measured.quality
         theirs, ours = c.baseline.quality.kld, None if quality is None else quality.kld
         ratio = f"{theirs.value / ours.value:.2f}" if theirs and ours and ours.value > 0 else "-"
-        rows.append(
-            [
-                c.baseline.name,
-                _size(c.baseline.sizes.file_bytes),
-                _estimate(theirs, sign),
-                _size(c.point.file_bytes),
-                _estimate(ours, sign),
-                ratio,
-            ]
-        )
+        their_cells = [c.baseline.name, _size(c.baseline.sizes.file_bytes), _estimate(theirs, sign)]
+        rows.append([*their_cells, _size(c.point.file_bytes), _estimate(ours, sign), ratio])
     return _markdown(head, rows, left=1)
 
 
 def _sizes(point: Point) -> Row:
-    bits = point.bits_per_weight
-    return [
-        mb_text(point.budget),
-        _size(point.file_bytes),
-        _size(point.memory_bytes),
-        "-" if bits is None else f"{bits:.3f}",
-    ]
+    bits = "-" if point.bits_per_weight is None else f"{point.bits_per_weight:.3f}"
+    return [mb_text(point.budget), _size(point.file_bytes), _size(point.memory_bytes), bits]
 
 
 def _size(size: int) -> str:
@@ -223,13 +189,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Row], left: int = 0) -> str:
     widths = [max(3, *(len(line[i]) for line in [head, *rows])) for i in range(len(head))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
-        [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in [head, *rows]
+        [cell.ljust(widths[i]) if i < left else cell.rjust(widths[i]) for i, cell in enumerate(line)]
+        for line in [head, rule, *rows]
     ]
-    lines.insert(1, rule)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -237,24 +199,9 @@ def as_csv(report: Report) -> str:
     """Return all points and baselines as CSV, one row each, sizes in bytes, empty where there is no value."""
     figures = ("perplexity", "kld", "kld_99", "same_top")
     tasks = list(dict.fromkeys(name for point in report.points for name in point.measured.tasks))
-    columns = [
-        "series",
-        "budget_mb",
-        "file_bytes",
-        "memory_bytes",
-        "bits_per_weight",
-        *[column for figure in figures for column in (figure, f"{figure}_se")],
-        "reference",
-        "load_seconds",
-        "start_memory_bytes",
-        "held_memory_bytes",
-        "peak_memory_bytes",
-        "prompt_tokens_per_second",
-        "prompt_sd",
-        "decode_tokens_per_second",
-        "decode_sd",
-        *[column for task in tasks for column in (task, f"{task}_se")],
-    ]
+    columns = ["series", "budget_mb", "file_bytes", "memory_bytes", "bits_per_weight", *_with_errors(figures)]
+    columns += ["reference", "load_seconds", "start_memory_bytes", "held_memory_bytes", "peak_memory_bytes"]
+    columns += ["prompt_tokens_per_second", "prompt_sd", "decode_tokens_per_second", "decode_sd", *_with_errors(tasks)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -274,6 +221,10 @@ def as_csv(report: Report) -> str:
         series = f"{baseline.method}:{baseline.width}, embeddings {baseline.embedding_bits}"
         writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
     return text.getvalue()
+
+
+def _with_errors(names: Sequence[str]) -> list[str]:
+    return [column for name in names for column in (name, f"{name}_se")]
 
 
 def _rates(values: dict[str, Any]) -> dict[str, float]:

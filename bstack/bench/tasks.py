@@ -21,15 +21,7 @@ NEEDED = ("lm_eval", "accelerate")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Check that lm-eval can run the tasks, before hours of measuring.
-
-    Raises
-    ------
-    bstack.errors.MissingPackageError
-        lm-eval or what it needs is not installed.
-    bstk.UsageError
-        lm-eval knows no task of that name, or there is no such file.
-    """
+    """Check that lm-eval can run the tasks, before hours of measuring."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise MissingPackageError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
     from lm_eval.tasks import TaskManager
@@ -59,25 +51,7 @@ def file_digests(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Estimate]:
-    """Run tasks on a loaded model.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    tokenizer : transformers.PreTrainedTokenizerBase
-    tasks : sequence of str
-        Names that lm-eval knows (their data are fetched by it), or paths of task files ending in .yaml.
-
-    Returns
-    -------
-    dict of str to Estimate
-        ``task metric`` -> its value and lm-eval's standard error.
-
-    Raises
-    ------
-    bstk.BstkError
-        lm-eval failed, for example because the task's data are missing.
-    """
+    """Run tasks on a loaded model; return ``task metric`` -> its value and lm-eval's standard error."""
     check_tasks(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -22,19 +22,7 @@ LENGTH = 512
 
 
 class Text:
-    """The windows to measure quality on.
-
-    Attributes
-    ----------
-    source : TextSource
-    tokenizer : transformers.PreTrainedTokenizerBase
-    windows : torch.Tensor
-        Token ids, int64, shape (windows, length).
-    path : Path
-        An .npy file of them, for child processes.
-    reference : Reference
-        What to compare with; set later.
-    """
+    """The windows to measure quality on."""
 
     reference: Reference
 
@@ -49,28 +37,18 @@ class Text:
 
 
 def measuring_text(source: str | None) -> TextSource:
-    """Read the text to measure on.
+    """Read the text to measure on; by default the language reference that the standard library carries for ``help()``.
 
-    Parameters
-    ----------
-    source : str or None
-        A file, a folder or a hub data set, as for calibration; None for the language reference that the standard library
-        carries for ``help()`` (``pydoc_data.topics``), English prose on every machine with a Python. Its wording changes
-        a little between versions of Python, so its digest goes into every report.
-
-    Raises
-    ------
-    bstack.errors.CalibrationError
-        When the text cannot be read.
+    It is English prose on every machine with a Python. Its wording changes a little between versions of Python, so its
+    digest goes into every report.
     """
     if source is not None:
         return open_text(source)
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise CalibrationError(
-            "This Python comes without pydoc_data, whose text is the default. Give another text."
-        ) from None
+        message = "This Python comes without pydoc_data, whose text is the default. Give another text."
+        raise CalibrationError(message, option="text") from None
     return TextSource(DEFAULT, "\n\n".join(topics[name].strip() for name in sorted(topics)))
 
 
@@ -82,21 +60,7 @@ def digest(text: TextSource) -> str:
 def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -> torch.Tensor:
     """Cut the beginning of a text into windows of token ids, one after the other, no special tokens added.
 
-    Parameters
-    ----------
-    text : TextSource
-    tokenizer : transformers.PreTrainedTokenizerBase
-    windows, length : int
-
-    Returns
-    -------
-    torch.Tensor
-        int64, shape (windows, length).
-
-    Raises
-    ------
-    bstack.errors.CalibrationError
-        When the text is too short.
+    Raises CalibrationError when the text is too short.
     """
     # No token is longer than this many characters on average, so a long text need not be tokenised whole. A cut
     # inside the text could change its last tokens only, which are beyond the windows.
@@ -111,27 +75,21 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
         few = f"{len(ids) // length} windows" if len(ids) >= length else f"a sequence_length of {len(ids)}"
         raise CalibrationError(
             f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text, or at most {few}."
+            f"text, or at most {few}.",
+            option="windows" if len(ids) >= length else "sequence_length",
         )
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
 def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> Any:
-    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`.
-
-    Raises
-    ------
-    bstack.errors.CalibrationError
-        The file has none.
-    bstack.errors.UnsupportedModelError
-        It cannot be used.
-    """
+    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`."""
     from bstack.engine.container import embedded_files, load_tokenizer
     from bstack.models.code import stage_code
 
     if "tokenizer_config.json" not in file.files:
         raise CalibrationError(
-            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality."
+            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
+            option="quality",
         )
     with embedded_files(file) as folder:
         trusted = stage_code(file, folder, trust_remote_code, code)
@@ -139,19 +97,14 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:
-    """Return the tokens in a window: as many as asked for, or 512, or what the model reads if that is less.
-
-    Raises
-    ------
-    bstk.UsageError
-        The model was not made to read as many as were asked for.
-    """
+    """Return the tokens in a window: as many as asked for, or 512, or what the model reads if that is less."""
     config = json.loads(file.file("config.json")) if "config.json" in file.files else {}
     limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     if asked is None:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):
         raise bstk.UsageError(
-            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less."
+            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less.",
+            option="sequence_length",
         )
     return asked

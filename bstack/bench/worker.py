@@ -51,14 +51,7 @@ def _send(answers: TextIO, **message: Any) -> None:
 
 
 def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measured:
-    """Do what the request asks for.
-
-    Parameters
-    ----------
-    request : Measure or WriteReference
-    step : callable
-        Called after each repetition and window.
-    """
+    """Do what the request asks for; `step` is called after each repetition and window."""
     _import_model_code(request.cut.file)
     if isinstance(request, WriteReference):
         _write_reference(request, step)
@@ -88,27 +81,22 @@ def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
 
 
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
+    from bstack.models.open import open_checkpoint
+    from bstack.models.skeleton import Skeleton
     from bstack.packed.store import store_of
 
     with ExitStack() as stack:
 
-        def packed() -> Any:
-            model, _ = _load(request.cut, mode="packed")
-            stack.callback(store_of(model).close)
+        def load() -> Any:
+            if what == "original":
+                skeleton = Skeleton(open_checkpoint(str(request.original), request.cut.trust_remote_code))
+                stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
+                return skeleton.model
+            model, _ = _load(request.cut, mode=what)
+            if what == "packed":
+                stack.callback(store_of(model).close)
             return model
 
-        def dense() -> Any:
-            return _load(request.cut)[0]
-
-        def original() -> Any:
-            from bstack.models.open import open_checkpoint
-            from bstack.models.skeleton import Skeleton
-
-            skeleton = Skeleton(open_checkpoint(str(request.original), request.cut.trust_remote_code))
-            stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
-            return skeleton.model
-
-        load = {"packed": packed, "dense": dense, "original": original}[what]
         running = measure_running(load, speed=request.speed, progress=step)
     # The original is not loaded as its user would load it.
     return replace(running, load_seconds=None) if what == "original" else running

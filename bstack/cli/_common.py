@@ -34,9 +34,6 @@ code_option = click.option(
 class FileType(click.Path):
     """An existing file."""
 
-    def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in value and not os.path.exists(value):
             self.fail(
@@ -61,6 +58,9 @@ def _is_model(value: str) -> bool:
     return value == DEFAULT_MODEL and not os.path.exists(value)
 
 
+FILE = FileType(exists=True, dir_okay=False)
+
+
 class PlaceType(click.ParamType):
     """An existing file, or a URL."""
 
@@ -71,35 +71,38 @@ class PlaceType(click.ParamType):
             return value
         scheme, separator, rest = value.partition("://")
         if separator and not os.path.exists(value):
-            instead = (
-                f"Give the path alone, {rest}."
-                if scheme.lower() == "file"
-                else "URLs begin with https://, http:// or hf://."
-            )
-            self.fail(f"{scheme}:// is not read. {instead}", param, ctx)
-        return FileType().convert(value, param, ctx)
+            allowed = "URLs begin with https://, http:// or hf://."
+            hint = f"Give the path alone, {rest}." if scheme.lower() == "file" else allowed
+            self.fail(f"{scheme}:// is not read. {hint}", param, ctx)
+        return FILE.convert(value, param, ctx)
 
 
-file_argument = click.argument("file", type=FileType(), metavar="FILE")
+file_argument = click.argument("file", type=FILE, metavar="FILE")
 place_argument = click.argument("file", type=PlaceType(), metavar="FILE|URL")
 
 
-class BudgetType(click.ParamType):
-    """A positive number of megabytes, kept as text so that decimals stay exact."""
+class Parsed(click.ParamType):
+    """What a function reads from the text; its errors are those of the option."""
 
-    name = "MB"
+    def __init__(self, name: str, parse: Callable[[str], Any]):
+        self.name, self._parse = name, parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            bstk.budget_bytes(value)
-        except bstk.UsageError as error:
+            return self._parse(value)
+        except (ValueError, bstk.UsageError) as error:
             self.fail(str(error), param, ctx)
-        return value
+
+
+def checked_mb(value: str) -> str:
+    """Return a positive number of megabytes as it is: as text, decimals stay exact."""
+    bstk.budget_bytes(value)
+    return value
 
 
 def mb_option(required: bool, help: str) -> Callable[..., Any]:
     """Return the ``--mb`` option."""
-    return click.option("--mb", type=BudgetType(), required=required, help=help)
+    return click.option("--mb", type=Parsed("MB", checked_mb), required=required, help=help)
 
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:

@@ -32,14 +32,9 @@ OPTIONS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose subcommands are modules of `package`, each imported when it is called.
+    """A group whose subcommands are modules of `package`, each with its click command as ``command``, imported when called.
 
-    Parameters
-    ----------
-    package : str
-        Where the modules are; each has the click command as ``command``.
-    summaries : dict
-        Command name -> the line that the group's help shows, in order.
+    `summaries` maps the names to the lines of the group's help, in order.
     """
 
     def __init__(self, *args: Any, package: str, summaries: dict[str, str], **settings: Any):
@@ -89,7 +84,7 @@ class LazyGroup(click.Group):
 
 
 def _stdout_is_closed() -> bool:
-    """Tell whether the reader of standard output is gone (``| head``), not that of another pipe or socket."""
+    """Return whether the reader of standard output is gone (``| head``), not that of another pipe or socket."""
     try:
         sys.stdout.flush()
         readers = select.poll()

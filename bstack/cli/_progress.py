@@ -16,10 +16,8 @@ from bstack.cli._text import duration, megabytes, printable
 
 __all__ = ["LINE_EVERY", "copied", "is_terminal", "stage", "transferred"]
 
+# Minimum of seconds between two lines.
 LINE_EVERY = 60.0
-"""Minimum of seconds between two lines."""
-
-
 _BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
 
 
@@ -90,7 +88,7 @@ def _bar(total: int, what: str, quiet: bool, text: Callable[[int], str], **look:
 
 
 def is_terminal() -> bool:
-    """Tell whether a bar can be drawn: stderr is a terminal that has a size, which terminals of containers may lack."""
+    """Return whether a bar can be drawn: stderr is a terminal that has a size, which terminals of containers may lack."""
     if not sys.stderr.isatty():
         return False
     try:

@@ -7,6 +7,14 @@ from typing import Any
 
 from bstk import MB
 
+_TITLES = {
+    "file_bytes": "file",
+    "memory_bytes": "in memory",
+    "blocks": "blocks",
+    "bits_per_weight": "bits/weight",
+    "kld": "KLD",
+}
+
 
 def printable(value: object) -> str:
     """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
@@ -62,10 +70,7 @@ def fields(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> str:
 def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what the original takes, as (what, value): in its own precision, and as it was stored if it was quantised.
 
-    Parameters
-    ----------
-    model : mapping
-        Metadata of a model; a file of an older version has ``original_bytes`` at most.
+    The metadata of a file of an older version has ``original_bytes`` at most.
     """
     stored, size, quantisation = (
         model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")
@@ -81,3 +86,35 @@ def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("original", f"{text} (source: {megabytes(stored)}, {printable(quantisation)})"),
         ("", f"above {megabytes(stored)} the source file itself is the better choice: it is exact"),
     ]
+
+
+def curve(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the measured points, smallest file first; points without a size are left out."""
+    points = metadata.get("quality")
+    if not isinstance(points, list):
+        return []
+    sized = [point for point in points if isinstance(point, dict) and isinstance(point.get("file_bytes"), int)]
+    return sorted(sized, key=lambda point: point["file_bytes"])
+
+
+def curve_table(points: list[dict[str, Any]], *, cut: int | None = None, here: int | None = None) -> str:
+    """Return the curve as a table: > at the largest file of at most `cut` bytes, - at every file of more than `here`."""
+    # The known columns in their order, then what else was measured.
+    present = dict.fromkeys(key for point in points for key in point)
+    columns = [key for key in dict.fromkeys([*_TITLES, *present]) if key in present and _is_plain(points, key)]
+    chosen = max((p["file_bytes"] for p in points if cut is not None and p["file_bytes"] <= cut), default=None)
+
+    def mark(size: int) -> str:
+        return ">" if size == chosen else "-" if here is not None and size > here else ""
+
+    head = ["", *[_TITLES.get(key, key.replace("_", " ")) for key in columns]]
+    rows = [[mark(point["file_bytes"]), *[_cell(key, point.get(key)) for key in columns]] for point in points]
+    return table(head, rows, indent="")
+
+
+def _is_plain(points: list[dict[str, Any]], key: str) -> bool:
+    return all(not isinstance(point.get(key), (dict, list)) for point in points)
+
+
+def _cell(key: str, value: Any) -> str:
+    return megabytes(value) if key in ("file_bytes", "memory_bytes") and isinstance(value, int) else number(value)

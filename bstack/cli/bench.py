@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,35 +19,11 @@ if TYPE_CHECKING:
     from bstack.bench.results import Report
 
 
-class BudgetsType(click.ParamType):
-    """Sizes and ranges of sizes, read into bytes."""
-
-    name = "MB,MB-MB+STEP"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        try:
-            return parse_budgets(value)
-        except bstk.UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-class AgainstType(click.ParamType):
-    """Baselines and their bits."""
-
-    name = "rtn,gptq:3,spqr:4@4.75,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Choice]:
-        try:
-            return parse_against(value)
-        except bstk.UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command("bench")
 @_common.file_argument
 @click.option(
     "--budgets",
-    type=BudgetsType(),
+    type=_common.Parsed("MB,MB-MB+STEP", parse_budgets),
     help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.",
 )
 @click.option(
@@ -69,7 +45,7 @@ class AgainstType(click.ParamType):
 )
 @click.option(
     "--against",
-    type=AgainstType(),
+    type=_common.Parsed("rtn,gptq:3,spqr:4@4.75,...", parse_against),
     help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
     "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
     "are 1 % of the weights.",
@@ -208,17 +184,13 @@ def _write(report: Report, plot: str | None, csv_path: str | None, as_json: bool
     if csv_path not in (None, "-"):
         with replacing(csv_path) as (sink, _):
             sink.write(as_csv(report).encode())
-        _say_written(csv_path, quiet)
     if plot is not None:
         from bstack.bench.plot import save_plot
 
         save_plot(report, plot)
-        _say_written(plot, quiet)
-
-
-def _say_written(path: str, quiet: bool) -> None:
-    if not quiet:
-        click.echo(f"{printable(path)}: written", err=True)
+    for path in (csv_path, plot):
+        if path not in (None, "-") and not quiet:
+            click.echo(f"{printable(path)}: written", err=True)
 
 
 def _plus_minus() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bstack.cli._common import code_warnings, json_option, print_json, quiet_option, trust_option
+from bstack.cli._common import Parsed, code_warnings, json_option, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
@@ -26,17 +26,14 @@ _STAGES = {
 }
 
 
-class NumberOrAuto(click.ParamType):
-    """A number of one type, or the word auto."""
-
-    def __init__(self, name: str, number: type[int] | type[float], words: str):
-        self.name, self._number, self._words = name, number, words
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> Parsed:
+    def parse(value: str) -> float | str:
         try:
-            return value if value == "auto" else self._number(value)
+            return value if value == "auto" else number(value)
         except ValueError:
-            self.fail(f"{value!r} is neither {self._words} nor auto.", param, ctx)
+            raise ValueError(f"{value!r} is neither {words} nor auto.") from None
+
+    return Parsed(name, parse)
 
 
 @click.command()
@@ -64,7 +61,7 @@ class NumberOrAuto(click.ParamType):
 @click.option(
     "--rank",
     metavar="N|auto",
-    type=NumberOrAuto("N|auto", int, "a whole number"),
+    type=_number_or_auto("N|auto", int, "a whole number"),
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
 @click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
@@ -72,7 +69,7 @@ class NumberOrAuto(click.ParamType):
 @click.option(
     "--outliers",
     metavar="FRACTION|auto",
-    type=NumberOrAuto("FRACTION|auto", float, "a number"),
+    type=_number_or_auto("FRACTION|auto", float, "a number"),
     help="SpQR codec: fraction of a layer's weights to store as outliers, at most 3 in a group; auto (the "
     "default) is 0.01, or with --bpw as many as fit.",
 )

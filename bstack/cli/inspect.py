@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli import _common, _quality, _spqr
-from bstack.cli._text import fields, megabytes, number, original_fields, printable, table
+from bstack.cli import _common
+from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, printable, table
+from bstk.kinds import outlier_count, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
+_SPQR_PARTS = ("codes", "statistics", "permutation", "outliers", "planes")
 _MODEL_FIRST = ("name", "architecture", "parameters")
 # Shown in one line.
 _ORIGINAL = {"original_bytes", "original_dtype", "original_dtype_bytes", "source_quantisation"}
@@ -60,14 +62,14 @@ def _page(reader: bstk.Reader) -> str:
     ]
     parts = [f"{title}\n{fields(pairs)}" for title, pairs in sections if pairs]
     parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
-    spqr = _spqr.summary(reader)
+    spqr = _spqr_summary(reader)
     if spqr is not None:
-        parts.insert(3, f"SpQR linears here\n{_spqr.render(spqr)}")
-    points = _quality.curve(reader.metadata)
+        parts.insert(3, f"SpQR linears here\n{_spqr_table(spqr)}")
+    points = curve(reader.metadata)
     if points:
         more = any(point["file_bytes"] > reader.length for point in points)
         title = "Quality measured when the model was compressed" + (" (-: larger than this file)" if more else "")
-        parts.insert(len(parts) - 1, f"{title}\n{_quality.render(points, here=reader.length)}")
+        parts.insert(len(parts) - 1, f"{title}\n{curve_table(points, here=reader.length)}")
     return "\n\n".join([printable(reader.source.name), *parts])
 
 
@@ -132,13 +134,13 @@ def _kind_summary(blocks: list[bstk.Chunk]) -> list[str]:
     return [f"{kind}{_rank_words(kind, min(found), max(found))}" for kind, found in ranks.items()]
 
 
-def _rank_words(kind: bstk.Kind, least: int, most: int) -> str:
-    """What the record's field called rank says, in the words of the kind."""
-    span = f"{least}" if least == most else f"{least} to {most}"
+def _rank_words(kind: bstk.Kind, low: int, high: int) -> str:
+    """Describe the index's field called rank in the words of the kind."""
+    span = f"{low}" if low == high else f"{low} to {high}"
     if kind is bstk.OUTLIERS:
         return ""
-    if kind is bstk.SPQR and least == most:
-        return f" ({most % 16} bits in groups of {most - most % 16})"
+    if kind is bstk.SPQR and low == high:
+        return f" ({high % 16} bits in groups of {high - high % 16})"
     return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
 
 
@@ -156,20 +158,66 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
+    """Bytes in memory of the parts of all stacks with a dense SpQR part that this file has; None without any.
+
+    ``bytes`` names the codes, the statistics (scale and zero codes and their second level), the order of the inputs, the
+    outliers (row pointers, columns, values), and the blocks above. ``bits_per_weight`` counts all of them, and
+    ``level_bits_per_weight`` all but the blocks above.
+    """
+    names = {chunk.name for chunk in reader.chunks if chunk.kind is bstk.SPQR}
+    if not names:
+        return None
+    parts = dict.fromkeys(_SPQR_PARTS, 0)
+    weights = outliers = 0
+    for chunk in reader.chunks:
+        if chunk.name not in names:
+            continue
+        if chunk.kind is bstk.SPQR:
+            for part, size in spqr_parts(chunk.shape, chunk.rank)._asdict().items():
+                parts[part] += size
+            weights += math.prod(chunk.shape)
+        elif chunk.kind is bstk.OUTLIERS:
+            parts["outliers"] += chunk.raw_length
+            outliers += outlier_count(chunk.shape, chunk.raw_length)
+        else:
+            parts["planes"] += chunk.raw_length
+    total = sum(parts.values())
+    return {
+        "linears": len(names),
+        "weights": weights,
+        "bits_per_weight": 8 * total / weights,
+        "level_bits_per_weight": 8 * (total - parts["planes"]) / weights,
+        "outliers": outliers,
+        "outlier_share": outliers / weights,
+        "bytes": parts,
+    }
+
+
+def _spqr_table(found: dict[str, Any]) -> str:
+    """Return a summary as a table."""
+    weights = found["weights"]
+    share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
+    words = {"outliers": share if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
+    rows = [
+        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
+        for part, size in found["bytes"].items()
+    ]
+    level, total = found["level_bits_per_weight"], found["bits_per_weight"]
+    planes = found["bytes"]["planes"]
+    all_ = sum(found["bytes"].values())
+    rows.append(["dense + outliers", megabytes(all_ - planes), f"{level:.4f}", f"of {found['linears']} linears"])
+    rows.append(["all", megabytes(all_), f"{total:.4f}", ""])
+    return table(["part", "in memory", "bits/weight", ""], rows, left=[0, 3])
+
+
 def _cut_table(reader: bstk.Reader) -> str:
     rows = []
     for cut in reader.even_cuts(_SIZES):
         blocks = sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks])
         bits = reader.bits_per_weight(cut)
-        rows.append(
-            [
-                f"{bstk.mb_ceil(cut.budget)}",
-                megabytes(cut.file_bytes),
-                megabytes(cut.memory_bytes),
-                f"{blocks:,}",
-                "-" if bits is None else f"{bits:.3f}",
-            ]
-        )
+        sizes = [f"{bstk.mb_ceil(cut.budget)}", megabytes(cut.file_bytes), megabytes(cut.memory_bytes)]
+        rows.append([*sizes, f"{blocks:,}", "-" if bits is None else f"{bits:.3f}"])
     return table(["--mb", "file", "in memory", "blocks", "bits/weight"], rows)
 
 
@@ -178,20 +226,10 @@ def _block_table(reader: bstk.Reader) -> str:
     for position, chunk in enumerate(reader.chunks):
         if not chunk.is_block:
             continue
-        rows.append(
-            [
-                "*" if position < reader.base_count else "",
-                f"{chunk.offset}",
-                printable(chunk.name),
-                f"{chunk.level}",
-                chunk.kind.name,
-                f"{chunk.rank}",
-                f"{chunk.stored_length:,}",
-                f"{chunk.raw_length:,}",
-                f"{chunk.importance:.4g}",
-                f"{chunk.error:.4f}",
-            ]
-        )
+        base = "*" if position < reader.base_count else ""
+        about = [f"{chunk.offset}", printable(chunk.name), f"{chunk.level}", chunk.kind.name, f"{chunk.rank}"]
+        sizes = [f"{chunk.stored_length:,}", f"{chunk.raw_length:,}"]
+        rows.append([base, *about, *sizes, f"{chunk.importance:.4g}", f"{chunk.error:.4f}"])
     head = ["", "offset", "linear", "level", "kind", "rank", "bytes in file", "in memory", "importance", "error left"]
     return table(head, rows, left=[0, 2, 4], indent="")
 
@@ -214,8 +252,7 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in reader.even_cuts(_SIZES)],
         "metadata": reader.metadata,
     }
-    spqr = _spqr.summary(reader)
-    if spqr is not None:
+    if (spqr := _spqr_summary(reader)) is not None:
         result["spqr"] = spqr
     if with_blocks:
         result["stack"] = [
@@ -227,18 +264,6 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
 
 
 def _chunk_as_json(chunk: bstk.Chunk, in_base: bool) -> dict[str, Any]:
-    return {
-        "name": chunk.name,
-        "level": chunk.level,
-        "kind": chunk.kind.name,
-        "in_smallest": in_base,
-        "offset": chunk.offset,
-        "stored_length": chunk.stored_length,
-        "raw_length": chunk.raw_length,
-        "shape": list(chunk.shape),
-        "rank": chunk.rank,
-        "transposed": chunk.transposed,
-        "importance": chunk.importance,
-        "error": chunk.error,
-        "digest": chunk.digest.hex(),
-    }
+    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_smallest": in_base}
+    plain = ("offset", "stored_length", "raw_length", "shape", "rank", "transposed", "importance", "error")
+    return {**named, **{key: getattr(chunk, key) for key in plain}, "digest": chunk.digest.hex()}

@@ -17,21 +17,16 @@ from bstack.cli._text import megabytes
 from bstk.errors import Interrupted
 
 AUTO = "auto"
+_WRITTEN = ("text", "prompt_tokens", "new_tokens", "prompt_seconds", "tokens_per_second")
 
 
-class RunBudget(_common.BudgetType):
-    """A budget of megabytes, or ``auto``."""
-
-    name = "MB|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value).strip().lower() == AUTO:
-            return AUTO
-        try:
-            bstk.budget_bytes(value)
-        except bstk.UsageError as error:
-            self.fail(f"{error} Or auto, to follow what the machine has free.", param, ctx)
-        return value
+def _mb_or_auto(value: str) -> str:
+    if value.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return _common.checked_mb(value)
+    except bstk.UsageError as error:
+        raise ValueError(f"{error} Or auto, to follow what the machine has free.") from error
 
 
 class Finite(click.FloatRange):
@@ -49,7 +44,7 @@ class Finite(click.FloatRange):
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @click.option(
     "--mb",
-    type=RunBudget(),
+    type=_common.Parsed("MB|auto", _mb_or_auto),
     help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
@@ -133,7 +128,7 @@ def command(
                 model,
                 tokenizer,
                 ids,
-                _discard if as_json else _print,
+                (lambda _text: None) if as_json else _print,  # inside JSON the text is printed at the end
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 do_sample=drawing,
@@ -147,11 +142,7 @@ def command(
             "bstack.run/1",
             {
                 "file": file,
-                "text": written.text,
-                "prompt_tokens": written.prompt_tokens,
-                "new_tokens": written.new_tokens,
-                "prompt_seconds": written.prompt_seconds,
-                "tokens_per_second": written.tokens_per_second,
+                **{key: getattr(written, key) for key in _WRITTEN},
                 "weight_bytes": state.weight_bytes,
                 "bits_per_weight": state.bits_per_weight,
                 "interrupted": written.interrupted,
@@ -221,7 +212,3 @@ def _print(text: str) -> None:
     clean = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
     sys.stdout.write("".join(clean))
     sys.stdout.flush()
-
-
-def _discard(_text: str) -> None:
-    """Ignore text that is printed at the end, inside JSON."""

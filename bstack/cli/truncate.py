@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli import _common, _progress, _quality
-from bstack.cli._text import megabytes, printable
+from bstack.cli import _common, _progress
+from bstack.cli._text import curve, curve_table, megabytes, printable
 
 
 @click.command("truncate")
@@ -70,7 +70,7 @@ def command(
         if dry_run:
             cut = bstk.plan(reader, mb)
             result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
-            points = _quality.curve(reader.metadata)
+            points = curve(reader.metadata)
         elif not in_place:
             doing = "fetch" if bstk.is_url(source) else "copy"
             with _progress.transferred(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
@@ -80,7 +80,7 @@ def command(
             bstk.truncate(source, None, mb=mb, seal=not no_seal)
         with _common.open_file(target or source, quiet=quiet, warn=False) as reader:
             result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
-            points = _quality.curve(reader.metadata)
+            points = curve(reader.metadata)
     if as_json:
         result |= {"input": name, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
@@ -88,7 +88,7 @@ def command(
     click.echo(_report(result, printable(target or name), dry_run))
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
-        click.echo(_quality.render(points, cut=result["file_bytes"]))
+        click.echo(curve_table(points, cut=result["file_bytes"]))
 
 
 def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import click
 
@@ -12,26 +11,19 @@ from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes, printable
 
 
-class RootType(click.ParamType):
-    """A root digest as 64 hexadecimal digits."""
-
-    name = "HEX"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        if not re.fullmatch("[0-9a-fA-F]{64}", value):
-            self.fail(
-                f"{value!r} is not a root digest. Give 64 hexadecimal digits, as bstack inspect --root prints them.",
-                param,
-                ctx,
-            )
-        return bytes.fromhex(value)
+def _root_digest(value: str) -> bytes:
+    if not re.fullmatch("[0-9a-fA-F]{64}", value):
+        raise ValueError(
+            f"{value!r} is not a root digest. Give 64 hexadecimal digits, as bstack inspect --root prints them."
+        )
+    return bytes.fromhex(value)
 
 
 @click.command("verify")
 @_common.file_argument
-@click.option("--root", type=RootType(), help="Refuse a file with another root digest (exit code 5).")
+@click.option(
+    "--root", type=_common.Parsed("HEX", _root_digest), help="Refuse a file with another root digest (exit code 5)."
+)
 @_common.strict_option
 @_common.json_option
 @_common.quiet_option
@@ -63,14 +55,8 @@ def command(file: str, root: bytes | None, strict: bool, as_json: bool, quiet: b
             _common.print_json("bstack.verify/1", _failure(file, error))
         raise
     if as_json:
-        result = {
-            "file": file,
-            "ok": True,
-            "state": reader.state,
-            "file_bytes": reader.length,
-            "chunks": len(reader.chunks),
-            "root": reader.root.hex(),
-        }
+        result = {"file": file, "ok": True, "state": reader.state, "file_bytes": reader.length}
+        result |= {"chunks": len(reader.chunks), "root": reader.root.hex()}
         _common.print_json("bstack.verify/1", result)
         return
     click.echo(

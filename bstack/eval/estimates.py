@@ -18,14 +18,7 @@ RESAMPLES = 200
 
 
 class Estimate(NamedTuple):
-    """A measured value.
-
-    Attributes
-    ----------
-    value : float
-    error : float or None
-        Standard error; None for a single sample.
-    """
+    """A measured value and its standard error, None for a single sample."""
 
     value: float
     error: float | None = None
@@ -40,41 +33,21 @@ def _finite(value: float | None) -> float | None:
 
 
 def mean_estimate(values: torch.Tensor) -> Estimate:
-    """Return the mean over all tokens, with its standard error over windows.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        One number a token, shape (windows, positions).
-    """
+    """Return the mean over all tokens, shape (windows, positions), with its standard error over windows."""
     means = values.double().mean(1)
     error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else None
     return Estimate(float(means.mean()), error)
 
 
 def perplexity_estimate(nll: torch.Tensor) -> Estimate:
-    """Return the exponential of the mean negative log likelihood, with its error by the delta method.
-
-    Parameters
-    ----------
-    nll : torch.Tensor
-        Negative log likelihoods in nats, shape (windows, positions).
-    """
+    """Return the exponential of the mean negative log likelihood, with its error by the delta method."""
     mean, error = mean_estimate(nll)
     value = math.exp(mean) if mean < 700 else math.inf
     return Estimate(value, None if error is None else value * error)
 
 
 def percentile_estimate(values: torch.Tensor, percent: float) -> Estimate:
-    """Return a percentile over all tokens, with its standard error from a bootstrap over whole windows.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        One number a token, shape (windows, positions).
-    percent : float
-        Between 0 and 100.
-    """
+    """Return a percentile over all tokens, with its standard error from a bootstrap over whole windows."""
     values, fraction = values.double(), percent / 100
     value = float(values.quantile(fraction))
     if len(values) < 2:

@@ -13,16 +13,7 @@ __all__ = ["perplexity"]
 def perplexity(model: nn.Module, windows: torch.Tensor) -> float:
     """Return the exponential of the mean negative log likelihood of every token but the first of each window.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    windows : torch.Tensor
-        Token ids, int64, shape (windows, length), length at least 2. Each window is run on its own.
-
-    Returns
-    -------
-    float
-        Infinite when the likelihood underflows.
+    Windows are token ids, int64, shape (windows, length), each run on its own; infinite when the likelihood underflows.
     """
     total = 0.0
     with torch.no_grad():

@@ -61,11 +61,7 @@ def run_streamed(
 def altered(skeleton: Skeleton, alter: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Loaded:
     """Return a way to load parameters from the checkpoint with some of them replaced.
 
-    Parameters
-    ----------
-    skeleton : Skeleton
-    alter : callable
-        Given the name and value of every loaded parameter: returns a new tensor, or None to keep it.
+    `alter` receives the name and value of every loaded parameter; it returns a new tensor, or None to keep it.
     """
 
     @contextmanager

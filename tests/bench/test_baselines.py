@@ -105,19 +105,17 @@ def test_gptq_is_the_plain_algorithm(bits, columns):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_beats_rounding_where_inputs_hang_together(bits, act_order):
+def test_gptq_beats_rounding_where_inputs_hang_together(bits):
     weight, hessian = problem()
-    mine = objective(weight, hessian, gptq(weight, hessian, bits, act_order=act_order))
+    mine = objective(weight, hessian, gptq(weight, hessian, bits))
     assert mine < 0.7 * objective(weight, hessian, round_to_nearest(weight, bits))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("columns", [40, 64, 100, 300])
-def test_gptq_is_rounding_where_they_do_not(columns, act_order):
+def test_gptq_is_rounding_where_they_do_not(columns):
     weight, _ = problem(columns=columns)
     hessian = torch.diag(torch.rand(columns, generator=GENERATOR) + 0.1)
-    mine, rounded = gptq(weight, hessian, 3, act_order=act_order), round_to_nearest(weight, 3)
+    mine, rounded = gptq(weight, hessian, 3), round_to_nearest(weight, 3)
     assert torch.equal(mine.codes, rounded.codes)
     assert torch.equal(mine.scale, rounded.scale) and torch.equal(mine.zero, rounded.zero)
 

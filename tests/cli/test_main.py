@@ -83,13 +83,19 @@ def test_interrupted_while_the_commands_are_imported():
 
 
 def test_documented_exit_codes_are_those_of_the_classes():
-    documented = {}
+    documented, of_attributes = {}, {}
     for code, names in re.findall(r"^\| (\d+) \| (.*?) \|", (DOCS / "guide.md").read_text(), re.MULTILINE):
-        documented.update({name: int(code) for name in re.findall(r"`(\w+)`", names)})
+        for name, attribute in re.findall(r"`(\w+)`(?: \(`(\w+)`\))?", names):
+            if attribute:
+                of_attributes[name, attribute] = int(code)
+            else:
+                documented[name] = int(code)
     classes = {
         name: cls.exit_code for name, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "exit_code")
     }
     assert documented == classes
+    attributes = ("missing", "resumable")
+    assert of_attributes == {("RemoteError", a): errors.RemoteError(**{a: True}).exit_code for a in attributes}
 
 
 def test_errors_of_the_toolchain_have_documented_codes():

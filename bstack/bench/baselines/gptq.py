@@ -18,21 +18,8 @@ DAMPING = 0.01
 BLOCK = 128
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: bool = False) -> GridMatrix:
-    """Quantise a matrix.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        Float32, shape (outputs, inputs).
-    hessian : torch.Tensor
-        H = X^T X, float32, shape (inputs, inputs).
-    bits : int
-        2 to 8.
-    act_order : bool
-        Take the columns by falling diagonal of H. The groups stay neighbouring columns, and their grids are then fitted
-        to the weights as they were ("static groups"), so that no permutation has to be stored.
-    """
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int) -> GridMatrix:
+    """Quantise a float32 matrix (outputs, inputs) with H = X^T X, shape (inputs, inputs)."""
     columns = weight.shape[1]
     hessian = hessian.double()
     dead = hessian.diagonal() <= 0
@@ -40,19 +27,16 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: b
     weight = weight.clone()
     # An input that is always 0 may have any weight, and every grid has 0.
     weight[:, dead] = 0
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = _inverse_factor(hessian[order][:, order])
-    grids = [fit(group, bits) for group in weight.split(GROUP, 1)]
-    weight = weight[:, order]
+    factor = _inverse_factor(hessian)
+    grids = []
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.zeros(weight.shape[0], stop - start)
         for j in range(start, stop):
-            group = int(order[j]) // GROUP
-            if not act_order and j % GROUP == 0:
-                grids[group] = fit(weight[:, j : min(j + GROUP, columns)], bits)
-            scale, zero = grids[group]
+            if j % GROUP == 0:
+                grids.append(fit(weight[:, j : j + GROUP], bits))
+            scale, zero = grids[-1]
             codes[:, j] = nearest(weight[:, j], scale, zero, bits)
             rounded = (codes[:, j].float() - zero.float()) * scale.float()
             error = (weight[:, j] - rounded) / factor[j, j]
@@ -60,7 +44,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, *, act_order: b
             errors[:, j - start] = error
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     scales, zeros = (torch.stack(part, 1) for part in zip(*grids, strict=True))
-    return GridMatrix(bits, codes[:, order.argsort()], scales, zeros)
+    return GridMatrix(bits, codes, scales, zeros)
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""Quantise a whole model with a baseline, count its bytes, measure it."""
+"""Quantise whole models with the baselines, count their bytes, measure them, and compare the file with them."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,17 +15,23 @@ import bstk
 from bstack.bench.baselines.gptq import gptq
 from bstack.bench.baselines.rtn import GridMatrix, round_to_nearest
 from bstack.bench.baselines.spqr import SpqrMatrix, spqr
-from bstack.bench.options import CALIBRATED
+from bstack.bench.options import CALIBRATED, Choice, Options
 from bstack.bench.quality import Scores
 from bstack.bench.reference import Reference
-from bstack.bench.results import Baseline, Sizes
+from bstack.bench.results import Baseline, Comparison, Point, Sizes, frontier
+from bstack.bench.resume import ResumeFile
+from bstack.bench.text import Text, digest
+from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
+from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
+from bstack.errors import CalibrationError
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
+from bstack.progress import Progress
 
-__all__ = ["Baselines"]
+__all__ = ["Baselines", "compare", "measure_baselines"]
 
 EMBEDDING_BITS = (8, 4)
 TOKENS_TOGETHER = 4096
@@ -32,18 +40,7 @@ TOKENS_TOGETHER = 4096
 class Baselines:
     """Runs baselines on the matrices that a .bstk file keeps as stacks; everything else stays as in the file.
 
-    Parameters
-    ----------
-    file : bstk.Reader
-        Says which matrices are quantised, and what the rest of a file costs.
-    skeleton : Skeleton
-        The original, nothing loaded.
-    windows : torch.Tensor
-        To measure on.
-    reference : Reference
-        The original's log probabilities on them.
-    scratch : Path
-        A temporary folder; a quantised model is kept there while it is measured.
+    A quantised model is kept in the folder `scratch` while it is measured on `windows` against the original's `reference`.
     """
 
     def __init__(
@@ -69,13 +66,9 @@ class Baselines:
         linear = sum(
             _raw_bytes(chunk.shape, bits) + int(math.prod(chunk.shape) * more / 8) for chunk in self._linears.values()
         )
-        found = []
-        for embedding_bits in EMBEDDING_BITS:
-            embeddings = sum(
-                _raw_bytes(self._skeleton.parameter(name).shape, embedding_bits) for name in self._embeddings
-            )
-            found.append(Sizes(linear + embeddings, linear + embeddings) + self._rest)
-        return found
+        shapes = [self._skeleton.parameter(name).shape for name in self._embeddings]
+        totals = [linear + sum(_raw_bytes(shape, own) for shape in shapes) for own in EMBEDDING_BITS]
+        return [Sizes(total, total) + self._rest for total in totals]
 
     @property
     def steps(self) -> int:
@@ -90,21 +83,7 @@ class Baselines:
         progress: Callable[[], None] = lambda: None,
         bpw: float | None = None,
     ) -> list[Baseline]:
-        """Quantise and measure, with the embeddings at 8 bits and at 4.
-
-        Parameters
-        ----------
-        method : str
-            ``rtn``, ``gptq`` or ``spqr``.
-        bits : int
-            Of the linears.
-        calibration : torch.Tensor or None
-            Token ids, int64, shape (samples, length), for GPTQ and SpQR.
-        progress : callable
-            Called once for each layer while quantising, and in each pass of measuring.
-        bpw : float, optional
-            SpQR: bits per weight that the linears of a layer may take together.
-        """
+        """Quantise and measure, with the embeddings at 8 bits and at 4; `calibration` is for GPTQ and SpQR."""
         store = _Store(self._scratch / f"{method}-{bits}")
         if calibration is not None and method in CALIBRATED:
             self._quantise_in_order(method, calibration, bits, store, progress, bpw)
@@ -167,14 +146,11 @@ class Baselines:
                     stream.run_all(index)
                 progress()
 
-    def _in_layer(self, index: int) -> list[str]:
-        inside = self._skeleton.layers[index][0] + "."
-        return [name for name in self._linears if name.startswith(inside)]
-
     def _weights(self, index: int) -> dict[str, torch.Tensor]:
         """Return views of the matrices to quantise in a loaded layer, as (outputs, inputs)."""
+        inside = self._skeleton.layers[index][0] + "."
         found = {}
-        for name in self._in_layer(index):
+        for name in filter(lambda name: name.startswith(inside), self._linears):
             matrix = MatrixName.parse(name)
             found[name] = matrix.view(self._skeleton.parameter(matrix.parameter), self._linears[name].transposed)
         return found
@@ -225,3 +201,90 @@ class _Store:
         for path in self._files.values():
             os.unlink(path)
         self._folder.rmdir()
+
+
+def measure_baselines(
+    file: bstk.Reader,
+    options: Options,
+    skeleton: Skeleton,
+    text: Text,
+    scratch: Path,
+    resume: ResumeFile,
+    notes: list[str],
+    progress: Progress,
+) -> list[Baseline]:
+    """Quantise the original and measure it; without named bits only baselines of a size with the file."""
+    runner = Baselines(file, skeleton, text.windows, text.reference, scratch)
+    choices = _fitting(file, runner, options.against, notes)
+    windows = None
+    if any(choice.method in CALIBRATED for choice in choices):
+        windows = _calibration(file, options.calibration, skeleton, text.tokenizer, notes, progress)
+    found = []
+    for choice in choices:
+
+        def run(choice: Choice = choice) -> list[dict[str, Any]]:
+            with progress(f"{choice.name} bits", runner.steps) as step:
+                measured = runner.measure(choice.method, choice.bits, windows, step, choice.bpw)
+                return [baseline.to_plain() for baseline in measured]
+
+        on = ""
+        if windows is not None and choice.method in CALIBRATED:
+            on = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        found += [Baseline.from_plain(plain) for plain in resume.get(f"{choice.name}:{on}", run)]
+    return found
+
+
+def compare(
+    file: bstk.Reader, baselines: Sequence[Baseline], point: Callable[[int, str], Point], notes: list[str]
+) -> list[Comparison]:
+    """Compare the file with the best of the baselines at their bytes."""
+    smallest = file.smallest.budget
+    best = frontier(baselines)
+    if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
+        notes.append(f"Not compared, because they are smaller than the smallest cut of this file: {'; '.join(below)}.")
+    return [
+        Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
+    ]
+
+
+def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:
+    smallest, full = file.smallest.file_bytes, file.fit().file_bytes
+    fitting: list[Choice] = []
+    left_out: list[Choice] = []
+    for choice in choices:
+        sizes = [size.file_bytes for size in runner.estimated_sizes(choice.method, choice.bits)]
+        inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
+        (fitting if choice.asked or inside else left_out).append(choice)
+    if left_out:
+        names = ", ".join(choice.name for choice in left_out)
+        notes.append(f"Left out, because they are larger or smaller than every cut of this file: {names}.")
+    return fitting
+
+
+def _calibration(
+    file: bstk.Reader, given: str | None, skeleton: Skeleton, tokenizer: Any, notes: list[str], progress: Progress
+) -> torch.Tensor:
+    """Return the calibration windows that the file was made from, or as many of the given text."""
+    settings = file.metadata.get("settings") or {}
+    samples, length = settings.get("samples", 64), settings.get("sequence_length", 256)
+    source = given or settings.get("calibration", SELF)
+    if source == SELF:
+        # Windows depend on how many are written, so the held-out ones are written, too.
+        count = samples + HELD_OUT
+        with progress("calibration text", token_steps(count, length)) as step:
+            windows = write_windows(skeleton, count, length, seed=settings.get("seed", 0), progress=step)
+        return windows[:samples]
+    try:
+        text = open_text(source)
+    except bstk.BstkError as error:
+        if given is not None:
+            raise
+        raise CalibrationError(
+            f"This file was calibrated on {source!r}, which cannot be read here. Baselines should have the same text: "
+            "name it as calibration, or set calibration to self.",
+            option="calibration",
+        ) from error
+    expected = settings.get("calibration_sha256")
+    if (given is None or text.name == settings.get("calibration")) and expected not in (None, digest(text)):
+        notes.append(f"Baselines were calibrated on another text {text.name} than this file.")
+    return token_windows(text, tokenizer, samples, length, HELD_OUT)[:samples]

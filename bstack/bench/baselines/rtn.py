@@ -15,19 +15,7 @@ GROUP = 64
 def fit(weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the grid of each row of one group: from its smallest to its largest weight, with 0 on the grid.
 
-    Parameters
-    ----------
-    weights : torch.Tensor
-        Float32, shape (rows, group).
-    bits : int
-        2 to 8.
-
-    Returns
-    -------
-    scale : torch.Tensor
-        Half precision, shape (rows,), as stored.
-    zero : torch.Tensor
-        The code that stands for 0; uint8, shape (rows,).
+    Returns the scales as stored, in half precision, and the codes that stand for 0, uint8; shape (rows,) both.
     """
     low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
     levels = 2**bits - 1
@@ -44,16 +32,7 @@ def nearest(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits
 
 @dataclass(frozen=True)
 class GridMatrix:
-    """A quantised matrix.
-
-    Attributes
-    ----------
-    bits : int
-    codes : torch.Tensor
-        uint8, shape (rows, columns).
-    scale, zero : torch.Tensor
-        Half precision and uint8, shape (rows, groups).
-    """
+    """A quantised matrix: uint8 codes (rows, columns), scales in half precision and uint8 zeros (rows, groups)."""
 
     bits: int
     codes: torch.Tensor
@@ -80,15 +59,7 @@ def packed_bits(values: torch.Tensor, bits: int) -> bytes:
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int) -> GridMatrix:
-    """Quantise a matrix.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        Float32, shape (outputs, inputs); groups run along the inputs, the last may be shorter.
-    bits : int
-        2 to 8.
-    """
+    """Quantise a float32 matrix (outputs, inputs); groups run along the inputs, the last may be shorter."""
     codes, scales, zeros = [], [], []
     for group in weight.split(GROUP, 1):
         scale, zero = fit(group, bits)

@@ -17,17 +17,7 @@ __all__ = ["SpqrMatrix", "check_targets", "spqr"]
 
 @dataclass(frozen=True)
 class SpqrMatrix:
-    """A quantised matrix.
-
-    Attributes
-    ----------
-    blocks : tuple of bytes
-        The dense part, and the outliers if there are any.
-    rank : int
-        Of the dense part's block.
-    shape : tuple of int
-        (outputs, inputs).
-    """
+    """A quantised matrix: the block of the dense part, of that rank, and the block of the outliers if there are any."""
 
     blocks: tuple[bytes, ...]
     rank: int
@@ -44,18 +34,7 @@ class SpqrMatrix:
 
 
 def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """Check that the linears can have the bits per weight that the choices ask for.
-
-    Parameters
-    ----------
-    choices : sequence of Choice
-    layers : sequence
-        By layer, the shapes (outputs, inputs) of its linears.
-
-    Raises
-    ------
-    bstk.UsageError
-    """
+    """Check that the linears, whose shapes are given by layer, can have the bits per weight that the choices ask for."""
     for choice in choices:
         if choice.bpw is not None:
             with error_prefix(f"against {choice.name}"):
@@ -67,16 +46,9 @@ def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int
 def spqr(
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor, int]], bits: int, bpw: float | None = None
 ) -> dict[str, SpqrMatrix]:
-    """Quantise the matrices of a layer together.
+    """Quantise the matrices of a layer together, given as weight (outputs, inputs), hessian and tokens by name.
 
-    Parameters
-    ----------
-    weights : mapping
-        By name: weight (outputs, inputs), hessian (inputs, inputs), tokens.
-    bits : int
-        3 or 4.
-    bpw : float, optional
-        Bits per weight that they may take together; None: 1 % of the weights are outliers.
+    `bpw` bounds their bits per weight together; without it 1 % of the weights are outliers.
     """
     # All outputs have equal weight, as in the paper.
     tasks = {

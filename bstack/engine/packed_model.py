@@ -15,8 +15,7 @@ from bstack.kernels.matrix import check_put
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import parameters_on_meta
 from bstack.packed.backends import Backend
-from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import Table
+from bstack.packed.matrix import PriorityLock, Table
 from bstack.packed.weight import PackedWeight
 from bstk.errors import DamagedError, error_prefix
 
@@ -41,12 +40,15 @@ def packed_model(
         _check_depth(parts, shown)
     for chunk in file.chunks:
         if chunk.is_weight and not chunk.is_block:
-            _put(
-                model,
-                chunk.name,
-                _plain(plain_tensor(file.read(chunk), chunk), dtype, backend.device, chunk.name),
-                shown,
-            )
+            tensor = plain_tensor(file.read(chunk), chunk).to(backend.device)
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                is_table = tensor.dim() == 2 and tensor.numel() >= TABLE
+                tensor = (
+                    PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device)
+                    if is_table
+                    else tensor.to(dtype)
+                )
+            _put(model, chunk.name, tensor, shown)
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
     for parameter, parts in parameters.items():
@@ -54,15 +56,6 @@ def packed_model(
     _tie(model, shown)
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
-
-
-def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
-    tensor = tensor.to(device)
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    if tensor.dim() == 2 and tensor.numel() >= TABLE:
-        return PackedWeight(Table(tensor), False, dtype, name, device)
-    return tensor.to(dtype)
 
 
 def _check_depth(parts: _Parts, shown: str) -> None:

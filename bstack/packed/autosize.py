@@ -168,36 +168,11 @@ class BudgetPoller(Poller):
 
 
 class MemoryPoller(Poller):
-    """Keep a model as large as the machine's memory allows.
+    """Keep a model as large as the machine's memory allows; sizes are bytes, and times seconds.
 
-    Parameters
-    ----------
-    resize : callable
-        Receives a budget in bytes between `smallest` and `largest`. Called in the poller's thread. A growth may go on after
-        it has returned.
-    current : callable
-        Returns the budget in bytes that gives what is in memory now.
-    failure : callable
-        Returns what stopped a growth after `resize` had returned, the same object until the next resize; or None.
-    smallest, largest : int
-        Bounds of the budget in bytes.
-    margin : int, optional
-        Bytes to leave free; by default `default_margin` of the memory at the start.
-    quiet : float
-        Seconds without need before growing.
-    step : int
-        Bytes of the smallest growth that is worth reading blocks for.
-    interval : float
-        Seconds between two readings; one takes about a millisecond.
-    read : callable
-        Returns a `Memory`, or None where the system does not tell.
-    warn : callable
-        Receives each kind of warning once, one line, in the poller's thread.
-
-    Raises
-    ------
-    bstk.UsageError
-        The system does not tell how much memory is free.
+    `resize` receives a budget between `smallest` and `largest`, in the poller's thread; a growth may go on after it has
+    returned. `current` returns the budget that gives what is in memory now, and `failure` what stopped a growth, the same object
+    until the next resize. `read` returns None where the system does not tell, which raises UsageError at the start.
     """
 
     def __init__(

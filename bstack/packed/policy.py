@@ -48,21 +48,9 @@ class Policy:
     causes another one. One step is kept free beyond the margin after each change: the model shrinks when
     less than the margin is free, and grows when two steps more than the margin have been free for the whole quiet time.
 
-    Parameters
-    ----------
-    smallest, largest : int
-        Bounds of the budget in bytes.
-    margin : int
-        Bytes to leave free.
-    quiet : float
-        Seconds without need before growing.
-    step : int
-        Bytes of the smallest worthwhile growth; at least `STEP_FRACTION` of what fits.
-
-    Attributes
-    ----------
-    short : bool
-        Whether at the last reading not even the smallest budget left the margin free.
+    `smallest` and `largest` bound the budget, `margin` is to stay free, and `step` is the smallest worthwhile growth (at least
+    `STEP_FRACTION` of what fits), all in bytes; `quiet` is in seconds. `short` says whether at the last reading not even the
+    smallest budget left the margin free.
     """
 
     smallest: int
@@ -83,21 +71,9 @@ class Policy:
         self._patience = self.quiet
 
     def decide(self, now: float, memory: Memory, current: int) -> int | None:
-        """Return what the budget should become.
+        """Return what the budget should become, in bytes; None to leave the model as it is.
 
-        Parameters
-        ----------
-        now : float
-            Seconds on a clock that never goes back.
-        memory : Memory
-            The reading of that time.
-        current : int
-            Bytes of the budget that gives what is resident now, between `smallest` and `largest`.
-
-        Returns
-        -------
-        int or None
-            Bytes; None to leave the model as it is.
+        `now` is in seconds on a clock that never goes back, and `current` is the budget that gives what is resident now.
         """
         fits = current + memory.free - self.margin
         step = max(self.step, int(STEP_FRACTION * fits))

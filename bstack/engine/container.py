@@ -55,15 +55,15 @@ def build_model(
 
     `trusted` allows Python code in the folder to run; `settings` are those of transformers' `from_config`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     shown = file.source.name
     config = _read_config(file, folder, trusted)
     with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
-    generation = _generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
+    if (folder / "generation_config.json").is_file():
+        with understood(shown, "its generation settings cannot be used by this transformers"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -82,16 +82,6 @@ def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(f"{shown}: its configuration names a quantisation, but a .bstk file has its own.")
     return config
-
-
-def _generation_config(folder: Path, shown: str) -> Any | None:
-    """Return the generation settings in the model's files, or None."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return None
-    with understood(shown, "its generation settings cannot be used by this transformers"):
-        return GenerationConfig.from_pretrained(folder)
 
 
 def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
@@ -190,7 +180,18 @@ def dense_model(
     """Build the model of the given chunks, a prefix of the file's."""
     shown = file.source.name
     model = build_model(file, folder, trusted, torch.device("meta"))
-    return _fill(model, dict(dense_weights(file, chunks, model, dtype)), dtype, shown)
+    weights = dict(dense_weights(file, chunks, model, dtype))
+    # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
+    cls, config, generation = type(model), model.config, model.generation_config
+    with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
+        filled, info = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+    filled.generation_config = generation
+    return filled.eval()
 
 
 def dense_weights(
@@ -214,17 +215,3 @@ def dense_weights(
             rows, columns = blocks[0].shape
             view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], (rows, columns)))
         yield parameter, tensor
-
-
-def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, shown: str) -> Any:
-    # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
-    cls, config, generation = type(model), model.config, model.generation_config
-    with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
-        filled, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
-    filled.generation_config = generation
-    return filled.eval()

@@ -242,15 +242,9 @@ def _decoder(model: Any, kernels: Any) -> Decoder:
         raise ValueError("another head")
     head_width = attention.head_dim
     heads, key_heads = (module.weight.packed.rows // head_width for module in (attention.q_proj, attention.k_proj))
-    sizes = Sizes(
-        config.hidden_size,
-        layers[0].mlp.gate_proj.weight.packed.rows,
-        heads,
-        key_heads,
-        head_width,
-        _epsilon(layers[0].input_layernorm),
-        float(attention.scaling),
-    )
+    norm, inner = layers[0].input_layernorm, layers[0].mlp.gate_proj.weight.packed.rows
+    epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    sizes = Sizes(config.hidden_size, inner, heads, key_heads, head_width, epsilon, float(attention.scaling))
     parts = head.weight.packed.parts
     if len(parts) > MAX_PARTS:
         raise ValueError("too many parts")
@@ -280,7 +274,3 @@ def _matrix(module: Any) -> Any:
 
 def _array(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else np.ascontiguousarray(tensor.detach().float().numpy())
-
-
-def _epsilon(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

@@ -52,7 +52,12 @@ def packed_model(
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
     for parameter, parts in parameters.items():
-        _put(model, parameter, _packed_weight(parameter, parts, matrices, backend, lock, dtype), shown)
+        made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
+        matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
+        whole = parts[0][0].index is None
+        packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
+        transposed = parts[0][1][0].transposed
+        _put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
     _tie(model, shown)
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
@@ -70,17 +75,6 @@ def _check_depth(parts: _Parts, shown: str) -> None:
                     f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} Load it with "
                     "bstack.load(..., mode='dense')."
                 ) from None
-
-
-def _packed_weight(
-    parameter: str, parts: _Parts, matrices: dict[str, Any], backend: Backend, lock: PriorityLock, dtype: torch.dtype
-) -> PackedWeight:
-    """Make one parameter and add its matrices to `matrices`."""
-    made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
-    matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
-    whole = parts[0][0].index is None
-    packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
-    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, backend.device)
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:

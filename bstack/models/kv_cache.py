@@ -41,18 +41,15 @@ class GrowingLayer(DynamicLayer):
         used = self.get_seq_length()
         needed = used + tokens
         present: Any = (self.keys, self.values)
-        if (
-            self._buffers is None
-            or self._buffers[0].shape[-2] < needed
-            or not all(map(_is_start, present, self._buffers))
-        ):
+        buffers = self._buffers
+        if buffers is None or buffers[0].shape[-2] < needed or not all(map(_is_start, present, buffers)):
             capacity = max(MIN_CAPACITY, 2 * needed)
             keys, values = (
                 _buffer(new, old, used, capacity) for new, old in zip(like or present, present, strict=True)
             )
-            self._buffers = keys, values
+            self._buffers = buffers = keys, values
             self.advance(0)
-        return self._buffers
+        return buffers
 
     def advance(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Count tokens that were written into the buffers after the counted ones; return all keys and values."""

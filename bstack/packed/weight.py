@@ -150,33 +150,13 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
 }
 
 # Attributes of a tensor without data.
+_METHODS = ("dim", "size", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__")
+_VALUES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn")
+_FLAGS = ("is_meta", "is_cuda", "is_quantized", "is_sparse", "is_mps", "is_nested")
 _ATTRIBUTES = {
     torch.is_floating_point,
-    *(
-        getattr(torch.Tensor, name)
-        for name in ["dim", "size", "numel", "stride", "is_floating_point", "is_complex", "element_size"]
-    ),
-    torch.Tensor.__len__,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in [
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "is_leaf",
-            "is_meta",
-            "is_cuda",
-            "is_quantized",
-            "is_sparse",
-            "grad",
-            "grad_fn",
-            "is_mps",
-            "is_nested",
-        ]
-    ),
+    *(getattr(torch.Tensor, name) for name in _METHODS),
+    *(getattr(torch.Tensor, name).__get__ for name in (*_VALUES, *_FLAGS)),
 }
 
 _COPIES = {torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__}

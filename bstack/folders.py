@@ -26,12 +26,7 @@ def cache_folder(name: str) -> Path:
 def check_free(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder that can be made: it is missing or empty, and its parent is a folder.
 
-    Raises
-    ------
-    bstk.UsageError
-        There is a file, a broken link, or a folder that is not empty.
-    bstk.OutputError
-        The parent is not a folder, or cannot be read.
+    Raises UsageError if there is something else, and OutputError if the parent is not a folder.
     """
     target = Path(os.path.abspath(path))
     shown = os.fspath(path)
@@ -53,11 +48,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a folder to fill in a `with` block; it gets its name when the block ends without an error.
 
     Until then it is called ``.NAME.xxxxxxxx.part``, which a killed process leaves behind.
-
-    Raises
-    ------
-    bstk.UsageError, bstk.OutputError, bstk.ResourceError
-        As `check_free`; also at the end, if another process has put something there meanwhile.
+    Errors are those of `check_free`, also at the end, if another process has put something there meanwhile.
     """
     target = check_free(path)
     with os_errors(str(target)):

@@ -1,4 +1,4 @@
-"""Read the model's files, its modules and its plain parameters from a container."""
+"""Read the model's files, its modules and its parameters from a container, and rebuild it with dense weights."""
 
 from __future__ import annotations
 
@@ -12,35 +12,27 @@ from typing import Any
 import torch
 
 import bstk
+from bstack.codecs import codec_of_kind
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.names import MatrixName
-from bstk.errors import DamagedError, os_errors
+from bstack.models.skeleton import quiet_transformers
+from bstk.errors import DamagedError, error_prefix, os_errors
 
 __all__ = [
     "build_model",
+    "dense_model",
+    "dense_weights",
     "embedded_files",
     "load_tokenizer",
-    "parse_name",
-    "part_of",
     "parts_of",
     "plain_tensor",
-    "understood",
 ]
 
-DTYPES = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f64": torch.float64,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "bool": torch.bool,
-}
+_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+_INTEGERS = {"i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8}
+DTYPES = {**_FLOATS, **_INTEGERS, "bool": torch.bool}
 
 
 @contextmanager
@@ -63,15 +55,15 @@ def build_model(
 
     `trusted` allows Python code in the folder to run; `settings` are those of transformers' `from_config`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     shown = file.source.name
     config = _read_config(file, folder, trusted)
     with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
-    generation = _generation_config(folder, shown)
-    if generation is not None:
-        model.generation_config = generation
+    if (folder / "generation_config.json").is_file():
+        with understood(shown, "its generation settings cannot be used by this transformers"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -90,16 +82,6 @@ def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(f"{shown}: its configuration names a quantisation, but a .bstk file has its own.")
     return config
-
-
-def _generation_config(folder: Path, shown: str) -> Any | None:
-    """Return the generation settings in the model's files, or None."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return None
-    with understood(shown, "its generation settings cannot be used by this transformers"):
-        return GenerationConfig.from_pretrained(folder)
 
 
 def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
@@ -190,3 +172,46 @@ def part_of(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torc
             f"parameter of {' x '.join(map(str, tensor.shape))}."
         )
     return view
+
+
+def dense_model(
+    file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], folder: Path, dtype: torch.dtype, trusted: bool = False
+) -> Any:
+    """Build the model of the given chunks, a prefix of the file's."""
+    shown = file.source.name
+    model = build_model(file, folder, trusted, torch.device("meta"))
+    weights = dict(dense_weights(file, chunks, model, dtype))
+    # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
+    cls, config, generation = type(model), model.config, model.generation_config
+    with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
+        filled, info = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+    filled.generation_config = generation
+    return filled.eval()
+
+
+def dense_weights(
+    file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], model: torch.nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and tensor of each parameter, rebuilt from the given chunks; `model` gives the full shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Before memory is allocated: the shapes come from a configuration.
+    with error_prefix(file.source.name):
+        parts = parts_of(chunks, shapes)
+    for chunk in chunks:
+        if chunk.is_weight and not chunk.is_block:
+            tensor = plain_tensor(file.read(chunk), chunk)
+            yield chunk.name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for parameter, matrices in parts.items():
+        tensor = torch.empty(shapes[parameter], dtype=dtype)
+        for matrix, blocks in matrices:
+            view = part_of(matrix, tensor, blocks[0])
+            codec = codec_of_kind(blocks[0].kind)
+            payloads = [file.read(block) for block in blocks]
+            rows, columns = blocks[0].shape
+            view.copy_(codec.rebuild(payloads, [b.kind for b in blocks], [b.rank for b in blocks], (rows, columns)))
+        yield parameter, tensor

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.engine.container import build_model, embedded_files, parse_name
-from bstack.engine.dense import dense_weights
+from bstack.engine.container import build_model, dense_weights, embedded_files, parse_name
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
@@ -35,20 +34,9 @@ REFUSED = (INDEX, "adapter_config.json")
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_safetensors` wrote.
+    """What `export_safetensors` wrote: numbers and bytes of all weights, all files sorted, and the cut that was used.
 
-    Attributes
-    ----------
-    parameters : int
-        Numbers in all weights.
-    weight_bytes : int
-        Bytes of all weights.
-    files : list of str
-        All files, sorted.
-    cut : bstk.Cut
-        What of the container was used.
-    code : list of str
-        Python modules that the configuration needs beside it; the folder works when they are copied there.
+    `code` names Python modules that the configuration needs beside it; the folder works when they are copied there.
     """
 
     parameters: int
@@ -102,11 +90,12 @@ def export_safetensors(
     bstk.ResourceError, bstk.OutputError
         The folder cannot be written.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     check_trust(trust_remote_code, code)
     cut = file.fit(mb)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
-        _check_names(file)
         _copy_files(file, inside, target)  # before code is staged, which is not written
         trusted = stage_code(file, inside, trust_remote_code, code)
         model = build_model(file, inside, trusted, torch.device("meta"))
@@ -118,9 +107,12 @@ def export_safetensors(
             _check(weights, model, dtype, shown)
             written |= weights.keys()
             with quiet_transformers():
-                shards.add(_as_on_disk(model, weights))
+                # With the names and shapes of checkpoints: transformers fuses some parameters when it loads them.
+                shards.add(revert_weight_conversion(model, weights))
             progress(sum(chunk.stored_length for chunk in chunks))
-        if missing := sorted(_needed(model) - written):
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        unsaved = set(model._keys_to_ignore_on_save or ())
+        if missing := sorted(set(model.state_dict()) - tied - unsaved - written):
             raise UnsupportedModelError(
                 f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs."
             )
@@ -205,19 +197,6 @@ def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chu
         yield tuple(groups[place])
 
 
-def _as_on_disk(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights with the names and shapes of checkpoints; transformers fuses some parameters when it loads them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, weights)
-
-
-def _needed(model: Any) -> set[str]:
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    unsaved = set(model._keys_to_ignore_on_save or ())
-    return set(model.state_dict()) - tied - unsaved
-
-
 def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, shown: str) -> None:
     expected = model.state_dict()
     for name, tensor in weights.items():
@@ -233,17 +212,14 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
             )
 
 
-def _check_names(file: bstk.Reader) -> None:
-    """Refuse embedded files on whose names other programs act, such as `.git`, pickled weights or Python modules."""
+def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
+    """Copy embedded files; refuse names on which other programs act, such as `.git`, pickled weights or Python modules."""
     for name in file.files:
         if name.lower() in REFUSED or not is_model_file(name):
             raise DamagedError(
                 f"{file.source.name}: its file {name!r} is none that a model has beside its weights; those end in "
                 f"{', '.join(MODEL_SUFFIXES)}, and do not begin with a dot."
             )
-
-
-def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
     for name in file.files:
         copy = target / name
         with os_errors(str(copy)):

@@ -19,27 +19,14 @@ __all__ = ["Written", "encode_prompt", "write_text"]
 
 @dataclass(frozen=True)
 class Written:
-    """The result of `write_text`.
-
-    Attributes
-    ----------
-    text : str
-        The new text, without special tokens.
-    prompt_tokens, new_tokens : int
-    prompt_seconds : float
-        Time to the first new token.
-    seconds : float
-        Time for all tokens after the first.
-    interrupted : bool
-        Whether it was stopped by Ctrl-C.
-    """
+    """The result of `write_text`: the new text without special tokens, and times."""
 
     text: str
     prompt_tokens: int
     new_tokens: int
-    prompt_seconds: float
-    seconds: float
-    interrupted: bool
+    prompt_seconds: float  # to the first new token
+    seconds: float  # for all tokens after the first
+    interrupted: bool  # by Ctrl-C
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -13,7 +13,6 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,29 @@ from torch import nn
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
 from bstack.models.kv_cache import GrowingLayer, growing_cache, let_grow
-from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import Blocks
+from bstack.packed.matrix import Blocks, PriorityLock
 from bstack.packed.weight import PackedWeight
 
 __all__ = ["install"]
 
 # Other classes with the same modules may compute something else, which may show only after thousands of tokens.
 _CLASSES = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_NORMS = {"q_norm", "k_norm"}
-_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
+# Modules that each part of a layer must have, and those that it may have.
+_MODULES = {
+    "": ({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, set()),
+    "self_attn": ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}),
+    "mlp": ({"gate_proj", "up_proj", "down_proj"}, {"act_fn"}),
+}
+# Names of the products in the kernels.
+_PRODUCTS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 # Rotary embeddings that do not depend on the length of the text.
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 # Maximum difference of a logit from that of the model's own code, as a fraction of their standard deviation: products round
@@ -49,10 +59,11 @@ def install(model: Any, lock: PriorityLock) -> bool:
 
     All blocks of the base model must be in memory, since results are compared with those of the model's own code.
     """
-    if library() is None or model.device.type != "cpu" or _is_patched(model):
+    kernels = library()
+    if kernels is None or model.device.type != "cpu" or _is_patched(model):
         return False
     try:
-        decoder = _decoder(model)
+        decoder = _decoder(model, kernels)
     except (AttributeError, KeyError, ValueError):
         return False  # another structure
     step = _FusedStep(model, decoder, lock)
@@ -203,7 +214,7 @@ def _is_patched(model: nn.Module) -> bool:
     )
 
 
-def _decoder(model: Any) -> Decoder:
+def _decoder(model: Any, kernels: Any) -> Decoder:
     """Describe the model to the kernels; AttributeError, KeyError or ValueError for another structure."""
     config = model.config
     base, layers = model.model, list(model.model.layers)
@@ -222,54 +233,35 @@ def _decoder(model: Any) -> Decoder:
         kind = type(layer.self_attn)
         if kind.__name__ not in _CLASSES or not kind.__module__.startswith("transformers.models."):
             raise ValueError("another attention")
-        _needs(layer, _LAYER)
-        _needs(layer.self_attn, _ATTENTION, _NORMS)
-        _needs(layer.mlp, _FEED_FORWARD, {"act_fn"})
+        for path, (needed, allowed) in _MODULES.items():
+            present = {name for name, _ in layer.get_submodule(path).named_children()}
+            if not needed <= present <= needed | allowed:
+                raise ValueError("another structure")
     head = model.get_output_embeddings()
     if head.bias is not None or not isinstance(head.weight, PackedWeight) or not isinstance(head.weight.packed, Blocks):
         raise ValueError("another head")
     head_width = attention.head_dim
     heads, key_heads = (module.weight.packed.rows // head_width for module in (attention.q_proj, attention.k_proj))
-    sizes = Sizes(
-        config.hidden_size,
-        layers[0].mlp.gate_proj.weight.packed.rows,
-        heads,
-        key_heads,
-        head_width,
-        _epsilon(layers[0].input_layernorm),
-        float(attention.scaling),
-    )
+    norm, inner = layers[0].input_layernorm, layers[0].mlp.gate_proj.weight.packed.rows
+    epsilon = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    sizes = Sizes(config.hidden_size, inner, heads, key_heads, head_width, epsilon, float(attention.scaling))
     parts = head.weight.packed.parts
     if len(parts) > MAX_PARTS:
         raise ValueError("too many parts")
-    return Decoder(library(), sizes, [_layer(layer) for layer in layers], _array(base.norm.weight), parts)
-
-
-def _needs(module: nn.Module, names: Set[str], allowed: Set[str] = frozenset()) -> None:
-    present = {name for name, _ in module.named_children()}
-    if not names <= present or present - names - allowed:
-        raise ValueError("another structure")
+    return Decoder(kernels, sizes, [_layer(layer) for layer in layers], _array(base.norm.weight), parts)
 
 
 def _layer(layer: Any) -> Layer:
-    attention, feed_forward = layer.self_attn, layer.mlp
-    modules: dict[str, Any] = {
-        "query": attention.q_proj,
-        "key": attention.k_proj,
-        "value": attention.v_proj,
-        "out": attention.o_proj,
-        "gate": feed_forward.gate_proj,
-        "up": feed_forward.up_proj,
-        "down": feed_forward.down_proj,
-    }
+    attention = layer.self_attn
+    modules: dict[str, Any] = {name: layer.get_submodule(path) for name, path in _PRODUCTS.items()}
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return Layer(
         **{name: _matrix(module) for name, module in modules.items()},
         **{f"{name}_bias": _array(module.bias) for name, module in modules.items()},
         input_norm=_array(layer.input_layernorm.weight),
         post_norm=_array(layer.post_attention_layernorm.weight),
-        query_norm=None if query_norm is None else _array(query_norm.weight),
-        key_norm=None if key_norm is None else _array(key_norm.weight),
+        query_norm=_array(getattr(query_norm, "weight", None)),
+        key_norm=_array(getattr(key_norm, "weight", None)),
     )
 
 
@@ -282,7 +274,3 @@ def _matrix(module: Any) -> Any:
 
 def _array(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else np.ascontiguousarray(tensor.detach().float().numpy())
-
-
-def _epsilon(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import torch
 
 import bstk
-from bstack.engine.container import embedded_files, load_tokenizer
-from bstack.engine.dense import dense_model
+from bstack.engine.container import dense_model, embedded_files, load_tokenizer
 from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import backend_of, device_of
-from bstack.packed.store import BlockStore, Resident, fit, store_of
+from bstack.packed.store import BlockStore, Resident, store_of
 from bstack.progress import ByteProgress, no_progress
 from bstk.errors import UsageError
 
@@ -118,58 +116,37 @@ def load(
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed)
-    options = _Options(budget, packed, dtype, device, fused, strict, trust_remote_code, code, warn, notify, progress)
+
+    def load_once() -> tuple[Any, Any]:
+        with ExitStack() as stack:
+            fetched = None
+            if isinstance(path, str) and bstk.is_url(path):
+                fetched = budget
+                file, chunks = stack.enter_context(cached(path, budget, strict, warn, notify, progress))
+            else:
+                file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
+                chunks = file.chunks[: file.fit(budget=budget).chunks]
+            with embedded_files(file) as folder:
+                trusted = stage_code(file, folder, trust_remote_code, code)
+                tokenizer = load_tokenizer(folder, file.source.name, trusted)
+                if not packed:
+                    return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
+                backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
+                model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
+            opened = ExitStack()
+            store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
+            store.resize(budget)
+            if fused:
+                install(model, lock)
+            opened.push(stack.pop_all())  # the file stays open, to grow from
+            model.bstack_store = store
+            model.save_pretrained = model.state_dict = _refuse_to_save
+            return model, tokenizer
+
     try:
-        return _load(path, options)
+        return load_once()
     except KeptCopyError:  # dropped from the cache, so it is fetched again
-        return _load(path, options)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The checked arguments of `load`."""
-
-    budget: int | None
-    packed: bool
-    dtype: torch.dtype
-    device: torch.device
-    fused: bool
-    strict: bool
-    trust_remote_code: bool
-    code: str | None
-    warn: bool
-    notify: Callable[[str], None] | None
-    progress: ByteProgress
-
-
-def _load(path: str | os.PathLike[str], options: _Options) -> tuple[Any, Any]:
-    budget, dtype, device = options.budget, options.dtype, options.device
-    with ExitStack() as stack:
-        fetched = None
-        if isinstance(path, str) and bstk.is_url(path):
-            fetched = budget
-            file, chunks = stack.enter_context(
-                cached(path, budget, options.strict, options.warn, options.notify, options.progress)
-            )
-        else:
-            file = stack.enter_context(bstk.open(path, strict=options.strict, warn=options.warn))
-            chunks = file.chunks[: fit(file, budget).chunks]
-        with embedded_files(file) as folder:
-            trusted = stage_code(file, folder, options.trust_remote_code, options.code)
-            tokenizer = load_tokenizer(folder, file.source.name, trusted)
-            if not options.packed:
-                return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
-            backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
-            model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
-        opened = ExitStack()
-        store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
-        store.resize(budget)
-        if options.fused:
-            install(model, lock)
-        opened.push(stack.pop_all())  # the file stays open, to grow from
-        model.bstack_store = store
-        model.save_pretrained = model.state_dict = _refuse_to_save
-        return model, tokenizer
+        return load_once()
 
 
 def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:

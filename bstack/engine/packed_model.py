@@ -15,8 +15,7 @@ from bstack.kernels.matrix import check_put
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import parameters_on_meta
 from bstack.packed.backends import Backend
-from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import Table
+from bstack.packed.matrix import PriorityLock, Table
 from bstack.packed.weight import PackedWeight
 from bstk.errors import DamagedError, error_prefix
 
@@ -41,28 +40,27 @@ def packed_model(
         _check_depth(parts, shown)
     for chunk in file.chunks:
         if chunk.is_weight and not chunk.is_block:
-            _put(
-                model,
-                chunk.name,
-                _plain(plain_tensor(file.read(chunk), chunk), dtype, backend.device, chunk.name),
-                shown,
-            )
+            tensor = plain_tensor(file.read(chunk), chunk).to(backend.device)
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                is_table = tensor.dim() == 2 and tensor.numel() >= TABLE
+                tensor = (
+                    PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device)
+                    if is_table
+                    else tensor.to(dtype)
+                )
+            _put(model, chunk.name, tensor, shown)
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
     for parameter, parts in parameters.items():
-        _put(model, parameter, _packed_weight(parameter, parts, matrices, backend, lock, dtype), shown)
+        made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
+        matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
+        whole = parts[0][0].index is None
+        packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
+        transposed = parts[0][1][0].transposed
+        _put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
     _tie(model, shown)
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
-
-
-def _plain(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
-    tensor = tensor.to(device)
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    if tensor.dim() == 2 and tensor.numel() >= TABLE:
-        return PackedWeight(Table(tensor), False, dtype, name, device)
-    return tensor.to(dtype)
 
 
 def _check_depth(parts: _Parts, shown: str) -> None:
@@ -77,17 +75,6 @@ def _check_depth(parts: _Parts, shown: str) -> None:
                     f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} Load it with "
                     "bstack.load(..., mode='dense')."
                 ) from None
-
-
-def _packed_weight(
-    parameter: str, parts: _Parts, matrices: dict[str, Any], backend: Backend, lock: PriorityLock, dtype: torch.dtype
-) -> PackedWeight:
-    """Make one parameter and add its matrices to `matrices`."""
-    made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
-    matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
-    whole = parts[0][0].index is None
-    packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
-    return PackedWeight(packed, parts[0][1][0].transposed, dtype, parameter, backend.device)
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:

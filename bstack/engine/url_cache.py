@@ -8,7 +8,6 @@ from pathlib import Path
 
 import bstk
 from bstack.folders import cache_folder
-from bstack.packed.store import fit
 from bstack.progress import ByteProgress, no_progress
 from bstk import preamble
 from bstk.atomic import LockedFile
@@ -36,43 +35,14 @@ def cached(
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
-    """Fetch the missing part of what a budget needs of a model behind a URL.
+    """Fetch the missing part of what a budget in bytes needs of a model behind a URL.
 
     Each call fetches the first 64 KiB, to learn which model the server has, and nothing else twice. Of several processes one
-    fetches, and the others wait for it.
+    fetches, and the others wait for it. `strict` refuses a file that is partial on the server, `warn` warns about one, and
+    `notify` receives one line about each retry.
 
-    Parameters
-    ----------
-    url : str
-    budget : int or None
-        Bytes; None for the whole file.
-    strict : bool
-        Refuse a file that is partial on the server.
-    warn : bool
-        Warn about one.
-    notify : callable or None
-        Called with one line about each retry.
-    progress : callable
-        Reports the bytes that are fetched.
-
-    Yields
-    ------
-    file : bstk.Reader
-        The kept file.
-    chunks : tuple of bstk.Chunk
-        The chunks within the budget, which may be fewer than are kept.
-
-    Raises
-    ------
-    bstk.RemoteError
-        The URL cannot be read.
-    KeptCopyError
-        A kept chunk is damaged, or another process has dropped it as damaged. The kept copy is dropped from there on, and
-        the next call fetches it again.
-    bstk.DamagedError
-        What the server sends is damaged.
-    bstk.BstkError
-        As `bstk.open` and `bstk.Reader.fit`.
+    Yields the kept file and its chunks within the budget, which may be fewer than are kept. Raises KeptCopyError for a damaged
+    kept chunk: the kept copy is dropped from there on, and the next call fetches it again.
     """
     with closing(bstk.HttpSource(url, notify)) as remote:
         try:
@@ -136,7 +106,7 @@ def _fetch(
 ) -> tuple[Path, int]:
     """Fetch what is missing within the budget; return the kept file and its number of chunks within the budget."""
     reader = _open_with_kept_tables(remote, strict, warn)
-    cut = fit(reader, budget)
+    cut = reader.fit(budget=budget)
     path = kept_path(reader.root)
     with os_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)

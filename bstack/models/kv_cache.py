@@ -31,8 +31,7 @@ class GrowingLayer(DynamicLayer):
         used, new = self.get_seq_length(), key_states.shape[-2]
         for buffer, states in zip(self.reserve(new, key_states, value_states), (key_states, value_states), strict=True):
             buffer[..., used : used + new, :] = states
-        self.advance(new)
-        return self.keys, self.values
+        return self.advance(new)
 
     def reserve(self, tokens: int, *like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for more tokens and return the buffers of keys and of values, (batch, heads, capacity, width).
@@ -41,36 +40,40 @@ class GrowingLayer(DynamicLayer):
         """
         used = self.get_seq_length()
         needed = used + tokens
-        if not self._owns(self.keys, 0) or not self._owns(self.values, 1) or self._buffers[0].shape[-2] < needed:
-            self._buffers = tuple(
-                _buffer(shape, old, used, max(MIN_CAPACITY, 2 * needed))
-                for shape, old in zip(like or (self.keys, self.values), (self.keys, self.values), strict=True)
+        present: Any = (self.keys, self.values)
+        buffers = self._buffers
+        if buffers is None or buffers[0].shape[-2] < needed or not all(map(_is_start, present, buffers)):
+            capacity = max(MIN_CAPACITY, 2 * needed)
+            keys, values = (
+                _buffer(new, old, used, capacity) for new, old in zip(like or present, present, strict=True)
             )
+            self._buffers = buffers = keys, values
             self.advance(0)
-        return self._buffers
+        return buffers
 
-    def advance(self, tokens: int) -> None:
-        """Count tokens that were written into the buffers after the counted ones."""
+    def advance(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count tokens that were written into the buffers after the counted ones; return all keys and values."""
+        assert self._buffers is not None
         stop = self.get_seq_length() + tokens
-        self.keys, self.values = (buffer.narrow(-2, 0, stop) for buffer in self._buffers)
+        keys, values = (buffer.narrow(-2, 0, stop) for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._buffers = None
         super().reset()
 
-    def _owns(self, tensor: torch.Tensor, which: int) -> bool:
-        """Return whether a tensor is the start of its buffer, and the buffer may be written to."""
-        if self._buffers is None:
-            return False
-        buffer = self._buffers[which]
-        # By address: under torch.inference_mode a view has no base. Tensors made under it cannot be written outside of it.
-        return (
-            tensor.data_ptr() == buffer.data_ptr()
-            and tensor.stride() == buffer.stride()
-            and tensor.shape[:-2] == buffer.shape[:-2]
-            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
-        )
+
+def _is_start(tensor: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Return whether a tensor is the start of a buffer that may be written to."""
+    # By address: under torch.inference_mode a view has no base. Tensors made under it cannot be written outside of it.
+    return (
+        tensor.data_ptr() == buffer.data_ptr()
+        and tensor.stride() == buffer.stride()
+        and tensor.shape[:-2] == buffer.shape[:-2]
+        and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    )
 
 
 def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.memory.allocator import give_back_freed_memory, no_large_blocks_in_heaps
+from bstack.memory.process import give_back_freed_memory, no_large_blocks_in_heaps
 from bstack.models.code import Code
 
 if TYPE_CHECKING:

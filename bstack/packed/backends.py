@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -11,37 +11,23 @@ from bstack.errors import MissingPackageError, one_line
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
-from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
+from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, PriorityLock
 from bstk.errors import ResourceError, UsageError
 
 __all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "device_of"]
 
 
-class Backend(Protocol):
-    """Makes matrices, parameters and memory on a device."""
-
-    device: torch.device
-
-    def matrix(self, rows: int, columns: int) -> Any:
-        """Make a matrix without blocks, with `put` and `count`."""
-
-    def packed(self, parts: Sequence[Any], lock: PriorityLock) -> Packed:
-        """Make a parameter of some matrices, one under the other."""
-
-    def arena(self) -> Arena:
-        """Make memory for blocks."""
-
-
 class CpuBackend:
-    """The CPU."""
+    """Makes matrices, parameters and memory on the CPU."""
 
     device = torch.device("cpu")
 
     def matrix(self, rows: int, columns: int) -> Matrix:
+        """Make a matrix without blocks."""
         return Matrix(rows, columns)
 
     def packed(self, parts: Sequence[Matrix], lock: PriorityLock) -> Packed:
+        """Make a parameter of some matrices, one under the other."""
         return Blocks(parts, lock)
 
     def arena(self) -> Arena:
@@ -49,7 +35,7 @@ class CpuBackend:
 
 
 class CudaBackend:
-    """A GPU, or under triton's interpreter any device of torch."""
+    """Makes them on a GPU, or under triton's interpreter on any device of torch."""
 
     def __init__(self, device: torch.device, matrices: int):
         self.device = device
@@ -66,6 +52,9 @@ class CudaBackend:
 
     def arena(self) -> Arena:
         return Arena(memory=lambda size: DeviceMemory(size, self.device))
+
+
+Backend = CpuBackend | CudaBackend
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:

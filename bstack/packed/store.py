@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -15,10 +14,10 @@ import bstk
 from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
 from bstack.packed.arena import Allocation, Arena
-from bstack.packed.lock import PriorityLock
+from bstack.packed.matrix import PriorityLock
 from bstk.errors import ResourceError, UsageError
 
-__all__ = ["BlockStore", "Resident", "fit", "store_of"]
+__all__ = ["BlockStore", "Resident", "store_of"]
 
 # Threads that read and decompress blocks.
 READERS = 2
@@ -34,10 +33,8 @@ class Resident:
 
     Attributes
     ----------
-    weight_bytes : int
-        Weights in memory: blocks and plain weights.
-    block_bytes : int
-        Of them blocks.
+    weight_bytes, block_bytes : int
+        All weights in memory, and of them blocks.
     blocks, all_blocks : int
         Blocks in memory, and in the file.
     bits_per_weight : float or None
@@ -70,20 +67,8 @@ class _Growth:
 class BlockStore:
     """The blocks of an open file that are in memory: a prefix of its chunks.
 
-    Parameters
-    ----------
-    file : bstk.Reader
-        Kept open, to grow from.
-    matrices : mapping
-        Stack name -> its matrix.
-    lock : PriorityLock
-        Held while the matrices' blocks are read.
-    arena : Arena
-        The memory of the blocks.
-    close : callable
-        Closes the file; called once.
-    fetched : int or None
-        The budget in bytes for which the file was fetched from a URL; None for a file that is not from a URL.
+    `matrices` gives the matrix of each stack, `lock` is held while their blocks are read, and `close` closes the file, once.
+    `fetched` is the budget in bytes for which the file was fetched from a URL; None for another file.
     """
 
     def __init__(
@@ -108,31 +93,19 @@ class BlockStore:
         self._closed = False
 
     def resize(self, budget: int | None, *, wait: bool = True) -> None:
-        """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it.
+        """Load or drop blocks until the model is the largest that fits a budget, as `bstk.Reader.fit` defines it (None: all).
 
         Dropped memory has gone back to the system on return. Loading runs in a thread of its own; each block counts from the
         next product on. A second call ends the loading of the first.
 
-        Parameters
-        ----------
-        budget : int or None
-            Bytes; None for everything in the file.
-        wait : bool
-            Return after loading. Otherwise `state` has the error of a failure.
-
-        Raises
-        ------
-        bstk.UsageError, BudgetError
-            The budget is below the base model, or more than was fetched. Nothing has changed.
-        bstk.DamagedError, OSError, MemoryError
-            A block could not be read. The model keeps what it has.
-        bstk.ResourceError
-            No thread can be started. The model keeps what it has.
+        Raises UsageError or BudgetError, with nothing changed, if the budget is below the base model or more than was fetched;
+        DamagedError, OSError, MemoryError or ResourceError if blocks cannot be loaded: the model keeps what it has. Without
+        `wait`, `state` has the error instead.
         """
         with self._resizing:
             if self._closed:
                 raise UsageError("the model's file is closed, so its size cannot change any more. Load it again.")
-            cut = fit(self.file, budget)
+            cut = self.file.fit(budget=budget)
             self._require_fetched(budget)
             self._end_growth()
             self._growth = None
@@ -279,11 +252,6 @@ def _runs(blocks: Sequence[tuple[int, bstk.Chunk]]) -> Iterator[_Run]:
             run, size = [], 0
     if run:
         yield run
-
-
-def fit(file: bstk.Reader, budget: int | None) -> bstk.Cut:
-    """Return the largest cut of a file within a budget in bytes; None for everything in it."""
-    return file.fit(None if budget is None else Decimal(budget) / bstk.MB)
 
 
 def store_of(model: Any) -> BlockStore:

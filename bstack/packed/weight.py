@@ -34,7 +34,7 @@ class PackedWeight(torch.Tensor):
         transposed: bool,
         dtype: torch.dtype,
         name: str,
-        device: torch.device | str = "cpu",
+        device: torch.device | None = None,
     ) -> PackedWeight:
         first = packed[0] if isinstance(packed, Sequence) else packed
         shape: tuple[int, ...] = (first.columns, first.rows) if transposed else (first.rows, first.columns)
@@ -44,7 +44,7 @@ class PackedWeight(torch.Tensor):
         made.packed, made.transposed, made.label = packed, transposed, name
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self.label}, {' x '.join(map(str, tuple(self.shape)))})"
 
     def rebuilt(self) -> torch.Tensor:
@@ -72,7 +72,7 @@ class PackedWeight(torch.Tensor):
         return _dense(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _dense(func, args, kwargs or {})
@@ -142,44 +142,21 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     functional.embedding: _embedding,
     torch.addmm: _addmm,
     torch.Tensor.__getitem__: _item,
-    **dict.fromkeys((torch.t, torch.Tensor.t, torch.Tensor.T.__get__), _t),
-    torch.Tensor.mT.__get__: lambda weight: _transpose(weight, -1, -2),
+    **dict.fromkeys((torch.t, torch.Tensor.t, torch.Tensor.T.__get__), _t),  # type: ignore[attr-defined]
+    torch.Tensor.mT.__get__: lambda weight: _transpose(weight, -1, -2),  # type: ignore[attr-defined]
     **dict.fromkeys((torch.transpose, torch.Tensor.transpose), _transpose),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.mm, torch.Tensor.mm), _mm),
 }
 
 # Attributes of a tensor without data.
+_METHODS = ("dim", "size", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__")
+_VALUES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn")
+_FLAGS = ("is_meta", "is_cuda", "is_quantized", "is_sparse", "is_mps", "is_nested")
 _ATTRIBUTES = {
-    torch.Tensor.dim,
-    torch.Tensor.size,
-    torch.Tensor.numel,
-    torch.Tensor.stride,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.element_size,
-    torch.Tensor.__len__,
     torch.is_floating_point,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "is_leaf",
-            "is_meta",
-            "is_cuda",
-            "is_quantized",
-            "is_sparse",
-            "grad",
-            "grad_fn",
-            "is_mps",
-            "is_nested",
-        )
-    ),
+    *(getattr(torch.Tensor, name) for name in _METHODS),
+    *(getattr(torch.Tensor, name).__get__ for name in (*_VALUES, *_FLAGS)),
 }
 
 _COPIES = {torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__}

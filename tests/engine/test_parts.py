@@ -12,8 +12,7 @@ import bstack
 import bstack.codecs
 import bstk
 from bstack.engine import packed_model as stacked
-from bstack.engine.container import parts_of
-from bstack.engine.dense import dense_weights
+from bstack.engine.container import dense_weights, parts_of
 from bstack.errors import UnsupportedModelError
 
 SETTINGS = bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16)

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 import bstack
 import bstk
 from bstack.compression.encode import add_dense
-from bstack.engine.container import plain_tensor
-from bstack.engine.dense import dense_weights
+from bstack.engine.container import dense_weights, plain_tensor
 from bstack.models.names import MatrixName
 from bstack.workdir import Part
 

@@ -13,8 +13,7 @@ from simulated_machine import MB, V2_MOUNT, Machine
 
 import bstk
 from bstack.memory.free import Memory, free_memory
-from bstack.packed.autosize import MemoryPoller
-from bstack.packed.policy import default_margin
+from bstack.packed.autosize import MemoryPoller, default_margin
 
 SMALLEST, LARGEST = 100 * MB, 1000 * MB
 

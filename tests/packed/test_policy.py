@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bstack.memory.free import Memory
-from bstack.packed.policy import MAX_PATIENCE, QUIET, STALL, STEP, Policy, default_margin, first_budget
+from bstack.packed.autosize import MAX_PATIENCE, QUIET, STALL, STEP, Policy, default_margin, first_budget
 
 MB = 2**20
 SMALLEST, LARGEST, MARGIN = 100 * MB, 2000 * MB, 200 * MB

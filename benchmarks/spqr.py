@@ -69,7 +69,7 @@ def encode(matrix: Matrix, codec: SpqrCodec, variant: Variant) -> tuple[torch.Te
     apart = places >= codec.threshold
     m, n = weight.shape
     if variant.quantised:
-        dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, codec.bits, codec.group)
+        _dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, codec.bits, codec.group)
         whole = values.clone()
         whole[rows, columns] += added.float()
         per_group = codec.bits + 160 / (16 * codec.group)

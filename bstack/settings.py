@@ -74,9 +74,9 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
         for name, low, high in (("samples", 1, 2**20), ("sequence_length", 8, 2**20), ("seed", 0, 2**63 - 1)):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             # bool is a subclass of int; reject it.
-            if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
                 raise UsageError(f"{name.replace('_', ' ')} is {value!r}; allowed are {low} to {high}.")
             object.__setattr__(self, name, int(value))
 

@@ -81,18 +81,19 @@ class ProductWatch(TorchFunctionMode):
         return output
 
     def _two_dimensional(self, inputs: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> None:
-        name, parameter = self._owners.get(weight.data_ptr(), (None, None))
-        if name is None:
+        if (owner := self._owners.get(weight.data_ptr())) is None:
             return
+        name, parameter = owner
         if weight.shape == parameter.shape and weight.stride() == parameter.stride():
             self._report(Operand(name, transposed=False), inputs, output, None)
         elif weight.shape == parameter.t().shape and weight.stride() == parameter.t().stride():
             self._report(Operand(name, transposed=True), inputs, output, None)
 
     def _three_dimensional(self, inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
-        name, parameter = self._whole.get(weights.data_ptr(), (None, None))
-        if name is None or parameter.shape[0] != inputs.shape[0]:
+        owner = self._whole.get(weights.data_ptr())
+        if owner is None or owner[1].shape[0] != inputs.shape[0]:
             return
+        name, parameter = owner
         transposed = weights.shape == parameter.shape and weights.stride() == parameter.stride()
         for index in range(parameter.shape[0]):
             self._report(Operand(f"{name}[{index}]", transposed), inputs[index], output, index)

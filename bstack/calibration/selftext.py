@@ -143,7 +143,7 @@ def _listed(tokens: int | list[int] | None) -> list[int]:
 
 def _dtype() -> torch.dtype:
     """Return bfloat16 where the processor multiplies it, at twice the speed; sampling tolerates the rounding."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 

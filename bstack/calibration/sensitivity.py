@@ -8,13 +8,14 @@ one number per output. One backward pass gives it for all linears; layers are lo
 
 from __future__ import annotations
 
+import functools
 import io
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -75,7 +76,9 @@ def output_sensitivity(
                 gradients = _backward(skeleton, index, calls.read(index), gradients, squares)
             progress()
     tokens = sum(batch.numel() for batch in batches)
-    embedding = sum(g.float().square().reshape(-1, g.shape[-1]).sum(0) for g in gradients) / tokens
+    embedding = (
+        functools.reduce(torch.add, (g.float().square().reshape(-1, g.shape[-1]).sum(0) for g in gradients)) / tokens
+    )
     return Sensitivity({name: total / tokens for name, total in squares.sums.items()}, embedding)
 
 
@@ -146,7 +149,7 @@ def _forward(
             drawn = torch.multinomial(probabilities, 1, generator=generator)
         # The sum, not the mean, since each position's token is drawn independently.
         (-log_probabilities.gather(1, drawn).sum()).backward()
-        return leaves[-1].grad
+        return cast(torch.Tensor, leaves[-1].grad)
 
     def load(name: str) -> AbstractContextManager[None]:
         return skeleton.loaded([name])
@@ -173,7 +176,7 @@ def _backward(
         with torch.enable_grad(), watch:
             output = _hidden(rebuild(layer, leaf))
         output.backward(gradient)
-        before.append(leaf.grad)
+        before.append(cast(torch.Tensor, leaf.grad))
     return before
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class LayerStream:
         self._after_layers = after_layers
         self._embedding = embedding
         self._head = [] if run is None else [skeleton.output_name]
-        self._current: _Batch | None = None
+        self._current: _Batch  # whose thread runs
         self._forwards: list[Callable[..., Any]] = []
         self._batches: list[_Batch] = []
 
@@ -148,7 +149,7 @@ class LayerStream:
         for index, (_, layer) in enumerate(self._skeleton.layers):
             self._forwards.append(layer.forward)
             layer.forward = self._stopping(index, layer.forward)
-        self._batches = [_Batch(lambda ids=ids: self._run(ids)) for ids in self._inputs]
+        self._batches = [_Batch(partial(self._run, ids)) for ids in self._inputs]
         try:
             with self._embedding(self._skeleton.input_name):
                 self._advance()
@@ -160,7 +161,7 @@ class LayerStream:
     def __exit__(self, *_: object) -> None:
         for batch in self._batches:
             batch.close()
-        for _, layer in self._skeleton.layers:
+        for _name, layer in self._skeleton.layers:
             layer.__dict__.pop("forward", None)
 
     def _base_model(self, ids: torch.Tensor) -> Any:
@@ -204,12 +205,13 @@ class LayerStream:
 
     def calls(self) -> list[LayerCall]:
         """What each batch is about to call the current layer with."""
-        return [batch.call for batch in self._batches]
+        return [batch.call for batch in self._batches if batch.call is not None]
 
     def run(self, index: int, number: int) -> None:
         """Run batch `number` through the current layer `index` now, and keep the output for the next step."""
         batch = self._batches[number]
-        batch.output = self._forwards[index](*batch.call.args, **batch.call.kwargs)
+        call = self.calls()[number]
+        batch.output = self._forwards[index](*call.args, **call.kwargs)
 
     def run_all(self, index: int) -> None:
         """Run every batch through the current layer `index` now, without gradients."""

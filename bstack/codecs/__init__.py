@@ -15,7 +15,7 @@ __all__ = ["CODECS", "Block", "Codec", "codec_of_kind", "make_codec"]
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TrellisCodec, SignCodec, SpqrCodec)}
 # By setting: the codecs that have it.
 _SETTINGS = {
-    name: [codec for codec in CODECS.values() if name in codec.__dataclass_fields__]
+    name: [codec for codec in CODECS.values() if name in codec.__annotations__]
     for name in ("planes", "rank", "bits", "group", "outliers", "bpw")
 }
 _OF_KIND = {kind: codec for codec in CODECS.values() for kind in codec.kinds}

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -97,7 +97,7 @@ class Codec(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain JSON values, as the file records them."""
-        return {"codec": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        return {"codec": self.name, **{field.name: getattr(self, field.name) for field in fields(cast(Any, self))}}
 
     @abstractmethod
     def encode(

@@ -107,7 +107,7 @@ class SpqrCodec(Codec):
 
     def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
         # Only groups that are cut off at a matrix's end have room for a larger fraction.
-        if self.outliers != "auto" and self.outliers > (most := MAX_OF_A_GROUP / self.group):
+        if not isinstance(self.outliers, str) and self.outliers > (most := MAX_OF_A_GROUP / self.group):
             raise UsageError(
                 f"outliers is {self.outliers}; with groups of {self.group} it is at most {most:g}, as at most "
                 f"{MAX_OF_A_GROUP} of a group can be outliers."
@@ -124,7 +124,7 @@ class SpqrCodec(Codec):
         prices = np.zeros(PLACES, np.int64)
         shapes = []
         for task in tasks:
-            shapes.append(tuple(task[0].shape))
+            shapes.append((task[0].shape[0], task[0].shape[1]))
             _check_width(shapes[-1])
             prices += self._prices(self.outlier_places(*task)[0])
         return replace(self, threshold=_threshold(prices, self._allowed(shapes)))
@@ -132,7 +132,7 @@ class SpqrCodec(Codec):
     def encode(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
-        shape = tuple(weight.shape)
+        shape = (weight.shape[0], weight.shape[1])
         _check_width(shape)
         places, damped = self.outlier_places(weight, hessian, tokens, importance)
         threshold = self.threshold

@@ -104,9 +104,9 @@ def code_columns(
     values, difference = torch.empty_like(weight), torch.empty_like(weight)
     values[:, order], difference[:, order] = dense.t()[:m], added.t()[:m]
     # An outlier that adds nothing is not stored.
-    places = ((difference != 0) & outlier_mask).nonzero(as_tuple=True)
+    rows_out, columns_out = ((difference != 0) & outlier_mask).nonzero(as_tuple=True)
     packed = Dense(order.numpy(), codes, small[0], small[1], levels)
-    return packed, values, *places, difference[places].half()
+    return packed, values, rows_out, columns_out, difference[rows_out, columns_out].half()
 
 
 class _Found(NamedTuple):
@@ -128,18 +128,18 @@ def _code(
 
     The second round starts from the codes of the first, and is used for those tiles that it makes better.
     """
-    best = None
+    best: _Found | None = None
     scale, zero = fit_groups(target, cost, counts, max_code)
     position_weight = cost[:, None] * counts
     mass = position_weight.sum(0)
-    for turn in range(ROUNDS):
-        if turn:
+    for _round in range(ROUNDS):
+        if best is not None:
             wanted = target + factor.triu(1).t() @ best.coded.errors
             scale, zero = refit_groups(wanted, best.coded.codes, position_weight, scale)
         # A relative error of the scale counts by the group's power, an error of the zero point by its mass.
         power = (position_weight * target.square()).sum(0) / scale.square()
-        wanted = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * row_weight
-        levels = torch.stack(fit_levels(*map(_tiles, wanted)), 2).transpose(0, 1).flatten(1)
+        statistics = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * row_weight
+        levels = torch.stack(fit_levels(*map(_tiles, statistics)), 2).transpose(0, 1).flatten(1)
         numbers, scales, zeros = _candidates(scale, zero, levels, max_code)
         coded = code_group(target, weight, factor, cost, counts, scales, zeros, max_code)
         choice = coded.cost.argmin(0)
@@ -154,7 +154,7 @@ def _code(
                 mixed, torch.where(by_row, numbers, best.numbers), torch.where(better[:, None], levels, best.levels)
             )
         best = found
-    return best
+    return found
 
 
 def _candidates(

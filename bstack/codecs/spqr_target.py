@@ -98,7 +98,8 @@ def check_target_of_layers(bpw: float, bits: int, group: int, layers: Iterable[S
 
 def _ranges(layers: Iterable[Sequence[Sequence[Shape]]], bits: int, group: int) -> tuple[Range, Range]:
     """Return what every layer can have: under some reading of its shapes, and under every one."""
-    possible, certain = [], []
+    possible: list[Range] = []
+    certain: list[Range] = []
     for layer in layers:
         readings = [[range_of([shape], bits, group) for shape in shapes] for shapes in layer]
         weights = [math.prod(shapes[0]) for shapes in layer]

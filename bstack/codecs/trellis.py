@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -77,14 +78,15 @@ class TrellisCodec(Codec):
         residual = rotate(weight)
         # R H is carried along, since a product with H costs as much as all the rest.
         product = residual @ rotated
-        factor = factor_later = None
+        factor: torch.Tensor | None = None
+        factor_later: float | None = None
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if later != factor_later:
                 factor, factor_later = None, later  # frees the old factor before the new one is made
                 factor = feedback_factor(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
-            values, codes = _encode(residual, factor, scale, importance)
+            values, codes = _encode(residual, cast(torch.Tensor, factor), scale, importance)
             values_product = values @ rotated
             scale = _refit(residual, values, values_product, keep, ridge)
             residual -= values.mul_(scale.float()[:, None])
@@ -129,8 +131,8 @@ def _encode(
     m, n = residual.shape
     table = np.array(TABLE, np.float32)
     # Errors count in units of the output, hence the squared scale.
-    weight = importance * scale.square()
-    weight = (weight / weight.mean().clamp_min(1e-38)).numpy()
+    squared = importance * scale.square()
+    weight = (squared / squared.mean().clamp_min(1e-38)).numpy()
     columns = residual.t().clone(memory_format=torch.contiguous_format)  # a copy also of a single row
     codes = np.empty((n, EARLIER + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):

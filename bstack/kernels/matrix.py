@@ -168,4 +168,6 @@ def _lengths(rows: int, columns: int, kind: int, rank: int) -> range:
     lengths = BY_CODE[kind].rule((rows, columns), "f16", rank)
     if kind == SIGN and rank > RANK:
         raise ValueError(f"a sign block of rank {rank}; the kernels take 1 to {RANK}.")
+    if lengths is None:
+        raise ValueError(f"a block of kind {kind} has no fixed length.")
     return lengths if isinstance(lengths, range) else range(lengths, lengths + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cache
+from typing import cast
 
 import numpy as np
 
@@ -364,7 +365,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
         for level in range(matrix.count):
             if matrix.kind[level] == TRELLIS:
                 values, scale = _trellis(matrix, level, slice(0, matrix.rows))
-                y += rotated.sums(values) * scale
+                y += cast(_Operand, rotated).sums(values) * scale
             elif matrix.kind[level] == SIGN:
                 bits, u, v = _sign(matrix, level)
                 total = np.zeros_like(y)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +78,8 @@ def _decoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
 
     shapes = [(queries, 24), (keys, 24), (keys, 24), (24, queries), (40, 24), (40, 24), (24, 40)]
     norms = [vector(length) for length in (24, 24, 6, 6)]
-    layer = Layer(*(matrix(*shape) for shape in shapes), *norms, query_bias=vector(queries), down_bias=vector(24))
+    parts: list[Any] = [*(matrix(*shape) for shape in shapes), *norms]
+    layer = replace(Layer(*parts), query_bias=vector(queries), down_bias=vector(24))
     final_norm, head = vector(24), matrix(50, 24)
     decoder = Decoder(native, sizes, [layer], final_norm, [head])
     cache = np.zeros((2, sizes.key_heads, 2, sizes.head_width), np.float32)
@@ -102,13 +105,13 @@ def _decoder_step(
 ) -> np.ndarray:
     """Return the logits of a token in plain numpy; `past` holds keys and values of the tokens before and grows."""
 
-    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    def norm(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + sizes.epsilon) * weight
 
     def product(matrix: Matrix, x: np.ndarray) -> np.ndarray:
         return reference.multiply(matrix, x[None].astype(np.float32))[0]
 
-    def heads(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    def heads(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         x = norm(x.reshape(-1, sizes.head_width), weight)
         low, high = np.split(x, 2, -1)
         return x * cosine + np.concatenate([-high, low], -1) * sine

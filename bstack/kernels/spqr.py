@@ -9,6 +9,7 @@ Outliers are stored by rows: where each row begins, then the inputs of all, then
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -50,12 +51,12 @@ def form_of(rank: int) -> tuple[int, int]:
 
 def dense_bytes(rows: int, columns: int, rank: int) -> int:
     """Length of a dense part in bytes; raises ValueError for a rank or a width that is not possible."""
-    return bstk.SPQR.rule((rows, columns), "f16", rank)
+    return cast(int, bstk.SPQR.rule((rows, columns), "f16", rank))
 
 
 def outlier_bytes(rows: int, count: int) -> int:
     """Length of a block of so many outliers in bytes."""
-    return bstk.OUTLIERS.rule((rows, MAX_SPARSE_COLUMNS), "f16", 0)[count]
+    return cast(range, bstk.OUTLIERS.rule((rows, MAX_SPARSE_COLUMNS), "f16", 0))[count]
 
 
 def _start(columns: int) -> int:

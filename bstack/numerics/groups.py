@@ -54,12 +54,12 @@ def fit_groups(
     middle, half, min_scale = torch.stack(ranges, 1).repeat_interleave(len(SPANS), 1)
     scale = torch.maximum(2 * half / max_code * torch.tensor(SPANS * len(ranges))[:, None], min_scale)
     zero = max_code / 2 - middle / scale
-    best = None
+    best = torch.full((3, *scale.shape), torch.inf)
     for step in range(REFITS + 1):
         codes = (target / scale[:, None] + zero[:, None]).round_().clamp_(0, max_code)
         error = (weight * (target - scale[:, None] * (codes - zero[:, None])).square_()).sum(1)
         found = torch.stack([error, scale, zero])
-        best = found if best is None else torch.where(error < best[0], found, best)
+        best = torch.where(error < best[0], found, best) if step else found
         if step < REFITS:
             scale, zero = refit_groups(target, codes, weight, scale)
             scale = torch.maximum(scale, min_scale)
@@ -122,12 +122,12 @@ def fit_levels(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
     spans = torch.tensor(LEVEL_SPANS).reshape(-1, *[1] * high.dim())
     step = (high - low) * spans / (LEVELS - 1)
     base = (high + low) / 2 - step * (LEVELS - 1) / 2
-    best = None
+    best = torch.full((3, *base.shape), torch.inf)
     for turn in range(REFITS + 1):
         codes = ((values - base[..., None]) / step.clamp_min(TINY)[..., None]).round_().clamp_(0, LEVELS - 1)
         error = (weight * (values - base[..., None] - step[..., None] * codes).square_()).sum(-1)
         found = torch.stack([error, base, step])
-        best = found if best is None else torch.where(error < best[0], found, best)
+        best = torch.where(error < best[0], found, best) if turn else found
         if turn < REFITS:
             middle = (weight * codes).sum(-1) / total
             centred = codes - middle[..., None]
@@ -166,8 +166,8 @@ class Coded(NamedTuple):
     def chosen(self, candidate: torch.Tensor) -> Coded:
         """Return one candidate for each row; `candidate` is int64, shape (rows,). The axis of candidates is dropped."""
         index = candidate.expand(self.codes.shape[0], 1, -1)
-        parts = (part.gather(1, index).squeeze(1) for part in self[:4])
-        return Coded(*parts, self.cost.gather(0, candidate[None]).squeeze(0))
+        codes, dense, added, errors = (part.gather(1, index).squeeze(1) for part in self[:4])
+        return Coded(codes, dense, added, errors, self.cost.gather(0, candidate[None]).squeeze(0))
 
 
 def code_group(

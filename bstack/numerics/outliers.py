@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = ["MAX_OF_A_GROUP", "outlier_scores"]
@@ -75,7 +77,7 @@ def _falling(gains: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the slopes of the least concave curve above the sums of the gains."""
 
     def mean(start: int, stop: int) -> torch.Tensor:
-        return sum(gains[start:stop]) / (stop - start)
+        return functools.reduce(torch.add, gains[start:stop]) / (stop - start)
 
     count = len(gains)
     slopes = []

@@ -4,6 +4,7 @@ import pytest
 
 import bstk
 from bstack.bench.options import even_budgets, parse_budgets
+import itertools
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_even_sizes_run_from_the_smallest_to_the_whole():
     assert all(size == bstk.budget_bytes(f"{size / bstk.MB:.2f}") for size in sizes)
     cuts = [file.fit_bytes(size) for size in sizes]
     assert cuts[0] == file.smallest and cuts[-1] == file.fit()
-    steps = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(sizes)]
     assert max(steps) - min(steps) < bstk.MB / 4  # one block and the rounding
 
 

@@ -58,7 +58,7 @@ def test_headlines_and_groups(harness):
 
 
 def test_a_failure_of_the_harness_says_what_it_was(harness):
-    with pytest.raises(bstk.BstkError, match="lm-eval failed on bad: ConnectionError: no data. Data sets"):
+    with pytest.raises(bstk.BstkError, match=r"lm-eval failed on bad: ConnectionError: no data\. Data sets"):
         run_tasks("model", "tokenizer", ["bad"])
 
 

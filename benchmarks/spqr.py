@@ -63,39 +63,41 @@ VARIANTS = [
 def encode(matrix: Matrix, codec: SpqrCodec, variant: Variant) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Dense part, dense part with outliers, and the bits of both."""
     weight, hessian, tokens, importance = matrix.task
-    places, trusted = codec.outlier_places(weight, hessian, tokens, importance)
+    places, damped = codec.outlier_places(weight, hessian, tokens, importance)
     if not variant.feedback:
-        trusted = Damped(trusted.order, torch.eye(len(trusted.order)), hessian.diagonal()[trusted.order])
-    apart = places >= codec.threshold
+        damped = Damped(damped.order, torch.eye(len(damped.order)), hessian.diagonal()[damped.order])
+    outlier_mask = places >= codec.threshold
     m, n = weight.shape
     if variant.quantised:
-        _dense, values, rows, columns, added = code_columns(weight, trusted, apart, importance, codec.bits, codec.group)
+        _dense, values, rows, columns, added = code_columns(
+            weight, damped, outlier_mask, importance, codec.bits, codec.group
+        )
         whole = values.clone()
         whole[rows, columns] += added.float()
         per_group = codec.bits + 160 / (16 * codec.group)
         count = len(rows)
     else:
-        values, whole = half_precision_statistics(weight, trusted, apart, codec.bits, codec.group)
-        per_group, count = codec.bits + 32 / codec.group, int(apart.sum())
-    apart_bits = 32 * (m + 1) + 32 * count if count else 0
-    return values, whole, per_group * m * n + 16 * n + apart_bits
+        values, whole = half_precision_statistics(weight, damped, outlier_mask, codec.bits, codec.group)
+        per_group, count = codec.bits + 32 / codec.group, int(outlier_mask.sum())
+    outlier_bits = 32 * (m + 1) + 32 * count if count else 0
+    return values, whole, per_group * m * n + 16 * n + outlier_bits
 
 
 def half_precision_statistics(
-    weight: torch.Tensor, trusted: Damped, apart: torch.Tensor, bits: int, group: int
+    weight: torch.Tensor, damped: Damped, outlier_mask: torch.Tensor, bits: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `code_columns`, but scale and zero point of each group in 16 bits each."""
-    order, most = trusted.order, 2**bits - 1
+    order, most = damped.order, 2**bits - 1
     original = weight[:, order].t().contiguous()
-    kept = torch.where(apart, OUTLIER_COST / most**2, 1.0)[:, order].t().contiguous()
+    kept = torch.where(outlier_mask, OUTLIER_COST / most**2, 1.0)[:, order].t().contiguous()
     errors, dense = torch.empty_like(original), torch.empty_like(original)
     added = torch.empty_like(original)
     for start in range(0, len(order), group):
         here = slice(start, min(start + group, len(order)))
-        target = original[here] + trusted.factor[:start, here].t() @ errors[:start]
-        fitted = (part.half().float()[None] for part in fit_groups(target, trusted.cost[here], kept[here], most))
+        target = original[here] + damped.factor[:start, here].t() @ errors[:start]
+        fitted = (part.half().float()[None] for part in fit_groups(target, damped.cost[here], kept[here], most))
         found = code_group(
-            target, original[here], trusted.factor[here, here], trusted.cost[here], kept[here], *fitted, most
+            target, original[here], damped.factor[here, here], damped.cost[here], kept[here], *fitted, most
         ).chosen(torch.zeros(len(weight), dtype=torch.int64))
         errors[here], dense[here], added[here] = found.errors, found.dense, found.added
     values, whole = torch.empty_like(weight), torch.empty_like(weight)

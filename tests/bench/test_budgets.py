@@ -1,10 +1,10 @@
+import itertools
 from decimal import Decimal
 
 import pytest
 
 import bstk
 from bstack.bench.options import even_budgets, parse_budgets
-import itertools
 
 
 @pytest.mark.parametrize(

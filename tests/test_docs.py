@@ -10,6 +10,8 @@ import pytest
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "format" / "SPEC.md", ROOT / "format/js/README.md"]

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip builds the wheel")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip builds the wheel"),
+    pytest.mark.slow,
+]
 
 
 # Imported only where their package is installed.

@@ -15,6 +15,8 @@ from bstack.bench.baselines.rtn import GROUP, packed_bits, round_to_nearest
 from bstack.bench.options import BITS, parse_against
 from bstack.bench.results import frontier
 
+pytestmark = pytest.mark.slow
+
 GENERATOR = torch.Generator().manual_seed(0)
 
 

@@ -14,6 +14,8 @@ import tiny_models
 import bstack as library
 import bstk
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = library.Settings(codec="trellis", planes=3, samples=4, sequence_length=32)
 
 

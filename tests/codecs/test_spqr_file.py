@@ -22,6 +22,8 @@ from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
 from bstack.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings(codec="spqr", bits=3, bpw=5.5, planes=1, samples=3, sequence_length=16)
 
 
@@ -198,14 +200,8 @@ def test_no_planes(model, tmp_path):
         (("--codec", "spqr", "--bpw", 4.65), "Allowed is 5.552 to 12.312. Or take 3 bits."),
         (("--codec", "spqr", "--bpw", 15), "Allowed is 5.552 to 12.312."),
         (("--codec", "spqr", "--bpw", 100), "with 4 bits in groups of 16"),
-        (
-            ("--preset", "paper", "--codec", "spqr"),
-            "--preset paper is made of settings for --codec sign, and --codec spqr has others",
-        ),
-        (
-            ("--codec", "trellis", "--preset", "paper", "--planes", 3),
-            "--codec trellis has others. Leave one of them out",
-        ),
+        (("--preset", "paper", "--codec", "spqr"), "--preset paper is for --codec sign, not for --codec spqr"),
+        (("--codec", "trellis", "--preset", "paper", "--planes", 3), "not for --codec trellis. Leave one of them out"),
         (("--codec", "spqr", "--rank", 4), "rank is 4, but the spqr codec has none; it belongs to the sign codec"),
     ],
 )

@@ -21,6 +21,8 @@ from bstack.cli import main
 from bstack.compression import cluster
 from bstack.errors import ClusterError, ClusterLostError
 
+pytestmark = pytest.mark.slow
+
 distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install 'bstack[dask]'")
 dask = pytest.importorskip("dask")
 

@@ -19,7 +19,7 @@ import bstk
 from bstack.cli import main
 from bstack.workdir import WorkDirectory
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+pytestmark = [pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"), pytest.mark.slow]
 
 QUICK = ["--codec", "sign", "--planes", "3", "--rank", "2", "--samples", "3", "--sequence-length", "16", "-q"]
 LAYERS = 4

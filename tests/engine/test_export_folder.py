@@ -20,6 +20,8 @@ from bstack.engine.export import export_safetensors
 from bstack.folders import check_free, new_folder
 from bstack.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"samples": 2, "sequence_length": 16}
 CODECS = {
     "spqr": Settings(codec="spqr", planes=1, **QUICK),

@@ -21,7 +21,7 @@ VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 VERDICTS = json.loads((VECTORS / "verdicts.json").read_text())
 COMMAND = Path(__file__).parents[2] / "format" / "js" / "cli.js"
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

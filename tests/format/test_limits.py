@@ -20,6 +20,8 @@ import zstandard
 import bstk
 from bstk import frames, limits, preamble
 
+pytestmark = pytest.mark.slow
+
 SPEC = Path(__file__).parents[2] / "format" / "SPEC.md"
 
 

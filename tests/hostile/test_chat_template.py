@@ -13,6 +13,8 @@ from bstack.cli import main
 from bstack.engine import chat_template as template
 from bstack.errors import UnsupportedModelError
 
+pytestmark = pytest.mark.slow
+
 GOOD = [
     "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
     "{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}\n",

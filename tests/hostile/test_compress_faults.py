@@ -8,6 +8,8 @@ from steps import refusals
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 EVERY = 17  # of the steps; all of them take minutes
 
 

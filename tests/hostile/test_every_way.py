@@ -7,6 +7,8 @@ import bstack
 import bstk
 from bstack.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 class LeastSource:
     """No more than a source must have."""

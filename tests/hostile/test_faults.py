@@ -10,6 +10,8 @@ from steps import Steps, counted, refusals
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 CODES = {errno.ENOSPC: (bstk.ResourceError,), errno.EIO: (bstk.OutputError,)}
 GROWTHS = ["grow", "grow whole"]
 JOBS = ["truncate", "truncate in place", *GROWTHS]

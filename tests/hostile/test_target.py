@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corpus(good):

@@ -14,6 +14,8 @@ from served_files import cut_sizes
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def command(tmp_path):

@@ -9,6 +9,8 @@ import sys
 import c_builds
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ON_ARM = platform.machine() in ("aarch64", "arm64")
 ARM_COMPILER = shutil.which("cc" if ON_ARM else "aarch64-linux-gnu-gcc")
 EMULATOR = None if ON_ARM else shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

@@ -7,6 +7,8 @@ import subprocess
 import c_builds
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

@@ -18,6 +18,8 @@ from bstack.engine.container import dense_weights, plain_tensor
 from bstack.models.names import MatrixName
 from bstack.workdir import Part
 
+pytestmark = pytest.mark.slow
+
 # About equal bytes and equal errors at full depth.
 SETTINGS = {
     "sign": bstack.Settings(codec="sign", planes=12, rank=6, samples=4, sequence_length=32),

@@ -11,6 +11,8 @@ from compressing import QUICK, rewrite
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(tiny_llama, tmp_path):

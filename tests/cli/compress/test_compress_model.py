@@ -9,6 +9,8 @@ from compressing import QUICK, reconfigure, rewrite
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "nobody/nothing@main"])
 def test_no_such_model(refused, name):

@@ -13,6 +13,8 @@ from compressing import QUICK
 
 import bstk
 
+pytestmark = pytest.mark.slow
+
 
 def test_output_in_a_folder_that_is_not_there(run, tiny_llama):
     code, _, err = run(tiny_llama, "-o", "no/such/out.bstk", *QUICK)

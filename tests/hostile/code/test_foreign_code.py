@@ -16,6 +16,8 @@ import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning
 from bstack.models.open import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_refused_without_the_flag(model, tmp_path, marker, run):
     with pytest.raises(

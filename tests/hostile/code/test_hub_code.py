@@ -13,6 +13,8 @@ from bstack.errors import ForeignCodeError, ForeignCodeWarning
 from bstack.models.files import hub_snapshot
 from bstack.models.open import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_code_of_the_hub(model, hub, tmp_path, marker):
     """Compressed from the hub, a file knows where the code is, and at which commit."""

@@ -79,7 +79,7 @@ def _write_group(
 ) -> torch.Tensor:
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    from bstack.models.kv_cache import growing_cache
+    from bstack.models.kv_cache import cache_argument, growing_cache
 
     start, ends = _special_tokens(skeleton.model)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
@@ -117,7 +117,7 @@ def _write_group(
             use_cache=True,
         ),
         logits_processor=LogitsProcessorList([Draw()]),
-        past_key_values=growing_cache(skeleton.model),
+        **{cache_argument(skeleton.model): growing_cache(skeleton.model)},
     )
     return written
 

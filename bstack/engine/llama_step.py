@@ -21,7 +21,7 @@ from torch import nn
 
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
-from bstack.models.kv_cache import GrowingLayer, growing_cache, let_grow
+from bstack.models.kv_cache import GrowingLayer, cache_argument, growing_cache, let_grow
 from bstack.packed.matrix import Blocks, PriorityLock
 from bstack.packed.weight import PackedWeight
 
@@ -95,6 +95,7 @@ class _FusedStep:
         self._addresses: list[int] = []
         self._capacity = 0
         self._signature = inspect.signature(self._own)
+        self._argument = cache_argument(model)
 
         @functools.wraps(self._own)  # `generate` reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -105,19 +106,22 @@ class _FusedStep:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
-        cache = given.get("past_key_values")
+        if self._argument not in given and "past_key_values" in given:  # the name before transformers 5.24
+            given[self._argument] = given.pop("past_key_values")
+        cache = given.get(self._argument)
         if cache is None and given.get("use_cache", self._model.config.use_cache) and given.get("labels") is None:
-            cache = given["past_key_values"] = growing_cache(self._model)
+            cache = given[self._argument] = growing_cache(self._model)
         elif cache is not None:
             let_grow(cache)
-        if not self._applies(**given):
+        others = {name: value for name, value in given.items() if name != self._argument}
+        if not self._applies(cache, **others):
             return self._own(**given)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         logits = self._step(given["input_ids"], cache)
         if logits is None:
             return self._own(**given)
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[None, None], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[None, None], **{self._argument: cache})
 
     def agrees(self) -> bool | None:
         """Return whether some tokens give the logits of the model's own code; None if the step does not apply to them."""
@@ -128,16 +132,16 @@ class _FusedStep:
         cache = growing_cache(self._model)
         with torch.no_grad():
             expected = self._own(ids, return_dict=True).logits[0, 3:]
-            self._own(ids[:, :3], past_key_values=cache, use_cache=True, return_dict=True)
-            if not self._applies(ids[:, 3:4], past_key_values=cache):
+            self._own(ids[:, :3], use_cache=True, return_dict=True, **{self._argument: cache})
+            if not self._applies(cache, ids[:, 3:4]):
                 return None
             found = torch.stack([torch.from_numpy(self._step(ids[:, at : at + 1], cache)) for at in (3, 4, 5)])
         return bool((found - expected).abs().max() <= TOLERANCE * expected.std())
 
     def _applies(
         self,
+        cache: Any,
         input_ids: Any = None,
-        past_key_values: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
         use_cache: Any = None,
@@ -151,7 +155,7 @@ class _FusedStep:
             return False
         if any(value is not None and value is not False for value in rest.values()) or not self._gives_logits():
             return False
-        layers = getattr(past_key_values, "layers", None)
+        layers = getattr(cache, "layers", None)
         if not layers or any(type(layer) is not GrowingLayer for layer in layers):
             return False
         first, last = layers[0], layers[-1]

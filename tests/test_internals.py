@@ -40,10 +40,7 @@ INTERNALS = {
         "load_gguf_checkpoint": ("gguf_checkpoint_path", "return_tensors"),
     },
     "transformers.modeling_outputs": {"CausalLMOutputWithPast": ("logits",)},
-    "transformers.modeling_utils": {
-        "LoadStateDictConfig": (),
-        "PreTrainedModel._keys_to_ignore_on_save": (),
-    },
+    "transformers.modeling_utils": {"LoadStateDictConfig": (), "PreTrainedModel._keys_to_ignore_on_save": ()},
     "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING_NAMES": ()},
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ()},
     "transformers.utils": {"CHAT_TEMPLATE_DIR": ()},
@@ -59,13 +56,7 @@ INTERNALS = {
     },
 }
 # Modules below the top of a library that its documentation names.
-PUBLIC = {
-    "huggingface_hub.errors",
-    "safetensors.torch",
-    "torch.nn",
-    "torch.overrides",
-    "transformers.utils.logging",
-}
+PUBLIC = {"huggingface_hub.errors", "safetensors.torch", "torch.nn", "torch.overrides", "transformers.utils.logging"}
 
 
 def used():
@@ -77,9 +68,13 @@ def used():
                 for alias in node.names:
                     if "." in node.module and not {node.module, f"{node.module}.{alias.name}"} & PUBLIC:
                         yield f"{node.module}:{alias.name}", place
-            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
-                    yield node.attr, place
+            elif (
+                isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not node.attr.startswith("__")
+                and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+            ):
+                yield node.attr, place
 
 
 def own_names():

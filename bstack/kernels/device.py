@@ -20,6 +20,8 @@ from bstack.kernels.reference import TABLE
 
 __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
 
+# Rows of a program, and the columns or packed bytes that it takes at a time.
+ROWS, BYTES = 16, 64
 # A row of the table holds the count, and for each block its address and its form (kind * 256 + rank).
 FIELDS = 1 + 2 * BLOCKS
 _TRELLIS: tl.constexpr = tl.constexpr(TRELLIS)
@@ -28,6 +30,9 @@ _SPQR: tl.constexpr = tl.constexpr(SPQR)
 _OUTLIERS: tl.constexpr = tl.constexpr(OUTLIERS)
 _TILE: tl.constexpr = tl.constexpr(16)
 _STATISTICS: tl.constexpr = tl.constexpr(20)
+_ROWS: tl.constexpr = tl.constexpr(ROWS)
+_BYTES: tl.constexpr = tl.constexpr(BYTES)
+_SUBTILES: tl.constexpr = tl.constexpr(BYTES // 16)
 
 
 class MatrixTable:
@@ -75,18 +80,8 @@ def multiply(matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: 
     out : torch.Tensor
         Where y goes, float32, shape (t, m), the last axis contiguous.
     """
-    block_rows = 16
-    _multiply[(triton.cdiv(matrix.rows, block_rows), x.shape[0])](
-        matrix.entry,
-        matrix.table.values,
-        x,
-        rotated,
-        out,
-        matrix.rows,
-        matrix.columns,
-        out.stride(0),
-        BLOCK_ROWS=block_rows,
-        BLOCK=64,
+    _multiply[(triton.cdiv(matrix.rows, ROWS), x.shape[0])](
+        matrix.entry, matrix.table.values, x, rotated, out, matrix.rows, matrix.columns, out.stride(0)
     )
 
 
@@ -110,32 +105,14 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
     spqr = TRELLIS not in kinds and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
     out = torch.empty(index.numel(), matrix.columns, dtype=torch.float32 if spqr else dtype, device=index.device)
     if out.numel():
-        block_rows, block = 16, 64
-        grid = (triton.cdiv(index.numel(), block_rows), triton.cdiv(triton.cdiv(matrix.columns, 4), block), 4)
-        _decode[grid](
-            matrix.entry,
-            matrix.table.values,
-            index,
-            out,
-            index.numel(),
-            matrix.rows,
-            matrix.columns,
-            KIND=TRELLIS if TRELLIS in kinds else SIGN,
-            BLOCK_ROWS=block_rows,
-            BLOCK=block,
+        sizes = index.numel(), matrix.rows, matrix.columns
+        parts, quarter_bytes = triton.cdiv(index.numel(), ROWS), triton.cdiv(matrix.columns, 4)
+        kind = TRELLIS if TRELLIS in kinds else SIGN
+        _decode[parts, triton.cdiv(quarter_bytes, BYTES), 4](
+            matrix.entry, matrix.table.values, index, out, *sizes, kind
         )
         if spqr:
-            _add_rows[(triton.cdiv(index.numel(), block_rows), triton.cdiv(matrix.columns, block))](
-                matrix.entry,
-                index,
-                out,
-                index.numel(),
-                matrix.rows,
-                matrix.columns,
-                BLOCK_ROWS=block_rows,
-                SUBTILES=block // 16,
-                BLOCK=block,
-            )
+            _add_rows[parts, triton.cdiv(matrix.columns, BYTES)](matrix.entry, index, out, *sizes)
     return out.to(dtype)
 
 
@@ -231,11 +208,11 @@ def _columns(block, columns, sub):
 
 
 @triton.jit
-def _dense_sums(block, row, rows, columns, x, rank, SUBTILES: tl.constexpr):
+def _dense_sums(block, row, rows, columns, x, rank):
     """Multiply some rows of a dense part with the inputs of a token."""
     sums = tl.zeros([row.shape[0]], dtype=tl.float32)
-    for start in range(0, (columns + 15) // 16, SUBTILES):
-        sub = start + tl.arange(0, SUBTILES)
+    for start in range(0, (columns + 15) // 16, _SUBTILES):
+        sub = start + tl.arange(0, _SUBTILES)
         column, valid = _columns(block, columns, sub)
         given = tl.load(x + column, mask=valid, other=0.0)
         codes, scale, zero = _subtiles(block, row, rows, columns, sub, rank)
@@ -259,12 +236,12 @@ def _outliers(block, row, rows):
 
 
 @triton.jit
-def _outlier_sums(block, row, rows, x, BLOCK: tl.constexpr):
+def _outlier_sums(block, row, rows, x):
     """Multiply the outliers of some rows with the inputs of a token."""
     start, stop, index, value = _outliers(block, row, rows)
     sums = tl.zeros([row.shape[0]], dtype=tl.float32)
-    for done in range(0, tl.max(stop - start, 0), BLOCK):
-        at = start[:, None] + done + tl.arange(0, BLOCK)[None, :]
+    for done in range(0, tl.max(stop - start, 0), _BYTES):
+        at = start[:, None] + done + tl.arange(0, _BYTES)[None, :]
         mask = at < stop[:, None]
         given = tl.load(x + _word(index + 2 * at, mask), mask=mask, other=0.0)
         sums += tl.sum(_half(value + 2 * at, mask) * given, 1)
@@ -272,19 +249,19 @@ def _outlier_sums(block, row, rows, x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _multiply(entry, values, x, rotated, out, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+def _multiply(entry, values, x, rotated, out, rows, columns, stride):
+    row = (tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
     inside = row < rows
     quarter_bytes = (columns + 3) // 4
-    total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    total = tl.zeros([_ROWS], dtype=tl.float32)
     for level in range(tl.load(entry)):
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
-        sums = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+        sums = tl.zeros([_ROWS], dtype=tl.float32)
         if form // 256 == _TRELLIS:
-            for start in range(0, quarter_bytes, BLOCK):
-                byte = start + tl.arange(0, BLOCK)
+            for start in range(0, quarter_bytes, _BYTES):
+                byte = start + tl.arange(0, _BYTES)
                 mask = inside[:, None] & (byte < quarter_bytes)[None, :]
                 for quarter in tl.static_range(4):
                     column = quarter * quarter_bytes + byte
@@ -295,12 +272,12 @@ def _multiply(entry, values, x, rotated, out, rows, columns, stride, BLOCK_ROWS:
                     sums += tl.sum(weights * given[None, :], 1)
             total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes)
         elif form // 256 == _SPQR:
-            total += _dense_sums(block, row, rows, columns, x + token * columns, form % 256, BLOCK // 16)
+            total += _dense_sums(block, row, rows, columns, x + token * columns, form % 256)
         elif form // 256 == _OUTLIERS:
-            total += _outlier_sums(block, row, rows, x + token * columns, BLOCK)
+            total += _outlier_sums(block, row, rows, x + token * columns)
         else:
-            for start in range(0, columns, BLOCK):
-                column = start + tl.arange(0, BLOCK)
+            for start in range(0, columns, _BYTES):
+                column = start + tl.arange(0, _BYTES)
                 mask = inside[:, None] & (column < columns)[None, :]
                 given = tl.load(x + token * columns + column, mask=column < columns, other=0.0)
                 weights = _sign_weights(block, row, column, mask, rows, columns, form % 256)
@@ -310,19 +287,17 @@ def _multiply(entry, values, x, rotated, out, rows, columns, stride, BLOCK_ROWS:
 
 
 @triton.jit
-def _decode(
-    entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+def _decode(entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr):
+    which = (tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)
     inside = row < rows
     quarter_bytes = (columns + 3) // 4
     quarter = tl.program_id(2)
-    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.program_id(1) * _BYTES + tl.arange(0, _BYTES)
     column = quarter * quarter_bytes + byte
     right = (byte < quarter_bytes) & (column < columns)
     mask = inside[:, None] & right[None, :]
-    total = tl.zeros([BLOCK_ROWS, BLOCK], dtype=tl.float32)
+    total = tl.zeros([_ROWS, _BYTES], dtype=tl.float32)
     for level in range(tl.load(entry)):
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
@@ -336,11 +311,9 @@ def _decode(
 
 
 @triton.jit
-def _add_rows(
-    entry, index, out, wanted, rows, columns, BLOCK_ROWS: tl.constexpr, SUBTILES: tl.constexpr, BLOCK: tl.constexpr
-):
+def _add_rows(entry, index, out, wanted, rows, columns):
     """Add rows of all SpQR blocks to `out`, float32; a program takes some subtiles, the first one also the outliers."""
-    which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    which = (tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)
     inside = row < rows
     to = out + which * columns
@@ -348,7 +321,7 @@ def _add_rows(
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
         if form // 256 == _SPQR:
-            sub = tl.program_id(1) * SUBTILES + tl.arange(0, SUBTILES)
+            sub = tl.program_id(1) * _SUBTILES + tl.arange(0, _SUBTILES)
             column, valid = _columns(block, columns, sub)
             codes, scale, zero = _subtiles(block, row, rows, columns, sub, form % 256)
             weights = scale[:, :, None] * (codes - zero[:, :, None])
@@ -357,7 +330,7 @@ def _add_rows(
             tl.atomic_add(to[:, None, None] + column[None, :, :], weights, mask=mask)
         if (form // 256 == _OUTLIERS) & (tl.program_id(1) == 0):
             start, stop, first, value = _outliers(block, row, rows)
-            for done in range(0, tl.max(stop - start, 0), BLOCK):
-                at = start[:, None] + done + tl.arange(0, BLOCK)[None, :]
+            for done in range(0, tl.max(stop - start, 0), _BYTES):
+                at = start[:, None] + done + tl.arange(0, _BYTES)[None, :]
                 mask = at < stop[:, None]
                 tl.atomic_add(to[:, None] + _word(first + 2 * at, mask), _half(value + 2 * at, mask), mask=mask)

@@ -117,7 +117,7 @@ def _damped(hessian: torch.Tensor, keep: float, ridge: float) -> torch.Tensor:
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Return the importance of the rows relative to their mean, none so small that its weights would be arbitrary."""
+    """Divide the importances by their mean and raise small ones to 1e-3, so that no row's codes are arbitrary."""
     mean = importance.mean()
     return (importance / mean).clamp_min(1e-3) if mean > 0 else torch.ones_like(importance)
 

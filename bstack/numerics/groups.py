@@ -50,7 +50,6 @@ def fit_groups(
     weight : torch.Tensor
         How much the error of each weight counts: 1, and less for outliers; float32, shape (positions, rows).
     max_code : int
-        The largest code.
 
     Returns
     -------
@@ -153,27 +152,13 @@ def fit_levels(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 class Coded(NamedTuple):
-    """Groups after coding, for each of some candidates of scale and zero; shape (positions, candidates, rows).
-
-    Attributes
-    ----------
-    codes : torch.Tensor
-        Whole numbers, float32.
-    dense : torch.Tensor
-        scale * (code - zero), rounded as a decoder does.
-    added : torch.Tensor
-        What an outlier adds to that, rounded to half precision; 0 for other weights.
-    errors : torch.Tensor
-        Original weight less what is stored.
-    cost : torch.Tensor
-        Of the dense part's errors, given that later columns make up for them, outliers as they count; shape (candidates, rows).
-    """
+    """A coded group, for each of some candidates of scale and zero; float32, shape (positions, candidates, rows)."""
 
     codes: torch.Tensor
-    dense: torch.Tensor
-    added: torch.Tensor
-    errors: torch.Tensor
-    cost: torch.Tensor
+    dense: torch.Tensor  # scale * (code - zero), rounded as a decoder does
+    added: torch.Tensor  # what an outlier adds to that, rounded to half precision; 0 for other weights
+    errors: torch.Tensor  # original weight - stored weight
+    cost: torch.Tensor  # of the dense part's errors after later columns made up for them; shape (candidates, rows)
 
     def chosen(self, candidate: torch.Tensor) -> Coded:
         """Return one candidate for each row; `candidate` is int64, shape (rows,). The axis of candidates is dropped."""
@@ -196,20 +181,14 @@ def code_group(
 
     Parameters
     ----------
-    target : torch.Tensor
-        The weights, with the feedback of earlier groups; float32, shape (positions, rows).
-    original : torch.Tensor
-        The original weights, likewise.
+    target, original : torch.Tensor
+        The weights with the feedback of earlier groups, and without; float32, shape (positions, rows).
     factor : torch.Tensor
         The group's own part of the feedback factor, unit upper triangular, shape (positions, positions).
-    cost : torch.Tensor
-        Of a squared error at each position, shape (positions,).
-    weight : torch.Tensor
-        How much the dense part's error counts at each weight: 1, and less for outliers; float32, shape (positions, rows).
+    cost, weight, max_code
+        As in `fit_groups`.
     scale, zero : torch.Tensor
         Float32, shape (candidates, rows). A scale may be 0.
-    max_code : int
-        The largest code.
     """
     positions = len(target)
     shape = (positions, *scale.shape)
@@ -254,7 +233,6 @@ def outlier_scores(weight: torch.Tensor, cost: torch.Tensor, group: int, max_cod
     group : int
         Columns of a group; the last may have fewer.
     max_code : int
-        The largest code.
 
     Returns
     -------

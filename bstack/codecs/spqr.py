@@ -173,7 +173,7 @@ class SpqrCodec(Codec):
         blocks = zip(kinds[:below], ranks[:below], payloads[:below], strict=True)
         matrix = Matrix.of(*shape, [(kind.code, rank, payload) for kind, rank, payload in blocks])
         total = torch.from_numpy(decode_rows(matrix, PLAIN, 0, matrix.rows))
-        if below < len(kinds):  # apart, since a stack may have more of them than a packed matrix takes
+        if below < len(kinds):  # separately: a stack may have more of them than a packed matrix takes
             total += TrellisCodec.rebuild(payloads[below:], kinds[below:], ranks[below:], shape)
         return total
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 import bstk
-from bstack.calibration.products import Operand
 from bstack.calibration.sensitivity import Sensitivity
-from bstack.calibration.statistics import HessianTable, gather
+from bstack.calibration.statistics import HessianTable, Operand, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, Workers, add_dense, encode

@@ -10,8 +10,7 @@ from codec_inputs import gaussian, hessian, outlier_count
 
 import bstk
 from bstack.codecs import make_codec
-from bstack.codecs.spqr import SpqrCodec
-from bstack.codecs.spqr_target import range_of
+from bstack.codecs.spqr import SpqrCodec, range_of
 from bstack.settings import Settings
 from bstk.errors import UsageError
 

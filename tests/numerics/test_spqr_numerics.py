@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from bstack.codecs.spqr_columns import damp
 from bstack.numerics.feedback import factorise
-from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
-from bstack.numerics.outliers import outlier_scores
+from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels, outlier_scores
 
 
 def test_factorise_is_the_decomposition():

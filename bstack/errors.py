@@ -28,17 +28,7 @@ def one_line(error: BaseException) -> str:
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
-    """Return what a user reads about an error that ends a process, and the exit code (docs/guide.md).
-
-    Parameters
-    ----------
-    error : exception
-
-    Returns
-    -------
-    (str, int) or None
-        None for an exception that only a bug of bstack lets through.
-    """
+    """Return what a user reads about an error that ends a process, and the exit code; None if only a bug lets it through."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         return str(error), code

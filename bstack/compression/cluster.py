@@ -33,15 +33,7 @@ PACKAGES = ("bstack", "torch", "numpy")
 
 
 class Cluster:
-    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager.
-
-    Raises
-    ------
-    bstack.errors.MissingPackageError, bstk.UsageError
-        distributed is not installed; `address` is not an address.
-    bstack.errors.ClusterError
-        There is no scheduler, it has no workers, or a worker has other versions.
-    """
+    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager."""
 
     def __init__(self, address: str):
         try:

@@ -417,7 +417,13 @@ class _Client:
         self._address = address
         self._session = requests.Session()
         self._session.headers["Accept-Encoding"] = "identity"  # offsets count in the uncompressed file
-        self._auth = _Bearer(token) if token else None
+
+        def bearer(request: Any) -> Any:
+            request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        # Not among the session's headers: requests drops it where a redirect leads to another host.
+        self._auth = bearer if token else None
 
     def get(self, start: int, stop: int, etag: str | None) -> Any:
         """Request the bytes `start` to `stop` (exclusive), of the version with the strong tag `etag` if one is given.
@@ -462,17 +468,6 @@ class _Client:
     def close(self) -> None:
         """Close all connections."""
         self._session.close()
-
-
-class _Bearer:
-    """Sends a token to the host of the URL; requests drops it where a redirect leads to another host."""
-
-    def __init__(self, token: str):
-        self._token = token
-
-    def __call__(self, request: Any) -> Any:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
 
 
 def _innermost(error: BaseException) -> str:

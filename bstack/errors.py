@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import errno
 
-from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, ResourceError, UsageError
+from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = [
-    "CalibrationError",
-    "ClusterError",
-    "ClusterLostError",
-    "DamagedError",
     "ForeignCodeError",
     "ForeignCodeWarning",
-    "MissingPackageError",
     "UnsupportedModelError",
     "one_line",
     "user_message",
@@ -52,17 +47,3 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
 
 class ForeignCodeWarning(UserWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
-
-
-class CalibrationError(BstkError):
-    """The calibration text cannot be read, is too short, or makes the model compute NaN."""
-
-
-class ClusterError(BstkError):
-    """A Dask cluster cannot be used: it has no scheduler, no workers, or other versions."""
-
-
-class ClusterLostError(ClusterError):
-    """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
-
-    exit_code = Interrupted.exit_code

@@ -84,7 +84,11 @@ def command(
         result |= {"input": name, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_common.report(result, f"{target or name}: {'would be' if dry_run else 'is'}", "would keep" if dry_run else "kept"))
+    click.echo(
+        _common.report(
+            result, f"{target or name}: {'would be' if dry_run else 'is'}", "would keep" if dry_run else "kept"
+        )
+    )
     if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:
         click.echo("  not sealed: readers will call it partial")
     if dry_run and points:

@@ -17,7 +17,6 @@ import torch
 import bstk
 from bstack.codecs import Codec
 from bstack.codecs.contract import Task
-from bstack.errors import CalibrationError
 from bstack.kernels.native import processors
 from bstack.numerics.hessian import output_errors
 from bstack.workdir import Part
@@ -133,7 +132,7 @@ def encode_arrays(
     # The largest value of a hessian is on its diagonal.
     for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
         if bad := int((~numbers.isfinite()).sum()):
-            raise CalibrationError(
+            raise bstk.BstkError(
                 f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
                 "its weights matter. Give another calibration text, and check that the model works."
             )

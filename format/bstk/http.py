@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from . import preamble
-from .errors import MissingPackageError, RemoteChangedError, RemoteError
+from .errors import BstkError, RemoteChangedError, RemoteError
 
 HEAD = 2**16  # bytes of the first request: the preamble, and all of the header of most small files
 PIECE = 2**18  # maximum bytes handed on at a time
@@ -109,8 +109,6 @@ class HttpSource:
 
     Raises
     ------
-    MissingPackageError
-        The package requests is not installed.
     RemoteError
         The server cannot be reached, has no such file, or gives an unusable answer.
     """
@@ -410,7 +408,7 @@ class _Client:
         try:
             import requests
         except ImportError:
-            raise MissingPackageError(
+            raise BstkError(
                 f"{name}: reading from a URL needs the package requests: pip install 'bstack[http]'"
             ) from None
         self._name = name

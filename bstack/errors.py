@@ -6,13 +6,7 @@ import errno
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = [
-    "ForeignCodeError",
-    "ForeignCodeWarning",
-    "UnsupportedModelError",
-    "one_line",
-    "user_message",
-]
+__all__ = ["ForeignCodeError", "ForeignCodeWarning", "UnsupportedModelError", "one_line", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 

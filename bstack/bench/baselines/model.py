@@ -240,7 +240,7 @@ def compare(
     smallest = file.smallest.budget
     best = frontier(baselines)
     if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
-        notes.append(f"Not compared, because they are smaller than the smallest cut of this file: {'; '.join(below)}.")
+        notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
     return [
         Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
     ]

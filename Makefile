@@ -14,7 +14,7 @@ $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc
 
 # Run the main job on SmolLM2-135M-Instruct: compress, inspect, cut to three sizes, verify, generate.
 demo: $(VENV)/.done
-	$(BIN)/python -m bstack.demo
+	$(BIN)/python benchmarks/demo.py
 
 # Check style and types, then run all tests, two files at a time: most of them wait for commands that they start.
 test: check

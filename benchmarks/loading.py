@@ -67,7 +67,7 @@ def main() -> None:
     found["growth"] = rate(
         lambda: bstack.resize(model), size, arguments.seconds, lambda: bstack.resize(model, mb=smallest)
     )
-    print(f"{len(blocks)} blocks above the smallest model, {size / 2**20:.1f} MB of them")
+    print(f"{len(blocks)} blocks above the base model, {size / 2**20:.1f} MB of them")
     for name, value in found.items():
         print(f"{name:24} {value / 1e6:8,.0f} MB/s")
     resized = bstack.resize(model)

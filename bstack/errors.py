@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, ResourceError, UsageError
+from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = [
-    "CalibrationError",
-    "ClusterError",
-    "ClusterLostError",
-    "DamagedError",
-    "ForeignCodeError",
-    "ForeignCodeWarning",
-    "MissingPackageError",
-    "UnsupportedModelError",
-    "one_line",
-    "user_message",
-]
+__all__ = ["ForeignCodeError", "ForeignCodeWarning", "UnsupportedModelError", "one_line", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -28,17 +17,7 @@ def one_line(error: BaseException) -> str:
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
-    """Return what a user reads about an error that ends a process, and the exit code (docs/guide.md).
-
-    Parameters
-    ----------
-    error : exception
-
-    Returns
-    -------
-    (str, int) or None
-        None for an exception that only a bug of bstack lets through.
-    """
+    """Return what a user reads about an error that ends a process, and the exit code; None if only a bug lets it through."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         return str(error), code
@@ -62,17 +41,3 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
 
 class ForeignCodeWarning(UserWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
-
-
-class CalibrationError(BstkError):
-    """The calibration text cannot be read, is too short, or makes the model compute NaN."""
-
-
-class ClusterError(BstkError):
-    """A Dask cluster cannot be used: it has no scheduler, no workers, or other versions."""
-
-
-class ClusterLostError(ClusterError):
-    """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
-
-    exit_code = Interrupted.exit_code

@@ -14,6 +14,8 @@ from bstack.cli import main
 from bstack.workdir import WorkDirectory
 from bstk.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--codec", "sign", "--planes", "2", "--rank", "2", "--samples", "2", "--sequence-length", "16", "-q"]
 SETTINGS = {"seed": 0}
 PARTS = ["files", "layer-00000", "layer-00001"]

@@ -75,12 +75,7 @@ def read_request(text: str) -> Measure | WriteReference:
 def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda: None) -> Measured:
     """Answer a request in a new process; empty for `WriteReference`. `progress` is called for each repetition and window.
 
-    Raises
-    ------
-    bstk.BstkError
-        As the child raised it, with its exit code.
-    bstk.ResourceError
-        The system killed the child, most likely for its memory.
+    Raises BstkError as the child did, with its exit code; ResourceError if the system killed the child.
     """
     shown = f"{mb_text(request.cut.budget)} MB"
     with tempfile.TemporaryFile() as complaints:

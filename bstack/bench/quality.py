@@ -24,9 +24,7 @@ __all__ = ["Quality", "Scores", "original_reference", "reference_key"]
 
 @dataclass(frozen=True)
 class Quality:
-    """Hold perplexity, mean and 99th percentile of the divergence in nats per token, fraction of equal likeliest
-    tokens.
-    """
+    """Perplexity, mean and 99th percentile of the divergence in nats per token, fraction of equal likeliest tokens."""
 
     perplexity: Estimate
     kld: Estimate | None = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import bstk
-from bstack.errors import MissingPackageError, one_line
+from bstack.errors import one_line
 from bstack.eval.estimates import Estimate
 
 __all__ = ["check_tasks", "file_digests", "run_tasks"]
@@ -23,7 +23,7 @@ NEEDED = ("lm_eval", "accelerate")
 def check_tasks(tasks: Sequence[str]) -> None:
     """Check that lm-eval can run the tasks, before hours of measuring."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise MissingPackageError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
+        raise bstk.BstkError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
     from lm_eval.tasks import TaskManager
 
     known = None

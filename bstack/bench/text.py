@@ -13,7 +13,6 @@ import torch
 import bstk
 from bstack.bench.reference import Reference
 from bstack.calibration.texts import TextSource, open_text
-from bstack.errors import CalibrationError
 
 __all__ = ["DEFAULT", "Text", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
@@ -48,7 +47,7 @@ def measuring_text(source: str | None) -> TextSource:
         from pydoc_data.topics import topics
     except ImportError:
         message = "This Python comes without pydoc_data, whose text is the default. Give another text."
-        raise CalibrationError(message, option="text") from None
+        raise bstk.BstkError(message, option="text") from None
     return TextSource(DEFAULT, "\n\n".join(topics[name].strip() for name in sorted(topics)))
 
 
@@ -60,7 +59,7 @@ def digest(text: TextSource) -> str:
 def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -> torch.Tensor:
     """Cut the beginning of a text into windows of token ids, one after the other, no special tokens added.
 
-    Raises CalibrationError when the text is too short.
+    Raises bstk.BstkError when the text is too short.
     """
     # No token is longer than this many characters on average, so a long text need not be tokenised whole. A cut
     # inside the text could change its last tokens only, which are beyond the windows.
@@ -72,11 +71,12 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
             break
         characters *= 4
     if len(ids) < needed:
-        few = f"{len(ids) // length} windows" if len(ids) >= length else f"a sequence_length of {len(ids)}"
-        raise CalibrationError(
+        enough = len(ids) >= length
+        most = f"at most {len(ids) // length} windows" if enough else f"windows of at most {len(ids)} tokens"
+        raise bstk.BstkError(
             f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text, or at most {few}.",
-            option="windows" if len(ids) >= length else "sequence_length",
+            f"text, or ask for {most}.",
+            option="windows" if enough else "sequence_length",
         )
     return torch.tensor(ids[:needed]).view(windows, length)
 
@@ -87,7 +87,7 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
     from bstack.models.code import stage_code
 
     if "tokenizer_config.json" not in file.files:
-        raise CalibrationError(
+        raise bstk.BstkError(
             "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
             option="quality",
         )

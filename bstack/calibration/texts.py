@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, one_line
-from bstk.errors import UsageError
+from bstack.errors import one_line
+from bstk.errors import BstkError, UsageError
 
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
@@ -55,7 +55,7 @@ def open_text(source: str) -> TextSource:
 
     Raises
     ------
-    bstack.errors.CalibrationError
+    bstack.errors.BstkError
         The source holds no text, or text that is not UTF-8.
     bstk.UsageError
         There is nothing of that name, or a hub data set cannot be read.
@@ -66,9 +66,7 @@ def open_text(source: str) -> TextSource:
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
         if not files:
-            raise CalibrationError(
-                f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}."
-            )
+            raise BstkError(f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}.")
         text = _joined((piece for file in files for piece in _pieces(file)), MAX_CHARACTERS)
     else:
         return TextSource(source, _joined(_rows(source), MAX_FETCHED))
@@ -95,12 +93,12 @@ def _pieces(path: Path) -> Iterator[str]:
         with open(path, encoding="utf-8") as stream:
             yield stream.read(MAX_CHARACTERS)
     except UnicodeDecodeError as error:
-        raise CalibrationError(
+        raise BstkError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x}). "
             "Calibration reads plain text or .jsonl."
         ) from None
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+        raise BstkError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _records(path: Path) -> Iterator[str]:
@@ -109,13 +107,13 @@ def _records(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             if len(line) >= MAX_CHARACTERS:
-                raise CalibrationError(
+                raise BstkError(
                     f"{path}, line {number}: longer than {MAX_CHARACTERS} characters. Split the text into records."
                 )
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
-                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a "text" field.') from None
+                raise BstkError(f'{path}, line {number}: expected a JSON object with a "text" field.') from None
             yield str(text)
 
 
@@ -134,9 +132,9 @@ def _rows(source: str) -> Iterator[str]:
         for row in rows:
             text = row.get("text")
             if not isinstance(text, str):
-                raise CalibrationError(f'{source}: rows have no "text" column, only {", ".join(sorted(row))}.')
+                raise BstkError(f'{source}: rows have no "text" column, only {", ".join(sorted(row))}.')
             yield text
-    except CalibrationError:
+    except BstkError:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
         raise UsageError(
@@ -163,7 +161,7 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
 
     Raises
     ------
-    bstack.errors.CalibrationError
+    bstack.errors.BstkError
         The text has fewer than (samples + held_out) x length tokens.
     """
     ids = tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -176,7 +174,7 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
             advice = f"a longer text, or a sequence length of at most {len(ids) // count}"
         else:
             advice = "a longer text"
-        raise CalibrationError(
+        raise BstkError(
             f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length}{more} need "
             f"{count * length}. Give {advice}."
         )

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli._text import printable
+from bstack.cli._text import megabytes, printable
 from bstack.errors import ForeignCodeWarning
 from bstk.http import shown
 
@@ -117,6 +117,23 @@ def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool =
 def retries(url: str, quiet: bool) -> Callable[[str], None] | None:
     """Return a function that logs each retry of a URL on stderr: a server that does not answer may take minutes."""
     return None if quiet else lambda text: click.echo(printable(f"{shown(url)}: {text}"), err=True)
+
+
+def describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
+    """Return what a cut holds, as ``truncate`` and ``grow`` print it."""
+    blocks = [chunk.is_block for chunk in reader.all_chunks]
+    sizes = {"file_bytes": cut.file_bytes, "memory_bytes": cut.memory_bytes, "chunks": cut.chunks}
+    found = {"blocks": sum(blocks[: cut.chunks]), "blocks_total": sum(blocks)}
+    return {**sizes, **found, "bits_per_weight": reader.bits_per_weight(cut)}
+
+
+def report(result: dict[str, Any], begin: str, kept: str) -> str:
+    """Return the lines about a cut from `describe`, such as "FILE: is ..." and "kept ..."."""
+    sizes = f"{megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of weights in memory"
+    blocks = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
+    bits = result["bits_per_weight"]
+    last = "" if bits is None else f"\n  {bits:.3f} bits per weight of the linears"
+    return f"{printable(begin)} {sizes}\n  {kept} {blocks}{last}"
 
 
 def print_json(schema: str, result: dict[str, Any]) -> None:

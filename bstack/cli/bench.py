@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--budgets",
     type=_common.Parsed("MB,MB-MB+STEP", parse_budgets),
-    help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.",
+    help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the base model to the whole file by default.",
 )
 @click.option(
     "--original",

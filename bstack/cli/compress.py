@@ -152,7 +152,7 @@ def command(
     rows = [
         *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
-        ("smallest file", megabytes(report.smallest_bytes)),
+        ("base model", megabytes(report.smallest_bytes)),
         (
             "stack",
             f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import megabytes, printable
+from bstack.cli._text import megabytes
 
 
 @click.command("grow")
@@ -38,25 +36,9 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
         cut = bstk.plan_growth(small, mb, larger)
         with _progress.transferred(larger, cut.file_bytes - before, "grow", quiet) as advance:
             cut = bstk.grow(file, mb, larger, progress=advance)
-        blocks = [chunk.is_block for chunk in larger.all_chunks]
-        result: dict[str, Any] = {
-            "file": file,
-            "from": larger.source.name,
-            "file_bytes": cut.file_bytes,
-            "memory_bytes": cut.memory_bytes,
-            "added_bytes": cut.file_bytes - before,
-            "chunks": cut.chunks,
-            "blocks": sum(blocks[: cut.chunks]),
-            "blocks_total": sum(blocks),
-            "bits_per_weight": larger.bits_per_weight(cut),
-        }
+        result = _common.describe(larger, cut) | {"file": file, "from": larger.source.name}
+        result["added_bytes"] = cut.file_bytes - before
     if as_json:
         _common.print_json("bstack.grow/1", result)
         return
-    click.echo(
-        f"{printable(file)}: is {megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of "
-        f"weights in memory\n  added {megabytes(result['added_bytes'])}; has {result['blocks']:,} of "
-        f"{result['blocks_total']:,} blocks of the complete file"
-    )
-    if result["bits_per_weight"] is not None:
-        click.echo(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
+    click.echo(_common.report(result, f"{file}: is", f"added {megabytes(result['added_bytes'])}; has"))

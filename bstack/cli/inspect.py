@@ -50,7 +50,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
         else:
             click.echo(_page(reader))
             if show_blocks:
-                click.echo(f"\nBlocks (* in the smallest model)\n{_block_table(reader)}")
+                click.echo(f"\nBlocks (* in the base model)\n{_block_table(reader)}")
 
 
 def _page(reader: bstk.Reader) -> str:
@@ -93,7 +93,7 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     }[reader.state]
     sizes = [
         ("this file", megabytes(reader.length), megabytes(reader.memory_bytes)),
-        ("smallest cut", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
+        ("base model", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
         ("complete file", megabytes(reader.complete.file_bytes), megabytes(reader.complete.memory_bytes)),
     ]
     width = max(len(cell) for _, *cells in sizes for cell in cells)
@@ -115,7 +115,7 @@ def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
         levels = Counter(chunk.name for chunk in here).values()
         pairs += [
             ("linears", f"{len(levels):,} with {weights:,} weights"),
-            ("blocks", f"{len(here):,} here; {len(base):,} in the smallest cut, {total:,} in the complete file"),
+            ("blocks", f"{len(here):,} here; {len(base):,} in the base model, {total:,} in the complete file"),
             ("blocks a linear", f"{min(levels)} to {max(levels)} here"),
             ("kinds", ", ".join(_kind_summary(here))),
             ("bits per weight", f"{reader.bits_per_weight():.3f} of the linears here"),

@@ -30,7 +30,7 @@ class Report:
     source_quantisation
         How the weight files are quantised, such as ``GGUF Q4_1``; None for floats.
     file_bytes, smallest_bytes
-        The file at full length, and cut to its smallest model.
+        The file at full length, and cut to its base model.
     memory_bytes
         Weights of the full model in memory, as blocks.
     linears, blocks

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from bstack.errors import ClusterError, ClusterLostError, MissingPackageError, one_line
+from bstack.errors import one_line
 from bstack.kernels.native import instructions
-from bstk.errors import UsageError
+from bstk.errors import BstkError, Interrupted, UsageError
 
 __all__ = ["Cluster"]
 
@@ -33,23 +33,13 @@ PACKAGES = ("bstack", "torch", "numpy")
 
 
 class Cluster:
-    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager.
-
-    Raises
-    ------
-    bstack.errors.MissingPackageError, bstk.UsageError
-        distributed is not installed; `address` is not an address.
-    bstack.errors.ClusterError
-        There is no scheduler, it has no workers, or a worker has other versions.
-    """
+    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager."""
 
     def __init__(self, address: str):
         try:
             import distributed
         except ImportError:
-            raise MissingPackageError(
-                "Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'"
-            ) from None
+            raise BstkError("Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'") from None
         if ":" not in address:
             raise UsageError(f"{address!r} is not the address of a Dask scheduler, such as tcp://10.0.0.5:8786.")
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
@@ -64,7 +54,7 @@ class Cluster:
             self.client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
-            raise ClusterError(
+            raise BstkError(
                 f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its "
                 "address, such as tcp://10.0.0.5:8786."
             ) from None
@@ -96,9 +86,9 @@ class Cluster:
             future = self.client.submit(_call, function, arguments, facts(), self._torch_threads, pure=False)
         return _Task(self, future)
 
-    def lost(self, what: str = "went away") -> ClusterLostError:
+    def lost(self, what: str = "went away") -> Interrupted:
         """Return the error of a cluster that is of no use any more."""
-        return ClusterLostError(
+        return Interrupted(
             f"The Dask scheduler at {self.address} {what}. Give the same command again to continue, with Dask or without."
         )
 
@@ -113,13 +103,13 @@ class Cluster:
         try:
             self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
-            raise ClusterError(
+            raise BstkError(
                 f"The Dask scheduler at {self.address} has no workers. Start some: dask worker {self.address}"
             ) from None
         here = facts()
         for worker, found in self.client.run(facts, on_error="return").items():
             if isinstance(found, Exception):
-                raise ClusterError(
+                raise BstkError(
                     f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
                 )
             _check_versions(here, found, worker)
@@ -168,7 +158,7 @@ class _Task:
         self._cluster, self._future = cluster, future
 
     def result(self) -> Any:
-        """Wait for the function, and return or raise what it does; raise ClusterLostError without workers."""
+        """Wait for the function, and return or raise what it does; raise Interrupted without workers."""
         from distributed import KilledWorker
 
         deserted = None
@@ -178,7 +168,7 @@ class _Task:
                 self._cluster.compare(worker, there)
                 return found
             except KilledWorker as error:
-                raise ClusterLostError(
+                raise Interrupted(
                     f"Several workers of {self._cluster.address} died over the same matrix, the last "
                     f"{error.last_worker.address}: most likely they have too little memory for it. Give them more, or fewer "
                     "threads, and the same command again to continue."
@@ -212,7 +202,7 @@ def facts() -> dict[str, str]:
 
 def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) -> None:
     if different := [f"{name} {there[name]}, not {here[name]}" for name in PACKAGES if here[name] != there[name]]:
-        raise ClusterError(
+        raise BstkError(
             f"The worker {worker} has {' and '.join(different)}: other versions may make other bytes. Install the same ones everywhere."
         )
 

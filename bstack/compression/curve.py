@@ -29,26 +29,11 @@ def measure_curve(
     base_count: int,
     progress: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Compare the model at some sizes with the original, one layer in memory at a time.
+    """Compare the model at some sizes with the original, one layer in memory at a time; the smallest comes first.
 
-    Parameters
-    ----------
-    skeleton : Skeleton
-    windows : torch.Tensor
-        Held-out token ids, int64, shape (windows, length).
-    collected : Collected
-    entries : sequence of bstk.Entry
-        The chunks in file order.
-    base_count : int
-        How many of them are the base model.
-    progress : callable
-        Called once for the original and once for each size.
-
-    Returns
-    -------
-    list of dict
-        Smallest first: ``chunks`` kept, ``kld`` and its standard error ``kld_se`` (nats per token, over windows),
-        ``same_top``, and ``perplexity`` on these windows, all over every position but the last of a window.
+    `windows` are held-out token ids, int64, shape (windows, length). Each point has the number of ``chunks`` kept, ``kld`` and
+    its standard error ``kld_se`` (nats per token, over windows), ``same_top`` and ``perplexity``, over all positions but the
+    last of each window. `progress` is called once for the original and once for each size.
     """
     original: list[torch.Tensor] = []
     run_streamed(skeleton, windows, lambda _, logits: original.append(logits[:-1].float().log_softmax(-1)))

@@ -32,7 +32,6 @@ from bstack.compression.layers import (
     layer_part,
     layer_shapes,
 )
-from bstack.errors import CalibrationError
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
@@ -88,7 +87,7 @@ def run_stages(
         settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
     longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and settings.sequence_length > longest:
-        raise CalibrationError(
+        raise bstk.BstkError(
             f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
             option="sequence_length",
         )
@@ -190,7 +189,7 @@ def _tokenizer(skeleton: Skeleton, work: WorkDirectory) -> Any:
     code = skeleton.checkpoint.code
     kept = work.records(FILES_PART)
     if "tokenizer_config.json" not in {record.entry.name for record in kept}:
-        raise CalibrationError(
+        raise bstk.BstkError(
             "The model has no tokenizer, so a calibration text cannot be read. Set calibration to self, or put the "
             "tokenizer's files beside the weights."
         )

@@ -81,11 +81,11 @@ def _failure(problem: str) -> UnsupportedModelError:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this thread at the first line of Python that runs after so many seconds."""
-    end = time.monotonic() + seconds
+    """Raise TimeoutError in this thread at the first line of Python after so many seconds of its own processor time."""
+    end = time.thread_time() + seconds
 
     def check(*_event: Any) -> Any:
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"it takes more than {seconds:g} seconds.")
         return check
 
@@ -136,16 +136,6 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-class _Dict:
-    """``dict`` without access to the type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
 class _Namespace(Namespace):
     """``namespace``, without names that begin with an underscore and without huge strings."""
 
@@ -170,7 +160,6 @@ def _environment() -> _Sandbox:
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-        "dict": _Dict(),
         "namespace": _Namespace,
     }
     return environment

@@ -16,7 +16,7 @@ import torch
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import export_tokenizer, file_record
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
-from bstk.errors import DamagedError, MissingPackageError
+from bstk.errors import BstkError, DamagedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,9 +33,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             import gguf
         except ImportError:
-            raise MissingPackageError(
-                "Reading a GGUF file needs the package gguf: pip install 'bstack[gguf]'"
-            ) from None
+            raise BstkError("Reading a GGUF file needs the package gguf: pip install 'bstack[gguf]'") from None
         from transformers import AutoConfig
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
 

@@ -95,10 +95,6 @@ def _matmul(input: Any, other: Any, **rest: Any) -> Any:
     return other.packed.multiply(input)
 
 
-def _mm(input: Any, mat2: Any, **rest: Any) -> Any:
-    return _matmul(input, mat2, **rest)
-
-
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, **rest: Any) -> Any:
     y = _matmul(mat1, mat2, **rest) if beta == alpha == 1 else NotImplemented
     return y if y is NotImplemented else input + y
@@ -146,7 +142,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mT.__get__: lambda weight: _transpose(weight, -1, -2),  # type: ignore[attr-defined]
     **dict.fromkeys((torch.transpose, torch.Tensor.transpose), _transpose),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mm, torch.Tensor.mm), _mm),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), lambda input, mat2, **rest: _matmul(input, mat2, **rest)),
 }
 
 # Attributes of a tensor without data.

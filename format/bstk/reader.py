@@ -93,7 +93,7 @@ class Reader:
 
     @property
     def smallest(self) -> Cut:
-        """The base model: the smallest cut."""
+        """The base model: the smallest valid cut."""
         return self.cut(self.base_count)
 
     @property

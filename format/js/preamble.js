@@ -104,7 +104,7 @@ export function stateOf(preamble, length) {
   }
   if (length < smallestLength) {
     throw new TruncatedError(
-      `the file ends before its smallest model: ${length} bytes found, at least ${smallestLength} needed; fetch more of it`,
+      `the file ends before its base model: ${length} bytes found, at least ${smallestLength} needed; fetch more of it`,
     );
   }
   return length === fullLength ? "whole" : "partial";

@@ -2,7 +2,7 @@ import pytest
 
 from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text
 from bstack.calibration.texts import TextSource
-from bstack.errors import CalibrationError
+from bstk.errors import BstkError
 
 
 class Letters:
@@ -52,10 +52,10 @@ def test_a_text_of_just_enough():
 
 
 @pytest.mark.parametrize(
-    ("windows", "length", "advice"), [(3, 40, "at most 2 windows"), (1, 90, "at most a sequence_length of 85")]
+    ("windows", "length", "advice"), [(3, 40, "at most 2 windows"), (1, 90, "windows of at most 85 tokens")]
 )
 def test_a_short_text(windows, length, advice):
-    with pytest.raises(CalibrationError, match=advice):
+    with pytest.raises(BstkError, match=advice):
         first_windows(TextSource("t", "x" * 85), Letters(), windows, length)
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 from bstack.bench import worker
 def fail(request, step): raise {}

@@ -7,8 +7,7 @@ import pytest
 
 from bstack.calibration import texts
 from bstack.calibration.texts import TextSource, open_text, token_windows
-from bstack.errors import CalibrationError
-from bstk.errors import UsageError
+from bstk.errors import BstkError, UsageError
 
 
 class Letters:
@@ -24,7 +23,7 @@ def test_windows_are_spread_over_the_text():
     assert windows[:, 0].tolist() == [0, 250, 500, 750] and windows[3].tolist() == list(range(750, 760))
     assert token_windows(TextSource("t", "x" * 40), Letters(), 4, 10).shape == (4, 10)
     assert token_windows(text, Letters(), 4, 10, held_out=2).shape == (6, 10)
-    with pytest.raises(CalibrationError, match="39 tokens, but 4 samples of 10 need 40"):
+    with pytest.raises(BstkError, match="39 tokens, but 4 samples of 10 need 40"):
         token_windows(TextSource("t", "x" * 39), Letters(), 4, 10)
 
 
@@ -62,14 +61,14 @@ def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch):
     assert open_text(str(tmp_path / "b.txt")).text == "x" * 20
     assert open_text(str(tmp_path)).text == "abcdef\n\nabcdef\n\nabcd"
     (tmp_path / "a.jsonl").write_text('{"text": "this is too long"}\n')
-    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1: longer than 20 characters"):
+    with pytest.raises(BstkError, match=r"a\.jsonl, line 1: longer than 20 characters"):
         open_text(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("line", ["[1]", '"text"', "{", '{"txt": "x"}', "7"])
 def test_records_that_are_none(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line)
-    with pytest.raises(CalibrationError, match="line 2"):
+    with pytest.raises(BstkError, match="line 2"):
         open_text(str(tmp_path / "a.jsonl"))
 
 
@@ -107,7 +106,7 @@ def test_no_more_of_a_data_set_is_fetched_than_the_bound(monkeypatch):
 def test_hub_data_sets_without_texts(monkeypatch):
     rows = [{"label": 1, "content": "x"}]
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_a, **_k: rows))
-    with pytest.raises(CalibrationError, match='no "text" column, only content, label'):
+    with pytest.raises(BstkError, match='no "text" column, only content, label'):
         open_text("owner/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install"):

@@ -14,7 +14,7 @@ def test_page(bstack, vector):
         "TinyForCausalLM",
         "whole: nothing is cut off",
         "2 with 88 weights",
-        "5 here; 2 in the smallest cut, 5 in the",
+        "5 here; 2 in the base model, 5 in the",
         "sign (rank 1 to 2)",
         "1: config.json",
         "e5c7c759bf12d750",
@@ -59,7 +59,7 @@ def test_json(bstack, vector, name, state):
 
 def test_blocks(bstack, vector):
     out = bstack("inspect", "--blocks", vector("whole.bstk")).stdout
-    table = out.split("Blocks (* in the smallest model)\n")[1].splitlines()
+    table = out.split("Blocks (* in the base model)\n")[1].splitlines()
     assert table[0].split()[:4] == ["offset", "linear", "level", "kind"]
     assert [re.findall(r"layers\.\S+ +\d", line)[0].split() for line in table[1:]] == [
         ["layers.0.up", "0"],

@@ -81,7 +81,7 @@ def test_stacks_are_dense_part_outliers_planes(made):
         # Embedding and head, tied here, are stacks of the default codec.
         assert [chunk.kind for chunk in samples.chunks_of(file, "model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
         assert file.preamble.incompatible == 3
-        # In the smallest model there are dense parts and no outliers.
+        # In the base model there are dense parts and no outliers.
         base = file.chunks[: file.base_count]
         assert {chunk.kind for chunk in base if chunk.is_block} == {bstk.SPQR, bstk.TRELLIS}
         file.verify()

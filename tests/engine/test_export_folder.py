@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 
+import in_process
 import pytest
 import tiny_models
 import torch
@@ -43,12 +44,14 @@ CASES = [
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-def command(*arguments, cwd=None):
+def command(*arguments, cwd="."):
+    return in_process.bstack(*arguments, cwd=cwd)
+
+
+def as_installed(*arguments):
     installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     start = [installed] if installed else [sys.executable, "-m", "bstack"]
-    return subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=cwd
-    )
+    return subprocess.run([*start, *map(str, arguments)], timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_the_command(tiny, tmp_path, dtype, torch_dtype):
 
 
 def test_without_bstack_installed(tiny, tmp_path):
-    assert command("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
+    assert as_installed("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
     script = """
 import sys
 sys.modules["bstack"] = sys.modules["bstk"] = None

@@ -32,7 +32,7 @@ def read_all(data: bytes) -> bool:
             require(
                 reader.smallest_length <= reader.length <= reader.full_length, "a file longer or shorter than it may be"
             )
-            require(len(reader.chunks) >= reader.base_count, "a smallest model that is not there")
+            require(len(reader.chunks) >= reader.base_count, "a base model that is not there")
             for name in reader.files:
                 require(is_inside(name), f"a file name that leads out of its folder: {name!r}")
             for chunk in reader.chunks:

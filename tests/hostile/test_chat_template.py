@@ -87,15 +87,16 @@ def test_special_tokens_cannot_take_the_names_of_other_values(tiny_llama, name):
 
 @pytest.mark.parametrize("case", BAD)
 def test_ends_soon_and_says_why(tokenizer, case, monkeypatch):
-    monkeypatch.setattr(template, "MAX_SECONDS", 1.0)
     text, words = BAD[case]
+    if "seconds" in words:  # the others have to end by themselves
+        monkeypatch.setattr(template, "MAX_SECONDS", 1.0)
     tokenizer.chat_template = text
-    started, trace = time.monotonic(), sys.gettrace()
+    started, trace = time.process_time(), sys.gettrace()
     with pytest.raises(
         UnsupportedModelError, match=f"the model's chat template fails: .*({words}).*without the template"
     ) as caught:
         template.render(tokenizer, "the river")
-    assert "\n" not in str(caught.value) and time.monotonic() - started < 10
+    assert "\n" not in str(caught.value) and time.process_time() - started < 10
     assert sys.gettrace() is trace
 
 

@@ -359,7 +359,7 @@ def test_same_length_and_another_tag(model, other, serve):
 
 def test_without_the_package(model, serve, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "requests", None)
-    with pytest.raises(bstk.MissingPackageError, match=r"pip install 'bstack\[http\]'"):
+    with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[http\]'"):
         opened(serve(model).url)
 
 

@@ -15,6 +15,8 @@ import bstk
 from bstack.memory.free import Memory, free_memory
 from bstack.packed.autosize import MemoryPoller, default_margin
 
+pytestmark = pytest.mark.slow
+
 SMALLEST, LARGEST = 100 * MB, 1000 * MB
 
 

@@ -25,7 +25,6 @@ from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.statistics import gather
 from bstack.calibration.stream import LayerStream
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
-from bstack.errors import CalibrationError
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
@@ -241,7 +240,7 @@ def compare(
     smallest = file.smallest.budget
     best = frontier(baselines)
     if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
-        notes.append(f"Not compared, because they are smaller than the smallest cut of this file: {'; '.join(below)}.")
+        notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
     return [
         Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
     ]
@@ -279,7 +278,7 @@ def _calibration(
     except bstk.BstkError as error:
         if given is not None:
             raise
-        raise CalibrationError(
+        raise bstk.BstkError(
             f"This file was calibrated on {source!r}, which cannot be read here. Baselines should have the same text: "
             "name it as calibration, or set calibration to self.",
             option="calibration",

@@ -54,7 +54,7 @@ def test_nothing_is_assumed(run, tiny_llama):
 def test_summary(run, model):
     code, out, err = run("model", "-o", "out.bstk", *QUICK)
     assert code == 0
-    for word in ("out.bstk: done", "original", "full file", "smallest file", "bits per weight", "time", "peak memory"):
+    for word in ("out.bstk: done", "original", "full file", "base model", "bits per weight", "time", "peak memory"):
         assert word in out
     # Not a terminal: the stages by name, and no bars.
     assert "Compressing layers" in err and "\r" not in err

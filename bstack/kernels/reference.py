@@ -119,7 +119,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
                 bits, u, v = _sign(matrix, level)
                 total = np.zeros_like(y)
                 for r in range(matrix.rank[level]):
-                    total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits * np.int8(2) - np.int8(1)) * u[:, r]
+                    total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits.astype(np.int8) * 2 - 1) * u[:, r]
                 y += total
     return y
 

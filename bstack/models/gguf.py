@@ -60,7 +60,11 @@ class GGUFCheckpoint(Checkpoint):
         tensors = {tensor.name: tensor for tensor in self._stored}
         metadata = Metadata(
             str(path),
-            {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.ggml.") or key.endswith("_id")},
+            {
+                key: _value(fields, key)
+                for key in fields
+                if not key.startswith("tokenizer.ggml.") or key.endswith("_id")
+            },
             {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
             lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
         )

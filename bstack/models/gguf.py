@@ -19,7 +19,7 @@ from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import export_tokenizer, file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
-from bstk.errors import DamagedError, MissingPackageError, UsageError
+from bstk.errors import BstkError, DamagedError, MissingPackageError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,21 +58,19 @@ class GGUFCheckpoint(Checkpoint):
             self._check_type(tensor)
         self.quantisation = _quantisation(self._stored)
         tensors = {tensor.name: tensor for tensor in self._stored}
-        metadata = Metadata(
-            str(path),
-            {
-                key: _value(fields, key)
-                for key in fields
-                if not key.startswith("tokenizer.ggml.") or key.endswith("_id")
-            },
-            {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
-            lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
-        )
-        arguments = read_config(metadata)
         try:
+            metadata = Metadata(
+                str(path),
+                {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
+                {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
+                lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
+            )
+            arguments = read_config(metadata)
             self.config = AutoConfig.for_model(**arguments)
-        except Exception as error:  # configurations check themselves with errors of several libraries
-            raise UnsupportedModelError(f"{path}: {one_line(error)}") from None
+        except BstkError:
+            raise
+        except Exception as error:  # values of wrong types; configurations check themselves with several libraries
+            raise UnsupportedModelError(f"{path}: its metadata cannot be used: {one_line(error)}") from None
         self._processor = TENSOR_PROCESSORS.get(metadata.architecture, TensorProcessor)(config=arguments)
 
     def _check_type(self, tensor: Any) -> None:
@@ -107,7 +105,14 @@ class GGUFCheckpoint(Checkpoint):
 
     def export_tokenizer(self, folder: Path) -> list[str]:
         with self._parsed_once():
-            return export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+            names = export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+        if "tokenizer.ggml.tokens" in self._reader.fields and "tokenizer.json" not in names:
+            kind = _value(self._reader.fields, "tokenizer.ggml.model")
+            raise UnsupportedModelError(
+                f"{self.path}: transformers cannot read its tokenizer (tokenizer.ggml.model is {kind!r}). "
+                "Give the folder with config.json and the safetensors that the file was made from."
+            )
+        return names
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map

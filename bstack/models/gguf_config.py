@@ -218,11 +218,11 @@ def _rope(
     if "rope_freqs.weight" in metadata.shapes:
         if rope["rope_type"] != "default":
             metadata.refuse("rope.scaling.factor", factor, "1 beside the tensor rope_freqs.weight")
-        rope |= _llama3(metadata, rope["rope_theta"])
+        rope |= _llama3(metadata, rope["rope_theta"], head_dim)
     return rope
 
 
-def _llama3(metadata: Metadata, theta: float) -> dict[str, Any]:
+def _llama3(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     """Find the settings of transformers' `llama3` scaling that give the divisors in the tensor rope_freqs.weight.
 
     Long waves are divided by one factor and short ones by 1; what lies between tells where the range begins. All known
@@ -234,7 +234,7 @@ def _llama3(metadata: Metadata, theta: float) -> dict[str, Any]:
     waves = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
     factor = float(divisors.max())
     between = (divisors > 1) & (divisors < factor)
-    if between.any():
+    if between.any() and 2 * len(divisors) == head_dim:
         share = (1 / divisors - 1 / factor) / (1 - 1 / factor)
         original = round(float((waves * (1 + 3 * share))[between].mean()))
         share = (original / waves - 1) / 3

@@ -274,6 +274,8 @@ def test_a_key_that_changes_the_results_is_refused_by_its_name(tmp_path, key):
         (YARN_KEYS | {"rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
         ({"context_length": None}, "lacks llama.context_length"),
+        ({"attention.head_count": 0}, "its metadata cannot be used"),
+        ({"embedding_length": "wide"}, "its metadata cannot be used"),
         ({"general.type": "adapter"}, "holds no whole model: its general.type is 'adapter'"),
     ],
 )
@@ -324,6 +326,20 @@ def test_other_architectures_are_refused_by_their_name(tmp_path, architecture):
         UnsupportedModelError, match=f"does not read the GGUF architecture '{architecture}'. It reads llama"
     ):
         GGUFCheckpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("model", "written"), [("gpt2", True), ("rwkv", False)])
+def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
+    tokens = [*"abc ", "ab", *(f"<{i}>" for i in range(206))]
+    keys = {"model": model, "tokens": tokens, "token_type": [1] * 211, "merges": ["a b"], "eos_token_id": 3}
+    keys = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", keys=keys))
+    (tmp_path / "out").mkdir()
+    if written:
+        assert "tokenizer.json" in checkpoint.export_tokenizer(tmp_path / "out")
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.model is 'rwkv'"):
+            checkpoint.export_tokenizer(tmp_path / "out")
 
 
 # Files.

@@ -45,33 +45,38 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         self._dequantize = gguf.dequantize
         self._reader = _open(path)
-        fields = self._reader.fields
+        try:
+            arguments = self._read_header()
+            self.config = AutoConfig.for_model(**arguments)
+        except BstkError:
+            raise
+        except Exception as error:  # values of wrong types; configurations check themselves with several libraries
+            raise UnsupportedModelError(f"{path}: its metadata cannot be used: {one_line(error)}") from None
+        architecture = _value(self._reader.fields, "general.architecture")
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=arguments)
+
+    def _read_header(self) -> dict[str, Any]:
+        """Find all parts and check what they hold; return the arguments of the configuration."""
+        path, fields = self.path, self._reader.fields
+        if (kind := _value(fields, "general.type", "model")) != "model":
+            raise UnsupportedModelError(f"{path} holds no whole model: its general.type is {kind!r}.")
         self._files = _parts(path, fields)
         self.name = re.sub(r"-00001-of-\d{5}$", "", path.stem)
         self.size_bytes = sum(file.stat().st_size for file in self._files)
         self._stored = list(self._reader.tensors)
         for part in self._files[1:]:
             self._stored += _open(part).tensors
-        if (kind := _value(fields, "general.type", "model")) != "model":
-            raise UnsupportedModelError(f"{path} holds no whole model: its general.type is {kind!r}.")
         for tensor in self._stored:
             self._check_type(tensor)
         self.quantisation = _quantisation(self._stored)
         tensors = {tensor.name: tensor for tensor in self._stored}
-        try:
-            metadata = Metadata(
-                str(path),
-                {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
-                {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
-                lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
-            )
-            arguments = read_config(metadata)
-            self.config = AutoConfig.for_model(**arguments)
-        except BstkError:
-            raise
-        except Exception as error:  # values of wrong types; configurations check themselves with several libraries
-            raise UnsupportedModelError(f"{path}: its metadata cannot be used: {one_line(error)}") from None
-        self._processor = TENSOR_PROCESSORS.get(metadata.architecture, TensorProcessor)(config=arguments)
+        metadata = Metadata(
+            str(path),
+            {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
+            {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
+            lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
+        )
+        return read_config(metadata)
 
     def _check_type(self, tensor: Any) -> None:
         try:

@@ -330,7 +330,7 @@ def _gemma3(metadata: Metadata) -> dict[str, Any]:
         "model_type": "gemma3_text",
         **sizes,
         **_rms(metadata),
-        "rope_parameters": {"full_attention": _rope(metadata, sizes), "sliding_attention": local},
+        "rope_parameters": {"full_attention": _rope(metadata, sizes, scalings=("linear",)), "sliding_attention": local},
         "sliding_window": window or 4096,
         "layer_types": _layer_types(metadata, sizes, 6 if window else 1),
         "final_logit_softcapping": metadata.take("final_logit_softcapping", 0) or None,

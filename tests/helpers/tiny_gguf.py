@@ -147,7 +147,7 @@ def write(
         if value is not None:
             _put(
                 writer,
-                key if key.startswith(("general.", "tokenizer.", "quantize.")) else f"{architecture}.{key}",
+                key if key.startswith(("general.", "tokenizer.", "quantize.", "split.")) else f"{architecture}.{key}",
                 value,
             )
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

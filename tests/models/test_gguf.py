@@ -276,6 +276,7 @@ def test_a_key_that_changes_the_results_is_refused_by_its_name(tmp_path, key):
         ({"context_length": None}, "lacks llama.context_length"),
         ({"attention.head_count": 0}, "its metadata cannot be used"),
         ({"embedding_length": "wide"}, "its metadata cannot be used"),
+        ({"split.count": "two"}, "its metadata cannot be used"),
         ({"general.type": "adapter"}, "holds no whole model: its general.type is 'adapter'"),
     ],
 )

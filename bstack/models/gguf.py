@@ -127,6 +127,8 @@ class GGUFCheckpoint(Checkpoint):
                 self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{self.path}: {one_line(error)}") from None
+        if self.config.model_type == "gpt_oss":
+            self._map |= _gpt_oss_experts(model)
         self._tensors: dict[str, list[Any]] = defaultdict(list)
         for tensor in self._stored:
             target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))
@@ -165,6 +167,12 @@ class GGUFCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _read(self, name: str) -> np.ndarray:
+        if self.config.model_type == "gpt_oss" and "_exps." in self._tensors[name][0].name:
+            pieces = sorted(self._tensors[name], key=lambda tensor: tensor.name)  # the gates first
+            arrays = [self._dequantize(tensor.data, tensor.tensor_type) for tensor in pieces]
+            if name.endswith("_proj"):
+                arrays = [array.swapaxes(1, 2) for array in arrays]
+            return np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
         # Expert tensors come in several pieces, which the processors of transformers gather in a dictionary.
         gathered: dict[str, Any] = {"tensors": {}}
         for tensor in self._tensors[name]:
@@ -181,6 +189,18 @@ class GGUFCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> torch.dtype:
         kept = {"F32": torch.float32, "BF16": torch.bfloat16}
         return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)
+
+
+def _gpt_oss_experts(model: PreTrainedModel) -> dict[str, str]:
+    """Name the experts of GPT-OSS, which transformers' table does not have: gates and the rest are interleaved."""
+    names = {}
+    for layer in range(model.config.num_hidden_layers):
+        for ending, suffix in ((".weight", ""), (".bias", "_bias")):
+            for piece, whole in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
+                names[f"blk.{layer}.ffn_{piece}_exps{ending}"] = (
+                    f"model.layers.{layer}.mlp.experts.{whole}_proj{suffix}"
+                )
+    return names
 
 
 def _open(path: Path) -> Any:

@@ -299,6 +299,22 @@ def _minimax_m2(metadata: Metadata) -> dict[str, Any]:
     return {"model_type": "minimax_m2", **sizes, **_rms(metadata), **experts, "rope_parameters": rope}
 
 
+def _gpt_oss(metadata: Metadata) -> dict[str, Any]:
+    sizes = _sizes(metadata)
+    metadata.expect("expert_feed_forward_length", sizes["intermediate_size"])
+    return {
+        "model_type": "gpt_oss",
+        **sizes,
+        **_rms(metadata),
+        "num_local_experts": metadata.take("expert_count"),
+        "num_experts_per_tok": metadata.take("expert_used_count"),
+        "sliding_window": metadata.take("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, sizes, 2),
+        # The original does not round the limits of its ranges, which no key says.
+        "rope_parameters": _rope(metadata, sizes, scalings=("yarn",)) | {"truncate": False},
+    }
+
+
 def _phi3(metadata: Metadata) -> dict[str, Any]:
     sizes = _sizes(metadata)
     rope = _rope(metadata, sizes, partial=True, scalings=("longrope",))
@@ -477,6 +493,7 @@ ARCHITECTURES: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "starcoder2": _starcoder2,
     "nemotron": _nemotron,
     "minimax-m2": _minimax_m2,
+    "gpt-oss": _gpt_oss,
     "falcon": _falcon,
     "bloom": _bloom,
     "gpt2": _gpt2,

@@ -72,6 +72,18 @@ KEYS: dict[str, tuple[str, dict[str, str]]] = {
             "expert_feed_forward_length": "intermediate_size",
         },
     ),
+    "gpt_oss": (
+        "gpt-oss",
+        {
+            **LLAMA_KEYS,
+            RMS: "rms_norm_eps",
+            "attention.key_length": "head_dim",
+            "attention.sliding_window": "sliding_window",
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+    ),
     "falcon": (
         "falcon",
         {
@@ -217,6 +229,15 @@ def _pieces(config: Any, name: str, array: np.ndarray) -> list[tuple[str, np.nda
         array = array.squeeze(1)
     if name.endswith("A_log"):
         array = -np.exp(array)
+    if kind == "gpt_oss" and leaf == "experts":
+        ending = "bias" if name.endswith("_bias") else "weight"
+        array = array if ending == "bias" else array.swapaxes(1, 2)
+        stem = name.removesuffix("_bias").removesuffix("down_proj").removesuffix("gate_up_proj")
+        if "down_proj" in name:
+            return [(f"{stem}down_proj.{ending}", array)]
+        return [(f"{stem}gate_proj.{ending}", array[:, ::2]), (f"{stem}up_proj.{ending}", array[:, 1::2])]
+    if name.endswith("sinks"):
+        name += ".weight"
     if name.endswith("experts.gate_up_proj"):
         gate, up = np.split(array, 2, axis=1)
         stem = name.removesuffix("gate_up_proj")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ HALF = {"partial_rotary_factor": 0.5, **DEFAULT}
 YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 GEMMA = {"head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12, "pad_token_id": 0}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+GPT_OSS |= {"rope_parameters": YARN | {"truncate": False}}
 LAYERS7 = {**GEMMA, "num_hidden_layers": 7}
 
 
@@ -150,6 +153,7 @@ CASES = {
         {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": HALF},
         {"expert_gating_func": 2},
     ),
+    "gpt-oss": ("GptOssConfig", GPT_OSS, YARN_KEYS),
     "falcon": ("FalconConfig", {"num_kv_heads": 1, "ffn_hidden_size": 100}, {"tensor_data_layout": "jploski"}),
     "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 2}, {"feed_forward_length": 192}),
     "gpt2": ("GPT2Config", {"n_embd": 44, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 90}, {}),
@@ -172,7 +176,9 @@ def test_logits(tmp_path, case):
     check(tmp_path, built(kind, **changes), keys=keys)
 
 
-def test_every_architecture_has_a_case():
+def test_every_architecture_has_a_case_and_is_in_the_guide():
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in guide] == []
     assert {tiny_gguf.KEYS[getattr(transformers, kind).model_type][0] for kind, _, _ in CASES.values()} == {
         *ARCHITECTURES
     }

@@ -13,6 +13,7 @@ __all__ = [
     "DamagedError",
     "ForeignCodeError",
     "ForeignCodeWarning",
+    "LeftOutWarning",
     "MissingPackageError",
     "UnsupportedModelError",
     "one_line",
@@ -62,6 +63,10 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
 
 class ForeignCodeWarning(UserWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
+
+
+class LeftOutWarning(UserWarning):
+    """A part of a model's files cannot be used, and the rest is used without it."""
 
 
 class CalibrationError(BstkError):

@@ -14,6 +14,7 @@ import bstk
 from bstack.bench.reference import Reference
 from bstack.calibration.texts import TextSource, open_text
 from bstack.errors import CalibrationError
+from bstack.models.tokenizer import tokenizer_files
 
 __all__ = ["DEFAULT", "Text", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
@@ -86,7 +87,7 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
     from bstack.engine.container import embedded_files, load_tokenizer
     from bstack.models.code import stage_code
 
-    if "tokenizer_config.json" not in file.files:
+    if not tokenizer_files(file.files):
         raise CalibrationError(
             "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
             option="quality",

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.files import export_tokenizer, file_record
+from bstack.models.files import file_record
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
+from bstack.models.tokenizer import export_tokenizer
 from bstk.errors import DamagedError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class GGUFCheckpoint(Checkpoint):
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
 
         self.path = path
+        self.beside = path.parent
         self.name = path.stem
         self.size_bytes = path.stat().st_size
         try:
@@ -78,9 +80,10 @@ class GGUFCheckpoint(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         return {"format": "gguf", "files": [file_record(self.path)]}
 
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        with self._parsed_once():
-            return export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+    def export_tokenizer(self, folder: Path) -> None:
+        if "tokenizer.ggml.tokens" in self._reader.fields:
+            with self._parsed_once():
+                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map

@@ -82,9 +82,9 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
-def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> Any:
-    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`."""
-    from bstack.engine.container import embedded_files, load_tokenizer
+def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> tuple[Any, int]:
+    """Load the tokenizer in a file, and the size of its model's vocabulary; arguments as for `bstack.load`."""
+    from bstack.engine.container import embedded_files, load_tokenizer, read_config
     from bstack.models.code import stage_code
 
     if not tokenizer_files(file.files):
@@ -94,7 +94,8 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
         )
     with embedded_files(file) as folder:
         trusted = stage_code(file, folder, trust_remote_code, code)
-        return load_tokenizer(folder, file.source.name, trusted)
+        vocabulary = read_config(file, folder, trusted).get_text_config().vocab_size
+        return load_tokenizer(folder, file.source.name, trusted), vocabulary
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:

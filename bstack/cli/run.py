@@ -123,7 +123,7 @@ def command(
         )
     ids = encode_prompt(tokenizer, prompt, chat)
     try:
-        with following(model, warn=log) if mb == AUTO else nullcontext():
+        with _common.model_warnings(quiet), following(model, warn=log) if mb == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,

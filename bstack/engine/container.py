@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "parts_of",
     "plain_tensor",
+    "read_config",
 ]
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -60,7 +61,7 @@ def build_model(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     shown = file.source.name
-    config = _read_config(file, folder, trusted)
+    config = read_config(file, folder, trusted)
     with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
     if (generation := read_generation(folder, shown)) is not None:
@@ -68,7 +69,8 @@ def build_model(
     return model
 
 
-def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
+def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
+    """Read a container's configuration from the folder of its files."""
     from transformers import AutoConfig
 
     shown = file.source.name

@@ -14,6 +14,8 @@ __all__ = ["GENERATION", "read_generation"]
 GENERATION = "generation_config.json"
 # These must be token ids or lists of them; transformers checks it only when text is written.
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+# Which values others may have depends on these.
+_MODE = ("do_sample", "num_beams")
 
 
 def read_generation(folder: Path, name: str) -> dict[str, Any] | None:
@@ -36,7 +38,7 @@ def read_generation(folder: Path, name: str) -> dict[str, Any] | None:
     if _problem(found) is None:
         return found
     kept: dict[str, Any] = {}
-    for key in sorted(found, key=lambda key: key not in _TOKENS):
+    for key in sorted(found, key=lambda key: (key not in _TOKENS, key not in _MODE)):
         if (problem := _problem({**kept, key: found[key]})) is None:
             kept[key] = found[key]
         else:

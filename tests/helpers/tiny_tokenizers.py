@@ -43,6 +43,7 @@ def sentencepiece(folder: Path, name: str = "tokenizer.model", kind: str = "unig
         sentence_iterator=iter(tiny_models.text().split("\n")),
         model_writer=made,
         vocab_size=90,
+        hard_vocab_limit=False,
         model_type=kind,
         minloglevel=2,
     )

@@ -87,7 +87,7 @@ def test_what_transformers_reads_is_carried_with_the_same_ids(source, target, ki
     source = source(write, model)
     export_tokenizer(target := target(source), source)
     wanted, found = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
-    assert found.get_vocab() == wanted.get_vocab() and len(wanted.get_vocab()) > 100
+    assert found.get_vocab() == wanted.get_vocab() and len(wanted.get_vocab()) > 50
     ids = wanted(TEXT)["input_ids"]
     assert found(TEXT)["input_ids"] == ids and found.decode(ids) == wanted.decode(ids)
 
@@ -172,7 +172,7 @@ def test_an_unreadable_tokenizer_is_refused_before_any_work_or_left_out(tmp_path
     folder = tiny_models.save("llama", tmp_path / "model")
     tiny_tokenizers.tiktoken(folder, "words.tiktoken")
     monkeypatch.setattr("bstack.models.safetensors.SafetensorsCheckpoint.provenance", None)  # reads all weights
-    with pytest.raises(UnsupportedModelError, match="words.tiktoken"):
+    with pytest.raises(UnsupportedModelError, match=r"words\.tiktoken"):
         bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     monkeypatch.undo()

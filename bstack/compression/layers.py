@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from bstack.calibration.statistics import HessianTable, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, Workers, add_dense, encode
-from bstack.errors import UnsupportedModelError
+from bstack.errors import LeftOutWarning, UnsupportedModelError
 from bstack.models.code import write_references
 from bstack.models.generation import GENERATION, read_generation
 from bstack.models.names import MatrixName, row_ranges
 from bstack.models.skeleton import Checkpoint, Skeleton, layer_parameters
+from bstack.models.tokenizer import tokenizer_files
 from bstack.workdir import WorkDirectory
 from bstk.errors import os_errors
 
@@ -258,6 +260,12 @@ def model_files(checkpoint: Checkpoint, tokenizer: bool) -> dict[str, bytes]:
             (folder / GENERATION).write_text(json.dumps(generation, indent=2), encoding="utf-8")
         if tokenizer:
             checkpoint.export_tokenizer(folder)
+            if not tokenizer_files(path.name for path in folder.iterdir()):
+                warnings.warn(
+                    f"{checkpoint.name}: no tokenizer was found beside the weights, so the file takes token ids alone.",
+                    LeftOutWarning,
+                    stacklevel=2,
+                )
         if checkpoint.code is not None and checkpoint.code.hub is not None:
             write_references(checkpoint.code, folder, place=checkpoint.code.hub.partition("@")[0])
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

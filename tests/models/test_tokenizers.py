@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import tiny_gguf
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import bstack
 import bstk
-from bstack.errors import UnsupportedModelError
+from bstack.errors import LeftOutWarning, UnsupportedModelError
 from bstack.models import tokenizer as module
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.tokenizer import check_ids, export_tokenizer, tokenizer_files
@@ -54,6 +55,15 @@ def configured(write, kind):
     return both
 
 
+def words_alone(folder):
+    """A tokenizer that raises an error for an unknown word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"n{number}": number for number in range(200)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+
+
 READ = {
     "tekken": (tiny_tokenizers.tekken, "mistral"),
     "tekken of another model": (tiny_tokenizers.tekken, "llama"),
@@ -65,6 +75,7 @@ READ = {
     "vocab.txt": (configured(tiny_tokenizers.words, "BertTokenizer"), "llama"),
     "bytes": (configured(lambda folder: None, "ByT5Tokenizer"), "llama"),
     "tokenizer.json": (tiny_models.add_tokenizer, "llama"),
+    "tokenizer.json without a token for unknown words": (words_alone, "llama"),
 }
 WITH_PACKAGE = {
     "tiktoken, tokenizer.model": ("tiktoken", tiny_tokenizers.tiktoken, "llama"),
@@ -88,8 +99,9 @@ def test_what_transformers_reads_is_carried_with_the_same_ids(source, target, ki
     export_tokenizer(target := target(source), source)
     wanted, found = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
     assert found.get_vocab() == wanted.get_vocab() and len(wanted.get_vocab()) > 50
-    ids = wanted(TEXT)["input_ids"]
-    assert found(TEXT)["input_ids"] == ids and found.decode(ids) == wanted.decode(ids)
+    text = "n5 n17" if kind.endswith("unknown words") else TEXT
+    ids = wanted(text)["input_ids"]
+    assert len(ids) > 1 and found(text)["input_ids"] == ids and found.decode(ids) == wanted.decode(ids)
 
 
 UNREAD = {
@@ -168,6 +180,16 @@ def test_a_container_carries_it_and_gives_its_ids(tmp_path):
     assert found(TEXT)["input_ids"] == AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
 
 
+def test_a_model_without_a_tokenizer_says_so(tmp_path):
+    """Such as one whose tokenizer is in a folder of its own, where transformers does not look."""
+    folder = tiny_models.save("llama", tmp_path / "model")
+    (folder / "tokenizer").mkdir()
+    tiny_models.add_tokenizer(folder / "tokenizer")
+    with pytest.warns(LeftOutWarning, match="^model: no tokenizer was found beside the weights"):
+        bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS)
+    assert bstack.load(tmp_path / "a.bstk")[1] is None
+
+
 def test_an_unreadable_tokenizer_is_refused_before_any_work_or_left_out(tmp_path, capsys, monkeypatch):
     folder = tiny_models.save("llama", tmp_path / "model")
     tiny_tokenizers.tiktoken(folder, "words.tiktoken")
@@ -176,7 +198,9 @@ def test_an_unreadable_tokenizer_is_refused_before_any_work_or_left_out(tmp_path
         bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     monkeypatch.undo()
-    bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS.with_changes(tokenizer=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeftOutWarning)
+        bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS.with_changes(tokenizer=False))
     model, tokenizer = bstack.load(tmp_path / "a.bstk")
     assert tokenizer is None and model(torch.tensor([[5, 6]])).logits.isfinite().all()
     with bstk.open(tmp_path / "a.bstk") as file:

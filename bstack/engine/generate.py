@@ -20,14 +20,22 @@ from bstk.errors import BstkError, UsageError
 __all__ = ["Written", "decoding", "encode_prompt", "write_text"]
 
 # Of a model's generation settings these are kept: where a text ends, and what decides its next token.
-_KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "min_length", "min_new_tokens", "max_time")
+_KEPT: tuple[str, ...] = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "stop_strings",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+)
 _KEPT += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _KEPT += ("sequence_bias", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id")
 _KEPT += ("renormalize_logits", "remove_invalid_values", "guidance_scale", "watermarking_config")
 # These if tokens are sampled.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # These ask for another way of decoding, unless they are false, 0 or the number 1.
-_MODES = (
+_MODES: tuple[str, ...] = (
     "num_beams",
     "num_beam_groups",
     "num_return_sequences",

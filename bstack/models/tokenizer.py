@@ -20,7 +20,15 @@ from bstk.errors import os_errors
 __all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
 
 # Names of files that tokenizers are read from, those that hold a vocabulary first.
-_NAMES = ("tokenizer.json", "tokenizer.model*", "tekken.json", "*.tiktoken", "*.model", "*.spm", "vocab*.json")
+_NAMES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "*.tiktoken",
+    "*.model",
+    "*.spm",
+    "vocab*.json",
+)
 _NAMES += ("vocab.txt", "merges.txt", "*.bpe", "*.codes", "*.vocab", "tokenizer_config.json")
 # Others that change what a tokenizer gives.
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")

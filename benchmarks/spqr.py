@@ -184,10 +184,10 @@ def main() -> None:
     skeleton = Skeleton(open_checkpoint(given.model))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "config.json").write_text(skeleton.checkpoint.config.to_json_string())
         skeleton.checkpoint.export_tokenizer(folder)
         from transformers import AutoTokenizer
 
-        (folder / "config.json").write_text(skeleton.checkpoint.config.to_json_string())
         tokenizer = AutoTokenizer.from_pretrained(folder)
         windows = token_windows(open_text(given.calibration), tokenizer, given.samples, given.length, 8)[
             : given.samples

@@ -6,7 +6,14 @@ import errno
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["ForeignCodeError", "ForeignCodeWarning", "UnsupportedModelError", "one_line", "user_message"]
+__all__ = [
+    "ForeignCodeError",
+    "ForeignCodeWarning",
+    "LeftOutWarning",
+    "UnsupportedModelError",
+    "one_line",
+    "user_message",
+]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -41,3 +48,7 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
 
 class ForeignCodeWarning(UserWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
+
+
+class LeftOutWarning(UserWarning):
+    """A part of a model's files cannot be used, and the rest is used without it."""

@@ -47,7 +47,7 @@ def uninterrupted(model, tmp_path_factory):
     [
         ("layer-00000.bin", "layer-00000.json"),
         ("layer-00001.json", "layer-00001.json"),
-        ("files.bin", "files.json"),
+        ("files.bin", None),  # written anew in every run
         ("outside.bin", "outside.json"),
         ("embedding-model.embed_tokens.weight.bin", "embedding-model.embed_tokens.weight.json"),
         ("head.safetensors", "head.safetensors"),
@@ -72,11 +72,12 @@ def test_a_damaged_part_says_what_to_delete_and_is_made_anew(
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] if how == "cut" else b"\xff" * len(data))
     capsys.readouterr()
-    assert compress(model, "-o", output, *QUICK) == 5
-    err = capsys.readouterr().err
-    assert f"{file} is damaged" in err and f"Delete {work / marker} and give the same command again" in err
-    assert not output.exists()
-    (work / marker).unlink()
+    if marker is not None:
+        assert compress(model, "-o", output, *QUICK) == 5
+        err = capsys.readouterr().err
+        assert f"{file} is damaged" in err and f"Delete {work / marker} and give the same command again" in err
+        assert not output.exists()
+        (work / marker).unlink()
     assert compress(model, "-o", output, *QUICK) == 0 and not work.exists()
     assert output.read_bytes() == uninterrupted
 

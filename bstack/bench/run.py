@@ -30,6 +30,7 @@ from bstack.errors import ForeignCodeWarning
 from bstack.kernels.native import instructions, processors
 from bstack.memory.free import too_little
 from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import check_ids
 from bstack.progress import Progress
 
 __all__ = ["run_bench"]
@@ -106,8 +107,9 @@ class _Run:
         length = window_length(self.file, options.sequence_length)
         with self.progress("text", 1) as step:
             source = measuring_text(options.text)
-            tokenizer = file_tokenizer(self.file, options.trust_remote_code, options.code)
+            tokenizer, vocabulary = file_tokenizer(self.file, options.trust_remote_code, options.code)
             windows = first_windows(source, tokenizer, options.windows, length)
+            check_ids(windows, vocabulary, tokenizer, source.name)
             text = Text(source, tokenizer, windows, self.scratch / "windows.npy")
             step()
         return text

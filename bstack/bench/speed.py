@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bstack.engine.generate import decoding
 from bstack.kernels.native import instructions
 from bstack.memory.process import peak_bytes, resident_bytes
 
@@ -124,19 +125,16 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
-    # A field that is None is taken from the model's own configuration. No token ends the text, so that every size does
-    # the same work.
+    # No token ends the text, so that every size does the same work.
     settings = GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         max_new_tokens=decoded + 1,
         use_cache=True,
         eos_token_id=model.config.get_text_config().vocab_size,
         pad_token_id=0,
     )
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), decoding(model, settings):
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
     _, first, *_, last = clock.arrivals
     return first - started, last - first

@@ -13,6 +13,7 @@ import torch
 import bstk
 from bstack.bench.reference import Reference
 from bstack.calibration.texts import TextSource, open_text
+from bstack.models.tokenizer import tokenizer_files
 
 __all__ = ["DEFAULT", "Text", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
@@ -81,19 +82,20 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
-def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> Any:
-    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`."""
-    from bstack.engine.container import embedded_files, load_tokenizer
+def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> tuple[Any, int]:
+    """Load the tokenizer in a file, and the size of its model's vocabulary; arguments as for `bstack.load`."""
+    from bstack.engine.container import embedded_files, load_tokenizer, read_config
     from bstack.models.code import stage_code
 
-    if "tokenizer_config.json" not in file.files:
+    if not tokenizer_files(file.files):
         raise bstk.BstkError(
             "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
             option="quality",
         )
     with embedded_files(file) as folder:
         trusted = stage_code(file, folder, trust_remote_code, code)
-        return load_tokenizer(folder, file.source.name, trusted)
+        vocabulary = read_config(file, folder, trusted).get_text_config().vocab_size
+        return load_tokenizer(folder, file.source.name, trusted), vocabulary
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:

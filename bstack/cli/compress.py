@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bstack.cli._common import Parsed, code_warnings, json_option, print_json, quiet_option, trust_option
+from bstack.cli._common import Parsed, json_option, model_warnings, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
@@ -98,6 +98,9 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
 @click.option("--samples", type=int, help="Calibration windows; 64 by default.")
 @click.option("--sequence-length", type=int, help="Tokens in each window; 256 by default.")
 @click.option("--seed", type=int, help="Random seed; 0 by default.")
+@click.option(
+    "--no-tokenizer", is_flag=True, help="Leave the tokenizer out: the file then takes token ids alone, in Python."
+)
 @click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @trust_option
@@ -114,6 +117,7 @@ def command(
     preset: str,
     work_dir: str | None,
     force: bool,
+    no_tokenizer: bool,
     trust_remote_code: bool,
     dask: str | None,
     as_json: bool,
@@ -134,8 +138,8 @@ def command(
     from bstack.compression.api import compress
 
     _check_preset(preset, changes["codec"])
-    settings = PRESETS[preset].with_changes(**changes)
-    with code_warnings(quiet):
+    settings = PRESETS[preset].with_changes(**changes, tokenizer=False if no_tokenizer else None)
+    with model_warnings(quiet):
         report = compress(
             model,
             output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,15 +32,16 @@ from bstack.compression.layers import (
     embeddings,
     layer_part,
     layer_shapes,
+    model_files,
 )
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import check_ids, tokenizer_files
 from bstack.progress import Progress
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
-from bstk.frames import unpack
 
 __all__ = ["Result", "run_stages"]
 
@@ -79,6 +81,7 @@ def run_stages(
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
+        files = model_files(checkpoint, settings.tokenizer)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings()}
@@ -95,7 +98,7 @@ def run_stages(
     source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
     work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
     try:
-        all_windows = _calibrate(skeleton, settings, text, work, progress)
+        all_windows = _calibrate(skeleton, settings, text, files, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
         batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
@@ -165,17 +168,23 @@ def _versions() -> dict[str, str]:
 
 
 def _calibrate(
-    skeleton: Skeleton, settings: Settings, text: TextSource | None, work: WorkDirectory, progress: Progress
+    skeleton: Skeleton,
+    settings: Settings,
+    text: TextSource | None,
+    files: Mapping[str, bytes],
+    work: WorkDirectory,
+    progress: Progress,
 ) -> torch.Tensor:
     """Return the token windows; keep the files of configuration and tokenizer first."""
-    if not work.has(FILES_PART):
-        add_files(skeleton, work)
+    add_files(files, work)  # in a resumed run, too: they may have been mended
     count = settings.samples + HELD_OUT
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            tokenizer = _tokenizer(skeleton, work)
-            return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
+            tokenizer = _tokenizer(skeleton, files, work)
+            windows = token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)
+            check_ids(windows, skeleton.parameter(skeleton.input_name).shape[0], tokenizer, text.name)
+            return {"windows": windows}
         with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
             windows = write_windows(skeleton, count, settings.sequence_length, seed=settings.seed, progress=step)
         return {"windows": windows}
@@ -183,19 +192,17 @@ def _calibrate(
     return work.tensors(WINDOWS, compute)["windows"]
 
 
-def _tokenizer(skeleton: Skeleton, work: WorkDirectory) -> Any:
+def _tokenizer(skeleton: Skeleton, files: Mapping[str, bytes], work: WorkDirectory) -> Any:
     from transformers import AutoTokenizer
 
     code = skeleton.checkpoint.code
-    kept = work.records(FILES_PART)
-    if "tokenizer_config.json" not in {record.entry.name for record in kept}:
+    if not tokenizer_files(files):
         raise bstk.BstkError(
             "The model has no tokenizer, so a calibration text cannot be read. Set calibration to self, or put the "
             "tokenizer's files beside the weights."
         )
     folder = work.scratch()
-    files = ((record.entry.name, [unpack(record.read(), record.entry.raw_length)]) for record in kept)
-    put_files(files, folder, str(work.path))
+    put_files(((name, [data]) for name, data in files.items()), folder, skeleton.checkpoint.name)
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)

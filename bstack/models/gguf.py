@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.files import export_tokenizer, file_record
+from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
+from bstack.models.tokenizer import export_tokenizer
 from bstk.errors import BstkError, DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class GGUFCheckpoint(Checkpoint):
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.path = path
+        self.beside = path.parent
         self._dequantize = gguf.dequantize
         self._reader = _open(path)
         try:
@@ -106,16 +108,10 @@ class GGUFCheckpoint(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         return {"format": "gguf", "files": [file_record(file) for file in self._files]}
 
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        with self._parsed_once():
-            names = export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
-        if "tokenizer.ggml.tokens" in self._reader.fields and "tokenizer.json" not in names:
-            kind = _value(self._reader.fields, "tokenizer.ggml.model")
-            raise UnsupportedModelError(
-                f"{self.path}: transformers cannot read its tokenizer (tokenizer.ggml.model is {kind!r}). "
-                "Give the folder with config.json and the safetensors that the file was made from."
-            )
-        return names
+    def export_tokenizer(self, folder: Path) -> None:
+        if "tokenizer.ggml.tokens" in self._reader.fields:
+            with self._parsed_once():
+                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map

@@ -15,8 +15,9 @@ import torch
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.code import check_code, reset_attn_impl, stage_model
-from bstack.models.files import export_tokenizer, file_record
+from bstack.models.files import file_record
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
+from bstack.models.tokenizer import export_tokenizer
 from bstk.errors import DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self.folder = folder
         self.name = name or folder.resolve().name
         self.code = check_code(folder, self.name, trust_remote_code, hub)
-        self._beside = folder
+        self.beside = folder
         if self.code is not None:
-            self._beside = stage_model(folder, self.code)
-            weakref.finalize(self, shutil.rmtree, self._beside.parent, ignore_errors=True)
-        self.config = _read_config(self._beside, self.code is not None, folder)
+            self.beside = stage_model(folder, self.code)
+            weakref.finalize(self, shutil.rmtree, self.beside.parent, ignore_errors=True)
+        self.config = _read_config(self.beside, self.code is not None, folder)
         self.files = _weight_files(folder)
         self.size_bytes = sum(file.stat().st_size for file in self.files)
         self._headers: dict[str, _Header] = {}
@@ -68,8 +69,8 @@ class SafetensorsCheckpoint(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         return {"format": "safetensors", "files": [file_record(file) for file in self.files]}
 
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        return export_tokenizer(folder, self._beside, self.code is not None, display_name=self.folder)
+    def export_tokenizer(self, folder: Path) -> None:
+        export_tokenizer(folder, self.beside, self.code is not None, display_name=self.folder)
 
     def bind(self, model: PreTrainedModel) -> None:
         # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own

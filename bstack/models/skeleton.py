@@ -32,6 +32,7 @@ class Checkpoint(ABC):
     config: Any  # transformers.PretrainedConfig
     size_bytes: int  # of the weight files
     quantisation: str | None = None  # of most weights, such as Q4_1; None for floats
+    beside: Path  # the folder with generation settings
     code: Code | None = None  # that the model needs and the user allows to run
 
     @abstractmethod
@@ -39,8 +40,8 @@ class Checkpoint(ABC):
         """Describe the source in plain JSON values: format, file names, sizes and digests."""
 
     @abstractmethod
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        """Write the files of the tokenizer and of the generation settings into `folder`; return their names."""
+    def export_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, if there is one, into a folder that holds config.json."""
 
     @abstractmethod
     def bind(self, model: PreTrainedModel) -> None:

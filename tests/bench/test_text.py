@@ -1,7 +1,16 @@
-import pytest
+import shutil
 
+import pytest
+import tiny_models
+from transformers import AutoTokenizer
+
+import bstack
+from bstack.bench.options import Options
+from bstack.bench.run import run_bench
 from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text
 from bstack.calibration.texts import TextSource
+from bstack.errors import UnsupportedModelError
+from bstack.progress import no_progress
 from bstk.errors import BstkError
 
 
@@ -62,3 +71,17 @@ def test_a_short_text(windows, length, advice):
 def test_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     assert measuring_text(str(tmp_path / "a.txt")) == TextSource("a.txt", "hello")
+
+
+def test_a_token_beyond_the_vocabulary(tiny_llama, tmp_path):
+    """Before anything is measured, and for the true reason: the file's own tokenizer gives more ids than it has rows."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    settings = bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16)
+    bstack.compress(folder, tmp_path / "a.bstk", settings=settings)
+    (tmp_path / "text.txt").write_text(tiny_models.text().replace(".", "<extra>"))
+    options = Options(text=str(tmp_path / "text.txt"), windows=2, sequence_length=16, original=str(folder))
+    with pytest.raises(UnsupportedModelError, match=r"^text\.txt: the tokenizer gives '<extra>' the id 211.* 211 rows"):
+        run_bench(tmp_path / "a.bstk", options, no_progress)

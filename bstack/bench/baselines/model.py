@@ -28,6 +28,7 @@ from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
+from bstack.models.tokenizer import check_ids
 from bstack.progress import Progress
 
 __all__ = ["Baselines", "compare", "measure_baselines"]
@@ -286,4 +287,6 @@ def _calibration(
     expected = settings.get("calibration_sha256")
     if (given is None or text.name == settings.get("calibration")) and expected not in (None, digest(text)):
         notes.append(f"Baselines were calibrated on another text {text.name} than this file.")
-    return token_windows(text, tokenizer, samples, length, HELD_OUT)[:samples]
+    windows = token_windows(text, tokenizer, samples, length, HELD_OUT)[:samples]
+    check_ids(windows, skeleton.parameter(skeleton.input_name).shape[0], tokenizer, text.name)
+    return windows

@@ -14,8 +14,10 @@ __all__ = [
     "ForeignCodeError",
     "ForeignCodeWarning",
     "MissingPackageError",
+    "ModelWarning",
     "UnsupportedModelError",
     "one_line",
+    "printable",
     "user_message",
 ]
 
@@ -24,7 +26,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 def one_line(error: BaseException) -> str:
     """Return the first line of another library's exception, or its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(value: object) -> str:
+    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
@@ -41,13 +48,19 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     """
     code = getattr(error, "exit_code", None)
     if code is not None:
-        return str(error), code
+        return _on_one_line(str(error)), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or one_line(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
+        message = _on_one_line(f"{place}{error.strerror or one_line(error)}.")
+        return message, ResourceError.exit_code if error.errno in NO_ROOM else 1
     return None
+
+
+def _on_one_line(message: str) -> str:
+    """Escape line breaks too: those of a message are part of a name in it."""
+    return printable(message).replace("\n", "\\x0a")
 
 
 class UnsupportedModelError(BstkError):
@@ -60,7 +73,11 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
     exit_code = UsageError.exit_code
 
 
-class ForeignCodeWarning(UserWarning):
+class ModelWarning(UserWarning):
+    """A part of a model is left out, or bstack had to choose."""
+
+
+class ForeignCodeWarning(ModelWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
 
 

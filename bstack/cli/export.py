@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from bstack.cli import _common, _progress
-from bstack.cli._text import megabytes, printable
+from bstack.cli._text import megabytes
+from bstack.errors import printable
 
 _DTYPES = ("bf16", "fp16", "fp32")
 
@@ -55,7 +56,7 @@ def command(
         from bstack.engine.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_warnings(quiet):
+        with _progress.transferred(reader, total, "export", quiet) as advance, _common.model_warnings(quiet):
             done = export_safetensors(
                 reader,
                 folder,

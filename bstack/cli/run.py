@@ -110,7 +110,7 @@ def command(
         if not quiet:
             click.echo(line, err=True)
 
-    with _common.code_warnings(quiet):
+    with _common.model_warnings(quiet):
         model, tokenizer = _load(file, mb, quiet, log, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident

@@ -9,7 +9,8 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table, megabytes, printable
+from bstack.cli._text import curve, curve_table, megabytes
+from bstack.errors import printable
 
 
 @click.command("truncate")

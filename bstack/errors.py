@@ -9,9 +9,10 @@ from bstk.errors import BstkError, ResourceError, UsageError
 __all__ = [
     "ForeignCodeError",
     "ForeignCodeWarning",
-    "LeftOutWarning",
+    "ModelWarning",
     "UnsupportedModelError",
     "one_line",
+    "printable",
     "user_message",
 ]
 
@@ -20,20 +21,31 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 def one_line(error: BaseException) -> str:
     """Return the first line of another library's exception, or its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(value: object) -> str:
+    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
     """Return what a user reads about an error that ends a process, and the exit code; None if only a bug lets it through."""
     code = getattr(error, "exit_code", None)
     if code is not None:
-        return str(error), code
+        return _on_one_line(str(error)), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or one_line(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
+        message = _on_one_line(f"{place}{error.strerror or one_line(error)}.")
+        return message, ResourceError.exit_code if error.errno in NO_ROOM else 1
     return None
+
+
+def _on_one_line(message: str) -> str:
+    """Escape line breaks too: those of a message are part of a name in it."""
+    return printable(message).replace("\n", "\\x0a")
 
 
 class UnsupportedModelError(BstkError):
@@ -46,9 +58,9 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
     exit_code = UsageError.exit_code
 
 
-class ForeignCodeWarning(UserWarning):
+class ModelWarning(UserWarning):
+    """A part of a model's files is left out, or bstack had to choose between them."""
+
+
+class ForeignCodeWarning(ModelWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
-
-
-class LeftOutWarning(UserWarning):
-    """A part of a model's files cannot be used, and the rest is used without it."""

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli._text import megabytes, printable
-from bstack.errors import ForeignCodeWarning, LeftOutWarning
+from bstack.cli._text import megabytes
+from bstack.errors import ModelWarning, printable
 from bstk.http import shown
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -143,17 +143,16 @@ def print_json(schema: str, result: dict[str, Any]) -> None:
 
 @contextmanager
 def model_warnings(quiet: bool) -> Iterator[None]:
-    """Warn on stderr which Python code from outside runs, before it does, and which parts of a model's files do not count."""
+    """Print warnings about a model on stderr, such as Python code that is about to run, or files left out."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, (ForeignCodeWarning, LeftOutWarning)):
+            if not issubclass(category, ModelWarning):
                 show(message, category, *where, **more)
             elif not quiet:
                 click.echo(printable(f"Warning: {message}"), err=True)
 
         warnings.showwarning = warn
-        warnings.simplefilter("always", ForeignCodeWarning)
-        warnings.simplefilter("always", LeftOutWarning)
+        warnings.simplefilter("always", ModelWarning)
         yield

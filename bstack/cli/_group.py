@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from bstack.cli._text import printable
-from bstack.errors import one_line, user_message
+from bstack.errors import one_line, printable, user_message
 from bstk.errors import BstkError, Interrupted
 
 # Parameter that an error names as its `option` -> what a user of the command line can do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bstack.errors import printable
 from bstk import MB
 
 _TITLES = {
@@ -14,11 +15,6 @@ _TITLES = {
     "bits_per_weight": "bits/weight",
     "kld": "KLD",
 }
-
-
-def printable(value: object) -> str:
-    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def megabytes(size: int) -> str:

@@ -12,7 +12,7 @@ import bstk
 from bstack.bench.options import Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
 from bstack.cli._progress import stage
-from bstack.cli._text import printable
+from bstack.errors import printable
 from bstk.atomic import replacing
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import click
 
 from bstack.cli._common import Parsed, json_option, model_warnings, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
-from bstack.cli._text import duration, megabytes, original_fields, printable
+from bstack.cli._text import duration, megabytes, original_fields
+from bstack.errors import printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 
 _STAGES = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from bstack.cli import _common, _progress
-from bstack.cli._text import megabytes, printable
+from bstack.cli._text import megabytes
+from bstack.errors import printable
 
 _DTYPES = ("bf16", "fp16", "fp32")
 

@@ -10,7 +10,8 @@ import click
 
 import bstk
 from bstack.cli import _common
-from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, printable, table
+from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, table
+from bstack.errors import printable
 from bstk.kinds import outlier_count, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts

@@ -8,7 +8,8 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table, printable
+from bstack.cli._text import curve, curve_table
+from bstack.errors import printable
 
 
 @click.command("truncate")

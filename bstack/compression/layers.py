@@ -18,7 +18,7 @@ from bstack.calibration.statistics import HessianTable, Operand, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, Workers, add_dense, encode
-from bstack.errors import LeftOutWarning, UnsupportedModelError
+from bstack.errors import ModelWarning, UnsupportedModelError
 from bstack.models.code import write_references
 from bstack.models.generation import GENERATION, read_generation
 from bstack.models.names import MatrixName, row_ranges
@@ -262,7 +262,7 @@ def model_files(checkpoint: Checkpoint, tokenizer: bool) -> dict[str, bytes]:
             if not tokenizer_files(path.name for path in folder.iterdir()):
                 warnings.warn(
                     f"{checkpoint.name}: no tokenizer was found beside the weights, so the file takes token ids alone.",
-                    LeftOutWarning,
+                    ModelWarning,
                     stacklevel=2,
                 )
         if checkpoint.code is not None and checkpoint.code.hub is not None:

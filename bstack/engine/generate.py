@@ -13,7 +13,7 @@ import torch
 
 from bstack.engine.chat_template import render
 from bstack.engine.container import understood
-from bstack.errors import LeftOutWarning, UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.tokenizer import check_ids
 from bstk.errors import BstkError, UsageError
 
@@ -107,7 +107,7 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
         warnings.warn(
             f"the model's generation settings ask for another way of decoding ({', '.join(modes)}). That is left out: the "
             "text is written token by token.",
-            LeftOutWarning,
+            ModelWarning,
             stacklevel=3,
         )
     names = (*_KEPT, *_SAMPLING) if options.get("do_sample") else _KEPT

@@ -14,7 +14,7 @@ from bstk.atomic import Sink
 from bstk.errors import DamagedError, OutputError, UsageError, os_errors
 
 __all__ = ["DEFAULT_MODEL", "DEFAULT_PACKAGE", "MODEL_SUFFIXES", "default_model"]
-__all__ += ["file_record", "hub_snapshot", "is_model_file", "put_files"]
+__all__ += ["file_record", "hub_files", "hub_snapshot", "is_model_file", "put_files"]
 
 DEFAULT_MODEL = "smollm2"
 """SmolLM2-135M-Instruct as a GGUF file in `DEFAULT_PACKAGE`."""
@@ -53,6 +53,20 @@ def hub_snapshot(model: str, files: Sequence[str], hint: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         why = f"the hub answered: {one_line(error)}"
     raise UsageError(f"No model {model!r}: there is no such folder or file, and {why}.", hint=hint)
+
+
+def hub_files(model: str) -> tuple[str, list[str]] | None:
+    """Return the commit of ``owner/name`` or ``owner/name@revision`` and its files; None where the hub gives no answer."""
+    from huggingface_hub import HfApi
+
+    repository, _, revision = model.partition("@")
+    try:
+        found = HfApi().model_info(repository, revision=revision or None)
+    except (
+        Exception
+    ):  # whatever the hub's client and its own client raise; `hub_snapshot` says what is wrong, or finds a copy
+        return None
+    return str(found.sha), [file.rfilename for file in found.siblings or ()]
 
 
 def file_record(path: Path) -> dict[str, Any]:

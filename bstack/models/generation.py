@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import LeftOutWarning, one_line
+from bstack.errors import ModelWarning, one_line
 
 __all__ = ["GENERATION", "read_generation"]
 
@@ -68,4 +68,4 @@ def _problem(settings: dict[str, Any]) -> str | None:
 
 
 def _warn(name: str, problem: str) -> None:
-    warnings.warn(f"{name}: {GENERATION}: {problem.rstrip('.')}.", LeftOutWarning, stacklevel=3)
+    warnings.warn(f"{name}: {GENERATION}: {problem.rstrip('.')}.", ModelWarning, stacklevel=3)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters"]
-__all__ += ["owner_of", "parameters_on_meta", "quiet_transformers"]
+__all__ += ["listed", "owner_of", "parameters_on_meta", "quiet_transformers", "untie"]
+
+LARGEST = torch.finfo(torch.float16).max
 
 
 class Checkpoint(ABC):
@@ -89,7 +91,6 @@ class Skeleton:
         self.input_name = names[id(self.model.get_input_embeddings().weight)]
         head = self.model.get_output_embeddings()
         tied = head is None or head.weight is self.model.get_input_embeddings().weight
-        tied = tied or getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
         self.output_name = self.input_name if tied else names[id(head.weight)]
 
     @property
@@ -180,7 +181,10 @@ def _build(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
-            f"can build: {one_line(error)}"
+            f"can build: {one_line(error)}",
+            hint=None
+            if config.get_text_config() is config
+            else "Give its language model alone, saved as a model of its own.",
         ) from None
 
 
@@ -233,28 +237,53 @@ def _untied_names(model: Any) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def check_complete(model: nn.Module, source: str, found: Container[str]) -> None:
-    """Refuse a source without all parameters of the model with an UnsupportedModelError that names some."""
-    if missing := sorted(name for name in _untied_names(model) if name not in found):
-        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+def untie(model: Any) -> None:
+    """Give tied parameters on the meta device tensors of their own, and have the configurations say so."""
+    for target in model.all_tied_weights_keys:
+        owner, leaf = owner_of(model, target)
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(getattr(owner, leaf)), requires_grad=False)
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {}
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_complete(model: nn.Module, source: str, found: Container[str], unused: Iterable[str] = ()) -> None:
+    """Refuse a source without all parameters of the model with an UnsupportedModelError that names some, and `unused` tensors."""
+    if missing := [name for name in _untied_names(model) if name not in found]:
         raise UnsupportedModelError(
-            f"{source}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
-            "Is its configuration, such as config.json, the one that belongs to these weights?"
+            f"{source}: the checkpoint lacks {listed(missing)}, which {type(model).__name__} needs"
+            + (f"; it holds {listed(unused)} instead. " if unused else ". ")
+            + "Is its configuration, such as config.json, the one that belongs to these weights?"
         )
 
 
 def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN and infinity in freshly loaded parameters with an UnsupportedModelError."""
+    """Refuse NaN, infinity, and weights beyond half precision in freshly loaded parameters with an UnsupportedModelError."""
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
-        # A float64 sum is finite only if all elements are. In pieces, because torch makes a float64 copy of what it sums:
-        # 4 GB for a vocabulary of 128,000.
-        pieces = tensor.reshape(-1).split(2**22)
-        if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.detach().aminmax()
+        largest = max(-float(low), float(high))  # NaN if the tensor has one, in either place
+        if not (math.isfinite(float(low)) and math.isfinite(largest)):
             bad = int((~tensor.isfinite()).sum())
             raise UnsupportedModelError(
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
+            )
+        if isinstance(tensor, nn.Parameter) and largest > LARGEST:
+            raise UnsupportedModelError(
+                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, which ends at "
+                f"{LARGEST:g}. Check the checkpoint it came from."
             )
 
 

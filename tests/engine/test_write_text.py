@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import bstack
 from bstack.bench.speed import measure_speed
 from bstack.engine.generate import encode_prompt, write_text
-from bstack.errors import LeftOutWarning, UnsupportedModelError
+from bstack.errors import ModelWarning, UnsupportedModelError
 
 NEW = 12
 
@@ -35,7 +35,7 @@ def written(model, tokenizer, settings, **options):
         ids = encode_prompt(tokenizer, "the river", chat=False)
         text = write_text(model, tokenizer, ids, pieces.append, **{"max_new_tokens": NEW, **options}).text
     assert "".join(pieces) == text and model.generation_config is own
-    found = [str(warning.message) for warning in caught if issubclass(warning.category, LeftOutWarning)]
+    found = [str(warning.message) for warning in caught if issubclass(warning.category, ModelWarning)]
     assert len(found) <= 1
     return text, found[0] if found else ""
 

@@ -8,7 +8,7 @@ import tiny_models
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import bstack
-from bstack.errors import LeftOutWarning
+from bstack.errors import ModelWarning
 from bstack.models.generation import read_generation
 
 SETTINGS = bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16)
@@ -59,7 +59,7 @@ def test_what_transformers_accepts_is_kept(tmp_path, change, mark):
 @pytest.mark.parametrize(("change", "left_out"), BAD, ids=str)
 def test_the_rest_is_kept_and_what_is_left_out_is_named(tmp_path, change, left_out):
     (tmp_path / "generation_config.json").write_text(json.dumps({**change, **ENDS, **change}))
-    with pytest.warns(LeftOutWarning) as caught:
+    with pytest.warns(ModelWarning) as caught:
         found = read_generation(tmp_path, "m")
     assert found == {name: value for name, value in {**ENDS, **change}.items() if name not in left_out}
     for warning, name in zip(caught, sorted(left_out), strict=True):
@@ -69,7 +69,7 @@ def test_the_rest_is_kept_and_what_is_left_out_is_named(tmp_path, change, left_o
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"[1]", b"null", b"\xff", b"[" * 100_000, b"{}{}"])
 def test_what_cannot_be_read_is_left_out_as_a_whole(tmp_path, content):
     (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.warns(LeftOutWarning, match=r"^m: generation_config\.json: cannot be read .*config\.json decides"):
+    with pytest.warns(ModelWarning, match=r"^m: generation_config\.json: cannot be read .*config\.json decides"):
         assert read_generation(tmp_path, "m") is None
     (tmp_path / "generation_config.json").unlink()
     assert read_generation(tmp_path, "m") is None
@@ -86,8 +86,8 @@ def test_end_tokens_of_a_container_are_those_of_transformers(tmp_path):
     path.write_text(json.dumps({**ENDS, "num_beams": 4}))
     assert ends() == ENDS["eos_token_id"] == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
     path.write_text(json.dumps({**ENDS, "early_stopping": "maybe"}))
-    with pytest.warns(LeftOutWarning, match="early_stopping"):
+    with pytest.warns(ModelWarning, match="early_stopping"):
         assert ends() == ENDS["eos_token_id"]
     path.write_text("{")  # here transformers takes the token of config.json
-    with pytest.warns(LeftOutWarning, match="cannot be read"):
+    with pytest.warns(ModelWarning, match="cannot be read"):
         assert ends() == 2 == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id

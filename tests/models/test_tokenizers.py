@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import bstack
 import bstk
-from bstack.errors import LeftOutWarning, UnsupportedModelError
+from bstack.errors import ModelWarning, UnsupportedModelError
 from bstack.models import tokenizer as module
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.tokenizer import check_ids, export_tokenizer, tokenizer_files
@@ -185,7 +185,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
     folder = tiny_models.save("llama", tmp_path / "model")
     (folder / "tokenizer").mkdir()
     tiny_models.add_tokenizer(folder / "tokenizer")
-    with pytest.warns(LeftOutWarning, match="^model: no tokenizer was found beside the weights"):
+    with pytest.warns(ModelWarning, match="^model: no tokenizer was found beside the weights"):
         bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS)
     assert bstack.load(tmp_path / "a.bstk")[1] is None
 
@@ -199,7 +199,7 @@ def test_an_unreadable_tokenizer_is_refused_before_any_work_or_left_out(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     monkeypatch.undo()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", LeftOutWarning)
+        warnings.simplefilter("error", ModelWarning)
         bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS.with_changes(tokenizer=False))
     model, tokenizer = bstack.load(tmp_path / "a.bstk")
     assert tokenizer is None and model(torch.tensor([[5, 6]])).logits.isfinite().all()

@@ -14,6 +14,7 @@ __all__ = [
     "ForeignCodeError",
     "ForeignCodeWarning",
     "MissingPackageError",
+    "SlowerWarning",
     "UnsupportedModelError",
     "one_line",
     "user_message",
@@ -62,6 +63,10 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
 
 class ForeignCodeWarning(UserWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
+
+
+class SlowerWarning(RuntimeWarning):
+    """Something is right but slower than it could be."""
 
 
 class CalibrationError(BstkError):

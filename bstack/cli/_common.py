@@ -13,7 +13,7 @@ import click
 
 import bstk
 from bstack.cli._text import printable
-from bstack.errors import ForeignCodeWarning
+from bstack.errors import ForeignCodeWarning, SlowerWarning
 from bstk.http import shown
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -125,17 +125,18 @@ def print_json(schema: str, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def code_warnings(quiet: bool) -> Iterator[None]:
-    """Warn on stderr which Python code from outside runs, before it does."""
+def own_warnings(quiet: bool) -> Iterator[None]:
+    """Show bstack's own warnings as lines on stderr: which Python code from outside runs, and what is slower than it could be."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, ForeignCodeWarning):
+            if not issubclass(category, ForeignCodeWarning | SlowerWarning):
                 show(message, category, *where, **more)
             elif not quiet:
                 click.echo(printable(f"Warning: {message}"), err=True)
 
         warnings.showwarning = warn
-        warnings.simplefilter("always", ForeignCodeWarning)
+        for category in (ForeignCodeWarning, SlowerWarning):
+            warnings.simplefilter("always", category)
         yield

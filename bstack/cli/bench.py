@@ -145,7 +145,7 @@ def command(
         check_tasks(options.tasks)
     from bstack.bench.run import run_bench
 
-    with _common.code_warnings(quiet):
+    with _common.own_warnings(quiet):
         report, resume = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
     _write(report, plot, csv_path, as_json, quiet)
     resume.delete()  # only now: hours of measuring must survive a full disk and a closed pipe

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bstack.cli._common import Parsed, code_warnings, json_option, print_json, quiet_option, trust_option
+from bstack.cli._common import Parsed, json_option, own_warnings, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
@@ -135,7 +135,7 @@ def command(
 
     _check_preset(preset, changes["codec"])
     settings = PRESETS[preset].with_changes(**changes)
-    with code_warnings(quiet):
+    with own_warnings(quiet):
         report = compress(
             model,
             output,

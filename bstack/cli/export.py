@@ -55,7 +55,7 @@ def command(
         from bstack.engine.export import DTYPES, export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_warnings(quiet):
+        with _progress.transferred(reader, total, "export", quiet) as advance, _common.own_warnings(quiet):
             done = export_safetensors(
                 reader,
                 folder,

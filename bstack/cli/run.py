@@ -110,7 +110,7 @@ def command(
         if not quiet:
             click.echo(line, err=True)
 
-    with _common.code_warnings(quiet):
+    with _common.own_warnings(quiet):
         model, tokenizer = _load(file, mb, quiet, log, strict=strict, trust_remote_code=trust_remote_code, code=code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
@@ -122,8 +122,10 @@ def command(
             f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
         )
     ids = encode_prompt(tokenizer, prompt, chat)
+    if model.bstack_unfused is not None:
+        log(f"Tokens are decoded by {type(model).__name__}'s own code, without the fused step: {model.bstack_unfused}.")
     try:
-        with following(model, warn=log) if mb == AUTO else nullcontext():
+        with _common.own_warnings(quiet), following(model, warn=log) if mb == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,

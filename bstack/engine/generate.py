@@ -106,7 +106,7 @@ def write_text(
     interrupted = False
     try:
         with torch.no_grad():
-            # The tokenizer is for stop strings, which a model's own settings may ask for.
+            # The tokenizer is for stop strings, which a model's own settings may ask for; the fused step does not mind it.
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, tokenizer=tokenizer, **options)
     except KeyboardInterrupt:
         interrupted = True

@@ -12,6 +12,7 @@ import torch
 
 from bstack.kernels.native import instructions
 from bstack.memory.process import peak_bytes, resident_bytes
+from bstack.models.plain import endless
 
 __all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Running", "Speed", "measure_running", "measure_speed"]
 
@@ -108,7 +109,6 @@ def _lengths(context: int | None) -> tuple[int, int]:
 
 def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
     """Return the seconds to the first new token, and those for the tokens after it."""
-    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -124,17 +124,7 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
-    # A field that is None is taken from the model's own configuration. No token ends the text, so that every size does
-    # the same work.
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=decoded + 1,
-        use_cache=True,
-        eos_token_id=model.config.get_text_config().vocab_size,
-        pad_token_id=0,
-    )
+    settings = endless(model, decoded + 1)  # every size does the same work
     started = time.perf_counter()
     with torch.inference_mode():
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import bstk
+from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
@@ -80,6 +81,7 @@ def run_stages(
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
+        rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings()}
@@ -153,7 +155,7 @@ def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
         sizes |= {"original_dtype": "bfloat16", "original_dtype_bytes": 2 * count}
         return {**sizes, "source_quantisation": f"{format.upper()} {checkpoint.quantisation}"}
     by_dtype: Counter[torch.dtype] = Counter()
-    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.layer_names(i))]:
+    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.own_layer_names(i))]:
         if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
             dtype = checkpoint.stored_dtype(name)
             by_dtype[dtype] += parameter.numel() * dtype.itemsize

@@ -12,6 +12,7 @@ import torch
 from bstack.engine.chat_template import render
 from bstack.engine.container import understood
 from bstack.errors import UnsupportedModelError, one_line
+from bstack.models.plain import plain_outputs
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["Written", "encode_prompt", "write_text"]
@@ -99,6 +100,7 @@ def write_text(
             pieces.append(text)
             write(text)
 
+    plain_outputs(model)  # only the text is asked for
     torch.manual_seed(seed)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if model.generation_config.pad_token_id is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -84,11 +85,12 @@ def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> t
 
 
 def growing_cache(model: Any) -> DynamicCache | None:
-    """Return a cache for a model's `generate` or `forward`; None for models with another kind of state.
+    """Return a cache for a model's `past_key_values`; None for models with another kind of state.
 
     Layers with a sliding window keep transformers' own cache, which is bounded.
     """
-    if not model._supports_default_dynamic_cache():
+    takes_it = "past_key_values" in inspect.signature(model.forward).parameters
+    if not takes_it or not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config)
     let_grow(cache)

@@ -13,6 +13,7 @@ import torch
 from bstack.kernels.native import instructions
 from bstack.memory.process import peak_bytes, resident_bytes
 from bstack.models.plain import endless
+from bstack.models.skeleton import longest_text
 
 __all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Running", "Speed", "measure_running", "measure_speed"]
 
@@ -85,7 +86,7 @@ def _growth(before: int | None, after: int | None) -> int | None:
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
     """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more."""
     config = model.config.get_text_config()
-    prompt, decoded = _lengths(getattr(config, "max_position_embeddings", None))
+    prompt, decoded = _lengths(longest_text(config))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
     times = []

@@ -37,7 +37,7 @@ from bstack.errors import CalibrationError
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, longest_text
 from bstack.progress import Progress
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
@@ -88,8 +88,8 @@ def run_stages(
     if text is not None:  # without its folder on the user's machine
         settings_record["calibration"] = text.name
         settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
-    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and settings.sequence_length > longest:
+    longest = longest_text(checkpoint.config)
+    if longest is not None and settings.sequence_length > longest:
         raise CalibrationError(
             f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
             option="sequence_length",

@@ -13,6 +13,7 @@ from bstack.engine.chat_template import render
 from bstack.engine.container import understood
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.plain import plain_outputs
+from bstack.models.skeleton import longest_text
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["Written", "encode_prompt", "write_text"]
@@ -83,10 +84,10 @@ def write_text(
     """
     from transformers import TextStreamer
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] >= longest:
+    longest = longest_text(model.config)
+    if longest is not None and ids.shape[1] >= longest:
         raise UsageError(f"the prompt has {ids.shape[1]} tokens, but the model reads at most {longest}. Shorten it.")
-    if isinstance(longest, int):
+    if longest is not None:
         options["max_new_tokens"] = min(options.get("max_new_tokens", longest), longest - ids.shape[1])
     pieces: list[str] = []
     times: list[float] = []

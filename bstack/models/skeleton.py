@@ -24,7 +24,7 @@ from bstack.models.plain import plain_generation, plain_outputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters"]
+__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters", "longest_text"]
 __all__ += ["owner_of", "parameters_on_meta", "quiet_transformers", "zeros_for_weights"]
 
 
@@ -94,9 +94,8 @@ class Skeleton:
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
         self.input_name = names[id(self.model.get_input_embeddings().weight)]
         head = self.model.get_output_embeddings()
-        tied = head is None or head.weight is self.model.get_input_embeddings().weight
-        tied = tied or getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
-        self.output_name = self.input_name if tied else names[id(head.weight)]
+        own = self.input_name if head is None else names[id(head.weight)]
+        self.output_name = self._tied.get(own, own)
 
     @property
     def outer_names(self) -> list[str]:
@@ -182,6 +181,12 @@ class _Zeros:
                 start = self._places[name]
                 raw = self._bytes[start : start + parameter.numel() * parameter.dtype.itemsize]
                 owner._parameters[leaf] = nn.Parameter(raw.view(parameter.dtype).view(parameter.shape), False)
+
+
+def longest_text(config: Any) -> int | None:
+    """Return how many tokens a model reads at most; None where its configuration names no limit, or -1 as XLNet's."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @contextmanager

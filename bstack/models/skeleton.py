@@ -24,7 +24,15 @@ from bstack.models.plain import plain_generation, plain_outputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters", "longest_text"]
+__all__ = [
+    "Checkpoint",
+    "Skeleton",
+    "check_complete",
+    "check_finite",
+    "find_layers",
+    "layer_parameters",
+    "longest_text",
+]
 __all__ += ["owner_of", "parameters_on_meta", "quiet_transformers", "zeros_for_weights"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import bstack
 import bstk
+from bstack.packed.store import store_of
+from bstack.progress import no_progress
 
 VOCABULARY = 211
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -46,7 +46,13 @@ SIZES = {name: value for value, names in _SIZES.items() for name in names.split(
 _HYBRID = {"num_hidden_layers": 4}
 _MLA = {"num_key_value_heads": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
-_DECODER = {"is_decoder": True, "is_encoder_decoder": False}
+_INDEXER = {
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}
 # Of these those that get a value where the default is None.
 _SET = {"num_key_value_heads", "head_dim", "moe_intermediate_size", "linear_num_value_heads", "linear_num_key_heads"}
 # What the rule above does not give.
@@ -54,7 +60,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"], _HYBRID),
     **dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _MLA),
     **dict.fromkeys(["glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"], _MLA),
-    **dict.fromkeys(["qwen3_5", "qwen3_5_moe", "qwen4_exp"], {"text_config": _HYBRID}),
+    "qwen3_5": {"text_config": _HYBRID},
+    "qwen3_5_moe": {"text_config": _HYBRID},
+    "qwen4_exp": {"text_config": {**_HYBRID, **_INDEXER}},
     "bailing_hybrid": {"layer_group_size": 2, **_MLA},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -77,7 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _MLA, **_MLA},
     "dots3_note_text": _MLA,
     "xlstm": {"qk_dim_factor": 1.0},
-    "qwen4_exp_text": {"num_hidden_layers": 4, "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 16},
+    "qwen4_exp_text": {**_HYBRID, **_INDEXER},
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,
@@ -95,7 +103,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_headdim": 16,
         "use_mamba_kernels": False,
     },
-    "youtu": {"pad_token_id": None},
+    "youtu": {"pad_token_id": None, **_MLA},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -118,7 +126,7 @@ def _shrunk(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedC
             values[name] = changes[name]
         elif name == "is_decoder":
             values[name] = True
-        elif name in SIZES and (type(value) is int or value is None and name in _SET):
+        elif name in SIZES and (type(value) is int or (value is None and name in _SET)):
             values[name] = SIZES[name]
     return cls(**{**changes, **values})
 
@@ -138,104 +146,89 @@ def make(config: PreTrainedConfig, seed: int = 0) -> Any:
     return model.eval()
 
 
+# Tokens of a trial: enough for the cheapest calibration, and for logits of two texts.
+SETTINGS = bstack.Settings(planes=3, samples=2, sequence_length=16)
+IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
 class Found(NamedTuple):
-    """What came of a model type: `works`, `refused` or `fails`; how, and the seconds that it took."""
+    """What came of a model type.
+
+    `outcome` is ``works``; ``refused`` within the first second, by name; ``fails`` for everything that should not be; or
+    ``not tried``, where transformers itself does not make or run the tiny model. `detail` says why.
+    """
 
     kind: str
     outcome: str
     detail: str
-    seconds: float
-    step: str = ""
 
 
-SETTINGS = bstack.Settings(planes=3, samples=2, sequence_length=16)
+def try_out(kind: str, folder: Path) -> Found:
+    """Compress a tiny model of a type, and compare what the original, the dense, packed and exported model compute.
+
+    The exact test of the dense model is the original with the decoded weights: it must have the same logits.
+    """
+    from bstack.engine.export import export_safetensors
+
+    stages: list[str] = []
+
+    def progress(stage: str, total: int) -> Any:
+        stages.append(stage)
+        return no_progress(stage, total)
+
+    try:
+        make(tiny_config(kind)).save_pretrained(folder / "model")
+        original = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        usable = bool(logits(original).isfinite().all())
+    except Exception as error:
+        return Found(kind, "not tried", _words(error))
+    if not usable:
+        return Found(kind, "not tried", "the tiny model computes NaN")
+    try:
+        bstack.compress(folder / "model", folder / "out.bstk", settings=SETTINGS, progress=progress)
+        dense, _ = bstack.load(folder / "out.bstk")
+        packed, _ = bstack.load(folder / "out.bstk", mode="packed")
+        with bstk.open(folder / "out.bstk") as file:
+            export_safetensors(file, folder / "exported", dtype=torch.float32)
+        exported = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32)
+        expected = logits(dense)
+        weights = dense.state_dict()
+        lost = max(_error(weights[name], value) for name, value in original.state_dict().items())
+        original.load_state_dict(weights)
+        found = {  # and the maximum
+            "weights": (lost, 0.25),
+            "dense": (_distance(expected, logits(original)), 1e-4),
+            "packed": (_distance(logits(packed), expected), 1e-2),
+            "exported": (_distance(logits(exported), expected), 1e-4),
+        }
+        wrong = [f"{name}: an error of {error:.2g}" for name, (error, limit) in found.items() if not error < limit]
+        settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        packed.generate(IDS[:1, :3], attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, **settings)
+        store_of(packed).close()
+    except bstk.BstkError as error:
+        return Found(kind, "refused" if stages == ["open"] else "fails", str(error))
+    except Exception as error:
+        return Found(kind, "fails", f"after {stages[-1]}: {_words(error)}")
+    if wrong:
+        return Found(kind, "fails", "; ".join(wrong))
+    return Found(kind, "works", "fused step" if packed.bstack_unfused is None else "")
 
 
 def logits(model: Any) -> torch.Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return found.double()
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.double()
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative error of logits, the median over the positions; a shift of all logits of a position is left out."""
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative error of logits, the median over the positions: a token between two experts may go to the other one."""
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     size = float(expected.double().norm())
-    return float((found.double() - expected.double()).norm()) / size if size else float(found.double().norm())
+    return float((found.double() - expected.double()).norm()) / (size or 1.0)
 
 
-def try_out(kind: str, folder: Path, debug: bool = False) -> Found:
-    """Compress a tiny model of a type, and compare the logits of the original, the dense, packed and exported model."""
-    started = time.monotonic()
-    stages: list[str] = []
-
-    def result(outcome: str, detail: str, step: str = "") -> Found:
-        return Found(kind, outcome, detail, time.monotonic() - started, step)
-
-    def progress(stage: str, total: int) -> Any:
-        stages.append(stage)
-        return bstack.progress.no_progress(stage, total)
-
-    try:
-        original = make(tiny_config(kind))
-        original.save_pretrained(folder / "model")
-    except Exception as error:
-        if debug:
-            raise
-        return result("unmade", f"{type(error).__name__}: {bstack.errors.one_line(error)}")
-    try:
-        expected = logits(original)
-    except Exception as error:
-        if debug:
-            raise
-        return result("unrun", f"{type(error).__name__}: {bstack.errors.one_line(error)}")
-    if not expected.isfinite().all():
-        return result("unrun", "logits not finite")
-    try:
-        bstack.compress(folder / "model", folder / "out.bstk", settings=SETTINGS, progress=progress)
-        dense, _ = bstack.load(folder / "out.bstk")
-        packed, _ = bstack.load(folder / "out.bstk", mode="packed")
-        exported = folder / "exported"
-        with bstk.open(folder / "out.bstk") as file:
-            from bstack.engine.export import export_safetensors
-
-            export_safetensors(file, exported, dtype=torch.float32)
-        again = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-        of_dense = logits(dense)
-        weights = max(_error(dense.state_dict()[name], value) for name, value in original.state_dict().items())
-        original.load_state_dict(dense.state_dict())
-        found = {
-            "weights": (weights, 0.2),
-            "dense": (distance(of_dense, logits(original)), 1e-4),
-            "packed": (distance(logits(packed), of_dense), 1e-2),
-            "exported": (distance(logits(again), of_dense), 1e-4),
-        }
-        wrong = [
-            f"{name}: {error:.2g} is more than {limit}" for name, (error, limit) in found.items() if not error < limit
-        ]
-        ids = torch.tensor([[5, 9, 44]])
-        written = packed.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=3,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        if wrong:
-            return result("fails", "; ".join(wrong))
-        return result("works", "fused step" if "forward" in vars(packed) else "")
-    except bstk.BstkError as error:
-        early = stages in ([], ["open"])
-        return result("refused" if early else "refused late", str(error))
-    except Exception as error:
-        if debug:
-            raise
-        return result("crashes", f"after {stages[-1:]}: {type(error).__name__}: {bstack.errors.one_line(error)}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

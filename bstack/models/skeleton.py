@@ -100,7 +100,8 @@ class Skeleton:
         prefix, layers = find_layers(self.model)
         self.layers = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        self.input_name = names[id(self.model.get_input_embeddings().weight)]
+        own = names[id(self.model.get_input_embeddings().weight)]
+        self.input_name = self._tied.get(own, own)
         head = self.model.get_output_embeddings()
         own = self.input_name if head is None else names[id(head.weight)]
         self.output_name = self._tied.get(own, own)

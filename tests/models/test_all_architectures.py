@@ -5,7 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WORK = """bert bigbird_pegasus cpmant git llama4_text mamba minimax nanochat olmo3 openai-gpt qwen3_5_text xglm xlnet
+WORK = """bert camembert bigbird_pegasus cpmant git llama4_text mamba minimax nanochat olmo3 openai-gpt qwen3_5_text xglm xlnet
 zamba2""".split()
 REFUSED = {"hrm_text": "runs layers more than once", "reformer": "does not run one layer at a time"}
 

@@ -10,6 +10,7 @@ __all__ = [
     "ForeignCodeError",
     "ForeignCodeWarning",
     "ModelWarning",
+    "SlowerWarning",
     "UnsupportedModelError",
     "one_line",
     "printable",
@@ -64,3 +65,7 @@ class ModelWarning(UserWarning):
 
 class ForeignCodeWarning(ModelWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
+
+
+class SlowerWarning(ModelWarning):
+    """A model runs right, but slower than it could."""

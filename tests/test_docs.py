@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "format" / "SPEC.md", ROOT / "format/js/README.md"]
 )
-PAGES = 12  # with SPEC.md, the generated commands, the notebook: a page too many is a page that nobody keeps true
+PAGES = 13  # with SPEC.md, the generated commands and architectures, the notebook: a page too many is a page that nobody keeps true
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 each_document = pytest.mark.parametrize("document", DOCS, ids=lambda path: str(path.relative_to(ROOT)))

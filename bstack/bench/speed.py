@@ -13,6 +13,8 @@ import torch
 from bstack.engine.generate import decoding
 from bstack.kernels.native import instructions
 from bstack.memory.process import peak_bytes, resident_bytes
+from bstack.models.plain import endless
+from bstack.models.skeleton import longest_text
 
 __all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Running", "Speed", "measure_running", "measure_speed"]
 
@@ -85,7 +87,7 @@ def _growth(before: int | None, after: int | None) -> int | None:
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
     """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more."""
     config = model.config.get_text_config()
-    prompt, decoded = _lengths(getattr(config, "max_position_embeddings", None))
+    prompt, decoded = _lengths(longest_text(config))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
     times = []
@@ -109,7 +111,6 @@ def _lengths(context: int | None) -> tuple[int, int]:
 
 def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
     """Return the seconds to the first new token, and those for the tokens after it."""
-    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -125,14 +126,7 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
-    # No token ends the text, so that every size does the same work.
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=decoded + 1,
-        use_cache=True,
-        eos_token_id=model.config.get_text_config().vocab_size,
-        pad_token_id=0,
-    )
+    settings = endless(model, decoded + 1)  # every size does the same work
     started = time.perf_counter()
     with torch.inference_mode(), decoding(model, settings):
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)

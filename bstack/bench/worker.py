@@ -25,6 +25,7 @@ from bstack.bench.reference import Reference, write_reference
 from bstack.bench.results import Measured
 from bstack.bench.speed import Running, measure_running
 from bstack.errors import one_line, user_message
+from bstack.models.plain import plain_generation, plain_outputs
 
 __all__ = ["main"]
 
@@ -77,7 +78,10 @@ def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     from bstack.engine.load import load
 
     mb = Decimal(cut.budget) / bstk.MB
-    return load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+    model, tokenizer = load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+    plain_outputs(model)
+    plain_generation(model)
+    return model, tokenizer
 
 
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:

@@ -140,7 +140,7 @@ def _forward(
         torch.set_grad_enabled(True)  # in this batch's thread only
         leaf = _hidden(output).detach().requires_grad_()
         leaves.append(leaf)
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+        return (leaf, *output[1:]) if isinstance(output, tuple | list) else leaf
 
     def run(ids: torch.Tensor) -> torch.Tensor:
         logits = skeleton.model(input_ids=ids, use_cache=False).logits
@@ -184,7 +184,7 @@ def _backward(
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _take_hidden(

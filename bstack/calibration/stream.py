@@ -38,6 +38,13 @@ class _Stopped(BaseException):
     """Ends a batch's thread when the stream is closed early; not an error."""
 
 
+class _AtHead(BaseException):
+    """Ends a batch's forward pass at the head, with the head's input; not an error."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
 class _Batch:
     """One batch's forward pass, in a thread that waits at each layer."""
 
@@ -112,8 +119,8 @@ class LayerStream:
     batches : sequence of torch.Tensor
         Token ids, int64, shape (sequences, length) each.
     run : callable, optional
-        What each batch's thread runs, given its token ids; by default the model without its head. It runs under
-        `torch.no_grad`.
+        What each batch's thread runs, given its token ids; by default the model up to its head, whose input is the
+        result. It runs under `torch.no_grad`.
     after_layers : callable, optional
         Called in the batch's thread with the last layer's output; what it returns goes on to the rest of the model.
     embedding : callable, optional
@@ -137,7 +144,8 @@ class LayerStream:
     ):
         self._skeleton = skeleton
         self._inputs = batches
-        self._run = run or self._base_model
+        self._run = run or self._up_to_head
+        self._stopped_head: Any = None
         self._after_layers = after_layers
         self._embedding = embedding
         self._head = [] if run is None else [skeleton.output_name]
@@ -149,6 +157,11 @@ class LayerStream:
         for index, (_, layer) in enumerate(self._skeleton.layers):
             self._forwards.append(layer.forward)
             layer.forward = self._stopping(index, layer.forward)
+        if self._run == self._up_to_head:
+            self._stopped_head = self._skeleton.model.get_output_embeddings()
+            if self._stopped_head is None:
+                raise UnsupportedModelError(f"{type(self._skeleton.model).__name__} has no head that gives logits.")
+            self._stopped_head.forward = _stop_at_head
         self._batches = [_Batch(partial(self._run, ids)) for ids in self._inputs]
         try:
             with self._embedding(self._skeleton.input_name):
@@ -163,9 +176,15 @@ class LayerStream:
             batch.close()
         for _name, layer in self._skeleton.layers:
             layer.__dict__.pop("forward", None)
+        if self._stopped_head is not None:
+            self._stopped_head.__dict__.pop("forward", None)
 
-    def _base_model(self, ids: torch.Tensor) -> Any:
-        return self._skeleton.model.base_model(input_ids=ids, use_cache=False)
+    def _up_to_head(self, ids: torch.Tensor) -> torch.Tensor:
+        try:
+            self._skeleton.model(input_ids=ids, use_cache=False)
+        except _AtHead as end:
+            return end.hidden
+        raise UnsupportedModelError(f"{type(self._skeleton.model).__name__} computes its logits without its head.")
 
     def _stopping(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         last = index == len(self._skeleton.layers) - 1
@@ -221,3 +240,7 @@ class LayerStream:
     @property
     def results(self) -> list[Any]:
         return [batch.result for batch in self._batches]
+
+
+def _stop_at_head(hidden: torch.Tensor) -> torch.Tensor:
+    raise _AtHead(hidden)

@@ -122,6 +122,8 @@ def command(
             f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
         )
     ids = encode_prompt(tokenizer, prompt, chat)
+    if model.bstack_unfused is not None:
+        log(f"Tokens are decoded by {type(model).__name__}'s own code, without the fused step: {model.bstack_unfused}.")
     try:
         with _common.model_warnings(quiet), following(model, warn=log) if mb == AUTO else nullcontext():
             written = write_text(

@@ -82,7 +82,7 @@ def compress_layers(
                     table = gather(stream, index, layer_parameters(skeleton, index))
                     _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
-        hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
+        hidden = [result.reshape(-1, result.shape[-1]) for result in stream.results]
     hessian = sum(rows.t() @ rows for rows in hidden)
     return {"hessian": hessian, "tokens": torch.tensor(sum(rows.shape[0] for rows in hidden))}
 
@@ -98,7 +98,7 @@ def _compress_layer(
 ) -> None:
     stacked = _stacked(table, layer_parameters(skeleton, index))
     with work.part(layer_part(index)) as part:
-        for name in skeleton.layer_names(index):
+        for name in skeleton.own_layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
         fitted = codec.for_layer(m.task for m in layer_matrices(skeleton, index, table, sensitivity))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import bstk
+from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
@@ -37,7 +38,7 @@ from bstack.compression.layers import (
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, longest_text
 from bstack.models.tokenizer import check_ids, tokenizer_files
 from bstack.progress import Progress
 from bstack.settings import Settings
@@ -82,14 +83,15 @@ def run_stages(
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
         files = model_files(checkpoint, settings.tokenizer)
+        rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings()}
     if text is not None:  # without its folder on the user's machine
         settings_record["calibration"] = text.name
         settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
-    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and settings.sequence_length > longest:
+    longest = longest_text(checkpoint.config)
+    if longest is not None and settings.sequence_length > longest:
         raise bstk.BstkError(
             f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
             option="sequence_length",
@@ -155,7 +157,7 @@ def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
         sizes |= {"original_dtype": "bfloat16", "original_dtype_bytes": 2 * count}
         return {**sizes, "source_quantisation": f"{format.upper()} {checkpoint.quantisation}"}
     by_dtype: Counter[torch.dtype] = Counter()
-    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.layer_names(i))]:
+    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.own_layer_names(i))]:
         if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
             dtype = checkpoint.stored_dtype(name)
             by_dtype[dtype] += parameter.numel() * dtype.itemsize

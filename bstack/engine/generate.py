@@ -14,6 +14,8 @@ import torch
 from bstack.engine.chat_template import render
 from bstack.engine.container import understood
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
+from bstack.models.plain import plain_outputs
+from bstack.models.skeleton import longest_text
 from bstack.models.tokenizer import check_ids
 from bstk.errors import BstkError, UsageError
 
@@ -145,10 +147,10 @@ def write_text(
     """
     from transformers import TextStreamer
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] >= longest:
+    longest = longest_text(model.config)
+    if longest is not None and ids.shape[1] >= longest:
         raise UsageError(f"the prompt has {ids.shape[1]} tokens, but the model reads at most {longest}. Shorten it.")
-    if isinstance(longest, int):
+    if longest is not None:
         options["max_new_tokens"] = min(options.get("max_new_tokens", longest), longest - ids.shape[1])
     pieces: list[str] = []
     times: list[float] = []
@@ -163,6 +165,7 @@ def write_text(
             write(text)
 
     check_ids(ids, model.get_input_embeddings().weight.shape[0], tokenizer, "the prompt")
+    plain_outputs(model)  # only the text is asked for
     torch.manual_seed(seed)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     interrupted = False

@@ -136,8 +136,7 @@ def load(
             opened = ExitStack()
             store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
             store.resize(budget)
-            if fused:
-                install(model, lock)
+            model.bstack_unfused = install(model, lock) if fused else "fused=False"
             opened.push(stack.pop_all())  # the file stays open, to grow from
             model.bstack_store = store
             model.save_pretrained = model.state_dict = _refuse_to_save

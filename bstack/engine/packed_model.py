@@ -59,6 +59,8 @@ def packed_model(
         transposed = parts[0][1][0].transposed
         _put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
     _tie(model, shown)
+    if next(model.parameters(), None) is None:  # transformers reads the type and the device from one
+        model.register_parameter("bstack_type", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
 

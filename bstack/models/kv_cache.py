@@ -94,7 +94,8 @@ def growing_cache(model: Any) -> DynamicCache | None:
 
     Layers with a sliding window keep transformers' own cache, which is bounded.
     """
-    if not model._supports_default_dynamic_cache():
+    takes_it = cache_argument(model) in inspect.signature(model.forward).parameters
+    if not takes_it or not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config)
     let_grow(cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -17,12 +19,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.memory.process import give_back_freed_memory, no_large_blocks_in_heaps
 from bstack.models.code import Code
+from bstack.models.plain import plain_generation, plain_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters"]
-__all__ += ["listed", "owner_of", "parameters_on_meta", "quiet_transformers", "untie"]
+__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters", "listed"]
+__all__ += ["longest_text", "owner_of", "parameters_on_meta", "quiet_transformers", "untie", "zeros_for_weights"]
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -84,14 +87,19 @@ class Skeleton:
         self.model: Any = _build(checkpoint)
         give_back_freed_memory()
         self.model.eval().requires_grad_(False)
+        plain_outputs(self.model)
+        plain_generation(self.model)
         checkpoint.bind(self.model)
+        # Parameters that are others under a second name -> those others.
+        self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         prefix, layers = find_layers(self.model)
         self.layers = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        self.input_name = names[id(self.model.get_input_embeddings().weight)]
+        own = names[id(self.model.get_input_embeddings().weight)]
+        self.input_name = self._tied.get(own, own)
         head = self.model.get_output_embeddings()
-        tied = head is None or head.weight is self.model.get_input_embeddings().weight
-        self.output_name = self.input_name if tied else names[id(head.weight)]
+        own = self.input_name if head is None else names[id(head.weight)]
+        self.output_name = self._tied.get(own, own)
 
     @property
     def outer_names(self) -> list[str]:
@@ -105,9 +113,14 @@ class Skeleton:
         return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
-        """Return the full state-dict names of one repeated layer."""
+        """Return the full state-dict names that one repeated layer needs, with those that it shares with another layer."""
         prefix, layer = self.layers[index]
-        return [f"{prefix}.{name}" for name in layer.state_dict()]
+        names = (f"{prefix}.{name}" for name in layer.state_dict())
+        return list(dict.fromkeys(self._tied.get(name, name) for name in names))
+
+    def own_layer_names(self, index: int) -> list[str]:
+        """Return the full state-dict names of one repeated layer, without those that it has from another layer."""
+        return [name for name in self.layer_names(index) if name.startswith(self.layers[index][0] + ".")]
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return the parameter or buffer of that full name."""
@@ -116,7 +129,7 @@ class Skeleton:
     @contextmanager
     def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Hold the named parameters in memory for the length of a `with` block, as `dtype`; buffers stay as they are."""
-        names = list(names)
+        names = list(dict.fromkeys(self._tied.get(name, name) for name in names))
         try:
             if dtype != torch.float32:
                 self._empty(names, dtype)  # a weight that is read takes the type of the one it replaces
@@ -131,7 +144,10 @@ class Skeleton:
             give_back_freed_memory()
 
     def _tie(self) -> None:
-        # A tied head is a parameter of its own until transformers ties it to the embedding that was just loaded.
+        # What was just loaded takes the place of one of the names of a tied parameter.
+        for target, source in self._tied.items():
+            owner, leaf = owner_of(self.model, target)
+            owner._parameters[leaf] = self.model.get_parameter(source)
         if self.output_name == self.input_name and self.model.get_output_embeddings() is not None:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
@@ -140,6 +156,41 @@ class Skeleton:
             if (parameter := owner._parameters.get(leaf)) is not None:
                 empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+@contextmanager
+def zeros_for_weights(skeleton: Skeleton) -> Iterator[None]:
+    """Let a skeleton load zeros in place of its weights, for the length of a `with` block; buffers stay as they are."""
+    checkpoint = skeleton.checkpoint
+    skeleton.checkpoint = _Zeros(skeleton.model)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        skeleton.checkpoint = checkpoint
+
+
+class _Zeros:
+    """Stands in for a checkpoint. All weights are views of one array of zeros, which takes no memory until it is written to."""
+
+    def __init__(self, model: nn.Module):
+        # At places of their own, since product watching tells weights apart by their address.
+        self._places = {name: 64 * number for number, name in enumerate(model.state_dict())}
+        largest = max(parameter.numel() * 4 for parameter in model.parameters())
+        self._bytes = torch.from_numpy(np.zeros(largest + 64 * len(self._places), np.uint8))
+
+    def load(self, model: nn.Module, names: Iterable[str]) -> None:
+        for name in names:
+            owner, leaf = owner_of(model, name)
+            if (parameter := owner._parameters.get(leaf)) is not None:
+                start = self._places[name]
+                raw = self._bytes[start : start + parameter.numel() * parameter.dtype.itemsize]
+                owner._parameters[leaf] = nn.Parameter(raw.view(parameter.dtype).view(parameter.shape), False)
+
+
+def longest_text(config: Any) -> int | None:
+    """Return how many tokens a model reads at most; None where its configuration names no limit, or -1 as XLNet's."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @contextmanager
@@ -159,7 +210,7 @@ def quiet_transformers() -> Iterator[None]:
 def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = checkpoint.config
+    config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
@@ -209,16 +260,18 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find a model's repeated layers, the outermost module list that holds the most parameters, and its full name.
+    """Find a model's repeated layers and their full name: of the outermost module lists that with the most parameters.
 
-    A model without such a list is refused with an UnsupportedModelError.
+    Lists of another length than the configuration names for text, such as an encoder of images, come after. A model without such a list is refused with an UnsupportedModelError.
     """
     found: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(other + ".") for _, other, _ in found):
             size = sum(math.prod(p.shape) for p in module.parameters())
             found.append((size, name, module))
-    size, name, layers = max(found, key=lambda f: f[0], default=(0, "", nn.ModuleList()))
+    config = getattr(model, "config", None)
+    expected = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    size, name, layers = max(found, key=lambda f: (len(f[2]) == expected, f[0]), default=(0, "", nn.ModuleList()))
     if not size:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of repeated layers, so there is nothing to stream and compress."
@@ -291,6 +344,6 @@ def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
     """Return the loaded parameters of a layer that may be linears: those of two or three dimensions, by full name."""
     return {
         name: tensor
-        for name in skeleton.layer_names(index)
+        for name in skeleton.own_layer_names(index)
         if (tensor := skeleton.parameter(name)).dim() in (2, 3) and tensor.is_floating_point()
     }

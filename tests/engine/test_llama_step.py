@@ -11,6 +11,7 @@ from packed_models import IDS
 
 import bstack
 import bstk
+from bstack.errors import SlowerWarning
 from bstack.kernels.decoder import Decoder
 from bstack.kernels.native import library
 from bstack.models.kv_cache import growing_cache
@@ -248,7 +249,7 @@ def test_a_changed_model_is_not_given_the_step(change, file_of):
     change(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert not install(model, lock)
+        assert install(model, lock), "a reason"
     assert "forward" not in vars(model)
 
 
@@ -289,6 +290,105 @@ def test_a_cache_of_another_length_at_the_same_place(file_of, monkeypatch):
             expected = slow(IDS[:, :1], **{CACHE: own}, use_cache=True).logits
             assert (found - expected).norm() <= 1e-2 * expected.norm()
     assert len({shape[-2] for shape in buffer.made}) == 2 and len(places) == 2 * len(fast.model.layers)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The positions of all tokens that went through the fused step."""
+    from bstack.kernels.decoder import Decoder
+
+    taken = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: taken.append(args[-1]) or step(self, *args))
+    return taken
+
+
+NEW = 9
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """The file of a model without an end token, so that texts have the length that was asked for."""
+    folder = tmp_path_factory.mktemp("endless")
+    model = tiny_models.add_tokenizer(tiny_models.save("llama", folder / "model", eos_token_id=None))
+    bstack.compress(model, folder / "model.bstk", settings=bstack.Settings(planes=2, samples=2, sequence_length=16))
+    return folder / "model.bstk"
+
+
+def run_command(path):
+    from bstack.cli.run import command
+
+    command.main([str(path), "-p", "the river", "--max-new-tokens", str(NEW), "--json", "-q"], standalone_mode=False)
+
+
+def bench_speed(path):
+    from bstack.bench.speed import measure_speed
+
+    model, _ = bstack.load(path, mode="packed")
+    measure_speed(model)
+
+
+def plain_generate(path):
+    model, _ = bstack.load(path, mode="packed")
+    model.generate(IDS, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("way", [run_command, bench_speed, plain_generate])
+def test_every_token_but_the_first_takes_the_step(way, endless, steps, monkeypatch, capsys):
+    from bstack.bench import speed
+
+    monkeypatch.setattr(speed, "_lengths", lambda context: (6, NEW - 1))
+    at_loading = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        way(endless)
+    times = speed.REPETITIONS + 1 if way is bench_speed else 1
+    assert len(steps) == at_loading + times * (NEW - 1)
+
+
+def test_stop_strings_and_a_tokenizer_leave_the_step_in_place(file_of, steps):
+    model, tokenizer = bstack.load(file_of("llama"), mode="packed")
+    del steps[:]
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(IDS, tokenizer=tokenizer, stop_strings=["no such words"], **settings)
+    assert len(steps) == NEW - 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"output_hidden_states": True, "return_dict_in_generate": True}, {"cache_implementation": "static"}]
+)
+def test_a_step_that_is_not_taken_is_told_once(asked, file_of, steps):
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    del steps[:]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=210, **asked)
+    told = [warning for warning in caught if issubclass(warning.category, SlowerWarning)]
+    assert not steps and len(told) == 1 and "own code instead of the fused step" in str(told[0].message)
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gemma3", "cohere"])
+def test_models_with_another_rope_keep_their_own_code(name, file_of):
+    """Among them one rope for each kind of layer, whose type is no word but a table."""
+    model, _ = bstack.load(file_of(name), mode="packed")
+    assert "forward" not in vars(model) and type(model).__name__ in model.bstack_unfused
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+@pytest.mark.parametrize("error", [TypeError, IndexError, RuntimeError, OSError])
+@pytest.mark.parametrize("place", ["_decoder", "_FusedStep"])
+def test_recognition_never_raises(error, place, file_of, monkeypatch):
+    from bstack.engine import llama_step
+
+    def fail(*_):
+        raise error("unforeseen")
+
+    monkeypatch.setattr(llama_step, place, fail)
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    assert "forward" not in vars(model) and model.bstack_unfused
 
 
 def test_calls_as_of_any_model(file_of):

@@ -40,7 +40,11 @@ INTERNALS = {
         "load_gguf_checkpoint": ("gguf_checkpoint_path", "return_tensors"),
     },
     "transformers.modeling_outputs": {"CausalLMOutputWithPast": ("logits",)},
-    "transformers.modeling_utils": {"LoadStateDictConfig": (), "PreTrainedModel._keys_to_ignore_on_save": ()},
+    "transformers.modeling_utils": {
+        "LoadStateDictConfig": (),
+        "PreTrainedModel._adjust_missing_and_unexpected_keys": (),
+        "PreTrainedModel._keys_to_ignore_on_save": (),
+    },
     "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING_NAMES": ()},
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ()},
     "transformers.utils": {"CHAT_TEMPLATE_DIR": ()},

@@ -1,16 +1,19 @@
 """Render a model's chat template in Jinja's sandbox, with bounds on its time and on the sizes of what it makes.
 
-The sandbox keeps a template from running code. The bounds end the usual ways to run for ever or to fill the memory (loops in
-loops, ``'x' * 10**10``, ``10**(10**9)``); they do not catch every one.
+The sandbox keeps a template from running code. Bounded are the time, the output, products and powers, the numbers given to
+functions and filters, widths in format strings, and what is kept in a namespace. Strings that grow by ``+``, ``~``,
+``replace`` or ``join`` are not: they end with the time, or with the memory.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -28,7 +32,7 @@ __all__ = ["render", "render_messages"]
 # Those of known models take some milliseconds and have fewer than 20,000 characters.
 MAX_SECONDS = 10.0
 MAX_TEMPLATE = 2**20
-# Characters of the output beside the messages, and of any value on the way.
+# Characters of the output beside the messages, of products and of values in a namespace; also the largest argument.
 MAX_LENGTH = 2**22
 # Bits of a number: more than any template needs.
 MAX_BITS = 2**14
@@ -108,9 +112,36 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(arg, int) and arg > MAX_LENGTH for arg in args):
-            raise SecurityError(f"the argument {max(arg for arg in args if isinstance(arg, int))} is too large.")
+        _check_arguments(*args, **kwargs)
+        text = getattr(inspect.unwrap(function), "__self__", None)
+        # Widths of fields: digits, or a field in a field, which takes one from the arguments.
+        if isinstance(text, str) and function.__name__.startswith("format") and re.search(r"\d{7}|:[^{}]*\{", text):
+            raise SecurityError("a field of a format string would be too large.")
         return super().call(context, function, *args, **kwargs)
+
+
+def _check_arguments(*args: Any, **kwargs: Any) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int) and value > MAX_LENGTH:
+            raise SecurityError(f"the argument {value} is too large.")
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter that refuses large numbers as arguments."""
+
+    @functools.wraps(function)  # also the mark of filters that take the environment
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _check_arguments(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    """Apply Jinja's filter ``format``, unless the result is huge."""
+    if _is_huge("%", str(value), None):
+        raise SecurityError("a field of a format string would be too large.")
+    return do_format(value, *args, **kwargs)
 
 
 def _is_huge(operator: str, left: Any, right: Any) -> bool:
@@ -137,7 +168,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """``namespace``, without names that begin with an underscore and without huge strings."""
+    """``namespace``, without names that begin with an underscore and without huge values."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # without names of its own, so that any can be given
         Namespace.__init__(args[0])
@@ -147,8 +178,8 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace cannot have the name {name!r}.")
-        if isinstance(value, str) and len(value) > MAX_LENGTH:
-            raise SecurityError(f"a string of {len(value)} characters is too large.")
+        if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_LENGTH:
+            raise SecurityError(f"a {type(value).__name__} of length {len(value)} is too large.")
         super().__setitem__(name, value)
 
 
@@ -156,7 +187,8 @@ def _environment() -> _Sandbox:
     """Return what transformers offers to templates."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     # Jinja's own filter escapes HTML.
-    environment.filters["tojson"] = _to_json
+    environment.filters |= {"tojson": _to_json, "format": _format}
+    environment.filters = {name: _bounded(function) for name, function in environment.filters.items()}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda pattern: datetime.now().strftime(pattern),

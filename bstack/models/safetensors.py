@@ -166,6 +166,8 @@ def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         reset_attn_impl(config)
         return config
+    except MemoryError:
+        raise
     except Exception as error:  # configuration classes raise anything for wrong values
         raise UnsupportedModelError(f"{display_name / 'config.json'} cannot be used: {one_line(error)}") from None
 

@@ -176,6 +176,8 @@ def _build(checkpoint: Checkpoint) -> Any:
                 trust_remote_code=checkpoint.code is not None,
                 experts_implementation="eager",
             )
+    except MemoryError:
+        raise
     except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "

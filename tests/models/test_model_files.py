@@ -12,6 +12,8 @@ from bstack.engine.export import export_safetensors
 from bstack.errors import UnsupportedModelError
 from bstack.models import files
 from bstack.models.files import export_tokenizer, put_files
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
 
 
 def test_files_in_folders(tmp_path):
@@ -82,3 +84,13 @@ def test_a_file_that_no_export_takes_is_refused_before_anything_is_computed(tiny
     monkeypatch.setattr("bstack.models.files._save", lambda what, target: (target / "words.dat").write_bytes(b"x"))
     with pytest.raises(UnsupportedModelError, match=r"its tokenizer writes words\.dat"):
         export_tokenizer(tmp_path, tiny_llama)
+
+
+@pytest.mark.parametrize("call", ["AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"])
+def test_a_lack_of_memory_is_no_fault_of_the_model(tiny_llama, monkeypatch, call):
+    def refuse(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(f"transformers.{call}", refuse)
+    with pytest.raises(MemoryError):
+        Skeleton(open_checkpoint(str(tiny_llama)))

@@ -76,14 +76,15 @@ class Threads(ThreadPoolExecutor):
     """Threads of this process, one a processor and at most four: the search kernel releases Python's lock."""
 
     def __init__(self) -> None:
-        super().__init__(min(processors(), MAX_THREADS))
+        self._count = min(processors(), MAX_THREADS)
+        super().__init__(self._count)
 
     def __exit__(self, *_exception: object) -> None:
         self.shutdown(cancel_futures=True)
 
     def max_pending(self, inputs: int) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
-        return 1 if inputs > WIDE else self._max_workers
+        return 1 if inputs > WIDE else self._count
 
 
 def encode(

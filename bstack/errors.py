@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["ForeignCodeError", "ForeignCodeWarning", "UnsupportedModelError", "one_line", "user_message"]
+__all__ = ["ForeignCodeError", "ForeignCodeWarning", "UnsupportedModelError", "holds_unknown", "lacks"]
+__all__ += ["one_line", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -31,6 +33,17 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
 
 class UnsupportedModelError(BstkError):
     """bstack can read the model, but not compress or run it."""
+
+
+def lacks(shown: str, missing: Iterable[str]) -> UnsupportedModelError:
+    """Return the error of a file without some parameters of its model; `shown` names the file."""
+    names = sorted(missing)
+    return UnsupportedModelError(f"{shown} lacks {names[0]} ({len(names)} parameters), which its model needs.")
+
+
+def holds_unknown(shown: str, name: str) -> UnsupportedModelError:
+    """Return the error of a file with a weight that its model does not have."""
+    return UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):

@@ -13,7 +13,7 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, lacks, one_line
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.names import MatrixName
@@ -188,8 +188,7 @@ def dense_model(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+        raise lacks(shown, info["missing_keys"])
     filled.generation_config = generation
     return filled.eval()
 

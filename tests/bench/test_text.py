@@ -1,8 +1,11 @@
+import json
+from types import SimpleNamespace
+
 import pytest
 
-from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text
+from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text, window_length
 from bstack.calibration.texts import TextSource
-from bstk.errors import BstkError
+from bstk.errors import BstkError, UsageError
 
 
 class Letters:
@@ -62,3 +65,13 @@ def test_a_short_text(windows, length, advice):
 def test_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     assert measuring_text(str(tmp_path / "a.txt")) == TextSource("a.txt", "hello")
+
+
+@pytest.mark.parametrize(
+    "config", [{"max_position_embeddings": 96}, {"n_positions": 96}, {"text_config": {"max_position_embeddings": 96}}]
+)
+def test_windows_are_no_longer_than_the_model_reads(config):
+    file = SimpleNamespace(files=["config.json"], file=lambda name: json.dumps(config))
+    assert window_length(file, None) == window_length(file, 96) == 96
+    with pytest.raises(UsageError, match="at most 96"):
+        window_length(file, 97)

@@ -92,15 +92,15 @@ class Skeleton:
         self.output_name = self.input_name if tied else names[id(head.weight)]
 
     @property
-    def outer_names(self) -> list[str]:
+    def outside_names(self) -> list[str]:
         """Return the state-dict names outside the repeated layers, without tied copies."""
         inside = tuple(name + "." for name, _ in self.layers)
         return [name for name in _untied_names(self.model) if not name.startswith(inside)]
 
     @property
     def rest_names(self) -> list[str]:
-        """Return the outer names without the embedding and the head, which are large and needed only for a moment."""
-        return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
+        """Return the outside names without the embedding and the head, which are large and needed only for a moment."""
+        return [name for name in self.outside_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
         """Return the full state-dict names of one repeated layer."""

@@ -79,8 +79,8 @@ def following(
     model : transformers.PreTrainedModel
         From ``bstack.load(..., mode="packed")``.
     budget : callable, optional
-        Called twice a second; returns a budget in MB, as `bstack.resize` takes one. By default the memory of the machine
-        is watched (docs/guide.md).
+        Called twice a second; returns a budget in MB, as `bstack.resize` takes one. By default the machine's memory
+        decides (docs/guide.md).
     warn : callable
         Receives warnings, one line each; by default it gives a RuntimeWarning.
 
@@ -236,7 +236,7 @@ class Poller(ABC):
 
     def __enter__(self) -> Self:
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="bstack-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="bstack-poller", daemon=True)
         self._thread.start()
         return self
 
@@ -338,7 +338,7 @@ class MemoryPoller(Poller):
             target = self._policy.decide(now, memory, self._current())
         except Exception as error:
             self._failed(
-                "watch", f"Memory cannot be watched: {one_line(error)}. The model keeps its size until it can."
+                "read", f"The free memory cannot be read: {one_line(error)}. The model keeps its size until it can."
             )
             return
         if target is not None:

@@ -122,7 +122,7 @@ class Baselines:
         """Quantise layer after layer, each calibrated on the output of the quantised layers before it, as the paper does."""
         batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
         skeleton = self._skeleton
-        with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
+        with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
             for index, _ in stream.steps():
                 with skeleton.loaded(skeleton.layer_names(index)):
                     statistics = gather(stream, index, layer_parameters(skeleton, index))

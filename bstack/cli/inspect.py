@@ -189,7 +189,7 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
         "bits_per_weight": 8 * total / weights,
         "level_bits_per_weight": 8 * (total - parts["planes"]) / weights,
         "outliers": outliers,
-        "outlier_share": outliers / weights,
+        "outlier_fraction": outliers / weights,
         "bytes": parts,
     }
 
@@ -197,8 +197,8 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
 def _spqr_table(found: dict[str, Any]) -> str:
     """Return a summary as a table."""
     weights = found["weights"]
-    share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
-    words = {"outliers": share if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
+    count = f"{found['outliers']:,} outliers, {100 * found['outlier_fraction']:.3f} % of {weights:,} weights"
+    words = {"outliers": count if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
     rows = [
         [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
         for part, size in found["bytes"].items()

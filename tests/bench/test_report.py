@@ -106,10 +106,10 @@ def test_figures_that_are_not_finite_are_shown(report, broken, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"), [(None, (512, 64)), (577, (512, 64)), (128, (113, 14)), (4, (3, 1)), (2, (1, 1))]
+    ("context", "expected"), [(None, (512, 64)), (577, (512, 64)), (128, (113, 14)), (4, (3, 1)), (2, (1, 1))]
 )
-def test_speed_test_fits_the_context(room, expected):
+def test_speed_test_fits_the_context(context, expected):
     from bstack.bench.speed import _lengths
 
-    prompt, decoded = _lengths(room)
-    assert (prompt, decoded) == expected and (room is None or room < 3 or prompt + decoded < room + 1)
+    prompt, decoded = _lengths(context)
+    assert (prompt, decoded) == expected and (context is None or context < 3 or prompt + decoded < context + 1)

@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize(
     "codec",
     [TrellisCodec(2), SpqrCodec(3, outliers=0.05, planes=1), SpqrCodec(3, outliers=0, planes=1)],
-    ids=["trellis", "spqr", "spqr, none apart"],
+    ids=["trellis", "spqr", "spqr, no outliers"],
 )
 def test_a_parameter(codec):
     """Blocks in the device's arena, products of few and many tokens, an embedding, a shallower stack."""

@@ -48,9 +48,9 @@ class Machine:
 
     def __init__(self, model):
         self.now, self.warnings = 0.0, []
-        self.model, self.room = model, 4000 * bstk.MB
+        self.model, self.total = model, 4000 * bstk.MB
         self.poller = bstack.following(model, warn=self.warnings.append)
-        self.poller._read = lambda: Memory(self.room - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
+        self.poller._read = lambda: Memory(self.total - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
 
     def live(self, seconds):
         """Look twice a second; a growth is through before the next look."""
@@ -71,7 +71,7 @@ def test_following_asks_a_whole_model_for_nothing(path, model):
     machine.live(60)
     assert asked == [] and store.budget == machine.poller._policy.largest
     bstack.resize(model, budgets(path)[0])
-    machine.room = 0
+    machine.total = 0
     machine.live(5)
     assert asked == [] and store.budget == machine.poller._policy.smallest
 

@@ -205,7 +205,7 @@ def test_the_thread_goes_on_where_telling_fails(monkeypatch):
         model.failing = None
         until(lambda: model.size == SMALLEST, "no shrink")
     assert failures and all("closed file" in str(failure.exc_value) for failure in failures)
-    assert len(failures) <= 3  # once for each thing that could not be told
+    assert len(failures) <= 3  # once for each thing that could not be said
 
 
 def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
@@ -238,7 +238,7 @@ def test_an_error_in_the_block_is_not_swallowed():
         raise KeyError("mine")
 
 
-# A process that holds blocks in a mapping, each page touched, and gives the end of it back when it is told to shrink. What is
+# A process that holds blocks in a mapping, each page touched, and gives the end of it back when it has to shrink. What is
 # free is what the simulated files say, less what it holds.
 PROCESS = """
 import dataclasses, mmap, sys

@@ -50,7 +50,7 @@ class Cluster:
             ).result()  # as in `bstack.compression.encode.Threads`
         self._compared: set[str] = set()
         try:
-            _knock(address)
+            _check_connection(address)
             self.client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
@@ -70,8 +70,8 @@ class Cluster:
     def __exit__(self, *_exception: object) -> None:
         self.client.close()
 
-    def max_pending(self, inputs: int) -> int:
-        """Return how many matrices may be pending: one more than threads, so that no worker waits for the next."""
+    def max_pending(self, _inputs: int, /) -> int:
+        """Return how many matrices of any width may be pending: one more than threads, so that no worker waits for the next."""
         return 1 + self.count_threads()
 
     def count_threads(self) -> int:
@@ -83,10 +83,10 @@ class Cluster:
         """Call a function of a module with these arguments on a worker."""
         ignored = warnings.catch_warnings(action="ignore", category=UserWarning)  # of large arrays
         with self._still_there(), ignored:
-            future = self.client.submit(_call, function, arguments, facts(), self._torch_threads, pure=False)
+            future = self.client.submit(_call, function, arguments, environment(), self._torch_threads, pure=False)
         return _Task(self, future)
 
-    def lost(self, what: str = "went away") -> Interrupted:
+    def interrupted(self, what: str = "went away") -> Interrupted:
         """Return the error of a cluster that is of no use any more."""
         return Interrupted(
             f"The Dask scheduler at {self.address} {what}. Give the same command again to continue, with Dask or without."
@@ -97,7 +97,7 @@ class Cluster:
         try:
             yield
         except OSError:  # dask's CommClosedError among them
-            raise self.lost() from None
+            raise self.interrupted() from None
 
     def _check_workers(self) -> None:
         try:
@@ -106,8 +106,8 @@ class Cluster:
             raise BstkError(
                 f"The Dask scheduler at {self.address} has no workers. Start some: dask worker {self.address}"
             ) from None
-        here = facts()
-        for worker, found in self.client.run(facts, on_error="return").items():
+        here = environment()
+        for worker, found in self.client.run(environment, on_error="return").items():
             if isinstance(found, Exception):
                 raise BstkError(
                     f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
@@ -120,7 +120,7 @@ class Cluster:
         if worker in self._compared:
             return
         self._compared.add(worker)
-        here = facts()
+        here = environment()
         if different := [
             f"{name} {found[name]}, here {here[name]}" for name in ("processor", "kernels") if found[name] != here[name]
         ]:
@@ -132,8 +132,8 @@ class Cluster:
             )
 
 
-def _knock(address: str) -> None:
-    """Connect once and close, or raise what is wrong with the address.
+def _check_connection(address: str) -> None:
+    """Connect once and close; raise OSError, ValueError, TypeError or MemoryError for what is no scheduler.
 
     A Dask client that cannot connect waits for 20 seconds when it is collected, and then Python prints its traceback.
     """
@@ -174,16 +174,16 @@ class _Task:
                     "threads, and the same command again to continue."
                 ) from None
             except CancelledError:
-                raise self._cluster.lost() from None
+                raise self._cluster.interrupted() from None
             except TimeoutError:
                 if self._future.status == "error" and isinstance(self._future.exception(), TimeoutError):
                     raise  # the encoder's own
                 if self._cluster.client.status != "running":
-                    raise self._cluster.lost() from None
+                    raise self._cluster.interrupted() from None
                 now = time.monotonic()
                 deserted = None if self._cluster.count_threads() else deserted or now
                 if deserted is not None and now - deserted > PATIENCE_SECONDS:
-                    raise self._cluster.lost(f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
+                    raise self._cluster.interrupted(f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
 
     def cancel(self) -> None:
         """Drop a matrix that is not needed any more."""
@@ -191,7 +191,7 @@ class _Task:
             self._future.cancel()
 
 
-def facts() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return what decides the bytes that an encoder makes, besides its input."""
     return {
         **{package: version(package) for package in PACKAGES},
@@ -210,10 +210,10 @@ def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) ->
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], expected: dict[str, str], threads: int
 ) -> tuple[Any, str, dict[str, str]]:
-    """Run a function on a worker; return its result with the worker's address and facts, which may not be checked yet."""
+    """Run a function on a worker; return its result with the worker's address and environment, which may not be checked yet."""
     import distributed
 
-    worker, here = distributed.get_worker().address, facts()
+    worker, here = distributed.get_worker().address, environment()
     _check_versions(expected, here, worker)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with another number of threads, sums are rounded in another way

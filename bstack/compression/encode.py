@@ -65,7 +65,7 @@ class Pending(Protocol):
 class Workers(Protocol):
     """Encode several matrices at a time, with the same result everywhere."""
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Pending:
@@ -82,7 +82,7 @@ class Threads(ThreadPoolExecutor):
     def __exit__(self, *_exception: object) -> None:
         self.shutdown(cancel_futures=True)
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
         return 1 if inputs > WIDE else self._count
 

@@ -13,6 +13,7 @@ _TITLES = {
     "blocks": "blocks",
     "bits_per_weight": "bits/weight",
     "kld": "KLD",
+    "kld_se": "KLD se",
 }
 
 

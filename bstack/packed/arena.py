@@ -39,7 +39,7 @@ class Memory(Protocol):
 
 
 class HostSlab:
-    """A mapping of private memory; MemoryError if the system has none left."""
+    """A mapping of private memory. Raise MemoryError if the system has none left."""
 
     def __init__(self, size: int):
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

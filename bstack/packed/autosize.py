@@ -256,7 +256,7 @@ class Poller(ABC):
     def _report(self, error: Exception) -> None:
         try:
             self._warn_once(one_line(error), f"The model keeps its size: {one_line(error)}")
-        except Exception:  # the warning fails: a closed stderr, warnings as errors, a user's function
+        except Exception:  # the warning itself can fail: a closed stderr, warnings as errors, a user's function
             with suppress(Exception):
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 

@@ -46,7 +46,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
         if root_only:
             click.echo(reader.root.hex())
         elif as_json:
-            _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
+            _common.print_json("bstack.inspect/2", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))
             if show_blocks:

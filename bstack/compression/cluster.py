@@ -45,9 +45,8 @@ class Cluster:
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
         self.address = address
         with ThreadPoolExecutor(1) as pool:
-            self._torch_threads = pool.submit(
-                torch.get_num_threads
-            ).result()  # as in `bstack.compression.encode.Threads`
+            # As in the threads of `bstack.compression.encode`.
+            self._torch_threads = pool.submit(torch.get_num_threads).result()
         self._compared: set[str] = set()
         try:
             _check_connection(address)

@@ -104,12 +104,10 @@ def encode(
             max_pending = workers.max_pending(matrix.weight.shape[1])
             while len(pending) >= max_pending:
                 finish_one()
-            arrays, values = {}, {}
-            for name, value in vars(matrix).items():
-                if isinstance(value, torch.Tensor):
-                    arrays[name] = value.detach().contiguous().numpy()  # plain arrays, for another process
-                else:
-                    values[name] = value
+            tensors = {name: value for name, value in vars(matrix).items() if isinstance(value, torch.Tensor)}
+            values = {name: value for name, value in vars(matrix).items() if name not in tensors}
+            # Plain arrays, for another process.
+            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
             pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()

@@ -112,36 +112,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _check_arguments(*args, **kwargs)
-        text = getattr(inspect.unwrap(function), "__self__", None)
-        # Widths of fields: digits, or a field in a field, which takes one from the arguments.
-        if isinstance(text, str) and function.__name__.startswith("format") and re.search(r"\d{7}|:[^{}]*\{", text):
-            raise SecurityError("a field of a format string would be too large.")
+        _check(function, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
 
 
-def _check_arguments(*args: Any, **kwargs: Any) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, int) and value > MAX_LENGTH:
-            raise SecurityError(f"the argument {value} is too large.")
+def _check(function: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Raise SecurityError if a call has a large number as an argument or as the width of a field."""
+    if large := [value for value in (*args, *kwargs.values()) if isinstance(value, int) and value > MAX_LENGTH]:
+        raise SecurityError(f"the argument {large[0]} is too large.")
+    # The string of a method, or the first argument of a filter; a field in a field takes its width from the arguments.
+    text = args[0] if function is do_format else getattr(inspect.unwrap(function), "__self__", None)
+    if isinstance(text, str) and "format" in function.__name__ and re.search(r"\d{7}|:[^{}]*\{|%\S*\*", text):
+        raise SecurityError("a field of a format string would be too large.")
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that refuses large numbers as arguments."""
-
-    @functools.wraps(function)  # also the mark of filters that take the environment
+    @functools.wraps(function)  # also the marks by which Jinja hands over its environment
     def call(*args: Any, **kwargs: Any) -> Any:
-        _check_arguments(*args, **kwargs)
+        _check(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     return call
-
-
-def _format(value: Any, *args: Any, **kwargs: Any) -> str:
-    """Apply Jinja's filter ``format``, unless the result is huge."""
-    if _is_huge("%", str(value), None):
-        raise SecurityError("a field of a format string would be too large.")
-    return do_format(value, *args, **kwargs)
 
 
 def _is_huge(operator: str, left: Any, right: Any) -> bool:
@@ -187,7 +178,7 @@ def _environment() -> _Sandbox:
     """Return what transformers offers to templates."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     # Jinja's own filter escapes HTML.
-    environment.filters |= {"tojson": _to_json, "format": _format}
+    environment.filters["tojson"] = _to_json
     environment.filters = {name: _bounded(function) for name, function in environment.filters.items()}
     environment.globals |= {
         "raise_exception": _raise_exception,

@@ -124,6 +124,5 @@ def _import_model_code(path: str) -> None:
 
     # load() reports a bad file.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), bstk.open(path) as file, torch.device("meta"):
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**json.loads(file.file("config.json"))), trust_remote_code=False
-        )
+        config = AutoConfig.for_model(**json.loads(file.file("config.json")))
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -73,9 +73,8 @@ def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     The metadata of a file of an older version has ``original_bytes`` at most.
     """
-    stored, size, quantisation = (
-        model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")
-    )
+    keys = ("original_bytes", "original_dtype_bytes", "source_quantisation")
+    stored, size, quantisation = (model.get(key) for key in keys)
     if not isinstance(stored, int):
         return []
     if not isinstance(size, int):

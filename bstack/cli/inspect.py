@@ -199,10 +199,8 @@ def _spqr_table(found: dict[str, Any]) -> str:
     weights = found["weights"]
     count = f"{found['outliers']:,} outliers, {100 * found['outlier_fraction']:.3f} % of {weights:,} weights"
     words = {"outliers": count if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
-    rows = [
-        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
-        for part, size in found["bytes"].items()
-    ]
+    sizes = found["bytes"].items()
+    rows = [[part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")] for part, size in sizes]
     level, total = found["level_bits_per_weight"], found["bits_per_weight"]
     planes = found["bytes"]["planes"]
     all_ = sum(found["bytes"].values())

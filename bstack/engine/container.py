@@ -184,9 +184,8 @@ def dense_model(
     # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
     cls, config, generation = type(model), model.config, model.generation_config
     with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
-        filled, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
+        settings = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
+        filled, info = cls.from_pretrained(None, **settings)
     if info["missing_keys"]:
         raise lacks(shown, info["missing_keys"])
     filled.generation_config = generation

@@ -116,9 +116,8 @@ def export_safetensors(
             raise lacks(shown, missing)
         shards.finish()
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        beside = (
-            sorted(module.name for module in inside.glob("*.py")) if trusted and recorded_place(file) is None else []
-        )
+        own_code = trusted and recorded_place(file) is None
+        beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
     return Exported(shards.parameters, shards.bytes, files, cut, beside)
 
 

@@ -43,11 +43,8 @@ def packed_model(
             tensor = plain_tensor(file.read(chunk), chunk).to(backend.device)
             if tensor.is_floating_point() and tensor.dtype != dtype:
                 is_table = tensor.dim() == 2 and tensor.numel() >= TABLE
-                tensor = (
-                    PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device)
-                    if is_table
-                    else tensor.to(dtype)
-                )
+                table = PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device) if is_table else None
+                tensor = tensor.to(dtype) if table is None else table
             _put(model, chunk.name, tensor, shown)
     matrices: dict[str, Any] = {}
     lock = PriorityLock()

@@ -45,8 +45,7 @@ class Cluster:
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
         self.address = address
         with ThreadPoolExecutor(1) as pool:
-            # As in the threads of `bstack.compression.encode`.
-            self._torch_threads = pool.submit(torch.get_num_threads).result()
+            self._torch_threads = pool.submit(torch.get_num_threads).result()  # as in a thread that encodes
         self._compared: set[str] = set()
         try:
             _check_connection(address)
@@ -54,8 +53,8 @@ class Cluster:
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
             raise BstkError(
-                f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its "
-                "address, such as tcp://10.0.0.5:8786."
+                f"No Dask scheduler answers at {address}: {one_line(error)}.",
+                hint="Start one (dask scheduler), and give its address, such as tcp://10.0.0.5:8786.",
             ) from None
         try:
             self._check_workers()
@@ -88,7 +87,8 @@ class Cluster:
     def interrupted(self, what: str = "went away") -> Interrupted:
         """Return the error of a cluster that is of no use any more."""
         return Interrupted(
-            f"The Dask scheduler at {self.address} {what}. Give the same command again to continue, with Dask or without."
+            f"The Dask scheduler at {self.address} {what}.",
+            hint="Give the same command again to continue, with Dask or without.",
         )
 
     @contextmanager
@@ -103,13 +103,14 @@ class Cluster:
             self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
             raise BstkError(
-                f"The Dask scheduler at {self.address} has no workers. Start some: dask worker {self.address}"
+                f"The Dask scheduler at {self.address} has no workers.", hint=f"Start some: dask worker {self.address}"
             ) from None
         here = environment()
         for worker, found in self.client.run(environment, on_error="return").items():
             if isinstance(found, Exception):
                 raise BstkError(
-                    f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
+                    f"The worker {worker} cannot run bstack: {one_line(found)}.",
+                    hint=f"Install bstack {here['bstack']} in its environment, too.",
                 )
             _check_versions(here, found, worker)
             self.compare(worker, found)
@@ -120,9 +121,8 @@ class Cluster:
             return
         self._compared.add(worker)
         here = environment()
-        if different := [
-            f"{name} {found[name]}, here {here[name]}" for name in ("processor", "kernels") if found[name] != here[name]
-        ]:
+        names = [name for name in ("processor", "kernels") if found[name] != here[name]]
+        if different := [f"{name} {found[name]}, here {here[name]}" for name in names]:
             warnings.warn(
                 f"The worker {worker} computes with other instructions ({'; '.join(different)}): the file is as good, but may "
                 "not be the same byte for byte.",
@@ -169,8 +169,8 @@ class _Task:
             except KilledWorker as error:
                 raise Interrupted(
                     f"Several workers of {self._cluster.address} died over the same matrix, the last "
-                    f"{error.last_worker.address}: most likely they have too little memory for it. Give them more, or fewer "
-                    "threads, and the same command again to continue."
+                    f"{error.last_worker.address}: most likely they have too little memory for it.",
+                    hint="Give them more, or fewer threads, and the same command again to continue.",
                 ) from None
             except CancelledError:
                 raise self._cluster.interrupted() from None
@@ -202,7 +202,8 @@ def environment() -> dict[str, str]:
 def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) -> None:
     if different := [f"{name} {there[name]}, not {here[name]}" for name in PACKAGES if here[name] != there[name]]:
         raise BstkError(
-            f"The worker {worker} has {' and '.join(different)}: other versions may make other bytes. Install the same ones everywhere."
+            f"The worker {worker} has {' and '.join(different)}: other versions may make other bytes.",
+            hint="Install the same ones everywhere.",
         )
 
 

@@ -106,8 +106,7 @@ def encode(
                 finish_one()
             tensors = {name: value for name, value in vars(matrix).items() if isinstance(value, torch.Tensor)}
             values = {name: value for name, value in vars(matrix).items() if name not in tensors}
-            # Plain arrays, for another process.
-            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
+            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}  # for any process
             pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()

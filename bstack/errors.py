@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = [
-    "ForeignCodeError",
-    "ForeignCodeWarning",
-    "ModelWarning",
-    "SlowerWarning",
-    "UnsupportedModelError",
-    "one_line",
-    "printable",
-    "user_message",
-]
+__all__ = ["ForeignCodeError", "ForeignCodeWarning", "ModelWarning", "SlowerWarning", "UnsupportedModelError"]
+__all__ += ["holds_unknown", "lacks", "one_line", "printable", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -51,6 +44,17 @@ def _on_one_line(message: str) -> str:
 
 class UnsupportedModelError(BstkError):
     """bstack can read the model, but not compress or run it."""
+
+
+def lacks(shown: str, missing: Iterable[str]) -> UnsupportedModelError:
+    """Return the error of a file without some parameters of its model; `shown` names the file."""
+    names = sorted(missing)
+    return UnsupportedModelError(f"{shown} lacks {names[0]} ({len(names)} parameters), which its model needs.")
+
+
+def holds_unknown(shown: str, name: str) -> UnsupportedModelError:
+    """Return the error of a file with a weight that its model does not have."""
+    return UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):

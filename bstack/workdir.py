@@ -229,7 +229,7 @@ def _kept(marker: Path, data: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # of json, of safetensors, of a record with other fields, of a missing file
+    except Exception as error:  # raised by json or safetensors, by a record with other fields, or by a missing file
         raise DamagedError(
             f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made again."
         ) from None

@@ -242,11 +242,11 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
     job.columns = taken->columns;
     job.y = outputs;
     const size_t fit = PREPARED / lay_out(&job, NULL);
-    const int most = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
-    job.tokens = tokens < most ? tokens : most;
+    const int max_tokens = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
+    job.tokens = tokens < max_tokens ? tokens : max_tokens;
     uint8_t *memory = malloc(lay_out(&job, NULL) + GROUP);
     for (int done = 0; memory && done < tokens; done += job.tokens) {
-        job.tokens = tokens - done < most ? tokens - done : most;
+        job.tokens = tokens - done < max_tokens ? tokens - done : max_tokens;
         job.trellis.count = 0;
         lay_out(&job, (uint8_t *)round_up((uintptr_t)memory, GROUP));
         job.x = x + (size_t)done * (size_t)job.columns;

@@ -71,9 +71,8 @@ class Scores:
         perplexity = perplexity_estimate(self._nll)
         if self._reference is None:
             return Quality(perplexity)
-        return Quality(
-            perplexity, mean_estimate(self._kl), percentile_estimate(self._kl, 99), mean_estimate(self._same)
-        )
+        kl = self._kl
+        return Quality(perplexity, mean_estimate(kl), percentile_estimate(kl, 99), mean_estimate(self._same))
 
 
 def reference_key(skeleton: Skeleton, windows: torch.Tensor) -> str:

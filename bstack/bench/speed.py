@@ -44,16 +44,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Running:
-    """What was measured of a model in a process of its own; memory is None where the system does not say.
+    """What was measured of a model in a process of its own.
 
     `load_seconds` excludes the imports of Python packages, and is None when the model was not loaded as a user would.
     `start_memory_bytes` is resident before loading; it grew by `held_memory_bytes` with loading, at most by the peak.
     """
 
     load_seconds: float | None
-    start_memory_bytes: int | None
-    held_memory_bytes: int | None
-    peak_memory_bytes: int | None
+    start_memory_bytes: int
+    held_memory_bytes: int
+    peak_memory_bytes: int
     speed: Speed | None
 
     def to_json(self) -> dict[str, Any]:
@@ -77,11 +77,7 @@ def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[
     seconds = time.perf_counter() - started
     after = resident_bytes()
     found = measure_speed(model, progress) if speed else None
-    return Running(seconds, before, _growth(before, after), _growth(before, peak_bytes()), found)
-
-
-def _growth(before: int | None, after: int | None) -> int | None:
-    return None if before is None or after is None else max(0, after - before)
+    return Running(seconds, before, max(0, after - before), max(0, peak_bytes() - before), found)
 
 
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:

@@ -79,9 +79,8 @@ def _asked(found: dict[str, Any], tasks: Sequence[str]) -> list[tuple[str, dict[
 
 def _headline(figures: dict[str, Any]) -> tuple[str, Estimate]:
     # Keys are "metric,filter" and "metric_stderr,filter"; others, such as "sample_len", are counts.
-    found = {
-        key.partition(",")[0]: value for key, value in figures.items() if "," in key and isinstance(value, (int, float))
-    }
+    numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
+    found = {key.partition(",")[0]: value for key, value in numbers.items() if "," in key}
     names = [name for name in METRICS if name in found] or [name for name in found if not name.endswith("_stderr")]
     if not names:
         raise bstk.BstkError(

@@ -101,7 +101,8 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
 def window_length(file: bstk.Reader, asked: int | None) -> int:
     """Return the tokens in a window: as many as asked for, or 512, or what the model reads if that is less."""
     config = json.loads(file.file("config.json")) if "config.json" in file.files else {}
-    limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
+    sizes = {**config, **config.get("text_config", {})}  # of a model with a vision part, too
+    limits = [sizes[key] for key in ("max_position_embeddings", "n_positions") if isinstance(sizes.get(key), int)]
     if asked is None:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):

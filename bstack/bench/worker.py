@@ -63,7 +63,7 @@ def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measu
         # Dense: this works on every machine and for every architecture.
         model, tokenizer = _load(request.cut)
         if request.windows is not None:
-            windows = _windows(request.windows)
+            windows = torch.from_numpy(np.load(request.windows))
             scores = Scores(windows, None if request.reference is None else Reference(request.reference))
             _feed(model, windows, scores.add, step)
             quality = scores.quality()
@@ -108,12 +108,8 @@ def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
 
 def _write_reference(request: WriteReference, step: Callable[[], None]) -> None:
     model, _ = _load(request.cut)
-    windows = _windows(request.windows)
+    windows = torch.from_numpy(np.load(request.windows))
     write_reference(Path(request.output), "own", len(windows), lambda writer: _feed(model, windows, writer.add, step))
-
-
-def _windows(path: str) -> torch.Tensor:
-    return torch.from_numpy(np.load(path))
 
 
 def _feed(
@@ -130,8 +126,7 @@ def _import_model_code(path: str) -> None:
     """Import what transformers imports for this model, which takes seconds that must not count as loading."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401
 
-    # Whatever is wrong with the file, load() says it better.
+    # load() reports a bad file.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), bstk.open(path) as file, torch.device("meta"):
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**json.loads(file.file("config.json"))), trust_remote_code=False
-        )
+        config = AutoConfig.for_model(**json.loads(file.file("config.json")))
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)

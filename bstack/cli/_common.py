@@ -128,7 +128,7 @@ def describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], begin: str, kept: str) -> str:
-    """Return the lines about a cut from `describe`, such as "FILE: is ..." and "kept ..."."""
+    """Return the lines about a cut from `describe`, such as "FILE: ..." and "kept ..."."""
     sizes = f"{megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of weights in memory"
     blocks = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
     bits = result["bits_per_weight"]

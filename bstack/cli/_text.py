@@ -14,6 +14,7 @@ _TITLES = {
     "blocks": "blocks",
     "bits_per_weight": "bits/weight",
     "kld": "KLD",
+    "kld_se": "KLD se",
 }
 
 
@@ -68,9 +69,8 @@ def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     The metadata of a file of an older version has ``original_bytes`` at most.
     """
-    stored, size, quantisation = (
-        model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")
-    )
+    keys = ("original_bytes", "original_dtype_bytes", "source_quantisation")
+    stored, size, quantisation = (model.get(key) for key in keys)
     if not isinstance(stored, int):
         return []
     if not isinstance(size, int):

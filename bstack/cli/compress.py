@@ -163,9 +163,8 @@ def command(
             f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",
         ),
         ("time", duration(report.seconds)),
+        ("peak memory", megabytes(report.peak_memory_bytes)),
     ]
-    if report.peak_memory_bytes is not None:
-        rows.append(("peak memory", megabytes(report.peak_memory_bytes)))
     click.echo(f"{printable(output)}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")

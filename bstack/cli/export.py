@@ -13,7 +13,9 @@ _DTYPES = ("bf16", "fp16", "fp32")
 
 @click.command("export")
 @_common.place_argument
-@click.option("--to", "form", type=click.Choice(["safetensors"]), required=True, help="What to write.")
+@click.option(
+    "--to", "form", type=click.Choice(["safetensors"]), default="safetensors", help="What to write: safetensors."
+)
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True, help="Type of the weights.")

@@ -41,4 +41,4 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
     if as_json:
         _common.print_json("bstack.grow/1", result)
         return
-    click.echo(_common.report(result, f"{file}: is", f"added {megabytes(result['added_bytes'])}; has"))
+    click.echo(_common.report(result, f"{file}:", f"added {megabytes(result['added_bytes'])}; has"))

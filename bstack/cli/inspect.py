@@ -47,7 +47,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
         if root_only:
             click.echo(reader.root.hex())
         elif as_json:
-            _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
+            _common.print_json("bstack.inspect/2", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))
             if show_blocks:
@@ -190,7 +190,7 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
         "bits_per_weight": 8 * total / weights,
         "level_bits_per_weight": 8 * (total - parts["planes"]) / weights,
         "outliers": outliers,
-        "outlier_share": outliers / weights,
+        "outlier_fraction": outliers / weights,
         "bytes": parts,
     }
 
@@ -198,12 +198,10 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
 def _spqr_table(found: dict[str, Any]) -> str:
     """Return a summary as a table."""
     weights = found["weights"]
-    share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
-    words = {"outliers": share if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
-    rows = [
-        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
-        for part, size in found["bytes"].items()
-    ]
+    count = f"{found['outliers']:,} outliers, {100 * found['outlier_fraction']:.3f} % of {weights:,} weights"
+    words = {"outliers": count if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
+    sizes = found["bytes"].items()
+    rows = [[part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")] for part, size in sizes]
     level, total = found["level_bits_per_weight"], found["bits_per_weight"]
     planes = found["bytes"]["planes"]
     all_ = sum(found["bytes"].values())

@@ -87,7 +87,7 @@ def command(
         return
     click.echo(
         _common.report(
-            result, f"{target or name}: {'would be' if dry_run else 'is'}", "would keep" if dry_run else "kept"
+            result, f"{target or name}:{' would be' if dry_run else ''}", "would keep" if dry_run else "kept"
         )
     )
     if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:

@@ -120,9 +120,9 @@ class SpqrCodec(Codec):
 
     def check_shapes(self, layers: Iterable[Sequence[Sequence[Shape]]]) -> None:
         # Only groups cut off at a matrix's end could hold a larger fraction.
-        if not isinstance(self.outliers, str) and self.outliers > (most := MAX_OF_A_GROUP / self.group):
+        if not isinstance(self.outliers, str) and self.outliers > (largest := MAX_OF_A_GROUP / self.group):
             raise UsageError(
-                f"outliers is {self.outliers}; with groups of {self.group} it is at most {most:g}, as at most "
+                f"outliers is {self.outliers}; with groups of {self.group} it is at most {largest:g}, as at most "
                 f"{MAX_OF_A_GROUP} of a group can be outliers."
             )
         layers = list(layers)

@@ -38,7 +38,7 @@ class Report:
     bits_per_weight
         Of those matrices at full depth, everything in the blocks counted.
     seconds, peak_memory_bytes
-        Of this process; a resumed run counts from its resumption. The peak is None where the system does not say.
+        Of this process; a resumed run counts from its resumption.
     """
 
     output: str
@@ -53,7 +53,7 @@ class Report:
     blocks: int
     bits_per_weight: float
     seconds: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

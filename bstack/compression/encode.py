@@ -65,7 +65,7 @@ class Pending(Protocol):
 class Workers(Protocol):
     """Encode several matrices at a time, with the same result everywhere."""
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Pending:
@@ -76,14 +76,15 @@ class Threads(ThreadPoolExecutor):
     """Threads of this process, one a processor and at most four: the search kernel releases Python's lock."""
 
     def __init__(self) -> None:
-        super().__init__(min(processors(), MAX_THREADS))
+        self._count = min(processors(), MAX_THREADS)
+        super().__init__(self._count)
 
     def __exit__(self, *_exception: object) -> None:
         self.shutdown(cancel_futures=True)
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
-        return 1 if inputs > WIDE else self._max_workers
+        return 1 if inputs > WIDE else self._count
 
 
 def encode(
@@ -103,12 +104,9 @@ def encode(
             max_pending = workers.max_pending(matrix.weight.shape[1])
             while len(pending) >= max_pending:
                 finish_one()
-            arrays, values = {}, {}
-            for name, value in vars(matrix).items():
-                if isinstance(value, torch.Tensor):
-                    arrays[name] = value.detach().contiguous().numpy()  # plain arrays, for another process
-                else:
-                    values[name] = value
+            tensors = {name: value for name, value in vars(matrix).items() if isinstance(value, torch.Tensor)}
+            values = {name: value for name, value in vars(matrix).items() if name not in tensors}
+            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}  # for any process
             pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()

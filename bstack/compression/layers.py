@@ -177,7 +177,7 @@ def embeddings(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
 def check_dense(skeleton: Skeleton, stack_embeddings: bool) -> None:
     """Check that every tensor that is kept dense fits in a chunk of the container; else raise UnsupportedModelError."""
     split = embeddings(skeleton)
-    for name in skeleton.outer_names:
+    for name in skeleton.outside_names:
         tensor = skeleton.parameter(name)
         dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * dtype.itemsize
@@ -208,7 +208,7 @@ def compress_outside(
                 encode(_range_matrices(skeleton, name, ranges, *statistics(name)), codec, part, workers, progress)
     if not work.has(OUTSIDE_PART):
         with work.part(OUTSIDE_PART) as part:
-            for name in skeleton.outer_names:
+            for name in skeleton.outside_names:
                 if name not in stacked:
                     with skeleton.loaded([name]):
                         add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)

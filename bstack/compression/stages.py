@@ -157,7 +157,10 @@ def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
         sizes |= {"original_dtype": "bfloat16", "original_dtype_bytes": 2 * count}
         return {**sizes, "source_quantisation": f"{format.upper()} {checkpoint.quantisation}"}
     by_dtype: Counter[torch.dtype] = Counter()
-    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.own_layer_names(i))]:
+    for name in [
+        *skeleton.outside_names,
+        *(n for i in range(len(skeleton.layers)) for n in skeleton.own_layer_names(i)),
+    ]:
         if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
             dtype = checkpoint.stored_dtype(name)
             by_dtype[dtype] += parameter.numel() * dtype.itemsize

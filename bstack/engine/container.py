@@ -13,7 +13,7 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, lacks, one_line
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.generation import read_generation
@@ -187,12 +187,10 @@ def dense_model(
     # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
     cls, config, generation = type(model), model.config, model.generation_config
     with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
-        filled, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
+        settings = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
+        filled, info = cls.from_pretrained(None, **settings)
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+        raise lacks(shown, info["missing_keys"])
     filled.generation_config = generation
     return filled.eval()
 

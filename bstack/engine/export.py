@@ -14,7 +14,7 @@ import torch
 
 import bstk
 from bstack.engine.container import build_model, dense_weights, embedded_files, parse_name
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
 from bstack.models.files import MODEL_SUFFIXES, is_model_file
@@ -112,15 +112,12 @@ def export_safetensors(
             progress(sum(chunk.stored_length for chunk in chunks))
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         unsaved = set(model._keys_to_ignore_on_save or ())
-        if missing := sorted(set(model.state_dict()) - tied - unsaved - written):
-            raise UnsupportedModelError(
-                f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs."
-            )
+        if missing := set(model.state_dict()) - tied - unsaved - written:
+            raise lacks(shown, missing)
         shards.finish()
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        beside = (
-            sorted(module.name for module in inside.glob("*.py")) if trusted and recorded_place(file) is None else []
-        )
+        own_code = trusted and recorded_place(file) is None
+        beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
     return Exported(shards.parameters, shards.bytes, files, cut, beside)
 
 
@@ -201,7 +198,7 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
     expected = model.state_dict()
     for name, tensor in weights.items():
         if name not in expected:
-            raise UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
+            raise holds_unknown(shown, name)
         if tensor.shape != expected[name].shape:
             raise DamagedError(
                 f"{shown}: {name} has shape {tuple(tensor.shape)}, but the model has {tuple(expected[name].shape)} there."

@@ -100,9 +100,8 @@ def quantise(x: np.ndarray, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]
     usable = np.isfinite(largest) & (largest >= np.float32(1e-30))
     inverse = np.float32(limit) / np.where(usable, largest, np.float32(1))
     codes = np.rint(np.where(usable[:, None], x, np.float32(0)) * inverse[:, None]).astype(np.int16)
-    scale = np.where(
-        np.isfinite(largest), np.where(usable, largest / np.float32(limit), np.float32(0)), np.float32(np.nan)
-    )
+    scale = np.where(usable, largest / np.float32(limit), np.float32(0))
+    scale = np.where(np.isfinite(largest), scale, np.float32(np.nan))
     return codes, scale.astype(np.float32)
 
 

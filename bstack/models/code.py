@@ -127,9 +127,8 @@ def write_references(code: Code, folder: Path, place: str = "") -> None:
     """Have a model's files name `code`, beside them or in the hub's repository `place`, in their ``auto_map``."""
     for file, classes in _MAPS.items():
         if "auto_map" in (content := read_json(folder / file)):
-            named: dict[str, Any] = {
-                auto: f"{place}--{name}" if place else name for auto, name in code.references.items() if auto in classes
-            }
+            prefix = f"{place}--" if place else ""
+            named: dict[str, Any] = {auto: prefix + name for auto, name in code.references.items() if auto in classes}
             if "AutoTokenizer" in named:
                 named["AutoTokenizer"] = [None, named["AutoTokenizer"]]
             content["auto_map"] = named

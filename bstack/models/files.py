@@ -47,12 +47,12 @@ def hub_snapshot(model: str, files: Sequence[str], hint: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except HFValidationError:
-        why = "it is not the form of a hub id (owner/name) either"
+        why = "It is no hub id (owner/name) either."
     except LocalEntryNotFoundError:
-        why = "the hub cannot be reached and no copy is in its cache"
+        why = "The hub cannot be reached, and its cache holds no copy."
     except (HfHubHTTPError, OSError) as error:
-        why = f"the hub answered: {one_line(error)}"
-    raise UsageError(f"No model {model!r}: there is no such folder or file, and {why}.", hint=hint)
+        why = f"The hub answers: {one_line(error).rstrip('.')}."
+    raise UsageError(f"No model {model!r}: there is no such folder or file. {why}", hint=hint)
 
 
 def hub_files(model: str) -> tuple[str, list[str]] | None:

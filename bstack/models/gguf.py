@@ -48,7 +48,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             arguments = self._read_header()
             self.config = AutoConfig.for_model(**arguments)
-        except BstkError:
+        except (BstkError, MemoryError):
             raise
         except Exception as error:  # values of wrong types; configurations check themselves with several libraries
             raise UnsupportedModelError(f"{path}: its metadata cannot be used: {one_line(error)}") from None
@@ -210,6 +210,8 @@ def _open(path: Path) -> Any:
         raise UnsupportedModelError(f"{path} is a GGUF file of version {number}; bstack reads versions 2 and 3.")
     try:
         return gguf.GGUFReader(path)
+    except MemoryError:
+        raise
     except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
         if "GGMLQuantizationType" in str(error):
             raise UnsupportedModelError(

@@ -53,9 +53,8 @@ class Metadata:
         self.architecture = str(values.get("general.architecture", ""))
         prefix = f"{self.architecture}."
         self._left = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-        self.tokens = {
-            key.removeprefix("tokenizer.ggml."): value for key, value in values.items() if key.endswith("_token_id")
-        }
+        ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
+        self.tokens = {key.removeprefix("tokenizer.ggml."): value for key, value in ids.items()}
 
     def take(self, key: str, default: Any = _REQUIRED, per_layer: bool = False) -> Any:
         """Take a value out. A list stands for its one value, unless the layers may differ."""

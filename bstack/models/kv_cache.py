@@ -45,9 +45,8 @@ class GrowingLayer(DynamicLayer):
         buffers = self._buffers
         if buffers is None or buffers[0].shape[-2] < needed or not all(map(_is_start, present, buffers)):
             capacity = max(MIN_CAPACITY, 2 * needed)
-            keys, values = (
-                _buffer(new, old, used, capacity) for new, old in zip(like or present, present, strict=True)
-            )
+            pairs = zip(like or present, present, strict=True)
+            keys, values = (_buffer(new, old, used, capacity) for new, old in pairs)
             self._buffers = buffers = keys, values
             self.advance(0)
         return buffers

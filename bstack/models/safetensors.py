@@ -269,5 +269,7 @@ def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
         if hasattr(config, "transformers_weights"):  # a name of a file that neither containers nor exports have
             del config.transformers_weights
         return config
+    except MemoryError:
+        raise
     except Exception as error:  # configuration classes raise anything for wrong values
         raise UnsupportedModelError(f"{display_name / 'config.json'} cannot be used: {one_line(error)}") from None

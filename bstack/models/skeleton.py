@@ -102,15 +102,15 @@ class Skeleton:
         self.output_name = self._tied.get(own, own)
 
     @property
-    def outer_names(self) -> list[str]:
+    def outside_names(self) -> list[str]:
         """Return the state-dict names outside the repeated layers, without tied copies."""
         inside = tuple(name + "." for name, _ in self.layers)
         return [name for name in _untied_names(self.model) if not name.startswith(inside)]
 
     @property
     def rest_names(self) -> list[str]:
-        """Return the outer names without the embedding and the head, which are large and needed only for a moment."""
-        return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
+        """Return the outside names without the embedding and the head, which are large and needed only for a moment."""
+        return [name for name in self.outside_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
         """Return the full state-dict names that one repeated layer needs, with those that it shares with another layer."""
@@ -229,6 +229,8 @@ def _build(checkpoint: Checkpoint) -> Any:
                 trust_remote_code=checkpoint.code is not None,
                 experts_implementation="eager",
             )
+    except MemoryError:
+        raise
     except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "

@@ -283,8 +283,7 @@ def _falling(gains: list[torch.Tensor]) -> list[torch.Tensor]:
     count = len(gains)
     slopes = []
     for at in range(count):
-        best = [
-            torch.stack([mean(start, stop) for stop in range(at + 1, count + 1)]).amax(0) for start in range(at + 1)
-        ]
+        stops = range(at + 1, count + 1)
+        best = [torch.stack([mean(start, stop) for stop in stops]).amax(0) for start in range(at + 1)]
         slopes.append(torch.stack(best).amin(0))
     return slopes

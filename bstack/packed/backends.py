@@ -94,7 +94,7 @@ def _device_kernels() -> Any:
 
 
 class DeviceMemory:
-    """A slab in a device's memory; bstk.ResourceError if it has none left."""
+    """A slab in a device's memory. Raise ResourceError if the device is full."""
 
     def __init__(self, size: int, device: torch.device):
         self.size = size

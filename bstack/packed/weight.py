@@ -108,15 +108,12 @@ def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any =
 
 
 def _item(weight: Any, index: Any) -> Any:
-    single = isinstance(index, int) or (
-        isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool
-    )
+    is_scalar = isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool
+    single = is_scalar or isinstance(index, int)
     if not isinstance(weight, PackedWeight) or not isinstance(weight.packed, Sequence) or not single:
         return NotImplemented
-    index = int(index)
-    return PackedWeight(
-        weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]", weight.device
-    )
+    packed, label = weight.packed[int(index)], f"{weight.label}[{int(index)}]"
+    return PackedWeight(packed, weight.transposed, weight.dtype, label, weight.device)
 
 
 def _transpose(input: PackedWeight, dim0: int, dim1: int, **rest: Any) -> Any:

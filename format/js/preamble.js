@@ -59,8 +59,8 @@ export function parsePreamble(bytes) {
     if (!holds) throw new DamagedError(`preamble: ${what}`);
   };
   const exactly = (field, found, wanted) => must(found === wanted, `the ${field} is ${found}; it must be ${wanted}`);
-  const within = (field, found, least, most) =>
-    must(found >= least && found <= most, `the ${field} is ${found}; allowed: ${least} to ${most}`);
+  const within = (field, found, low, high) =>
+    must(found >= low && found <= high, `the ${field} is ${found}; allowed: ${low} to ${high}`);
 
   const [fullLength, smallestLength] = [u64(40), u64(56)];
   const [chunkCount, baseCount] = [u32(64), u32(68)];

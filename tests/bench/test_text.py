@@ -1,4 +1,6 @@
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -7,11 +9,11 @@ from transformers import AutoTokenizer
 import bstack
 from bstack.bench.options import Options
 from bstack.bench.run import run_bench
-from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text
+from bstack.bench.text import DEFAULT, digest, first_windows, measuring_text, window_length
 from bstack.calibration.texts import TextSource
 from bstack.errors import UnsupportedModelError
 from bstack.progress import no_progress
-from bstk.errors import BstkError
+from bstk.errors import BstkError, UsageError
 
 
 class Letters:
@@ -85,3 +87,13 @@ def test_a_token_beyond_the_vocabulary(tiny_llama, tmp_path):
     options = Options(text=str(tmp_path / "text.txt"), windows=2, sequence_length=16, original=str(folder))
     with pytest.raises(UnsupportedModelError, match=r"^text\.txt: the tokenizer gives '<extra>' the id 211.* 211 rows"):
         run_bench(tmp_path / "a.bstk", options, no_progress)
+
+
+@pytest.mark.parametrize(
+    "config", [{"max_position_embeddings": 96}, {"n_positions": 96}, {"text_config": {"max_position_embeddings": 96}}]
+)
+def test_windows_are_no_longer_than_the_model_reads(config):
+    file = SimpleNamespace(files=["config.json"], file=lambda name: json.dumps(config))
+    assert window_length(file, None) == window_length(file, 96) == 96
+    with pytest.raises(UsageError, match="at most 96"):
+        window_length(file, 97)

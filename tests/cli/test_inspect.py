@@ -47,7 +47,7 @@ def test_json(bstack, vector, name, state):
     assert done.returncode == 0
     assert ("Warning" in done.stderr) == (state == "partial")
     found = json.loads(done.stdout)
-    assert found["schema"] == "bstack.inspect/1" and found["state"] == state
+    assert found["schema"] == "bstack.inspect/2" and found["state"] == state
     assert found["file_bytes"] == path.stat().st_size
     assert found["metadata"]["model"]["name"] == "tiny"
     assert found["cuts"][0]["file_bytes"] == found["smallest"]["file_bytes"]

@@ -42,9 +42,9 @@ def without_tokenizer(tmp_path_factory):
     return folder / "model.bstk"
 
 
-def mb(path, share):
+def mb(path, fraction):
     with bstk.open(path) as file:
-        return (file.smallest.budget + share * (file.length - file.smallest.budget) + 1) / bstk.MB
+        return (file.smallest.budget + fraction * (file.length - file.smallest.budget) + 1) / bstk.MB
 
 
 def test_text_and_summary(bstack, model):

@@ -21,7 +21,7 @@ def test_cut(bstack, whole, sizes, tmp_path):
     before = whole.read_bytes()
     done = bstack("truncate", whole, "--mb", sizes[1], "-o", "out.bstk")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "out.bstk: is 1,870 bytes as a file and 148 bytes of weights in memory" in done.stdout
+    assert "out.bstk: 1,870 bytes as a file and 148 bytes of weights in memory" in done.stdout
     assert "kept 3 of 5 blocks" in done.stdout and "bits per weight" in done.stdout
     assert bstack("inspect", "--strict", "out.bstk").returncode == 0
     assert whole.read_bytes() == before

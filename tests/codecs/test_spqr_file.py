@@ -94,12 +94,12 @@ def test_inspect_counts_every_part(made):
         names = {chunk.name for chunk in file.chunks if chunk.kind is bstk.SPQR}
         total = sum(chunk.raw_length for chunk in file.chunks if chunk.name in names)
         weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in file.chunks if chunk.kind is bstk.SPQR)
-        apart = 0
+        outliers = 0
         for chunk in file.chunks:
             if chunk.kind is bstk.OUTLIERS:
-                apart += int.from_bytes(file.read(chunk)[4 * chunk.shape[0] :][:4], "little")
+                outliers += int.from_bytes(file.read(chunk)[4 * chunk.shape[0] :][:4], "little")
     assert sum(found["bytes"].values()) == total and found["linears"] == 14 and found["weights"] == weights
-    assert found["outliers"] == apart and found["outlier_share"] == apart / weights
+    assert found["outliers"] == outliers and found["outlier_fraction"] == outliers / weights
     assert found["bits_per_weight"] == pytest.approx(8 * total / weights)
     # Every layer has the same matrices, so the bits of the whole come as near as those of a layer.
     assert 5.45 < found["level_bits_per_weight"] <= 5.5
@@ -109,7 +109,7 @@ def test_inspect_counts_every_part(made):
         "permutation",
         "outliers",
         "spqr (3 bits in groups of 16)",
-        f"{apart:,} outliers",
+        f"{outliers:,} outliers",
     ):
         assert word in page
 

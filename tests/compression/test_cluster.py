@@ -190,9 +190,9 @@ def test_a_worker_that_comes_late_with_other_kernels_is_told_of_once(scheduler, 
         first.kill()
         wait_for(lambda: not client.nthreads())
         (late,) = add_workers(1, BSTACK_KERNELS="reference")
-        with pytest.warns(RuntimeWarning, match="kernels reference") as told:
+        with pytest.warns(RuntimeWarning, match="kernels reference") as warned:
             assert [workers.submit(os.getpid).result() for _ in range(3)] == [late.pid] * 3
-        assert len(told) == 1
+        assert len(warned) == 1
 
 
 def test_an_encoder_that_times_out_is_not_asked_for_ever():

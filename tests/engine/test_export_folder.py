@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 QUICK = {"samples": 2, "sequence_length": 16}
 CODECS = {
     "spqr": Settings(codec="spqr", planes=1, **QUICK),
-    "spqr, none apart": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
+    "spqr, no outliers": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
     "trellis": Settings(codec="trellis", planes=2, **QUICK),
     "sign": Settings(codec="sign", planes=2, rank=2, **QUICK),
 }
@@ -39,7 +39,7 @@ CASES = [
     ("mixtral", "spqr"),
     ("gpt-oss", "trellis"),
     ("opt-projected", "spqr"),
-    ("llama", "spqr, none apart"),
+    ("llama", "spqr, no outliers"),
 ]
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 

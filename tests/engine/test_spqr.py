@@ -14,7 +14,7 @@ from bstack.models.kv_cache import growing_cache
 IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 
 
-@pytest.fixture(params=["spqr", "spqr, none apart"])
+@pytest.fixture(params=["spqr", "spqr, no outliers"])
 def path(request, file_of):
     return file_of("llama", codec=request.param)
 
@@ -41,7 +41,7 @@ def test_the_file_has_all_three_kinds(file_of):
 
 
 def test_without_outliers_planes_stand_on_the_dense_part(file_of):
-    with bstk.open(file_of("llama", codec="spqr, none apart")) as file:
+    with bstk.open(file_of("llama", codec="spqr, no outliers")) as file:
         assert {
             tuple(chunk.kind for chunk in samples.chunks_of(file, name))
             for name in dict.fromkeys(chunk.name for chunk in file.chunks)

@@ -178,7 +178,7 @@ def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_pat
     kept.write_bytes(damaged)
     bstack.load(server.url, mode=mode)
     assert kept.read_bytes() == data
-    # What the server itself sends wrongly is told, and not asked for again and again.
+    # What the server itself sends wrongly is an error, and not asked for again and again.
     server.data, server.etag = bytes(damaged), '"two"'
     kept.unlink()
     server.asked.clear()
@@ -284,10 +284,10 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
     assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
         bstack.resize(model, full)
-    told = []
-    with bstack.following(model, lambda: full, warn=told.append):
-        until(lambda: told)
-    assert "more than was fetched" in told[0]
+    warnings = []
+    with bstack.following(model, lambda: full, warn=warnings.append):
+        until(lambda: warnings)
+    assert "more than was fetched" in warnings[0]
     assert bstack.resident(model) == before
     model, _ = bstack.load(server.url, mode="packed")
     assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

@@ -21,7 +21,7 @@ __all__ = ["fenced", "instructions", "threads"]  # fixtures
 
 RANKS = [rank_of(bits, group) for bits in (3, 4) for group in (16, 32, 64, 128)]
 # Shares of the weights that are outliers: none, few, every second, all.
-SHARES = [0, 0.01, 0.5, 1]
+FRACTIONS = [0, 0.01, 0.5, 1]
 SHAPES = [(1, 1), (2, 3), (16, 16), (15, 17), (17, 129), (33, 100), (70, 576), (48, 257), (5, 1030)]
 
 
@@ -52,7 +52,7 @@ def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, f
 FORMS = st.lists(
     st.one_of(
         st.tuples(st.just(SPQR), st.sampled_from(RANKS)),
-        st.tuples(st.just(OUTLIERS), st.sampled_from(SHARES)),
+        st.tuples(st.just(OUTLIERS), st.sampled_from(FRACTIONS)),
         st.just((TRELLIS, 2)),
         st.just((SIGN, 2)),
     ),
@@ -196,7 +196,9 @@ def test_blocks_come_and_go_between_calls(instructions):
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("form", [*((SPQR, rank) for rank in RANKS), *((OUTLIERS, share) for share in SHARES)], ids=str)
+@pytest.mark.parametrize(
+    "form", [*((SPQR, rank) for rank in RANKS), *((OUTLIERS, fraction) for fraction in FRACTIONS)], ids=str
+)
 def test_nothing_past_a_block_is_read(instructions, fenced, form):
     rng = np.random.default_rng(1)
     for rows, columns in ((1, 1), (1, 3), (16, 64), (5, 253), (17, 100), (33, 130)):

@@ -73,7 +73,7 @@ def check(tmp_path, model, **kwargs):
 
 
 def divisors(rope, dim):
-    """Compute what stands in the tensor rope_freqs.weight for transformers' llama3 scaling."""
+    """Compute what is in the tensor rope_freqs.weight for transformers' llama3 scaling."""
     config = transformers.LlamaConfig(**{**BASE, "hidden_size": 4 * dim, "rope_parameters": rope})
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config)
     plain = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -12,6 +12,8 @@ from bstack.engine.export import export_safetensors
 from bstack.errors import UnsupportedModelError
 from bstack.models import tokenizer
 from bstack.models.files import put_files
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
 from bstack.models.tokenizer import export_tokenizer
 
 
@@ -85,3 +87,13 @@ def test_a_file_that_no_export_takes_is_refused_before_anything_is_computed(tiny
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match=r"its tokenizer writes words\.dat"):
         export_tokenizer(tmp_path, tiny_llama)
+
+
+@pytest.mark.parametrize("call", ["AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"])
+def test_a_lack_of_memory_is_no_fault_of_the_model(tiny_llama, monkeypatch, call):
+    def refuse(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(f"transformers.{call}", refuse)
+    with pytest.raises(MemoryError):
+        Skeleton(open_checkpoint(str(tiny_llama)))

@@ -47,9 +47,9 @@ def test_rotated_hessian_a_few_rows_at_a_time(n, together, seed):
     before = hessian.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bstack.numerics.rotation.ROWS_TOGETHER", together)
-        turned = rotate_hessian(hessian)
-    assert torch.equal(hessian, before) and turned.is_contiguous()
-    assert torch.allclose(turned, rotate(rotate(hessian).t()), atol=1e-5)
+        rotated = rotate_hessian(hessian)
+    assert torch.equal(hessian, before) and rotated.is_contiguous()
+    assert torch.allclose(rotated, rotate(rotate(hessian).t()), atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "size"), [(1, 1), (576, 64), (1536, 512), (4096, 4096), (11008, 256), (7, 1)])

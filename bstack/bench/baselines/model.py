@@ -55,17 +55,15 @@ class Baselines:
             if chunk.is_block and chunk.level == 0 and chunk.name.startswith(inside)
         }
         plain = [chunk for chunk in file.chunks if not chunk.is_block and chunk.name not in self._embeddings]
-        self._rest = Sizes(
-            sum(chunk.stored_length for chunk in plain), sum(chunk.raw_length for chunk in plain if chunk.is_weight)
-        )
+        in_memory = sum(chunk.raw_length for chunk in plain if chunk.is_weight)
+        self._rest = Sizes(sum(chunk.stored_length for chunk in plain), in_memory)
 
     def estimated_sizes(self, method: str, bits: int) -> list[Sizes]:
         """Estimate the bytes at each number of bits for the embeddings, without quantising anything."""
         # SpQR's groups of 16, its order of the inputs and its outliers take about .7 bits per weight more than groups of 64.
         more = 0.7 if method == "spqr" else 0
-        linear = sum(
-            _raw_bytes(chunk.shape, bits) + int(math.prod(chunk.shape) * more / 8) for chunk in self._linears.values()
-        )
+        linears = [chunk.shape for chunk in self._linears.values()]
+        linear = sum(_raw_bytes(shape, bits) + int(math.prod(shape) * more / 8) for shape in linears)
         shapes = [self._skeleton.parameter(name).shape for name in self._embeddings]
         totals = [linear + sum(_raw_bytes(shape, own) for shape in shapes) for own in EMBEDDING_BITS]
         return [Sizes(total, total) + self._rest for total in totals]
@@ -123,7 +121,7 @@ class Baselines:
         """Quantise layer after layer, each calibrated on the output of the quantised layers before it, as the paper does."""
         batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
         skeleton = self._skeleton
-        with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
+        with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
             for index, _ in stream.steps():
                 with skeleton.loaded(skeleton.layer_names(index)):
                     statistics = gather(stream, index, layer_parameters(skeleton, index))
@@ -242,9 +240,8 @@ def compare(
     best = frontier(baselines)
     if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
         notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
-    return [
-        Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
-    ]
+    comparable = [b for b in best if b.sizes.file_bytes >= smallest]
+    return [Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in comparable]
 
 
 def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:

@@ -19,7 +19,7 @@ def test_no_such_model(refused, name):
 
 @pytest.mark.parametrize("name", ["./nothing/of/this/kind", "/nothing", "no spaces allowed"])
 def test_no_such_model_and_no_hub_id_either(refused, name):
-    refused(2, [f"No model '{name}'", "not the form of a hub id"], name)
+    refused(2, [f"No model '{name}'", "It is no hub id"], name)
 
 
 def test_a_file_that_is_no_checkpoint(refused, tmp_path):

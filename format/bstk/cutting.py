@@ -6,10 +6,10 @@ import os
 
 from .atomic import LockedFile, remove_leftovers
 from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
-from .errors import RemoteChangedError, UsageError, os_errors
+from .errors import DamagedError, RemoteChangedError, UsageError, os_errors
 from .http import is_url
 from .reader import Reader, is_remote, open, reopen, require_rewritable
-from .transfer import Progress, download, extend, overwrite_preamble, remove_parts, write_cut
+from .transfer import Progress, download, extend, intact, overwrite_preamble, remove_parts, write_cut
 
 
 def truncate(
@@ -146,8 +146,8 @@ def grow(
     all of it fits and it is whole. Only the missing bytes are read from `source`; each chunk is checked against its digest
     before its last byte is written.
 
-    The missing bytes are appended to the file itself. Nothing is changed before the first of them have arrived. From then on
-    the file is partial until it is complete: a valid model, at least as large as before, and not sealed. If growing fails or
+    The missing bytes are appended to the file itself, after its own blocks were checked; a damaged one is an error. Nothing
+    is changed before the first of them have arrived. From then on the file is partial until it is complete: a valid model, at least as large as before, and not sealed. If growing fails or
     is stopped, the file stays so, and the same call continues from there.
 
     Parameters
@@ -231,6 +231,13 @@ def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | 
     """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
     small = open(file, warn=False)
     cut = plan_growth(small, None, larger, budget=budget)
+    kept = intact(file, small.chunks)
+    if damaged := next((chunk for chunk in small.chunks if chunk.end > kept), None):
+        raise DamagedError(
+            f"{file.name}: {damaged.describe()}: its SHA-256 does not match the index.",
+            hint="Copy, download or cut the file again.",
+            chunk=damaged,
+        )
 
     def unseal() -> None:
         if small.seal:

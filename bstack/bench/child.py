@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.bench.options import mb_text
 from bstack.bench.results import Measured
 
 __all__ = ["Cut", "Measure", "WriteReference", "ask", "isolated_environment", "read_request"]
@@ -77,7 +76,7 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
 
     Raises BstkError as the child did, with its exit code; ResourceError if the system killed the child.
     """
-    shown = f"{mb_text(request.cut.budget)} MB"
+    shown = f"{bstk.mb_text(request.cut.budget)} MB"
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, *_own_folders()],

@@ -10,17 +10,7 @@ from typing import NamedTuple
 
 import bstk
 
-__all__ = [
-    "BITS",
-    "CALIBRATED",
-    "Choice",
-    "Options",
-    "even_budgets",
-    "mb_text",
-    "parse_against",
-    "parse_budgets",
-    "width",
-]
+__all__ = ["BITS", "CALIBRATED", "Choice", "Options", "even_budgets", "parse_against", "parse_budgets", "width"]
 
 # Each size takes seconds to hours, so a range with a tiny step is most likely a slip.
 MAX_SIZES = 1000
@@ -126,14 +116,9 @@ def even_budgets(file: bstk.Reader, count: int = 10) -> list[int]:
     They are rounded up to hundredths of a MB where that does not merge sizes, so that each can be typed again.
     """
     cuts = file.even_cuts(count)
-    rounded = [bstk.budget_bytes(bstk.mb_ceil(budget)) for budget in cuts.values()]
+    rounded = [-(-budget * 100 // bstk.MB) * bstk.MB // 100 for budget in cuts.values()]
     same = all(file.fit_bytes(budget) == cut for budget, cut in zip(rounded, cuts, strict=True))
     return rounded if same else list(cuts.values())
-
-
-def mb_text(budget: int) -> str:
-    """Return a budget in MB with up to three decimals."""
-    return f"{budget / bstk.MB:.3f}".rstrip("0").rstrip(".")
 
 
 def width(bits: int, bpw: float | None) -> str:

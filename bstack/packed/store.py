@@ -176,7 +176,7 @@ class BlockStore:
         needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
         if budget > self._fetched and budget >= needed:
             raise UsageError(
-                f"{bstk.mb_ceil(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
+                f"{bstk.mb_text(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
                 "again with that budget; what is here is not fetched twice."
             )
 

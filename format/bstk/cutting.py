@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from .atomic import LockedFile, remove_leftovers
-from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
+from .budget import Budget, Cut, budget_of, mb_ceil, mb_text
 from .errors import DamagedError, RemoteChangedError, UsageError, os_errors
 from .http import is_url
 from .reader import Reader, is_remote, open, reopen, require_rewritable
@@ -15,10 +15,12 @@ from .transfer import Progress, download, extend, intact, overwrite_preamble, re
 def truncate(
     src: str | os.PathLike[str] | Reader,
     dst: str | os.PathLike[str] | None,
-    mb: Budget,
+    mb: Budget | None = None,
     seal: bool = True,
     progress: Progress | None = None,
     overwrite: bool = True,
+    *,
+    budget: int | None = None,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -45,6 +47,8 @@ def truncate(
         Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
     overwrite : bool
         Replace what is at `dst`. Without it an existing `dst` is refused at the start, and again at the end.
+    budget : int
+        The budget in bytes, instead of `mb`.
 
     Returns
     -------
@@ -63,7 +67,7 @@ def truncate(
     RemoteError, ResourceError, OutputError
         The URL cannot be read, or the result cannot be written; nothing was changed.
     """
-    budget = budget_bytes(mb)
+    budget = budget_of(mb, budget)
     if isinstance(src, Reader):
         return _truncate(src, dst, budget, seal, progress, overwrite)
     if dst is None and not is_url(src):
@@ -75,12 +79,13 @@ def truncate(
 def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
     """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
     require_rewritable(source)
-    cut = source.fit(mb, budget=budget)
+    budget = budget_of(mb, budget)
+    cut = source.fit(budget=budget)
     # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
     if cut.chunks == len(source.chunks) and source.state != "partial" and not is_remote(source):
-        given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
         raise UsageError(
-            f"{source.source.name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {given}.",
+            f"{source.source.name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is "
+            f"{mb_text(budget)} MB.",
             hint="Give a smaller budget, or use the file as it is.",
         )
     return cut
@@ -138,7 +143,12 @@ def _cut_in_place(path: str, budget: int, seal: bool) -> Cut:
 
 
 def grow(
-    path: str | os.PathLike[str], mb: Budget, source: str | os.PathLike[str] | Reader, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    mb: Budget | None,
+    source: str | os.PathLike[str] | Reader,
+    progress: Progress | None = None,
+    *,
+    budget: int | None = None,
 ) -> Cut:
     """Grow a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -160,6 +170,8 @@ def grow(
         A larger file of the same model. A reader is left open.
     progress : callable or None
         Called with the number of bytes of each piece appended.
+    budget : int
+        The budget in bytes, instead of `mb`, which is None then.
 
     Returns
     -------
@@ -178,7 +190,7 @@ def grow(
     RemoteError, ResourceError, OutputError
         The URL cannot be read, or the file cannot be written.
     """
-    budget = budget_bytes(mb)
+    budget = budget_of(mb, budget)
     with open(path, warn=False) as small:  # an invalid file is refused before a server is asked
         require_rewritable(small)
     if isinstance(source, Reader):
@@ -199,7 +211,8 @@ def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int
         )
     if os.path.exists(other) and os.path.samefile(name, other):
         raise UsageError(f"{name}: the file cannot grow from itself.", hint="Name a larger file of the same model.")
-    cut = larger.fit(mb, budget=budget)
+    budget = budget_of(mb, budget)
+    cut = larger.fit(budget=budget)
     here = small.fit()
     # A partial file that has all blocks already still gets its seal.
     if cut.chunks < here.chunks or (cut.chunks == here.chunks and small.state != "partial"):
@@ -208,8 +221,9 @@ def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int
             why = f"{other} has no more than it, {available} MB."
             hint = "Name a larger file of the same model."
         else:
-            given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
-            why = f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {given}."
+            why = (
+                f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {mb_text(budget)} MB."
+            )
             hint = f"Give a larger budget; all of {other} takes {available} MB."
         raise UsageError(f"{name}: nothing to add: {why}", hint=hint)
     return cut

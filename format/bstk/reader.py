@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from . import frames, header, http, kinds
-from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
+from .budget import Budget, Cut, budget_of, mb_ceil, mb_text
 from .errors import (
     BudgetError,
     DamagedError,
@@ -182,18 +182,16 @@ class Reader:
         Raises
         ------
         UsageError, BudgetError
-            `mb` is not a positive number; the base model does not fit.
+            `mb` is not a positive number, or both are given; the base model does not fit.
         """
-        if mb is not None:
-            budget = budget_bytes(mb)
-        if budget is None:
+        if mb is None and budget is None:
             return self.cut(len(self.chunks))
+        budget = budget_of(mb, budget)
         base = self.smallest
         if budget < base.budget:
-            given = f"{mb} MB" if mb is not None else f"{mb_floor(budget)} MB"
             raise BudgetError(
-                f"{self.source.name}: {given} is below the base model, which takes {mb_ceil(base.file_bytes)} MB as a file and "
-                f"{mb_ceil(base.memory_bytes)} MB of weights in memory.",
+                f"{self.source.name}: {mb_text(budget)} MB is below the base model, which takes {mb_ceil(base.file_bytes)} MB as "
+                f"a file and {mb_ceil(base.memory_bytes)} MB of weights in memory.",
                 base.budget,
                 hint=f"The smallest budget is {mb_ceil(base.budget)} MB.",
             )

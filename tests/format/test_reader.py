@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import samples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bstk
@@ -168,6 +168,51 @@ def test_budget_is_exact(mb, size):
 @pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 10**9, 123456789])
 def test_named_megabytes_are_enough(size):
     assert 0 <= bstk.budget_bytes(bstk.mb_ceil(size)) - size <= bstk.MB / 100 + 1
+
+
+@given(size=st.integers(0, 2**48))
+@example(size=10**7)
+def test_a_budget_as_text_is_read_back(size):
+    text = bstk.mb_text(size)
+    assert bstk.budget_bytes(text) == size if size else text == "0"
+    assert len(text.partition(".")[2]) <= 7
+
+
+@pytest.mark.parametrize("typed", ["0.03", "62.3", "80.1", "3000", "0.000954", "99.99", "1234.567"])
+def test_a_budget_as_text_is_what_was_typed(typed):
+    assert bstk.mb_text(bstk.budget_bytes(typed)) == typed
+
+
+@pytest.mark.parametrize("mb", ["0.0003", 0.0003])
+def test_messages_name_the_budget_that_was_given(good, good_path, tmp_path, mb):
+    with bstk.open(good) as f:
+        for refused in (
+            lambda: f.fit(mb),
+            lambda: f.fit(budget=bstk.budget_bytes(mb)),
+            lambda: bstk.plan(f, mb),
+            lambda: bstk.truncate(f, tmp_path / "out", mb),
+            lambda: bstk.truncate(good_path, None, mb),
+            lambda: bstk.truncate(good_path, None, budget=bstk.budget_bytes(mb)),
+        ):
+            with pytest.raises(bstk.BudgetError, match=r": 0\.0003 MB is below"):
+                refused()
+        with pytest.raises(bstk.UsageError, match=r"the budget is 62\.3 MB\."):
+            bstk.truncate(good_path, None, "62.3")
+
+
+@pytest.mark.parametrize("budgets", [{}, {"mb": 1, "budget": 2**20}])
+def test_a_budget_is_given_once(good, good_path, budgets):
+    with bstk.open(good) as f:
+        calls = [
+            lambda: bstk.plan(f, **budgets),
+            lambda: bstk.truncate(good_path, None, **budgets),
+            lambda: bstk.plan_growth(f, budgets.get("mb"), bstk.open(good), budget=budgets.get("budget")),
+            lambda: bstk.grow(good_path, budgets.get("mb"), good_path, budget=budgets.get("budget")),
+        ]
+        for refused in calls + ([lambda: f.fit(**budgets)] if budgets else []):
+            with pytest.raises(bstk.UsageError, match="Give one of them"):
+                refused()
+    assert good_path.read_bytes() == good
 
 
 class Failing(bstk.BytesSource):

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -76,8 +75,7 @@ def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measu
 def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     from bstack.engine.load import load
 
-    mb = Decimal(cut.budget) / bstk.MB
-    return load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+    return load(cut.file, budget=cut.budget, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
 
 
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:

@@ -25,7 +25,7 @@ def command(
     file: str,
     form: str,
     folder: str,
-    mb: str | None,
+    budget: int | None,
     dtype: str,
     trust_remote_code: bool,
     code: str | None,
@@ -47,7 +47,7 @@ def command(
       bstack export model.bstk --to safetensors small/ --mb 3000 --dtype fp16
     """
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
-        cut = reader.fit(mb)
+        cut = reader.fit(budget=budget)
         # Before torch is imported, which takes seconds.
         from bstack.folders import check_free
 
@@ -59,7 +59,7 @@ def command(
             done = export_safetensors(
                 reader,
                 folder,
-                mb=mb,
+                budget=budget,
                 dtype=DTYPES[dtype],
                 trust_remote_code=trust_remote_code,
                 code=code,

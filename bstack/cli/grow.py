@@ -17,7 +17,7 @@ from bstack.cli._text import megabytes
 @click.option("--from", "source", type=_common.PlaceType(), required=True, help="A larger file of the same model.")
 @_common.json_option
 @_common.quiet_option
-def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None:
+def command(file: str, budget: int, source: str, as_json: bool, quiet: bool) -> None:
     """Grow FILE, a cut of a model, to at most N megabytes (1 MB is 2**20 bytes).
 
     The blocks that come next are appended from a larger file of the same model, on disk or behind a URL. Only those are read
@@ -33,9 +33,9 @@ def command(file: str, mb: str, source: str, as_json: bool, quiet: bool) -> None
     with _common.open_file(file, quiet=quiet, warn=False) as small:
         before = small.length
     with _common.open_file(source, quiet=quiet) as larger:
-        cut = bstk.plan_growth(small, mb, larger)
+        cut = bstk.plan_growth(small, None, larger, budget=budget)
         with _progress.transferred(larger, cut.file_bytes - before, "grow", quiet) as advance:
-            cut = bstk.grow(file, mb, larger, progress=advance)
+            cut = bstk.grow(file, None, larger, advance, budget=budget)
         result = _common.describe(larger, cut) | {"file": file, "from": larger.source.name}
         result["added_bytes"] = cut.file_bytes - before
     if as_json:

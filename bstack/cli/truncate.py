@@ -25,7 +25,7 @@ from bstack.cli._text import curve, curve_table, printable
 @_common.quiet_option
 def command(
     source: str,
-    mb: str,
+    budget: int,
     output: str | None,
     in_place: bool,
     force: bool,
@@ -67,16 +67,16 @@ def command(
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
         name = reader.source.name
         if dry_run:
-            cut = bstk.plan(reader, mb)
+            cut = bstk.plan(reader, budget=budget)
             result = _common.describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
             points = curve(reader.metadata)
         elif not in_place:
             doing = "fetch" if bstk.is_url(source) else "copy"
-            with _progress.transferred(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
-                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
+            with _progress.transferred(reader, bstk.plan(reader, budget=budget).file_bytes, doing, quiet) as advance:
+                bstk.truncate(reader, output, budget=budget, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:
-            bstk.truncate(source, None, mb=mb, seal=not no_seal)
+            bstk.truncate(source, None, budget=budget, seal=not no_seal)
         with _common.open_file(target or source, quiet=quiet, warn=False) as reader:
             result = _common.describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = curve(reader.metadata)

@@ -19,6 +19,7 @@ from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import backend_of, device_of
 from bstack.packed.store import BlockStore, Resident, store_of
 from bstack.progress import ByteProgress, no_progress
+from bstk.budget import budget_of
 from bstk.errors import UsageError
 
 __all__ = ["load", "resident", "resize"]
@@ -41,6 +42,7 @@ def load(
     warn: bool = True,
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
+    budget: int | None = None,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -77,6 +79,8 @@ def load(
     progress : callable
         Called with "fetch" and the bytes to fetch from a URL; returns a context manager, whose value is called with the
         bytes of each piece.
+    budget : int, optional
+        The budget in bytes, instead of `mb`.
 
     Returns
     -------
@@ -112,7 +116,8 @@ def load(
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are 'dense' and 'packed'.")
     packed = MODES[mode] == "packed"
-    budget = None if mb is None else bstk.budget_bytes(mb)
+    if mb is not None or budget is not None:
+        budget = budget_of(mb, budget)
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed)

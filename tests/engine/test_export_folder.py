@@ -76,13 +76,13 @@ def test_round_trip(name, codec, tmp_path):
     tiny_models.save(name, tmp_path / "model")
     bstack.compress(tmp_path / "model", tmp_path / "out.bstk", settings=CODECS[codec])
     with bstk.open(tmp_path / "out.bstk") as file:
-        middle = (file.smallest.budget + file.complete.budget) / 2 / bstk.MB
-        for mb in (None, middle):
-            target = tmp_path / f"exported {mb}"
+        middle = (file.smallest.budget + file.complete.budget) // 2
+        for budget in (None, middle):
+            target = tmp_path / f"exported {budget}"
             # Small shards, so that layers are split over several files.
-            done = export_safetensors(file, target, mb=mb, dtype=torch.float32, shard_bytes=30_000)
+            done = export_safetensors(file, target, budget=budget, dtype=torch.float32, shard_bytes=30_000)
             assert "model.safetensors.index.json" in done.files and len(done.files) > 4
-            exported, loaded = load_plainly(target), bstack.load(tmp_path / "out.bstk", mb=mb)[0]
+            exported, loaded = load_plainly(target), bstack.load(tmp_path / "out.bstk", budget=budget)[0]
             ours, theirs = loaded.state_dict(), exported.state_dict()
             assert ours.keys() == theirs.keys()
             for key in ours:

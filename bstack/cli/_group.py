@@ -18,9 +18,7 @@ from bstk.errors import BstkError, Interrupted
 # Parameter that an error names as its `option` -> what a user of the command line can do.
 OPTIONS = {
     "overwrite": "Use --force to replace it.",
-    "in_place": "Use --in-place to change the file itself.",
     "work_dir": "Use --work-dir for another folder.",
-    "mb": "Use --mb to choose a size.",
     "trust_remote_code": "Use --trust-remote-code to allow it.",
     "code": "Use --code to name it.",
     "text": "Use --text for another text.",

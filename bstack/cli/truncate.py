@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table, printable
+from bstack.cli._text import curve, curve_table
+from bstk.atomic import require_free
 
 
 @click.command("truncate")
@@ -57,8 +56,8 @@ def command(
         raise click.UsageError("-o OUT and --in-place exclude each other.")
     if output is None and not in_place and not dry_run:
         raise click.UsageError("no output is named. Use -o OUT, or --in-place to shorten IN itself.")
-    if output is not None and os.path.exists(output) and not force and not dry_run:
-        raise click.UsageError(f"{printable(output)} exists. Use --force to replace it, or another OUT.")
+    if output is not None and not force and not dry_run:
+        require_free(output)
     if in_place and bstk.is_url(source):
         raise click.UsageError("a file on a server cannot be cut in place. Name an output with -o OUT.")
 

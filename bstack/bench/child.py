@@ -1,7 +1,7 @@
 """Measure one size in a process of its own, so that its load time and memory are its own.
 
 The request is one JSON line on the child's stdin, made of `Measure` or `WriteReference`. The answers are JSON lines on its
-stdout: {"step": 1} for progress, and at the end {"result": ...} or {"error": {"message", "exit_code"}}.
+stdout: {"step": 1} for progress, and at the end {"result": ...} or {"error": {"message", "exit_code", "option"}}.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
             raise _died(child.returncode, shown, complaints.read().decode(errors="replace"))
     if "error" not in answer:
         return Measured.from_plain(answer["result"])
-    message, code = answer["error"]["message"], answer["error"]["exit_code"]
+    message, code, option = (answer["error"][key] for key in ("message", "exit_code", "option"))
     if code is None:
         raise bstk.BstkError(f"Measuring {shown} failed with {message}")
-    raised = bstk.BstkError(message)
+    raised = bstk.BstkError(message, option=option)
     raised.exit_code = code
     raise raised
 

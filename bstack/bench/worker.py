@@ -39,7 +39,7 @@ def main() -> None:
         _send(answers, result=result.to_plain())
     except BaseException as error:
         message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
-        _send(answers, error={"message": message, "exit_code": code})
+        _send(answers, error={"message": message, "exit_code": code, "option": getattr(error, "option", None)})
         if code is None:
             traceback.print_exc()
 

@@ -123,7 +123,11 @@ class Reader:
         with self._reading(chunk):
             raw = frames.unpack(self._stored(chunk), chunk.raw_length)
             if chunk.kind.check is not None:
-                chunk.kind.check(raw, chunk.shape)
+                try:
+                    chunk.kind.check(raw, chunk.shape)
+                except ValueError as problem:
+                    hint = "Its digest matches, so the file was written wrongly; make it again."
+                    raise DamagedError(f"{problem}.", hint=hint) from problem
             return raw
 
     def file_pieces(self, name: str) -> Iterator[bytes]:
@@ -154,9 +158,6 @@ class Reader:
         with error_prefix(f"{self.source.name}: {chunk.describe()}"):
             try:
                 yield
-            except ValueError as problem:
-                hint = "Its digest matches, so the file was written wrongly; make it again."
-                raise DamagedError(f"{problem}.", hint=hint, chunk=chunk) from problem
             except DamagedError as error:
                 error.chunk = chunk
                 raise

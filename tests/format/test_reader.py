@@ -215,6 +215,15 @@ def test_a_budget_is_given_once(good, good_path, budgets):
     assert good_path.read_bytes() == good
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_closed_reader_is_not_a_damaged_file(good, good_path, on_disk):
+    with bstk.open(good_path if on_disk else good) as f:
+        pass
+    for read in (lambda: f.read(f.chunks[0]), lambda: list(f.file_pieces("config.json")), f.verify):
+        with pytest.raises(ValueError, match="closed|released"):
+            read()
+
+
 class Failing(bstk.BytesSource):
     """Does something wrong at its n-th read."""
 

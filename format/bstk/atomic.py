@@ -119,9 +119,11 @@ def copy_mode(descriptor: int, target: str, extra: int = 0) -> None:
     """Give an open file the mode bits of the file at `target`, if there is one, and the bits `extra`."""
     if os.name != "posix" or not os.path.exists(target):
         return
-    mode = (stat.S_IMODE(os.stat(target).st_mode) & 0o777) | extra
+    old, new = os.stat(target), os.fstat(descriptor)
+    # Bits of the group are for the old file's group, not for another.
+    mode = (old.st_mode & (0o777 if new.st_gid == old.st_gid else 0o707)) | extra
     # Some file systems have one mode for all files, and refuse to change it.
-    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+    if stat.S_IMODE(new.st_mode) != mode:
         os.fchmod(descriptor, mode)
 
 

@@ -251,6 +251,8 @@ def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
             return
         with LockedFile(path) as part:
             if _is_unfinished(part):
+                if os.name == "nt":  # cannot delete an open file
+                    part.close()
                 os.unlink(path)
 
 

@@ -140,7 +140,7 @@ def sync_folder(folder: str) -> None:
 def remove_leftovers(target: str) -> None:
     """Delete the temporary files that killed processes left of writing `target`: those that nobody has locked."""
     folder, name = os.path.split(target)
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{8 * '[0-9a-f]'}.part")):
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(stem(name))}.{8 * '[0-9a-f]'}.part")):
         with suppress(OSError):
             if not stat.S_ISREG(os.lstat(leftover).st_mode):
                 continue
@@ -152,7 +152,7 @@ def remove_leftovers(target: str) -> None:
                 os.close(descriptor)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """Return the start of a file name that leaves room for a suffix: file systems allow 255 bytes."""
     return os.fsencode(name)[:200].decode(errors="ignore")
 
@@ -161,7 +161,7 @@ def _create_temporary(target: str) -> tuple[int, str]:
     """Create a locked temporary file next to `target`; the lock tells other processes that it is in use."""
     folder, name = os.path.split(target)
     while True:
-        temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
+        temporary = os.path.join(folder, f".{stem(name)}.{secrets.token_hex(4)}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode_of_new(target))
         with suppress(OSError):  # a file system without locks: leftovers stay there
             try_lock(descriptor, wait=True)

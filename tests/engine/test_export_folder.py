@@ -296,6 +296,13 @@ def test_weights_that_half_precision_cannot_hold(tiny, tmp_path):
     assert command("export", path, "--to", "safetensors", tmp_path / "out").returncode == 0
 
 
+@pytest.mark.parametrize("name", ["é" * 121, "a" * 255, "日" * 85])
+def test_new_folder_with_a_long_name(tmp_path, name):
+    with new_folder(tmp_path / name) as folder:
+        (folder / "x").write_text("x")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name / "x").read_text() == "x"
+
+
 def test_new_folder_behind_a_link_and_beside_a_rival(tmp_path):
     (tmp_path / "real").mkdir()
     if hasattr(os, "symlink"):

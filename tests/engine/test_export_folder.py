@@ -296,7 +296,7 @@ def test_weights_that_half_precision_cannot_hold(tiny, tmp_path):
     assert command("export", path, "--to", "safetensors", tmp_path / "out").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["é" * 121, "a" * 255, "日" * 85])
+@pytest.mark.parametrize("name", ["é" * 121, "a" * 255, "日" * 85], ids=["two", "one", "three"])
 def test_new_folder_with_a_long_name(tmp_path, name):
     with new_folder(tmp_path / name) as folder:
         (folder / "x").write_text("x")

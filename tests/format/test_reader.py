@@ -220,7 +220,7 @@ def test_a_closed_reader_is_not_a_damaged_file(good, good_path, on_disk):
     with bstk.open(good_path if on_disk else good) as f:
         pass
     for read in (lambda: f.read(f.chunks[0]), lambda: list(f.file_pieces("config.json")), f.verify):
-        with pytest.raises(ValueError, match="closed|released"):
+        with pytest.raises(ValueError, match=r"closed|released"):
             read()
 
 

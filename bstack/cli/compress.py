@@ -13,6 +13,7 @@ from bstack.cli._common import Parsed, code_warnings, json_option, print_json, q
 from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields, printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
+from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
 
 _STAGES = {
     "open": "Opening the model",
@@ -64,8 +65,8 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
     type=_number_or_auto("N|auto", int, "a whole number"),
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
-@click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
-@click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
+@click.option("--bits", type=int, help=f"SpQR codec: bits of a code, {one_of(SPQR_BITS)} (the default).")
+@click.option("--group", type=int, help=f"SpQR codec: inputs that share a scale, {one_of(SPQR_GROUPS)}; by default 16.")
 @click.option(
     "--outliers",
     metavar="FRACTION|auto",

@@ -11,7 +11,7 @@ import click
 import bstk
 from bstack.cli import _common
 from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, printable, table
-from bstk.kinds import outlier_count, spqr_parts
+from bstk.kinds import outlier_count, spqr_form, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
@@ -140,7 +140,7 @@ def _rank_words(kind: bstk.Kind, low: int, high: int) -> str:
     if kind is bstk.OUTLIERS:
         return ""
     if kind is bstk.SPQR and low == high:
-        return f" ({high % 16} bits in groups of {high - high % 16})"
+        return " ({} bits in groups of {})".format(*spqr_form(high))
     return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
 
 

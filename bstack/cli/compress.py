@@ -148,12 +148,12 @@ def command(
             progress=_progress(quiet),
         )
     if as_json:
-        print_json("bstack.compress/1", report.to_json())
+        print_json("bstack.compress/2", report.to_json())
         return
     rows = [
         *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
-        ("base model", megabytes(report.smallest_bytes)),
+        ("base model", megabytes(report.base_bytes)),
         (
             "stack",
             f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",

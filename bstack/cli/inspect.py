@@ -46,7 +46,7 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
         if root_only:
             click.echo(reader.root.hex())
         elif as_json:
-            _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
+            _common.print_json("bstack.inspect/2", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))
             if show_blocks:
@@ -93,7 +93,7 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     }[reader.state]
     sizes = [
         ("this file", megabytes(reader.length), megabytes(reader.memory_bytes)),
-        ("base model", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
+        ("base model", megabytes(reader.base.file_bytes), megabytes(reader.base.memory_bytes)),
         ("complete file", megabytes(reader.complete.file_bytes), megabytes(reader.complete.memory_bytes)),
     ]
     width = max(len(cell) for _, *cells in sizes for cell in cells)
@@ -242,7 +242,7 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "root": reader.root.hex(),
         "file_bytes": reader.length,
         "memory_bytes": reader.memory_bytes,
-        "smallest": reader.smallest._asdict(),
+        "base": reader.base._asdict(),
         "complete": reader.complete._asdict(),
         "chunks": len(reader.chunks),
         "blocks": len(blocks),
@@ -264,6 +264,6 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
 
 
 def _chunk_as_json(chunk: bstk.Chunk, in_base: bool) -> dict[str, Any]:
-    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_smallest": in_base}
+    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_base": in_base}
     plain = ("offset", "stored_length", "raw_length", "shape", "rank", "transposed", "importance", "error")
     return {**named, **{key: getattr(chunk, key) for key in plain}, "digest": chunk.digest.hex()}

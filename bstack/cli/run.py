@@ -173,7 +173,7 @@ def _load(
 ) -> tuple[Any, Any]:
     """Load the model within the budget; without one, within what is free."""
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
-        smallest = reader.smallest.budget
+        base = reader.base.budget
     from bstack.engine.load import load as load_model
     from bstack.engine.load import resident
     from bstack.packed.autosize import free_budget
@@ -206,9 +206,9 @@ def _load(
         model, tokenizer = load(free)
     else:
         # The base model first, so that what is free no longer counts libraries, tokenizer and modules.
-        model, tokenizer = load(smallest)
+        model, tokenizer = load(base)
         free, words = free_budget()
-        store_of(model).resize(max(free or 0, 0) + smallest)
+        store_of(model).resize(max(free or 0, 0) + base)
     log(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
     return model, tokenizer
 

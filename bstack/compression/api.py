@@ -30,7 +30,7 @@ class Report:
         The precision of the original's weights, and what all of them take in it: bfloat16 for a quantised source.
     source_quantisation
         How the weight files are quantised, such as ``GGUF Q4_1``; None for floats.
-    file_bytes, smallest_bytes
+    file_bytes, base_bytes
         The file at full length, and cut to its base model.
     memory_bytes
         Weights of the full model in memory, as blocks.
@@ -48,7 +48,7 @@ class Report:
     original_dtype_bytes: int
     source_quantisation: str | None
     file_bytes: int
-    smallest_bytes: int
+    base_bytes: int
     memory_bytes: int
     linears: int
     blocks: int
@@ -144,7 +144,7 @@ def _report(output: Path, file: bstk.Reader, seconds: float) -> Report:
         original_dtype_bytes=model["original_dtype_bytes"],
         source_quantisation=model.get("source_quantisation"),
         file_bytes=file.length,
-        smallest_bytes=file.smallest_length,
+        base_bytes=file.base_length,
         memory_bytes=file.memory_bytes,
         linears=sum(chunk.level == 0 for chunk in blocks),
         blocks=len(blocks),

@@ -305,9 +305,9 @@ def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
             f"preamble: incompatible flags {preamble.incompatible:#x}, but the kinds in the index need {features:#x}."
         )
     base_end = chunks[preamble.base_count - 1].end
-    if base_end != preamble.smallest_length:
+    if base_end != preamble.base_length:
         raise DamagedError(
-            f"preamble: smallest length {preamble.smallest_length}, but the first {preamble.base_count} chunks end at {base_end}."
+            f"preamble: base length {preamble.base_length}, but the first {preamble.base_count} chunks end at {base_end}."
         )
     if chunks[-1].end != preamble.full_length:
         raise DamagedError(

@@ -40,7 +40,7 @@ class Reader:
         Every chunk of the complete file, and those that are wholly in this file, a prefix.
     base_count : int
         Chunks of the base model.
-    smallest_length, full_length, seal : int
+    base_length, full_length, seal : int
         Bytes of the file of the base model and of the complete file; the length this file is sealed at, or 0.
     root : bytes
         32 bytes that authenticate the file and every cut of it.
@@ -56,7 +56,7 @@ class Reader:
         self.root = self.preamble.root()
         self.seal = self.preamble.seal
         self.base_count = self.preamble.base_count
-        self.smallest_length = self.preamble.smallest_length
+        self.base_length = self.preamble.base_length
         self.full_length = self.preamble.full_length
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
@@ -92,7 +92,7 @@ class Reader:
         return self._memory[len(self.chunks)]
 
     @property
-    def smallest(self) -> Cut:
+    def base(self) -> Cut:
         """The base model: the smallest valid cut."""
         return self.cut(self.base_count)
 
@@ -188,7 +188,7 @@ class Reader:
         if mb is None and budget is None:
             return self.cut(len(self.chunks))
         budget = budget_of(mb, budget)
-        base = self.smallest
+        base = self.base
         if budget < base.budget:
             raise BudgetError(
                 f"{self.source.name}: {mb_text(budget)} MB is below the base model, which takes {mb_ceil(base.file_bytes)} MB as "
@@ -208,7 +208,7 @@ class Reader:
 
         Smallest first, each with the first of those budgets, in bytes, that gives it. A file of few blocks has fewer.
         """
-        first, last = self.smallest.budget, self.fit().budget
+        first, last = self.base.budget, self.fit().budget
         cuts: dict[Cut, int] = {}
         for step in range(count):
             budget = first + (last - first) * step // (count - 1)

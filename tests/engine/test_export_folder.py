@@ -76,7 +76,7 @@ def test_round_trip(name, codec, tmp_path):
     tiny_models.save(name, tmp_path / "model")
     bstack.compress(tmp_path / "model", tmp_path / "out.bstk", settings=CODECS[codec])
     with bstk.open(tmp_path / "out.bstk") as file:
-        middle = (file.smallest.budget + file.complete.budget) // 2
+        middle = (file.base.budget + file.complete.budget) // 2
         for budget in (None, middle):
             target = tmp_path / f"exported {budget}"
             # Small shards, so that layers are split over several files.
@@ -150,7 +150,7 @@ print(model(torch.arange(3, 9)[None]).logits.shape)
 
 def test_a_budget_and_one_that_is_too_small(tiny, tmp_path):
     with bstk.open(tiny) as file:
-        smallest = file.smallest
+        smallest = file.base
     done = command(
         "export", tiny, "--to", "safetensors", tmp_path / "out", "--mb", smallest.budget / bstk.MB + 1e-6, "--json"
     )

@@ -61,7 +61,7 @@ def test_path_bytes_and_source_are_read_alike(good, good_path):
 def test_every_length(good):
     whole = samples.content(bstk.open(good))
     with bstk.open(good) as f:
-        smallest, ends, root = f.smallest_length, [c.end for c in f.chunks], f.root
+        smallest, ends, root = f.base_length, [c.end for c in f.chunks], f.root
     for length in range(len(good) + 1):
         prefix = good[:length]
         if length == 0:
@@ -101,10 +101,10 @@ def test_fit(good):
             end = f.chunks[count - 1].end
             assert f.fit(end / bstk.MB).chunks == f.fit(f"{end / bstk.MB:.40f}").chunks == count
             assert f.fit_bytes(end).file_bytes == end
-        assert f.fit_bytes(f.smallest_length) == f.smallest
+        assert f.fit_bytes(f.base_length) == f.base
         with pytest.raises(bstk.BudgetError, match=r"smallest budget is 0.01 MB") as caught:
-            f.fit((f.smallest_length - 1) / bstk.MB)
-        assert caught.value.smallest_bytes == f.smallest_length
+            f.fit((f.base_length - 1) / bstk.MB)
+        assert caught.value.smallest_bytes == f.base_length
         assert f.fit("0.01") == f.complete
 
 
@@ -118,7 +118,7 @@ def test_cuts_count_what_is_in_them(good):
             blocks = [c for c in chunks if c.is_block]
             weights = sum(c.shape[0] * c.shape[1] for c in blocks if c.level == 0)
             assert f.bits_per_weight(cut) == (8 * sum(c.raw_length for c in blocks) / weights if weights else None)
-        assert f.cut(f.base_count) == f.smallest and f.cut(len(f.chunks)) == f.fit()
+        assert f.cut(f.base_count) == f.base and f.cut(len(f.chunks)) == f.fit()
         for count in (-1, len(f.all_chunks) + 1):
             with pytest.raises(bstk.UsageError):
                 f.cut(count)
@@ -128,13 +128,13 @@ def test_cuts_count_what_is_in_them(good):
 def test_even_cuts(good, count):
     with bstk.open(good) as f:
         cuts = f.even_cuts(count)
-        assert next(iter(cuts)) == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
+        assert next(iter(cuts)) == f.base and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
         assert 2 <= len(cuts) <= count
-        step = (f.complete.budget - f.smallest.budget) / (count - 1)
+        step = (f.complete.budget - f.base.budget) / (count - 1)
         for cut, budget in cuts.items():
             assert f.fit_bytes(budget) == cut
-            assert (budget - f.smallest.budget) / step == pytest.approx(
-                round((budget - f.smallest.budget) / step), abs=1 / step
+            assert (budget - f.base.budget) / step == pytest.approx(
+                round((budget - f.base.budget) / step), abs=1 / step
             )
 
 

@@ -237,22 +237,22 @@ def compare(
     file: bstk.Reader, baselines: Sequence[Baseline], point: Callable[[int, str], Point], notes: list[str]
 ) -> list[Comparison]:
     """Compare the file with the best of the baselines at their bytes."""
-    smallest = file.smallest.budget
+    base = file.base.budget
     best = frontier(baselines)
-    if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
+    if below := [b.name for b in best if b.sizes.file_bytes < base]:
         notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
     return [
-        Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
+        Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= base
     ]
 
 
 def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:
-    smallest, full = file.smallest.file_bytes, file.fit().file_bytes
+    base, full = file.base.file_bytes, file.fit().file_bytes
     fitting: list[Choice] = []
     left_out: list[Choice] = []
     for choice in choices:
         sizes = [size.file_bytes for size in runner.estimated_sizes(choice.method, choice.bits)]
-        inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
+        inside = min(sizes) <= 1.05 * full and max(sizes) >= base
         (fitting if choice.asked or inside else left_out).append(choice)
     if left_out:
         names = ", ".join(choice.name for choice in left_out)

@@ -15,9 +15,7 @@ from .errors import BstkError, DamagedError, OutputError, ResourceError, Unsuppo
 from .index import Chunk
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader, is_remote, open
-from .sources import pieces, read_exactly
-
-_PIECE = 4 * 2**20  # bytes hashed at a time
+from .sources import PIECE, pieces, read_exactly
 
 Progress = Callable[[int], None]  # called with the number of bytes of each piece that was written
 
@@ -159,7 +157,7 @@ def overwrite_preamble(file: LockedFile, data: bytes) -> None:
 def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
     digest = hashlib.sha256()
     stop = offset + length
-    while offset < stop and (piece := file.read(offset, min(_PIECE, stop - offset))):
+    while offset < stop and (piece := file.read(offset, min(PIECE, stop - offset))):
         digest.update(piece)
         offset += len(piece)
     return digest

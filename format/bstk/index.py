@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import frames, kinds, limits
 from .errors import DamagedError
@@ -86,6 +87,14 @@ class Chunk(NamedTuple):
         """Return its name in messages."""
         level = f" level {self.level}" if self.is_block else ""
         return f"{self.kind} {self.name!r}{level} at offset {self.offset}"
+
+
+def bits_per_weight(chunks: Iterable[Any]) -> float | None:
+    """Return the bits that a weight of the linears takes in the blocks among some chunks or entries; None without blocks."""
+    blocks = [chunk for chunk in chunks if chunk.kind.is_block]
+    # Every linear has exactly one block of level 0, so this counts each weight once.
+    weights = sum(math.prod(block.shape) for block in blocks if block.level == 0)
+    return 8 * sum(block.raw_length for block in blocks) / weights if weights else None
 
 
 def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:

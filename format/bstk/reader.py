@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from .errors import (
     UsageError,
     error_prefix,
 )
-from .index import Chunk
+from .index import Chunk, bits_per_weight
 from .sources import Opened, Source, as_source, read_exactly
 
 
@@ -223,8 +222,7 @@ class Reader:
 
     def bits_per_weight(self, cut: Cut | None = None) -> float | None:
         """Return the bits that a weight of the linears takes in memory in a cut (None: this file); None without linears."""
-        count = len(self.chunks) if cut is None else cut.chunks
-        return 8 * self._block_bytes[count] / self._weights[count] if self._weights[count] else None
+        return bits_per_weight(self.all_chunks[: len(self.chunks) if cut is None else cut.chunks])
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
         """Check the digest of every chunk in this file and decode it; `progress` is called with each chunk after its check.
@@ -244,21 +242,10 @@ class Reader:
             "was meant, seal it with bstack truncate."
         )
 
-    # Sums over the first chunks, for each number of chunks from none to all.
-
     @cached_property
     def _memory(self) -> list[int]:
+        """Bytes of the weights in the first chunks, for each number of chunks from none to all."""
         return list(accumulate((chunk.raw_length * chunk.is_weight for chunk in self.all_chunks), initial=0))
-
-    @cached_property
-    def _block_bytes(self) -> list[int]:
-        return list(accumulate((chunk.raw_length * chunk.is_block for chunk in self.all_chunks), initial=0))
-
-    @cached_property
-    def _weights(self) -> list[int]:
-        # Every linear has exactly one block of level 0, so this counts each weight once.
-        first = (math.prod(chunk.shape) if chunk.is_block and chunk.level == 0 else 0 for chunk in self.all_chunks)
-        return list(accumulate(first, initial=0))
 
 
 def open(what: Opened, strict: bool = False, *, warn: bool = True) -> Reader:

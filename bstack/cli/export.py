@@ -7,7 +7,7 @@ import click
 from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes, printable
 
-_DTYPES = ("bf16", "fp16", "fp32")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of torch
 
 
 @click.command("export")
@@ -15,7 +15,9 @@ _DTYPES = ("bf16", "fp16", "fp32")
 @click.option("--to", "form", type=click.Choice(["safetensors"]), required=True, help="What to write.")
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True, help="Type of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Type of the weights."
+)
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -52,7 +54,9 @@ def command(
         from bstack.folders import check_free
 
         check_free(folder)
-        from bstack.engine.export import DTYPES, export_safetensors
+        import torch
+
+        from bstack.engine.export import export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
         with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_warnings(quiet):
@@ -60,7 +64,7 @@ def command(
                 reader,
                 folder,
                 budget=budget,
-                dtype=DTYPES[dtype],
+                dtype=getattr(torch, _DTYPES[dtype]),
                 trust_remote_code=trust_remote_code,
                 code=code,
                 progress=advance,

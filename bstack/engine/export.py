@@ -20,9 +20,8 @@ from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
-__all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
+__all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"

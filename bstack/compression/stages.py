@@ -14,6 +14,7 @@ import torch
 import bstk
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
@@ -43,8 +44,6 @@ from bstk.frames import unpack
 
 __all__ = ["Result", "run_stages"]
 
-# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
-TOKENS_TOGETHER = 4096
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048
@@ -97,7 +96,7 @@ def run_stages(
     try:
         all_windows = _calibrate(skeleton, settings, text, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
-        batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
+        batches = batches_of(windows)
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         with progress("layers", len(layers)) as step:

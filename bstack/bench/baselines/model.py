@@ -23,7 +23,7 @@ from bstack.bench.resume import ResumeFile
 from bstack.bench.text import Text, digest
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.statistics import gather
-from bstack.calibration.stream import LayerStream
+from bstack.calibration.stream import LayerStream, batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
@@ -33,7 +33,6 @@ from bstack.progress import Progress
 __all__ = ["Baselines", "compare", "measure_baselines"]
 
 EMBEDDING_BITS = (8, 4)
-TOKENS_TOGETHER = 4096
 
 
 class Baselines:
@@ -120,7 +119,7 @@ class Baselines:
         bpw: float | None,
     ) -> None:
         """Quantise layer after layer, each calibrated on the output of the quantised layers before it, as the paper does."""
-        batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
+        batches = batches_of(calibration)
         skeleton = self._skeleton
         with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
             for index, _ in stream.steps():

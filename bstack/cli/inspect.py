@@ -159,7 +159,7 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
-    """Bytes in memory of the parts of all stacks with a dense SpQR part that this file has; None without any.
+    """Return the bytes in memory of the parts of all stacks with a dense SpQR part in this file; None without any.
 
     ``bytes`` names the codes, the statistics (scale and zero codes and their second level), the order of the inputs, the
     outliers (row pointers, columns, values), and the blocks above. ``bits_per_weight`` counts all of them, and

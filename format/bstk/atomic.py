@@ -286,7 +286,7 @@ def try_lock(descriptor: int, wait: bool = False) -> bool:
 
 
 def is_at(descriptor: int, path: str) -> bool:
-    """Whether `path` still names the open file, which another process may have renamed or deleted."""
+    """Return whether `path` still names the open file, which another process may have renamed or deleted."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -156,9 +156,9 @@ def grow(
     all of it fits and it is whole. Only the missing bytes are read from `source`; each chunk is checked against its digest
     before its last byte is written.
 
-    The missing bytes are appended to the file itself, after its own blocks were checked; a damaged one is an error. Nothing
-    is changed before the first of them have arrived. From then on the file is partial until it is complete: a valid model, at least as large as before, and not sealed. If growing fails or
-    is stopped, the file stays so, and the same call continues from there.
+    The missing bytes are appended to the file itself, after its own blocks were checked. Nothing is changed before the first
+    of them have arrived. From then on the file is partial until it is complete: a valid model, at least as large as before,
+    and not sealed. If growing fails or is stopped, the file stays so, and the same call continues from there.
 
     Parameters
     ----------

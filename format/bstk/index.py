@@ -75,12 +75,12 @@ class Chunk(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it counts as memory."""
+        """Return whether it counts as memory."""
         return self.kind.is_weight
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a block of a linear's stack."""
+        """Return whether it is a block of a linear's stack."""
         return self.kind.is_block
 
     def describe(self) -> str:

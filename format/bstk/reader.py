@@ -299,7 +299,7 @@ def reopen(reader: Reader) -> Reader:
 
 
 def is_remote(reader: Reader) -> bool:
-    """Whether a reader reads from a server."""
+    """Return whether a reader reads from a server."""
     return http.is_url(reader.source.name)
 
 

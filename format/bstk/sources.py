@@ -62,7 +62,7 @@ class FileSource:
         self.restart()
 
     def changed(self) -> bool:
-        """Whether the file was written to or shortened since it was opened or restarted."""
+        """Return whether the file was written to or shortened since it was opened or restarted."""
         return _signature(os.fstat(self._file.fileno())) != self._seen
 
     def restart(self) -> None:

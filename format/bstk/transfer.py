@@ -288,7 +288,7 @@ def _require_part(part: LockedFile, reader: Reader) -> None:
 
 
 def _is_unfinished(part: LockedFile) -> bool:
-    """Whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
+    """Return whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
     there = part.read(0, LENGTH)
     if len(there) < LENGTH:
         return MAGIC.startswith(there[: len(MAGIC)])

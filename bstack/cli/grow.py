@@ -36,7 +36,7 @@ def command(file: str, budget: int, source: str, in_place: bool, as_json: bool, 
     with _common.open_file(file, quiet=quiet, warn=False) as small:
         before = small.length
     with _common.open_file(source, quiet=quiet) as larger:
-        cut = bstk.plan_growth(small, None, larger, budget=budget)
+        cut = bstk.plan_growth(small, larger, budget=budget)
         with _progress.transferred(larger, cut.file_bytes - before, "grow", quiet) as advance:
             cut = bstk.grow(file, None, larger, advance, budget=budget)
         result = _common.describe(larger, cut) | {"file": file, "from": larger.source.name}

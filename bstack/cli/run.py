@@ -111,9 +111,7 @@ def command(
             click.echo(line, err=True)
 
     with _common.code_warnings(quiet):
-        model, tokenizer = _load(
-            file, budget, quiet, log, strict=strict, trust_remote_code=trust_remote_code, code=code
-        )
+        model, tokenizer = _load(file, budget, quiet, log, strict, trust_remote_code, code)
     from bstack.engine.generate import encode_prompt, write_text
     from bstack.engine.load import resident
     from bstack.packed.autosize import following
@@ -164,7 +162,7 @@ def command(
 
 def _load(
     file: str,
-    budget: int | str | None,
+    budget: Any,
     quiet: bool,
     log: Callable[[str], None],
     strict: bool,

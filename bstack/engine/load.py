@@ -51,9 +51,9 @@ def load(
     path : path or URL
         The container. Of a URL only what `mb` needs is fetched, and kept in ``bstack/models`` in $XDG_CACHE_HOME or
         ~/.cache: a later call fetches only what is missing there.
-    mb : number or str, optional
-        Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
-        By default all in the file.
+    mb, budget : number or str, int
+        Use the blocks of the largest prefix that fits this many MB (2**20 bytes), or bytes, in the file and as blocks in
+        memory. By default all in the file.
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
@@ -79,8 +79,6 @@ def load(
     progress : callable
         Called with "fetch" and the bytes to fetch from a URL; returns a context manager, whose value is called with the
         bytes of each piece.
-    budget : int, optional
-        The budget in bytes, instead of `mb`.
 
     Returns
     -------

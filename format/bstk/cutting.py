@@ -38,8 +38,8 @@ def truncate(
         The output, which replaces what is there when all of it is written. None cuts `src` in place; at every step of that
         the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken. Cutting in place reads and
         checks only the header.
-    mb : int, float, str or Decimal
-        The budget. For a URL it may exceed the file: then all of it is fetched, unchanged.
+    mb, budget : number or str, int
+        The budget: megabytes, or bytes instead. For a URL it may exceed the file: then all of it is fetched, unchanged.
     seal : bool
         Write the length into the preamble, which marks the cut as intended. Without it the seal is 0, and an unsealed `src`
         gives exactly its first bytes.
@@ -47,8 +47,6 @@ def truncate(
         Called with the number of bytes of each piece copied; never when cutting in place, which copies nothing.
     overwrite : bool
         Replace what is at `dst`. Without it an existing `dst` is refused at the start, and again at the end.
-    budget : int
-        The budget in bytes, instead of `mb`.
 
     Returns
     -------
@@ -76,10 +74,9 @@ def truncate(
         return _truncate(source, dst, budget, seal, progress, overwrite)
 
 
-def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
-    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
+def plan(source: Reader, *, budget: int) -> Cut:
+    """Return what `truncate` would keep of an open file within `budget` bytes, or raise its errors."""
     require_rewritable(source)
-    budget = budget_of(mb, budget)
     cut = source.fit(budget=budget)
     # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
     if cut.chunks == len(source.chunks) and source.state != "partial" and not is_remote(source):
@@ -164,14 +161,12 @@ def grow(
     ----------
     path : path
         The file to grow: sealed or partial.
-    mb : int, float, str or Decimal
-        The budget.
+    mb, budget : number or str, int
+        The budget: megabytes, or None and bytes instead.
     source : path, URL or Reader
         A larger file of the same model. A reader is left open.
     progress : callable or None
         Called with the number of bytes of each piece appended.
-    budget : int
-        The budget in bytes, instead of `mb`, which is None then.
 
     Returns
     -------
@@ -199,8 +194,8 @@ def grow(
         return _grow(path, budget, larger, progress)
 
 
-def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int | None = None) -> Cut:
-    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
+def plan_growth(small: Reader, larger: Reader, *, budget: int) -> Cut:
+    """Return what `grow` would make of an open file within `budget` bytes, or raise its errors."""
     name, other = small.source.name, larger.source.name
     require_rewritable(small)
     if small.root != larger.root:
@@ -211,7 +206,6 @@ def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int
         )
     if os.path.exists(other) and os.path.samefile(name, other):
         raise UsageError(f"{name}: the file cannot grow from itself.", hint="Name a larger file of the same model.")
-    budget = budget_of(mb, budget)
     cut = larger.fit(budget=budget)
     here = small.fit()
     # A partial file that has all blocks already still gets its seal.
@@ -244,7 +238,7 @@ def _grow(path: str | os.PathLike[str], budget: int, larger: Reader, progress: P
 def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | None) -> Cut:
     """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
     small = open(file, warn=False)
-    cut = plan_growth(small, None, larger, budget=budget)
+    cut = plan_growth(small, larger, budget=budget)
     kept = intact(file, small.chunks)
     if damaged := next((chunk for chunk in small.chunks if chunk.end > kept), None):
         raise DamagedError(

@@ -174,10 +174,8 @@ class Reader:
 
         Parameters
         ----------
-        mb : int, float, str, Decimal or None
-            The budget in megabytes (2**20 bytes); decimals are exact.
-        budget : int or None
-            The budget in bytes, instead of `mb`. Without either, everything in this file is returned.
+        mb, budget : number or str, int
+            The budget: megabytes (2**20 bytes; decimals are exact), or bytes instead; by default everything in this file.
 
         Raises
         ------
@@ -186,9 +184,8 @@ class Reader:
         """
         if mb is None and budget is None:
             return self.cut(len(self.chunks))
-        budget = budget_of(mb, budget)
         base = self.base
-        if budget < base.budget:
+        if (budget := budget_of(mb, budget)) < base.budget:
             raise BudgetError(
                 f"{self.source.name}: {mb_text(budget)} MB is below the base model, which takes {mb_ceil(base.file_bytes)} MB as "
                 f"a file and {mb_ceil(base.memory_bytes)} MB of weights in memory.",

@@ -189,7 +189,7 @@ def test_messages_name_the_budget_that_was_given(good, good_path, tmp_path, mb):
         for refused in (
             lambda: f.fit(mb),
             lambda: f.fit(budget=bstk.budget_bytes(mb)),
-            lambda: bstk.plan(f, mb),
+            lambda: bstk.plan(f, budget=bstk.budget_bytes(mb)),
             lambda: bstk.truncate(f, tmp_path / "out", mb),
             lambda: bstk.truncate(good_path, None, mb),
             lambda: bstk.truncate(good_path, None, budget=bstk.budget_bytes(mb)),
@@ -204,9 +204,7 @@ def test_messages_name_the_budget_that_was_given(good, good_path, tmp_path, mb):
 def test_a_budget_is_given_once(good, good_path, budgets):
     with bstk.open(good) as f:
         calls = [
-            lambda: bstk.plan(f, **budgets),
             lambda: bstk.truncate(good_path, None, **budgets),
-            lambda: bstk.plan_growth(f, budgets.get("mb"), bstk.open(good), budget=budgets.get("budget")),
             lambda: bstk.grow(good_path, budgets.get("mb"), good_path, budget=budgets.get("budget")),
         ]
         for refused in calls + ([lambda: f.fit(**budgets)] if budgets else []):

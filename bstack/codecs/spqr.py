@@ -26,11 +26,11 @@ from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damp
 from bstack.codecs.trellis import TrellisCodec
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import MAX_SPARSE_COLUMNS, ROWS, STATISTICS, Outliers, dense_bytes, outlier_bytes, rank_of
+from bstack.kernels.spqr import ROWS, STATISTICS, Outliers, dense_bytes, outlier_bytes, rank_of
 from bstack.numerics.groups import MAX_OF_A_GROUP, outlier_scores
 from bstack.numerics.hessian import output_errors
 from bstk.errors import UsageError
-from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
+from bstk.kinds import MAX_SPARSE_COLUMNS, SPQR_BITS, SPQR_GROUPS, one_of
 
 __all__ = ["SpqrCodec", "range_of"]
 

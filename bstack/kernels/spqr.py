@@ -16,17 +16,7 @@ import numpy as np
 import bstk
 from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_form, spqr_parts
 
-__all__ = [
-    "LANES",
-    "MAX_SPARSE_COLUMNS",
-    "ROWS",
-    "STATISTICS",
-    "Dense",
-    "Outliers",
-    "dense_bytes",
-    "outlier_bytes",
-    "rank_of",
-]
+__all__ = ["LANES", "ROWS", "STATISTICS", "Dense", "Outliers", "dense_bytes", "outlier_bytes", "rank_of"]
 
 # Rows of a tile.
 ROWS = 16

@@ -47,7 +47,7 @@ def main() -> None:
 
     model, _ = bstack.load(arguments.file, mode="stack")
     with bstk.open(arguments.file) as file, open(arguments.file, "rb") as plain, ThreadPoolExecutor(THREADS) as pool:
-        smallest = bstk.mb_ceil(file.smallest_length)
+        smallest = bstk.mb_ceil(file.base_length)
         blocks = [chunk for chunk in file.chunks[file.base_count :] if chunk.is_block]
         frames = [os.pread(plain.fileno(), chunk.stored_length, chunk.offset) for chunk in blocks]
         size = sum(chunk.raw_length for chunk in blocks)

@@ -127,7 +127,7 @@ def examples():
 def test_python_examples_run(document, blocks, workplace, tmp_path, monkeypatch):
 
     with bstk.open(workplace / "llama.bstk") as file:  # the stand-in is smaller than any size in an example
-        size = (file.smallest.budget + file.complete.budget) / 2 / bstk.MB
+        size = (file.base.budget + file.complete.budget) / 2 / bstk.MB
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     names = {}  # the blocks of a page go on from each other
@@ -155,7 +155,7 @@ def test_the_output_in_the_guide_is_what_the_commands_print(workplace, tmp_path)
     quick = "--calibration corpus.txt --samples 2 --sequence-length 64"
     printed = in_process.bstack(*f"compress Llama-3.1-8B -o smollm2.bstk {quick}".split(), cwd=tmp_path).stdout
     with bstk.open(tmp_path / "smollm2.bstk") as file:
-        size = (file.smallest.budget + file.complete.budget) / 2 / bstk.MB
+        size = (file.base.budget + file.complete.budget) / 2 / bstk.MB
     printed += in_process.bstack("truncate", "smollm2.bstk", "--mb", size, "-o", "small.bstk", cwd=tmp_path).stdout
     printed += in_process.bstack("verify", "small.bstk", cwd=tmp_path).stdout
 

@@ -179,6 +179,19 @@ def test_a_power_cut_leaves_no_records_without_their_bytes_and_no_finished_part_
     work.release()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, bstk.UsageError, None])
+def test_a_full_disk_does_not_hide_what_ended_a_part(tmp_path, error):
+    work = WorkDirectory(tmp_path / "work", SETTINGS)
+    os.symlink("/dev/full", tmp_path / "work" / "p.bin")
+    with pytest.raises(error or bstk.ResourceError), work.part("p") as part:
+        part.add(b"data", name="x", kind=bstk.FILE)
+        if error is not None:
+            raise error
+    assert part._stream.closed and not work.has("p")
+    work.release()
+
+
 def test_a_first_write_that_was_killed_is_no_stranger(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / ".settings.json.0123abcd.part").write_bytes(b"{")

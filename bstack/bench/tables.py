@@ -8,12 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bstack.bench.options import mb_text
 from bstack.bench.quality import Quality
 from bstack.bench.results import Dense, Point, Report
 from bstack.bench.speed import Rate, Running, Speed
 from bstack.eval.estimates import Estimate
-from bstk import MB
+from bstk import MB, mb_text
 
 __all__ = ["as_csv", "as_tables", "with_error"]
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +40,7 @@ def main() -> None:
         _send(answers, result=result.to_plain())
     except BaseException as error:
         message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
-        _send(answers, error={"message": message, "exit_code": code})
+        _send(answers, error={"message": message, "exit_code": code, "option": getattr(error, "option", None)})
         if code is None:
             traceback.print_exc()
 
@@ -77,8 +76,9 @@ def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measu
 def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     from bstack.engine.load import load
 
-    mb = Decimal(cut.budget) / bstk.MB
-    model, tokenizer = load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+    model, tokenizer = load(
+        cut.file, budget=cut.budget, trust_remote_code=cut.trust_remote_code, code=cut.code, **options
+    )
     plain_outputs(model)
     plain_generation(model)
     return model, tokenizer

@@ -20,7 +20,15 @@ from torch import nn
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
 
-__all__ = ["LayerCall", "LayerStream"]
+__all__ = ["LayerCall", "LayerStream", "batches_of"]
+
+# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
+TOKENS_TOGETHER = 4096
+
+
+def batches_of(windows: torch.Tensor) -> list[torch.Tensor]:
+    """Split windows of token ids, shape (windows, tokens), into batches for a `LayerStream`."""
+    return list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
 
 
 @dataclass(frozen=True)

@@ -94,15 +94,9 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def checked_mb(value: str) -> str:
-    """Return a positive number of megabytes as it is: as text, decimals stay exact."""
-    bstk.budget_bytes(value)
-    return value
-
-
 def mb_option(required: bool, help: str) -> Callable[..., Any]:
-    """Return the ``--mb`` option."""
-    return click.option("--mb", type=Parsed("MB", checked_mb), required=required, help=help)
+    """Return the ``--mb`` option: the parameter `budget`, in bytes."""
+    return click.option("--mb", "budget", type=Parsed("MB", bstk.budget_bytes), required=required, help=help)
 
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:

@@ -14,6 +14,7 @@ from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields
 from bstack.errors import printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
+from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
 
 _STAGES = {
     "open": "Opening the model",
@@ -65,8 +66,8 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
     type=_number_or_auto("N|auto", int, "a whole number"),
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
-@click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
-@click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
+@click.option("--bits", type=int, help=f"SpQR codec: bits of a code, {one_of(SPQR_BITS)} (the default).")
+@click.option("--group", type=int, help=f"SpQR codec: inputs that share a scale, {one_of(SPQR_GROUPS)}; by default 16.")
 @click.option(
     "--outliers",
     metavar="FRACTION|auto",
@@ -152,12 +153,12 @@ def command(
             progress=_progress(quiet),
         )
     if as_json:
-        print_json("bstack.compress/1", report.to_json())
+        print_json("bstack.compress/2", report.to_json())
         return
     rows = [
         *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
-        ("base model", megabytes(report.smallest_bytes)),
+        ("base model", megabytes(report.base_bytes)),
         (
             "stack",
             f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",

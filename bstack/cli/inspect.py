@@ -12,7 +12,7 @@ import bstk
 from bstack.cli import _common
 from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, table
 from bstack.errors import printable
-from bstk.kinds import outlier_count, spqr_parts
+from bstk.kinds import outlier_count, spqr_form, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
@@ -94,7 +94,7 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     }[reader.state]
     sizes = [
         ("this file", megabytes(reader.length), megabytes(reader.memory_bytes)),
-        ("base model", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
+        ("base model", megabytes(reader.base.file_bytes), megabytes(reader.base.memory_bytes)),
         ("complete file", megabytes(reader.complete.file_bytes), megabytes(reader.complete.memory_bytes)),
     ]
     width = max(len(cell) for _, *cells in sizes for cell in cells)
@@ -141,7 +141,7 @@ def _rank_words(kind: bstk.Kind, low: int, high: int) -> str:
     if kind is bstk.OUTLIERS:
         return ""
     if kind is bstk.SPQR and low == high:
-        return f" ({high % 16} bits in groups of {high - high % 16})"
+        return " ({} bits in groups of {})".format(*spqr_form(high))
     return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
 
 
@@ -160,7 +160,7 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
-    """Bytes in memory of the parts of all stacks with a dense SpQR part that this file has; None without any.
+    """Return the bytes in memory of the parts of all stacks with a dense SpQR part in this file; None without any.
 
     ``bytes`` names the codes, the statistics (scale and zero codes and their second level), the order of the inputs, the
     outliers (row pointers, columns, values), and the blocks above. ``bits_per_weight`` counts all of them, and
@@ -241,7 +241,7 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "root": reader.root.hex(),
         "file_bytes": reader.length,
         "memory_bytes": reader.memory_bytes,
-        "smallest": reader.smallest._asdict(),
+        "base": reader.base._asdict(),
         "complete": reader.complete._asdict(),
         "chunks": len(reader.chunks),
         "blocks": len(blocks),
@@ -263,6 +263,6 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
 
 
 def _chunk_as_json(chunk: bstk.Chunk, in_base: bool) -> dict[str, Any]:
-    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_smallest": in_base}
+    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_base": in_base}
     plain = ("offset", "stored_length", "raw_length", "shape", "rank", "transposed", "importance", "error")
     return {**named, **{key: getattr(chunk, key) for key in plain}, "digest": chunk.digest.hex()}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._text import curve, curve_table
-from bstack.errors import printable
+from bstk.atomic import require_free
 
 
 @click.command("truncate")
@@ -26,7 +24,7 @@ from bstack.errors import printable
 @_common.quiet_option
 def command(
     source: str,
-    mb: str,
+    budget: int,
     output: str | None,
     in_place: bool,
     force: bool,
@@ -58,8 +56,8 @@ def command(
         raise click.UsageError("-o OUT and --in-place exclude each other.")
     if output is None and not in_place and not dry_run:
         raise click.UsageError("no output is named. Use -o OUT, or --in-place to shorten IN itself.")
-    if output is not None and os.path.exists(output) and not force and not dry_run:
-        raise click.UsageError(f"{printable(output)} exists. Use --force to replace it, or another OUT.")
+    if output is not None and not force and not dry_run:
+        require_free(output)
     if in_place and bstk.is_url(source):
         raise click.UsageError("a file on a server cannot be cut in place. Name an output with -o OUT.")
 
@@ -68,16 +66,16 @@ def command(
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
         name = reader.source.name
         if dry_run:
-            cut = bstk.plan(reader, mb)
+            cut = bstk.plan(reader, budget=budget)
             result = _common.describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
             points = curve(reader.metadata)
         elif not in_place:
             doing = "fetch" if bstk.is_url(source) else "copy"
-            with _progress.transferred(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
-                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
+            with _progress.transferred(reader, bstk.plan(reader, budget=budget).file_bytes, doing, quiet) as advance:
+                bstk.truncate(reader, output, budget=budget, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:
-            bstk.truncate(source, None, mb=mb, seal=not no_seal)
+            bstk.truncate(source, None, budget=budget, seal=not no_seal)
         with _common.open_file(target or source, quiet=quiet, warn=False) as reader:
             result = _common.describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = curve(reader.metadata)

@@ -20,13 +20,13 @@ import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
+from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import output_errors
 
 __all__ = ["KIND", "SignCodec", "choose_rank"]
 
 KIND = bstk.SIGN
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
-HALF_MAX = 65504.0
 # The rounding of half-precision factors leaves about this fraction of the squared error, however well the rank fits.
 MIN_LEFT = 2.0**-22
 # Within 0.3 % of the exact residual norm on |R| of real weights, of random matrices and of block and diagonal ones.
@@ -139,7 +139,7 @@ def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple
     top_u, top_v = u.abs().amax(0).clamp_min(1e-30), v.abs().amax(0).clamp_min(1e-30)
     balance = (top_v / top_u).sqrt()
     u, v = u * balance, v / balance
-    return u.clamp(-HALF_MAX, HALF_MAX).half(), v.clamp(-HALF_MAX, HALF_MAX).half()
+    return to_half(u), to_half(v)
 
 
 def _contribution(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

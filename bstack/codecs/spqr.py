@@ -26,19 +26,11 @@ from bstack.codecs.spqr_columns import Damped, bounded, code_columns, damp
 from bstack.codecs.trellis import TrellisCodec
 from bstack.kernels.matrix import PLAIN, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.spqr import (
-    GROUPS,
-    MAX_SPARSE_COLUMNS,
-    ROWS,
-    STATISTICS,
-    Outliers,
-    dense_bytes,
-    outlier_bytes,
-    rank_of,
-)
+from bstack.kernels.spqr import ROWS, STATISTICS, Outliers, dense_bytes, outlier_bytes, rank_of
 from bstack.numerics.groups import MAX_OF_A_GROUP, outlier_scores
 from bstack.numerics.hessian import output_errors
 from bstk.errors import UsageError
+from bstk.kinds import MAX_SPARSE_COLUMNS, SPQR_BITS, SPQR_GROUPS, one_of
 
 __all__ = ["SpqrCodec", "range_of"]
 
@@ -50,7 +42,7 @@ TO_AN_OCTAVE, LOWEST = 1024, 200
 PLACES = 2 * LOWEST * TO_AN_OCTAVE
 BYTES_OF_AN_OUTLIER = 4
 # Bits of a code, at least; and of a weight in half precision.
-MIN_BITS, MAX_BITS = 3, 16
+MIN_BITS, MAX_BITS = min(SPQR_BITS), 16
 
 # Outputs and inputs.
 Shape = tuple[int, int]
@@ -91,8 +83,8 @@ class SpqrCodec(Codec):
     threshold: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_number("bits", int, "3 or 4", lambda bits: bits in (3, 4))
-        self._check_number("group", int, ", ".join(map(str, GROUPS)), lambda group: group in GROUPS)
+        self._check_number("bits", int, one_of(SPQR_BITS), lambda bits: bits in SPQR_BITS)
+        self._check_number("group", int, one_of(SPQR_GROUPS), lambda group: group in SPQR_GROUPS)
         self._check_number(
             "planes", int, f"0 to {MAX_PLANES} (2 bits per weight each)", lambda planes: 0 <= planes <= MAX_PLANES
         )

@@ -32,6 +32,7 @@ from bstack.kernels.multiply import decode_rows
 from bstack.kernels.native import library
 from bstack.kernels.reference import EARLIER, TABLE
 from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
+from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 
@@ -46,7 +47,6 @@ HEADROOM = 1.03
 UNIT = 0.0227
 COLUMNS_TOGETHER = 64
 ROWS_TOGETHER = 256
-HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _refit(
     for rows in _parts(values):
         damped = keep * product[rows] + ridge * values[rows]
         scale[rows] = (damped * residual[rows]).sum(1) / (damped * values[rows]).sum(1).clamp_min(1e-30)
-    return scale.clamp(-HALF_MAX, HALF_MAX).half()
+    return to_half(scale)
 
 
 def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from bstack.eval.divergence import divergence
 from bstack.eval.streamed import run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
+from bstk.index import bits_per_weight
 from bstk.writer import build_header
 
 __all__ = ["SIZES", "measure_curve", "with_sizes"]
@@ -78,15 +79,12 @@ def with_sizes(
     quality = []
     for point in points:
         kept = entries[: point["chunks"]]
-        blocks = [entry for entry in kept if entry.kind.is_block]
-        weights = sum(entry.shape[0] * entry.shape[1] for entry in blocks if entry.level == 0)
-        bits = 8 * sum(entry.raw_length for entry in blocks)
         quality.append(
             {
                 "file_bytes": sum(entry.stored_length for entry in kept),
                 "memory_bytes": sum(entry.raw_length for entry in kept if entry.kind.is_weight),
-                "blocks": len(blocks),
-                "bits_per_weight": round(bits / weights, 3) if weights else 0.0,
+                "blocks": sum(entry.kind.is_block for entry in kept),
+                "bits_per_weight": round(bits_per_weight(kept) or 0.0, 3),
                 **{key: value for key, value in point.items() if key != "chunks"},
             }
         )

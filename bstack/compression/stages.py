@@ -16,6 +16,7 @@ import bstk
 from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
@@ -46,8 +47,6 @@ from bstack.workdir import WorkDirectory
 
 __all__ = ["Result", "run_stages"]
 
-# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
-TOKENS_TOGETHER = 4096
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048
@@ -102,7 +101,7 @@ def run_stages(
     try:
         all_windows = _calibrate(skeleton, settings, text, files, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
-        batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
+        batches = batches_of(windows)
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         with progress("layers", len(layers)) as step:

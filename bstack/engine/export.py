@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
-__all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
+__all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
@@ -50,7 +48,7 @@ def export_safetensors(
     file: bstk.Reader,
     folder: str | os.PathLike[str],
     *,
-    mb: int | float | str | Decimal | None = None,
+    budget: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
@@ -64,8 +62,8 @@ def export_safetensors(
     file : bstk.Reader
     folder : path
         Must not exist, or be empty. It appears whole or not at all.
-    mb : number or str, optional
-        Use the blocks of the largest cut of at most so many MB; by default all.
+    budget : int, optional
+        Use the blocks of the largest cut of at most so many bytes; by default all.
     dtype : torch.dtype
         Type of all floating-point weights.
     shard_bytes : int
@@ -80,7 +78,7 @@ def export_safetensors(
     bstk.UsageError
         The folder is not empty, or a weight is too large for `dtype`.
     bstk.BudgetError
-        The base model is larger than `mb`.
+        The base model is larger than `budget`.
     bstk.DamagedError
         A chunk is damaged or does not fit the model, or an embedded file is not one that a model has beside its weights.
     bstack.errors.ForeignCodeError
@@ -93,7 +91,7 @@ def export_safetensors(
     from transformers.core_model_loading import revert_weight_conversion
 
     check_trust(trust_remote_code, code)
-    cut = file.fit(mb)
+    cut = file.fit(budget=budget)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
         _copy_files(file, inside, target)  # before code is staged, which is not written

@@ -12,7 +12,8 @@ from bstack.kernels import reference
 from bstack.kernels.decoder import Decoder, Layer, Sizes
 from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, kind_bits, pointer
 from bstack.kernels.spqr import ROWS as TILE
-from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
+from bstack.kernels.spqr import Dense, Outliers, rank_of
+from bstk.kinds import spqr_form
 
 __all__ = ["failure", "random_payload"]
 
@@ -146,7 +147,7 @@ def random_payload(rng: np.random.Generator, rows: int, columns: int, kind: int,
 
 def _random_dense(rng: np.random.Generator, rows: int, columns: int, rank: int) -> bytes:
     """Make a dense SpQR block with random codes and order."""
-    bits, group = form_of(rank)
+    bits, group = spqr_form(rank)
     tiles, groups = -(-rows // TILE), -(-columns // group)
     codes = rng.integers(0, 2**bits, (tiles * TILE, groups * group), np.uint8)
     codes[rows:], codes[:, columns:] = 0, 0

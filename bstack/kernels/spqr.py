@@ -14,21 +14,9 @@ from typing import cast
 import numpy as np
 
 import bstk
-from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_parts
+from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_form, spqr_parts
 
-__all__ = [
-    "GROUPS",
-    "LANES",
-    "MAX_SPARSE_COLUMNS",
-    "ROWS",
-    "STATISTICS",
-    "Dense",
-    "Outliers",
-    "dense_bytes",
-    "form_of",
-    "outlier_bytes",
-    "rank_of",
-]
+__all__ = ["LANES", "ROWS", "STATISTICS", "Dense", "Outliers", "dense_bytes", "outlier_bytes", "rank_of"]
 
 # Rows of a tile.
 ROWS = 16
@@ -36,17 +24,11 @@ ROWS = 16
 LANES = 16
 # Bytes of a tile's scale and zero codes and their second level.
 STATISTICS = spqr_parts((ROWS, 1), 16 + 4).statistics
-GROUPS = (16, 32, 64, 128)
 
 
 def rank_of(bits: int, group: int) -> int:
     """Return the record's rank of a dense part: ``16 * (group / 16) + bits``."""
     return group + bits
-
-
-def form_of(rank: int) -> tuple[int, int]:
-    """Return the bits of a code and the inputs of a group, from a rank that the container allows."""
-    return rank % 16, rank // 16 * 16
 
 
 def dense_bytes(rows: int, columns: int, rank: int) -> int:
@@ -89,7 +71,7 @@ class Dense:
     @classmethod
     def unpack(cls, payload: np.ndarray, columns: int, rank: int, start: int, stop: int) -> Dense:
         """Unpack the tiles with rows start to stop - 1 from a payload, uint8; the first row is ``start // 16 * 16``."""
-        bits, group = form_of(rank)
+        bits, group = spqr_form(rank)
         groups = -(-columns // group)
         tile_bytes = group * bits * ROWS // 8 + STATISTICS
         tiles = payload[_start(columns) :].reshape(-1, groups, tile_bytes)[start // ROWS : -(-stop // ROWS)]
@@ -112,7 +94,7 @@ class Dense:
 
     def pack(self, rank: int) -> bytes:
         """Return the payload of the whole block."""
-        bits, _ = form_of(rank)
+        bits, _ = spqr_form(rank)
         count, groups = self.scales.shape[:2]
         if bits == 4:
             halves = self.codes.reshape(count, ROWS, groups, -1, 2, 2, 4).transpose(0, 2, 3, 4, 1, 5, 6)

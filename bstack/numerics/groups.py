@@ -30,10 +30,15 @@ LEVEL_SPANS = (1.0, 0.85, 0.7)
 REFITS = 2
 # A zero point lies at most this many code ranges away, so that it is stored precisely where weights are nearly equal.
 MAX_ZERO = 2
-HALF_MAX = 65504.0
 TINY = 1e-30
 # The most outliers of a group.
 MAX_OF_A_GROUP = 3
+
+
+def to_half(numbers: torch.Tensor) -> torch.Tensor:
+    """Round to half precision; numbers beyond its range become its largest."""
+    largest = torch.finfo(torch.half).max
+    return numbers.clamp(-largest, largest).half()
 
 
 def fit_groups(
@@ -147,7 +152,7 @@ def fit_levels(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
             step = torch.where(spread > 1e-6 * total, slope, step)
             base = mean - step * middle
     choice = best[0].argmin(0)[None]
-    base, step = (part.gather(0, choice)[0].clamp(-HALF_MAX, HALF_MAX).half() for part in best[1:])
+    base, step = (to_half(part.gather(0, choice)[0]) for part in best[1:])
     return base, step
 
 
@@ -205,7 +210,7 @@ def code_group(
         torch.mul(scale, codes[j] - zero, out=dense[j])
         stored = dense[j]
         if has_outliers[j]:
-            difference = (wanted - stored).clamp_(-HALF_MAX, HALF_MAX).half().float()
+            difference = to_half(wanted - stored).float()
             added[j] = torch.where(weight[j] < 1, difference, 0.0)
             stored = stored + added[j]
         torch.sub(original[j], stored, out=errors[j])

@@ -102,7 +102,7 @@ def following(
         # A budget counts the file's length where that is more than the blocks take, as the bounds do.
         lambda: store.budget,
         failure=lambda: store.failure,
-        smallest=store.file.smallest.budget,
+        smallest=store.file.base.budget,
         largest=store.file.fit(None).budget,
         interval=INTERVAL,
         warn=warn,

@@ -9,7 +9,7 @@ The format is described in ``format/SPEC.md``.
 """
 
 from . import errors, limits
-from .budget import MB, Cut, budget_bytes, mb_ceil
+from .budget import MB, Cut, budget_bytes, mb_ceil, mb_text
 from .cutting import grow, plan, plan_growth, truncate
 from .errors import (
     BstkError,
@@ -73,6 +73,7 @@ __all__ = [
     "is_url",
     "limits",
     "mb_ceil",
+    "mb_text",
     "open",
     "pack",
     "plan",

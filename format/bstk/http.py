@@ -35,7 +35,7 @@ _BAD_RANGES = f"The server does not serve ranges correctly. {_OTHER_TOOL}"
 
 
 def is_url(what: object) -> bool:
-    """Whether `what` is text that starts with ``https://``, ``http://`` or ``hf://``."""
+    """Return whether `what` is text that starts with ``https://``, ``http://`` or ``hf://``."""
     return isinstance(what, str) and what.lower().startswith(("https://", "http://", "hf://"))
 
 
@@ -337,7 +337,7 @@ class _Version:
     modified: str | None = None
 
     def is_same(self, other: _Version) -> bool:
-        """Whether nothing says that the two differ. Dates count only where a tag is missing."""
+        """Return whether nothing says that the two differ. Dates count only where a tag is missing."""
         if self.length != other.length:
             return False
         if self.etag and other.etag:

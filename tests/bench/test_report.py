@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+import bstk
 from bstack.bench.plot import save_plot
 from bstack.bench.quality import Quality
 from bstack.bench.results import Baseline, Comparison, Dense, Measured, Original, Point, Report, Sizes, Source
@@ -51,6 +52,14 @@ def test_ratios_are_to_the_original(report):
     assert cells[4] == ["file, float32", "0.50", "500", "520", "100.0 ± 1.0", "1.00", "21.0 ± 2.0", "1.05"]
     assert cells[5] == ["original, float32", "-", "400", "420", "100.0 ± 1.0", "1.00", "20.0 ± 2.0", "1.00"]
     assert "over the 350 MB of a process" in as_tables(report) and "avx2 kernels" in as_tables(report)
+
+
+@pytest.mark.parametrize("typed", ["80.1", "0.03", "62.3"])
+def test_sizes_are_named_as_they_were_typed(report, typed):
+    point = replace(report.points[0], budget=bstk.budget_bytes(typed))
+    report = replace(report, points=[point])
+    assert point.to_json()["budget_mb"] == float(typed)
+    assert f"bstack,{typed}," in as_csv(report) and f"| {typed} |" in as_tables(report).replace("  ", "")
 
 
 def test_csv_leaves_out_what_was_not_measured(report):

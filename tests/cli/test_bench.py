@@ -41,7 +41,7 @@ def home(tiny_llama, tmp_path_factory):
 def sizes(home):
     """Budgets: the smallest, one between, the whole."""
     with bstk.open(home / "model.bstk") as file:
-        first, last = file.smallest.budget, file.fit().budget
+        first, last = file.base.budget, file.fit().budget
     return [f"{size / bstk.MB:.20f}" for size in (first, (first + last) // 2, last)]
 
 

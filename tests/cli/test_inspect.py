@@ -50,10 +50,10 @@ def test_json(bstack, vector, name, state):
     assert found["schema"] == "bstack.inspect/2" and found["state"] == state
     assert found["file_bytes"] == path.stat().st_size
     assert found["metadata"]["model"]["name"] == "tiny"
-    assert found["cuts"][0]["file_bytes"] == found["smallest"]["file_bytes"]
+    assert found["cuts"][0]["file_bytes"] == found["base"]["file_bytes"]
     assert found["cuts"][-1]["file_bytes"] == found["file_bytes"]
     assert len(found["stack"]) == found["blocks"]
-    assert [block["in_smallest"] for block in found["stack"]][:2] == [True, True]
+    assert [block["in_base"] for block in found["stack"]][:2] == [True, True]
     assert "stack" not in json.loads(bstack("inspect", "--json", path).stdout)
 
 

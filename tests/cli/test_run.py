@@ -44,7 +44,7 @@ def without_tokenizer(tmp_path_factory):
 
 def mb(path, fraction):
     with bstk.open(path) as file:
-        return (file.smallest.budget + fraction * (file.length - file.smallest.budget) + 1) / bstk.MB
+        return (file.base.budget + fraction * (file.length - file.base.budget) + 1) / bstk.MB
 
 
 def test_text_and_summary(bstack, model):
@@ -69,7 +69,7 @@ def test_json(bstack, model):
     result = json.loads(done.stdout)
     assert result["schema"] == "bstack.run/1" and result["new_tokens"] <= 5 and not result["interrupted"]
     with bstk.open(model) as file:
-        assert result["weight_bytes"] == file.smallest.memory_bytes
+        assert result["weight_bytes"] == file.base.memory_bytes
 
 
 def test_drawing(bstack, model):

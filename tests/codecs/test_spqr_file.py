@@ -146,7 +146,7 @@ def test_every_cut_is_a_model_and_the_largest_is_near_the_original(made):
     with torch.no_grad():
         original = tiny_models.make("llama-tied")(ids).logits.log_softmax(-1)
         with bstk.open(made) as file:
-            sizes = [file.smallest.budget, (file.smallest.budget + file.complete.budget) // 2, file.complete.budget]
+            sizes = [file.base.budget, (file.base.budget + file.complete.budget) // 2, file.complete.budget]
         found = []
         for size in sizes:
             model, _ = bstack.load(made, mb=size / bstk.MB)

@@ -171,7 +171,7 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
     ("given", "words"),
     [
         ({"bits": 2}, "3 or 4"),
-        ({"group": 20}, "16, 32, 64, 128"),
+        ({"group": 20}, "16, 32, 64 or 128"),
         ({"planes": -1}, "0 to 14"),
         ({"planes": 15}, "0 to 14"),
         ({"outliers": 0.6}, "0 to 0.5, or auto"),

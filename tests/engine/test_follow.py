@@ -65,7 +65,7 @@ class Machine:
 def test_following_asks_a_whole_model_for_nothing(path, model):
     """Though its file is longer than its blocks are large. At the smallest size it is as still."""
     with bstk.open(path) as file:
-        assert file.length > file.memory_bytes and file.smallest.budget > file.smallest.memory_bytes
+        assert file.length > file.memory_bytes and file.base.budget > file.base.memory_bytes
     store, machine, asked = model.bstack_store, Machine(model), []
     machine.poller._resize = asked.append
     machine.live(60)

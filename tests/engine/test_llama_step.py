@@ -181,7 +181,7 @@ def test_bfloat16(file_of):
 def test_budgets(file_of):
     path = file_of("llama")
     with bstk.open(path) as file:
-        small = (file.smallest.budget + 1) / bstk.MB
+        small = (file.base.budget + 1) / bstk.MB
     model, slow = (bstack.load(path, mode="packed", mb=small)[0] for _ in range(2))
     slowly(slow)
     dense, _ = bstack.load(path, mb=small)

@@ -164,7 +164,7 @@ def test_only_missing_blocks_are_read(path, model, monkeypatch):
 
 def shorten(copy):
     with bstk.open(copy) as file:
-        length = file.smallest_length
+        length = file.base_length
     with open(copy, "r+b") as stream:
         stream.truncate(length + 10)
 

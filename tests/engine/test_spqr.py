@@ -23,8 +23,8 @@ def sizes(path):
     """Budgets in MB: the smallest, one block more each time, and everything."""
     with bstk.open(path) as file:
         blocks = [number for number, chunk in enumerate(file.chunks) if chunk.is_block]
-        first = file.smallest.chunks
-        found = [file.smallest.budget]
+        first = file.base.chunks
+        found = [file.base.budget]
         for number in [b for b in blocks if b >= first][::5]:
             found.append(found[-1] + 1)
             while file.fit(found[-1] / bstk.MB).chunks <= number and found[-1] < file.complete.budget:
@@ -36,7 +36,7 @@ def test_the_file_has_all_three_kinds(file_of):
     with bstk.open(file_of("llama", codec="spqr")) as file:
         kinds = {chunk.kind for chunk in file.chunks if chunk.is_block}
         assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS} <= kinds
-        smallest = [chunk for chunk in file.chunks[: file.smallest.chunks] if chunk.is_block]
+        smallest = [chunk for chunk in file.chunks[: file.base.chunks] if chunk.is_block]
         assert bstk.OUTLIERS not in {chunk.kind for chunk in smallest}
 
 

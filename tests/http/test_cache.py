@@ -260,7 +260,7 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
     bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
     server = serve(path.read_bytes())
     with bstk.open(path) as file:
-        mb = (file.smallest_length + file.length) / 2 / bstk.MB
+        mb = (file.base_length + file.length) / 2 / bstk.MB
     for budget in (mb, None):
         here, _ = bstack.load(path, mb=budget)
         there, tokenizer = bstack.load(server.url, mb=budget)
@@ -276,7 +276,7 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
     path = tmp_path / "tiny.bstk"
     bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
     with bstk.open(path) as file:
-        smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
+        smallest, next_end = file.base.budget, file.chunks[file.base_count].end
         mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
     server = serve(path.read_bytes())
     model, _ = bstack.load(server.url, mb=mb, mode="packed")

@@ -101,8 +101,9 @@ def test_grow(bstack, model, serve, tmp_path):
     assert (code, out) == (2, "") and "nothing to add" in err
     (tmp_path / "partial.bstk").write_bytes(model[:-9])
     assert bstack("truncate", server.url, "--mb", sizes[4], "-o", "small.bstk", "--force")[0] == 0
-    code, out, err = bstack("grow", "small.bstk", "--mb", "1000", "--from", "partial.bstk")
+    code, out, err = bstack("grow", "small.bstk", "--mb", "1000", "--from", "partial.bstk", "--in-place")
     assert code == 0 and "Warning: partial.bstk: the file is partial" in err
+    assert "Note: grow always changes FILE itself, so --in-place has no effect." in err
 
 
 def test_failures(bstack, model, other, serve, tmp_path):

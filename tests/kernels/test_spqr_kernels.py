@@ -15,7 +15,8 @@ from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, 
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many
 from bstack.kernels.native import library
 from bstack.kernels.selftest import random_payload
-from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
+from bstack.kernels.spqr import Dense, Outliers, rank_of
+from bstk.kinds import spqr_form
 
 __all__ = ["fenced", "instructions", "threads"]  # fixtures
 
@@ -263,7 +264,7 @@ def test_kinds_are_those_of_the_container():
     for rank in RANKS:
         for shape in ((5, 7), (64, 576)):
             assert bstk.SPQR.rule(shape, "f16", rank) == block_bytes(*shape, SPQR, rank)
-            assert rank_of(*form_of(rank)) == rank
+            assert rank_of(*spqr_form(rank)) == rank
 
 
 @needs_kernels

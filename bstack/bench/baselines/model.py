@@ -23,7 +23,7 @@ from bstack.bench.resume import ResumeFile
 from bstack.bench.text import Text, digest
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.statistics import gather
-from bstack.calibration.stream import LayerStream
+from bstack.calibration.stream import LayerStream, batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
@@ -34,7 +34,6 @@ from bstack.progress import Progress
 __all__ = ["Baselines", "compare", "measure_baselines"]
 
 EMBEDDING_BITS = (8, 4)
-TOKENS_TOGETHER = 4096
 
 
 class Baselines:
@@ -119,7 +118,7 @@ class Baselines:
         bpw: float | None,
     ) -> None:
         """Quantise layer after layer, each calibrated on the output of the quantised layers before it, as the paper does."""
-        batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
+        batches = batches_of(calibration)
         skeleton = self._skeleton
         with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
             for index, _ in stream.steps():
@@ -236,21 +235,21 @@ def compare(
     file: bstk.Reader, baselines: Sequence[Baseline], point: Callable[[int, str], Point], notes: list[str]
 ) -> list[Comparison]:
     """Compare the file with the best of the baselines at their bytes."""
-    smallest = file.smallest.budget
+    base = file.base.budget
     best = frontier(baselines)
-    if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
+    if below := [b.name for b in best if b.sizes.file_bytes < base]:
         notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
-    comparable = [b for b in best if b.sizes.file_bytes >= smallest]
+    comparable = [b for b in best if b.sizes.file_bytes >= base]
     return [Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in comparable]
 
 
 def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:
-    smallest, full = file.smallest.file_bytes, file.fit().file_bytes
+    base, full = file.base.file_bytes, file.fit().file_bytes
     fitting: list[Choice] = []
     left_out: list[Choice] = []
     for choice in choices:
         sizes = [size.file_bytes for size in runner.estimated_sizes(choice.method, choice.bits)]
-        inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
+        inside = min(sizes) <= 1.05 * full and max(sizes) >= base
         (fitting if choice.asked or inside else left_out).append(choice)
     if left_out:
         names = ", ".join(choice.name for choice in left_out)

@@ -106,8 +106,8 @@ def test_json_and_quiet(run, model, tmp_path):
     report = json.loads(out)
     assert (code, err) == (0, "")
     with bstk.open(tmp_path / "out.bstk") as file:
-        assert report["schema"] == "bstack.compress/1" and report["file_bytes"] == file.length
-        assert report["smallest_bytes"] == file.smallest_length and report["blocks"] == sum(
+        assert report["schema"] == "bstack.compress/2" and report["file_bytes"] == file.length
+        assert report["base_bytes"] == file.base_length and report["blocks"] == sum(
             chunk.is_block for chunk in file.chunks
         )
     # 16 linears: 7 in each of two layers, embedding and head.

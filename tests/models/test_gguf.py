@@ -341,12 +341,15 @@ def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
     keys = {"model": model, "tokens": tokens, "token_type": [1] * 211, "merges": ["a b"], "eos_token_id": 3}
     keys = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
     checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", keys=keys))
-    (tmp_path / "out").mkdir()
+    out = tmp_path / "out"
+    checkpoint.config.save_pretrained(out)
     if written:
-        assert "tokenizer.json" in checkpoint.export_tokenizer(tmp_path / "out")
+        checkpoint.export_tokenizer(out)
+        assert (out / "tokenizer.json").is_file()
     else:
-        with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.model is 'rwkv'"):
-            checkpoint.export_tokenizer(tmp_path / "out")
+        with pytest.raises(UnsupportedModelError, match="the tokenizer cannot be read: .*'rwkv'") as raised:
+            checkpoint.export_tokenizer(out)
+        assert raised.value.option == "tokenizer"
 
 
 # Files.

@@ -90,11 +90,12 @@ def _deadline(seconds: float) -> Iterator[None]:
     end = time.thread_time() + seconds
     events = itertools.count()
 
-    def check(*_event: Any) -> Any:
+    def check(frame: Any, *_event: Any) -> Any:
         # Asking for the time is a system call, which takes longer than most lines.
         if next(events) % 64 == 0 and time.thread_time() > end:
             raise TimeoutError(f"it takes more than {seconds:g} seconds.")
-        return check
+        # Functions of Jinja itself are checked when they are called, not at each line.
+        return check if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
     sys.settrace(check)

@@ -42,7 +42,8 @@ class Cluster:
             raise BstkError("Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'") from None
         if ":" not in address:
             raise UsageError(f"{address!r} is not the address of a Dask scheduler, such as tcp://10.0.0.5:8786.")
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
+        for logger in ("distributed", "tornado.application"):  # Dask's event loop writes to the second
+            logging.getLogger(logger).setLevel(logging.CRITICAL)  # bstack raises errors of its own
         self.address = address
         with ThreadPoolExecutor(1) as pool:
             self._torch_threads = pool.submit(torch.get_num_threads).result()  # as in a thread that encodes

@@ -170,6 +170,17 @@ def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expec
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
+def test_an_error_in_the_event_loop_of_dask_prints_no_traceback(scheduler, client, add_workers, caplog):
+    add_workers(1)
+    done = threading.Event()
+    with cluster.Cluster(scheduler) as workers:
+        # Dask's own cancel() raises NameError there where Ctrl-C comes before its future.
+        workers.client.loop.add_callback(lambda: 1 / 0)
+        workers.client.loop.add_callback(done.set)
+        assert done.wait(10)
+    assert "ZeroDivisionError" not in caplog.text
+
+
 def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client, add_workers, expected, monkeypatch):
     (worker,) = add_workers(1, BSTACK_KERNELS="reference")
     monkeypatch.setattr("bstack.compression.cluster.POLL_SECONDS", 0.1)

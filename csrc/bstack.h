@@ -20,6 +20,7 @@ enum {
     BSTACK_TRELLIS = 4,
     BSTACK_SPQR = 5,
     BSTACK_OUTLIERS = 6,
+    BSTACK_TRELLIS5 = 7,
 };
 
 /* A call reads `count` once, at its start, and only entries below it. So the owner may raise it while calls run, after it
@@ -40,7 +41,7 @@ struct bstack_matrix {
 int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y);
 
 /* Rows start to stop - 1 of the sum of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
- * BSTACK_TRELLIS: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
+ * BSTACK_TRELLIS and BSTACK_TRELLIS5: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
 
 /* Rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */

@@ -1,4 +1,4 @@
-"""Encodes a group of columns of a trellis block: with the C kernel, or the reference, which gives the same bits."""
+"""Encodes a group of columns of a trellis5 block: with the C kernel, or the reference, which gives the same bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from bstack.kernels import reference
 from bstack.kernels.matrix import pointer
 from bstack.kernels.native import library
-from bstack.kernels.reference import EARLIER
+from bstack.kernels.reference import EARLIER5
 
 __all__ = ["encode_columns"]
 
@@ -35,14 +35,14 @@ def encode_columns(
         Entry [j, t]: the part of column j's error that is added to the target of column t > j; float32, shape
         (columns, columns).
     table : np.ndarray
-        Values of the 256 windows, float32.
+        TABLE5, float32, shape (64,).
     scale, weight : np.ndarray
         Scale of each row, positive, and weight of its squared error (in units of the scale), float32, shape (rows,).
 
     Returns
     -------
     codes : np.ndarray
-        uint8 from 0 to 3, shape (columns, 3 + rows): three codes before the first row come first.
+        uint8 from 0 to 3, shape (columns, 4 + rows): four codes before the first row come first.
     errors : np.ndarray
         original - scale * value, float32, shape (columns, rows).
     """
@@ -51,7 +51,7 @@ def encode_columns(
         _warn_once()
         return reference.encode_columns(target, original, feedback, table, scale, weight)
     columns, rows = target.shape
-    codes = np.empty((columns, EARLIER + rows), np.uint8)
+    codes = np.empty((columns, EARLIER5 + rows), np.uint8)
     errors = np.empty((columns, rows), np.float32)
     arrays = [np.ascontiguousarray(a, np.float32) for a in (original, feedback, table, scale, weight)]
     failed = native.bstack_trellis_encode(

@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 from bstack.kernels.device_spqr import add_rows, dense_sums, half, outlier_sums
-from bstack.kernels.matrix import BLOCKS, OUTLIERS, SIGN, SPQR, TRELLIS, check_put
-from bstack.kernels.reference import TABLE
+from bstack.kernels.matrix import BLOCKS, OUTLIERS, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, check_put
+from bstack.kernels.reference import TABLE, TABLE5
 
 __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
 
 # Of a row of the table: the count, and for each block its address and its form (kind * 256 + rank).
 FIELDS = 1 + 2 * BLOCKS
 _TRELLIS: tl.constexpr = tl.constexpr(TRELLIS)
+_TRELLIS5: tl.constexpr = tl.constexpr(TRELLIS5)
 _SIGN: tl.constexpr = tl.constexpr(SIGN)
 _SPQR: tl.constexpr = tl.constexpr(SPQR)
 _OUTLIERS: tl.constexpr = tl.constexpr(OUTLIERS)
@@ -40,7 +41,7 @@ class MatrixTable:
 
     def __init__(self, matrices: int, device: torch.device):
         self.rows = torch.zeros(matrices, FIELDS, dtype=torch.int64, device=device)
-        self.values = torch.tensor(TABLE, dtype=torch.float32, device=device)
+        self.values = torch.tensor(TABLE + TABLE5, dtype=torch.float32, device=device)
 
 
 class DeviceMatrix:
@@ -111,7 +112,7 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
     ----------
     matrix : DeviceMatrix
     kinds : collection of int
-        TRELLIS alone (of the matrix that multiplies rotated inputs), or PLAIN.
+        ROTATED (of the matrix that multiplies rotated inputs), or PLAIN.
     index : torch.Tensor
         Which rows, int64, shape (k,).
     dtype : torch.dtype
@@ -121,7 +122,7 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
     torch.Tensor
         Shape (k, n).
     """
-    spqr = TRELLIS not in kinds and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
+    spqr = {*ROTATED}.isdisjoint(kinds) and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
     out = torch.empty(index.numel(), matrix.columns, dtype=torch.float32 if spqr else dtype, device=index.device)
     if out.numel():
         block_rows, block = 16, 64
@@ -134,7 +135,7 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
             index.numel(),
             matrix.rows,
             matrix.columns,
-            KIND=TRELLIS if TRELLIS in kinds else SIGN,
+            ROTATED=not {*ROTATED}.isdisjoint(kinds),
             BLOCK_ROWS=block_rows,
             BLOCK=block,
         )
@@ -154,19 +155,25 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
 
 
 @triton.jit
-def _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter):
-    """Table values of a tile: rows, and the columns of one quarter. The row three above is stored at the row's own place."""
+def _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five):
+    """Table values of a tile: rows, and the columns of one quarter. The oldest row of codes is stored at the row's own place."""
     place = block + row[:, None] * quarter_bytes + byte[None, :]
     window = tl.zeros([row.shape[0], byte.shape[0]], dtype=tl.int32)
-    for earlier in tl.static_range(4):
-        codes = tl.load(place + earlier * quarter_bytes, mask=mask, other=0).to(tl.int32)
-        window = window * 4 + ((codes >> (2 * quarter)) & 3)
+    for earlier in tl.static_range(5):
+        there = mask & ((earlier < 4) | five)
+        codes = (tl.load(place + earlier * quarter_bytes, mask=there, other=0).to(tl.int32) >> (2 * quarter)) & 3
+        if earlier == 4:
+            mixed = 4 * (codes ^ (window >> 2) ^ (window >> 6)) & 12
+            window = tl.where(five, 256 + ((window & 3) | mixed | (window & 48)), window)
+        else:
+            window = window * 4 + codes
     return tl.load(values + window)
 
 
 @triton.jit
-def _trellis_scale(block, row, inside, rows, quarter_bytes):
-    return half(block + (rows.to(tl.int64) + 3) * quarter_bytes + 2 * row, inside)
+def _trellis_scale(block, row, inside, rows, quarter_bytes, five):
+    earlier = tl.where(five, 4, 3)
+    return half(block + (rows.to(tl.int64) + earlier) * quarter_bytes + 2 * row, inside)
 
 
 @triton.jit
@@ -195,7 +202,8 @@ def _multiply(entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: 
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
         sums = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-        if form // 256 == _TRELLIS:
+        five = form // 256 == _TRELLIS5
+        if (form // 256 == _TRELLIS) | five:
             for start in range(0, quarter_bytes, BLOCK):
                 byte = start + tl.arange(0, BLOCK)
                 mask = inside[:, None] & (byte < quarter_bytes)[None, :]
@@ -204,9 +212,9 @@ def _multiply(entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: 
                     given = tl.load(
                         turned + token * columns + column, mask=(byte < quarter_bytes) & (column < columns), other=0.0
                     )
-                    weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
+                    weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five)
                     sums += tl.sum(weights * given[None, :], 1)
-            total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes)
+            total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes, five)
         elif form // 256 == _SPQR:
             total += dense_sums(block, row, rows, columns, x + token * columns, form % 256, BLOCK // 16)
         elif form // 256 == _OUTLIERS:
@@ -224,7 +232,7 @@ def _multiply(entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: 
 
 @triton.jit
 def _decode(
-    entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+    entry, values, index, out, wanted, rows, columns, ROTATED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)
@@ -239,10 +247,11 @@ def _decode(
     for level in range(tl.load(entry)):
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
-        if form // 256 == KIND:
-            if KIND == _TRELLIS:
-                scale = _trellis_scale(block, row, inside, rows, quarter_bytes)
-                total += scale[:, None] * _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
-            else:
-                total += _sign_weights(block, row, column, mask, rows, columns, form % 256)
+        if ROTATED:
+            five = form // 256 == _TRELLIS5
+            if (form // 256 == _TRELLIS) | five:
+                scale = _trellis_scale(block, row, inside, rows, quarter_bytes, five)
+                total += scale[:, None] * _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five)
+        elif form // 256 == _SIGN:
+            total += _sign_weights(block, row, column, mask, rows, columns, form % 256)
     tl.store(out + which[:, None] * columns + column[None, :], total.to(out.dtype.element_ty), mask=mask)

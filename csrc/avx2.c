@@ -153,7 +153,7 @@ INLINE void trellis5_row(const uint8_t *codes, size_t stride, int width, const u
 
 static void decode5(const uint8_t *codes, int columns, float scale, float *out) {
     const __m256 factor = _mm256_set1_ps(scale);
-    const __m256i offset = _mm256_set1_epi32(OFFSET);
+    const __m256i offset = _mm256_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
     const int q = (int)quarter_of(columns);
     for (int b = 0; b < q; b += WIDE) {
         uint8_t rest[(EARLIER5 + 1) * WIDE];
@@ -169,17 +169,17 @@ static void decode5(const uint8_t *codes, int columns, float scale, float *out) 
         values5(row, value);
         UNROLL
         for (int quarter = 0; quarter < QUARTERS; quarter++) {
-            ALIGNED uint8_t value8[WIDE];
-            _mm256_store_si256((__m256i *)value8, value[quarter]);
+            ALIGNED int8_t value8[WIDE];
+            _mm256_store_si256((__m256i *)value8, _mm256_xor_si256(value[quarter], offset));
             const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
             const int length = own < WIDE ? own : WIDE;
             int j = 0;
             for (; j + 8 <= length; j += 8) {
-                const __m256i codes32 = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(value8 + j)));
-                const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes32, offset)), factor);
+                const __m256i codes32 = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(value8 + j)));
+                const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(codes32), factor);
                 _mm256_storeu_ps(out + from + j, _mm256_add_ps(_mm256_loadu_ps(out + from + j), weight));
             }
-            for (; j < length; j++) out[from + j] += (float)(value8[j] - OFFSET) * scale;
+            for (; j < length; j++) out[from + j] += (float)value8[j] * scale;
         }
     }
 }
@@ -218,6 +218,7 @@ ROW_BY_ROW(sign)
 
 const struct kernels bstack_avx2 = {
     .name = "avx2",
+    .whole = WIDE,
     .arrange = arrange,
     .trellis = trellis,
     .trellis5 = trellis5,

@@ -176,17 +176,17 @@ INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
 
 /* Add scale * T to a row's columns: `values` are those of a register of code bytes from b on, quarter by quarter. */
 INLINE void add_values(const __m512i *values, int b, int q, int columns, __m512 factor, float *out) {
-    const __m512i offset = _mm512_set1_epi32(OFFSET);
+    const __m512i offset = _mm512_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        ALIGNED uint8_t value[WIDE];
-        _mm512_store_si512(value, values[quarter]);
+        ALIGNED int8_t value[WIDE];
+        _mm512_store_si512(value, _mm512_xor_si512(values[quarter], offset));
         const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
         const int length = own < WIDE ? own : WIDE;
         for (int j = 0; j < length; j += 16) {
             const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
-            const __m512i codes32 = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(value + j)));
-            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes32, offset)), factor);
+            const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)(value + j)));
+            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor);
             const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
             _mm512_mask_storeu_ps(out + from + j, there, sum);
         }
@@ -366,6 +366,7 @@ static void trellis5(SUM_ARGUMENTS) {
 
 const struct kernels bstack_avx512 = {
     .name = "avx512",
+    .whole = 1,
     .arrange = arrange,
     .trellis = trellis,
     .trellis5 = trellis5,

@@ -20,6 +20,7 @@ enum {
     EARLIER = 3,       /* rows of codes above the first of a trellis block */
     EARLIER5 = 4,      /* of a trellis5 block */
     SEGMENT = 8192,    /* code bytes or sign bytes summed in one call: then no 32-bit lane overflows */
+    NARROW = 512,      /* code bytes for five operands and more, whose inputs then fit the nearest cache */
     X_LIMIT = 32639,   /* largest code of a trellis block's input: its high byte, lower byte signed, stays below 128 */
     SIGN_LIMIT = 8159, /* of a sign block's input: so does the high byte of a sum of four */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
@@ -29,6 +30,8 @@ enum {
  * `arrange` has put into this instruction set's own order. Both sums are exact and are added to sums[k * rows + i]. */
 struct kernels {
     const char *name;
+    /* Code bytes that are read together; a row whose width is no multiple of them takes longer. 1 where any width will do. */
+    int whole;
     /* Bring `groups` groups of 64 codes, at x, into order, in place. */
     void (*arrange)(int16_t *x, size_t groups);
     /* Sum over columns j of (OFFSET + T[w_ij]) x_kj. Code row i - 3 + e starts at codes + (i + e) * stride, of which

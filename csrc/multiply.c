@@ -108,9 +108,12 @@ EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matr
     const struct kernels *kernels = job->kernels;
     const int kind = matrix->kind[level];
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
-    for (size_t b = 0; b < q; b += SEGMENT)
+    const size_t segment = in->count > 4 ? NARROW : SEGMENT, whole = (size_t)kernels->whole;
+    /* What a row is filled up with is the next row's, or scales, and meets operands that are 0. */
+    const size_t width = 2 * (size_t)matrix->rows >= whole ? round_up(q, whole) : q;
+    for (size_t b = 0; b < q; b += segment)
         (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(
-            matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT), rows,
+            matrix->block[level] + (size_t)start * q + b, q, (int)(width - b < segment ? width - b : segment), rows,
             in->codes + b * QUARTERS * 2, in->step, in->count, sums);
     const uint8_t *scale = matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)start;
     float a[ROWS];

@@ -133,6 +133,7 @@ ROW_BY_ROW(sign)
 
 const struct kernels bstack_neon = {
     .name = "neon",
+    .whole = WIDE,
     .arrange = arrange,
     .trellis = trellis,
     .trellis5 = trellis5,

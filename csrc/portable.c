@@ -62,6 +62,7 @@ static void sign(const uint8_t *bits, size_t stride, int width, int rows, const 
 
 const struct kernels bstack_portable = {
     .name = "portable",
+    .whole = 1,
     .arrange = arrange,
     .trellis = trellis,
     .trellis5 = trellis5,

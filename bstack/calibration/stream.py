@@ -122,6 +122,8 @@ class LayerStream:
 
     Attributes
     ----------
+    batches : sequence of torch.Tensor
+        As given.
     results : list
         After the last layer: what `run` returned for each batch.
     """
@@ -136,7 +138,7 @@ class LayerStream:
         embedding: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ):
         self._skeleton = skeleton
-        self._inputs = batches
+        self.batches = batches
         self._run = run or self._base_model
         self._after_layers = after_layers
         self._embedding = embedding
@@ -149,7 +151,7 @@ class LayerStream:
         for index, (_, layer) in enumerate(self._skeleton.layers):
             self._forwards.append(layer.forward)
             layer.forward = self._stopping(index, layer.forward)
-        self._batches = [_Batch(partial(self._run, ids)) for ids in self._inputs]
+        self._batches = [_Batch(partial(self._run, ids)) for ids in self.batches]
         try:
             with self._embedding(self._skeleton.input_name):
                 self._advance()

@@ -232,7 +232,16 @@ def _multiply(entry, values, x, turned, out, rows, columns, stride, BLOCK_ROWS: 
 
 @triton.jit
 def _decode(
-    entry, values, index, out, wanted, rows, columns, ROTATED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+    entry,
+    values,
+    index,
+    out,
+    wanted,
+    rows,
+    columns,
+    ROTATED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     which = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)

@@ -21,8 +21,8 @@ __all__ = [
     "encode_columns",
     "lookup",
     "multiply",
-    "quantise",
     "places",
+    "quantise",
     "rotate",
     "unrotate",
 ]

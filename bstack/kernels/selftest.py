@@ -10,7 +10,19 @@ import numpy as np
 
 from bstack.kernels import reference
 from bstack.kernels.decoder import Decoder, Layer, Sizes
-from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix, block_bytes, kind_bits, pointer
+from bstack.kernels.matrix import (
+    OUTLIERS,
+    PLAIN,
+    ROTATED,
+    SIGN,
+    SPQR,
+    TRELLIS,
+    TRELLIS5,
+    Matrix,
+    block_bytes,
+    kind_bits,
+    pointer,
+)
 from bstack.kernels.spqr import ROWS as TILE
 from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
 

@@ -206,9 +206,7 @@ SIGN = Kind(3, "sign", True, True, _sign, on=("sign",))
 TRELLIS = Kind(4, "trellis", True, True, _codes("trellis", 3), on=("trellis", "spqr", "outliers"))
 SPQR = Kind(5, "spqr", True, True, _spqr, 1 << 0, check=check_spqr)
 OUTLIERS = Kind(6, "outliers", True, True, _outliers, 1 << 1, first=False, on=("spqr",), check=check_outliers)
-TRELLIS5 = Kind(
-    7, "trellis5", True, True, _codes("trellis5", 4), 1 << 2, on=("trellis5", "spqr", "outliers")
-)
+TRELLIS5 = Kind(7, "trellis5", True, True, _codes("trellis5", 4), 1 << 2, on=("trellis5", "spqr", "outliers"))
 
 BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS, TRELLIS5)}
 

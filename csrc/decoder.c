@@ -1,7 +1,7 @@
-/* One token through a whole decoder of the Llama family, at batch 1: between the products a step has some ten small
- * operations a layer, and calling each from Python takes longer than all the products.
+/* Run one token through a whole decoder of the Llama family. A layer has some ten small operations between its products, and
+ * calling each from Python takes longer than all products.
  *
- * Sums run over sixteen lanes in a fixed order, so results do not depend on the instruction set they are compiled for.
+ * Sums run over sixteen lanes in a fixed order, so results do not depend on the instruction set.
  */
 #include "kernels.h"
 
@@ -26,14 +26,14 @@ static void add_scaled(float *restrict y, const float *restrict x, float factor,
     for (int j = 0; j < n; j++) y[j] += factor * x[j];
 }
 
-/* Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467). */
+/* Normalise by the root mean square (Zhang and Sennrich, arXiv 1910.07467). */
 EACH_CPU
 static void normalise(float *restrict y, const float *restrict x, const float *restrict weight, float epsilon, int n) {
     const float factor = 1.0f / sqrtf(dot(x, x, n) / (float)n + epsilon);
     for (int j = 0; j < n; j++) y[j] = weight[j] * (x[j] * factor);
 }
 
-/* Rotary position (Su et al., arXiv 2104.09864) of one head, halves paired. */
+/* Apply the rotary position (Su et al., arXiv 2104.09864) to one head, halves paired. */
 EACH_CPU
 static void rotate_positions(float *restrict x, const float *restrict cosine, const float *restrict sine, int n) {
     const int half = n / 2;

@@ -1,4 +1,4 @@
-/* Encoder of trellis5 blocks: a Viterbi search down the rows of each column, with error feedback between columns.
+/* Encode trellis5 blocks: a Viterbi search down the rows of each column, with error feedback between columns.
  *
  * Code of row i: c0; of k rows above: ck. Value of row i = table[c1 + 4 (c0 ^ c2 ^ c4) + 16 c3]. A state is what the next row
  * sees, c0 + 4 c1 + 16 c2 + 64 c3: 256 of them, 4 codes lead out of each. The codes of four rows before the first are stored
@@ -11,11 +11,11 @@
 
 #include <stdlib.h>
 
-/* One row: costs of the 256 states before it -> costs after it, and which oldest code each came from.
+/* Search one row: from the costs of the 256 states before it, the costs after it and the oldest code on the way to each.
  *
  * The window w follows the state w >> 2, its low bits are the new code. Windows that differ in their oldest code alone
- * leave the same state, so the last loops compare four runs of 256 neighbours. (Loops of 64 and more are vectorised by
- * the compilers; shorter ones they unroll first and then do not.)
+ * lead to the same state, so the last loops compare four runs of 256 neighbours. (Compilers vectorise loops of 64 and more;
+ * they unroll shorter ones first and then do not vectorise them.)
  */
 INLINE void advance(float x, float weight, const float *restrict value, const float *restrict before, float *restrict after,
                     uint8_t *restrict from) {
@@ -58,7 +58,7 @@ static int search(const float *restrict x, const float *restrict weight, int row
     for (int s = 0; s < STATES; s++) before[s] = 0.0f;
     for (int i = 0; i < rows; i++) {
         advance(x[i], weight[i], value, before, after, back + (size_t)i * STATES);
-        if ((i & 15) == 15) { /* keep the sums small, where single precision is fine */
+        if ((i & 15) == 15) { /* keep the sums small, so that single precision is fine enough */
             const float zero = after[0];
             for (int s = 0; s < STATES; s++) after[s] -= zero;
         }

@@ -11,7 +11,7 @@ INLINE __m512 turn(__m512 a) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), a);
 }
 
-/* State c0 + 4 c1 + 16 c2 + 64 c3 stands in register c2 + 4 c3. While costs are compared, its lane is c1 + 4 c0, so that the
+/* State c0 + 4 c1 + 16 c2 + 64 c3 is in register c2 + 4 c3. While costs are compared, its lane is c1 + 4 c0, so that the
  * costs before are four neighbours read four times over, and the 16 values of one c3 are used as they are or with their
  * quarters swapped: y = c0 ^ c2 ^ c4. */
 INLINE void advance(float x, float weight, const __m512 *table, const float *before, float *after, uint16_t *back) {

@@ -6,7 +6,7 @@ probability of a token drawn from the model itself. The result is the diagonal o
 one number per output. One backward pass gives it for all linears; layers are loaded one at a time, backwards.
 
 The same gradients say which tokens matter: an error of row i of a linear is about as large as the row, a_i, so a token x
-whose gradients are g counts with w = sum_i a_i^2 g_i^2 in the moment of the linear's inputs, sum w x x^T.
+whose gradients are g counts with w = sum_i a_i^2 g_i^2 in the hessian of the linear's inputs, sum w x x^T.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from bstack.calibration.products import Operand, ProductWatch
+from bstack.calibration.statistics import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
 from bstack.models.names import MatrixName
@@ -44,7 +44,7 @@ class Sensitivity:
         By linear name: the weights w of the run's tokens in their order, with mean 1; float32, shape (tokens,). Only of
         linears in the layers that read every token once; an expert does not.
     embedding : torch.Tensor
-        Of the first layer's input, which is what an error in a token's embedding reaches; float32, shape (width,).
+        Of the first layer's input, which an error in a token's embedding changes; float32, shape (width,).
     """
 
     outputs: dict[str, torch.Tensor]
@@ -84,9 +84,7 @@ def output_sensitivity(
                 gradients = _backward(skeleton, index, calls.read(index), gradients, squares)
             progress()
     tokens = sum(batch.numel() for batch in batches)
-    embedding = (
-        functools.reduce(torch.add, (g.float().square().reshape(-1, g.shape[-1]).sum(0) for g in gradients)) / tokens
-    )
+    embedding = functools.reduce(torch.add, map(_sum_of_squares, gradients)) / tokens
     means = {name: total / tokens for name, total in squares.sums.items()}
     return Sensitivity(means, embedding, squares.token_weights(tokens))
 
@@ -99,7 +97,7 @@ class _LayerInputs:
         self._streams: dict[int, IO[bytes]] = {}
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
-        # Unnamed and held open, so that what is unpickled below (objects of any class) is what was written here.
+        # Unnamed and held open, so that `read` unpickles (objects of any class) only what was written here.
         with os_errors(str(self._scratch)):
             stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - `read` closes it
             packed = io.BytesIO()  # torch would turn a full disk into an error of its own
@@ -145,6 +143,11 @@ class _Squares:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the squares over all axes but the last."""
+    return gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0)
+
+
 def _forward(
     skeleton: Skeleton,
     batches: Sequence[torch.Tensor],
@@ -161,7 +164,7 @@ def _forward(
         torch.set_grad_enabled(True)  # in this batch's thread only
         leaf = _hidden(output).detach().requires_grad_()
         leaves.append(leaf)
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+        return (leaf, *output[1:]) if isinstance(output, tuple | list) else leaf
 
     def run(ids: torch.Tensor) -> torch.Tensor:
         logits = skeleton.model(input_ids=ids, use_cache=False).logits
@@ -206,7 +209,7 @@ def _backward(
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _take_hidden(

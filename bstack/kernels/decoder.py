@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -61,12 +61,8 @@ class _Layer(ctypes.Structure):
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, ctypes.c_int32)
-            for name in ("width", "inner", "heads", "key_heads", "head_width", "layers", "head_parts")
-        ),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in "width inner heads key_heads head_width layers head_parts".split()),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
         *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "head", "scratch")),
     ]
 
@@ -109,19 +105,12 @@ class Decoder:
                 setattr(structure, name, None if array is None else array.ctypes.data)
         self._head = (ctypes.c_void_p * len(head))(*map(ctypes.addressof, head))
         self._decoder = _Decoder(
-            sizes.width,
-            sizes.inner,
-            sizes.heads,
-            sizes.key_heads,
-            sizes.head_width,
-            len(layers),
-            len(head),
-            sizes.epsilon,
-            sizes.scale,
-            ctypes.addressof(self._layers),
-            final_norm.ctypes.data,
-            ctypes.addressof(self._head),
-            None,
+            layers=len(layers),
+            head_parts=len(head),
+            layer=ctypes.addressof(self._layers),
+            final_norm=final_norm.ctypes.data,
+            head=ctypes.addressof(self._head),
+            **asdict(sizes),
         )
         self.vocabulary = sum(part.rows for part in head)
         self._capacity = 0
@@ -142,9 +131,9 @@ class Decoder:
         Parameters
         ----------
         x : np.ndarray
-            Its embedding, float32, shape (width,). Used up.
+            Its embedding, float32, shape (width,). Overwritten.
         cosine, sine : np.ndarray
-            Of its position, float32, shape (head width,).
+            Of its position's angles, float32, shape (head width,).
         position : int
             Tokens in the cache before it, less than the capacity.
 
@@ -170,30 +159,17 @@ class Decoder:
 
 
 def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]) -> None:
+    """Raise ValueError where a matrix, norm or bias has another shape than the sizes need."""
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
-    rows = {
-        "query": queries,
-        "key": keys,
-        "value": keys,
-        "out": sizes.width,
-        "gate": sizes.inner,
-        "up": sizes.inner,
-        "down": sizes.width,
-    }
-    columns = {**dict.fromkeys(_MATRICES, sizes.width), "out": queries, "down": sizes.inner}
-    lengths = {
-        "input_norm": sizes.width,
-        "post_norm": sizes.width,
-        "query_norm": sizes.head_width,
-        "key_norm": sizes.head_width,
-        **{f"{name}_bias": rows[name] for name in _MATRICES},
-    }
+    rows = queries, keys, keys, sizes.width, sizes.inner, sizes.inner, sizes.width
+    shapes = list(zip(rows, [*[sizes.width] * 3, queries, *[sizes.width] * 2, sizes.inner], strict=True))
+    lengths = sizes.width, sizes.width, sizes.head_width, sizes.head_width, *rows
     wrong = sizes.head_width % 2 or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
     for layer in layers:
-        for name in _MATRICES:
+        for name, shape in zip(_MATRICES, shapes, strict=True):
             matrix = getattr(layer, name)
-            wrong = wrong or (matrix.rows, matrix.columns) != (rows[name], columns[name])
-        for name, length in lengths.items():
+            wrong = wrong or (matrix.rows, matrix.columns) != shape
+        for name, length in zip((*_NORMS, *_BIASES), lengths, strict=True):
             array = getattr(layer, name)
             wrong = wrong or (array is not None and (array.shape != (length,) or array.dtype != np.float32))
     if wrong or any(part.columns != sizes.width for part in head):

@@ -89,7 +89,7 @@ def test_grow(bstack, model, serve, tmp_path):
     sizes = [f"{size:.9f}" for size in cut_sizes(model)]
     assert bstack("truncate", server.url, "--mb", sizes[4], "-o", "small.bstk")[0] == 0
     code, out, err = bstack("grow", "small.bstk", "--mb", sizes[8], "--from", server.url)
-    assert (code, err) == (0, "") and "small.bstk: is" in out and "added" in out
+    assert (code, err) == (0, "") and "small.bstk: " in out and " bytes as a file" in out and "added" in out
     found = json.loads(bstack("grow", "small.bstk", "--mb", "1000", "--from", server.url, "--json")[1])
     assert (found["schema"], found["file_bytes"], found["blocks"]) == (
         "bstack.grow/1",

@@ -347,7 +347,7 @@ def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
         checkpoint.export_tokenizer(out)
         assert (out / "tokenizer.json").is_file()
     else:
-        with pytest.raises(UnsupportedModelError, match="the tokenizer cannot be read: .*'rwkv'") as raised:
+        with pytest.raises(UnsupportedModelError, match=r"the tokenizer cannot be read: .*'rwkv'") as raised:
             checkpoint.export_tokenizer(out)
         assert raised.value.option == "tokenizer"
 

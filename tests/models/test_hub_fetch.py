@@ -113,5 +113,5 @@ def test_an_adapter(hub, tmp_path):
 
 def test_a_repository_that_is_not_there(hub, repository):
     hub(repository)
-    with pytest.raises(bstk.UsageError, match="the hub answered"):
+    with pytest.raises(bstk.UsageError, match="The hub answers"):
         open_checkpoint("owner/other")

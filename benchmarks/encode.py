@@ -1,4 +1,4 @@
-"""Time of one block of a large matrix, trellis and sign codec.
+"""Time of one block of a large matrix, trellis5 and sign codec.
 
     python benchmarks/encode.py [--rows 4096] [--columns 14336]
 

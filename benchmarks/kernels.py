@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes
+from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix, block_bytes
 from bstack.kernels.multiply import decode_rows, multiply_many
 from bstack.kernels.native import CHOICES, instructions, library, set_threads
 from bstack.kernels.selftest import random_payload
@@ -57,13 +57,10 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
         print(f"plain read, {count} thread(s): {found / 1e9:.1f} GB/s")
     print("\n| kernel | matrix | tokens | " + " | ".join(f"{n} thread(s), GB/s | of the read" for n in threads) + " |")
     print("|---|---|---|" + "---|---|" * len(threads))
-    cases = [
-        (TRELLIS, 2, 4096, 4096, 1),
-        (TRELLIS, 2, 4096, 4096, 8),
-        (TRELLIS, 2, 4096, 14336, 1),
-        (TRELLIS, 2, 576, 576, 1),
-    ]
-    cases += [(TRELLIS, 2, 576, 1536, 1), (SIGN, 1, 576, 576, 1)]
+    shapes = [(4096, 4096, 1), (4096, 4096, 8), (4096, 14336, 1), (576, 576, 1), (576, 1536, 1)]
+    # Those of the old kind alternate with those that files have now, as a measure of both.
+    cases = [(kind, 2, *shape) for shape in shapes for kind in (TRELLIS, TRELLIS5)]
+    cases += [(SIGN, 1, 576, 576, 1)]
     cases += [(SIGN, rank, 4096, 4096, 1) for rank in (1, 2, 4, 8, 16)]
     for kind, rank, rows, columns, tokens in cases:
         matrices = copies(rows, columns, kind, rank, size)
@@ -76,7 +73,7 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
                 set_threads(count)
                 found = rate(lambda: multiply_many(matrices, x), bytes_, arguments.seconds)
                 shown.append(f"{found / 1e9:.1f} | {found / memory[count]:.0%}")
-            label = "trellis" if kind == TRELLIS else f"sign, rank {rank}"
+            label = {TRELLIS: "trellis", TRELLIS5: "trellis5"}.get(kind, f"sign, rank {rank}")
             print(f"| {label}, {name} | {rows} x {columns} | {tokens} | " + " | ".join(shown) + " |", flush=True)
 
 
@@ -125,18 +122,18 @@ def spqr(arguments: argparse.Namespace, threads: list[int]) -> None:
 
 
 def token(arguments: argparse.Namespace, threads: list[int]) -> None:
-    """All products of one token of SmolLM2-135M, trellis blocks, 2.4 of them a matrix on average."""
+    """All products of one token of SmolLM2-135M, trellis5 blocks, 2.4 of them a matrix on average."""
     rng = np.random.default_rng(0)
 
     def stack(rows: int, columns: int) -> Matrix:
         depth = 2 + int(rng.random() < 0.4)
-        return Matrix.of(rows, columns, [(TRELLIS, 2, random_payload(rng, rows, columns, TRELLIS, 2))] * depth)
+        return Matrix.of(rows, columns, [(TRELLIS5, 2, random_payload(rng, rows, columns, TRELLIS5, 2))] * depth)
 
     shapes = [((576, 576), (192, 576), (192, 576)), ((576, 576),), ((1536, 576), (1536, 576)), ((576, 1536),)] * 30
     shapes.append(((16384, 576),) * 3)
     calls = [[stack(*shape) for shape in together] for together in shapes]
     inputs = {n: rng.standard_normal((1, n)).astype(np.float32) for n in (576, 1536)}
-    size = sum(block_bytes(m.rows, m.columns, TRELLIS, 2) * m.count for call in calls for m in call)
+    size = sum(block_bytes(m.rows, m.columns, TRELLIS5, 2) * m.count for call in calls for m in call)
 
     def step() -> None:
         for call in calls:
@@ -154,7 +151,10 @@ def decoding(arguments: argparse.Namespace, threads: list[int]) -> None:
     """Rows as floats, which long prompts multiply with."""
     print("\nRows of 256 x 4096 decoded:")
     out = np.empty((256, 4096), np.float32)
-    cases = {"trellis": (copies(256, 4096, TRELLIS, 2, 0)[0], (TRELLIS,))}
+    cases = {
+        "trellis": (copies(256, 4096, TRELLIS, 2, 0)[0], ROTATED),
+        "trellis5": (copies(256, 4096, TRELLIS5, 2, 0)[0], ROTATED),
+    }
     for bits in (3, 4):
         cases[f"SpQR, {bits} bits"] = Matrix.of(256, 4096, spqr_blocks(256, 4096, bits, 0.01)), PLAIN
     for (label, (matrix, kinds)), name in product(cases.items(), arguments.instructions):

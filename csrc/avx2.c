@@ -1,4 +1,4 @@
-/* AVX2: 32 weights are looked up in 16 tables of 16 values, chosen by a tree of blends.
+/* AVX2: 32 weights are looked up in 16 tables of 16 values (in 4 for trellis5 blocks), chosen by a tree of blends.
  *
  * Inputs are arranged so that the even and the odd of 32 codes each fill a register, as bytes do when taken from words.
  */
@@ -85,22 +85,102 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     }
 }
 
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
-                        int64_t *sums, int rows) {
+/* Values of a register of code bytes of a row of a trellis5 block, quarter by quarter; its code rows are rows 0 to 4. */
+INLINE void values5(const __m256i *row, __m256i *value) {
+    const __m256i crumbs = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(0x0F), third = row[1];
+    const __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(row[4], row[2]), row[0]);
+    const __m256i even = select_bits(crumbs, row[3], _mm256_slli_epi16(mixed, 2)); /* quarters 0 and 2 */
+    const __m256i odd = select_bits(crumbs, _mm256_srli_epi16(row[3], 2), mixed);  /* quarters 1 and 3 */
+    __m256i table[4];
+    UNROLL
+    for (int k = 0; k < 4; k++)
+        table[k] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(bstack_table5 + 16 * k)));
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const __m256i both = quarter & 1 ? odd : even;
+        const __m256i low = _mm256_and_si256(quarter & 2 ? _mm256_srli_epi16(both, 4) : both, nibble);
+        const __m256i bit0 = _mm256_slli_epi16(third, 7 - 2 * quarter), bit1 = _mm256_slli_epi16(third, 6 - 2 * quarter);
+        const __m256i first = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[0], low), _mm256_shuffle_epi8(table[1], low), bit0);
+        const __m256i second = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], low), _mm256_shuffle_epi8(table[3], low), bit0);
+        value[quarter] = _mm256_blendv_epi8(first, second, bit1);
+    }
+}
+
+/* A register of code bytes of one row: 128 columns, 32 of each quarter. */
+INLINE void trellis5_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, __m256i *sum) {
+    __m256i row[EARLIER5 + 1], value[QUARTERS];
+    UNROLL
+    for (int e = 0; e <= EARLIER5; e++) row[e] = _mm256_loadu_si256((const __m256i *)(codes + (size_t)e * stride));
+    values5(row, value);
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++)
+        UNROLL
+        for (int o = 0; o < depth; o++)
+            sum[o] = multiply_add(sum[o], value[quarter], x + (size_t)o * step + (size_t)quarter * OPERAND);
+}
+
+typedef void step_of_row(const uint8_t *, size_t, const uint8_t *, size_t, int, __m256i *);
+
+/* One row, by steps of either kind, which has `earlier` rows above. */
+INLINE void sum_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
+                    int rows, step_of_row *by, int earlier) {
     for (int start = 0; start < width; start += FLUSH) {
         const int stop = start + FLUSH < width ? start + FLUSH : width;
-        __m256i sum[4];
+        __m256i sum[8];
         UNROLL
         for (int o = 0; o < depth; o++) sum[o] = _mm256_setzero_si256();
         int b = start;
-        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, depth, sum);
+        for (; b + WIDE <= stop; b += WIDE) by(codes + b, stride, inputs_of(x, b), step, depth, sum);
         if (b < stop) {
-            uint8_t rest[(EARLIER + 1) * WIDE];
-            copy_rest(rest, WIDE, codes + b, stride, stop - b);
-            trellis_step(rest, WIDE, inputs_of(x, b), step, depth, sum);
+            uint8_t rest[(EARLIER5 + 1) * WIDE];
+            copy_rest(rest, WIDE, codes + b, stride, stop - b, earlier + 1);
+            by(rest, WIDE, inputs_of(x, b), step, depth, sum);
         }
         UNROLL
         for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += sum_lanes(sum[o]);
+    }
+}
+
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
+                        int64_t *sums, int rows) {
+    sum_row(codes, stride, width, x, step, depth, sums, rows, trellis_step, EARLIER);
+}
+
+INLINE void trellis5_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
+                         int64_t *sums, int rows) {
+    sum_row(codes, stride, width, x, step, depth, sums, rows, trellis5_step, EARLIER5);
+}
+
+static void decode5(const uint8_t *codes, int columns, float scale, float *out) {
+    const __m256 factor = _mm256_set1_ps(scale);
+    const __m256i offset = _mm256_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
+    const int q = (int)quarter_of(columns);
+    for (int b = 0; b < q; b += WIDE) {
+        uint8_t rest[(EARLIER5 + 1) * WIDE];
+        const uint8_t *at = codes + b;
+        size_t stride = (size_t)q;
+        if (b + WIDE > q) {
+            copy_rest(rest, WIDE, at, stride, q - b, EARLIER5 + 1);
+            at = rest, stride = WIDE;
+        }
+        __m256i row[EARLIER5 + 1], value[QUARTERS];
+        UNROLL
+        for (int e = 0; e <= EARLIER5; e++) row[e] = _mm256_loadu_si256((const __m256i *)(at + (size_t)e * stride));
+        values5(row, value);
+        UNROLL
+        for (int quarter = 0; quarter < QUARTERS; quarter++) {
+            ALIGNED int8_t value8[WIDE];
+            _mm256_store_si256((__m256i *)value8, _mm256_xor_si256(value[quarter], offset));
+            const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
+            const int length = own < WIDE ? own : WIDE;
+            int j = 0;
+            for (; j + 8 <= length; j += 8) {
+                const __m256i codes32 = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(value8 + j)));
+                const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(codes32), factor);
+                _mm256_storeu_ps(out + from + j, _mm256_add_ps(_mm256_loadu_ps(out + from + j), weight));
+            }
+            for (; j < length; j++) out[from + j] += (float)value8[j] * scale;
+        }
     }
 }
 
@@ -114,7 +194,7 @@ INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int depth, _
 INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;
-    __m256i sum[4];
+    __m256i sum[8];
     UNROLL
     for (int o = 0; o < depth; o++) sum[o] = _mm256_setzero_si256();
     int b = 0;
@@ -133,14 +213,19 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 }
 
 ROW_BY_ROW(trellis)
+ROW_BY_ROW(trellis5)
 ROW_BY_ROW(sign)
 
 const struct kernels bstack_avx2 = {
     .name = "avx2",
+    .whole = WIDE,
     .arrange = arrange,
     .trellis = trellis,
+    .trellis5 = trellis5,
+    .decode5 = decode5,
     .sign = sign,
     .spqr = &bstack_spqr_avx2,
+    .encoder = &bstack_encoder,
 };
 
 END_OF_TARGET

@@ -161,9 +161,40 @@ INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int til
     add_sums(high, low, tile_rows, depth, sums, rows);
 }
 
+/* Values of a register of code bytes of a row of a trellis5 block, quarter by quarter; its code rows are rows 0 to 4. A
+ * permutation looks at the low six bits of each byte, so what stands above them does not matter. */
+INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
+    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), third = row[1];
+    const __m512i mixed = _mm512_ternarylogic_epi64(row[4], row[2], row[0], 0x96);
+    const __m512i even = select_bits(crumbs, row[3], _mm512_slli_epi16(mixed, 2)); /* quarters 0 and 2 */
+    const __m512i odd = select_bits(crumbs, _mm512_srli_epi16(row[3], 2), mixed);  /* quarters 1 and 3 */
+    value[0] = _mm512_permutexvar_epi8(select_bits(nibble, even, _mm512_slli_epi16(third, 4)), table);
+    value[1] = _mm512_permutexvar_epi8(select_bits(nibble, odd, _mm512_slli_epi16(third, 2)), table);
+    value[2] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(even, 4), third), table);
+    value[3] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(odd, 4), _mm512_srli_epi16(third, 2)), table);
+}
+
+/* Add scale * T to a row's columns: `values` are those of a register of code bytes from b on, quarter by quarter. */
+INLINE void add_values(const __m512i *values, int b, int q, int columns, __m512 factor, float *out) {
+    const __m512i offset = _mm512_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        ALIGNED int8_t value[WIDE];
+        _mm512_store_si512(value, _mm512_xor_si512(values[quarter], offset));
+        const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
+        const int length = own < WIDE ? own : WIDE;
+        for (int j = 0; j < length; j += 16) {
+            const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
+            const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)(value + j)));
+            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor);
+            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
+            _mm512_mask_storeu_ps(out + from + j, there, sum);
+        }
+    }
+}
+
 static void decode(const uint8_t *codes, int columns, float scale, float *out) {
-    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), offset = _mm512_set1_epi32(OFFSET);
-    const __m512 factor = _mm512_set1_ps(scale);
+    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
     const int q = (int)quarter_of(columns);
     __m512i table[4];
     UNROLL
@@ -177,34 +208,111 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
             even[e] = select_bits(crumbs, row[2 * e + 1], _mm512_slli_epi16(row[2 * e], 2));
             odd[e] = select_bits(crumbs, _mm512_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
         }
-        const __m512i window[QUARTERS] = {
+        __m512i window[QUARTERS] = {
             select_bits(nibble, even[1], _mm512_slli_epi16(even[0], 4)),
             select_bits(nibble, odd[1], _mm512_slli_epi16(odd[0], 4)),
             select_bits(nibble, _mm512_srli_epi16(even[1], 4), even[0]),
             select_bits(nibble, _mm512_srli_epi16(odd[1], 4), odd[0]),
         };
         UNROLL
-        for (int quarter = 0; quarter < QUARTERS; quarter++) {
-            ALIGNED uint8_t value[WIDE];
-            _mm512_store_si512(value, look_up(table, window[quarter], _mm512_movepi8_mask(window[quarter])));
-            const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
-            const int length = own < WIDE ? own : WIDE;
-            for (int j = 0; j < length; j += 16) {
-                const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
-                const __m512i codes32 = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(value + j)));
-                const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes32, offset)), factor);
-                const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
-                _mm512_mask_storeu_ps(out + from + j, there, sum);
+        for (int quarter = 0; quarter < QUARTERS; quarter++)
+            window[quarter] = look_up(table, window[quarter], _mm512_movepi8_mask(window[quarter]));
+        add_values(window, b, q, columns, _mm512_set1_ps(scale), out);
+    }
+}
+
+static void decode5(const uint8_t *codes, int columns, float scale, float *out) {
+    const __m512i table = _mm512_load_si512(bstack_table5);
+    const int q = (int)quarter_of(columns);
+    for (int b = 0; b < q; b += WIDE) {
+        __m512i row[EARLIER5 + 1], value[QUARTERS];
+        UNROLL
+        for (int e = 0; e <= EARLIER5; e++) row[e] = load(codes + (size_t)e * (size_t)q + b, q - b);
+        values5(row, table, value);
+        add_values(value, b, q, columns, _mm512_set1_ps(scale), out);
+    }
+}
+
+/* Values of a register of code bytes of `tile_rows` rows, multiplied by all operands. */
+INLINE void trellis5_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,
+                          __m512i table, __m512i *high, __m512i *low) {
+    __m512i row[8], value[4][QUARTERS];
+    UNROLL
+    for (int e = 0; e < tile_rows + EARLIER5; e++) row[e] = load(codes + (size_t)e * stride, left);
+    UNROLL
+    for (int i = 0; i < tile_rows; i++) values5(row + i, table, value[i]);
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++)
+        UNROLL
+        for (int o = 0; o < depth; o++) {
+            const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
+            const __m512i x_high = _mm512_loadu_si512(at), x_low = _mm512_loadu_si512(at + WIDE);
+            UNROLL
+            for (int i = 0; i < tile_rows; i++) {
+                high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i][quarter], x_high);
+                low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i][quarter], x_low);
             }
         }
+}
+
+/* 16 code bytes of `tile_rows` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
+INLINE void trellis5_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
+                                int depth, __m512i table, __m512i *high, __m512i *low) {
+    const int64_t by_2 = 0x0002000200020002; /* four words */
+    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
+    const __m512i crumb = _mm512_set1_epi8(0x03), nibble = _mm512_set1_epi8(0x0F);
+    __m512i row[8], value[4]; /* the code of the lane's quarter in the low bits */
+    UNROLL
+    for (int e = 0; e < tile_rows + EARLIER5; e++) {
+        const uint8_t *at = codes + (size_t)e * stride;
+        const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
+                                            : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
+        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
     }
+    UNROLL
+    for (int i = 0; i < tile_rows; i++) {
+        const __m512i mixed = _mm512_ternarylogic_epi64(row[i + 4], row[i + 2], row[i], 0x96);
+        const __m512i pair = select_bits(crumb, row[i + 3], _mm512_slli_epi16(mixed, 2));
+        value[i] = _mm512_permutexvar_epi8(select_bits(nibble, pair, _mm512_slli_epi16(row[i + 1], 4)), table);
+    }
+    UNROLL
+    for (int o = 0; o < depth; o++) {
+        const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
+        const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
+        UNROLL
+        for (int i = 0; i < tile_rows; i++) {
+            high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
+            low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
+        }
+    }
+}
+
+INLINE void trellis5_tile(const uint8_t *codes, size_t stride, int width, int tile_rows, const uint8_t *x, size_t step, int depth,
+                          int64_t *sums, int rows) {
+    const __m512i table = _mm512_load_si512(bstack_table5);
+    __m512i high[8], low[8];
+    UNROLL
+    for (int k = 0; k < tile_rows * depth; k++) high[k] = low[k] = _mm512_setzero_si512();
+    int b = 0;
+    const uint8_t *ahead = codes + (size_t)(tile_rows + EARLIER5) * stride + AHEAD;
+    for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND) {
+        prefetch(ahead + tile_rows * b, tile_rows * WIDE);
+        trellis5_step(codes + b, stride, WIDE, tile_rows, x, step, depth, table, high, low);
+    }
+    prefetch(ahead + tile_rows * b, tile_rows * (width - b));
+    if (width - b > 2 * SHORT)
+        trellis5_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
+    else
+        for (; b < width; b += SHORT, x += SHORT)
+            trellis5_short_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
+    add_sums(high, low, tile_rows, depth, sums, rows);
 }
 
 /* Add one row: eight sign bytes, or fewer, mask 64 columns of inputs. */
 INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;
-    __m512i high[4], low[4];
+    __m512i high[8], low[8];
     UNROLL
     for (int o = 0; o < depth; o++) high[o] = low[o] = _mm512_setzero_si512();
     for (int b = 0; b < width; b += 8, x += OPERAND) {
@@ -236,13 +344,37 @@ static void trellis(SUM_ARGUMENTS) {
     for_each_tile(packed, stride, width, rows, x, step, operands, sums, trellis_4x1, trellis_4x2, trellis_2x4, trellis_1x1);
 }
 
+#define TILE5(TALL, DEEP)                                                                 \
+    static void trellis5_##TALL##x##DEEP(TILE_ARGUMENTS) {                                \
+        trellis5_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);            \
+    }
+TILE5(4, 1)
+TILE5(4, 2)
+TILE5(2, 4)
+TILE5(1, 8)
+TILE5(1, 1)
+
+static void trellis5(SUM_ARGUMENTS) {
+    int o = 0;
+    for (; o + 8 <= operands; o += 8)
+        for (int i = 0; i < rows; i++)
+            trellis5_1x8(packed + (size_t)i * stride, stride, width, x + (size_t)o * step, step,
+                         sums + (size_t)o * (size_t)rows + i, rows);
+    for_each_tile(packed, stride, width, rows, x + (size_t)o * step, step, operands - o, sums + (size_t)o * (size_t)rows,
+                  trellis5_4x1, trellis5_4x2, trellis5_2x4, trellis5_1x1);
+}
+
 const struct kernels bstack_avx512 = {
     .name = "avx512",
+    .whole = 1,
     .arrange = arrange,
     .trellis = trellis,
+    .trellis5 = trellis5,
     .sign = sign,
     .spqr = &bstack_spqr_avx512,
+    .encoder = &bstack_encoder_avx512,
     .decode = decode,
+    .decode5 = decode5,
 };
 
 END_OF_TARGET

@@ -20,6 +20,7 @@ enum {
     BSTACK_TRELLIS = 4,
     BSTACK_SPQR = 5,
     BSTACK_OUTLIERS = 6,
+    BSTACK_TRELLIS5 = 7,
 };
 
 /* A call reads `count` once, at its start, and only entries below it. So the owner may raise it while calls run, after it
@@ -39,8 +40,8 @@ struct bstack_matrix {
  * Returns 0, or 1 when there is no memory (y is then undefined). */
 int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y);
 
-/* Add up rows start to stop - 1 of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
- * BSTACK_TRELLIS: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
+/* Add up rows start to stop - 1 of the sum of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
+ * BSTACK_TRELLIS and BSTACK_TRELLIS5: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
 
 /* Decode rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */

@@ -4,18 +4,21 @@
 
 enum { PART = 16, RUN = 256 }; /* rows of a part; columns taken together, in loops that vectorise */
 
-/* Add the rows of one trellis block: a_i T[w_ij], for the rotated inputs. */
+/* Add a row of one trellis or trellis5 block: a_i T[w_ij], for the rotated inputs. */
 static void add_trellis(const struct bstack_matrix *matrix, int level, int row, float *out) {
-    const int n = matrix->columns;
+    const int n = matrix->columns, kind = matrix->kind[level];
     const size_t q = quarter_of(n);
     const uint8_t *codes = matrix->block[level] + (size_t)row * q;
-    const float a = half_to_float(matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)row);
-    if (bstack_kernels()->decode) {
-        bstack_kernels()->decode(codes, n, a, out);
+    const float a = half_to_float(matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)row);
+    void (*const decode)(const uint8_t *, int, float, float *) =
+        kind == BSTACK_TRELLIS ? bstack_kernels()->decode : bstack_kernels()->decode5;
+    if (decode) {
+        decode(codes, n, a, out);
         return;
     }
+    const uint8_t *table = kind == BSTACK_TRELLIS ? bstack_table : bstack_table5;
     float value[256];
-    for (int w = 0; w < 256; w++) value[w] = a * (float)(bstack_table[w] - OFFSET);
+    for (int w = 0; w < (kind == BSTACK_TRELLIS ? 256 : 64); w++) value[w] = a * (float)(table[w] - OFFSET);
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         const int shift = 2 * quarter, from = quarter * (int)q, length = n - from < (int)q ? n - from : (int)q;
         for (int start = 0; start < length; start += RUN) {
@@ -23,8 +26,12 @@ static void add_trellis(const struct bstack_matrix *matrix, int level, int row, 
             const uint8_t *at = codes + start;
             uint8_t window[RUN];
             for (int b = 0; b < run; b++)
-                window[b] = (uint8_t)((at[b + 3 * q] >> shift & 3) | (at[b + 2 * q] >> shift & 3) << 2 |
-                                      (at[b + q] >> shift & 3) << 4 | (at[b] >> shift & 3) << 6);
+                if (kind == BSTACK_TRELLIS)
+                    window[b] = (uint8_t)((at[b + 3 * q] >> shift & 3) | (at[b + 2 * q] >> shift & 3) << 2 |
+                                          (at[b + q] >> shift & 3) << 4 | (at[b] >> shift & 3) << 6);
+                else
+                    window[b] = (uint8_t)((at[b + 3 * q] >> shift & 3) | (at[b + q] >> shift & 3) << 4 |
+                                          ((at[b + 4 * q] ^ at[b + 2 * q] ^ at[b]) >> shift & 3) << 2);
             for (int b = 0; b < run; b++) out[from + start + b] += value[window[b]];
         }
     }
@@ -57,7 +64,7 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
     }
 }
 
-static const unsigned ROTATED = 1u << BSTACK_TRELLIS;
+static const unsigned ROTATED = 1u << BSTACK_TRELLIS | 1u << BSTACK_TRELLIS5;
 
 /* Add some rows of the blocks of some kinds: row by row, for the cache, unless an SpQR block has its rows in tiles. */
 static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, float *out) {
@@ -70,7 +77,7 @@ static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int ro
             if (!(kinds >> kind & 1)) continue;
             for (int i = done; i < done + step; i++) {
                 float *to = out + (size_t)i * (size_t)matrix->columns;
-                if (kind == BSTACK_TRELLIS)
+                if (earlier_rows(kind))
                     add_trellis(matrix, level, row + i, to);
                 else if (kind == BSTACK_SIGN)
                     add_sign(matrix, level, row + i, to);

@@ -17,8 +17,10 @@ enum {
     GROUP = 64,        /* columns whose codes are arranged together */
     OPERAND = 128,     /* bytes of an arranged group */
     QUARTERS = 4,      /* columns b, b + q, b + 2 q, b + 3 q share code byte b of a trellis row */
-    EARLIER = 3,       /* rows of trellis codes above the first */
+    EARLIER = 3,       /* rows of codes above the first of a trellis block */
+    EARLIER5 = 4,      /* of a trellis5 block */
     SEGMENT = 8192,    /* code bytes or sign bytes summed in one call, so that no 32-bit lane overflows */
+    NARROW = 512,      /* code bytes for five operands and more, whose inputs then fit the nearest cache */
     X_LIMIT = 32639,   /* largest code of a trellis block's input: as 256 high + low, both are signed bytes */
     SIGN_LIMIT = 8159, /* of a sign block's input: a sum of four is below X_LIMIT */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
@@ -28,12 +30,17 @@ enum {
  * instruction set's own order, which `arrange` makes. Both sums are exact and are added to sums[k * rows + i]. */
 struct kernels {
     const char *name;
+    /* Code bytes that are read together; a row whose width is no multiple of them takes longer. 1 where any width will do. */
+    int whole;
     /* Bring `groups` groups of 64 codes, at x, into order, in place. */
     void (*arrange)(int16_t *x, size_t groups);
     /* Sum over columns j of (OFFSET + T[w_ij]) x_kj. Code row i - 3 + e starts at codes + (i + e) * stride, of which
      * `width` bytes are used; groups of operands follow the order of the code bytes, four quarters in turn. */
     void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                     int64_t *sums);
+    /* The same for trellis5 blocks: code row i - 4 + e starts at codes + (i + e) * stride. */
+    void (*trellis5)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
+                     int64_t *sums);
     /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands follow the
      * order of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
@@ -41,16 +48,21 @@ struct kernels {
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null: decode.c uses its
      * plain loop. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
+    void (*decode5)(const uint8_t *codes, int columns, float scale, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
+    const struct encoder *encoder;   /* encode.h */
 };
 
 struct spqr_kernels;
+struct encoder;
 extern const struct kernels bstack_portable;
 extern const struct spqr_kernels bstack_spqr_portable;
+extern const struct encoder bstack_encoder;
 #if defined(__x86_64__)
 #define BSTACK_X86 1
 extern const struct kernels bstack_avx2, bstack_avx512;
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
+extern const struct encoder bstack_encoder_avx512;
 #elif defined(__aarch64__)
 #define BSTACK_NEON 1
 extern const struct kernels bstack_neon;
@@ -71,8 +83,8 @@ const struct kernels *bstack_kernels(void);
 #define EACH_CPU
 #endif
 
-/* OFFSET + T of SPEC.md, section 6. */
-ALIGNED extern const uint8_t bstack_table[256];
+/* OFFSET + T of SPEC.md, section 6, of trellis and of trellis5 blocks. */
+ALIGNED extern const uint8_t bstack_table[256], bstack_table5[64];
 
 /* Copy a matrix as it is now. Blocks below the count do not change during a call, so one reading of the count is enough. */
 static inline void bstack_copy_matrix(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
@@ -100,6 +112,9 @@ static inline float half_to_float(const uint8_t *at) {
     memcpy(&value, &bits, 4);
     return value;
 }
+
+/* Rows of codes above the first; 0 for kinds that are not of trellis blocks. */
+static inline int earlier_rows(int kind) { return kind == BSTACK_TRELLIS ? EARLIER : kind == BSTACK_TRELLIS5 ? EARLIER5 : 0; }
 
 static inline size_t quarter_of(int columns) { return ((size_t)columns + 3) / 4; }
 static inline size_t sign_stride(int columns) { return ((size_t)columns + 7) / 8; }

@@ -43,8 +43,8 @@ struct job {
 
 /* Return the number of groups of an operand; zeros fill up the last one. */
 static size_t groups_of(int columns, int kind) {
-    const size_t each = kind == BSTACK_TRELLIS ? quarter_of(columns) : (size_t)columns;
-    return round_up(each, GROUP) / GROUP * (kind == BSTACK_TRELLIS ? QUARTERS : 1);
+    const size_t each = earlier_rows(kind) ? quarter_of(columns) : (size_t)columns;
+    return round_up(each, GROUP) / GROUP * (earlier_rows(kind) ? QUARTERS : 1);
 }
 
 /* Put the quantised x into place as operand number k; trellis operands by quarters, in turn for each 64 code bytes. */
@@ -104,11 +104,17 @@ EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matr
                         float *y, int64_t *sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
+    const struct kernels *kernels = job->kernels;
+    const int kind = matrix->kind[level];
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
-    for (size_t b = 0; b < q; b += SEGMENT)
-        job->kernels->trellis(matrix->block[level] + (size_t)start * q + b, q, (int)(q - b < SEGMENT ? q - b : SEGMENT),
-                              rows, in->codes + b * QUARTERS * 2, in->step, in->count, sums);
-    const uint8_t *scale = matrix->block[level] + ((size_t)matrix->rows + EARLIER) * q + 2 * (size_t)start;
+    const size_t segment = in->count > 4 ? NARROW : SEGMENT, whole = (size_t)kernels->whole;
+    /* What a row is filled up with is the next row's, or scales, and meets operands that are 0. */
+    const size_t width = 2 * (size_t)matrix->rows >= whole ? round_up(q, whole) : q;
+    for (size_t b = 0; b < q; b += segment)
+        (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(
+            matrix->block[level] + (size_t)start * q + b, q, (int)(width - b < segment ? width - b : segment), rows,
+            in->codes + b * QUARTERS * 2, in->step, in->count, sums);
+    const uint8_t *scale = matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)start;
     float a[ROWS];
     for (int i = 0; i < rows; i++) a[i] = half_to_float(scale + 2 * (size_t)i);
     for (int t = 0; t < job->tokens; t++) {
@@ -156,7 +162,7 @@ static void multiply_rows(void *argument, int part) {
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
         for (int level = 0; level < matrix->count; level++)
-            if (matrix->kind[level] == BSTACK_TRELLIS)
+            if (earlier_rows(matrix->kind[level]))
                 add_trellis(job, matrix, level, i, rows, y, sums);
             else if (matrix->kind[level] == BSTACK_SIGN)
                 add_sign(job, matrix, level, &job->sign[which][level], i, rows, y, sums);
@@ -182,9 +188,9 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             const int kind = job->matrices[i].kind[level];
             struct operands found = {.step = groups_of(job->columns, kind), .count = job->tokens};
             found.step *= OPERAND;
-            if (kind == BSTACK_TRELLIS) {
+            if (earlier_rows(kind)) {
                 if (trellis++) continue; /* one for all */
-            } else if (job->matrices[i].kind[level] != BSTACK_SIGN) {
+            } else if (kind != BSTACK_SIGN) {
                 continue;
             } else {
                 found.count *= job->matrices[i].rank[level];
@@ -192,7 +198,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             TAKE(found.codes, found.step * (size_t)found.count);
             TAKE(found.scale, sizeof(float) * (size_t)found.count);
             TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
-            if (kind == BSTACK_TRELLIS)
+            if (earlier_rows(kind))
                 job->trellis = found;
             else if (memory)
                 job->sign[i][level] = found;
@@ -209,9 +215,9 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
 static size_t row_bytes(const struct bstack_matrix *matrix) {
     size_t bytes = 1;
     for (int level = 0; level < matrix->count; level++)
-        bytes += matrix->kind[level] == BSTACK_TRELLIS ? quarter_of(matrix->columns)
-                 : matrix->kind[level] == BSTACK_SIGN  ? sign_stride(matrix->columns)
-                                                       : bstack_spqr_row_bytes(matrix, level);
+        bytes += earlier_rows(matrix->kind[level])     ? quarter_of(matrix->columns)
+                 : matrix->kind[level] == BSTACK_SIGN ? sign_stride(matrix->columns)
+                                                      : bstack_spqr_row_bytes(matrix, level);
     return bytes;
 }
 

@@ -55,33 +55,65 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
     }
 }
 
-INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
-                        int64_t *sums, int rows) {
-    uint8x16x4_t table[4];
+/* The same of a trellis5 block, whose table is one look-up. */
+INLINE void trellis5_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth,
+                          const uint8x16x4_t *table, int32x4_t *sum) {
+    uint8x16_t row[EARLIER5 + 1];
     UNROLL
-    for (int k = 0; k < 4; k++) table[k] = vld1q_u8_x4(bstack_table + 64 * k);
+    for (int e = 0; e <= EARLIER5; e++) row[e] = vld1q_u8(codes + (size_t)e * stride);
+    uint8x16_t first = row[3], third = row[1], mixed = veorq_u8(veorq_u8(row[4], row[2]), row[0]);
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const uint8x16_t window = vsliq_n_u8(vsliq_n_u8(first, mixed, 2), third, 4);
+        const uint8x16_t value = vqtbl4q_u8(*table, vandq_u8(window, vdupq_n_u8(63)));
+        UNROLL
+        for (int o = 0; o < depth; o++)
+            sum[o] = multiply_add(sum[o], value, x + (size_t)o * step + (size_t)quarter * OPERAND);
+        first = vshrq_n_u8(first, 2), third = vshrq_n_u8(third, 2), mixed = vshrq_n_u8(mixed, 2);
+    }
+}
+
+typedef void step_of_row(const uint8_t *, size_t, const uint8_t *, size_t, int, const uint8x16x4_t *, int32x4_t *);
+
+/* One row, by steps of either kind, which has `earlier` rows above. */
+INLINE void sum_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
+                    int rows, step_of_row *by, int earlier, const uint8x16x4_t *table) {
     for (int start = 0; start < width; start += FLUSH) {
         const int stop = start + FLUSH < width ? start + FLUSH : width;
-        int32x4_t sum[4];
+        int32x4_t sum[8];
         UNROLL
         for (int o = 0; o < depth; o++) sum[o] = vdupq_n_s32(0);
         int b = start;
-        for (; b + WIDE <= stop; b += WIDE) trellis_step(codes + b, stride, inputs_of(x, b), step, depth, table, sum);
+        for (; b + WIDE <= stop; b += WIDE) by(codes + b, stride, inputs_of(x, b), step, depth, table, sum);
         if (b < stop) {
-            uint8_t rest[(EARLIER + 1) * WIDE];
-            copy_rest(rest, WIDE, codes + b, stride, stop - b);
-            trellis_step(rest, WIDE, inputs_of(x, b), step, depth, table, sum);
+            uint8_t rest[(EARLIER5 + 1) * WIDE];
+            copy_rest(rest, WIDE, codes + b, stride, stop - b, earlier + 1);
+            by(rest, WIDE, inputs_of(x, b), step, depth, table, sum);
         }
         UNROLL
         for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += vaddlvq_s32(sum[o]);
     }
 }
 
+INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
+                        int64_t *sums, int rows) {
+    uint8x16x4_t table[4];
+    UNROLL
+    for (int k = 0; k < 4; k++) table[k] = vld1q_u8_x4(bstack_table + 64 * k);
+    sum_row(codes, stride, width, x, step, depth, sums, rows, trellis_step, EARLIER, table);
+}
+
+INLINE void trellis5_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth,
+                         int64_t *sums, int rows) {
+    const uint8x16x4_t table = vld1q_u8_x4(bstack_table5);
+    sum_row(codes, stride, width, x, step, depth, sums, rows, trellis5_step, EARLIER5, &table);
+}
+
 INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;
     const uint8x8_t one = vcreate_u8(0x8040201008040201u);
-    int32x4_t sum[4];
+    int32x4_t sum[8];
     UNROLL
     for (int o = 0; o < depth; o++) sum[o] = vdupq_n_s32(0);
     for (int b = 0; b < width; b += 2, x += 2 * WIDE) { /* two sign bytes: 16 columns */
@@ -96,14 +128,18 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 }
 
 ROW_BY_ROW(trellis)
+ROW_BY_ROW(trellis5)
 ROW_BY_ROW(sign)
 
 const struct kernels bstack_neon = {
     .name = "neon",
+    .whole = WIDE,
     .arrange = arrange,
     .trellis = trellis,
+    .trellis5 = trellis5,
     .sign = sign,
     .spqr = &bstack_spqr_neon,
+    .encoder = &bstack_encoder,
 };
 
 #endif

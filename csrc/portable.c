@@ -27,6 +27,27 @@ static void trellis(const uint8_t *codes, size_t stride, int width, int rows, co
         }
 }
 
+static void trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
+                     int64_t *sums) {
+    for (int i = 0; i < rows; i++, codes += stride)
+        for (int b = 0; b < width; b++) {
+            const unsigned first = codes[b + 3 * stride], third = codes[b + stride]; /* of the rows above */
+            const unsigned mixed = codes[b + 4 * stride] ^ codes[b + 2 * stride] ^ codes[b];
+            int32_t value[QUARTERS];
+            for (int k = 0; k < QUARTERS; k++) {
+                const int shift = 2 * k;
+                value[k] = bstack_table5[(first >> shift & 3) | (mixed >> shift & 3) << 2 | (third >> shift & 3) << 4];
+            }
+            const size_t at = (size_t)(b / GROUP) * QUARTERS * GROUP + (size_t)(b % GROUP);
+            for (int o = 0; o < operands; o++) {
+                const int16_t *row = (const int16_t *)(x + (size_t)o * step) + at;
+                int32_t sum = 0;
+                for (int k = 0; k < QUARTERS; k++) sum += value[k] * row[k * GROUP];
+                sums[o * rows + i] += sum;
+            }
+        }
+}
+
 static void sign(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                  int64_t *sums) {
     for (int i = 0; i < rows; i++, bits += stride)
@@ -41,8 +62,11 @@ static void sign(const uint8_t *bits, size_t stride, int width, int rows, const 
 
 const struct kernels bstack_portable = {
     .name = "portable",
+    .whole = 1,
     .arrange = arrange,
     .trellis = trellis,
+    .trellis5 = trellis5,
     .sign = sign,
     .spqr = &bstack_spqr_portable,
+    .encoder = &bstack_encoder,
 };

@@ -36,11 +36,14 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
     }
 }
 
-/* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1 or 4 operands. */
+/* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1, 4 or 8 operands. */
 #define ROW_BY_ROW(NAME)                                                                  \
     static void NAME(SUM_ARGUMENTS) {                                                     \
         for (int i = 0; i < rows; i++, packed += stride, sums++) {                        \
             int o = 0;                                                                    \
+            for (; o + 8 <= operands; o += 8)                                             \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 8,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
             for (; o + 4 <= operands; o += 4)                                             \
                 NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4,          \
                            sums + (size_t)o * (size_t)rows, rows);                        \
@@ -50,10 +53,10 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
         }                                                                                 \
     }
 
-/* Copy the last `left` bytes of the code rows of one row to rows of `wide` bytes that end in zeros. */
-INLINE void copy_rest(uint8_t *rest, int wide, const uint8_t *codes, size_t stride, int left) {
-    memset(rest, 0, (size_t)((EARLIER + 1) * wide));
-    for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * wide, codes + (size_t)e * stride, (size_t)left);
+/* Copy the last `left` bytes of `count` code rows to rows of `wide` bytes that end in zeros. */
+INLINE void copy_rest(uint8_t *rest, int wide, const uint8_t *codes, size_t stride, int left, int count) {
+    memset(rest, 0, (size_t)(count * wide));
+    for (int e = 0; e < count; e++) memcpy(rest + e * wide, codes + (size_t)e * stride, (size_t)left);
 }
 
 /* Return where the inputs of code byte b begin, first quarter first, for codes in their plain order. */

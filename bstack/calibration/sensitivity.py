@@ -4,6 +4,9 @@ For a small error d in one linear's output y, the Kullback-Leibler divergence of
 distribution grows by about 1/2 d^T F d, F = E[g g^T] the Fisher information and g the gradient of the log
 probability of a token drawn from the model itself. The result is the diagonal of F, averaged over calibration tokens:
 one number per output. One backward pass gives it for all linears; layers are loaded one at a time, backwards.
+
+The same gradients say which tokens matter: an error of row i of a linear is about as large as the row, a_i, so a token x
+whose gradients are g counts with w = sum_i a_i^2 g_i^2 in the hessian of the linear's inputs, sum w x x^T.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import io
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,6 +25,7 @@ import torch
 from bstack.calibration.statistics import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
+from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
 from bstk.errors import os_errors
 
@@ -36,12 +40,16 @@ class Sensitivity:
     ----------
     outputs : dict of str to torch.Tensor
         By linear name (see `Operand`), float32, shape (outputs,). The head is under its parameter's name.
+    tokens : dict of str to torch.Tensor
+        By linear name: the weights w of the run's tokens in their order, with mean 1; float32, shape (tokens,). Only of
+        linears in the layers that read every token once; an expert does not.
     embedding : torch.Tensor
         Of the first layer's input, which an error in a token's embedding changes; float32, shape (width,).
     """
 
     outputs: dict[str, torch.Tensor]
     embedding: torch.Tensor
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def output_sensitivity(
@@ -77,7 +85,8 @@ def output_sensitivity(
             progress()
     tokens = sum(batch.numel() for batch in batches)
     embedding = functools.reduce(torch.add, map(_sum_of_squares, gradients)) / tokens
-    return Sensitivity({name: total / tokens for name, total in squares.sums.items()}, embedding)
+    means = {name: total / tokens for name, total in squares.sums.items()}
+    return Sensitivity(means, embedding, squares.token_weights(tokens))
 
 
 class _LayerInputs:
@@ -103,17 +112,32 @@ class _LayerInputs:
 
 
 class _Squares:
-    """Sums of squared output gradients, by linear; the callback of ProductWatch."""
+    """Sums of squared output gradients, by linear, and weights of tokens; the callback of ProductWatch."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self._powers: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, list[torch.Tensor]] = {}
 
     def report(self, operand: Operand, _inputs: torch.Tensor, output: torch.Tensor, part: int | None) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._add(operand.name, gradient if part is None else gradient[part]))
+            output.register_hook(lambda gradient: self._add(operand, gradient if part is None else gradient[part]))
 
-    def _add(self, name: str, gradient: torch.Tensor) -> None:
-        self.add_sum(name, _sum_of_squares(gradient.detach()))
+    def _add(self, operand: Operand, gradient: torch.Tensor) -> None:
+        name, squares = operand.name, gradient.detach().float().square().reshape(-1, gradient.shape[-1])
+        self.add_sum(name, squares.sum(0))
+        if name not in self._powers:
+            matrix = MatrixName.parse(name)
+            weight = matrix.view(self.parameters[matrix.parameter], operand.transposed)
+            self._powers[name] = weight.detach().float().square().mean(1)
+        self._tokens.setdefault(name, []).append(squares @ self._powers[name])
+
+    def token_weights(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Return the weights of linears that have read each of so many tokens once, with mean 1."""
+        found = {name: torch.cat(parts) for name, parts in self._tokens.items()}
+        means = {name: weights.mean() for name, weights in found.items() if len(weights) == tokens}
+        return {name: found[name] / mean for name, mean in means.items() if 0 < mean < torch.inf}
 
     def add_sum(self, name: str, total: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
@@ -171,7 +195,8 @@ def _backward(
 ) -> list[torch.Tensor]:
     """Carry the gradients from a layer's output to its input."""
     layer = skeleton.layers[index][1]
-    watch = ProductWatch(layer_parameters(skeleton, index), squares.report)
+    squares.parameters = layer_parameters(skeleton, index)
+    watch = ProductWatch(squares.parameters, squares.report)
     before: list[torch.Tensor] = []
     for call, gradient in zip(calls, gradients, strict=True):
         hidden, rebuild = _take_hidden(call, gradient.shape)

@@ -137,6 +137,8 @@ class LayerStream:
 
     Attributes
     ----------
+    batches : sequence of torch.Tensor
+        As given.
     results : list
         After the last layer: what `run` returned for each batch.
     """
@@ -151,7 +153,7 @@ class LayerStream:
         embedding: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ):
         self._skeleton = skeleton
-        self._inputs = batches
+        self.batches = batches
         self._run = run or self._up_to_head
         self._stopped_head: Any = None
         self._after_layers = after_layers
@@ -170,7 +172,7 @@ class LayerStream:
             if self._stopped_head is None:
                 raise UnsupportedModelError(f"{type(self._skeleton.model).__name__} has no head that gives logits.")
             self._stopped_head.forward = _stop_at_head
-        self._batches = [_Batch(partial(self._run, ids)) for ids in self._inputs]
+        self._batches = [_Batch(partial(self._run, ids)) for ids in self.batches]
         try:
             with self._embedding(self._skeleton.input_name):
                 self._advance()

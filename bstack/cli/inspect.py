@@ -142,7 +142,7 @@ def _rank_words(kind: bstk.Kind, low: int, high: int) -> str:
         return ""
     if kind is bstk.SPQR and low == high:
         return " ({} bits in groups of {})".format(*spqr_form(high))
-    return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
+    return f" ({span} bits per weight)" if kind in (bstk.TRELLIS, bstk.TRELLIS5) else f" (rank {span})"
 
 
 def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:

@@ -161,7 +161,7 @@ class SpqrCodec(Codec):
     def rebuild(
         payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
     ) -> torch.Tensor:
-        below = sum(kind is not bstk.TRELLIS for kind in kinds)
+        below = sum(kind not in TrellisCodec.kinds for kind in kinds)
         blocks = zip(kinds[:below], ranks[:below], payloads[:below], strict=True)
         matrix = Matrix.of(*shape, [(kind.code, rank, payload) for kind, rank, payload in blocks])
         total = torch.from_numpy(decode_rows(matrix, PLAIN, 0, matrix.rows))

@@ -1,12 +1,15 @@
 """Trellis blocks: 2 bits per weight on rotated inputs, with error feedback; the default codec.
 
 A block of an m x n matrix is m x n codes of 2 bits and one scale per row. The value of a weight depends on its own
-code and on those of the three rows above it in the same column, so the 256 values of the table are chosen along a
+code and on those of the four rows above it in the same column, so the 64 values of the table are chosen along a
 path (trellis-coded quantisation: Marcellin and Fischer, IEEE Trans. Commun. 38, 1990; bit-shift trellis: QTIP,
 arXiv 2406.11235):
 
-    w_ij = c_ij + 4 c_(i-1)j + 16 c_(i-2)j + 64 c_(i-3)j         (three rows of codes above the first are stored)
-    block = diag(scale) TABLE[w]                                  W ~ unrotate(sum of the blocks)
+    v_ij = c_(i-1)j + 4 (c_ij ^ c_(i-2)j ^ c_(i-4)j) + 16 c_(i-3)j    (four rows of codes above the first are stored)
+    block = diag(scale) TABLE5[v]                                     W ~ unrotate(sum of the blocks)
+
+The own and the oldest code enter by the same two bits, so the four ways into a state and the four out of it all have
+different values. Blocks of kind trellis, with four codes and 256 values, are read but no longer written.
 
 The path runs down the rows, because the error feedback (`bstack.numerics.feedback`) couples columns only: so each column is
 still quantised with the exact feedback of all columns before it. docs/research/notebook.md has the measurements behind
@@ -27,24 +30,25 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.kernels import reference
-from bstack.kernels.matrix import BLOCKS, Matrix, pointer
+from bstack.kernels.matrix import BLOCKS, ROTATED, Matrix, pointer
 from bstack.kernels.multiply import decode_rows
 from bstack.kernels.native import library
-from bstack.kernels.reference import EARLIER, TABLE
+from bstack.kernels.reference import EARLIER5, TABLE5, places
 from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
 from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 
-__all__ = ["TABLE", "TrellisCodec", "encode_columns"]
+__all__ = ["TrellisCodec", "encode_columns"]
 
 BITS = 2
 # How many later blocks the feedback's damping considers; measured best for the first blocks and for the last two.
 LATER, LATER_AT_THE_END = 1.0, 0.5
-# The quantiser's range over the row's root mean square: a little room for what the feedback adds.
-HEADROOM = 1.03
+# The quantiser's range over the row's root mean square, by block, the last for all further ones: a little room for what the
+# feedback adds, and more for later blocks, whose inputs have longer tails.
+HEADROOM = (1.03, 1.03, 1.06, 1.12)
 # The table's unit, in standard deviations of the source it was trained on.
-UNIT = 0.0227
+UNIT = 0.02228
 COLUMNS_TOGETHER = 64
 ROWS_TOGETHER = 256
 
@@ -64,7 +68,7 @@ class TrellisCodec(Codec):
     """
 
     name = "trellis"
-    kinds = (bstk.TRELLIS,)
+    kinds = (bstk.TRELLIS5, bstk.TRELLIS)
 
     planes: int = 4
 
@@ -88,14 +92,15 @@ class TrellisCodec(Codec):
             if later != factor_later:
                 factor, factor_later = None, later  # free the old factor before the new one is made
                 factor, _ = factorise(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
-            scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
+            headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
+            scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
             values, codes = _encode(residual, cast(torch.Tensor, factor), scale, importance)
             values_product = values @ rotated
             scale = _refit(residual, values, values_product, keep, ridge)
             residual -= values.mul_(scale.float()[:, None])
             product -= values_product.mul_(scale.float()[:, None])
             del values, values_product
-            yield Block(_pack(codes, scale), bstk.TRELLIS, BITS, _row_sums(product, residual).clamp_min(0))
+            yield Block(_pack(codes, scale), bstk.TRELLIS5, BITS, _row_sums(product, residual).clamp_min(0))
 
     @staticmethod
     def rebuild(
@@ -103,9 +108,10 @@ class TrellisCodec(Codec):
     ) -> torch.Tensor:
         total = torch.zeros(shape)
         for start in range(0, len(payloads), BLOCKS):
-            some = payloads[start : start + BLOCKS]
-            matrix = Matrix.of(*shape, [(bstk.TRELLIS.code, BITS, payload) for payload in some])
-            total += torch.from_numpy(decode_rows(matrix, bstk.TRELLIS.code, 0, matrix.rows))
+            some = slice(start, start + BLOCKS)
+            blocks = zip((kind.code for kind in kinds[some]), ranks[some], payloads[some], strict=True)
+            matrix = Matrix.of(*shape, list(blocks))
+            total += torch.from_numpy(decode_rows(matrix, ROTATED, 0, matrix.rows))
         return unrotate(total)
 
 
@@ -125,17 +131,17 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 def _encode(
     residual: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Choose all codes of a block, uint8, shape (3 + m, n); return them after their table values, float32, shape (m, n).
+    """Choose all codes of a block, uint8, shape (4 + m, n); return them after their table values, float32, shape (m, n).
 
     Columns are encoded in groups: the kernel carries the feedback inside a group, a matrix product between groups.
     """
     m, n = residual.shape
-    table = np.array(TABLE, np.float32)
+    table = np.array(TABLE5, np.float32)
     # Errors count in units of the output, hence the squared scale.
     squared = importance * scale.square()
     weight = (squared / squared.mean().clamp_min(1e-38)).numpy()
     columns = residual.t().clone(memory_format=torch.contiguous_format)  # a copy also of a single row
-    codes = np.empty((n, EARLIER + m), np.uint8)
+    codes = np.empty((n, EARLIER5 + m), np.uint8)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
         # To save memory, `columns` holds the errors of the columns up to `start`.
@@ -167,14 +173,14 @@ def encode_columns(
     Arrays are float32. Columns are contiguous: `target` (overwritten) and `original`, against which errors are measured,
     have shape (columns, rows). Entry [j, t] of `feedback` is the part of column j's error that is added to the target of
     column t > j. `scale`, positive, and `weight`, of the squared error in units of the scale, have shape (rows,).
-    Returns the codes, uint8, shape (columns, 3 + rows), and the errors, shape (columns, rows).
+    Returns the codes, uint8, shape (columns, 4 + rows), and the errors, shape (columns, rows).
     """
     native = library()
     if native is None:
         _warn_once()
         return reference.encode_columns(target, original, feedback, table, scale, weight)
     columns, rows = target.shape
-    codes, errors = np.empty((columns, EARLIER + rows), np.uint8), np.empty((columns, rows), np.float32)
+    codes, errors = np.empty((columns, EARLIER5 + rows), np.uint8), np.empty((columns, rows), np.float32)
     given = [np.ascontiguousarray(array, np.float32) for array in (original, feedback, table, scale, weight)]
     original_, *rest = map(pointer, [*given, codes, errors])
     if native.bstack_trellis_encode(pointer(target), original_, columns, rows, *rest):
@@ -189,14 +195,12 @@ def _warn_once() -> None:
 
 
 def _values(codes: np.ndarray) -> torch.Tensor:
-    """Return the table values of codes (3 + m, n), float32, shape (m, n)."""
-    windows = codes[EARLIER:].copy()
-    for above in range(1, EARLIER + 1):
-        windows |= codes[EARLIER - above : -above] << (BITS * above)
-    values = np.empty(windows.shape, np.float32)
-    table = np.array(TABLE, np.float32)
-    for rows in _parts(windows):  # numpy makes indices of 8 bytes
-        values[rows] = table[windows[rows]]
+    """Return the table values of codes (4 + m, n), float32, shape (m, n)."""
+    found = places(codes)
+    values = np.empty(found.shape, np.float32)
+    table = np.array(TABLE5, np.float32)
+    for rows in _parts(found):  # numpy makes indices of 8 bytes
+        values[rows] = table[found[rows]]
     return torch.from_numpy(values)
 
 

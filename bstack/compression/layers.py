@@ -79,7 +79,8 @@ def compress_layers(
                 if work.has(layer_part(index)):
                     stream.run_all(index)
                 else:
-                    table = gather(stream, index, layer_parameters(skeleton, index))
+                    parameters = layer_parameters(skeleton, index)
+                    table = gather(stream, index, parameters, sensitivity.tokens)
                     _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
         hidden = [result.reshape(-1, result.shape[-1]) for result in stream.results]

@@ -48,11 +48,13 @@ from bstack.workdir import WorkDirectory
 __all__ = ["Result", "run_stages"]
 
 HELD_OUT_LENGTH = 512
-# The sensitivity run needs a backward pass; two thousand tokens settle its averages.
-SENSITIVITY_TOKENS = 2048
+# Tokens of the sensitivity run, which takes about three forward passes more for each: all of them by default, since those
+# beyond it have no weight of their own in the hessians.
+SENSITIVITY_TOKENS = 16384
 WINDOWS = "windows"
 # Among the tensors of the sensitivity run, whose other names are those of matrices.
 EMBEDDING = "(embedding)"
+TOKENS = "(tokens) "
 
 # What the importance of a block above the base model means, by order.
 IMPORTANCE = {
@@ -223,7 +225,10 @@ def _sensitivity(
             result = output_sensitivity(
                 skeleton, list(windows[:count].split(together)), seed=seed, scratch=work.scratch(), progress=step
             )
-        return {**result.outputs, EMBEDDING: result.embedding}
+        tokens = {TOKENS + name: weights for name, weights in result.tokens.items()}
+        return {**result.outputs, EMBEDDING: result.embedding, **tokens}
 
-    outputs = work.tensors("sensitivity", compute)
-    return Sensitivity(embedding=outputs.pop(EMBEDDING), outputs=outputs)
+    found = work.tensors("sensitivity", compute)
+    embedding = found.pop(EMBEDDING)
+    tokens = {name.removeprefix(TOKENS): found.pop(name) for name in list(found) if name.startswith(TOKENS)}
+    return Sensitivity(found, embedding, tokens)

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bstack.kernels.matrix import BLOCKS, OUTLIERS, SIGN, SPQR, TRELLIS, check_put
-from bstack.kernels.reference import TABLE
+from bstack.kernels.matrix import BLOCKS, OUTLIERS, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, check_put
+from bstack.kernels.reference import TABLE, TABLE5
 
 __all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
 
@@ -25,6 +25,7 @@ ROWS, BYTES = 16, 64
 # A row of the table holds the count, and for each block its address and its form (kind * 256 + rank).
 FIELDS = 1 + 2 * BLOCKS
 _TRELLIS: tl.constexpr = tl.constexpr(TRELLIS)
+_TRELLIS5: tl.constexpr = tl.constexpr(TRELLIS5)
 _SIGN: tl.constexpr = tl.constexpr(SIGN)
 _SPQR: tl.constexpr = tl.constexpr(SPQR)
 _OUTLIERS: tl.constexpr = tl.constexpr(OUTLIERS)
@@ -40,7 +41,7 @@ class MatrixTable:
 
     def __init__(self, matrices: int, device: torch.device):
         self.rows = torch.zeros(matrices, FIELDS, dtype=torch.int64, device=device)
-        self.values = torch.tensor(TABLE, dtype=torch.float32, device=device)
+        self.values = torch.tensor(TABLE + TABLE5, dtype=torch.float32, device=device)
 
 
 class DeviceMatrix:
@@ -92,7 +93,7 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
     ----------
     matrix : DeviceMatrix
     kinds : collection of int
-        TRELLIS alone (of the matrix that multiplies rotated inputs), or PLAIN.
+        ROTATED (of the matrix that multiplies rotated inputs), or PLAIN.
     index : torch.Tensor
         Which rows, int64, shape (k,).
     dtype : torch.dtype
@@ -102,14 +103,14 @@ def decode(matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dt
     torch.Tensor
         Shape (k, n).
     """
-    spqr = TRELLIS not in kinds and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
+    spqr = {*ROTATED}.isdisjoint(kinds) and not {SPQR, OUTLIERS}.isdisjoint(matrix.kind)
     out = torch.empty(index.numel(), matrix.columns, dtype=torch.float32 if spqr else dtype, device=index.device)
     if out.numel():
         sizes = index.numel(), matrix.rows, matrix.columns
         parts, quarter_bytes = triton.cdiv(index.numel(), ROWS), triton.cdiv(matrix.columns, 4)
-        kind = TRELLIS if TRELLIS in kinds else SIGN
+        rotated = not {*ROTATED}.isdisjoint(kinds)
         _decode[parts, triton.cdiv(quarter_bytes, BYTES), 4](
-            matrix.entry, matrix.table.values, index, out, *sizes, kind
+            matrix.entry, matrix.table.values, index, out, *sizes, rotated
         )
         if spqr:
             _add_rows[parts, triton.cdiv(matrix.columns, BYTES)](matrix.entry, index, out, *sizes)
@@ -129,22 +130,28 @@ def _half(place, mask):
 
 
 @triton.jit
-def _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter):
+def _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five):
     """Look up the values of a tile, some rows by some columns of one quarter.
 
-    A row's first code row, that of the row three above it, is stored at the row's own place.
+    A row's first code row, that of the row three above it (four in trellis5 blocks), is stored at the row's own place.
     """
     place = block + row[:, None] * quarter_bytes + byte[None, :]
     window = tl.zeros([row.shape[0], byte.shape[0]], dtype=tl.int32)
-    for earlier in tl.static_range(4):
-        codes = tl.load(place + earlier * quarter_bytes, mask=mask, other=0).to(tl.int32)
-        window = window * 4 + ((codes >> (2 * quarter)) & 3)
+    for earlier in tl.static_range(5):
+        there = mask & ((earlier < 4) | five)
+        codes = (tl.load(place + earlier * quarter_bytes, mask=there, other=0).to(tl.int32) >> (2 * quarter)) & 3
+        if earlier == 4:
+            mixed = 4 * (codes ^ (window >> 2) ^ (window >> 6)) & 12
+            window = tl.where(five, 256 + ((window & 3) | mixed | (window & 48)), window)
+        else:
+            window = window * 4 + codes
     return tl.load(values + window)
 
 
 @triton.jit
-def _trellis_scale(block, row, inside, rows, quarter_bytes):
-    return _half(block + (rows.to(tl.int64) + 3) * quarter_bytes + 2 * row, inside)
+def _trellis_scale(block, row, inside, rows, quarter_bytes, five):
+    earlier = tl.where(five, 4, 3)
+    return _half(block + (rows.to(tl.int64) + earlier) * quarter_bytes + 2 * row, inside)
 
 
 @triton.jit
@@ -259,7 +266,8 @@ def _multiply(entry, values, x, rotated, out, rows, columns, stride):
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
         sums = tl.zeros([_ROWS], dtype=tl.float32)
-        if form // 256 == _TRELLIS:
+        five = form // 256 == _TRELLIS5
+        if (form // 256 == _TRELLIS) | five:
             for start in range(0, quarter_bytes, _BYTES):
                 byte = start + tl.arange(0, _BYTES)
                 mask = inside[:, None] & (byte < quarter_bytes)[None, :]
@@ -268,9 +276,9 @@ def _multiply(entry, values, x, rotated, out, rows, columns, stride):
                     given = tl.load(
                         rotated + token * columns + column, mask=(byte < quarter_bytes) & (column < columns), other=0.0
                     )
-                    weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
+                    weights = _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five)
                     sums += tl.sum(weights * given[None, :], 1)
-            total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes)
+            total += sums * _trellis_scale(block, row, inside, rows, quarter_bytes, five)
         elif form // 256 == _SPQR:
             total += _dense_sums(block, row, rows, columns, x + token * columns, form % 256)
         elif form // 256 == _OUTLIERS:
@@ -287,7 +295,7 @@ def _multiply(entry, values, x, rotated, out, rows, columns, stride):
 
 
 @triton.jit
-def _decode(entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr):
+def _decode(entry, values, index, out, wanted, rows, columns, ROTATED: tl.constexpr):
     which = (tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)).to(tl.int64)
     row = tl.load(index + which, mask=which < wanted, other=rows)
     inside = row < rows
@@ -301,12 +309,13 @@ def _decode(entry, values, index, out, wanted, rows, columns, KIND: tl.constexpr
     for level in range(tl.load(entry)):
         block = tl.load(entry + 1 + 2 * level).to(tl.pointer_type(tl.uint8))
         form = tl.load(entry + 2 + 2 * level).to(tl.int32)
-        if form // 256 == KIND:
-            if KIND == _TRELLIS:
-                scale = _trellis_scale(block, row, inside, rows, quarter_bytes)
-                total += scale[:, None] * _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter)
-            else:
-                total += _sign_weights(block, row, column, mask, rows, columns, form % 256)
+        if ROTATED:
+            five = form // 256 == _TRELLIS5
+            if (form // 256 == _TRELLIS) | five:
+                scale = _trellis_scale(block, row, inside, rows, quarter_bytes, five)
+                total += scale[:, None] * _trellis_values(block, values, row, byte, mask, quarter_bytes, quarter, five)
+        elif form // 256 == _SIGN:
+            total += _sign_weights(block, row, column, mask, rows, columns, form % 256)
     tl.store(out + which[:, None] * columns + column[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 

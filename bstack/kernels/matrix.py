@@ -15,9 +15,11 @@ __all__ = [
     "OUTLIERS",
     "PLAIN",
     "RANK",
+    "ROTATED",
     "SIGN",
     "SPQR",
     "TRELLIS",
+    "TRELLIS5",
     "Matrix",
     "block_bytes",
     "check_block",
@@ -26,9 +28,11 @@ __all__ = [
     "pointer",
 ]
 
-SIGN, TRELLIS, SPQR, OUTLIERS = (kind.code for kind in (bstk.SIGN, bstk.TRELLIS, bstk.SPQR, bstk.OUTLIERS))
-# Kinds that multiply the inputs themselves; trellis blocks multiply the rotated inputs.
-PLAIN = (SIGN, SPQR, OUTLIERS)
+SIGN, TRELLIS, SPQR, OUTLIERS, TRELLIS5 = (
+    kind.code for kind in (bstk.SIGN, bstk.TRELLIS, bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS5)
+)
+# Kinds that multiply the inputs themselves, and kinds that multiply the rotated inputs.
+PLAIN, ROTATED = (SIGN, SPQR, OUTLIERS), (TRELLIS, TRELLIS5)
 # Most blocks of a stack, and highest rank of a sign block.
 BLOCKS, RANK = 16, 16
 
@@ -53,7 +57,7 @@ class Matrix(ctypes.Structure):
     count : int
         Blocks in use; with 0 the matrix is zero.
     kind, rank : array of 16 uint8
-        `SIGN`, `TRELLIS`, `SPQR` or `OUTLIERS`, and the record's rank.
+        One of `PLAIN` or `ROTATED`, and the record's rank.
     block : array of 16 addresses
         Of the chunks' raw bytes.
     """
@@ -163,8 +167,8 @@ def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -
 
 def _lengths(rows: int, columns: int, kind: int, rank: int) -> range:
     """Return the lengths that a block may have: one, or for outliers one for each count."""
-    if kind not in (TRELLIS, *PLAIN):
-        known = ", ".join(f"{code} ({BY_CODE[code]})" for code in sorted((TRELLIS, *PLAIN)))
+    if kind not in (*PLAIN, *ROTATED):
+        known = ", ".join(f"{code} ({BY_CODE[code]})" for code in sorted((*PLAIN, *ROTATED)))
         raise ValueError(f"a block of kind {kind}; the kernels know {known}.")
     lengths = BY_CODE[kind].rule((rows, columns), "f16", rank)
     if kind == SIGN and rank > RANK:

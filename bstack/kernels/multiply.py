@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from bstack.kernels import reference
-from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix, kind_bits, pointer
+from bstack.kernels.matrix import PLAIN, ROTATED, Matrix, kind_bits, pointer
 from bstack.kernels.native import library
 
 __all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "rotate"]
@@ -72,7 +72,7 @@ def decode_rows(
 ) -> np.ndarray:
     """Add up rows start to stop - 1 of a matrix's blocks of some kinds; zeros where it has none.
 
-    For long prompts, with T the rows of kind TRELLIS and S those of the kinds PLAIN (all others)::
+    For long prompts, with T the rows of the kinds ROTATED and S those of the kinds PLAIN (all others)::
 
         y[:, start:stop] = rotate(x) @ T.T + x @ S.T
 
@@ -97,8 +97,8 @@ def decode_rows(
     """
     kinds = (kinds,) if isinstance(kinds, int) else tuple(kinds)
     for kind in kinds:
-        if kind not in (*PLAIN, TRELLIS):
-            raise ValueError(f"kind is {kind}; allowed are {', '.join(map(str, sorted((*PLAIN, TRELLIS))))}.")
+        if kind not in (*PLAIN, *ROTATED):
+            raise ValueError(f"kind is {kind}; allowed are {', '.join(map(str, sorted((*PLAIN, *ROTATED))))}.")
     if not 0 <= start <= stop <= matrix.rows:
         raise ValueError(f"rows are {start} to {stop}; the matrix has {matrix.rows}.")
     shape = (stop - start, matrix.columns)

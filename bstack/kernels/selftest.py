@@ -10,7 +10,19 @@ import numpy as np
 
 from bstack.kernels import reference
 from bstack.kernels.decoder import Decoder, Layer, Sizes
-from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, kind_bits, pointer
+from bstack.kernels.matrix import (
+    OUTLIERS,
+    PLAIN,
+    ROTATED,
+    SIGN,
+    SPQR,
+    TRELLIS,
+    TRELLIS5,
+    Matrix,
+    block_bytes,
+    kind_bits,
+    pointer,
+)
 from bstack.kernels.spqr import ROWS as TILE
 from bstack.kernels.spqr import Dense, Outliers, rank_of
 from bstk.kinds import spqr_form
@@ -21,6 +33,7 @@ __all__ = ["failure", "random_payload"]
 ROWS, COLUMNS, TOKENS = 71, 300, 5
 BLOCKS = {
     "trellis": [(TRELLIS, 2)],
+    "trellis5": [(TRELLIS5, 2)],
     "sign": [(SIGN, 3)],
     "SpQR": [(SPQR, rank_of(3, 16)), (SPQR, rank_of(4, 32)), (OUTLIERS, 0)],
 }
@@ -39,7 +52,7 @@ def failure(native: ctypes.CDLL) -> str:
         if y.tobytes() != reference.multiply(matrix, x).tobytes():
             return f"a product with a {name} block"
         rows = np.zeros((ROWS, COLUMNS), np.float32)
-        kinds = PLAIN if parts[0][0] in PLAIN else (TRELLIS,)
+        kinds = PLAIN if parts[0][0] in PLAIN else ROTATED
         native.bstack_decode_rows(ctypes.byref(matrix), kind_bits(kinds), 0, ROWS, pointer(rows))
         if rows.tobytes() != reference.decode_rows(matrix, kinds, 0, ROWS).tobytes():
             return f"a decoded {name} block"
@@ -48,7 +61,7 @@ def failure(native: ctypes.CDLL) -> str:
         if rows[: len(index)].tobytes() != reference.lookup(matrix, index).tobytes():
             return f"a row looked up in a {name} block"
     if not _encoder_agrees(native, rng):
-        return "an encoded trellis block"
+        return "an encoded trellis5 block"
     return "" if _decoder_agrees(native, rng) else "a step of the decoder"
 
 
@@ -57,9 +70,9 @@ def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
     rows, columns = 37, 3  # more rows than pass between two corrections of the costs
     target, original = rng.standard_normal((2, columns, rows)).astype(np.float32) * 50
     feedback = rng.standard_normal((columns, columns)).astype(np.float32) / 4
-    table = np.array(reference.TABLE, np.float32)
+    table = np.array(reference.TABLE5, np.float32)
     scale, weight = (0.5 + rng.random((2, rows))).astype(np.float32)
-    codes, errors = np.zeros((columns, reference.EARLIER + rows), np.uint8), np.zeros_like(original)
+    codes, errors = np.zeros((columns, reference.EARLIER5 + rows), np.uint8), np.zeros_like(original)
     arrays = target.copy(), original, feedback, table, scale, weight, codes, errors
     target_, original_, *rest = map(pointer, arrays)
     native.bstack_trellis_encode(target_, original_, columns, rows, *rest)
@@ -73,7 +86,7 @@ def _decoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
 
     def matrix(rows: int, columns: int) -> Matrix:
-        return Matrix.of(rows, columns, [(TRELLIS, 2, random_payload(rng, rows, columns, TRELLIS, 2))])
+        return Matrix.of(rows, columns, [(TRELLIS5, 2, random_payload(rng, rows, columns, TRELLIS5, 2))])
 
     def vector(length: int) -> np.ndarray:
         return rng.standard_normal(length).astype(np.float32)
@@ -140,7 +153,7 @@ def random_payload(rng: np.random.Generator, rows: int, columns: int, kind: int,
         flat = np.sort(rng.choice(rows * columns, count, replace=False))
         pointer = np.searchsorted(flat, np.arange(rows + 1) * columns)
         return Outliers(pointer, flat % columns, rng.standard_normal(count) / 10).pack()
-    factors = rows if kind == TRELLIS else rank * (rows + columns)
+    factors = rows if kind in ROTATED else rank * (rows + columns)
     codes = rng.integers(0, 256, block_bytes(rows, columns, kind, rank) - 2 * factors, np.uint8)
     return codes.tobytes() + (rng.standard_normal(factors) / 50).astype("<f2").tobytes()
 

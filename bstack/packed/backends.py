@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bstack.errors import one_line
-from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
+from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, PriorityLock
@@ -145,11 +145,11 @@ class DeviceBlocks(Parts):
         step = max(1, 16 * DECODED // self.columns)
         for start in range(0, part.rows, step):
             index = torch.arange(start, min(start + step, part.rows), device=x.device)
-            for kinds, inputs in (((TRELLIS,), rotated), (PLAIN, x)):
+            for kinds, inputs in ((ROTATED, rotated), (PLAIN, x)):
                 if set(kinds) & set(part.kind[: part.count]):
                     y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
         index = index.to(part.entry.device)
-        rotated, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in ((TRELLIS,), PLAIN))
+        rotated, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in (ROTATED, PLAIN))
         return unrotate(rotated) + plain

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
+from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 
 __all__ = ["Blocks", "Packed", "Parts", "PriorityLock", "Table"]
@@ -128,7 +128,7 @@ class Blocks(Parts):
                 stop = min(start + step, part.rows)
                 output = y[:, offset + start : offset + stop]
                 written = 0
-                for kinds, inputs in (((TRELLIS,), rotated), (PLAIN, x)):
+                for kinds, inputs in ((ROTATED, rotated), (PLAIN, x)):
                     with self.lock.acquire():
                         if not set(kinds) & set(part.kind[: part.count]):
                             continue

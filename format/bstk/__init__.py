@@ -30,7 +30,7 @@ from .errors import (
 from .frames import Frame, pack
 from .http import HttpSource, is_url
 from .index import Chunk
-from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, Kind
+from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, TRELLIS5, Kind
 from .reader import Reader, open
 from .sources import BytesSource, FileSource, Source
 from .writer import Entry, write
@@ -43,6 +43,7 @@ __all__ = [
     "SPQR",
     "TENSOR",
     "TRELLIS",
+    "TRELLIS5",
     "BstkError",
     "BudgetError",
     "BytesSource",

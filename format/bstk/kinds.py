@@ -110,11 +110,16 @@ def _sign(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     return rows * ((columns + 7) // 8) + DTYPE_BY_NAME[dtype].size * rank * (rows + columns)
 
 
-def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
-    rows, columns = _matrix("a trellis", "scales", shape, dtype)
-    if rank != 2:
-        raise ValueError(f"the rank of a trellis block is its bits per code, 2, found {rank}")
-    return (rows + 3) * ((columns + 3) // 4) + DTYPE_BY_NAME[dtype].size * rows
+def _codes(name: str, earlier: int) -> Rule:
+    """Return the rule of a kind of trellis block, which has codes for `earlier` rows above the first."""
+
+    def rule(shape: tuple[int, ...], dtype: str, rank: int) -> int:
+        rows, columns = _matrix(f"a {name}", "scales", shape, dtype)
+        if rank != 2:
+            raise ValueError(f"the rank of a {name} block is its bits per code, 2, found {rank}")
+        return (rows + earlier) * ((columns + 3) // 4) + DTYPE_BY_NAME[dtype].size * rows
+
+    return rule
 
 
 def one_of(numbers: tuple[int, ...]) -> str:
@@ -212,11 +217,12 @@ def _integers(raw: bytes, start: int, length: int, size: int) -> array[int]:
 FILE = Kind(1, "file", False, False, _file)
 TENSOR = Kind(2, "tensor", True, False, _tensor)
 SIGN = Kind(3, "sign", True, True, _sign, on=("sign",))
-TRELLIS = Kind(4, "trellis", True, True, _trellis, on=("trellis", "spqr", "outliers"))
+TRELLIS = Kind(4, "trellis", True, True, _codes("trellis", 3), on=("trellis", "spqr", "outliers"))
 SPQR = Kind(5, "spqr", True, True, _spqr, 1 << 0, check=check_spqr)
 OUTLIERS = Kind(6, "outliers", True, True, _outliers, 1 << 1, first=False, on=("spqr",), check=check_outliers)
+TRELLIS5 = Kind(7, "trellis5", True, True, _codes("trellis5", 4), 1 << 2, on=("trellis5", "spqr", "outliers"))
 
-BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS)}
+BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS, TRELLIS5)}
 
 
 def known_features() -> int:

@@ -13,7 +13,7 @@ from .errors import DamagedError, UnsupportedVersionError
 MAGIC = b"\x89BSTK\r\n\x1a"
 LENGTH = 256
 MAJOR, MINOR = 1, 0  # what files say; flags say which later features they use
-SPECIFICATION = "1.1"  # version of SPEC.md that is read and written
+SPECIFICATION = "1.2"  # version of SPEC.md that is read and written
 RECORD_LENGTH = 128
 
 # magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, base

@@ -42,6 +42,8 @@ const KINDS = new Map([
     return Number.isInteger(values) && values >= 0 && values <= m * n ? rawLength
       : `raw length ${rawLength} is not that of 0 to ${m} x ${n} values`;
   } }],
+  [7, { name: "trellis5", block: true, on: ["", "trellis5", "spqr", "outliers"], flag: 4n, rule: ({ shape: [m, n], rank }) =>
+    rank !== 2 ? `rank ${rank}; a trellis5 block has 2` : (m + 4) * ceil(n, 4) + 2 * m }],
 ]);
 
 /** Return all records of the complete file as chunks, checked; `names` are those of the names table. */

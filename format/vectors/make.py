@@ -107,6 +107,21 @@ def _spqr() -> bytes:
     return _written(entries, 3)
 
 
+def _trellis5() -> bytes:
+    """Stacks of trellis5 blocks, one of them on SpQR; expected-trellis5.json holds the matrices that they add up to."""
+    entries = []
+    for name, level, (m, n) in (("even", 0, (6, 24)), ("even", 1, (6, 24)), ("odd", 0, (3, 7)), ("above", 1, (18, 40))):
+        packed = (m + 4) * -(-n // 4)
+        noise = samples.noise(f"trellis5 {name} {level}", packed + m)
+        raw = noise[:packed] + struct.pack(f"<{m}e", *(byte / 4096 for byte in noise[packed:]))
+        entries.append(samples.entry(name, bstk.TRELLIS5, raw, level=level, shape=(m, n), dtype="f16", rank=2))
+    entries.append(
+        samples.entry("above", bstk.SPQR, _spqr_block("below", 18, 40, 19), shape=(18, 40), dtype="f16", rank=19)
+    )
+    entries.sort(key=lambda entry: entry.level)
+    return _written(entries, 3)
+
+
 def _spqr_block(seed: str, m: int, n: int, rank: int) -> bytes:
     bits, g = rank % 16, rank - rank % 16
     order = sorted(range(n), key=lambda column: hashlib.sha256(f"{seed} column {column}".encode()).digest())
@@ -174,6 +189,7 @@ FILES = {
     "read-only-compatible-flag.bstk": lambda: bad_files.build(_flag("read_only_compatible"), _whole()),
     "weights.bstk": lambda: _weights(),
     "spqr.bstk": lambda: _spqr(),
+    "trellis5.bstk": lambda: _trellis5(),
     "bad-spqr-permutation-past-the-matrix.bstk": lambda: _spqr_with(0, 6, b"\x28\0"),
     "bad-spqr-permutation-column-twice.bstk": lambda: _spqr_with(0, 0, struct.pack("<H", 3) * 2),
     "bad-outliers-pointer-falls.bstk": lambda: _spqr_with(3, 8, struct.pack("<I", 1)),

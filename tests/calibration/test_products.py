@@ -13,6 +13,7 @@ def test_batched_experts_get_the_gradients_of_their_own_slice():
     weights = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     inputs = torch.randn(3, 7, 5, requires_grad=True)
     squares = _Squares()
+    squares.parameters = {"experts": weights}
     with ProductWatch({"experts": weights}, squares.report):
         output = torch.bmm(inputs, weights)
     gradient = torch.randn_like(output)
@@ -28,10 +29,10 @@ def test_experts_without_tokens_share_nothing():
     watch = ProductWatch({"experts": weights}, table.report)
     tokens = torch.randn(5, 4)
     for batch in ((0, 0, 5), (0, 5, 0)):
-        table.start_batch()
         with watch:
             for expert, count in enumerate(batch):
                 torch.nn.functional.linear(tokens[:count], weights[expert])
+        table.finish_batch()
     assert table.operands.keys() == {"experts[1]", "experts[2]"}
     assert table.statistics("experts[1]") is not table.statistics("experts[2]")
     assert torch.allclose(table.statistics("experts[1]").hessian, tokens.t() @ tokens, atol=1e-5)

@@ -9,9 +9,11 @@ from bstack.calibration.sensitivity import output_sensitivity
 
 
 def plain_sensitivity(name, draws, batches):
-    """Sum over tokens of squared gradients at every linear's output: the whole model, float64, one backward pass."""
+    """Mean over tokens of squared gradients at every linear's output, and the weight of each token by linear: the whole
+    model, float64, one backward pass."""
     model = exact(name)
-    outputs, squares = {}, {}
+    outputs, squares, tokens = {}, {}, {}
+    sizes = {parameter: power(module) for parameter, module in linears(model).items()}
 
     def note(parameter, output):
         outputs[parameter] = output
@@ -30,10 +32,18 @@ def plain_sensitivity(name, draws, batches):
         chosen = logits.log_softmax(-1).reshape(-1, logits.shape[-1]).gather(1, drawn)
         (-chosen.sum()).backward()
         for parameter, output in outputs.items():
-            total = output.grad.square().reshape(-1, output.shape[-1]).sum(0)
-            squares[parameter] = squares.get(parameter, 0) + total
-    tokens = sum(batch.numel() for batch in batches)
-    return {parameter: total / tokens for parameter, total in squares.items()}
+            each = output.grad.square().reshape(-1, output.shape[-1])
+            squares[parameter] = squares.get(parameter, 0) + each.sum(0)
+            if parameter:
+                tokens.setdefault(parameter, []).append(each @ sizes[parameter])
+    weights = {parameter: torch.cat(parts) for parameter, parts in tokens.items()}
+    count = sum(batch.numel() for batch in batches)
+    return {parameter: total / count for parameter, total in squares.items()}, weights
+
+
+def power(module):
+    """Mean square of each row of a linear; those of GPT-2 keep outputs as columns."""
+    return module.weight.square().mean(0 if type(module).__name__ == "Conv1D" else 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2", "opt-projected", "gpt-neox", "falcon", "olmo2"])
@@ -46,13 +56,16 @@ def test_sensitivities_are_those_of_plain_autograd(skeletons, name, tmp_path, mo
 
     monkeypatch.setattr(torch, "multinomial", recording)
     found = output_sensitivity(skeletons(name), BATCHES, seed=1, scratch=tmp_path)
-    wanted = plain_sensitivity(name, draws, BATCHES)
+    wanted, weights = plain_sensitivity(name, draws, BATCHES)
     assert len(draws) == len(BATCHES)
     # Gradients in float32 through the whole model: 1e-3 of the size of the vector.
     for parameter, squares in wanted.items():
         mine = found.outputs[parameter] if parameter else found.embedding
         assert mine.shape == squares.shape
         assert (mine - squares).norm() <= 1e-3 * squares.norm(), parameter
+    assert found.tokens.keys() == weights.keys()
+    for parameter, expected in weights.items():
+        assert (found.tokens[parameter] - expected / expected.mean()).norm() <= 1e-3 * len(expected) ** 0.5, parameter
     assert not list(tmp_path.iterdir())
 
 

@@ -120,3 +120,39 @@ def test_hessians_of_any_width(width):
         flat = rows.reshape(-1, width).double()
         expected = statistics.tokens // 21 * flat.t() @ flat
         assert (statistics.hessian - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_weighted_tokens_count_as_fewer():
+    generator = torch.Generator().manual_seed(1)
+    rows, weights = torch.randn(40, 400, generator=generator), torch.rand(40, generator=generator) ** 4
+    statistics = InputStatistics(400)
+    statistics.add(rows[:25].reshape(5, 5, 400), weights[:25])
+    statistics.add(rows[25:], weights[25:])
+    w, x = weights.double(), rows.double()
+    assert statistics.tokens == round(float(w.sum() ** 2 / w.square().sum())) < 30
+    expected = statistics.tokens * (x * w[:, None]).t() @ x / w.sum()
+    assert (statistics.hessian - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_linears_of_one_input_share_the_mean_of_their_weights(skeletons):
+    """Weights of the first tokens of all batches; the other tokens weigh 1, and so do all of a linear without weights."""
+    prefix, known = "model.layers.1.self_attn.", 30
+    generator = torch.Generator().manual_seed(2)
+    weights = {f"{prefix}{name}_proj.weight": torch.rand(known, generator=generator) for name in "qv"}
+    plain, _ = streamed_tables(skeletons("llama"))
+    weighted, _ = streamed_tables(skeletons("llama"), weights=weights)
+    inputs = []
+    model = exact("llama")
+    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _m, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        model(IDS)
+    x = inputs[0].reshape(IDS.numel(), -1)
+    w = torch.ones(len(x), dtype=torch.float64)
+    w[:known] = sum(weights.values()).double() / 2
+    for name in "qkv":
+        found = weighted[1].statistics(f"{prefix}{name}_proj.weight")
+        assert found.tokens == round(float(w.sum() ** 2 / w.square().sum()))
+        expected = found.tokens * (x * w[:, None]).t() @ x / w.sum()
+        assert (found.hessian - expected).norm() <= 1e-4 * expected.norm()
+    for name in (f"{prefix}o_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        assert torch.equal(weighted[1].statistics(name).hessian, plain[1].statistics(name).hessian)

@@ -11,7 +11,9 @@ import bstk
 from bstack.codecs import codec_of_kind
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
-EXPECTED = {file: json.loads((VECTORS / f"expected-{file}.json").read_text()) for file in ("weights", "spqr")}
+EXPECTED = {
+    file: json.loads((VECTORS / f"expected-{file}.json").read_text()) for file in ("weights", "spqr", "trellis5")
+}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from bstack.numerics.hessian import output_errors
 def test_blocks_are_what_the_specification_says(m, n, group, bits):
     weight = gaussian(m, n, m * n)
     blocks = blocks_of(SpqrCodec(bits, group, outliers=0.5 if m * n < 20 else 0.05, planes=1), weight, hessian(n))
-    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS]
+    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS5]
     assert [b.rank for b in blocks] == [group + bits, 0, 2]
     for block in blocks:
         length = block.kind.rule((m, n), "f16", block.rank)
@@ -34,7 +34,7 @@ def test_blocks_are_what_the_specification_says(m, n, group, bits):
     assert (rebuilt(blocks, (m, n), 1).numpy() == dense).all()
     both = dense + spqr_oracle.outliers(blocks[1].payload, (m, n))
     assert (rebuilt(blocks, (m, n), 2).numpy() == both).all()
-    above = TrellisCodec.rebuild([blocks[2].payload], [bstk.TRELLIS], [2], (m, n)).numpy()
+    above = TrellisCodec.rebuild([blocks[2].payload], [bstk.TRELLIS5], [2], (m, n)).numpy()
     assert np.abs(rebuilt(blocks, (m, n)).numpy() - both - above).max() <= 1e-5 * np.abs(both).max()
 
 
@@ -63,7 +63,7 @@ def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bi
     h = hessian(n, seed % 1000)
     blocks = blocks_of(SpqrCodec(bits, group, fraction, planes=planes), weight, h, torch.rand(m, generator=generator))
     outliers = [bstk.OUTLIERS] if outlier_count(blocks, m) else []
-    assert [b.kind for b in blocks] == [bstk.SPQR, *outliers, *[bstk.TRELLIS] * planes]
+    assert [b.kind for b in blocks] == [bstk.SPQR, *outliers, *[bstk.TRELLIS5] * planes]
     assert bool(outliers) <= bool(fraction)
     scale = float(output_errors(weight, h).sum())
     before = scale

@@ -73,17 +73,17 @@ def test_stacks_are_dense_part_outliers_planes(made):
         assert len(linears) == 14
         for name in linears:
             kinds = [chunk.kind for chunk in samples.chunks_of(file, name)]
-            assert kinds in ([bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS], [bstk.SPQR, bstk.TRELLIS])
+            assert kinds in ([bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS5], [bstk.SPQR, bstk.TRELLIS5])
             errors = [chunk.error for chunk in samples.chunks_of(file, name)]
             assert errors == sorted(errors, reverse=True)
         for layer in range(2):  # a layer has outliers; not each of its matrices need have some
             assert any(chunk.kind is bstk.OUTLIERS and f"layers.{layer}." in chunk.name for chunk in file.chunks)
         # Embedding and head, tied here, are stacks of the default codec.
-        assert [chunk.kind for chunk in samples.chunks_of(file, "model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
-        assert file.preamble.incompatible == 3
+        assert [chunk.kind for chunk in samples.chunks_of(file, "model.embed_tokens.weight")] == [bstk.TRELLIS5] * 4
+        assert file.preamble.incompatible == 7
         # In the base model there are dense parts and no outliers.
         base = file.chunks[: file.base_count]
-        assert {chunk.kind for chunk in base if chunk.is_block} == {bstk.SPQR, bstk.TRELLIS}
+        assert {chunk.kind for chunk in base if chunk.is_block} == {bstk.SPQR, bstk.TRELLIS5}
         file.verify()
 
 

@@ -35,7 +35,7 @@ def test_bits_per_weight_are_met_from_below_everything_counted(bits, bpw):
 
 
 def bits_used(blocks, weights):
-    return 8 * sum(len(b.payload) for some in blocks for b in some if b.kind is not bstk.TRELLIS) / weights
+    return 8 * sum(len(b.payload) for some in blocks for b in some if b.kind is not bstk.TRELLIS5) / weights
 
 
 def test_a_target_buys_no_row_pointers_where_nothing_is_apart():
@@ -46,7 +46,7 @@ def test_a_target_buys_no_row_pointers_where_nothing_is_apart():
     codec = SpqrCodec(bpw=low, planes=1).for_layer(tasks)
     blocks = [list(codec.encode(*task)) for task in tasks]
     assert (
-        all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS] for some in blocks)
+        all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS5] for some in blocks)
         and bits_used(blocks, weights) == low
     )
     codec = SpqrCodec(bpw=low + 0.15, planes=0).for_layer(tasks)
@@ -73,7 +73,7 @@ def test_without_a_layer_each_matrix_has_the_share():
 def test_no_outliers_is_none():
     task = layer()[0]
     blocks = list(SpqrCodec(outliers=0, planes=2).encode(*task))
-    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.TRELLIS, bstk.TRELLIS]
+    assert [b.kind for b in blocks] == [bstk.SPQR, bstk.TRELLIS5, bstk.TRELLIS5]
     errors = [float(b.row_errors.sum()) for b in blocks]
     assert errors[0] > errors[1] > errors[2]
 
@@ -82,7 +82,7 @@ def test_a_matrix_whose_weights_are_all_alike_has_no_outliers_block():
     tasks = [*layer(), (torch.full((32, 64), 0.5), hessian(64), 1000, torch.ones(32))]
     codec = SpqrCodec(planes=1).for_layer(tasks)
     kinds = [[b.kind for b in codec.encode(*task)] for task in tasks]
-    assert kinds[0] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS] and kinds[3] == [bstk.SPQR, bstk.TRELLIS]
+    assert kinds[0] == [bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS5] and kinds[3] == [bstk.SPQR, bstk.TRELLIS5]
 
 
 def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():

@@ -27,7 +27,7 @@ def write_stacks(path, shapes):
         entries.append(
             bstk.Entry(
                 name=name,
-                kind=bstk.TRELLIS,
+                kind=bstk.TRELLIS5,
                 level=0,
                 shape=shape,
                 dtype="f16",
@@ -115,10 +115,10 @@ def test_rows_that_are_there_twice_are_damage(tmp_path, mode):
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [
-        ([(bstk.TRELLIS, 2)] * 16, None),
+        ([(bstk.TRELLIS5, 2)] * 16, None),
         ([(bstk.SIGN, 16)], None),
-        ([(bstk.SPQR, 128 + 4), (bstk.OUTLIERS, 0), (bstk.TRELLIS, 2)], None),
-        ([(bstk.TRELLIS, 2)] * 17, "17 blocks.*levels 0 to 15.*mode='dense'"),
+        ([(bstk.SPQR, 128 + 4), (bstk.OUTLIERS, 0), (bstk.TRELLIS5, 2)], None),
+        ([(bstk.TRELLIS5, 2)] * 17, "17 blocks.*levels 0 to 15.*mode='dense'"),
         ([(bstk.SIGN, 17)], "rank 17.*1 to 16"),
     ],
 )

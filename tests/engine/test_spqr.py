@@ -35,7 +35,7 @@ def sizes(path):
 def test_the_file_has_all_three_kinds(file_of):
     with bstk.open(file_of("llama", codec="spqr")) as file:
         kinds = {chunk.kind for chunk in file.chunks if chunk.is_block}
-        assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS} <= kinds
+        assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS5} <= kinds
         smallest = [chunk for chunk in file.chunks[: file.base.chunks] if chunk.is_block]
         assert bstk.OUTLIERS not in {chunk.kind for chunk in smallest}
 
@@ -46,8 +46,8 @@ def test_without_outliers_planes_stand_on_the_dense_part(file_of):
             tuple(chunk.kind for chunk in samples.chunks_of(file, name))
             for name in dict.fromkeys(chunk.name for chunk in file.chunks)
             if samples.chunks_of(file, name)[0].kind is bstk.SPQR
-        } == {(bstk.SPQR, bstk.TRELLIS)}
-        assert file.preamble.incompatible == bstk.SPQR.feature
+        } == {(bstk.SPQR, bstk.TRELLIS5)}
+        assert file.preamble.incompatible == bstk.SPQR.feature | bstk.TRELLIS5.feature
         file.verify()
 
 

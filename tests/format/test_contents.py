@@ -74,6 +74,8 @@ def test_permutation(permutation, fine):
         (kinds.SPQR, (17, 33), 19, 128 + 2 * 3 * 116),
         (kinds.SPQR, (1, 1), 132, 64 + 2 * 4 * 128 + 20),
         (kinds.OUTLIERS, (3, 2), 0, range(16, 16 + 24 + 1, 4)),
+        (kinds.TRELLIS, (5, 9), 2, 8 * 3 + 10),
+        (kinds.TRELLIS5, (5, 9), 2, 9 * 3 + 10),
     ],
 )
 def test_lengths(kind, shape, rank, length):
@@ -111,6 +113,8 @@ def test_number_of_outliers():
         (kinds.SPQR, (4, 65536), "f16", 19, "at most 65535 columns"),
         (kinds.OUTLIERS, (4, 65536), "f16", 0, "at most 65535 columns"),
         (kinds.OUTLIERS, (4, 4), "f16", 1, "is 0"),
+        (kinds.TRELLIS5, (4, 4), "f16", 3, "bits per code, 2, found 3"),
+        (kinds.TRELLIS5, (4, 4), "f32", 2, "the scales of a trellis5 block are f16"),
         (kinds.OUTLIERS, (4, 4, 1), "f16", 0, "two dimensions"),
         (kinds.OUTLIERS, (4, 4), "bf16", 0, "are f16"),
     ],

@@ -136,7 +136,7 @@ def test_stacks_of_all_kinds(good, tmp_path, zstd):
     every = [
         stack
         for length in (1, 2, 3)
-        for stack in itertools.product(("sign", "trellis", "spqr", "outliers"), repeat=length)
+        for stack in itertools.product(("sign", "trellis", "spqr", "outliers", "trellis5"), repeat=length)
     ]
     for number, stack in enumerate(every):
         draft = samples.Draft(good)

@@ -16,6 +16,10 @@ GOOD = [
     ("spqr", "outliers"),
     ("spqr", "outliers", "trellis"),
     ("spqr", "trellis", "trellis"),
+    ("trellis5",),
+    ("trellis5", "trellis5", "trellis5"),
+    ("spqr", "outliers", "trellis5"),
+    ("spqr", "trellis5", "trellis5"),
 ]
 
 
@@ -36,11 +40,11 @@ def test_good_stacks_are_read_and_rebuilt(stack, good):
         assert matrix.shape == (4, 10)
 
 
-@pytest.mark.parametrize("first", ["trellis", "spqr", "sign"])
+@pytest.mark.parametrize("first", ["trellis", "trellis5", "spqr", "sign"])
 def test_a_stack_of_any_depth_is_rebuilt(first, good):
     # Packed matrices take 16 blocks; the format has no such limit.
     draft = samples.Draft(good)
-    samples.stack(draft, first, "sign" if first == "sign" else "trellis")
+    samples.stack(draft, first, "trellis5" if first == "spqr" else first)
     with bstk.open(draft.bytes()) as file:
         below, above = map(file.read, samples.chunks_of(file, "layers.0.up"))
         kind, other = (block.kind for block in samples.chunks_of(file, "layers.0.up"))

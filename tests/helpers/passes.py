@@ -11,13 +11,13 @@ IDS = torch.randint(3, tiny_models.VOCABULARY, (4, 24), generator=torch.Generato
 BATCHES = list(IDS.split(2))
 
 
-def streamed_tables(skeleton, batches=BATCHES):
+def streamed_tables(skeleton, batches=BATCHES, weights=None):
     """The statistics of every layer, by the streamed pass."""
     tables = []
     with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
-                tables.append(gather(stream, index, layer_parameters(skeleton, index)))
+                tables.append(gather(stream, index, layer_parameters(skeleton, index), weights))
     return tables, stream.results
 
 

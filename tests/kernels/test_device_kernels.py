@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bstack.kernels import device, reference
-from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
 
@@ -42,6 +42,7 @@ FORMS = st.builds(rank_of, st.sampled_from([3, 4]), st.sampled_from([16, 32, 64,
 KINDS = st.lists(
     st.one_of(
         st.just((TRELLIS, 2)),
+        st.just((TRELLIS5, 2)),
         st.tuples(st.just(SIGN), st.integers(1, 5)),
         st.tuples(st.just(SPQR), FORMS),
         st.just((OUTLIERS, 0)),
@@ -63,7 +64,7 @@ def test_against_the_reference(rows, columns, kinds, tokens, seed):
     device.multiply(matrix, torch.from_numpy(x).to(DEVICE), torch.from_numpy(rotated).to(DEVICE), out)
     index = torch.randint(0, rows, (7,), generator=torch.Generator().manual_seed(seed))
     total = np.zeros((tokens, rows))
-    for kinds, given_inputs in (((TRELLIS,), rotated), (PLAIN, x)):
+    for kinds, given_inputs in ((ROTATED, rotated), (PLAIN, x)):
         dense = reference.decode_rows(expected, kinds, 0, rows)
         found = device.decode(matrix, kinds, index.to(DEVICE), torch.float32).cpu().numpy()
         assert np.allclose(found, dense[index], rtol=1e-5, atol=1e-4 * np.abs(dense).max())
@@ -72,12 +73,12 @@ def test_against_the_reference(rows, columns, kinds, tokens, seed):
 
 
 def test_blocks_come_and_go():
-    expected, matrix = pair(20, 64, [(TRELLIS, 2)] * 3, 0)
+    expected, matrix = pair(20, 64, [(TRELLIS, 2), (TRELLIS5, 2), (TRELLIS5, 2)], 0)
     index = torch.arange(20, device=DEVICE)
     for count in (3, 1, 0, 2):
         matrix.count = expected.count = count
-        found = device.decode(matrix, (TRELLIS,), index, torch.float32).cpu().numpy()
-        dense = reference.decode_rows(expected, (TRELLIS,), 0, 20)
+        found = device.decode(matrix, ROTATED, index, torch.float32).cpu().numpy()
+        dense = reference.decode_rows(expected, ROTATED, 0, 20)
         assert np.allclose(found, dense, atol=1e-4 * np.abs(dense).max())
 
 

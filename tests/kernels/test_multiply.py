@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 import bstk
 from bstack.codecs import SignCodec, TrellisCodec
 from bstack.kernels import reference
-from bstack.kernels.matrix import BLOCKS, RANK, SIGN, TRELLIS, Matrix, block_bytes, pointer
+from bstack.kernels.matrix import BLOCKS, RANK, ROTATED, SIGN, TRELLIS, TRELLIS5, Matrix, block_bytes, pointer
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
 from bstack.kernels.native import CHOICES, library
-from bstack.kernels.reference import TABLE
+from bstack.kernels.reference import TABLE, TABLE5
 from bstack.kernels.selftest import random_payload
 from bstack.numerics import rotation
 
@@ -48,8 +48,8 @@ def threads():
 
 
 def stack(rng, rows, columns, kinds):
-    """A matrix of random blocks; kinds are 0 for trellis, or the rank of a sign block."""
-    blocks = [(SIGN, min(k, rows, columns)) if k else (TRELLIS, 2) for k in kinds]
+    """A matrix of random blocks; kinds are 0 for trellis, -1 for trellis5, or the rank of a sign block."""
+    blocks = [(SIGN, min(k, rows, columns)) if k > 0 else (TRELLIS5 if k else TRELLIS, 2) for k in kinds]
     return Matrix.of(rows, columns, [(*b, random_payload(rng, rows, columns, *b)) for b in blocks])
 
 
@@ -64,12 +64,12 @@ def same(left, right):
 SHAPES = [(1, 1), (2, 3), (5, 5), (7, 64), (3, 8), (70, 100), (33, 576), (6, 252), (9, 257), (20, 1536), (4, 1030)]
 
 
-@pytest.mark.parametrize("kinds", [[0], [1], [2], [5], [RANK], [0, 0, 0], [0, 3, 0, 1], [1, 0]], ids=str)
+@pytest.mark.parametrize("kinds", [[0], [-1], [1], [2], [5], [RANK], [-1, -1, -1], [0, 3, -1, 1], [1, 0]], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, kinds):
     rng = np.random.default_rng(rows * columns)
     matrix = stack(rng, rows, columns, kinds)
-    for tokens in (1, 2, 3, 4, 5, 9):
+    for tokens in (1, 2, 3, 4, 5, 8, 9):
         x = inputs(rng, tokens, columns)
         assert same(multiply(matrix, x), reference.multiply(matrix, x)), tokens
 
@@ -78,7 +78,7 @@ def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, k
     rows=st.integers(1, 70),
     columns=st.integers(1, 700),
     tokens=st.integers(1, 9),
-    kinds=st.lists(st.integers(0, RANK), max_size=4),
+    kinds=st.lists(st.integers(-1, RANK), max_size=4),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([1e-20, 1.0, 1e20]),
 )
@@ -100,14 +100,19 @@ def test_extreme_codes_do_not_overflow(instructions):
     """The largest sums there are: one window everywhere, its value the farthest from 0, and inputs at the limit."""
     columns, rows = 4 * 8192 + 5, 2
     rng = np.random.default_rng(0)
+    quarter = -(-columns // 4)
+    cases = []
     for value in (min(TABLE), max(TABLE)):
         window = TABLE.index(value)
-        quarter = -(-columns // 4)
-        codes = np.empty((rows + 3, quarter), np.uint8)
-        for row in range(rows + 3):  # rows 0 to 3 spell the window of the first row of weights, oldest code first
-            codes[row] = (window >> 2 * (3 - row % 4) & 3) * 0b01010101
+        # Rows 0 to 3 spell the window of the first row of weights, oldest code first.
+        cases.append((TRELLIS, [window >> 2 * (3 - row % 4) & 3 for row in range(rows + 3)]))
+    for value in (min(TABLE5), max(TABLE5)):
+        place = TABLE5.index(value)
+        cases.append((TRELLIS5, [0, place >> 4, 0, place & 3, place >> 2 & 3, 0]))
+    for kind, spelt in cases:
+        codes = np.repeat(np.array(spelt, np.uint8)[:, None] * 0b01010101, quarter, 1).astype(np.uint8)
         payload = codes.tobytes() + np.ones(rows, "<f2").tobytes()
-        matrix = Matrix.of(rows, columns, [(TRELLIS, 2, payload)])
+        matrix = Matrix.of(rows, columns, [(kind, 2, payload)])
         # Its rotation is constant up to sign where the width is odd: no Hadamard step.
         x = np.where(rotation.signs(columns).numpy() > 0, 1, -1).astype(np.float32)[None] * np.float32(
             rng.choice([-1, 1])
@@ -222,7 +227,7 @@ def test_close_to_the_dense_product(codec):
     assert np.allclose(picked, dense[[3, 0, 47, 3]], atol=1e-5)
     rows = sum(
         side @ decode_rows(matrix, kind, 0, m).T
-        for kind, side in ((TRELLIS, rotate(x[:8].numpy())), (SIGN, x[:8].numpy()))
+        for kind, side in ((ROTATED, rotate(x[:8].numpy())), (SIGN, x[:8].numpy()))
     )
     assert np.allclose(rows, expected, atol=1e-3)
 
@@ -230,7 +235,7 @@ def test_close_to_the_dense_product(codec):
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 300),
-    kinds=st.lists(st.integers(0, RANK), max_size=3),
+    kinds=st.lists(st.integers(-1, RANK), max_size=3),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
@@ -244,7 +249,7 @@ def test_rows_are_those_of_the_reference(m, n, kinds, seed):
     try:
         for name in INSTRUCTIONS:
             library().bstack_use(name.encode())
-            for kind in (TRELLIS, SIGN):
+            for kind in (TRELLIS, TRELLIS5, SIGN):
                 assert same(
                     decode_rows(matrix, kind, start, stop), reference.decode_rows(matrix, (kind,), start, stop)
                 ), name
@@ -295,20 +300,20 @@ def fenced():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect of Linux")
-@pytest.mark.parametrize("rank", [0, 1, 3, 16])
+@pytest.mark.parametrize("rank", [0, -1, 1, 3, 16])
 def test_nothing_past_a_block_is_read(instructions, fenced, rank):
     """Also at odd addresses: the end of the block is at the end of a page, whatever its length.
 
     With one row little or nothing stands between the last codes and that end.
     """
-    rng = np.random.default_rng(rank)
-    kind = SIGN if rank else TRELLIS
+    rng = np.random.default_rng(7)
+    kind = SIGN if rank > 0 else TRELLIS5 if rank else TRELLIS
     for rows, columns in ((1, 1), (1, 3), (3, 64), (5, 253), (2, 256), (17, 100), (4, 576), (1, 1031)):
-        stored = min(rank, rows, columns) if rank else 2
+        stored = min(rank, rows, columns) if rank > 0 else 2
         payload = random_payload(rng, rows, columns, kind, stored)
         matrix = Matrix(rows, columns, 1)
         matrix.put(0, kind, stored, fenced(payload))
-        x = inputs(rng, 5, columns)
+        x = inputs(rng, 9, columns)
         assert same(multiply(matrix, x), reference.multiply(matrix, x))
         assert same(multiply(matrix, x[:1]), reference.multiply(matrix, x[:1]))
         decode_rows(matrix, kind, 0, rows)
@@ -323,8 +328,8 @@ def test_bad_calls_are_refused():
     for start, stop in ((-1, 2), (3, 2), (0, 5)):
         with pytest.raises(ValueError, match="rows"):
             decode_rows(matrix, TRELLIS, start, stop)
-    with pytest.raises(ValueError, match="kind is 7"):
-        decode_rows(matrix, 7, 0, 1)
+    with pytest.raises(ValueError, match="kind is 8"):
+        decode_rows(matrix, 8, 0, 1)
     with pytest.raises(ValueError, match="needed is contiguous"):
         decode_rows(matrix, TRELLIS, 0, 1, np.empty((1, 9), np.float32))
     for index in ([4], [-1], [[0]]):
@@ -341,13 +346,13 @@ def test_bad_calls_are_refused():
 
 def test_the_table_in_c_is_that_of_python():
     text = (CSRC / "table.c").read_text(encoding="utf-8")
-    values = re.search(r"\{(.*)\}", text, re.DOTALL).group(1)
-    assert [int(v) - 128 for v in re.findall(r"\d+", values)] == list(TABLE)
+    tables = re.findall(r"\{(.*?)\}", text, re.DOTALL)
+    assert [[int(v) - 128 for v in re.findall(r"\d+", values)] for values in tables] == [list(TABLE), list(TABLE5)]
 
 
 def test_kinds_are_those_of_the_container():
-    assert (bstk.SIGN.code, bstk.TRELLIS.code) == (SIGN, TRELLIS)
-    for kind, rank in ((bstk.SIGN, 3), (bstk.TRELLIS, 2)):
+    assert (bstk.SIGN.code, bstk.TRELLIS.code, bstk.TRELLIS5.code) == (SIGN, TRELLIS, TRELLIS5)
+    for kind, rank in ((bstk.SIGN, 3), (bstk.TRELLIS, 2), (bstk.TRELLIS5, 2)):
         for shape in ((5, 7), (64, 576)):
             assert kind.rule(shape, "f16", rank) == block_bytes(*shape, kind.code, rank)
 

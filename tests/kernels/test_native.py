@@ -113,7 +113,7 @@ BROKEN = {
     "bstack_multiply": "a product with a trellis block",
     "bstack_decode_rows": "a decoded trellis block",
     "bstack_lookup": "a row looked up in a trellis block",
-    "bstack_trellis_encode": "an encoded trellis block",
+    "bstack_trellis_encode": "an encoded trellis5 block",
     "bstack_decoder_step": "a step of the decoder",
 }
 

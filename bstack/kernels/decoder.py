@@ -260,7 +260,9 @@ def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: 
     }
     absent = {*(() if split else ("key", "value")), *(("up",) if twice else ())}
     rotary = sizes.head_width if sizes.rotary is None else sizes.rotary
-    wrong = rotary % 2 or rotary > sizes.head_width or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
+    wrong = (
+        rotary % 2 or rotary > sizes.head_width or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
+    )
     for layer in layers:
         for name in _MATRICES:
             matrix = getattr(layer, name)

@@ -14,7 +14,7 @@ import bstk
 from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
 from bstack.packed.arena import Allocation, Arena
-from bstack.packed.matrix import PriorityLock
+from bstack.packed.lock import PriorityLock
 from bstk.errors import ResourceError, UsageError
 
 __all__ = ["BlockStore", "Resident", "store_of"]

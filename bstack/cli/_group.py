@@ -27,6 +27,7 @@ OPTIONS = {
     "calibration": "Use --calibration for another text.",
     "windows": "Use --windows for fewer.",
     "sequence_length": "Use --sequence-length for another length.",
+    "engine": "Use --engine transformers.",
     "quality": "Use --no-quality to measure speed alone.",
 }
 

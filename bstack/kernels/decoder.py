@@ -169,6 +169,7 @@ class Decoder:
         )
         self._outputs = [part.rows for part in head] or [sizes.width]
         self.vocabulary = sum(self._outputs)
+        self.has_head = bool(head)
         self._scratch = np.empty(0, np.float32)
         self._text = Text()
 

@@ -5,7 +5,8 @@
  * has checked what blocks say of their own layout: the order of an SpQR block's inputs, and the row pointer of outliers.
  *
  * Results are the same bits for every instruction set, number of threads and number of tokens in a call: sums are
- * exact integers, and the few float operations around them have one fixed order.
+ * exact integers, and the few float operations around them have one fixed order. Only the products for many tokens
+ * (bstack_multiply_decoded, bstack_multiply_dense) differ between instruction sets, by rounding.
  */
 #ifndef BSTACK_H
 #define BSTACK_H
@@ -42,6 +43,16 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
 /* Rows start to stop - 1 of the sum of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
  * BSTACK_TRELLIS: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
+
+/* y = x W^T with the rows of the blocks of some kinds, as bstack_decode_rows gives them, for many tokens: rows are decoded and
+ * multiplied in single precision. y: tokens x rows, each token's y_step floats after the last's; with `add` it is added to. A
+ * token's results are the same bits whatever other tokens are in the call. Returns 0, or 1 when there is no memory. */
+int bstack_multiply_decoded(const struct bstack_matrix *matrix, unsigned kinds, const float *x, int tokens, float *y, size_t y_step,
+                            int add);
+
+/* The same with a matrix of floats, rows x columns; steps are the floats from one row to the next. */
+int bstack_multiply_dense(const float *w, size_t w_step, int rows, int columns, const float *x, size_t x_step, int tokens, float *y,
+                          size_t y_step);
 
 /* Rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out);

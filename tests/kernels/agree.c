@@ -213,8 +213,37 @@ static void compare_decoders(const char *const *names, int count) {
                 fprintf(stderr, "%s: the decoder's logits differ\n", names[k]);
                 exit(1);
             }
-        for (int i = 0; i < TEXTS * 4 * PAGES; i++) free(place[0][i]);
+        for (int i = 0; i < TEXTS * 4 * PAGES; i++) free(place[i / (4 * PAGES)][i % (4 * PAGES)]);
     }
+}
+
+/* Products for many tokens, on arrays of exactly their size: with every instruction set near those for few. */
+static void compare_many_tokens(const char *const *names, int count) {
+    static const int shapes[][3] = {{1, 5, 1}, {37, 70, 13}, {70, 129, 6}}; /* rows, columns, tokens */
+    for (int k = 0; k < count; k++)
+        for (int i = 0; i < 3; i++) {
+            const int m = shapes[i][0], n = shapes[i][1], t = shapes[i][2];
+            bstack_use(names[k]);
+            struct bstack_matrix *matrix = trellis_matrix(m, n);
+            float *x = random_floats((size_t)(t * n), 1.0f), *w = malloc(sizeof *w * (size_t)(m * n));
+            float *expected = malloc(sizeof(float) * (size_t)(t * m)), *y[2];
+            for (int e = 0; e < 2; e++) y[e] = malloc(sizeof(float) * (size_t)(t * m));
+            const struct bstack_matrix *one = matrix;
+            bstack_decode_rows(matrix, 1u << BSTACK_TRELLIS, 0, m, w);
+            if (bstack_multiply(&one, 1, x, t, &expected)) exit(3);
+            bstack_rotate(x, t, n);
+            memset(y[1], 0, sizeof(float) * (size_t)(t * m));
+            if (bstack_multiply_dense(w, (size_t)n, m, n, x, (size_t)n, t, y[0], (size_t)m)) exit(3);
+            if (bstack_multiply_decoded(matrix, 1u << BSTACK_TRELLIS, x, t, y[1], (size_t)m, 1)) exit(3);
+            float largest = 0.0f;
+            for (int j = 0; j < t * m; j++) largest = fmaxf(largest, fabsf(expected[j]));
+            for (int j = 0; j < 2 * t * m; j++)
+                if (!(fabsf(y[j % 2][j / 2] - expected[j / 2]) <= 1e-3f * largest)) {
+                    fprintf(stderr, "%s: a product for many tokens differs\n", names[k]);
+                    exit(1);
+                }
+            free(x), free(w), free(expected), free(y[0]), free(y[1]);
+        }
 }
 
 int main(int argc, char **argv) {
@@ -228,6 +257,7 @@ int main(int argc, char **argv) {
     compare_matrices(names, count);
     encode();
     compare_decoders(names, count);
+    compare_many_tokens(names, count);
     bstack_set_threads(1);
     bstack_rotate(NULL, 0, 1); /* ends the threads */
     puts("400 matrices agree");

@@ -252,7 +252,7 @@ def describe(config: Config) -> Architecture:
                 **own,
             }
         )
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NotNativeError(f"config.json lacks or misuses a field: {error}") from None
     _check(found)
     return found

@@ -1,4 +1,4 @@
-"""A decoder in numpy and C: prompts in pieces through the BLAS, one token of each text in one call of the kernels."""
+"""A decoder in numpy and C: prompts in pieces, one token of each text in one call of the kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bstack.engine.native.architecture import EMBEDDING, FINAL_NORM, HEAD, Archi
 from bstack.engine.native.sampling import Generation
 from bstack.engine.native.weights import Packed, Weight, products
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes, Text
+from bstack.kernels.multiply import multiply_dense
 from bstack.kernels.native import library
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
@@ -315,6 +316,7 @@ class NativeModel:
         window = of.windows[number] or start + tokens
         first = max(0, start - window + 1)
         keys, values = sequence.get(number, first, start + tokens)
+        columns = np.ascontiguousarray(values.swapaxes(1, 2))
         group = of.heads // of.key_heads
         query = query.reshape(tokens, of.key_heads, group, of.head_width)
         out = np.empty_like(query)
@@ -325,7 +327,7 @@ class NativeModel:
             hidden = (seen > own) | (seen <= own - window)
             for head in range(of.key_heads):
                 part = query[begin : begin + step, head]
-                scores = part.reshape(-1, of.head_width) @ keys[head].T
+                scores = multiply_dense(keys[head], part.reshape(-1, of.head_width))
                 scores *= np.float32(of.scale)
                 if of.cap:
                     scores = np.float32(of.cap) * np.tanh(scores / np.float32(of.cap))
@@ -334,7 +336,7 @@ class NativeModel:
                 scores -= scores.max(-1, keepdims=True)
                 np.exp(scores, out=scores)
                 scores /= scores.sum(-1, keepdims=True)
-                read = scores.reshape(len(own) * group, -1) @ values[head]
+                read = multiply_dense(columns[head], scores.reshape(len(own) * group, -1))
                 out[begin : begin + step, head] = read.reshape(part.shape)
         return out.reshape(tokens, -1)
 

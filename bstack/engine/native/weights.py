@@ -11,16 +11,16 @@ import numpy as np
 import bstk
 from bstack.engine.native.architecture import NotNativeError
 from bstack.engine.parts import check_depth, parts_of
-from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
-from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
+from bstack.kernels.matrix import Matrix
+from bstack.kernels.multiply import lookup, multiply_decoded, multiply_dense, multiply_many, rotate
 from bstack.packed.lock import PriorityLock
 from bstk.errors import DamagedError, error_prefix
 
 __all__ = ["Packed", "Plain", "Weight", "products", "read_weights"]
 
-# Up to this many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
+# Up to this many tokens the packed kernels multiply; above, rows are decoded and multiplied as floats.
 FEW = 8
-# Weights that are decoded at a time: about what a second-level cache holds.
+# Weights that are converted at a time: about what a second-level cache holds.
 DECODED = 2**19
 _TYPES = {"f32": "<f4", "f16": "<f2", "f64": "<f8", "bf16": "<u2"}
 
@@ -59,28 +59,12 @@ class Packed:
                 found[inside] = lookup(part, index[inside] - (self._bounds[number] - part.rows))
         return found
 
-    def multiply_decoded(self, x: np.ndarray, rotated: np.ndarray) -> np.ndarray:
-        """Return x W^T for many tokens, given rotate(x), too: rows are decoded for the BLAS, some at a time."""
+    def multiply_many_tokens(self, x: np.ndarray, rotated: np.ndarray) -> np.ndarray:
+        """Return x W^T, given rotate(x), too."""
         y = np.empty((len(x), self.rows), np.float32)
-        step = max(1, DECODED // self.columns)
-        decoded = np.empty((min(step, self.rows), self.columns), np.float32)
         for part, end in zip(self.parts, self._bounds, strict=True):
-            for start in range(0, part.rows, step):
-                stop = min(start + step, part.rows)
-                output = y[:, end - part.rows + start : end - part.rows + stop]
-                terms = 0
-                for kinds, inputs in (((TRELLIS,), rotated), (PLAIN, x)):
-                    with self.lock.acquire():
-                        if not set(kinds) & set(part.kind[: part.count]):
-                            continue
-                        weights = decode_rows(part, kinds, start, stop, decoded[: stop - start])
-                    if terms:
-                        output += inputs @ weights.T
-                    else:
-                        np.matmul(inputs, weights.T, out=output)
-                    terms += 1
-                if not terms:
-                    output[...] = 0
+            with self.lock.acquire():
+                multiply_decoded(part, x, rotated, y[:, end - part.rows : end])
         return y
 
 
@@ -94,7 +78,7 @@ class Plain:
     def multiply(self, x: np.ndarray) -> np.ndarray:
         step = max(1, DECODED // self.columns)
         return np.concatenate(
-            [x @ floats(self._stored[start : start + step]).T for start in range(0, self.rows, step)], 1
+            [multiply_dense(floats(self._stored[start : start + step]), x) for start in range(0, self.rows, step)], 1
         )
 
     def lookup(self, index: np.ndarray) -> np.ndarray:
@@ -118,7 +102,7 @@ def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
         return [weight.multiply(x) if isinstance(weight, Plain) else products([weight], x)[0] for weight in weights]
     if len(x) > FEW:
         rotated = rotate(x)
-        return [weight.multiply_decoded(x, rotated) for weight in packed]
+        return [weight.multiply_many_tokens(x, rotated) for weight in packed]
     with packed[0].lock.acquire():
         outputs = iter(multiply_many([part for weight in packed for part in weight.parts], x))
     found = [[next(outputs) for _ in weight.parts] for weight in packed]

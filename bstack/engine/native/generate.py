@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import bstk
-from bstack.engine.chat_template import render_messages
 from bstack.engine.native.architecture import NotNativeError, read_json
 from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Sampler
@@ -77,6 +76,8 @@ def encode_prompt(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int
     if chat:
         if not tokenizer.chat_template:
             raise UsageError(NO_TEMPLATE)
+        from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
+
         messages = [{"role": "user", "content": prompt}]
         prompt = render_messages(tokenizer.chat_template, messages, tokenizer.special_tokens)
     ids = tokenizer.encode(prompt, special=not chat)

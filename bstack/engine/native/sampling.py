@@ -43,11 +43,16 @@ class Generation:
             if name not in _SAMPLING | _ELSEWHERE and value not in (None, False, _NEUTRAL.get(name)):
                 raise NotNativeError(f"generation_config.json sets {name}")
         stop = given.get("stop_strings") or ()
-        return cls(
-            frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,)),
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            replace(Sampling(), **own),
-        )
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        stop = [stop] if isinstance(stop, str) else stop
+        for name, values, kind in (
+            ("eos_token_id", ends, int),
+            ("stop_strings", stop, str),
+            ("numbers", own.values(), (int, float)),
+        ):
+            if not all(isinstance(value, kind) for value in values):
+                raise NotNativeError(f"generation_config.json has unusual {name}")
+        return cls(frozenset(ends), tuple(stop), replace(Sampling(), **own))
 
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
@@ -104,14 +109,14 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, vocabulary: int, prompt: Iterable[int] = (), seed: int = 0):
         self._sampling = sampling
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(seed) if sampling.do_sample else None  # takes time to import
         self._occurred = np.zeros(vocabulary, bool)
         self._occurred[[token for token in prompt if token < vocabulary]] = True
 
     def choose(self, logits: np.ndarray) -> int:
         """Return the next token of a text with these logits, float32, shape (vocabulary,)."""
         logits = self._penalised(logits)
-        if self._sampling.do_sample:
+        if self._random is not None:
             tokens, chances = candidates(logits, self._sampling)
             sums = np.cumsum(chances)
             at = np.searchsorted(sums, self._random.random() * sums[-1], side="right")

@@ -127,7 +127,7 @@ def command(
     if native:
         from bstack.engine.native.generate import encode_prompt, write_text
     else:
-        from bstack.engine.generate import encode_prompt, write_text
+        from bstack.engine.generate import encode_prompt, write_text  # type: ignore[assignment]
     if tokenizer is None:
         raise bstk.UsageError(
             f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."

@@ -108,7 +108,7 @@ def _decoder_step(
     def norm(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + sizes.epsilon) * weight
 
-    def product(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    def product(matrix: Any, x: np.ndarray) -> np.ndarray:
         return reference.multiply(matrix, x[None].astype(np.float32))[0]
 
     def heads(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:

@@ -229,16 +229,13 @@ class NativeModel:
         if kernels is None or not all(isinstance(weight, Packed) and len(weight.parts) == 1 for weight in matrices):
             return None
         split, twice = "key" in of.names, "up" not in of.names
-        empty = {**({} if split else {"key": None, "value": None}), **({"up": None} if twice else {})}
-        layers = [
-            Layer(
-                **empty,
-                **{name: value if isinstance(value, np.ndarray) else value.parts[0] for name, value in layer.items()},
-                window=of.windows[number],
-                rope=of.ropes[number],
-            )
-            for number, layer in enumerate(self._layers)
-        ]
+        empty: dict[str, Any] = {**({} if split else {"key": None, "value": None}), **({"up": None} if twice else {})}
+        layers = []
+        for number, layer in enumerate(self._layers):
+            given: dict[str, Any] = {
+                name: value.parts[0] if isinstance(value, Packed) else value for name, value in layer.items()
+            }
+            layers.append(Layer(**empty, **given, window=of.windows[number], rope=of.ropes[number]))
         sizes = Sizes(
             of.width,
             of.inner,

@@ -148,6 +148,25 @@ def test_other_codecs(codec, tmp_path):
     assert close(np.concatenate(found), expected(tmp_path / "m.bstk", IDS[:21]), 2e-2)
 
 
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+def test_matrices_that_stay_plain(changes, tmp_path):
+    """Narrow ones do; then, and with embeddings in bfloat16, numpy decodes what the kernels do not take."""
+    source = tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16, **changes)
+    kept = {"embeddings": "dense"} if "tie_word_embeddings" in changes else {}
+    settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16, **kept)
+    bstack.compress(source, tmp_path / "m.bstk", settings=settings)
+    with bstk.open(tmp_path / "m.bstk") as file:
+        assert any(len(chunk.shape) == 2 and not chunk.is_block and chunk.dtype == "bf16" for chunk in file.chunks)
+    model, _ = load.load(tmp_path / "m.bstk")
+    assert model._decoder is None or not model._decoder.has_head
+    texts = [model.sequence() for _ in range(2)]
+    found = [model.read(texts[0], IDS[:20], every=True), model.step(texts[:1], IDS[20:21])]
+    model.read(texts[1], IDS[:30])
+    both = model.step(texts, [IDS[21], IDS[30]])
+    wanted = expected(tmp_path / "m.bstk", IDS[:31])
+    assert close(np.concatenate([*found, both]), wanted[[*range(22), 30]], 2e-2)
+
+
 @pytest.mark.parametrize("ids", [[], [211], [-1], [[1, 2]], IDS[:5] * 40])
 def test_tokens_that_the_model_does_not_read(ids, file_of):
     model, *_ = load.load(file_of("llama"))

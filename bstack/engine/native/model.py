@@ -228,14 +228,13 @@ class NativeModel:
         matrices = [value for layer in self._layers for value in layer.values() if not isinstance(value, np.ndarray)]
         if kernels is None or not all(isinstance(weight, Packed) and len(weight.parts) == 1 for weight in matrices):
             return None
-        split, twice = "key" in of.names, "up" not in of.names
-        empty: dict[str, Any] = {**({} if split else {"key": None, "value": None}), **({"up": None} if twice else {})}
+        absent: dict[str, Any] = dict.fromkeys({"key", "value", "up"} - set(of.names))
         layers = []
         for number, layer in enumerate(self._layers):
             given: dict[str, Any] = {
                 name: value.parts[0] if isinstance(value, Packed) else value for name, value in layer.items()
             }
-            layers.append(Layer(**empty, **given, window=of.windows[number], rope=of.ropes[number]))
+            layers.append(Layer(**absent, **given, window=of.windows[number], rope=of.ropes[number]))
         sizes = Sizes(
             of.width,
             of.inner,

@@ -193,7 +193,9 @@ def test_pieces_join_to_the_text():
         ({"num_beams": 4}, "num_beams"),
         ({"suppress_tokens": [1]}, "suppress_tokens"),
         ({"a_new_setting": 1}, "a_new_setting"),
-        ({"temperature": "hot"}, "unusual"),
+        ({"temperature": "hot"}, "temperature to 'hot'"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop_strings": 5}, "stop_strings"),
         ({"eos_token_id": "x"}, "eos_token_id"),
     ],
 )

@@ -36,7 +36,7 @@ def read_json(file: bstk.Reader, name: str) -> Mapping[str, Any]:
         return {}
     try:
         found = json.loads(file.file(name))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise NotNativeError(f"{name} is no JSON object")
@@ -226,7 +226,9 @@ def describe(config: Config) -> Architecture:
     try:
         own = family.read(config)
         heads = config["num_attention_heads"]
-        head_width = config.get("head_dim") or config["hidden_size"] // heads
+        head_width = config.get("head_dim")
+        if head_width is None:
+            head_width = config["hidden_size"] // heads
         layers = config["num_hidden_layers"]
         found = Architecture(
             **{
@@ -255,6 +257,8 @@ def describe(config: Config) -> Architecture:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NotNativeError(f"config.json lacks or misuses a field: {error}") from None
     _check(found)
+    if not -found.vocabulary <= (config.get("pad_token_id") or 0) < found.vocabulary:
+        raise NotNativeError("it has no token pad_token_id")
     return found
 
 

@@ -44,6 +44,11 @@ class TextTokenizer:
             raise NotNativeError("its tokenizer is not a tokenizer.json")
         if "auto_map" in config or config.get("backend", "tokenizers") != "tokenizers":
             raise NotNativeError("its tokenizer is code")
+        added = config.get("added_tokens_decoder", {})
+        if not isinstance(config.get("tokenizer_class", ""), str) or not all(
+            isinstance(value, dict) for value in (added, *getattr(added, "values", list)())
+        ):
+            raise NotNativeError("its tokenizer_config.json is unusual")
         templates = config.get("chat_template")
         if isinstance(templates, list):
             templates = {entry["name"]: entry["template"] for entry in templates}

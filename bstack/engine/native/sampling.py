@@ -42,16 +42,20 @@ class Generation:
         for name, value in given.items():
             if name not in _SAMPLING | _ELSEWHERE and value not in (None, False, _NEUTRAL.get(name)):
                 raise NotNativeError(f"generation_config.json sets {name}")
-        stop = given.get("stop_strings") or ()
+        stop = given.get("stop_strings") or []
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         stop = [stop] if isinstance(stop, str) else stop
-        for name, values, kind in (
-            ("eos_token_id", ends, int),
-            ("stop_strings", stop, str),
-            ("numbers", own.values(), (int, float)),
-        ):
-            if not all(isinstance(value, kind) for value in values):
-                raise NotNativeError(f"generation_config.json has unusual {name}")
+        if not isinstance(stop, list) or not all(isinstance(value, str) for value in stop):
+            raise NotNativeError("its stop_strings are none")
+        if not all(isinstance(value, int) for value in ends):
+            raise NotNativeError("its eos_token_id is none")
+        for name, value in own.items():
+            if (
+                not isinstance(value, (int, float))
+                or value < 0
+                or (not value and name in ("temperature", "repetition_penalty"))
+            ):
+                raise NotNativeError(f"generation_config.json sets {name} to {value!r}")
         return cls(frozenset(ends), tuple(stop), replace(Sampling(), **own))
 
 
@@ -62,7 +66,6 @@ _ELSEWHERE = {
     "assistant_confidence_threshold",
     "assistant_lookbehind",
     "bos_token_id",
-    "cache_implementation",
     "early_stopping",
     "eos_token_id",
     "length_penalty",
@@ -78,6 +81,7 @@ _ELSEWHERE = {
 }
 # Values that change nothing.
 _NEUTRAL = {
+    "cache_implementation": "hybrid",
     "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,

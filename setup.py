@@ -1,4 +1,4 @@
-"""Builds the C kernels. Everything else stands in setup.cfg, which has no field for extensions.
+"""Builds the C kernels. Everything else is in setup.cfg, which has no field for extensions.
 
 The kernels need GCC or Clang and are optional: without a compiler the installation succeeds and the numpy reference runs.
 They do not use Python's C interface and are loaded with ctypes, so one build serves every version of it.

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--megabytes 256] [--seconds 0.3] [--instructions avx512 avx2]
 
-A roofline: each line is one kernel reading matrices that together are larger than the caches, as a share of a plain
+A roofline: each line is one kernel reading matrices that together are larger than the caches, as a fraction of a plain
 read of a buffer as large, by as many threads. Then SpQR beside that read and torch's product with a dense matrix, all products
 of a token of SmolLM2-135M, and the decoding of rows.
 """
@@ -80,11 +80,11 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
             print(f"| {label}, {name} | {rows} x {columns} | {tokens} | " + " | ".join(shown) + " |", flush=True)
 
 
-def spqr_blocks(rows: int, columns: int, bits: int, share: float) -> list[tuple[int, int, bytes]]:
+def spqr_blocks(rows: int, columns: int, bits: int, fraction: float) -> list[tuple[int, int, bytes]]:
     """The dense part of a matrix, in groups of 16, and its outliers."""
     rng, rank = np.random.default_rng(0), rank_of(bits, 16)
     dense = SPQR, rank, random_payload(rng, rows, columns, SPQR, rank)
-    return [dense, (OUTLIERS, 0, random_payload(rng, rows, columns, OUTLIERS, 0, int(share * rows * columns)))]
+    return [dense, (OUTLIERS, 0, random_payload(rng, rows, columns, OUTLIERS, 0, int(fraction * rows * columns)))]
 
 
 def spqr(arguments: argparse.Namespace, threads: list[int]) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
 
     model, _ = bstack.load(arguments.file, mode="stack")
     with bstk.open(arguments.file) as file, open(arguments.file, "rb") as plain, ThreadPoolExecutor(THREADS) as pool:
-        smallest = bstk.mb_ceil(file.smallest_length)
+        smallest = bstk.mb_ceil(file.base_length)
         blocks = [chunk for chunk in file.chunks[file.base_count :] if chunk.is_block]
         frames = [os.pread(plain.fileno(), chunk.stored_length, chunk.offset) for chunk in blocks]
         size = sum(chunk.raw_length for chunk in blocks)
@@ -67,7 +67,7 @@ def main() -> None:
     found["growth"] = rate(
         lambda: bstack.resize(model), size, arguments.seconds, lambda: bstack.resize(model, mb=smallest)
     )
-    print(f"{len(blocks)} blocks above the smallest model, {size / 2**20:.1f} MB of them")
+    print(f"{len(blocks)} blocks above the base model, {size / 2**20:.1f} MB of them")
     for name, value in found.items():
         print(f"{name:24} {value / 1e6:8,.0f} MB/s")
     resized = bstack.resize(model)

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --layers 2 --limit-gb 6
 
-Writes a folder of random bfloat16 weights with the true widths (4096 and 14336, 128256 words, head and embedding apart)
+Writes a folder of random bfloat16 weights with the true widths (4096 and 14336, 128256 words, head and embedding untied)
 and as many layers as are asked for, and compresses it in a child process with `--planes 2 --samples 4 --sequence-length 128`
 and a text. The child may have no more private writable memory than the limit (RLIMIT_DATA: heap and anonymous mappings, used or
 not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds on the clock and of

@@ -87,17 +87,17 @@ def half_precision_statistics(
     weight: torch.Tensor, damped: Damped, outlier_mask: torch.Tensor, bits: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `code_columns`, but scale and zero point of each group in 16 bits each."""
-    order, most = damped.order, 2**bits - 1
+    order, max_code = damped.order, 2**bits - 1
     original = weight[:, order].t().contiguous()
-    kept = torch.where(outlier_mask, OUTLIER_COST / most**2, 1.0)[:, order].t().contiguous()
+    kept = torch.where(outlier_mask, OUTLIER_COST / max_code**2, 1.0)[:, order].t().contiguous()
     errors, dense = torch.empty_like(original), torch.empty_like(original)
     added = torch.empty_like(original)
     for start in range(0, len(order), group):
         here = slice(start, min(start + group, len(order)))
         target = original[here] + damped.factor[:start, here].t() @ errors[:start]
-        fitted = (part.half().float()[None] for part in fit_groups(target, damped.cost[here], kept[here], most))
+        fitted = (part.half().float()[None] for part in fit_groups(target, damped.cost[here], kept[here], max_code))
         found = code_group(
-            target, original[here], damped.factor[here, here], damped.cost[here], kept[here], *fitted, most
+            target, original[here], damped.factor[here, here], damped.cost[here], kept[here], *fitted, max_code
         ).chosen(torch.zeros(len(weight), dtype=torch.int64))
         errors[here], dense[here], added[here] = found.errors, found.dense, found.added
     values, whole = torch.empty_like(weight), torch.empty_like(weight)
@@ -130,8 +130,8 @@ def encode_layers(
                         named = {}
                         for matrix, (dense, whole, size) in zip(matrices, found, strict=True):
                             bits[number] += size
-                            turned = int(matrix.transposed)
-                            named[f"{matrix.name} {turned} dense"], named[f"{matrix.name} {turned} whole"] = (
+                            transposed = int(matrix.transposed)
+                            named[f"{matrix.name} {transposed} dense"], named[f"{matrix.name} {transposed} whole"] = (
                                 dense,
                                 whole,
                             )
@@ -144,10 +144,10 @@ def put(skeleton: Skeleton, folder: Path, number: int, which: str) -> None:
     """Overwrite the loaded model's linears with a variant."""
     for index in range(len(skeleton.layers)):
         for key, tensor in load_file(folder / f"{number}-{index}.safetensors").items():
-            name, turned, kind = key.split(" ")
+            name, transposed, kind = key.split(" ")
             if kind == which:
                 matrix = MatrixName.parse(name)
-                matrix.view(skeleton.parameter(matrix.parameter), turned == "1").copy_(tensor)
+                matrix.view(skeleton.parameter(matrix.parameter), transposed == "1").copy_(tensor)
 
 
 def measure(
@@ -158,12 +158,12 @@ def measure(
     if original is None:
         return [one.log_softmax(-1).half() for one in logits]
     compared = [divergence(reference.float(), one) for reference, one in zip(original, logits, strict=True)]
-    surprise = torch.stack(
+    log_losses = torch.stack(
         [torch.nn.functional.cross_entropy(one[:-1], window[1:]) for one, window in zip(logits, windows, strict=True)]
     )
     kl = torch.stack([one.kl.mean() for one in compared])
     top = sum(float(one.same_top.float().mean()) for one in compared) / len(compared)
-    return f"{float(kl.mean()):.4f} +- {float(kl.std()) / len(kl) ** 0.5:.4f} | {math.exp(float(surprise.mean())):.2f} | {top:.3f}"
+    return f"{float(kl.mean()):.4f} +- {float(kl.std()) / len(kl) ** 0.5:.4f} | {math.exp(float(log_losses.mean())):.2f} | {top:.3f}"
 
 
 def main() -> None:
@@ -184,10 +184,10 @@ def main() -> None:
     skeleton = Skeleton(open_checkpoint(given.model))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "config.json").write_text(skeleton.checkpoint.config.to_json_string())
         skeleton.checkpoint.export_tokenizer(folder)
         from transformers import AutoTokenizer
 
-        (folder / "config.json").write_text(skeleton.checkpoint.config.to_json_string())
         tokenizer = AutoTokenizer.from_pretrained(folder)
         windows = token_windows(open_text(given.calibration), tokenizer, given.samples, given.length, 8)[
             : given.samples

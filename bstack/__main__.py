@@ -1,6 +1,7 @@
 """The ``bstack`` command, and ``python -m bstack``.
 
-Nothing is imported at the top: importing the commands takes a tenth of a second or two, in which Ctrl-C is told in words, too.
+Nothing is imported at the top: importing the commands takes a tenth of a second or two, and an interrupt in
+that time prints a message, not a traceback.
 """
 
 from __future__ import annotations

@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
-from bstk.errors import BstkError, DamagedError, Interrupted, MissingPackageError, ResourceError, UsageError
+from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = [
-    "CalibrationError",
-    "ClusterError",
-    "ClusterLostError",
-    "DamagedError",
-    "ForeignCodeError",
-    "ForeignCodeWarning",
-    "MissingPackageError",
-    "UnsupportedModelError",
-    "one_line",
-    "user_message",
-]
+__all__ = ["ForeignCodeError", "ForeignCodeWarning", "ModelWarning", "SlowerWarning", "UnsupportedModelError"]
+__all__ += ["holds_unknown", "lacks", "one_line", "printable", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def one_line(error: BaseException) -> str:
     """Return the first line of another library's exception, or its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(value: object) -> str:
+    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def user_message(error: BaseException) -> tuple[str, int] | None:
-    """Return what a user reads about an error that ends a process, and the exit code (docs/guide.md).
-
-    Parameters
-    ----------
-    error : exception
-
-    Returns
-    -------
-    (str, int) or None
-        None for an exception that only a bug of bstack lets through.
-    """
+    """Return what a user reads about an error that ends a process, and the exit code; None if only a bug lets it through."""
     code = getattr(error, "exit_code", None)
     if code is not None:
-        return str(error), code
+        return _on_one_line(str(error)), code
     if isinstance(error, MemoryError):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or one_line(error)}.", ResourceError.exit_code if error.errno in NO_ROOM else 1
+        message = _on_one_line(f"{place}{error.strerror or one_line(error)}.")
+        return message, ResourceError.exit_code if error.errno in NO_ROOM else 1
     return None
+
+
+def _on_one_line(message: str) -> str:
+    """Escape line breaks too: those of a message are part of a name in it."""
+    return printable(message).replace("\n", "\\x0a")
 
 
 class UnsupportedModelError(BstkError):
     """bstack can read the model, but not compress or run it."""
+
+
+def lacks(shown: str, missing: Iterable[str]) -> UnsupportedModelError:
+    """Return the error of a file without some parameters of its model; `shown` names the file."""
+    names = sorted(missing)
+    return UnsupportedModelError(f"{shown} lacks {names[0]} ({len(names)} parameters), which its model needs.")
+
+
+def holds_unknown(shown: str, name: str) -> UnsupportedModelError:
+    """Return the error of a file with a weight that its model does not have."""
+    return UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):
@@ -60,19 +63,13 @@ class ForeignCodeError(UnsupportedModelError, UsageError):
     exit_code = UsageError.exit_code
 
 
-class ForeignCodeWarning(UserWarning):
+class ModelWarning(UserWarning):
+    """A part of a model's files is left out, or bstack had to choose between them."""
+
+
+class ForeignCodeWarning(ModelWarning):
     """Python code from outside bstack and transformers is about to run, because the user allowed it."""
 
 
-class CalibrationError(BstkError):
-    """The calibration text cannot be read, is too short, or makes the model compute NaN."""
-
-
-class ClusterError(BstkError):
-    """A Dask cluster cannot be used: it has no scheduler, no workers, or other versions."""
-
-
-class ClusterLostError(ClusterError):
-    """A Dask cluster went away during the work, or its workers keep dying; the same command goes on."""
-
-    exit_code = Interrupted.exit_code
+class SlowerWarning(ModelWarning):
+    """A model runs right, but slower than it could."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bstk.atomic import sync_folder
+from bstk.atomic import stem, sync_folder
 from bstk.errors import OutputError, UsageError, os_errors
 
 __all__ = ["cache_folder", "check_free", "new_folder"]
@@ -52,7 +52,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = check_free(path)
     with os_errors(str(target)):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:200]}.", suffix=".part", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{stem(target.name)}.", suffix=".part", dir=target.parent))
     try:
         yield temporary
         with os_errors(str(target)):

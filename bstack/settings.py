@@ -43,6 +43,8 @@ class Settings:
         Calibration windows and tokens in each.
     seed : int
         Random seed.
+    tokenizer : bool
+        Whether the file carries the tokenizer. Without one it takes token ids alone.
 
     Raises
     ------
@@ -63,6 +65,7 @@ class Settings:
     samples: int = 64
     sequence_length: int = 256
     seed: int = 0
+    tokenizer: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, os.PathLike):
@@ -73,6 +76,8 @@ class Settings:
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        if not isinstance(self.tokenizer, bool):
+            raise UsageError(f"tokenizer is {self.tokenizer!r}; allowed are True and False.")
         for name, low, high in (("samples", 1, 2**20), ("sequence_length", 8, 2**20), ("seed", 0, 2**63 - 1)):
             value: Any = getattr(self, name)
             # bool is a subclass of int; reject it.

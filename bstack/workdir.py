@@ -61,13 +61,15 @@ class Part:
 
     def close(self, *, finished: bool) -> None:
         """Write the records of a finished part, and close its file."""
-        with os_errors(str(self._data)):
+        if not finished:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the part
+                self._stream.close()
+            return
+        with os_errors(str(self._data)), self._stream:
             self._stream.flush()
             os.fsync(self._stream.fileno())
-            self._stream.close()
-        if finished:
-            sync_folder(str(self._data.parent))  # no power cut may leave the records without the bytes
-            _write_whole(self._records_path, json.dumps(self.records).encode())
+        sync_folder(str(self._data.parent))  # no power cut may leave the records without the bytes
+        _write_whole(self._records_path, json.dumps(self.records).encode())
 
 
 class WorkDirectory:
@@ -229,7 +231,7 @@ def _kept(marker: Path, data: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # of json, of safetensors, of a record with other fields, of a missing file
+    except Exception as error:  # raised by json or safetensors, by a record with other fields, or by a missing file
         raise DamagedError(
             f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made again."
         ) from None

@@ -1,13 +1,13 @@
 /* AVX2: 32 weights are looked up in 16 tables of 16 values, chosen by a tree of blends.
  *
- * Inputs are arranged so that the even and the odd of 32 codes each fill a register, which is how bytes fall into words.
+ * Inputs are arranged so that the even and the odd of 32 codes each fill a register, as bytes do when taken from words.
  */
 #include "avx2.h"
 
 #ifdef BSTACK_X86
 enum {
     WIDE = 32,
-    FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
+    FLUSH = 8 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT fit */
 };
 
 static void arrange(int16_t *x, size_t groups) {
@@ -22,13 +22,13 @@ static void arrange(int16_t *x, size_t groups) {
     }
 }
 
-/* The bits of a where the mask is set, of b elsewhere. */
+/* Take the bits of a where the mask is set, of b elsewhere. */
 INLINE __m256i select_bits(__m256i mask, __m256i a, __m256i b) {
     return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 
-/* Values of the windows: tables 16 k to 16 k + 15 for a high half byte k, the right one found bit by bit. A blend looks
- * at the top bit of each byte, so the bits of the window are moved there. */
+/* Look up the values of windows: table k holds those with the high half byte k, and blends choose the table bit by bit. A
+ * blend reads the top bit of each byte, so the bits of the window are moved there. */
 INLINE __m256i look_up(__m256i window) {
     const __m256i low = _mm256_and_si256(window, _mm256_set1_epi8(0x0F));
     const __m256i bit4 = _mm256_slli_epi16(window, 3), bit5 = _mm256_slli_epi16(window, 2);
@@ -59,14 +59,14 @@ INLINE int64_t sum_lanes(__m256i a) {
     return lane[0] + lane[1] + lane[2] + lane[3];
 }
 
-/* A register of code bytes of one row: 128 columns, 32 of each quarter. */
+/* Add a register of code bytes of one row: 128 columns, 32 of each quarter. */
 INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, __m256i *sum) {
     const __m256i crumbs = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(0x0F);
     __m256i row[EARLIER + 1], even[2], odd[2];
     UNROLL
     for (int e = 0; e <= EARLIER; e++) row[e] = _mm256_loadu_si256((const __m256i *)(codes + (size_t)e * stride));
     UNROLL
-    for (int e = 0; e < 2; e++) { /* two rows each: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+    for (int e = 0; e < 2; e++) { /* of two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's in the higher bits */
         even[e] = select_bits(crumbs, row[2 * e + 1], _mm256_slli_epi16(row[2 * e], 2));
         odd[e] = select_bits(crumbs, _mm256_srli_epi16(row[2 * e + 1], 2), row[2 * e]);
     }
@@ -104,7 +104,7 @@ INLINE void trellis_row(const uint8_t *codes, size_t stride, int width, const ui
     }
 }
 
-/* Four sign bytes of one row: 32 columns. */
+/* Add four sign bytes of one row: 32 columns. */
 INLINE void sign_step(uint32_t bits, const uint8_t *x, size_t step, int depth, __m256i *sum) {
     const __m256i value = _mm256_and_si256(bytes_of_bits(bits), _mm256_set1_epi8(1));
     UNROLL

@@ -1,8 +1,8 @@
-/* The first include of a file for AVX2: from here to END_OF_TARGET, functions are compiled for it. */
+/* Compile the functions from here to END_OF_TARGET for AVX2. Include this first. */
 #ifndef BSTACK_AVX2_H
 #define BSTACK_AVX2_H
 
-/* Before all other headers, whose inline functions are compiled for it too. */
+/* Before all other headers, so that their inline functions are compiled for AVX2 too. */
 #if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #define END_OF_TARGET _Pragma("clang attribute pop")
@@ -16,7 +16,7 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-/* Bytes of ones for the set bits of a word, of zeros for the others. */
+/* Turn each bit of a word into a byte: all ones or all zeros. */
 INLINE __m256i bytes_of_bits(uint32_t bits) {
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, //
                                             2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);

@@ -8,7 +8,7 @@
 enum {
     WIDE = 64,    /* bytes of a register */
     SHORT = 16,   /* code bytes whose windows fill one */
-    AHEAD = 2048, /* bytes between what is summed and what is fetched */
+    AHEAD = 2048, /* bytes that the prefetch is ahead of the sums */
 };
 
 static void arrange(int16_t *x, size_t groups) {
@@ -20,21 +20,21 @@ static void arrange(int16_t *x, size_t groups) {
     }
 }
 
-/* The first `left` bytes of a register's width, or all of it. */
+/* Load the first `left` bytes of a register, at most all of it. */
 INLINE __m512i load(const uint8_t *at, int left) {
     return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
 }
 
-/* Ask for bytes to come. The rows of a tile are several streams in one page, which the hardware does not foresee; blocks
- * are contiguous, so this asks for the next tiles' bytes in order. Addresses past the block do no harm. */
+/* Fetch the bytes of the next tiles, in order. The hardware does not predict the rows of a tile, several streams in one page.
+ * Addresses past the block do no harm. */
 INLINE void prefetch(const uint8_t *at, int bytes) {
     for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
 
-/* The bits of a where the mask is set, of b elsewhere. */
+/* Take the bits of a where the mask is set, of b elsewhere. */
 INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
 
-/* Sums of the lanes of four registers. */
+/* Sum the lanes of each of four registers. */
 INLINE __m128i sum_lanes(const __m512i *a) {
     const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
     const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
@@ -68,14 +68,14 @@ INLINE void add_sums(const __m512i *high, const __m512i *low, int tile_rows, int
     }
 }
 
-/* Table values of the windows; `upper` says which have their top bit set. The second look-up keeps what the first has found:
- * a blend of two would take a sixth longer. */
+/* Look up the values of windows; `upper` marks those with their top bit set. The second look-up keeps the results of the
+ * first: a blend of two would take a sixth longer. */
 INLINE __m512i look_up(const __m512i *table, __m512i window, __mmask64 upper) {
     const __m512i found = _mm512_mask2_permutex2var_epi8(table[2], window, upper, table[3]);
     return _mm512_mask2_permutex2var_epi8(table[0], found, _knot_mask64(upper), table[1]);
 }
 
-/* One register of code bytes of `tile_rows` rows: 256 columns, 64 of each quarter. */
+/* Add one register of code bytes of `tile_rows` rows: 256 columns, 64 of each quarter. */
 INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,
                          const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
@@ -83,7 +83,7 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile
     UNROLL
     for (int e = 0; e < tile_rows + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
     UNROLL
-    for (int e = 0; e < tile_rows + 2; e++) { /* two rows: codes of quarters 0 and 2, and of 1 and 3, the older row's above */
+    for (int e = 0; e < tile_rows + 2; e++) { /* two rows' codes of quarters 0, 2 and of 1, 3; the older row's higher */
         even[e] = select_bits(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
         odd[e] = select_bits(crumbs, _mm512_srli_epi16(row[e + 1], 2), row[e]);
     }
@@ -94,7 +94,7 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile
         for (int i = 0; i < tile_rows; i++) {
             const __m512i window = quarter & 2 ? select_bits(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
                                                : select_bits(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
-            /* The top bit comes with the oldest code, before the window is complete. */
+            /* The top bit is the oldest code's, so it is known before the window is complete. */
             const __m512i value = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
             UNROLL
             for (int o = 0; o < depth; o++) {
@@ -106,12 +106,12 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile
     }
 }
 
-/* 16 code bytes of `tile_rows` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
+/* Add up to 16 code bytes of `tile_rows` rows: 64 columns, a quarter in each 128 bits of a register. */
 INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
                                int depth, const __m512i *table, __m512i *high, __m512i *low) {
     const int64_t by_2 = 0x0002000200020002; /* four words */
     const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
-    __m512i row[8], pair[8]; /* the code of the lane's quarter in the low bits; of rows e and e + 1, the older row's above */
+    __m512i row[8], pair[8]; /* codes in the low bits; of rows e and e + 1, the older row's higher */
     UNROLL
     for (int e = 0; e < tile_rows + 3; e++) {
         const uint8_t *at = codes + (size_t)e * stride;
@@ -200,7 +200,7 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
-/* Eight sign bytes of one row, or fewer, mask 64 columns of inputs. */
+/* Add one row: eight sign bytes, or fewer, mask 64 columns of inputs. */
 INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
                      int rows) {
     (void)stride;

@@ -1,8 +1,8 @@
-/* The first include of a file for AVX-512 with VBMI and VNNI: from here to END_OF_TARGET, functions are compiled for it. */
+/* Compile the functions from here to END_OF_TARGET for AVX-512 with VBMI and VNNI. Include this first. */
 #ifndef BSTACK_AVX512_H
 #define BSTACK_AVX512_H
 
-/* Before all other headers, whose inline functions are compiled for it too. */
+/* Before all other headers, so that their inline functions are compiled for AVX-512 too. */
 #if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
 #define END_OF_TARGET _Pragma("clang attribute pop")
@@ -16,11 +16,10 @@
 #ifdef BSTACK_X86
 #include <immintrin.h>
 
-/* Have a register loaded once for several uses: compilers would rather read memory each time, which takes longer where it
- * lies across lines. */
+/* Keep a register loaded for several uses: compilers would read memory each time, which is slower across cache lines. */
 #define KEEP(vector) __asm__("" : "+v"(vector))
 
-/* 16 bytes from each of four places, `apart` bytes one after the other. */
+/* Load 16 bytes from each of four places, `apart` bytes apart. */
 INLINE __m512i from_four(const uint8_t *at, size_t apart) {
     __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
     all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + apart)), 1);

@@ -1,8 +1,8 @@
-/* Arithmetic on matrices that stay packed: what the runtime, and C code that runs a whole decoder step, may call.
+/* Arithmetic on matrices that stay packed: the functions that Python and other C code may call.
  *
  * A matrix of m rows (outputs) and n columns (inputs) is a stack of blocks, each the raw bytes of a chunk
- * (format/SPEC.md, section 6), at any address: no alignment is asked for, and no byte past the block is read. The owner
- * has checked what blocks say of their own layout: the order of an SpQR block's inputs, and the row pointer of outliers.
+ * (format/SPEC.md, section 6), at any address: no alignment is needed, and no byte past the block is read. The owner has
+ * checked the parts of a block that say where to read: the order of an SpQR block's inputs, and the row pointer of outliers.
  *
  * Results are the same bits for every instruction set, number of threads and number of tokens in a call: sums are
  * exact integers, and the few float operations around them have one fixed order. Only the products for many tokens
@@ -24,8 +24,8 @@ enum {
 };
 
 /* A call reads `count` once, at its start, and only entries below it. So the owner may raise it while calls run, after it
- * has filled in the entries (a call that has begun goes on without them); it may lower it, and change entries that
- * were in use, whenever no call that reads the matrix is running. */
+ * has filled in the entries (calls that have begun ignore them). It may lower it, and change entries that were in use,
+ * only while no call reads the matrix. */
 struct bstack_matrix {
     int32_t rows, columns;
     int32_t count;               /* blocks in use, from the first; 0 is a matrix of zeros */
@@ -34,46 +34,46 @@ struct bstack_matrix {
     const uint8_t *block[BSTACK_BLOCKS];
 };
 
-/* y[k] = x W_k^T for matrices with the same number of columns, which share the rotation and quantisation of x.
- * x: tokens x columns; y[k]: tokens x rows of matrix k; row-major. Meant for few tokens (1 to 8 or so).
+/* Compute y[k] = x W_k^T for matrices with the same number of columns, which share the rotation and quantisation of x.
+ * x: tokens x columns; y[k]: tokens x rows of matrix k; row-major. Fast for few tokens (1 to 8).
  * A token that holds a NaN or an infinity (or overflows on the way) gives NaN in all its outputs.
  * Returns 0, or 1 when there is no memory (y is then undefined). */
 int bstack_multiply(const struct bstack_matrix *const *matrices, int count, const float *x, int tokens, float *const *y);
 
-/* Rows start to stop - 1 of the sum of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
+/* Add up rows start to stop - 1 of the stack's blocks of some kinds (bit k: kind k): out, (stop - start) x columns.
  * BSTACK_TRELLIS: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
 
-/* y = x W^T with the rows of the blocks of some kinds, as bstack_decode_rows gives them, for many tokens: rows are decoded and
- * multiplied in single precision. y: tokens x rows, each token's y_step floats after the last's; with `add` it is added to. A
+/* Compute y = x W^T with the rows of the blocks of some kinds, as bstack_decode_rows gives them, for many tokens: rows are decoded
+ * and multiplied in single precision. y: tokens x rows, rows of y y_step floats apart; with `add` it is added to. A
  * token's results are the same bits whatever other tokens are in the call. Returns 0, or 1 when there is no memory. */
 int bstack_multiply_decoded(const struct bstack_matrix *matrix, unsigned kinds, const float *x, int tokens, float *y, size_t y_step,
                             int add);
 
-/* The same with a matrix of floats, rows x columns; steps are the floats from one row to the next. */
+/* Do the same with a matrix of floats, rows x columns; steps are the floats from one row to the next. */
 int bstack_multiply_dense(const float *w, size_t w_step, int rows, int columns, const float *x, size_t x_step, int tokens, float *y,
                           size_t y_step);
 
-/* Rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
+/* Decode rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out);
 
-/* (x * signs) H, in place, for each of `tokens` rows: the rotation of trellis blocks (SPEC.md). */
+/* Compute (x * signs) H, in place, for each of `tokens` rows: the rotation of trellis blocks (SPEC.md). */
 void bstack_rotate(float *x, int tokens, int columns);
-/* The inverse: (x H) * signs. */
+/* Undo it: (x H) * signs. */
 void bstack_unrotate(float *x, int tokens, int columns);
 
-/* x ~ scale * code, |code| <= limit; columns values, rounded to nearest, ties to even. Returns the scale,
+/* Quantise x ~ scale * code, |code| <= limit; columns values, rounded to nearest, ties to even. Returns the scale,
  * max |x| / limit: NaN (and codes 0) if a value is not finite, 0 (and codes 0) if all are below 1e-30. */
 float bstack_quantise(const float *x, int columns, int limit, int16_t *code);
 
 /* Run work(argument, part) for each part from 0 to parts - 1, side by side; returns when all are done.
  * Calls from two threads take turns; a call from inside `work` runs in its own thread. */
 void bstack_parallel(void (*work)(void *argument, int part), void *argument, int parts);
-/* Threads that bstack_parallel uses, the caller's included; 1 to 256. */
+/* Set the number of threads of bstack_parallel, the caller's included; 1 to 256. */
 void bstack_set_threads(int threads);
 int bstack_threads(void);
 
-/* The instruction set in use: "portable", "neon", "avx2", "avx512". The best that the CPU has, until another is chosen.
+/* Name the instruction set in use: "portable", "neon", "avx2", "avx512"; the best of the CPU, until another is chosen.
  * bstack_use returns 0, 1 for an unknown name, 2 for a known one that this CPU or build does not have.
  * bstack_offers says the same without choosing it. */
 const char *bstack_instructions(void);
@@ -109,7 +109,7 @@ struct bstack_decoder {
     float cap;            /* scores s become cap * tanh(s / cap); 0: they stay */
     const struct bstack_layer *layer;
     const float *final_norm;
-    const struct bstack_matrix *const *head; /* one under the other */
+    const struct bstack_matrix *const *head; /* row ranges, in order */
     float *scratch;                          /* as many floats as bstack_decoder_scratch says */
 };
 
@@ -124,7 +124,7 @@ struct bstack_text {
 /* Floats that a step of `count` texts needs whose positions are below `tokens`. */
 size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int count, int tokens);
 
-/* Run one token of each text: x, their embeddings, count x width floats, is used up. Keys and values are written to the
+/* Run one token of each text: x, their embeddings, count x width floats, is overwritten. Keys and values are written to the
  * caches at `position`, those before it are read. out: for each part of the head its logits, count x rows; without a head
  * the normalised x. A text's results are the same bits whatever other texts are in the call. Returns 0, or 1 when there is
  * no memory. */

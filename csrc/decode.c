@@ -1,4 +1,4 @@
-/* Rows of a matrix as floats: for products with the BLAS (long prompts), and for embeddings. */
+/* Decode rows of a matrix to floats: for products with the BLAS (long prompts), and for embeddings. */
 #include "kernels.h"
 #include "spqr.h"
 
@@ -47,11 +47,11 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
             sum[j] = 0.0f;
             for (int r = 0; r < rank; r++) sum[j] += left[r] * right[j * rank + r];
         }
-        for (int j = 0; j < run; j++) { /* without branches, which random signs would mislead */
-            uint32_t turned;
-            memcpy(&turned, sum + j, 4);
-            turned ^= (~(uint32_t)bits[(start + j) >> 3] >> (j & 7) & 1u) << 31;
-            memcpy(sum + j, &turned, 4);
+        for (int j = 0; j < run; j++) { /* without branches, since random signs cannot be predicted */
+            uint32_t flipped;
+            memcpy(&flipped, sum + j, 4);
+            flipped ^= (~(uint32_t)bits[(start + j) >> 3] >> (j & 7) & 1u) << 31;
+            memcpy(sum + j, &flipped, 4);
             out[start + j] += sum[j];
         }
     }
@@ -59,7 +59,7 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
 
 static const unsigned ROTATED = 1u << BSTACK_TRELLIS;
 
-/* Add some rows of the blocks of some kinds: row by row, which is good for the cache, where no block has rows in tiles. */
+/* Add some rows of the blocks of some kinds: row by row, for the cache, unless an SpQR block has its rows in tiles. */
 static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, float *out) {
     int step = 1;
     for (int level = 0; level < matrix->count; level++)

@@ -1,7 +1,7 @@
-/* One token of some texts through a whole decoder: between the products a step has some ten small operations a layer, and
- * calling each from Python takes longer than all the products.
+/* Run one token of some texts through a whole decoder. A layer has some ten small operations between its products, and calling
+ * each from Python takes longer than all products.
  *
- * Sums run over sixteen lanes in a fixed order, so results do not depend on the instruction set they are compiled for.
+ * Sums run over sixteen lanes in a fixed order, so results do not depend on the instruction set.
  */
 #include "kernels.h"
 
@@ -48,7 +48,7 @@ static void widen(float *restrict y, const uint16_t *restrict x, int n) {
     for (int j = 0; j < n; j++) y[j] = widened(x[j]);
 }
 
-/* Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467). */
+/* Normalise by the root mean square (Zhang and Sennrich, arXiv 1910.07467). */
 EACH_CPU
 static void scale_by(float *restrict y, const float *restrict x, const float *restrict weight, float factor, int n) {
     for (int j = 0; j < n; j++) y[j] = weight[j] * (x[j] * factor);
@@ -61,7 +61,7 @@ static void normalise(float *y, const float *x, const float *weight, float epsil
         memcpy(y, x, sizeof *y * (size_t)n);
 }
 
-/* Rotary position (Su et al., arXiv 2104.09864) of one head, halves paired. */
+/* Apply the rotary position (Su et al., arXiv 2104.09864) to one head, halves paired. */
 EACH_CPU
 static void rotate_positions(float *restrict x, const float *restrict cosine, const float *restrict sine, int n) {
     const int half = n / 2;

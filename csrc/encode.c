@@ -1,4 +1,4 @@
-/* Encoder of trellis blocks: a Viterbi search down the rows of each column, with error feedback between columns.
+/* Encode trellis blocks: a Viterbi search down the rows of each column, with error feedback between columns.
  *
  * Window of row i:   w_i = code_i + 4 code_{i-1} + 16 code_{i-2} + 64 code_{i-3};    value of row i = table[w_i].
  * A state is the part of a window that the next row sees: 64 of them, 4 codes lead out of each. The codes of three rows
@@ -13,11 +13,11 @@
 
 enum { BITS = 2, CODES = 1 << BITS, WINDOWS = 256, STATES = WINDOWS / CODES };
 
-/* One row of the search: costs of the 64 states before it -> costs after it, and which oldest code each came from.
+/* Search one row: from the costs of the 64 states before it, the costs after it and the oldest code on the way to each.
  *
  * The window w follows the state w >> 2, its low bits are the new code. Windows that differ in their oldest code alone
- * leave the same state, so the last loops compare four runs of 64 neighbours. (Loops of 64 and more are vectorised by
- * the compilers; shorter ones they unroll first and then do not.)
+ * lead to the same state, so the last loops compare four runs of 64 neighbours. (Compilers vectorise loops of 64 and more;
+ * they unroll shorter ones first and then do not vectorise them.)
  */
 INLINE void advance(float x, float weight, const float *restrict table, const float *restrict before, float *restrict after,
                     uint8_t *restrict from) {
@@ -59,7 +59,7 @@ static void search_column(const float *restrict x, const float *restrict weight,
     for (int s = 0; s < STATES; s++) before[s] = 0.0f;
     for (int i = 0; i < rows; i++) {
         advance(x[i], weight[i], table, before, after, back + (size_t)i * STATES);
-        if ((i & 15) == 15) { /* keep the sums small, where single precision is fine */
+        if ((i & 15) == 15) { /* keep the sums small, so that single precision is fine enough */
             const float zero = after[0];
             for (int s = 0; s < STATES; s++) after[s] -= zero;
         }

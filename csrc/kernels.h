@@ -1,4 +1,4 @@
-/* Between the parts of the library: what an instruction set implements, and what all of them share. */
+/* Shared by the parts of the library: what an instruction set implements, and helpers of all of them. */
 #ifndef BSTACK_KERNELS_H
 #define BSTACK_KERNELS_H
 
@@ -18,28 +18,28 @@ enum {
     OPERAND = 128,     /* bytes of an arranged group */
     QUARTERS = 4,      /* columns b, b + q, b + 2 q, b + 3 q share code byte b of a trellis row */
     EARLIER = 3,       /* rows of trellis codes above the first */
-    SEGMENT = 8192,    /* code bytes or sign bytes summed in one call: then no 32-bit lane overflows */
-    X_LIMIT = 32639,   /* largest code of a trellis block's input: its high byte, lower byte signed, stays below 128 */
-    SIGN_LIMIT = 8159, /* of a sign block's input: so does the high byte of a sum of four */
+    SEGMENT = 8192,    /* code bytes or sign bytes summed in one call, so that no 32-bit lane overflows */
+    X_LIMIT = 32639,   /* largest code of a trellis block's input: as 256 high + low, both are signed bytes */
+    SIGN_LIMIT = 8159, /* of a sign block's input: a sum of four is below X_LIMIT */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
 
-/* One instruction set. `x` are operands: rows of inputs as 16-bit codes, `step` bytes apart, in groups of 64 that
- * `arrange` has put into this instruction set's own order. Both sums are exact and are added to sums[k * rows + i]. */
+/* One instruction set. `x` are operands: rows of inputs as 16-bit codes, `step` bytes apart, in groups of 64 in the
+ * instruction set's own order, which `arrange` makes. Both sums are exact and are added to sums[k * rows + i]. */
 struct kernels {
     const char *name;
     /* Bring `groups` groups of 64 codes, at x, into order, in place. */
     void (*arrange)(int16_t *x, size_t groups);
     /* Sum over columns j of (OFFSET + T[w_ij]) x_kj. Code row i - 3 + e starts at codes + (i + e) * stride, of which
-     * `width` bytes are used; groups of operands stand in the order of the code bytes, four quarters in turn. */
+     * `width` bytes are used; groups of operands follow the order of the code bytes, four quarters in turn. */
     void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                     int64_t *sums);
-    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands stand in the order
-     * of the columns. */
+    /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands follow the
+     * order of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                  int64_t *sums);
-    /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null where the plain
-     * loop of decode.c serves. */
+    /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null: decode.c uses its
+     * plain loop. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
 };
@@ -59,12 +59,12 @@ extern const struct spqr_kernels bstack_spqr_neon;
 const struct kernels *bstack_kernels(void);
 
 #define ALIGNED __attribute__((aligned(64)))
-/* For functions that must be compiled as part of their caller, for its instruction set. */
+/* Compile a function as part of its caller, for the caller's instruction set. */
 #define INLINE static inline __attribute__((always_inline))
 
-/* Before a function of plain loops: compile it for wider registers too; the loader takes the version that the CPU has. This
- * needs the ifunc mechanism, which glibc has and musl has not. No bit depends on it: sums of floats keep their order, and
- * nothing is contracted. */
+/* Compile a function of plain loops for wider registers too; the loader takes the version for the CPU. This needs the ifunc
+ * mechanism, which glibc has and musl lacks. Results do not depend on it: sums of floats keep their order, and nothing is
+ * contracted. */
 #if defined(BSTACK_X86) && defined(__GLIBC__)
 #define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -74,7 +74,7 @@ const struct kernels *bstack_kernels(void);
 /* OFFSET + T of SPEC.md, section 6. */
 ALIGNED extern const uint8_t bstack_table[256];
 
-/* A matrix as it is now: the count is read once, and with it the blocks below it, which stay as they are. */
+/* Copy a matrix as it is now. Blocks below the count do not change during a call, so one reading of the count is enough. */
 static inline void bstack_copy_matrix(struct bstack_matrix *taken, const struct bstack_matrix *matrix) {
     const int32_t count = __atomic_load_n(&matrix->count, __ATOMIC_ACQUIRE);
     taken->rows = matrix->rows;
@@ -85,12 +85,12 @@ static inline void bstack_copy_matrix(struct bstack_matrix *taken, const struct 
     memcpy(taken->block, matrix->block, sizeof *taken->block * (size_t)count);
 }
 
-/* Half precision, little-endian, to single, exactly. */
+/* Convert half precision, little-endian, to single, exactly. */
 static inline float half_to_float(const uint8_t *at) {
     uint16_t half;
     memcpy(&half, at, 2);
     const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu;
-    /* As if the exponent were single precision's, then put right by 2^112: right for subnormal halves too. */
+    /* Read the exponent as single precision's, then multiply by 2^112: correct for subnormal halves too. */
     uint32_t bits = rest << 13;
     float value;
     memcpy(&value, &bits, 4);

@@ -1,9 +1,9 @@
 /* y = W x for few tokens: prepare the inputs once, then share out the rows of all matrices.
  *
  * One operand is a row of inputs as 16-bit codes with one scale: the rotated inputs of a token for all trellis blocks,
- * and the inputs times a column of V for each rank of a sign block. 16 bits, not 8, because the look-up of a weight costs
- * more than the product with it (14 for sign blocks, so that four of them add up in 16), and one scale for a whole row keeps
- * every sum an exact integer.
+ * and the inputs times a column of V for each rank of a sign block. Codes have 16 bits, not 8, because the look-up of a weight
+ * costs more than the product with it (14 for sign blocks, so that a sum of four fits 16). One scale for a whole row keeps
+ * each sum an exact integer.
  */
 #include "spqr.h"
 
@@ -41,7 +41,7 @@ struct job {
     int *first, *rows; /* of each matrix: its first part, and the rows of a part; first[count] is the number of parts */
 };
 
-/* Groups of an operand, the last one filled up with zeros. */
+/* Return the number of groups of an operand; zeros fill up the last one. */
 static size_t groups_of(int columns, int kind) {
     const size_t each = kind == BSTACK_TRELLIS ? quarter_of(columns) : (size_t)columns;
     return round_up(each, GROUP) / GROUP * (kind == BSTACK_TRELLIS ? QUARTERS : 1);
@@ -73,8 +73,7 @@ static void store_operand(const struct job *job, struct operands *operands, int 
     job->kernels->arrange(codes, groups);
 }
 
-/* Part 0 of a token prepares it for all blocks of SpQR and all trellis blocks, part 1 + i for the sign blocks of matrix i,
- * if there are any. */
+/* Prepare a token: part 0 for all SpQR blocks and all trellis blocks, part 1 + i for the sign blocks of matrix i, if any. */
 EACH_CPU static void prepare_part(void *argument, int part) {
     struct job *job = argument;
     const int n = job->columns, token = part / job->steps, i = part % job->steps - 1;
@@ -143,7 +142,7 @@ EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix 
     }
 }
 
-/* One part: some rows of one matrix, all blocks of it. */
+/* Multiply one part: some rows of one matrix, with all its blocks. */
 static void multiply_rows(void *argument, int part) {
     const struct job *job = argument;
     int which = 0;
@@ -206,7 +205,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
     return bstack_spqr_lay_out(&job->spqr, memory, at);
 }
 
-/* Packed bytes of a row, one more than none. */
+/* Return the packed bytes of a row, plus 1 so that they can divide. */
 static size_t row_bytes(const struct bstack_matrix *matrix) {
     size_t bytes = 1;
     for (int level = 0; level < matrix->count; level++)
@@ -243,11 +242,11 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
     job.columns = taken->columns;
     job.y = outputs;
     const size_t fit = PREPARED / lay_out(&job, NULL);
-    const int most = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
-    job.tokens = tokens < most ? tokens : most;
+    const int max_tokens = fit < 1 ? 1 : fit < TOKENS ? (int)fit : TOKENS;
+    job.tokens = tokens < max_tokens ? tokens : max_tokens;
     uint8_t *memory = malloc(lay_out(&job, NULL) + GROUP);
     for (int done = 0; memory && done < tokens; done += job.tokens) {
-        job.tokens = tokens - done < most ? tokens - done : most;
+        job.tokens = tokens - done < max_tokens ? tokens - done : max_tokens;
         job.trellis.count = 0;
         lay_out(&job, (uint8_t *)round_up((uintptr_t)memory, GROUP));
         job.x = x + (size_t)done * (size_t)job.columns;

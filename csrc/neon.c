@@ -1,4 +1,4 @@
-/* NEON, on every 64-bit ARM: 16 weights are looked up in four tables of 64 values, each register of which it can index. */
+/* NEON, on every 64-bit ARM: 16 weights are looked up in four tables of 64 values, the most that one instruction indexes. */
 #include "tiles.h"
 
 #ifdef BSTACK_NEON
@@ -6,7 +6,7 @@
 
 enum {
     WIDE = 16,
-    FLUSH = 4 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT just fit */
+    FLUSH = 4 * GROUP, /* code bytes after which 32-bit lanes are emptied: 256 products of 255 and X_LIMIT fit */
 };
 
 static void arrange(int16_t *x, size_t groups) {
@@ -25,7 +25,7 @@ INLINE int32x4_t multiply_add(int32x4_t sum, uint8x16_t value, const uint8_t *x)
     return vmlal_high_s16(sum, high, x_high);
 }
 
-/* An index past a table leaves the value as it is, and one below it wraps around to past it. */
+/* Look up windows. An index past a table leaves the value as it is; one below it wraps around and is past it too. */
 INLINE uint8x16_t look_up(const uint8x16x4_t *table, uint8x16_t window) {
     uint8x16_t value = vqtbl4q_u8(table[0], window);
     value = vqtbx4q_u8(value, table[1], vsubq_u8(window, vdupq_n_u8(64)));
@@ -33,12 +33,12 @@ INLINE uint8x16_t look_up(const uint8x16x4_t *table, uint8x16_t window) {
     return vqtbx4q_u8(value, table[3], vsubq_u8(window, vdupq_n_u8(192)));
 }
 
-/* Four codes, oldest first in the top bits: each insertion keeps the bits below. */
+/* Join four codes, the oldest in the top bits: each insertion keeps the bits below. */
 INLINE uint8x16_t window_of(uint8x16_t oldest, uint8x16_t older, uint8x16_t old, uint8x16_t newest) {
     return vsliq_n_u8(vsliq_n_u8(vsliq_n_u8(newest, old, 2), older, 4), oldest, 6);
 }
 
-/* A register of code bytes of one row: 64 columns, 16 of each quarter. */
+/* Add a register of code bytes of one row: 64 columns, 16 of each quarter. */
 INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth,
                          const uint8x16x4_t *table, int32x4_t *sum) {
     uint8x16_t row[EARLIER + 1];

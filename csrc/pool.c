@@ -1,6 +1,5 @@
-/* A pool of threads for short work: parts are handed out by an atomic counter, and workers that run dry look for new
- * work for some tens of microseconds before they sleep, so that the next call, which comes soon in a decoder step, finds
- * them awake.
+/* A pool of threads for short work. An atomic counter hands out parts. Workers without a part look for new work for some tens
+ * of microseconds before they sleep, so that they are awake for the next call, which comes soon in a decoder step.
  */
 #include "kernels.h"
 
@@ -25,7 +24,7 @@ static struct {
     int parts;
     _Alignas(64) atomic_int next;   /* the next part to take */
     _Alignas(64) atomic_int active; /* workers that may be reading the fields above */
-    _Alignas(64) atomic_uint calls; /* grows with every call, and when workers shall leave: what they watch */
+    _Alignas(64) atomic_uint calls; /* grows with every call, and when workers must end; they watch it */
     atomic_int open;                /* parts may be taken */
     atomic_int sleepers, leave;
 } pool;
@@ -58,7 +57,7 @@ static unsigned next_call(unsigned last) {
             relax();
         }
     pthread_mutex_lock(&lock);
-    atomic_fetch_add(&pool.sleepers, 1); /* before the look; `announce` looks at it after the change */
+    atomic_fetch_add(&pool.sleepers, 1); /* before reading `calls`; `announce` reads it after the change */
     while ((call = atomic_load(&pool.calls)) == last) pthread_cond_wait(&wake, &lock);
     atomic_fetch_sub(&pool.sleepers, 1);
     pthread_mutex_unlock(&lock);
@@ -69,7 +68,7 @@ static void *worker(void *argument) {
     for (unsigned last = (unsigned)(uintptr_t)argument;;) {
         last = next_call(last);
         if (atomic_load(&pool.leave)) return NULL;
-        /* One that comes late finds the call closed, or the next one open, and the caller waits for all that came in. */
+        /* A late worker finds the call closed, or the next one open; the caller waits for all that are active. */
         atomic_fetch_add(&pool.active, 1);
         if (atomic_load(&pool.open)) take_parts();
         atomic_fetch_sub(&pool.active, 1);
@@ -124,7 +123,7 @@ void bstack_parallel(void (*work)(void *, int), void *argument, int parts) {
     for (int looks = 0; atomic_load(&pool.active); looks++)
         if (looks < 10000)
             relax();
-        else /* a worker that lost its core: do not keep it from another */
+        else /* the worker has lost its core: free this one for it */
             sched_yield();
     pthread_mutex_unlock(&callers);
 }
@@ -142,7 +141,7 @@ int bstack_threads(void) {
     return count;
 }
 
-/* A fork waits for a running call, and the child, which has no workers, starts its own when it needs them. */
+/* A fork waits for a running call. The child has no workers; it starts its own when it needs them. */
 static void before_fork(void) {
     pthread_mutex_lock(&callers);
     pthread_mutex_lock(&lock);

@@ -1,4 +1,4 @@
-/* The sums in plain C, for every CPU; the other instruction sets do the same faster. */
+/* The sums in plain C, for every CPU; other instruction sets compute the same faster. */
 #include "kernels.h"
 
 static void arrange(int16_t *x, size_t groups) {

@@ -1,11 +1,11 @@
-/* Inputs on their way to the integer sums: rotation and quantisation, in plain single precision in a fixed order. */
+/* Rotate and quantise inputs, in single precision in a fixed order. */
 #include "kernels.h"
 
 #include <math.h>
 
 enum { TOGETHER = 16 }; /* tokens rotated by one thread at a time */
 
-/* Signs of the first inputs, as their sign bits; later ones are computed. Written before any thread reads it. */
+/* Sign bits of the first inputs; later ones are computed. Written when the library is loaded, before any thread reads it. */
 enum { CACHED = 16384 };
 static uint32_t cached_signs[CACHED];
 
@@ -36,7 +36,7 @@ EACH_CPU static void flip_signs(float *x, int columns) {
     }
 }
 
-/* Hadamard transform of blocks of `size`, a power of two, then division by its square root. */
+/* Transform blocks of `size`, a power of two, by Hadamard, then divide by its square root. */
 EACH_CPU static void hadamard(float *x, int columns, int size) {
     for (int half = 1; half < size; half *= 2) {
         if (half == 1 && size >= 4) { /* two steps at once: loops this short are not vectorised */
@@ -91,7 +91,7 @@ void bstack_unrotate(float *x, int tokens, int columns) {
 }
 
 EACH_CPU float bstack_quantise(const float *x, int columns, int limit, int16_t *code) {
-    /* As unsigned numbers, absolute values stand in their own order, infinities and NaN last: a loop that vectorises. */
+    /* Bits of absolute values have the order of the values, infinities and NaN last; a maximum of integers vectorises. */
     uint32_t top = 0;
     for (int j = 0; j < columns; j++) {
         uint32_t bits;
@@ -105,7 +105,7 @@ EACH_CPU float bstack_quantise(const float *x, int columns, int limit, int16_t *
         memset(code, 0, sizeof *code * (size_t)columns);
         return top >= 0x7f800000u ? NAN : 0.0f;
     }
-    const float inverse = (float)limit / largest, round = 0x1.8p23f; /* adding it leaves no bits for a fraction */
+    const float inverse = (float)limit / largest, round = 0x1.8p23f; /* adding it rounds to an integer */
     for (int j = 0; j < columns; j++) code[j] = (int16_t)(int32_t)((x[j] * inverse + round) - round);
     return largest / (float)limit;
 }

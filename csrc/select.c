@@ -1,11 +1,11 @@
-/* Which instruction set is used. */
+/* Choose the instruction set. */
 #include "kernels.h"
 
 static const struct kernels *chosen;
 
 static int has(const struct kernels *kernels) {
 #ifdef BSTACK_X86
-    __builtin_cpu_init(); /* these ask the operating system too, whether it saves the registers */
+    __builtin_cpu_init(); /* also asks the operating system whether it saves the registers */
     if (kernels == &bstack_avx2) return __builtin_cpu_supports("avx2");
     if (kernels == &bstack_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,5 @@
-/* Products with blocks of SpQR: what all instruction sets share. Inputs stay as they are but for rounding to 16 bits with one
- * scale a token; a dense part has them in its own order. Sums over a group are exact integers; groups are added in order.
+/* Multiply with SpQR blocks: what all instruction sets share. Inputs are not rotated, only rounded to 16 bits with one scale a
+ * token; a dense part has them in its own order. Sums over a group are exact integers; groups are added in order.
  */
 #include "spqr.h"
 
@@ -37,7 +37,7 @@ size_t bstack_spqr_lay_out(struct spqr_job *spqr, uint8_t *memory, size_t at) {
     return at;
 }
 
-/* Codes in the order of a dense part, in planes, and their sums. */
+/* Put codes into the order of a dense part, in planes, and sum each group. */
 static void put_in_order(const struct dense *dense, const int16_t *codes, int columns, int16_t *own, uint8_t *planes,
                          float *sums) {
     const int width = dense->groups * dense->subtiles * TILE;
@@ -80,7 +80,7 @@ static float long_row(const uint8_t *index, const uint8_t *value, size_t count, 
     return lane[0];
 }
 
-/* given[k] = codes[index[k]]. Two at a time, as the processor stores no more than one word a cycle. */
+/* Set given[k] = codes[index[k]], two at a time, because the processor stores one word a cycle. */
 static void gather_inputs(const int16_t *codes, const uint8_t *index, size_t count, int16_t *given) {
     size_t k = 0;
     _Pragma("GCC unroll 4")
@@ -92,8 +92,8 @@ static void gather_inputs(const int16_t *codes, const uint8_t *index, size_t cou
     if (k < count) given[k] = codes[load_16(index + 2 * k)];
 }
 
-/* Inputs of outliers are fetched one by one, for as many rows as have room, and then multiplied in order: faster than
- * instructions that fetch many. */
+/* Fetch the inputs of outliers one by one, for as many rows as have room, then multiply them in order: faster than gather
+ * instructions. */
 static void add_outliers(const struct spqr_job *spqr, int which, int level, int first, int rows, float *sums) {
     const struct outliers outliers = outliers_of(spqr->matrices + which, level);
     int16_t given[SOME + LANES];
@@ -107,7 +107,7 @@ static void add_outliers(const struct spqr_job *spqr, int which, int level, int 
             for (stop = i + 1; stop < rows && load_32(pointer + 4 * (stop + 1 - i)) - start <= SOME;) stop++;
             const size_t count = load_32(pointer + 4 * (stop - i)) - start;
             const uint8_t *index = outliers.index + 2 * start, *value = outliers.value + 2 * start;
-            if (count > SOME) { /* one row, with room for none */
+            if (count > SOME) { /* one row, too long for the room */
                 *out += long_row(index, value, count, codes);
                 continue;
             }

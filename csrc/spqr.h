@@ -14,7 +14,7 @@ enum {
     LANES = 16,      /* partial sums of a row's outliers */
 };
 
-/* A dense part: where its parts lie. */
+/* Where the parts of a dense part lie. */
 struct dense {
     const uint8_t *order, *tiles;
     size_t tile_bytes;
@@ -57,7 +57,7 @@ static inline struct outliers outliers_of(const struct bstack_matrix *matrix, in
     return found;
 }
 
-/* What the blocks of SpQR of all matrices of a call read: the inputs of each token, rounded to 16 bits. */
+/* The inputs of each token, rounded to 16 bits, as the SpQR blocks of all matrices of a call read them. */
 struct spqr_job {
     const struct bstack_matrix *matrices;
     int count, tokens, columns, used; /* used: some matrix has such a block */
@@ -76,11 +76,11 @@ struct spqr_job {
 size_t bstack_spqr_lay_out(struct spqr_job *spqr, uint8_t *memory, size_t at);
 /* Fill them for one token, x its inputs. */
 void bstack_spqr_prepare(struct spqr_job *spqr, int token, const float *x);
-/* Set rows start to start + rows - 1 of the product with matrix `which` to what its blocks of SpQR contribute; start is a
- * multiple of SPQR_ROWS. Block after block: so the inputs, which outliers read out of order, stay in the nearest cache. */
+/* Set rows start to start + rows - 1 of the product with matrix `which` to the sum of its SpQR blocks; start is a multiple of
+ * SPQR_ROWS. Blocks come one after the other, so that inputs, which outliers read out of order, stay in the nearest cache. */
 void bstack_spqr_multiply(const struct spqr_job *spqr, int which, int start, int rows, float *y);
 
-/* Bytes of a row, on average. */
+/* Return the bytes of a row, on average. */
 size_t bstack_spqr_row_bytes(const struct bstack_matrix *matrix, int level);
 /* Add rows to out, as floats. */
 void bstack_dense_add_rows(const struct bstack_matrix *matrix, int level, int row, int rows, float *out);
@@ -88,12 +88,12 @@ void bstack_outliers_add_row(const struct bstack_matrix *matrix, int level, int 
 
 /* One instruction set. Results are added to out[token * SPQR_ROWS + row]. */
 struct spqr_kernels {
-    /* `tall` row tiles, 1 or 2, from the one at `tiles` on. For each row: from 0, for each group in turn, add
-     * scale (sum code x - zero sum x), every operation rounded by itself. `out` has room for two. */
+    /* Multiply with `tall` row tiles, 1 or 2, at `tiles`. For each row, from 0, add scale (sum code x - zero sum x) for each
+     * group in turn, and round after each operation. `out` has room for two. */
     void (*dense)(const struct dense *dense, const uint8_t *tiles, int tall, const struct ordered *x, int tokens, float *out);
-    /* Some rows, of one token: the first begins at pointer[0]; from there on stand `value` and `given`, which has inputs as
-     * codes, and room for 16 more. Outlier l of a row goes to lane l mod 16; then the upper half of the lanes is added to
-     * the lower, four times. */
+    /* Multiply the outliers of some rows with one token. `value` and `given`, the inputs as codes with room for 16 more, begin
+     * with the first row's, at pointer[0]. Outlier l of a row goes to lane l mod 16; then the upper half of the lanes is
+     * added to the lower, four times. */
     void (*outliers)(const uint8_t *pointer, int rows, const uint8_t *value, const int16_t *given, float *out);
 };
 

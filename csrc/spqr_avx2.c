@@ -39,7 +39,7 @@ INLINE words product_of(const codes *code, const uint8_t *planes) {
     return (words)_mm256_madd_epi16(high, _mm256_set1_epi16(256)) + (words)_mm256_madd_epi16(low, _mm256_set1_epi16(1));
 }
 
-/* Four halves to single precision; see half_to_float. */
+/* Convert four halves to single precision; see half_to_float. */
 INLINE __m128 from_halves(__m128i half) {
     const __m128i wide = _mm_cvtepu16_epi32(half), rest = _mm_and_si128(wide, _mm_set1_epi32(0x7FFF));
     const __m128 value = _mm_mul_ps(_mm_castsi128_ps(_mm_slli_epi32(rest, 13)), _mm_set1_ps(0x1p112f));
@@ -48,7 +48,7 @@ INLINE __m128 from_halves(__m128i half) {
     return _mm_or_ps(value, _mm_castsi128_ps(_mm_or_si128(huge, sign)));
 }
 
-/* start + slope times the 3-bit fields of eight rows. */
+/* Compute start + slope times the 3-bit fields of eight rows. */
 INLINE floats statistic(const uint8_t *at, __m128 start, __m128 slope) {
     const __m256i shift = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21), seven = _mm256_set1_epi32(7);
     const __m256i field = _mm256_and_si256(_mm256_srlv_epi32(everywhere(at), shift), seven);

@@ -4,10 +4,10 @@
 
 #ifdef BSTACK_X86
 enum {
-    AHEAD = 3072, /* bytes between what is summed and what is fetched */
+    AHEAD = 3072, /* bytes that the prefetch is ahead of the sums */
 };
 
-/* The codes of four inputs after another of 16 rows. */
+/* Unpack the codes of 16 rows, four inputs to a register. */
 INLINE void unpack(const uint8_t *subtile, int bits, __m512i *code) {
     if (bits == 4) {
         const __m512i nibble = _mm512_set1_epi8(0x0F);
@@ -32,7 +32,7 @@ INLINE void unpack(const uint8_t *subtile, int bits, __m512i *code) {
     }
 }
 
-/* A word of memory in every lane. */
+/* Copy a word of memory to each lane. */
 INLINE __m512i everywhere(const uint8_t *at) { return _mm512_set1_epi32((int)load_32(at)); }
 
 INLINE __m512i fields(const uint8_t *at) {
@@ -44,8 +44,8 @@ INLINE __m512i fields(const uint8_t *at) {
     return _mm512_multishift_epi64_epi8(from, _mm512_set1_epi64((int64_t)word));
 }
 
-/* Scale and zero of 16 rows: of the 8 scales and the 8 zeros that there can be, those that the rows' codes say. Look-ups take
- * four bits of a field; the fourth, which is the next row's, chooses among two tables that are the same. */
+/* Look up scale and zero of 16 rows among the 8 possible ones of each. A look-up takes four bits of a field; the fourth is the
+ * next row's and chooses between two equal tables. */
 INLINE void look_up_statistics(const uint8_t *at, __m512 *scale, __m512 *zero) {
     const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
     float of[4];
@@ -57,7 +57,7 @@ INLINE void look_up_statistics(const uint8_t *at, __m512 *scale, __m512 *zero) {
     *zero = _mm512_permutexvar_ps(fields(at + 6), zeros);
 }
 
-/* `tall` row tiles, each `stride` bytes after the one before, for some tokens: words of the inputs serve all of them. */
+/* Multiply `tall` row tiles, `stride` bytes apart, with some tokens, and use each loaded word of inputs for all tiles. */
 INLINE void row_tiles(const struct dense *dense, int bits, int subtiles, int tall, const uint8_t *tile, size_t stride,
                       const struct ordered *x, int first, int deep, float *out) {
     const uint8_t *planes = x->planes + (size_t)first * x->step;
@@ -116,7 +116,7 @@ INLINE void row_tiles(const struct dense *dense, int bits, int subtiles, int tal
 
 INLINE void all_tokens(const struct dense *dense, int bits, int subtiles, const uint8_t *tiles, int tall, const struct ordered *x,
                        int tokens, float *out) {
-    /* One row tile alone is taken twice; nobody looks at the second result. */
+    /* A single row tile is taken twice; the second result is not used. */
     const size_t stride = tall == 2 ? (size_t)dense->groups * dense->tile_bytes : 0;
     int t = 0;
     for (; t + 4 <= tokens; t += 4) row_tiles(dense, bits, subtiles, 2, tiles, stride, x, t, 4, out);
@@ -136,7 +136,7 @@ static void dense(const struct dense *dense, const uint8_t *tiles, int tall, con
         all_tokens(dense, 3, subtiles, tiles, tall, x, tokens, out);
 }
 
-/* Products of up to 16 outliers with their inputs, added to the lanes. */
+/* Multiply up to 16 outliers with their inputs and add the products to the lanes. */
 INLINE __m512 add_products(__m512 lanes, const uint8_t *value, const int16_t *given, size_t left) {
     const __mmask16 there = left < LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)0xFFFF;
     const __m512 factor = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, value));

@@ -1,9 +1,9 @@
-/* Rows of SpQR's blocks as floats. */
+/* Decode rows of SpQR blocks to floats. */
 #include "spqr.h"
 
-enum { RUN = 64 }; /* subtiles taken together: what a row needs of them stays in the nearest cache */
+enum { RUN = 64 }; /* subtiles taken together, so that what a row needs of them stays in the nearest cache */
 
-/* The 16 codes of one row of a subtile, four to a word. */
+/* Unpack the 16 codes of one row of a subtile. */
 static void unpack(const uint8_t *subtile, int bits, int row, uint8_t *code) {
     uint32_t four[4];
     if (bits == 4)
@@ -20,7 +20,7 @@ static void unpack(const uint8_t *subtile, int bits, int row, uint8_t *code) {
     memcpy(code, four, sizeof four);
 }
 
-/* Scale and zero of the 16 rows of a tile. */
+/* Compute scale and zero of the 16 rows of a tile. */
 static void statistics(const uint8_t *at, float *scale, float *zero) {
     float of[4];
     for (int k = 0; k < 4; k++) of[k] = half_to_float(at + 12 + 2 * k);
@@ -31,7 +31,7 @@ static void statistics(const uint8_t *at, float *scale, float *zero) {
     }
 }
 
-/* Some rows of one row tile, the first of them row `first`. */
+/* Add some rows of one row tile, from row `first` on. */
 static void add_tile(const struct dense *dense, const uint8_t *tiles, int columns, int first, int rows, float *out) {
     const int all = (columns + TILE - 1) / TILE;
     for (int start = 0; start < all; start += RUN) {

@@ -29,7 +29,7 @@ INLINE void unpack(const uint8_t *subtile, int bits, int part, codes *code) {
     }
 }
 
-/* With one plane of the inputs. Four products stay below 2^15. */
+/* Multiply with one plane of the inputs. A sum of four products stays below 2^15. */
 INLINE int32x4_t plane_product(const codes *code, const uint8_t *plane) {
     int16x8_t low = vdupq_n_s16(0), high = low;
     UNROLL
@@ -45,7 +45,7 @@ INLINE words product_of(const codes *code, const uint8_t *planes) {
     return vshlq_n_s32(plane_product(code, planes), 8) + plane_product(code, planes + TILE);
 }
 
-/* start + slope times the 3-bit fields of rows 4 part to 4 part + 3. */
+/* Compute start + slope times the 3-bit fields of rows 4 part to 4 part + 3. */
 INLINE floats statistic(const uint8_t *at, int part, float start, float slope) {
     static const int32_t shift[ROWS] = {0, -3, -6, -9};
     const uint32x4_t word = vdupq_n_u32(load_32(at + 3 * (part / 2)) >> 12 * (part % 2));

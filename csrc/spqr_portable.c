@@ -1,7 +1,7 @@
-/* SpQR in plain C, for every CPU; the other instruction sets do the same faster. */
+/* SpQR in plain C, for every CPU; other instruction sets compute the same faster. */
 #include "spqr.h"
 
-/* Columns j of a subtile that byte 4 row + i of its codes hold, and how far up: code = low bits | third bit << 2. */
+/* Return the code of a row and column j of a subtile; of 3 bits, the low two and the third are stored apart. */
 static int code_of(const uint8_t *subtile, int bits, int row, int j) {
     if (bits == 4) return subtile[64 * (j / 8) + 4 * row + j % 4] >> (j & 4) & 15;
     const int bit = 4 * row + j % 4;

@@ -1,5 +1,5 @@
-/* SpQR where a lane is a row and a register holds ROWS of them, fewer than a tile: the loops, once for all such instruction
- * sets. A file says ROWS, includes this, and defines the steps declared here. */
+/* The loops of SpQR for instruction sets whose registers hold ROWS rows, fewer than a tile, one in each lane. A file defines
+ * ROWS, includes this, and defines the steps declared here. */
 #ifndef BSTACK_SPQR_ROWS_H
 #define BSTACK_SPQR_ROWS_H
 
@@ -10,21 +10,21 @@ typedef float floats __attribute__((vector_size(4 * ROWS)));
 typedef int32_t words __attribute__((vector_size(4 * ROWS)));
 typedef int8_t codes __attribute__((vector_size(4 * ROWS))); /* of four inputs of each row */
 
-/* Of a tile's rows, those from ROWS part on. */
+/* Each step takes the ROWS rows of a tile from row ROWS part on. */
 
-/* code[j]: their codes of inputs 4 j to 4 j + 3 of a subtile. */
+/* Set code[j] to their codes of inputs 4 j to 4 j + 3 of a subtile. */
 INLINE void unpack(const uint8_t *subtile, int bits, int part, codes *code);
-/* Sums of the products of their codes with the 16 inputs at `planes`. */
+/* Sum the products of their codes with the 16 inputs at `planes`. */
 INLINE words product_of(const codes *code, const uint8_t *planes);
-/* Their scales and zeros; `at` is where a tile's statistics stand. */
+/* Compute their scales and zeros from a tile's statistics at `at`. */
 INLINE void statistics(const uint8_t *at, int part, floats *scale, floats *zero);
 INLINE floats to_floats(words numbers);
 /* Add the products of 16 outliers to their lanes. */
 INLINE void add_products(const uint8_t *value, const int16_t *given, floats *lanes);
-/* The sum of 16 lanes, in the order that struct spqr_kernels says. */
+/* Sum 16 lanes in the order of struct spqr_kernels. */
 INLINE float sum_lanes(const floats *lanes);
 
-/* A part of a row tile, two tokens at most. */
+/* Multiply a part of a row tile with one or two tokens. */
 INLINE void part_of_tile(const struct dense *dense, int bits, int part, const uint8_t *tile, const struct ordered *x, int first,
                          int deep, float *out) {
     const uint8_t *planes = x->planes + (size_t)first * x->step;
@@ -81,7 +81,7 @@ static void outliers(const uint8_t *pointer, int rows, const uint8_t *value, con
         size_t k = 0;
         for (; k + LANES <= count; k += LANES) add_products(value + 2 * k, given + k, lanes);
         if (k < count) {
-            uint8_t last[2 * LANES] = {0}; /* what is missing adds zeros */
+            uint8_t last[2 * LANES] = {0}; /* zeros fill up the rest */
             memcpy(last, value + 2 * k, 2 * (count - k));
             add_products(last, given + k, lanes);
         }

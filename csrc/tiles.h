@@ -1,4 +1,4 @@
-/* What the instruction sets share: cutting a sum over rows and operands into tiles whose accumulators fit the registers. */
+/* Shared by instruction sets: cut a sum over rows and operands into tiles whose accumulators fit the registers. */
 #ifndef BSTACK_TILES_H
 #define BSTACK_TILES_H
 
@@ -10,12 +10,12 @@
 #define SUM_ARGUMENTS                                                                                                 \
     const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, int64_t *sums
 
-/* Adds the sums of a tile; `sums` points to its first, rows of the same operand stand together, operands `rows` apart. */
+/* Add the sums of a tile; `sums` points to the first. Rows of one operand are neighbours, operands are `rows` apart. */
 #define TILE_ARGUMENTS \
     const uint8_t *packed, size_t stride, int width, const uint8_t *x, size_t step, int64_t *sums, int rows
 typedef void tile(TILE_ARGUMENTS);
 
-/* Tiles of rows x operands: as many operands as there are left, and as many rows as go with them. */
+/* Cut into tiles of rows x operands: as many operands as are left, and as many rows as fit beside them. */
 static inline void for_each_tile(const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step,
                                  int operands, int64_t *sums, tile *by_4x1, tile *by_4x2, tile *by_2x4, tile *by_1x1) {
     for (int i = 0; i < rows;) {
@@ -50,13 +50,13 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
         }                                                                                 \
     }
 
-/* The last `left` bytes of the code rows of one row, as rows of `wide` bytes that end in zeros. */
+/* Copy the last `left` bytes of the code rows of one row to rows of `wide` bytes that end in zeros. */
 INLINE void copy_rest(uint8_t *rest, int wide, const uint8_t *codes, size_t stride, int left) {
     memset(rest, 0, (size_t)((EARLIER + 1) * wide));
     for (int e = 0; e <= EARLIER; e++) memcpy(rest + e * wide, codes + (size_t)e * stride, (size_t)left);
 }
 
-/* Where the code bytes of a row from b on find the inputs of their first quarter, for codes in their plain order. */
+/* Return where the inputs of code byte b begin, first quarter first, for codes in their plain order. */
 INLINE const uint8_t *inputs_of(const uint8_t *x, int b) {
     return x + (size_t)(b / GROUP) * QUARTERS * OPERAND + (size_t)(b % GROUP) * 2;
 }

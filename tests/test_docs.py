@@ -6,9 +6,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import in_process
 import pytest
 
 import bstk
+from bstack.cli._text import original_fields
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "format" / "SPEC.md", ROOT / "format/js/README.md"]
 )
-PAGES = 12  # with SPEC.md, the generated commands, the notebook: a page too many is a page that nobody keeps true
+PAGES = 13  # with SPEC.md, the generated commands and architectures, the notebook: a page too many is a page that nobody keeps true
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 each_document = pytest.mark.parametrize("document", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -125,7 +127,7 @@ def examples():
 def test_python_examples_run(document, blocks, workplace, tmp_path, monkeypatch):
 
     with bstk.open(workplace / "llama.bstk") as file:  # the stand-in is smaller than any size in an example
-        size = (file.smallest.budget + file.complete.budget) / 2 / bstk.MB
+        size = (file.base.budget + file.complete.budget) / 2 / bstk.MB
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     names = {}  # the blocks of a page go on from each other
@@ -143,6 +145,30 @@ def test_python_examples_run(document, blocks, workplace, tmp_path, monkeypatch)
 def test_few_examples_are_not_run():
     blocks = [match for document in DOCS for match in BLOCK.finditer(read(document))]
     assert len(blocks) >= 6 and sum(bool(block["reason"]) for block in blocks) <= 1
+
+
+def test_the_output_in_the_guide_is_what_the_commands_print(workplace, tmp_path):
+    """Line by line without the numbers; the lines of the original, which a model from a folder does not print, with them."""
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    blocks = re.findall(r"^```console\n(.*?)^```", read(ROOT / "docs" / "guide.md"), re.MULTILINE | re.DOTALL)
+    shown = next(block for block in blocks if "bstack compress smollm2" in block)
+    quick = "--calibration corpus.txt --samples 2 --sequence-length 64"
+    printed = in_process.bstack(*f"compress Llama-3.1-8B -o smollm2.bstk {quick}".split(), cwd=tmp_path).stdout
+    with bstk.open(tmp_path / "smollm2.bstk") as file:
+        size = (file.base.budget + file.complete.budget) / 2 / bstk.MB
+    printed += in_process.bstack("truncate", "smollm2.bstk", "--mb", size, "-o", "small.bstk", cwd=tmp_path).stdout
+    printed += in_process.bstack("verify", "small.bstk", cwd=tmp_path).stdout
+
+    def plain(text):
+        return [re.sub(r"[\d,.]+( MB| bytes)?", "N", line) for line in text.splitlines() if not line.startswith("$")]
+
+    smollm2 = {"original_bytes": 98367234, "original_dtype": "bfloat16", "original_dtype_bytes": 269030016}
+    original = [f"  {key:<14} {text}" for key, text in original_fields({**smollm2, "source_quantisation": "GGUF Q4_1"})]
+    lines = shown.splitlines()
+    assert original == lines[2:4]
+    assert [line for line in plain(shown) if line not in plain("\n".join(original))] == [
+        line for line in plain(printed) if not re.match(r"  (original|time|peak memory|root)", line)
+    ]
 
 
 @each_document

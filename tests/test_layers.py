@@ -22,7 +22,7 @@ FLOORS = [
     ["bstack.compression", "bstack.engine"],
     ["bstack.bench"],
     ["bstack.cli"],
-    ["bstack", "bstack.__main__", "bstack.demo"],
+    ["bstack", "bstack.__main__"],
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
@@ -178,7 +178,7 @@ def test_the_command_line_imports_no_torch_at_its_top():
 
 def test_the_floors_stand_in_the_docs():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for place in [p.removeprefix("bstack.") for p in FLOOR if p not in ("bstack", "bstack.__main__", "bstack.demo")]:
+    for place in [p.removeprefix("bstack.") for p in FLOOR if p not in ("bstack", "bstack.__main__")]:
         assert f"`{place}`" in text, place
 
 

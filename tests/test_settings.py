@@ -31,6 +31,7 @@ VALUES = {
     "samples": ([1, 64], [*WHOLE, None]),
     "sequence_length": ([8, 256], [*WHOLE, None]),
     "seed": ([0, 2**63 - 1], [*WHOLE, None]),
+    "tokenizer": ([True, False], [None, 0, "no"]),
 }
 
 
@@ -39,7 +40,7 @@ def test_every_field_is_tested():
 
 
 OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
-OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed"}
+OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed", "tokenizer"}
 
 
 def made(name, value):

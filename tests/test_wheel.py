@@ -20,7 +20,7 @@ pytestmark = [
 
 
 # Imported only where their package is installed.
-NEEDS_AN_EXTRA = {"bstack.kernels.device", "bstack.kernels.device_spqr"}
+NEEDS_AN_EXTRA = {"bstack.kernels.device"}
 
 
 def packages() -> dict[str, Path]:

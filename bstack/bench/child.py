@@ -1,7 +1,7 @@
 """Measure one size in a process of its own, so that its load time and memory are its own.
 
 The request is one JSON line on the child's stdin, made of `Measure` or `WriteReference`. The answers are JSON lines on its
-stdout: {"step": 1} for progress, and at the end {"result": ...} or {"error": {"message", "exit_code"}}.
+stdout: {"step": 1} for progress, and at the end {"result": ...} or {"error": {"message", "exit_code", "option"}}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import bstk
-from bstack.bench.options import mb_text
 from bstack.bench.results import Measured
 
 __all__ = ["Cut", "Measure", "WriteReference", "ask", "isolated_environment", "read_request"]
@@ -75,14 +74,9 @@ def read_request(text: str) -> Measure | WriteReference:
 def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda: None) -> Measured:
     """Answer a request in a new process; empty for `WriteReference`. `progress` is called for each repetition and window.
 
-    Raises
-    ------
-    bstk.BstkError
-        As the child raised it, with its exit code.
-    bstk.ResourceError
-        The system killed the child, most likely for its memory.
+    Raises BstkError as the child did, with its exit code; ResourceError if the system killed the child.
     """
-    shown = f"{mb_text(request.cut.budget)} MB"
+    shown = f"{bstk.mb_text(request.cut.budget)} MB"
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, *_own_folders()],
@@ -108,10 +102,10 @@ def ask(request: Measure | WriteReference, progress: Callable[[], None] = lambda
             raise _died(child.returncode, shown, complaints.read().decode(errors="replace"))
     if "error" not in answer:
         return Measured.from_plain(answer["result"])
-    message, code = answer["error"]["message"], answer["error"]["exit_code"]
+    message, code, option = (answer["error"][key] for key in ("message", "exit_code", "option"))
     if code is None:
         raise bstk.BstkError(f"Measuring {shown} failed with {message}")
-    raised = bstk.BstkError(message)
+    raised = bstk.BstkError(message, option=option)
     raised.exit_code = code
     raise raised
 

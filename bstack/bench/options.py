@@ -9,18 +9,9 @@ from decimal import Decimal
 from typing import NamedTuple
 
 import bstk
+from bstk.kinds import SPQR_BITS, one_of
 
-__all__ = [
-    "BITS",
-    "CALIBRATED",
-    "Choice",
-    "Options",
-    "even_budgets",
-    "mb_text",
-    "parse_against",
-    "parse_budgets",
-    "width",
-]
+__all__ = ["BITS", "CALIBRATED", "Choice", "Options", "even_budgets", "parse_against", "parse_budgets", "width"]
 
 # Each size takes seconds to hours, so a range with a tiny step is most likely a slip.
 MAX_SIZES = 1000
@@ -30,7 +21,7 @@ _SYNTAX = "sizes in MB, and ranges FIRST-LAST+STEP or FIRST-LAST*FACTOR, separat
 _BPW = re.compile(r"\d{1,3}(\.\d{1,9})?", re.ASCII)
 
 # Round-to-nearest costs only its evaluation; the others pass the calibration through the model once for each width.
-BITS = {"rtn": (2, 3, 4, 5, 6, 8), "gptq": (2, 3, 4), "spqr": (3, 4)}
+BITS = {"rtn": (2, 3, 4, 5, 6, 8), "gptq": (2, 3, 4), "spqr": SPQR_BITS}
 CALIBRATED = ("gptq", "spqr")
 
 
@@ -126,14 +117,9 @@ def even_budgets(file: bstk.Reader, count: int = 10) -> list[int]:
     They are rounded up to hundredths of a MB where that does not merge sizes, so that each can be typed again.
     """
     cuts = file.even_cuts(count)
-    rounded = [bstk.budget_bytes(bstk.mb_ceil(budget)) for budget in cuts.values()]
+    rounded = [-(-budget * 100 // bstk.MB) * bstk.MB // 100 for budget in cuts.values()]
     same = all(file.fit_bytes(budget) == cut for budget, cut in zip(rounded, cuts, strict=True))
     return rounded if same else list(cuts.values())
-
-
-def mb_text(budget: int) -> str:
-    """Return a budget in MB with up to three decimals."""
-    return f"{budget / bstk.MB:.3f}".rstrip("0").rstrip(".")
 
 
 def width(bits: int, bpw: float | None) -> str:
@@ -155,7 +141,7 @@ def parse_against(text: str) -> list[Choice]:
         if colon and bits not in {"2", "3", "4", "5", "6", "7", "8"}:
             raise bstk.UsageError(f"{part!r}: {bits!r} is not a number of bits from 2 to 8.")
         if method == "spqr" and bits and int(bits) not in BITS[method]:
-            raise bstk.UsageError(f"{part!r}: {bits} is not a number of bits that spqr has: 3 or 4.")
+            raise bstk.UsageError(f"{part!r}: {bits} is not a number of bits that spqr has: {one_of(SPQR_BITS)}.")
         if at and method != "spqr":
             raise bstk.UsageError(f"{part!r}: {method} has no outliers, so @ has no meaning. Use @ with spqr only.")
         if at and not _BPW.fullmatch(bpw):

@@ -12,7 +12,6 @@ from typing import Any
 
 import bstk
 from bstack.bench.results import Report, frontier
-from bstack.errors import MissingPackageError
 from bstk import MB
 from bstk.atomic import replacing
 
@@ -34,7 +33,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
             f"{os.fspath(path)}: the name of a plot must end in {', '.join('.' + f for f in FORMATS)}."
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError("A plot needs the package matplotlib: pip install 'bstack[bench]'")
+        raise bstk.BstkError("A plot needs the package matplotlib: pip install 'bstack[bench]'")
 
 
 def save_plot(report: Report, path: str | os.PathLike[str]) -> None:

@@ -24,9 +24,7 @@ __all__ = ["Quality", "Scores", "original_reference", "reference_key"]
 
 @dataclass(frozen=True)
 class Quality:
-    """Hold perplexity, mean and 99th percentile of the divergence in nats per token, fraction of equal likeliest
-    tokens.
-    """
+    """Perplexity, mean and 99th percentile of the divergence in nats per token, fraction of equal likeliest tokens."""
 
     perplexity: Estimate
     kld: Estimate | None = None
@@ -73,9 +71,8 @@ class Scores:
         perplexity = perplexity_estimate(self._nll)
         if self._reference is None:
             return Quality(perplexity)
-        return Quality(
-            perplexity, mean_estimate(self._kl), percentile_estimate(self._kl, 99), mean_estimate(self._same)
-        )
+        kl = self._kl
+        return Quality(perplexity, mean_estimate(kl), percentile_estimate(kl, 99), mean_estimate(self._same))
 
 
 def reference_key(skeleton: Skeleton, windows: torch.Tensor) -> str:

@@ -79,7 +79,7 @@ class Point:
         """Return plain JSON values."""
         m = self.measured
         return {
-            "budget_mb": round(self.budget / bstk.MB, 6),
+            "budget_mb": float(bstk.mb_text(self.budget)),
             "file_bytes": self.file_bytes,
             "memory_bytes": self.memory_bytes,
             "bits_per_weight": self.bits_per_weight,

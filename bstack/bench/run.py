@@ -11,14 +11,13 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import bstk
 from bstack.bench.child import Cut, Measure, WriteReference, ask
-from bstack.bench.options import Options, even_budgets, mb_text
+from bstack.bench.options import Options, even_budgets
 from bstack.bench.quality import Quality, original_reference, reference_key
 from bstack.bench.reference import Reference
 from bstack.bench.results import Baseline, Comparison, Dense, Measured, Original, Point, Report, Source
@@ -30,6 +29,7 @@ from bstack.errors import ForeignCodeWarning
 from bstack.kernels.native import instructions, processors
 from bstack.memory.free import too_little
 from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import check_ids
 from bstack.progress import Progress
 
 __all__ = ["run_bench"]
@@ -67,7 +67,7 @@ def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress
     with ExitStack() as stack:
         file = stack.enter_context(bstk.open(path, warn=False))
         budgets = list(options.budgets or even_budgets(file))
-        cuts = [file.fit(mb=Decimal(budget) / bstk.MB) for budget in budgets]
+        cuts = [file.fit(budget=budget) for budget in budgets]
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bstack-bench-")))
         run = _Run(file, os.fspath(path), options, scratch, progress)
         done: dict[bstk.Cut, Point] = {}
@@ -106,8 +106,9 @@ class _Run:
         length = window_length(self.file, options.sequence_length)
         with self.progress("text", 1) as step:
             source = measuring_text(options.text)
-            tokenizer = file_tokenizer(self.file, options.trust_remote_code, options.code)
+            tokenizer, vocabulary = file_tokenizer(self.file, options.trust_remote_code, options.code)
             windows = first_windows(source, tokenizer, options.windows, length)
+            check_ids(windows, vocabulary, tokenizer, source.name)
             text = Text(source, tokenizer, windows, self.scratch / "windows.npy")
             step()
         return text
@@ -212,7 +213,7 @@ class _Run:
                 reference=None if text is None else text.reference.path,
                 tasks=tasks,
             )
-            with self.progress(f"{what}: {mb_text(budget)} MB", steps) as step:
+            with self.progress(f"{what}: {bstk.mb_text(budget)} MB", steps) as step:
                 return ask(request, step).to_plain()
 
         plain = self.resume.get(f"size:{cut.chunks}:{run}:{speed}:{','.join(tasks)}", measure)

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from bstack.engine.generate import decoding
 from bstack.kernels.native import instructions
 from bstack.memory.process import peak_bytes, resident_bytes
+from bstack.models.plain import endless
+from bstack.models.skeleton import longest_text
 
 __all__ = ["DECODED", "PROMPT", "REPETITIONS", "Rate", "Running", "Speed", "measure_running", "measure_speed"]
 
@@ -41,16 +44,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Running:
-    """What was measured of a model in a process of its own; memory is None where the system does not say.
+    """What was measured of a model in a process of its own.
 
     `load_seconds` excludes the imports of Python packages, and is None when the model was not loaded as a user would.
     `start_memory_bytes` is resident before loading; it grew by `held_memory_bytes` with loading, at most by the peak.
     """
 
     load_seconds: float | None
-    start_memory_bytes: int | None
-    held_memory_bytes: int | None
-    peak_memory_bytes: int | None
+    start_memory_bytes: int
+    held_memory_bytes: int
+    peak_memory_bytes: int
     speed: Speed | None
 
     def to_json(self) -> dict[str, Any]:
@@ -74,17 +77,13 @@ def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[
     seconds = time.perf_counter() - started
     after = resident_bytes()
     found = measure_speed(model, progress) if speed else None
-    return Running(seconds, before, _growth(before, after), _growth(before, peak_bytes()), found)
-
-
-def _growth(before: int | None, after: int | None) -> int | None:
-    return None if before is None or after is None else max(0, after - before)
+    return Running(seconds, before, max(0, after - before), max(0, peak_bytes() - before), found)
 
 
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
     """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more."""
     config = model.config.get_text_config()
-    prompt, decoded = _lengths(getattr(config, "max_position_embeddings", None))
+    prompt, decoded = _lengths(longest_text(config))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
     times = []
@@ -108,7 +107,6 @@ def _lengths(context: int | None) -> tuple[int, int]:
 
 def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
     """Return the seconds to the first new token, and those for the tokens after it."""
-    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -124,19 +122,9 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
-    # A field that is None is taken from the model's own configuration. No token ends the text, so that every size does
-    # the same work.
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=decoded + 1,
-        use_cache=True,
-        eos_token_id=model.config.get_text_config().vocab_size,
-        pad_token_id=0,
-    )
+    settings = endless(model, decoded + 1)  # every size does the same work
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), decoding(model, settings):
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
     _, first, *_, last = clock.arrivals
     return first - started, last - first

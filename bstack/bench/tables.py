@@ -8,12 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bstack.bench.options import mb_text
 from bstack.bench.quality import Quality
 from bstack.bench.results import Dense, Point, Report
 from bstack.bench.speed import Rate, Running, Speed
 from bstack.eval.estimates import Estimate
-from bstk import MB
+from bstk import MB, mb_text
 
 __all__ = ["as_csv", "as_tables", "with_error"]
 
@@ -77,7 +76,7 @@ def _head(report: Report) -> str:
             f"  speed      greedy generate(), one sequence, {speed.threads} threads; packed weights, {speed.kernels} kernels"
         )
     started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
-    if started and started[0] is not None:
+    if started:
         lines.append(
             f"  memory     over the {started[0] / MB:,.0f} MB of a process that has imported torch and transformers"
         )
@@ -137,9 +136,7 @@ def _running_cells(running: Running | None, base: Dense | None, sign: str) -> Ro
     if running is None:
         return ["-"] * 3
     cells = ["-" if running.load_seconds is None else f"{running.load_seconds:.2f}"]
-    cells += [
-        "-" if size is None else f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)
-    ]
+    cells += [f"{size / MB:,.0f}" for size in (running.held_memory_bytes, running.peak_memory_bytes)]
     if running.speed is not None:
         theirs = base.running.speed if base is not None else None
         for test in ("prompt", "decode"):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import bstk
-from bstack.errors import MissingPackageError, one_line
+from bstack.errors import one_line
 from bstack.eval.estimates import Estimate
 
 __all__ = ["check_tasks", "file_digests", "run_tasks"]
@@ -23,7 +23,7 @@ NEEDED = ("lm_eval", "accelerate")
 def check_tasks(tasks: Sequence[str]) -> None:
     """Check that lm-eval can run the tasks, before hours of measuring."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise MissingPackageError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
+        raise bstk.BstkError("tasks need lm-eval with its extra hf: pip install 'bstack[tasks]'")
     from lm_eval.tasks import TaskManager
 
     known = None
@@ -79,9 +79,8 @@ def _asked(found: dict[str, Any], tasks: Sequence[str]) -> list[tuple[str, dict[
 
 def _headline(figures: dict[str, Any]) -> tuple[str, Estimate]:
     # Keys are "metric,filter" and "metric_stderr,filter"; others, such as "sample_len", are counts.
-    found = {
-        key.partition(",")[0]: value for key, value in figures.items() if "," in key and isinstance(value, (int, float))
-    }
+    numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
+    found = {key.partition(",")[0]: value for key, value in numbers.items() if "," in key}
     names = [name for name in METRICS if name in found] or [name for name in found if not name.endswith("_stderr")]
     if not names:
         raise bstk.BstkError(

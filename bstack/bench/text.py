@@ -13,7 +13,7 @@ import torch
 import bstk
 from bstack.bench.reference import Reference
 from bstack.calibration.texts import TextSource, open_text
-from bstack.errors import CalibrationError
+from bstack.models.tokenizer import tokenizer_files
 
 __all__ = ["DEFAULT", "Text", "digest", "file_tokenizer", "first_windows", "measuring_text", "window_length"]
 
@@ -48,7 +48,7 @@ def measuring_text(source: str | None) -> TextSource:
         from pydoc_data.topics import topics
     except ImportError:
         message = "This Python comes without pydoc_data, whose text is the default. Give another text."
-        raise CalibrationError(message, option="text") from None
+        raise bstk.BstkError(message, option="text") from None
     return TextSource(DEFAULT, "\n\n".join(topics[name].strip() for name in sorted(topics)))
 
 
@@ -60,7 +60,7 @@ def digest(text: TextSource) -> str:
 def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -> torch.Tensor:
     """Cut the beginning of a text into windows of token ids, one after the other, no special tokens added.
 
-    Raises CalibrationError when the text is too short.
+    Raises bstk.BstkError when the text is too short.
     """
     # No token is longer than this many characters on average, so a long text need not be tokenised whole. A cut
     # inside the text could change its last tokens only, which are beyond the windows.
@@ -72,34 +72,37 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
             break
         characters *= 4
     if len(ids) < needed:
-        few = f"{len(ids) // length} windows" if len(ids) >= length else f"a sequence_length of {len(ids)}"
-        raise CalibrationError(
+        enough = len(ids) >= length
+        most = f"at most {len(ids) // length} windows" if enough else f"windows of at most {len(ids)} tokens"
+        raise bstk.BstkError(
             f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text, or at most {few}.",
-            option="windows" if len(ids) >= length else "sequence_length",
+            f"text, or ask for {most}.",
+            option="windows" if enough else "sequence_length",
         )
     return torch.tensor(ids[:needed]).view(windows, length)
 
 
-def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> Any:
-    """Load the tokenizer in a file; `trust_remote_code` and `code` as for `bstack.load`."""
-    from bstack.engine.container import embedded_files, load_tokenizer
+def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None) -> tuple[Any, int]:
+    """Load the tokenizer in a file, and the size of its model's vocabulary; arguments as for `bstack.load`."""
+    from bstack.engine.container import embedded_files, load_tokenizer, read_config
     from bstack.models.code import stage_code
 
-    if "tokenizer_config.json" not in file.files:
-        raise CalibrationError(
+    if not tokenizer_files(file.files):
+        raise bstk.BstkError(
             "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
             option="quality",
         )
     with embedded_files(file) as folder:
         trusted = stage_code(file, folder, trust_remote_code, code)
-        return load_tokenizer(folder, file.source.name, trusted)
+        vocabulary = read_config(file, folder, trusted).get_text_config().vocab_size
+        return load_tokenizer(folder, file.source.name, trusted), vocabulary
 
 
 def window_length(file: bstk.Reader, asked: int | None) -> int:
     """Return the tokens in a window: as many as asked for, or 512, or what the model reads if that is less."""
     config = json.loads(file.file("config.json")) if "config.json" in file.files else {}
-    limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
+    sizes = {**config, **config.get("text_config", {})}  # of a model with a vision part, too
+    limits = [sizes[key] for key in ("max_position_embeddings", "n_positions") if isinstance(sizes.get(key), int)]
     if asked is None:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +24,7 @@ from bstack.bench.reference import Reference, write_reference
 from bstack.bench.results import Measured
 from bstack.bench.speed import Running, measure_running
 from bstack.errors import one_line, user_message
+from bstack.models.plain import plain_generation, plain_outputs
 
 __all__ = ["main"]
 
@@ -40,7 +40,7 @@ def main() -> None:
         _send(answers, result=result.to_plain())
     except BaseException as error:
         message, code = user_message(error) or (f"{type(error).__name__}: {one_line(error)}", None)
-        _send(answers, error={"message": message, "exit_code": code})
+        _send(answers, error={"message": message, "exit_code": code, "option": getattr(error, "option", None)})
         if code is None:
             traceback.print_exc()
 
@@ -62,7 +62,7 @@ def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measu
         # Dense: this works on every machine and for every architecture.
         model, tokenizer = _load(request.cut)
         if request.windows is not None:
-            windows = _windows(request.windows)
+            windows = torch.from_numpy(np.load(request.windows))
             scores = Scores(windows, None if request.reference is None else Reference(request.reference))
             _feed(model, windows, scores.add, step)
             quality = scores.quality()
@@ -76,8 +76,12 @@ def answer(request: Measure | WriteReference, step: Callable[[], None]) -> Measu
 def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     from bstack.engine.load import load
 
-    mb = Decimal(cut.budget) / bstk.MB
-    return load(cut.file, mb=mb, trust_remote_code=cut.trust_remote_code, code=cut.code, **options)
+    model, tokenizer = load(
+        cut.file, budget=cut.budget, trust_remote_code=cut.trust_remote_code, code=cut.code, **options
+    )
+    plain_outputs(model)
+    plain_generation(model)
+    return model, tokenizer
 
 
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
@@ -104,12 +108,8 @@ def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
 
 def _write_reference(request: WriteReference, step: Callable[[], None]) -> None:
     model, _ = _load(request.cut)
-    windows = _windows(request.windows)
+    windows = torch.from_numpy(np.load(request.windows))
     write_reference(Path(request.output), "own", len(windows), lambda writer: _feed(model, windows, writer.add, step))
-
-
-def _windows(path: str) -> torch.Tensor:
-    return torch.from_numpy(np.load(path))
 
 
 def _feed(
@@ -126,8 +126,7 @@ def _import_model_code(path: str) -> None:
     """Import what transformers imports for this model, which takes seconds that must not count as loading."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401
 
-    # Whatever is wrong with the file, load() says it better.
+    # load() reports a bad file.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), bstk.open(path) as file, torch.device("meta"):
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**json.loads(file.file("config.json"))), trust_remote_code=False
-        )
+        config = AutoConfig.for_model(**json.loads(file.file("config.json")))
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 
 from bstack.memory.free import too_little
-from bstack.models.skeleton import Skeleton
+from bstack.models.plain import endless
+from bstack.models.skeleton import Skeleton, zeros_for_weights
 from bstk.errors import ResourceError
 
-__all__ = ["draw", "token_steps", "write_windows"]
+__all__ = ["draw", "rehearse_writing", "token_steps", "write_windows"]
 
 # A window is made of texts of at most so many tokens: short ones side by side are written faster than long ones.
 TEXT_LENGTH = 128
 # Texts that are written side by side: enough to use the matrix units, few enough for the cache of keys; and the
 # texts of the default number of windows fit in one group.
 TOGETHER = 136
+# Windows and tokens of a trial: several texts, and a token from a cache that holds some.
+_TRIAL = (2, 4)
 
 
 def write_windows(
@@ -50,8 +53,24 @@ def write_windows(
     bstk.ResourceError
         The whole model does not fit in the free memory.
     """
-    dtype = _dtype()
+    dtype = _dtype(skeleton)
     _check_memory(skeleton, dtype)
+    return _write(skeleton, dtype, samples, length, seed, progress)
+
+
+def rehearse_writing(skeleton: Skeleton) -> None:
+    """Let the model write a few tokens, without a look at the memory."""
+    _write(skeleton, _dtype(skeleton), *_TRIAL)
+
+
+def _write(
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     texts, text_length = _shape(samples, length)
     with skeleton.loaded(skeleton.model.state_dict(), dtype), torch.no_grad():
@@ -77,9 +96,9 @@ def _shape(samples: int, length: int) -> tuple[int, int]:
 def _write_group(
     skeleton: Skeleton, count: int, length: int, generator: torch.Generator, progress: Callable[[], None]
 ) -> torch.Tensor:
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+    from transformers import LogitsProcessor, LogitsProcessorList
 
-    from bstack.models.kv_cache import growing_cache
+    from bstack.models.kv_cache import cache_argument, growing_cache
 
     start, ends = _special_tokens(skeleton.model)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
@@ -104,22 +123,14 @@ def _write_group(
             return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     first = random_words() if start is None else torch.full((count, 1), start)
-    # Windows must be full, so the end token is one that does not exist; None would mean that of the model.
-    written = skeleton.model.generate(
+    cache = growing_cache(skeleton.model)
+    return skeleton.model.generate(
         first,
         attention_mask=torch.ones_like(first),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            repetition_penalty=1.0,
-            max_new_tokens=length - 1,
-            eos_token_id=vocabulary,
-            pad_token_id=0,
-            use_cache=True,
-        ),
+        generation_config=endless(skeleton.model, length - 1),  # windows must be full
         logits_processor=LogitsProcessorList([Draw()]),
-        past_key_values=growing_cache(skeleton.model),
+        **({} if cache is None else {cache_argument(skeleton.model): cache}),
     )
-    return written
 
 
 def _special_tokens(model: Any) -> tuple[int | None, list[int]]:
@@ -141,11 +152,20 @@ def _listed(tokens: int | list[int] | None) -> list[int]:
     return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
-def _dtype() -> torch.dtype:
-    """Return bfloat16 where the processor multiplies it, at twice the speed; sampling tolerates the rounding."""
+def _dtype(skeleton: Skeleton) -> torch.dtype:
+    """Return bfloat16 where the processor multiplies it, at twice the speed; sampling tolerates the rounding.
+
+    Some models mix tables or decays in float32 with their weights, and stop at that: they write in float32.
+    """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return torch.float32
+    try:
+        with zeros_for_weights(skeleton):
+            _write(skeleton, torch.bfloat16, *_TRIAL)
+    except Exception:  # whatever it is, float32 shows whether it has to do with the type
+        return torch.float32
+    return torch.bfloat16
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from bstack.calibration.products import Operand, ProductWatch
+from bstack.calibration.statistics import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton, layer_parameters
@@ -37,7 +37,7 @@ class Sensitivity:
     outputs : dict of str to torch.Tensor
         By linear name (see `Operand`), float32, shape (outputs,). The head is under its parameter's name.
     embedding : torch.Tensor
-        Of the first layer's input, which is what an error in a token's embedding reaches; float32, shape (width,).
+        Of the first layer's input, which an error in a token's embedding changes; float32, shape (width,).
     """
 
     outputs: dict[str, torch.Tensor]
@@ -76,9 +76,7 @@ def output_sensitivity(
                 gradients = _backward(skeleton, index, calls.read(index), gradients, squares)
             progress()
     tokens = sum(batch.numel() for batch in batches)
-    embedding = (
-        functools.reduce(torch.add, (g.float().square().reshape(-1, g.shape[-1]).sum(0) for g in gradients)) / tokens
-    )
+    embedding = functools.reduce(torch.add, map(_sum_of_squares, gradients)) / tokens
     return Sensitivity({name: total / tokens for name, total in squares.sums.items()}, embedding)
 
 
@@ -90,7 +88,7 @@ class _LayerInputs:
         self._streams: dict[int, IO[bytes]] = {}
 
     def write(self, index: int, calls: list[LayerCall]) -> None:
-        # Unnamed and held open, so that what is unpickled below (objects of any class) is what was written here.
+        # Unnamed and held open, so that `read` unpickles (objects of any class) only what was written here.
         with os_errors(str(self._scratch)):
             stream = self._streams[index] = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 - `read` closes it
             packed = io.BytesIO()  # torch would turn a full disk into an error of its own
@@ -115,10 +113,15 @@ class _Squares:
             output.register_hook(lambda gradient: self._add(operand.name, gradient if part is None else gradient[part]))
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        self.add_sum(name, gradient.detach().float().square().reshape(-1, gradient.shape[-1]).sum(0))
+        self.add_sum(name, _sum_of_squares(gradient.detach()))
 
     def add_sum(self, name: str, total: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the squares over all axes but the last."""
+    return gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0)
 
 
 def _forward(
@@ -137,7 +140,7 @@ def _forward(
         torch.set_grad_enabled(True)  # in this batch's thread only
         leaf = _hidden(output).detach().requires_grad_()
         leaves.append(leaf)
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+        return (leaf, *output[1:]) if isinstance(output, tuple | list) else leaf
 
     def run(ids: torch.Tensor) -> torch.Tensor:
         logits = skeleton.model(input_ids=ids, use_cache=False).logits
@@ -181,7 +184,7 @@ def _backward(
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _take_hidden(

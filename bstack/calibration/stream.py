@@ -1,9 +1,8 @@
-"""Run a model of any architecture layer by layer, every batch through one layer before the next is loaded.
+"""Runs a model of any architecture layer by layer: all batches pass one layer before the next is loaded.
 
-A model's forward pass decides what each layer receives (masks, rotary tables, shared states), and every
-architecture does it differently. So no pass is imitated here: each batch runs the model's own forward in a
-thread of its own, which stops at the entrance of every layer until the layer's weights are there. One thread
-runs at a time, so the result does not depend on scheduling.
+A model's forward pass decides what each layer receives (masks, rotary tables, shared states), in its own way for each
+architecture. So each batch runs the model's own forward in a thread, which waits at the entrance of each layer until
+the layer's weights are loaded. One thread runs at a time, so results do not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -21,7 +20,15 @@ from torch import nn
 from bstack.errors import UnsupportedModelError
 from bstack.models.skeleton import Skeleton
 
-__all__ = ["LayerCall", "LayerStream"]
+__all__ = ["LayerCall", "LayerStream", "batches_of"]
+
+# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
+TOKENS_TOGETHER = 4096
+
+
+def batches_of(windows: torch.Tensor) -> list[torch.Tensor]:
+    """Split windows of token ids, shape (windows, tokens), into batches for a `LayerStream`."""
+    return list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,18 @@ _NOT_RUN = object()
 
 
 class _Stopped(BaseException):
-    """Unwinds a batch's thread when the stream is closed early; not an error."""
+    """Ends a batch's thread when the stream is closed early; not an error."""
+
+
+class _AtHead(BaseException):
+    """Ends a batch's forward pass at the head, with the head's input; not an error."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
 
 
 class _Batch:
-    """One batch's forward pass, in a thread that yields at each layer."""
+    """One batch's forward pass, in a thread that waits at each layer."""
 
     def __init__(self, run: Callable[[], Any]):
         self._run = run
@@ -73,7 +87,7 @@ class _Batch:
         self._go.clear()
 
     def at_layer(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called in the batch's thread at the entrance of a layer."""
+        """Wait at the entrance of a layer, in the batch's thread, then run the layer or take the output kept for it."""
         self.call = LayerCall(args, kwargs)
         self.layer = index
         self._back.set()
@@ -93,6 +107,7 @@ class _Batch:
             raise self.error
 
     def close(self) -> None:
+        """End the thread, wherever it waits."""
         if self._thread.is_alive():
             self._stop = True
             self._go.set()
@@ -100,25 +115,25 @@ class _Batch:
 
 
 class LayerStream:
-    """All batches of a calibration run, side by side in front of the same layer.
+    """All batches of a calibration run, waiting in front of the same layer.
 
-    Use as a context manager; the parameters outside the layers must be loaded for its whole length, with `embedding` all
-    but the embedding and the head.
+    Use it as a context manager. The parameters outside the layers must be loaded meanwhile; with `embedding`, all of them but
+    the embedding and the head.
 
     Parameters
     ----------
     skeleton : Skeleton
-        The model; its layers' weights are loaded by the caller, one layer at a time.
+        The model; the caller loads its layers' weights, one layer at a time.
     batches : sequence of torch.Tensor
         Token ids, int64, shape (sequences, length) each.
     run : callable, optional
-        What each batch's thread runs, given its token ids; by default the model without its head. It runs under
-        `torch.no_grad`.
+        What each batch's thread runs, given its token ids; by default the model up to its head, whose input is the
+        result. It runs under `torch.no_grad`.
     after_layers : callable, optional
         Called in the batch's thread with the last layer's output; what it returns goes on to the rest of the model.
     embedding : callable, optional
-        Given the parameter name of the embedding or the head, a context in which it is loaded: the embedding is while the
-        batches go to the first layer, the head while they go on from the last.
+        Returns a context in which a parameter is loaded, given its name: the embedding while the batches run to the first
+        layer, the head while they run on from the last.
 
     Attributes
     ----------
@@ -137,7 +152,8 @@ class LayerStream:
     ):
         self._skeleton = skeleton
         self._inputs = batches
-        self._run = run or self._base_model
+        self._run = run or self._up_to_head
+        self._stopped_head: Any = None
         self._after_layers = after_layers
         self._embedding = embedding
         self._head = [] if run is None else [skeleton.output_name]
@@ -149,6 +165,11 @@ class LayerStream:
         for index, (_, layer) in enumerate(self._skeleton.layers):
             self._forwards.append(layer.forward)
             layer.forward = self._stopping(index, layer.forward)
+        if self._run == self._up_to_head:
+            self._stopped_head = self._skeleton.model.get_output_embeddings()
+            if self._stopped_head is None:
+                raise UnsupportedModelError(f"{type(self._skeleton.model).__name__} has no head that gives logits.")
+            self._stopped_head.forward = _stop_at_head
         self._batches = [_Batch(partial(self._run, ids)) for ids in self._inputs]
         try:
             with self._embedding(self._skeleton.input_name):
@@ -163,9 +184,15 @@ class LayerStream:
             batch.close()
         for _name, layer in self._skeleton.layers:
             layer.__dict__.pop("forward", None)
+        if self._stopped_head is not None:
+            self._stopped_head.__dict__.pop("forward", None)
 
-    def _base_model(self, ids: torch.Tensor) -> Any:
-        return self._skeleton.model.base_model(input_ids=ids, use_cache=False)
+    def _up_to_head(self, ids: torch.Tensor) -> torch.Tensor:
+        try:
+            self._skeleton.model(input_ids=ids, use_cache=False)
+        except _AtHead as end:
+            return end.hidden
+        raise UnsupportedModelError(f"{type(self._skeleton.model).__name__} computes its logits without its head.")
 
     def _stopping(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         last = index == len(self._skeleton.layers) - 1
@@ -182,10 +209,10 @@ class LayerStream:
             batch.step()
 
     def steps(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield each layer's index and module; on resumption every batch passes through it.
+        """Yield each layer's index and module, and run every batch through it before the next.
 
-        The caller loads the layer's weights before it asks for the next step. Batches for which `run` was called
-        pass on with the output of that run.
+        The caller loads the layer's weights before it asks for the next step. A batch that has passed the layer in `run`
+        continues with the output of that.
         """
         for index, (name, layer) in enumerate(self._skeleton.layers):
             if any(batch.call is None or batch.layer != index for batch in self._batches):
@@ -204,13 +231,12 @@ class LayerStream:
             )
 
     def calls(self) -> list[LayerCall]:
-        """What each batch is about to call the current layer with."""
+        """Return the arguments with which each batch waits to call the current layer."""
         return [batch.call for batch in self._batches if batch.call is not None]
 
     def run(self, index: int, number: int) -> None:
         """Run batch `number` through the current layer `index` now, and keep the output for the next step."""
-        batch = self._batches[number]
-        call = self.calls()[number]
+        batch, call = self._batches[number], self.calls()[number]
         batch.output = self._forwards[index](*call.args, **call.kwargs)
 
     def run_all(self, index: int) -> None:
@@ -222,3 +248,7 @@ class LayerStream:
     @property
     def results(self) -> list[Any]:
         return [batch.result for batch in self._batches]
+
+
+def _stop_at_head(hidden: torch.Tensor) -> torch.Tensor:
+    raise _AtHead(hidden)

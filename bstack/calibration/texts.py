@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bstack.errors import CalibrationError, one_line
-from bstk.errors import UsageError
+from bstack.errors import one_line
+from bstk.errors import BstkError, UsageError
 
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
 
@@ -20,6 +23,13 @@ SELF = "self"
 HELD_OUT = 4
 PLAIN = {".txt", ".md", ".raw", ".tokens", ".text"}
 RECORDS = {".jsonl", ".ndjson"}
+# One array of records, or one on each line. Not looked for in folders, where it may be anything.
+JSON = ".json"
+# First bytes of a file -> how its text is encoded.
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+GZIP = b"\x1f\x8b"
+# Stands for the name of a pipe: that of a process substitution (/dev/fd/63) changes, and a resumed run compares names.
+PIPE = "(pipe)"
 # The most characters that are read, so that a folder of a terabyte costs no more.
 MAX_CHARACTERS = 256 * 2**20
 # The same for a data set of the hub, which is fetched while it is read.
@@ -50,29 +60,27 @@ def open_text(source: str) -> TextSource:
     Parameters
     ----------
     source : str
-        A text file (plain, or .jsonl with a "text" field a line), a folder of such files (read in the order of their
-        names), or a hub data set as ``name``, ``name:configuration`` or ``name:configuration:split``.
+        A file or a pipe (plain text or records), a folder of such files (read in the order of their names, hidden ones left
+        out), or a hub data set as ``name``, ``name:configuration`` or ``name:configuration:split``. A record is a JSON
+        object with a "text" field. Files of records end in .jsonl, .ndjson or .json; a pipe of records begins with one.
 
     Raises
     ------
-    bstack.errors.CalibrationError
-        The source holds no text, or text that is not UTF-8.
+    bstk.BstkError
+        The source holds no text, bytes that are no text, or a record without one.
     bstk.UsageError
         There is nothing of that name, or a hub data set cannot be read.
     """
     path = Path(source)
-    if path.is_file():
-        text = _joined(_pieces(path), MAX_CHARACTERS)
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
+    if path.is_dir():
+        seen = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in seen if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
         if not files:
-            raise CalibrationError(
-                f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}."
-            )
-        text = _joined((piece for file in files for piece in _pieces(file)), MAX_CHARACTERS)
-    else:
-        return TextSource(source, _joined(_rows(source), MAX_FETCHED))
-    return TextSource(path.name, text)
+            raise BstkError(f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}.")
+        return TextSource(path.name, _joined((piece for file in files for piece in _pieces(file)), MAX_CHARACTERS))
+    if path.exists():
+        return TextSource(path.name if path.is_file() else PIPE, _joined(_pieces(path), MAX_CHARACTERS))
+    return TextSource(source, _joined(_rows(source), MAX_FETCHED))
 
 
 def _joined(pieces: Iterator[str], longest: int) -> str:
@@ -89,34 +97,77 @@ def _joined(pieces: Iterator[str], longest: int) -> str:
 def _pieces(path: Path) -> Iterator[str]:
     """Yield a plain file up to the bound, or each text of a file of records."""
     try:
-        if path.suffix.lower() in RECORDS:
-            yield from _records(path)
-            return
-        with open(path, encoding="utf-8") as stream:
-            yield stream.read(MAX_CHARACTERS)
+        with open(path, "rb") as raw:
+            first = raw.peek(4)
+            if first.startswith(GZIP):
+                raise BstkError(f"{path} is compressed with gzip. Unpack it, or give a pipe from gunzip.")
+            encoding = next((found for mark, found in MARKS.items() if first.startswith(mark)), "utf-8")
+            yield from _texts(path, io.TextIOWrapper(raw, encoding))
     except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x}). "
+        raise BstkError(
+            f"{path} is not {error.encoding.upper()} text (byte {error.start}: {error.object[error.start]:#04x}). "
             "Calibration reads plain text or .jsonl."
         ) from None
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+        raise BstkError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _records(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_CHARACTERS), ""), 1):
-            if not line.strip():
-                continue
-            if len(line) >= MAX_CHARACTERS:
-                raise CalibrationError(
-                    f"{path}, line {number}: longer than {MAX_CHARACTERS} characters. Split the text into records."
-                )
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a "text" field.') from None
-            yield str(text)
+def _texts(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
+    lines = iter(lambda: stream.readline(MAX_CHARACTERS), "")
+    suffix = path.suffix.lower()
+    if suffix in RECORDS:
+        yield from _records(path, lines)
+        return
+    text = "" if path.is_file() else next(lines, "")
+    if text.startswith("{") and isinstance(_parsed(text), dict):  # a pipe
+        yield from _records(path, itertools.chain([text], lines))
+        return
+    text += stream.read(MAX_CHARACTERS)
+    if suffix != JSON:
+        if "\0" in text:
+            raise BstkError(f"{path} is not plain text: its character {text.index(chr(0))} is NUL.")
+        yield text
+    elif isinstance(whole := _parsed(text), (list, dict)):
+        for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
+            yield _text_of(record, f"{path}, record {number}")
+    else:
+        yield from _records(path, text.split("\n"))
+
+
+def _records(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if len(line) >= MAX_CHARACTERS:
+            raise BstkError(
+                f"{path}, line {number}: longer than {MAX_CHARACTERS} characters. Split the text into records."
+            )
+        # Files with byte order marks that were put together have some inside.
+        if line := line.strip("\ufeff \t\r\n"):
+            yield _text_of(_parsed(line), f"{path}, line {number}")
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON; None for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text_of(record: Any, where: str) -> str:
+    """Return the text of a record; a BstkError that says `where` for one without."""
+    if not isinstance(record, dict):
+        raise BstkError(f'{where}: expected a JSON object with a "text" field.')
+    if "text" not in record:
+        raise BstkError(f'{where}: no "text" field, only {", ".join(sorted(record))}. Give each record its text there.')
+    text = record["text"]
+    if not isinstance(text, str):
+        raise BstkError(f'{where}: its "text" is {json.dumps(text, default=str)[:40]}, which is no string.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise BstkError(f'{where}: its "text" holds half a character, \\u{half:x}. Remove or replace it.') from None
+    return text
 
 
 def _rows(source: str) -> Iterator[str]:
@@ -131,12 +182,9 @@ def _rows(source: str) -> Iterator[str]:
     name, configuration, split = [*source.split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        for row in rows:
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise CalibrationError(f'{source}: rows have no "text" column, only {", ".join(sorted(row))}.')
-            yield text
-    except CalibrationError:
+        for number, row in enumerate(rows, 1):
+            yield _text_of(row, f"{source}, row {number}")
+    except BstkError:
         raise
     except Exception as error:  # the library raises dozens of kinds, many of them private
         raise UsageError(
@@ -163,7 +211,7 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
 
     Raises
     ------
-    bstack.errors.CalibrationError
+    bstk.BstkError
         The text has fewer than (samples + held_out) x length tokens.
     """
     ids = tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -176,7 +224,7 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
             advice = f"a longer text, or a sequence length of at most {len(ids) // count}"
         else:
             advice = "a longer text"
-        raise CalibrationError(
+        raise BstkError(
             f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length}{more} need "
             f"{count * length}. Give {advice}."
         )

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli._text import printable
-from bstack.errors import ForeignCodeWarning
+from bstack.cli._text import megabytes
+from bstack.errors import ModelWarning, printable
 from bstk.http import shown
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -94,15 +94,9 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def checked_mb(value: str) -> str:
-    """Return a positive number of megabytes as it is: as text, decimals stay exact."""
-    bstk.budget_bytes(value)
-    return value
-
-
 def mb_option(required: bool, help: str) -> Callable[..., Any]:
-    """Return the ``--mb`` option."""
-    return click.option("--mb", type=Parsed("MB", checked_mb), required=required, help=help)
+    """Return the ``--mb`` option: the parameter `budget`, in bytes."""
+    return click.option("--mb", "budget", type=Parsed("MB", bstk.budget_bytes), required=required, help=help)
 
 
 def open_file(path: str, strict: bool = False, quiet: bool = False, warn: bool = True) -> bstk.Reader:
@@ -119,23 +113,40 @@ def retries(url: str, quiet: bool) -> Callable[[str], None] | None:
     return None if quiet else lambda text: click.echo(printable(f"{shown(url)}: {text}"), err=True)
 
 
+def describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
+    """Return what a cut holds, as ``truncate`` and ``grow`` print it."""
+    blocks = [chunk.is_block for chunk in reader.all_chunks]
+    sizes = {"file_bytes": cut.file_bytes, "memory_bytes": cut.memory_bytes, "chunks": cut.chunks}
+    found = {"blocks": sum(blocks[: cut.chunks]), "blocks_total": sum(blocks)}
+    return {**sizes, **found, "bits_per_weight": reader.bits_per_weight(cut)}
+
+
+def report(result: dict[str, Any], begin: str, kept: str) -> str:
+    """Return the lines about a cut from `describe`, such as "FILE: ..." and "kept ..."."""
+    sizes = f"{megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of weights in memory"
+    blocks = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
+    bits = result["bits_per_weight"]
+    last = "" if bits is None else f"\n  {bits:.3f} bits per weight of the linears"
+    return f"{printable(begin)} {sizes}\n  {kept} {blocks}{last}"
+
+
 def print_json(schema: str, result: dict[str, Any]) -> None:
     """Print a result as JSON; the schema's number grows when a field changes its meaning or goes away."""
     click.echo(json.dumps({"schema": schema, **result}, indent=2))
 
 
 @contextmanager
-def code_warnings(quiet: bool) -> Iterator[None]:
-    """Warn on stderr which Python code from outside runs, before it does."""
+def model_warnings(quiet: bool) -> Iterator[None]:
+    """Print warnings about a model on stderr, such as Python code that is about to run, or files left out."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, ForeignCodeWarning):
+            if not issubclass(category, ModelWarning):
                 show(message, category, *where, **more)
             elif not quiet:
                 click.echo(printable(f"Warning: {message}"), err=True)
 
         warnings.showwarning = warn
-        warnings.simplefilter("always", ForeignCodeWarning)
+        warnings.simplefilter("always", ModelWarning)
         yield

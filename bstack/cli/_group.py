@@ -11,22 +11,20 @@ from typing import Any
 
 import click
 
-from bstack.cli._text import printable
-from bstack.errors import one_line, user_message
+from bstack.errors import one_line, printable, user_message
 from bstk.errors import BstkError, Interrupted
 
-# Parameter that an error names as its `option` -> what a user of the command line can do.
+# Parameter that an error names as its `option` -> what a user of the command line can do: "Use ...".
 OPTIONS = {
     "overwrite": "Use --force to replace it.",
-    "in_place": "Use --in-place to change the file itself.",
     "work_dir": "Use --work-dir for another folder.",
-    "mb": "Use --mb to choose a size.",
     "trust_remote_code": "Use --trust-remote-code to allow it.",
     "code": "Use --code to name it.",
     "text": "Use --text for another text.",
     "calibration": "Use --calibration for another text.",
     "windows": "Use --windows for fewer.",
     "sequence_length": "Use --sequence-length for another length.",
+    "tokenizer": "Use --no-tokenizer to leave it out.",
     "engine": "Use --engine transformers.",
     "quality": "Use --no-quality to measure speed alone.",
 }
@@ -96,11 +94,12 @@ def _stdout_is_closed() -> bool:
 
 
 def _report_exception(error: Exception) -> int:
+    if isinstance(error, BstkError) and (advice := OPTIONS.get(error.option or "")):
+        error.hint = f"{error.hint.removesuffix('.')}, or u{advice[1:]}" if error.hint else advice
     message, code = user_message(error) or (
         f"unexpected {type(error).__name__}: {error}. This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,
     )
-    message += " " + OPTIONS[option] if (option := getattr(error, "option", None)) in OPTIONS else ""
     return _report(f"Error: {message}", code)
 
 

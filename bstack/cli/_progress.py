@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 import bstk
-from bstack.cli._text import duration, megabytes, printable
+from bstack.cli._text import duration, megabytes
+from bstack.errors import printable
 
 __all__ = ["LINE_EVERY", "copied", "is_terminal", "stage", "transferred"]
 

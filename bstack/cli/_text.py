@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bstack.errors import printable
 from bstk import MB
 
 _TITLES = {
@@ -13,12 +14,8 @@ _TITLES = {
     "blocks": "blocks",
     "bits_per_weight": "bits/weight",
     "kld": "KLD",
+    "kld_se": "KLD se",
 }
-
-
-def printable(value: object) -> str:
-    """Return `value` as text without control characters: names and metadata of files must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def megabytes(size: int) -> str:
@@ -72,9 +69,8 @@ def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     The metadata of a file of an older version has ``original_bytes`` at most.
     """
-    stored, size, quantisation = (
-        model.get(key) for key in ("original_bytes", "original_dtype_bytes", "source_quantisation")
-    )
+    keys = ("original_bytes", "original_dtype_bytes", "source_quantisation")
+    stored, size, quantisation = (model.get(key) for key in keys)
     if not isinstance(stored, int):
         return []
     if not isinstance(size, int):

@@ -12,7 +12,7 @@ import bstk
 from bstack.bench.options import Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
 from bstack.cli._progress import stage
-from bstack.cli._text import printable
+from bstack.errors import printable
 from bstk.atomic import replacing
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--budgets",
     type=_common.Parsed("MB,MB-MB+STEP", parse_budgets),
-    help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the smallest to the whole file by default.",
+    help="Sizes to measure, such as 60,80,100-200+20 (or 64-512*2); ten from the base model to the whole file by default.",
 )
 @click.option(
     "--original",
@@ -145,7 +145,7 @@ def command(
         check_tasks(options.tasks)
     from bstack.bench.run import run_bench
 
-    with _common.code_warnings(quiet):
+    with _common.model_warnings(quiet):
         report, resume = run_bench(file, options, lambda name, steps: stage(steps, name, quiet))
     _write(report, plot, csv_path, as_json, quiet)
     resume.delete()  # only now: hours of measuring must survive a full disk and a closed pipe

@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 
-from bstack.cli._common import Parsed, code_warnings, json_option, print_json, quiet_option, trust_option
+from bstack.cli._common import Parsed, json_option, model_warnings, print_json, quiet_option, trust_option
 from bstack.cli._progress import is_terminal, stage
-from bstack.cli._text import duration, megabytes, original_fields, printable
+from bstack.cli._text import duration, megabytes, original_fields
+from bstack.errors import printable
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
+from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
 
 _STAGES = {
     "open": "Opening the model",
@@ -64,8 +66,8 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
     type=_number_or_auto("N|auto", int, "a whole number"),
     help="Sign codec: rank of a block's magnitudes; auto (the default) chooses it for each matrix.",
 )
-@click.option("--bits", type=int, help="SpQR codec: bits of a code, 3 or 4 (the default).")
-@click.option("--group", type=int, help="SpQR codec: inputs that share a scale, 16 (the default), 32, 64 or 128.")
+@click.option("--bits", type=int, help=f"SpQR codec: bits of a code, {one_of(SPQR_BITS)} (the default).")
+@click.option("--group", type=int, help=f"SpQR codec: inputs that share a scale, {one_of(SPQR_GROUPS)}; by default 16.")
 @click.option(
     "--outliers",
     metavar="FRACTION|auto",
@@ -98,6 +100,9 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
 @click.option("--samples", type=int, help="Calibration windows; 64 by default.")
 @click.option("--sequence-length", type=int, help="Tokens in each window; 256 by default.")
 @click.option("--seed", type=int, help="Random seed; 0 by default.")
+@click.option(
+    "--no-tokenizer", is_flag=True, help="Leave the tokenizer out: the file then takes token ids alone, in Python."
+)
 @click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @trust_option
@@ -114,6 +119,7 @@ def command(
     preset: str,
     work_dir: str | None,
     force: bool,
+    no_tokenizer: bool,
     trust_remote_code: bool,
     dask: str | None,
     as_json: bool,
@@ -134,8 +140,8 @@ def command(
     from bstack.compression.api import compress
 
     _check_preset(preset, changes["codec"])
-    settings = PRESETS[preset].with_changes(**changes)
-    with code_warnings(quiet):
+    settings = PRESETS[preset].with_changes(**changes, tokenizer=False if no_tokenizer else None)
+    with model_warnings(quiet):
         report = compress(
             model,
             output,
@@ -147,20 +153,19 @@ def command(
             progress=_progress(quiet),
         )
     if as_json:
-        print_json("bstack.compress/1", report.to_json())
+        print_json("bstack.compress/2", report.to_json())
         return
     rows = [
         *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
-        ("smallest file", megabytes(report.smallest_bytes)),
+        ("base model", megabytes(report.base_bytes)),
         (
             "stack",
             f"{report.blocks} blocks of {report.linears} linears, {report.bits_per_weight:.2f} bits per weight in all",
         ),
         ("time", duration(report.seconds)),
+        ("peak memory", megabytes(report.peak_memory_bytes)),
     ]
-    if report.peak_memory_bytes is not None:
-        rows.append(("peak memory", megabytes(report.peak_memory_bytes)))
     click.echo(f"{printable(output)}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")

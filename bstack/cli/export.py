@@ -5,17 +5,22 @@ from __future__ import annotations
 import click
 
 from bstack.cli import _common, _progress
-from bstack.cli._text import megabytes, printable
+from bstack.cli._text import megabytes
+from bstack.errors import printable
 
-_DTYPES = ("bf16", "fp16", "fp32")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of torch
 
 
 @click.command("export")
 @_common.place_argument
-@click.option("--to", "form", type=click.Choice(["safetensors"]), required=True, help="What to write.")
+@click.option(
+    "--to", "form", type=click.Choice(["safetensors"]), default="safetensors", help="What to write: safetensors."
+)
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True, help="Type of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Type of the weights."
+)
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -25,7 +30,7 @@ def command(
     file: str,
     form: str,
     folder: str,
-    mb: str | None,
+    budget: int | None,
     dtype: str,
     trust_remote_code: bool,
     code: str | None,
@@ -47,20 +52,22 @@ def command(
       bstack export model.bstk --to safetensors small/ --mb 3000 --dtype fp16
     """
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
-        cut = reader.fit(mb)
+        cut = reader.fit(budget=budget)
         # Before torch is imported, which takes seconds.
         from bstack.folders import check_free
 
         check_free(folder)
-        from bstack.engine.export import DTYPES, export_safetensors
+        import torch
+
+        from bstack.engine.export import export_safetensors
 
         total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _progress.transferred(reader, total, "export", quiet) as advance, _common.code_warnings(quiet):
+        with _progress.transferred(reader, total, "export", quiet) as advance, _common.model_warnings(quiet):
             done = export_safetensors(
                 reader,
                 folder,
-                mb=mb,
-                dtype=DTYPES[dtype],
+                budget=budget,
+                dtype=getattr(torch, _DTYPES[dtype]),
                 trust_remote_code=trust_remote_code,
                 code=code,
                 progress=advance,

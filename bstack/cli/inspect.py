@@ -10,8 +10,9 @@ import click
 
 import bstk
 from bstack.cli import _common
-from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, printable, table
-from bstk.kinds import outlier_count, spqr_parts
+from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, table
+from bstack.errors import printable
+from bstk.kinds import outlier_count, spqr_form, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts
 _SHOWN_FILES = 6
@@ -46,11 +47,11 @@ def command(file: str, show_blocks: bool, root_only: bool, strict: bool, as_json
         if root_only:
             click.echo(reader.root.hex())
         elif as_json:
-            _common.print_json("bstack.inspect/1", _as_json(reader, show_blocks))
+            _common.print_json("bstack.inspect/2", _as_json(reader, show_blocks))
         else:
             click.echo(_page(reader))
             if show_blocks:
-                click.echo(f"\nBlocks (* in the smallest model)\n{_block_table(reader)}")
+                click.echo(f"\nBlocks (* in the base model)\n{_block_table(reader)}")
 
 
 def _page(reader: bstk.Reader) -> str:
@@ -93,7 +94,7 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     }[reader.state]
     sizes = [
         ("this file", megabytes(reader.length), megabytes(reader.memory_bytes)),
-        ("smallest cut", megabytes(reader.smallest.file_bytes), megabytes(reader.smallest.memory_bytes)),
+        ("base model", megabytes(reader.base.file_bytes), megabytes(reader.base.memory_bytes)),
         ("complete file", megabytes(reader.complete.file_bytes), megabytes(reader.complete.memory_bytes)),
     ]
     width = max(len(cell) for _, *cells in sizes for cell in cells)
@@ -115,7 +116,7 @@ def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
         levels = Counter(chunk.name for chunk in here).values()
         pairs += [
             ("linears", f"{len(levels):,} with {weights:,} weights"),
-            ("blocks", f"{len(here):,} here; {len(base):,} in the smallest cut, {total:,} in the complete file"),
+            ("blocks", f"{len(here):,} here; {len(base):,} in the base model, {total:,} in the complete file"),
             ("blocks a linear", f"{min(levels)} to {max(levels)} here"),
             ("kinds", ", ".join(_kind_summary(here))),
             ("bits per weight", f"{reader.bits_per_weight():.3f} of the linears here"),
@@ -140,7 +141,7 @@ def _rank_words(kind: bstk.Kind, low: int, high: int) -> str:
     if kind is bstk.OUTLIERS:
         return ""
     if kind is bstk.SPQR and low == high:
-        return f" ({high % 16} bits in groups of {high - high % 16})"
+        return " ({} bits in groups of {})".format(*spqr_form(high))
     return f" ({span} bits per weight)" if kind is bstk.TRELLIS else f" (rank {span})"
 
 
@@ -159,7 +160,7 @@ def _provenance_fields(metadata: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
-    """Bytes in memory of the parts of all stacks with a dense SpQR part that this file has; None without any.
+    """Return the bytes in memory of the parts of all stacks with a dense SpQR part in this file; None without any.
 
     ``bytes`` names the codes, the statistics (scale and zero codes and their second level), the order of the inputs, the
     outliers (row pointers, columns, values), and the blocks above. ``bits_per_weight`` counts all of them, and
@@ -189,7 +190,7 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
         "bits_per_weight": 8 * total / weights,
         "level_bits_per_weight": 8 * (total - parts["planes"]) / weights,
         "outliers": outliers,
-        "outlier_share": outliers / weights,
+        "outlier_fraction": outliers / weights,
         "bytes": parts,
     }
 
@@ -197,12 +198,10 @@ def _spqr_summary(reader: bstk.Reader) -> dict[str, Any] | None:
 def _spqr_table(found: dict[str, Any]) -> str:
     """Return a summary as a table."""
     weights = found["weights"]
-    share = f"{found['outliers']:,} outliers, {100 * found['outlier_share']:.3f} % of {weights:,} weights"
-    words = {"outliers": share if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
-    rows = [
-        [part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")]
-        for part, size in found["bytes"].items()
-    ]
+    count = f"{found['outliers']:,} outliers, {100 * found['outlier_fraction']:.3f} % of {weights:,} weights"
+    words = {"outliers": count if found["outliers"] else "none here", "planes": "blocks above dense part and outliers"}
+    sizes = found["bytes"].items()
+    rows = [[part, megabytes(size), f"{8 * size / weights:.4f}", words.get(part, "")] for part, size in sizes]
     level, total = found["level_bits_per_weight"], found["bits_per_weight"]
     planes = found["bytes"]["planes"]
     all_ = sum(found["bytes"].values())
@@ -242,7 +241,7 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "root": reader.root.hex(),
         "file_bytes": reader.length,
         "memory_bytes": reader.memory_bytes,
-        "smallest": reader.smallest._asdict(),
+        "base": reader.base._asdict(),
         "complete": reader.complete._asdict(),
         "chunks": len(reader.chunks),
         "blocks": len(blocks),
@@ -264,6 +263,6 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
 
 
 def _chunk_as_json(chunk: bstk.Chunk, in_base: bool) -> dict[str, Any]:
-    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_smallest": in_base}
+    named = {"name": chunk.name, "level": chunk.level, "kind": chunk.kind.name, "in_base": in_base}
     plain = ("offset", "stored_length", "raw_length", "shape", "rank", "transposed", "importance", "error")
     return {**named, **{key: getattr(chunk, key) for key in plain}, "digest": chunk.digest.hex()}

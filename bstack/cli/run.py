@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from decimal import Decimal
 from typing import Any
 
 import click
@@ -20,11 +19,11 @@ AUTO = "auto"
 _WRITTEN = ("text", "prompt_tokens", "new_tokens", "prompt_seconds", "tokens_per_second")
 
 
-def _mb_or_auto(value: str) -> str:
+def _budget_or_auto(value: str) -> int | str:
     if value.strip().lower() == AUTO:
         return AUTO
     try:
-        return _common.checked_mb(value)
+        return bstk.budget_bytes(value)
     except bstk.UsageError as error:
         raise ValueError(f"{error} Or auto, to follow what the machine has free.") from error
 
@@ -44,7 +43,8 @@ class Finite(click.FloatRange):
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @click.option(
     "--mb",
-    type=_common.Parsed("MB|auto", _mb_or_auto),
+    "budget",
+    type=_common.Parsed("MB|auto", _budget_or_auto),
     help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
@@ -87,7 +87,7 @@ class Finite(click.FloatRange):
 def command(
     file: str,
     prompt: str,
-    mb: Any,
+    budget: int | str | None,
     chat: bool,
     max_new_tokens: int,
     do_sample: bool,
@@ -119,8 +119,8 @@ def command(
             click.echo(line, err=True)
 
     allowed = {"trust_remote_code": trust_remote_code, "code": code}
-    with _common.code_warnings(quiet):
-        model, tokenizer, native = _load(file, mb, quiet, log, engine, strict, allowed)
+    with _common.model_warnings(quiet):
+        model, tokenizer, native = _load(file, budget, quiet, log, engine, strict, allowed)
     from bstack.packed.autosize import following
     from bstack.packed.store import store_of
 
@@ -133,8 +133,10 @@ def command(
             f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
         )
     ids = encode_prompt(tokenizer, prompt, chat)
+    if not native and model.bstack_unfused is not None:
+        log(f"Tokens are decoded by {type(model).__name__}'s own code, without the fused step: {model.bstack_unfused}.")
     try:
-        with following(model, warn=log) if mb == AUTO else nullcontext():
+        with _common.model_warnings(quiet), following(model, warn=log) if budget == AUTO else nullcontext():
             written = write_text(
                 model,
                 tokenizer,
@@ -173,11 +175,17 @@ def command(
 
 
 def _load(
-    file: str, mb: Any, quiet: bool, log: Callable[[str], None], engine: str, strict: bool, allowed: dict[str, Any]
+    file: str,
+    budget: int | str | None,
+    quiet: bool,
+    log: Callable[[str], None],
+    engine: str,
+    strict: bool,
+    allowed: dict[str, Any],
 ) -> tuple[Any, Any, bool]:
     """Load the model within the budget, or without one within what is free; return whether the native engine runs it."""
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
-        smallest = reader.smallest.budget
+        base = reader.base.budget
     settings: dict[str, Any] = {
         "strict": strict,
         "warn": False,
@@ -185,18 +193,18 @@ def _load(
         "progress": lambda what, total: _progress.copied(total, what, quiet),
     }
 
-    def load_native(mb: Any) -> tuple[Any, Any]:
+    def load_native(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.native.load import load
 
-        return load(file, mb=mb, **settings)
+        return load(file, budget=budget, **settings)
 
-    def load_transformers(mb: Any) -> tuple[Any, Any]:
+    def load_transformers(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.load import load
 
-        return load(file, mb=mb, mode="packed", **allowed, **settings)
+        return load(file, budget=budget, mode="packed", **allowed, **settings)
 
-    def run(load: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-        return _load_within(load, file, mb, smallest, log)
+    def run(load: Callable[[int | None], tuple[Any, Any]]) -> tuple[Any, Any]:
+        return _load_within(load, file, budget, base, log)
 
     if engine == "transformers" or (engine == "auto" and any(allowed.values())):
         return *run(load_transformers), False
@@ -214,29 +222,33 @@ def _load(
 
 
 def _load_within(
-    load: Callable[[Any], tuple[Any, Any]], file: str, mb: Any, smallest: int, log: Callable[[str], None]
+    load: Callable[[int | None], tuple[Any, Any]],
+    file: str,
+    budget: int | str | None,
+    base: int,
+    log: Callable[[str], None],
 ) -> tuple[Any, Any]:
-    """Load a model with `load`, which takes megabytes, within the budget; without one, within what is free."""
+    """Load a model with `load`, which takes bytes, within the budget; without one, within what is free."""
     from bstack.packed.autosize import free_budget
     from bstack.packed.store import store_of
 
-    if mb is not None and mb != AUTO:
-        return load(mb)
+    if isinstance(budget, int):
+        return load(budget)
     free, words = free_budget()
     if free is None:
-        if mb == AUTO:
+        if budget == AUTO:
             raise bstk.UsageError(f"--mb auto does not work here: {words}. Give a budget, such as --mb 500.")
         log(f"Using the whole file: {words}.")
         return load(None)
     if free <= 0:
         raise bstk.ResourceError(f"No memory for a model: {words}. End other programs, or give a budget with --mb.")
     if bstk.is_url(file):
-        model, tokenizer = load(Decimal(free) / bstk.MB)
+        model, tokenizer = load(free)
     else:
         # The base model first, so that what is free no longer counts libraries, tokenizer and modules.
-        model, tokenizer = load(Decimal(smallest) / bstk.MB)
+        model, tokenizer = load(base)
         free, words = free_budget()
-        store_of(model).resize(max(free or 0, 0) + smallest)
+        store_of(model).resize(max(free or 0, 0) + base)
     log(f"Using {megabytes(store_of(model).state.weight_bytes)} for weights: {words}.")
     return model, tokenizer
 

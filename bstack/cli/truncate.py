@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table, megabytes, printable
+from bstack.cli._text import curve, curve_table
+from bstk.atomic import require_free
 
 
 @click.command("truncate")
@@ -26,7 +24,7 @@ from bstack.cli._text import curve, curve_table, megabytes, printable
 @_common.quiet_option
 def command(
     source: str,
-    mb: str,
+    budget: int,
     output: str | None,
     in_place: bool,
     force: bool,
@@ -58,8 +56,8 @@ def command(
         raise click.UsageError("-o OUT and --in-place exclude each other.")
     if output is None and not in_place and not dry_run:
         raise click.UsageError("no output is named. Use -o OUT, or --in-place to shorten IN itself.")
-    if output is not None and os.path.exists(output) and not force and not dry_run:
-        raise click.UsageError(f"{printable(output)} exists. Use --force to replace it, or another OUT.")
+    if output is not None and not force and not dry_run:
+        require_free(output)
     if in_place and bstk.is_url(source):
         raise click.UsageError("a file on a server cannot be cut in place. Name an output with -o OUT.")
 
@@ -68,46 +66,30 @@ def command(
     with _common.open_file(source, quiet=quiet, warn=False) as reader:
         name = reader.source.name
         if dry_run:
-            cut = bstk.plan(reader, mb)
-            result = _describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
+            cut = bstk.plan(reader, budget=budget)
+            result = _common.describe(reader, cut) | {"sealed": not no_seal and cut.file_bytes < reader.full_length}
             points = curve(reader.metadata)
         elif not in_place:
             doing = "fetch" if bstk.is_url(source) else "copy"
-            with _progress.transferred(reader, bstk.plan(reader, mb).file_bytes, doing, quiet) as advance:
-                bstk.truncate(reader, output, mb=mb, seal=not no_seal, progress=advance, overwrite=force)
+            with _progress.transferred(reader, bstk.plan(reader, budget=budget).file_bytes, doing, quiet) as advance:
+                bstk.truncate(reader, output, budget=budget, seal=not no_seal, progress=advance, overwrite=force)
     if not dry_run:
         if in_place:
-            bstk.truncate(source, None, mb=mb, seal=not no_seal)
+            bstk.truncate(source, None, budget=budget, seal=not no_seal)
         with _common.open_file(target or source, quiet=quiet, warn=False) as reader:
-            result = _describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
+            result = _common.describe(reader, reader.fit()) | {"sealed": reader.state == "sealed"}
             points = curve(reader.metadata)
     if as_json:
         result |= {"input": name, "output": target, "dry_run": dry_run, "quality": points}
         _common.print_json("bstack.truncate/1", result)
         return
-    click.echo(_report(result, printable(target or name), dry_run))
+    click.echo(
+        _common.report(
+            result, f"{target or name}:{' would be' if dry_run else ''}", "would keep" if dry_run else "kept"
+        )
+    )
+    if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:
+        click.echo("  not sealed: readers will call it partial")
     if dry_run and points:
         click.echo("\nMeasured when the model was compressed (> is the nearest size below):")
         click.echo(curve_table(points, cut=result["file_bytes"]))
-
-
-def _describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
-    return {
-        "file_bytes": cut.file_bytes,
-        "memory_bytes": cut.memory_bytes,
-        "chunks": cut.chunks,
-        "blocks": sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks]),
-        "blocks_total": sum(chunk.is_block for chunk in reader.all_chunks),
-        "bits_per_weight": reader.bits_per_weight(cut),
-    }
-
-
-def _report(result: dict[str, Any], target: str, dry_run: bool) -> str:
-    sizes = f"{megabytes(result['file_bytes'])} as a file and {megabytes(result['memory_bytes'])} of weights in memory"
-    kept = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
-    lines = [f"{target}: {'would be' if dry_run else 'is'} {sizes}", f"  {'would keep' if dry_run else 'kept'} {kept}"]
-    if result["bits_per_weight"] is not None:
-        lines.append(f"  {result['bits_per_weight']:.3f} bits per weight of the linears")
-    if not dry_run and not result["sealed"] and result["blocks"] < result["blocks_total"]:
-        lines.append("  not sealed: readers will call it partial")
-    return "\n".join(lines)

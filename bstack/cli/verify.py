@@ -8,7 +8,8 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import megabytes, printable
+from bstack.cli._text import megabytes
+from bstack.errors import printable
 
 
 def _root_digest(value: str) -> bytes:

@@ -114,7 +114,7 @@ class Codec(ABC):
         tokens : int
             Rows of X, which say how reliable H is.
         importance : torch.Tensor
-            How much the model minds a squared error in each output (docs/method.md), float32, shape (outputs,),
+            How much a squared error in each output raises the divergence (docs/method.md), float32, shape (outputs,),
             not negative, in any unit. A codec may ignore it.
         """
 

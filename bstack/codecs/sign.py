@@ -20,16 +20,17 @@ import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
+from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import output_errors
-from bstack.numerics.lowrank import leading_triplets
 
 __all__ = ["KIND", "SignCodec", "choose_rank"]
 
 KIND = bstk.SIGN
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
-HALF_MAX = 65504.0
 # The rounding of half-precision factors leaves about this fraction of the squared error, however well the rank fits.
 MIN_LEFT = 2.0**-22
+# Within 0.3 % of the exact residual norm on |R| of real weights, of random matrices and of block and diagonal ones.
+OVERSAMPLE, ITERATIONS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,12 @@ def choose_rank(scaled: torch.Tensor) -> int:
     """Choose the rank that removes the most error per bit from a matrix.
 
     After a plane of rank k the squared residual is ||A||^2 - sum of the k leading squared singular values of |A|.
-    The choice is the k of 1, 2, 3, 4, 6, 8, 12, 16 with the largest fall of its logarithm per bit of
-    m n + 16 k (m + n). No rank gets below the rounding of half precision.
-
-    Parameters
-    ----------
-    scaled : torch.Tensor
-        A = W diag(s), float32, shape (m, n).
+    The choice is the k of `RANKS` with the largest fall of its logarithm per bit of m n + 16 k (m + n), for
+    `scaled` A = W diag(s), shape (m, n). No rank gets below the rounding of half precision.
     """
     m, n = scaled.shape
     ranks = [k for k in RANKS if k <= min(m, n)]
-    _, s, _ = leading_triplets(scaled.abs(), ranks[-1])
+    _, s, _ = _leading_triplets(scaled.abs(), ranks[-1])
     total = scaled.square().sum(dtype=torch.float64)
     if total == 0:
         return 1
@@ -114,19 +110,40 @@ def choose_rank(scaled: torch.Tensor) -> int:
     return max(ranks, key=lambda k: float(-(1 - removed[k - 1]).clamp_min(MIN_LEFT).log()) / (m * n + 16 * k * (m + n)))
 
 
+def _leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Approximate the leading singular triplets of a matrix: U, shape (m, rank), s falling, V, shape (n, rank).
+
+    Subspace iteration with oversampling: Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM
+    Review 53 (2011), algorithm 4.4. It starts from the row sums (for a matrix of magnitudes, almost the first left
+    singular vector) and from mixtures of all columns with fixed Gaussian weights: equal matrices give equal results.
+    Columns of the matrix instead of mixtures miss directions of block-shaped ones, up to 80 % of the residual.
+    """
+    n = matrix.shape[1]
+    width = min(rank + OVERSAMPLE, *matrix.shape)
+    mixture = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    mixture[:, 0] = 1
+    q = torch.linalg.qr(matrix @ mixture).Q
+    for _ in range(ITERATIONS):
+        q = torch.linalg.qr(matrix.t() @ q).Q
+        q = torch.linalg.qr(matrix @ q).Q
+    u, s, vh = torch.linalg.svd(q.t() @ matrix, full_matrices=False)
+    return q @ u[:, :rank], s[:rank], vh[:rank].t()
+
+
 def _magnitudes(absolute: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return half-precision factors of |R diag(s)| ~ U V^T, the scale taken out of V."""
-    u, s, v = leading_triplets(absolute, rank)
+    u, s, v = _leading_triplets(absolute, rank)
     root = s.clamp_min(0).sqrt()
     u, v = u * root, v * root / scale[:, None]
     # Only the product matters; balance the factors so that neither leaves the range of half precision.
     top_u, top_v = u.abs().amax(0).clamp_min(1e-30), v.abs().amax(0).clamp_min(1e-30)
     balance = (top_v / top_u).sqrt()
     u, v = u * balance, v / balance
-    return u.clamp(-HALF_MAX, HALF_MAX).half(), v.clamp(-HALF_MAX, HALF_MAX).half()
+    return to_half(u), to_half(v)
 
 
 def _contribution(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Compute what a block adds to the matrix: S * (U V^T)."""
     product = u.float() @ v.float().t()
     return torch.where(signs, product, -product)
 
@@ -134,9 +151,7 @@ def _contribution(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torc
 def _pack(signs: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> bytes:
     """Lay a block out: signs row by row, bit j % 8 of byte j // 8, rows padded to whole bytes; then U; then V."""
     bits = np.packbits(signs.numpy(), axis=1, bitorder="little")
-    return (
-        bits.tobytes() + u.contiguous().numpy().astype("<f2").tobytes() + v.contiguous().numpy().astype("<f2").tobytes()
-    )
+    return b"".join([bits.tobytes(), *(factor.contiguous().numpy().astype("<f2").tobytes() for factor in (u, v))])
 
 
 def _unpack(payload: bytes, shape: tuple[int, int], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

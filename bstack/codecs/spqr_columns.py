@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,17 +25,7 @@ ROUNDS = 2
 
 
 class Damped(NamedTuple):
-    """A damped hessian, ready for feedback.
-
-    Attributes
-    ----------
-    order : torch.Tensor
-        Columns by falling diagonal of the hessian, int64, shape (inputs,).
-    factor : torch.Tensor
-        The feedback factor of the columns in that order (`factorise`), shape (inputs, inputs).
-    cost : torch.Tensor
-        What an error in each costs, shape (inputs,).
-    """
+    """A damped hessian: its columns by falling diagonal, and factor and cost (`factorise`) in that order."""
 
     order: torch.Tensor
     factor: torch.Tensor
@@ -55,30 +45,12 @@ def code_columns(
 ) -> tuple[Dense, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Code all columns, group after group, each with the feedback of those before it.
 
-    Parameters
-    ----------
-    weight : torch.Tensor
-        Float32, shape (outputs, inputs).
-    damped : Damped
-    outlier_mask : torch.Tensor
-        True for outliers; bool, shape (outputs, inputs).
-    importance : torch.Tensor
-        Of the outputs, shape (outputs,); weighs the rows that share a second level.
-    bits, group : int
-
-    Returns
-    -------
-    dense : Dense
-    values : torch.Tensor
-        What `dense` stands for, float32, shape (outputs, inputs).
-    rows, columns : torch.Tensor
-        Places of the outliers, by row and then by column, int64.
-    added : torch.Tensor
-        What the outliers add there, float16.
+    `weight` and `outlier_mask` have shape (outputs, inputs); `importance` weighs the rows that share a second level.
+    Returns the dense part, its weights, rows and columns of the outliers (by row, then by column), and what these add, float16.
     """
     m, n = weight.shape
     order, max_code = damped.order, 2**bits - 1
-    # Rows in whole tiles: the last one again, without weight.
+    # The last row fills up the last tile, without weight.
     rows = torch.arange(-(-m // ROWS) * ROWS).clamp_max(m - 1)
     original = weight[rows][:, order].t().contiguous()
     counts = torch.where(outlier_mask, OUTLIER_COST / max_code**2, 1.0)[rows][:, order].t().contiguous()
@@ -86,9 +58,9 @@ def code_columns(
     row_weight = row_weight[rows] / row_weight.mean()
     row_weight[m:] = 0
     errors, dense, added = (torch.empty_like(original) for _ in range(3))
-    codes = np.zeros((len(rows), -(-n // group) * group), np.uint8)
-    small = np.zeros((2, len(rows), -(-n // group)), np.uint8)
-    levels = np.zeros((len(rows) // ROWS, -(-n // group), 4), np.float16)
+    groups = -(-n // group)
+    codes, small = np.zeros((len(rows), groups * group), np.uint8), np.zeros((2, len(rows), groups), np.uint8)
+    levels = np.zeros((len(rows) // ROWS, groups, 4), np.float16)
     for number, start in enumerate(range(0, n, group)):
         here = slice(start, min(start + group, n))
         target = original[here]
@@ -110,6 +82,8 @@ def code_columns(
 
 
 class _Found(NamedTuple):
+    """A coded group: scale and zero codes, shape (2, rows), and the second level, shape (tiles, 4)."""
+
     coded: Coded
     numbers: torch.Tensor
     levels: torch.Tensor
@@ -124,9 +98,9 @@ def _code(
     row_weight: torch.Tensor,
     max_code: int,
 ) -> _Found:
-    """Code one group: fit it, quantise the fits of 16 rows together, code with the nearest of those; then once more.
+    """Code one group: fit it, quantise the fits of 16 rows together, code with the nearest of those, and do so again.
 
-    The second round starts from the codes of the first, and is used for those tiles that it makes better.
+    The second round starts from the codes of the first; it is kept for the tiles that it improves.
     """
     best: _Found | None = None
     scale, zero = fit_groups(target, cost, counts, max_code)
@@ -136,7 +110,7 @@ def _code(
         if best is not None:
             wanted = target + factor.triu(1).t() @ best.coded.errors
             scale, zero = refit_groups(wanted, best.coded.codes, position_weight, scale)
-        # A relative error of the scale counts by the group's power, an error of the zero point by its mass.
+        # The group's power weighs a relative error of the scale, its mass an error of the zero point.
         power = (position_weight * target.square()).sum(0) / scale.square()
         statistics = torch.stack([scale, zero]), torch.stack([power, mass * scale.square()]) * row_weight
         levels = torch.stack(fit_levels(*map(_tiles, statistics)), 2).transpose(0, 1).flatten(1)
@@ -145,33 +119,26 @@ def _code(
         choice = coded.cost.argmin(0)
         chosen = coded.chosen(choice)
         numbers = numbers.gather(1, choice.expand(2, 1, -1)).squeeze(1)
-        found = _Found(chosen, numbers, levels)
         if best is not None:
             better = _tiles(row_weight * chosen.cost).sum(1) < _tiles(row_weight * best.coded.cost).sum(1)
             by_row = better.repeat_interleave(ROWS)
-            mixed = Coded(*(torch.where(by_row, new, old) for new, old in zip(chosen, best.coded, strict=True)))
-            found = _Found(
-                mixed, torch.where(by_row, numbers, best.numbers), torch.where(better[:, None], levels, best.levels)
-            )
-        best = found
-    return found
+            chosen = Coded(*(torch.where(by_row, new, old) for new, old in zip(chosen, best.coded, strict=True)))
+            numbers = torch.where(by_row, numbers, best.numbers)
+            levels = torch.where(better[:, None], levels, best.levels)
+        best = _Found(chosen, numbers, levels)
+    return cast(_Found, best)
 
 
 def _candidates(
     scale: torch.Tensor, zero: torch.Tensor, levels: torch.Tensor, max_code: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the stored scales nearest to what each row wants, with the zero points that keep the middle of the range.
+    """Find the stored scales nearest to each row's own, with the zero points that keep the middle of the range.
 
-    Returns
-    -------
-    numbers : torch.Tensor
-        Scale and zero codes, float32, shape (2, candidates, rows).
-    scales, zeros : torch.Tensor
-        What they stand for, float32, shape (candidates, rows).
+    Returns scale and zero codes, float32, shape (2, candidates, rows), then scales and zeros, shape (candidates, rows).
     """
     base, step = (levels[:, i].float().repeat_interleave(ROWS) for i in (0, 1))
     near = _near(scale, base, step, SCALES)
-    # As a decoder computes them: in float32, a product and a sum.
+    # A product and a sum in float32, as in the decoders.
     scales = base + step * near
     wanted = max_code / 2 - (max_code / 2 - zero) * scale / torch.where(scales == 0, 1.0, scales)
     base, step = (levels[:, i].float().repeat_interleave(ROWS) for i in (2, 3))
@@ -181,17 +148,18 @@ def _candidates(
 
 
 def _near(wanted: torch.Tensor, base: torch.Tensor, step: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the codes of the nearest values base + step * code; float32, one more axis in front."""
+    """Return the `count` codes whose values base + step * code are nearest, on a new first axis; float32."""
     place = (wanted - base) / torch.where(step == 0, 1.0, step)
     first = (place - (count - 2) / 2).floor_() if count % 2 == 0 else (place - (count - 1) / 2).round_()
     return first.clamp_(0, LEVELS - count) + torch.arange(count, dtype=torch.float32).reshape(-1, *[1] * wanted.dim())
 
 
 def _tiles(by_row: torch.Tensor) -> torch.Tensor:
+    """Split the last axis into tiles of rows."""
     return by_row.unflatten(-1, (-1, ROWS))
 
 
 def bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Return the importance with none so small that its row would not count at all; 1 where there is none."""
+    """Raise small importances to a thousandth of the mean, so that every row counts; all are 1 if none is positive."""
     mean = float(importance.mean())
     return importance.clamp_min(1e-3 * mean) if mean > 0 else torch.ones_like(importance)

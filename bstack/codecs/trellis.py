@@ -1,22 +1,24 @@
 """Trellis blocks: 2 bits per weight on rotated inputs, with error feedback; the default codec.
 
 A block of an m x n matrix is m x n codes of 2 bits and one scale per row. The value of a weight depends on its own
-code and on those of the three rows above it in the same column, so the 256 words of the table are chosen along a
+code and on those of the three rows above it in the same column, so the 256 values of the table are chosen along a
 path (trellis-coded quantisation: Marcellin and Fischer, IEEE Trans. Commun. 38, 1990; bit-shift trellis: QTIP,
 arXiv 2406.11235):
 
     w_ij = c_ij + 4 c_(i-1)j + 16 c_(i-2)j + 64 c_(i-3)j         (three rows of codes above the first are stored)
     block = diag(scale) TABLE[w]                                  W ~ unrotate(sum of the blocks)
 
-The encoder runs down the rows, because the error feedback (`bstack.numerics.feedback`) couples columns and leaves
-rows independent: so each column is still quantised with the exact feedback of all columns before it. docs/research/notebook.md
-has the measurements behind every choice here.
+The path runs down the rows, because the error feedback (`bstack.numerics.feedback`) couples columns only: so each column is
+still quantised with the exact feedback of all columns before it. docs/research/notebook.md has the measurements behind
+every choice here.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -24,15 +26,17 @@ import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
-from bstack.kernels.matrix import BLOCKS, Matrix
+from bstack.kernels import reference
+from bstack.kernels.matrix import BLOCKS, Matrix, pointer
 from bstack.kernels.multiply import decode_rows
+from bstack.kernels.native import library
 from bstack.kernels.reference import EARLIER, TABLE
-from bstack.kernels.trellis import encode_columns
-from bstack.numerics.feedback import choose_damping, feedback_factor, spectrum_sample
+from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
+from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 
-__all__ = ["TABLE", "TrellisCodec"]
+__all__ = ["TABLE", "TrellisCodec", "encode_columns"]
 
 BITS = 2
 # How many later blocks the feedback's damping considers; measured best for the first blocks and for the last two.
@@ -43,7 +47,6 @@ HEADROOM = 1.03
 UNIT = 0.0227
 COLUMNS_TOGETHER = 64
 ROWS_TOGETHER = 256
-HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class TrellisCodec(Codec):
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
             if later != factor_later:
-                factor, factor_later = None, later  # frees the old factor before the new one is made
-                factor = feedback_factor(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
+                factor, factor_later = None, later  # free the old factor before the new one is made
+                factor, _ = factorise(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (HEADROOM * UNIT)
             values, codes = _encode(residual, cast(torch.Tensor, factor), scale, importance)
             values_product = values @ rotated
@@ -114,7 +117,7 @@ def _damped(hessian: torch.Tensor, keep: float, ridge: float) -> torch.Tensor:
 
 
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
-    """Return the importance of the rows relative to their mean, none so small that its weights would be arbitrary."""
+    """Divide the importances by their mean and raise small ones to 1e-3, so that no row's codes are arbitrary."""
     mean = importance.mean()
     return (importance / mean).clamp_min(1e-3) if mean > 0 else torch.ones_like(importance)
 
@@ -122,11 +125,9 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 def _encode(
     residual: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Choose all codes of a block; return the table values, float32, shape (m, n), and the codes, uint8,
-    shape (3 + m, n).
+    """Choose all codes of a block, uint8, shape (3 + m, n); return them after their table values, float32, shape (m, n).
 
-    Columns are encoded in groups: inside a group the kernel carries the feedback, between groups a matrix product
-    does.
+    Columns are encoded in groups: the kernel carries the feedback inside a group, a matrix product between groups.
     """
     m, n = residual.shape
     table = np.array(TABLE, np.float32)
@@ -153,6 +154,40 @@ def _encode(
     return _values(codes), codes
 
 
+def encode_columns(
+    target: np.ndarray,
+    original: np.ndarray,
+    feedback: np.ndarray,
+    table: np.ndarray,
+    scale: np.ndarray,
+    weight: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the codes of some columns, each of which makes up for part of the errors of those before it.
+
+    Arrays are float32. Columns are contiguous: `target` (overwritten) and `original`, against which errors are measured,
+    have shape (columns, rows). Entry [j, t] of `feedback` is the part of column j's error that is added to the target of
+    column t > j. `scale`, positive, and `weight`, of the squared error in units of the scale, have shape (rows,).
+    Returns the codes, uint8, shape (columns, 3 + rows), and the errors, shape (columns, rows).
+    """
+    native = library()
+    if native is None:
+        _warn_once()
+        return reference.encode_columns(target, original, feedback, table, scale, weight)
+    columns, rows = target.shape
+    codes, errors = np.empty((columns, EARLIER + rows), np.uint8), np.empty((columns, rows), np.float32)
+    given = [np.ascontiguousarray(array, np.float32) for array in (original, feedback, table, scale, weight)]
+    original_, *rest = map(pointer, [*given, codes, errors])
+    if native.bstack_trellis_encode(pointer(target), original_, columns, rows, *rest):
+        raise MemoryError
+    return codes, errors
+
+
+@cache
+def _warn_once() -> None:
+    what = "The C kernels are not in use, so the trellis codec encodes some hundred times slower."
+    warnings.warn(what, RuntimeWarning, stacklevel=3)
+
+
 def _values(codes: np.ndarray) -> torch.Tensor:
     """Return the table values of codes (3 + m, n), float32, shape (m, n)."""
     windows = codes[EARLIER:].copy()
@@ -168,15 +203,15 @@ def _values(codes: np.ndarray) -> torch.Tensor:
 def _refit(
     residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor, keep: float, ridge: float
 ) -> torch.Tensor:
-    """Return the scale of each row that leaves the smallest output error, v H r / v H v; half precision, shape (m,).
+    """Fit the scale of each row to the smallest output error, v H r / v H v; half precision, shape (m,).
 
-    `product` is v times the hessian as it was measured; H is the better estimate of it (`_damped`).
+    `product` is v times the measured hessian; H is the better estimate of it (`_damped`).
     """
     scale = torch.empty(len(values))
     for rows in _parts(values):
         damped = keep * product[rows] + ridge * values[rows]
         scale[rows] = (damped * residual[rows]).sum(1) / (damped * values[rows]).sum(1).clamp_min(1e-30)
-    return scale.clamp(-HALF_MAX, HALF_MAX).half()
+    return to_half(scale)
 
 
 def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -185,7 +220,7 @@ def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(matrix: torch.Tensor | np.ndarray) -> Iterator[slice]:
-    """Yield rows a few at a time, so that of a large matrix not even a product is copied whole."""
+    """Yield rows a few at a time, so that no product of a large matrix is held whole."""
     for start in range(0, len(matrix), ROWS_TOGETHER):
         yield slice(start, start + ROWS_TOGETHER)
 
@@ -194,7 +229,7 @@ def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:
     """Lay a block out: four codes to a byte, then the scales.
 
     A row of n codes takes q = ceil(n / 4) bytes; byte b holds columns b, b + q, b + 2 q and b + 3 q, low bits first.
-    So shifting and masking a vector of bytes gives runs of neighbouring columns. Codes past column n are 0.
+    So masking a vector of bytes gives runs of neighbouring columns. Codes past column n are 0.
     """
     rows, n = codes.shape
     quarter = -(-n // 4)

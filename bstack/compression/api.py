@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import bstk
 from bstack.memory.process import peak_bytes
 from bstack.progress import Progress, no_progress
 from bstack.settings import PRESETS, Settings
-from bstk.atomic import require_free
-from bstk.errors import OutputError, UsageError, os_errors
+from bstk.atomic import require_free, target_of
+from bstk.errors import UsageError, os_errors
 
 __all__ = ["Report", "compress"]
 
@@ -29,8 +30,8 @@ class Report:
         The precision of the original's weights, and what all of them take in it: bfloat16 for a quantised source.
     source_quantisation
         How the weight files are quantised, such as ``GGUF Q4_1``; None for floats.
-    file_bytes, smallest_bytes
-        The file at full length, and cut to its smallest model.
+    file_bytes, base_bytes
+        The file at full length, and cut to its base model.
     memory_bytes
         Weights of the full model in memory, as blocks.
     linears, blocks
@@ -38,7 +39,7 @@ class Report:
     bits_per_weight
         Of those matrices at full depth, everything in the blocks counted.
     seconds, peak_memory_bytes
-        Of this process; a resumed run counts from its resumption. The peak is None where the system does not say.
+        Of this process; a resumed run counts from its resumption.
     """
 
     output: str
@@ -47,13 +48,13 @@ class Report:
     original_dtype_bytes: int
     source_quantisation: str | None
     file_bytes: int
-    smallest_bytes: int
+    base_bytes: int
     memory_bytes: int
     linears: int
     blocks: int
     bits_per_weight: float
     seconds: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -126,17 +127,11 @@ def compress(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    folder = output.parent
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder. Name the file to write, such as {output / 'model.bstk'}.")
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder, so {output.name} cannot be written there. Create it first.")
+    folder = Path(target_of(output)).parent
     if not overwrite:
         require_free(output)
-    probe = folder / f".{output.name}.probe"
-    with os_errors(str(folder)):
-        probe.touch()
-        probe.unlink()
+    with os_errors(str(output.parent)):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def _report(output: Path, file: bstk.Reader, seconds: float) -> Report:
@@ -149,7 +144,7 @@ def _report(output: Path, file: bstk.Reader, seconds: float) -> Report:
         original_dtype_bytes=model["original_dtype_bytes"],
         source_quantisation=model.get("source_quantisation"),
         file_bytes=file.length,
-        smallest_bytes=file.smallest_length,
+        base_bytes=file.base_length,
         memory_bytes=file.memory_bytes,
         linears=sum(chunk.level == 0 for chunk in blocks),
         blocks=len(blocks),

@@ -14,8 +14,7 @@ from bstack.codecs import codec_of_kind
 from bstack.eval.perplexity import perplexity
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
-from bstack.ordering.paper import PrefixCache, cut_scores
-from bstack.ordering.stack import by_gain_per_byte, by_level
+from bstack.ordering.orders import PrefixCache, by_gain_per_byte, by_level, cut_scores
 from bstack.workdir import Record, WorkDirectory
 from bstk.frames import unpack
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from bstack.errors import ClusterError, ClusterLostError, MissingPackageError, one_line
+from bstack.errors import one_line
 from bstack.kernels.native import instructions
-from bstk.errors import UsageError
+from bstk.errors import BstkError, Interrupted, UsageError
 
 __all__ = ["Cluster"]
 
@@ -33,40 +33,28 @@ PACKAGES = ("bstack", "torch", "numpy")
 
 
 class Cluster:
-    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager.
-
-    Raises
-    ------
-    bstack.errors.MissingPackageError, bstk.UsageError
-        distributed is not installed; `address` is not an address.
-    bstack.errors.ClusterError
-        There is no scheduler, it has no workers, or a worker has other versions.
-    """
+    """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager."""
 
     def __init__(self, address: str):
         try:
             import distributed
         except ImportError:
-            raise MissingPackageError(
-                "Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'"
-            ) from None
+            raise BstkError("Encoding on a cluster needs the package distributed: pip install 'bstack[dask]'") from None
         if ":" not in address:
             raise UsageError(f"{address!r} is not the address of a Dask scheduler, such as tcp://10.0.0.5:8786.")
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # bstack raises errors of its own
         self.address = address
         with ThreadPoolExecutor(1) as pool:
-            self._torch_threads = pool.submit(
-                torch.get_num_threads
-            ).result()  # as in `bstack.compression.encode.Threads`
+            self._torch_threads = pool.submit(torch.get_num_threads).result()  # as in a thread that encodes
         self._compared: set[str] = set()
         try:
-            _knock(address)
+            _check_connection(address)
             self.client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, MemoryError) as error:
             # OSError includes TimeoutError. ValueError: not an address; MemoryError: another protocol.
-            raise ClusterError(
-                f"No Dask scheduler answers at {address}: {one_line(error)}. Start one (dask scheduler), and give its "
-                "address, such as tcp://10.0.0.5:8786."
+            raise BstkError(
+                f"No Dask scheduler answers at {address}: {one_line(error)}.",
+                hint="Start one (dask scheduler), and give its address, such as tcp://10.0.0.5:8786.",
             ) from None
         try:
             self._check_workers()
@@ -80,8 +68,8 @@ class Cluster:
     def __exit__(self, *_exception: object) -> None:
         self.client.close()
 
-    def max_pending(self, inputs: int) -> int:
-        """Return how many matrices may be pending: one more than threads, so that no worker waits for the next."""
+    def max_pending(self, _inputs: int, /) -> int:
+        """Return how many matrices of any width may be pending: one more than threads, so that no worker waits for the next."""
         return 1 + self.count_threads()
 
     def count_threads(self) -> int:
@@ -93,13 +81,14 @@ class Cluster:
         """Call a function of a module with these arguments on a worker."""
         ignored = warnings.catch_warnings(action="ignore", category=UserWarning)  # of large arrays
         with self._still_there(), ignored:
-            future = self.client.submit(_call, function, arguments, facts(), self._torch_threads, pure=False)
+            future = self.client.submit(_call, function, arguments, environment(), self._torch_threads, pure=False)
         return _Task(self, future)
 
-    def lost(self, what: str = "went away") -> ClusterLostError:
+    def interrupted(self, what: str = "went away") -> Interrupted:
         """Return the error of a cluster that is of no use any more."""
-        return ClusterLostError(
-            f"The Dask scheduler at {self.address} {what}. Give the same command again to continue, with Dask or without."
+        return Interrupted(
+            f"The Dask scheduler at {self.address} {what}.",
+            hint="Give the same command again to continue, with Dask or without.",
         )
 
     @contextmanager
@@ -107,20 +96,21 @@ class Cluster:
         try:
             yield
         except OSError:  # dask's CommClosedError among them
-            raise self.lost() from None
+            raise self.interrupted() from None
 
     def _check_workers(self) -> None:
         try:
             self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
-            raise ClusterError(
-                f"The Dask scheduler at {self.address} has no workers. Start some: dask worker {self.address}"
+            raise BstkError(
+                f"The Dask scheduler at {self.address} has no workers.", hint=f"Start some: dask worker {self.address}"
             ) from None
-        here = facts()
-        for worker, found in self.client.run(facts, on_error="return").items():
+        here = environment()
+        for worker, found in self.client.run(environment, on_error="return").items():
             if isinstance(found, Exception):
-                raise ClusterError(
-                    f"The worker {worker} cannot run bstack: {one_line(found)}. Install bstack {here['bstack']} in its environment, too."
+                raise BstkError(
+                    f"The worker {worker} cannot run bstack: {one_line(found)}.",
+                    hint=f"Install bstack {here['bstack']} in its environment, too.",
                 )
             _check_versions(here, found, worker)
             self.compare(worker, found)
@@ -130,10 +120,9 @@ class Cluster:
         if worker in self._compared:
             return
         self._compared.add(worker)
-        here = facts()
-        if different := [
-            f"{name} {found[name]}, here {here[name]}" for name in ("processor", "kernels") if found[name] != here[name]
-        ]:
+        here = environment()
+        names = [name for name in ("processor", "kernels") if found[name] != here[name]]
+        if different := [f"{name} {found[name]}, here {here[name]}" for name in names]:
             warnings.warn(
                 f"The worker {worker} computes with other instructions ({'; '.join(different)}): the file is as good, but may "
                 "not be the same byte for byte.",
@@ -142,8 +131,8 @@ class Cluster:
             )
 
 
-def _knock(address: str) -> None:
-    """Connect once and close, or raise what is wrong with the address.
+def _check_connection(address: str) -> None:
+    """Connect once and close; raise OSError, ValueError, TypeError or MemoryError for what is no scheduler.
 
     A Dask client that cannot connect waits for 20 seconds when it is collected, and then Python prints its traceback.
     """
@@ -168,7 +157,7 @@ class _Task:
         self._cluster, self._future = cluster, future
 
     def result(self) -> Any:
-        """Wait for the function, and return or raise what it does; raise ClusterLostError without workers."""
+        """Wait for the function, and return or raise what it does; raise Interrupted without workers."""
         from distributed import KilledWorker
 
         deserted = None
@@ -178,22 +167,22 @@ class _Task:
                 self._cluster.compare(worker, there)
                 return found
             except KilledWorker as error:
-                raise ClusterLostError(
+                raise Interrupted(
                     f"Several workers of {self._cluster.address} died over the same matrix, the last "
-                    f"{error.last_worker.address}: most likely they have too little memory for it. Give them more, or fewer "
-                    "threads, and the same command again to continue."
+                    f"{error.last_worker.address}: most likely they have too little memory for it.",
+                    hint="Give them more, or fewer threads, and the same command again to continue.",
                 ) from None
             except CancelledError:
-                raise self._cluster.lost() from None
+                raise self._cluster.interrupted() from None
             except TimeoutError:
                 if self._future.status == "error" and isinstance(self._future.exception(), TimeoutError):
                     raise  # the encoder's own
                 if self._cluster.client.status != "running":
-                    raise self._cluster.lost() from None
+                    raise self._cluster.interrupted() from None
                 now = time.monotonic()
                 deserted = None if self._cluster.count_threads() else deserted or now
                 if deserted is not None and now - deserted > PATIENCE_SECONDS:
-                    raise self._cluster.lost(f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
+                    raise self._cluster.interrupted(f"has had no workers for {PATIENCE_SECONDS:.0f} s") from None
 
     def cancel(self) -> None:
         """Drop a matrix that is not needed any more."""
@@ -201,7 +190,7 @@ class _Task:
             self._future.cancel()
 
 
-def facts() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return what decides the bytes that an encoder makes, besides its input."""
     return {
         **{package: version(package) for package in PACKAGES},
@@ -212,18 +201,19 @@ def facts() -> dict[str, str]:
 
 def _check_versions(here: dict[str, str], there: dict[str, str], worker: str) -> None:
     if different := [f"{name} {there[name]}, not {here[name]}" for name in PACKAGES if here[name] != there[name]]:
-        raise ClusterError(
-            f"The worker {worker} has {' and '.join(different)}: other versions may make other bytes. Install the same ones everywhere."
+        raise BstkError(
+            f"The worker {worker} has {' and '.join(different)}: other versions may make other bytes.",
+            hint="Install the same ones everywhere.",
         )
 
 
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], expected: dict[str, str], threads: int
 ) -> tuple[Any, str, dict[str, str]]:
-    """Run a function on a worker; return its result with the worker's address and facts, which may not be checked yet."""
+    """Run a function on a worker; return its result with the worker's address and environment, which may not be checked yet."""
     import distributed
 
-    worker, here = distributed.get_worker().address, facts()
+    worker, here = distributed.get_worker().address, environment()
     _check_versions(expected, here, worker)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with another number of threads, sums are rounded in another way

@@ -14,6 +14,7 @@ from bstack.eval.divergence import divergence
 from bstack.eval.streamed import run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
+from bstk.index import bits_per_weight
 from bstk.writer import build_header
 
 __all__ = ["SIZES", "measure_curve", "with_sizes"]
@@ -29,26 +30,11 @@ def measure_curve(
     base_count: int,
     progress: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Compare the model at some sizes with the original, one layer in memory at a time.
+    """Compare the model at some sizes with the original, one layer in memory at a time; the smallest comes first.
 
-    Parameters
-    ----------
-    skeleton : Skeleton
-    windows : torch.Tensor
-        Held-out token ids, int64, shape (windows, length).
-    collected : Collected
-    entries : sequence of bstk.Entry
-        The chunks in file order.
-    base_count : int
-        How many of them are the base model.
-    progress : callable
-        Called once for the original and once for each size.
-
-    Returns
-    -------
-    list of dict
-        Smallest first: ``chunks`` kept, ``kld`` and its standard error ``kld_se`` (nats per token, over windows),
-        ``same_top``, and ``perplexity`` on these windows, all over every position but the last of a window.
+    `windows` are held-out token ids, int64, shape (windows, length). Each point has the number of ``chunks`` kept, ``kld`` and
+    its standard error ``kld_se`` (nats per token, over windows), ``same_top`` and ``perplexity``, over all positions but the
+    last of each window. `progress` is called once for the original and once for each size.
     """
     original: list[torch.Tensor] = []
     run_streamed(skeleton, windows, lambda _, logits: original.append(logits[:-1].float().log_softmax(-1)))
@@ -93,15 +79,12 @@ def with_sizes(
     quality = []
     for point in points:
         kept = entries[: point["chunks"]]
-        blocks = [entry for entry in kept if entry.kind.is_block]
-        weights = sum(entry.shape[0] * entry.shape[1] for entry in blocks if entry.level == 0)
-        bits = 8 * sum(entry.raw_length for entry in blocks)
         quality.append(
             {
                 "file_bytes": sum(entry.stored_length for entry in kept),
                 "memory_bytes": sum(entry.raw_length for entry in kept if entry.kind.is_weight),
-                "blocks": len(blocks),
-                "bits_per_weight": round(bits / weights, 3) if weights else 0.0,
+                "blocks": sum(entry.kind.is_block for entry in kept),
+                "bits_per_weight": round(bits_per_weight(kept) or 0.0, 3),
                 **{key: value for key, value in point.items() if key != "chunks"},
             }
         )

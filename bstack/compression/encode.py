@@ -17,7 +17,6 @@ import torch
 import bstk
 from bstack.codecs import Codec
 from bstack.codecs.contract import Task
-from bstack.errors import CalibrationError
 from bstack.kernels.native import processors
 from bstack.numerics.hessian import output_errors
 from bstack.workdir import Part
@@ -34,33 +33,16 @@ _DTYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix, and what the encoder needs to know of it.
+    """One matrix, and what the encoder needs to know of it; tensors are float32."""
 
-    Attributes
-    ----------
-    name : str
-        The stack's name.
-    weight : torch.Tensor
-        Float32, shape (outputs, inputs).
-    hessian : torch.Tensor
-        H = X^T X, float32, shape (inputs, inputs).
-    tokens : int
-        Rows of X.
-    sensitivity : torch.Tensor
-        E[g^2] per output, float32, shape (outputs,).
-    transposed : bool
-        Whether the model keeps the matrix as inputs x outputs.
-    even : bool
-        Encode all rows with equal weight, and use the sensitivity for the gains alone. For embeddings and heads, whose rows
-        are tokens: a few thousand tokens of calibration say little of the frequency of one.
-    """
-
-    name: str
-    weight: torch.Tensor
-    hessian: torch.Tensor
-    tokens: int
-    sensitivity: torch.Tensor
-    transposed: bool = False
+    name: str  # of its stack
+    weight: torch.Tensor  # (outputs, inputs)
+    hessian: torch.Tensor  # H = X^T X, (inputs, inputs)
+    tokens: int  # rows of X
+    sensitivity: torch.Tensor  # E[g^2] of each output, (outputs,)
+    transposed: bool = False  # the model keeps it as inputs x outputs
+    # Encode all rows with equal weight, and use the sensitivity for the gains alone. For embeddings and heads, whose rows are
+    # tokens: a few thousand tokens of calibration say little of the frequency of one.
     even: bool = False
 
     @property
@@ -83,7 +65,7 @@ class Pending(Protocol):
 class Workers(Protocol):
     """Encode several matrices at a time, with the same result everywhere."""
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Pending:
@@ -94,14 +76,15 @@ class Threads(ThreadPoolExecutor):
     """Threads of this process, one a processor and at most four: the search kernel releases Python's lock."""
 
     def __init__(self) -> None:
-        super().__init__(min(processors(), MAX_THREADS))
+        self._count = min(processors(), MAX_THREADS)
+        super().__init__(self._count)
 
     def __exit__(self, *_exception: object) -> None:
         self.shutdown(cancel_futures=True)
 
-    def max_pending(self, inputs: int) -> int:
+    def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
-        return 1 if inputs > WIDE else self._max_workers
+        return 1 if inputs > WIDE else self._count
 
 
 def encode(
@@ -121,12 +104,9 @@ def encode(
             max_pending = workers.max_pending(matrix.weight.shape[1])
             while len(pending) >= max_pending:
                 finish_one()
-            arrays, values = {}, {}
-            for name, value in vars(matrix).items():
-                if isinstance(value, torch.Tensor):
-                    arrays[name] = value.detach().contiguous().numpy()  # plain arrays, for another process
-                else:
-                    values[name] = value
+            tensors = {name: value for name, value in vars(matrix).items() if isinstance(value, torch.Tensor)}
+            values = {name: value for name, value in vars(matrix).items() if name not in tensors}
+            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}  # for any process
             pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()
@@ -150,7 +130,7 @@ def encode_arrays(
     # The largest value of a hessian is on its diagonal.
     for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
         if bad := int((~numbers.isfinite()).sum()):
-            raise CalibrationError(
+            raise bstk.BstkError(
                 f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
                 "its weights matter. Give another calibration text, and check that the model works."
             )

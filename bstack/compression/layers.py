@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 import bstk
-from bstack.calibration.products import Operand
 from bstack.calibration.sensitivity import Sensitivity
-from bstack.calibration.statistics import HessianTable, gather
+from bstack.calibration.statistics import HessianTable, Operand, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
 from bstack.compression.encode import Matrix, Workers, add_dense, encode
-from bstack.errors import UnsupportedModelError
+from bstack.errors import ModelWarning, UnsupportedModelError
 from bstack.models.code import write_references
+from bstack.models.generation import GENERATION, read_generation
 from bstack.models.names import MatrixName, row_ranges
-from bstack.models.skeleton import Skeleton, layer_parameters
+from bstack.models.skeleton import Checkpoint, Skeleton, layer_parameters
+from bstack.models.tokenizer import tokenizer_files
 from bstack.workdir import WorkDirectory
 from bstk.errors import os_errors
 
@@ -35,6 +40,7 @@ __all__ = [
     "layer_matrices",
     "layer_part",
     "layer_shapes",
+    "model_files",
 ]
 
 FILES_PART = "files"
@@ -76,7 +82,7 @@ def compress_layers(
                     table = gather(stream, index, layer_parameters(skeleton, index))
                     _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
             progress()
-        hidden = [result.last_hidden_state.reshape(-1, result.last_hidden_state.shape[-1]) for result in stream.results]
+        hidden = [result.reshape(-1, result.shape[-1]) for result in stream.results]
     hessian = sum(rows.t() @ rows for rows in hidden)
     return {"hessian": hessian, "tokens": torch.tensor(sum(rows.shape[0] for rows in hidden))}
 
@@ -92,7 +98,7 @@ def _compress_layer(
 ) -> None:
     stacked = _stacked(table, layer_parameters(skeleton, index))
     with work.part(layer_part(index)) as part:
-        for name in skeleton.layer_names(index):
+        for name in skeleton.own_layer_names(index):
             if name not in stacked:
                 add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
         fitted = codec.for_layer(m.task for m in layer_matrices(skeleton, index, table, sensitivity))
@@ -171,7 +177,7 @@ def embeddings(skeleton: Skeleton) -> dict[str, list[MatrixName]]:
 def check_dense(skeleton: Skeleton, stack_embeddings: bool) -> None:
     """Check that every tensor that is kept dense fits in a chunk of the container; else raise UnsupportedModelError."""
     split = embeddings(skeleton)
-    for name in skeleton.outer_names:
+    for name in skeleton.outside_names:
         tensor = skeleton.parameter(name)
         dtype = skeleton.checkpoint.stored_dtype(name) if tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * dtype.itemsize
@@ -202,7 +208,7 @@ def compress_outside(
                 encode(_range_matrices(skeleton, name, ranges, *statistics(name)), codec, part, workers, progress)
     if not work.has(OUTSIDE_PART):
         with work.part(OUTSIDE_PART) as part:
-            for name in skeleton.outer_names:
+            for name in skeleton.outside_names:
                 if name not in stacked:
                     with skeleton.loaded([name]):
                         add_dense(name, skeleton.parameter(name), skeleton.checkpoint.stored_dtype(name), part)
@@ -241,22 +247,40 @@ def embedding_statistics(
     return read, tokens, (counts + 1) / (counts.sum() + rows)
 
 
-def add_files(skeleton: Skeleton, work: WorkDirectory) -> None:
-    """Pack configuration and tokenizer files; raise UnsupportedModelError if no container takes so many bytes of them."""
-    folder = work.scratch()
-    checkpoint = skeleton.checkpoint
-    names = sorted({*checkpoint.export_tokenizer(folder), "config.json"})
-    with os_errors(str(folder)):
+def model_files(checkpoint: Checkpoint, tokenizer: bool) -> dict[str, bytes]:
+    """Return the files that a container carries, by name: configuration, generation settings, and the tokenizer if it is asked for.
+
+    Raises UnsupportedModelError for a tokenizer that cannot be carried, or if no container takes so many bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="bstack-") as name, os_errors(name):
+        folder = Path(name)
         (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
+        if (generation := read_generation(checkpoint.beside, checkpoint.name)) is not None:
+            (folder / GENERATION).write_text(json.dumps(generation, indent=2), encoding="utf-8")
+        if tokenizer:
+            checkpoint.export_tokenizer(folder)
+            if not tokenizer_files(path.name for path in folder.iterdir()):
+                warnings.warn(
+                    f"{checkpoint.name}: no tokenizer was found beside the weights, so the file takes token ids alone.",
+                    ModelWarning,
+                    stacklevel=2,
+                )
         if checkpoint.code is not None and checkpoint.code.hub is not None:
             write_references(checkpoint.code, folder, place=checkpoint.code.hub.partition("@")[0])
-    size = sum((folder / name).stat().st_size for name in names)
-    if size > bstk.limits.MAX_FILES_LENGTH:
-        raise UnsupportedModelError(
-            f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
-            f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB."
-        )
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in paths)
+        if size > bstk.limits.MAX_FILES_LENGTH:
+            raise UnsupportedModelError(
+                f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
+                f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB. Leave the tokenizer out.",
+                option="tokenizer",
+            )
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def add_files(files: Mapping[str, bytes], work: WorkDirectory) -> None:
+    """Pack the `model_files`."""
     with work.part(FILES_PART) as part:
-        for name in names:
-            if data := (folder / name).read_bytes():
+        for name, data in files.items():
+            if data:
                 part.add(data, name=name, kind=bstk.FILE)

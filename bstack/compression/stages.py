@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 import bstk
+from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
@@ -31,21 +34,19 @@ from bstack.compression.layers import (
     embeddings,
     layer_part,
     layer_shapes,
+    model_files,
 )
-from bstack.errors import CalibrationError
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
-from bstack.models.skeleton import Skeleton
+from bstack.models.skeleton import Skeleton, longest_text
+from bstack.models.tokenizer import check_ids, tokenizer_files
 from bstack.progress import Progress
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
-from bstk.frames import unpack
 
 __all__ = ["Result", "run_stages"]
 
-# Tokens that pass through a layer together: as many as keep the BLAS busy, few enough for the memory.
-TOKENS_TOGETHER = 4096
 HELD_OUT_LENGTH = 512
 # The sensitivity run needs a backward pass; two thousand tokens settle its averages.
 SENSITIVITY_TOKENS = 2048
@@ -80,15 +81,17 @@ def run_stages(
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
+        files = model_files(checkpoint, settings.tokenizer)
+        rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
         step()
     settings_record = {**settings.to_json(), **codec.settings()}
     if text is not None:  # without its folder on the user's machine
         settings_record["calibration"] = text.name
         settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
-    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and settings.sequence_length > longest:
-        raise CalibrationError(
+    longest = longest_text(checkpoint.config)
+    if longest is not None and settings.sequence_length > longest:
+        raise bstk.BstkError(
             f"sequence_length is {settings.sequence_length}, but {checkpoint.name} reads at most {longest} tokens.",
             option="sequence_length",
         )
@@ -96,9 +99,9 @@ def run_stages(
     source = {"format": provenance["format"], **{f["name"]: f["sha256"] for f in provenance["files"]}}
     work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
     try:
-        all_windows = _calibrate(skeleton, settings, text, work, progress)
+        all_windows = _calibrate(skeleton, settings, text, files, work, progress)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
-        batches = list(windows.split(max(1, TOKENS_TOGETHER // windows.shape[1])))
+        batches = batches_of(windows)
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
         layers = [layer_part(i) for i in range(len(skeleton.layers))]
         with progress("layers", len(layers)) as step:
@@ -153,7 +156,10 @@ def _original_sizes(skeleton: Skeleton, format: str) -> dict[str, Any]:
         sizes |= {"original_dtype": "bfloat16", "original_dtype_bytes": 2 * count}
         return {**sizes, "source_quantisation": f"{format.upper()} {checkpoint.quantisation}"}
     by_dtype: Counter[torch.dtype] = Counter()
-    for name in [*skeleton.outer_names, *(n for i in range(len(skeleton.layers)) for n in skeleton.layer_names(i))]:
+    for name in [
+        *skeleton.outside_names,
+        *(n for i in range(len(skeleton.layers)) for n in skeleton.own_layer_names(i)),
+    ]:
         if isinstance(parameter := skeleton.parameter(name), torch.nn.Parameter):
             dtype = checkpoint.stored_dtype(name)
             by_dtype[dtype] += parameter.numel() * dtype.itemsize
@@ -166,17 +172,23 @@ def _versions() -> dict[str, str]:
 
 
 def _calibrate(
-    skeleton: Skeleton, settings: Settings, text: TextSource | None, work: WorkDirectory, progress: Progress
+    skeleton: Skeleton,
+    settings: Settings,
+    text: TextSource | None,
+    files: Mapping[str, bytes],
+    work: WorkDirectory,
+    progress: Progress,
 ) -> torch.Tensor:
     """Return the token windows; keep the files of configuration and tokenizer first."""
-    if not work.has(FILES_PART):
-        add_files(skeleton, work)
+    add_files(files, work)  # in a resumed run, too: they may have been mended
     count = settings.samples + HELD_OUT
 
     def compute() -> dict[str, torch.Tensor]:
         if text is not None:
-            tokenizer = _tokenizer(skeleton, work)
-            return {"windows": token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)}
+            tokenizer = _tokenizer(skeleton, files, work)
+            windows = token_windows(text, tokenizer, settings.samples, settings.sequence_length, HELD_OUT)
+            check_ids(windows, skeleton.parameter(skeleton.input_name).shape[0], tokenizer, text.name)
+            return {"windows": windows}
         with progress("calibration text", token_steps(count, settings.sequence_length)) as step:
             windows = write_windows(skeleton, count, settings.sequence_length, seed=settings.seed, progress=step)
         return {"windows": windows}
@@ -184,19 +196,17 @@ def _calibrate(
     return work.tensors(WINDOWS, compute)["windows"]
 
 
-def _tokenizer(skeleton: Skeleton, work: WorkDirectory) -> Any:
+def _tokenizer(skeleton: Skeleton, files: Mapping[str, bytes], work: WorkDirectory) -> Any:
     from transformers import AutoTokenizer
 
     code = skeleton.checkpoint.code
-    kept = work.records(FILES_PART)
-    if "tokenizer_config.json" not in {record.entry.name for record in kept}:
-        raise CalibrationError(
+    if not tokenizer_files(files):
+        raise bstk.BstkError(
             "The model has no tokenizer, so a calibration text cannot be read. Set calibration to self, or put the "
             "tokenizer's files beside the weights."
         )
     folder = work.scratch()
-    files = ((record.entry.name, [unpack(record.read(), record.entry.raw_length)]) for record in kept)
-    put_files(files, folder, str(work.path))
+    put_files(((name, [data]) for name, data in files.items()), folder, skeleton.checkpoint.name)
     if code is not None:
         put_code(code, folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=code is not None)

@@ -1,16 +1,19 @@
 """Render a model's chat template in Jinja's sandbox, with bounds on its time and on the sizes of what it makes.
 
-The sandbox keeps a template from running code. The bounds end the usual ways to run for ever or to fill the memory (loops in
-loops, ``'x' * 10**10``, ``10**(10**9)``); they do not catch every one.
+The sandbox keeps a template from running code. Bounded are the time, the output, products and powers, the numbers given to
+functions and filters, widths in format strings, and what is kept in a namespace. Strings that grow by ``+``, ``~``,
+``replace`` or ``join`` are not: they end with the time, or with the memory.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -28,7 +32,7 @@ __all__ = ["render", "render_messages"]
 # Those of known models take some milliseconds and have fewer than 20,000 characters.
 MAX_SECONDS = 10.0
 MAX_TEMPLATE = 2**20
-# Characters of the output beside the messages, and of any value on the way.
+# Characters of the output beside the messages, of products and of values in a namespace; also the largest argument.
 MAX_LENGTH = 2**22
 # Bits of a number: more than any template needs.
 MAX_BITS = 2**14
@@ -81,11 +85,11 @@ def _failure(problem: str) -> UnsupportedModelError:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this thread at the first line of Python that runs after so many seconds."""
-    end = time.monotonic() + seconds
+    """Raise TimeoutError in this thread at the first line of Python after so many seconds of its own processor time."""
+    end = time.thread_time() + seconds
 
     def check(*_event: Any) -> Any:
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"it takes more than {seconds:g} seconds.")
         return check
 
@@ -108,9 +112,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(arg, int) and arg > MAX_LENGTH for arg in args):
-            raise SecurityError(f"the argument {max(arg for arg in args if isinstance(arg, int))} is too large.")
+        _check(function, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
+
+
+def _check(function: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Raise SecurityError if a call has a large number as an argument or as the width of a field."""
+    if large := [value for value in (*args, *kwargs.values()) if isinstance(value, int) and value > MAX_LENGTH]:
+        raise SecurityError(f"the argument {large[0]} is too large.")
+    # The string of a method, or the first argument of a filter; a field in a field takes its width from the arguments.
+    text = args[0] if function is do_format else getattr(inspect.unwrap(function), "__self__", None)
+    if isinstance(text, str) and "format" in function.__name__ and re.search(r"\d{7}|:[^{}]*\{|%\S*\*", text):
+        raise SecurityError("a field of a format string would be too large.")
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # also the marks by which Jinja hands over its environment
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _check(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _is_huge(operator: str, left: Any, right: Any) -> bool:
@@ -136,18 +158,8 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-class _Dict:
-    """``dict`` without access to the type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
 class _Namespace(Namespace):
-    """``namespace``, without names that begin with an underscore and without huge strings."""
+    """``namespace``, without names that begin with an underscore and without huge values."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # without names of its own, so that any can be given
         Namespace.__init__(args[0])
@@ -157,8 +169,8 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace cannot have the name {name!r}.")
-        if isinstance(value, str) and len(value) > MAX_LENGTH:
-            raise SecurityError(f"a string of {len(value)} characters is too large.")
+        if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_LENGTH:
+            raise SecurityError(f"a {type(value).__name__} of length {len(value)} is too large.")
         super().__setitem__(name, value)
 
 
@@ -167,10 +179,10 @@ def _environment() -> _Sandbox:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     # Jinja's own filter escapes HTML.
     environment.filters["tojson"] = _to_json
+    environment.filters = {name: _bounded(function) for name, function in environment.filters.items()}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-        "dict": _Dict(),
         "namespace": _Namespace,
     }
     return environment

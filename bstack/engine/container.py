@@ -13,13 +13,23 @@ import torch
 import bstk
 from bstack.codecs import codec_of_kind
 from bstack.engine.parts import part_of, parts_of
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, lacks, one_line
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
+from bstack.models.generation import read_generation
 from bstack.models.skeleton import quiet_transformers
+from bstack.models.tokenizer import tokenizer_files
 from bstk.errors import error_prefix, os_errors
 
-__all__ = ["build_model", "dense_model", "dense_weights", "embedded_files", "load_tokenizer", "plain_tensor"]
+__all__ = [
+    "build_model",
+    "dense_model",
+    "dense_weights",
+    "embedded_files",
+    "load_tokenizer",
+    "plain_tensor",
+    "read_config",
+]
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 _INTEGERS = {"i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8}
@@ -49,16 +59,16 @@ def build_model(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     shown = file.source.name
-    config = _read_config(file, folder, trusted)
+    config = read_config(file, folder, trusted)
     with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
-    if (folder / "generation_config.json").is_file():
-        with understood(shown, "its generation settings cannot be used by this transformers"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (generation := read_generation(folder, shown)) is not None:
+        model.generation_config = GenerationConfig.from_dict(generation)
     return model
 
 
-def _read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
+def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
+    """Read a container's configuration from the folder of its files."""
     from transformers import AutoConfig
 
     shown = file.source.name
@@ -79,7 +89,7 @@ def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
     """Load the tokenizer; None if the original has none."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").is_file():
+    if not tokenizer_files(path.name for path in folder.iterdir()):
         return None
     with understood(shown, "its tokenizer cannot be used by this transformers"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
@@ -111,12 +121,10 @@ def dense_model(
     # from_pretrained also computes buffers that no checkpoint holds, and ties parameters.
     cls, config, generation = type(model), model.config, model.generation_config
     with quiet_transformers(), understood(shown, "its weights do not fit the model of its configuration"):
-        filled, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
+        settings = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
+        filled, info = cls.from_pretrained(None, **settings)
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+        raise lacks(shown, info["missing_keys"])
     filled.generation_config = generation
     return filled.eval()
 

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import torch
 import bstk
 from bstack.engine.container import build_model, dense_weights, embedded_files
 from bstack.engine.parts import parse_name
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
 from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
-__all__ = ["DTYPES", "SHARD_BYTES", "Exported", "export_safetensors"]
+__all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
@@ -51,7 +49,7 @@ def export_safetensors(
     file: bstk.Reader,
     folder: str | os.PathLike[str],
     *,
-    mb: int | float | str | Decimal | None = None,
+    budget: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
@@ -65,8 +63,8 @@ def export_safetensors(
     file : bstk.Reader
     folder : path
         Must not exist, or be empty. It appears whole or not at all.
-    mb : number or str, optional
-        Use the blocks of the largest cut of at most so many MB; by default all.
+    budget : int, optional
+        Use the blocks of the largest cut of at most so many bytes; by default all.
     dtype : torch.dtype
         Type of all floating-point weights.
     shard_bytes : int
@@ -81,7 +79,7 @@ def export_safetensors(
     bstk.UsageError
         The folder is not empty, or a weight is too large for `dtype`.
     bstk.BudgetError
-        The base model is larger than `mb`.
+        The base model is larger than `budget`.
     bstk.DamagedError
         A chunk is damaged or does not fit the model, or an embedded file is not one that a model has beside its weights.
     bstack.errors.ForeignCodeError
@@ -94,7 +92,7 @@ def export_safetensors(
     from transformers.core_model_loading import revert_weight_conversion
 
     check_trust(trust_remote_code, code)
-    cut = file.fit(mb)
+    cut = file.fit(budget=budget)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
         _copy_files(file, inside, target)  # before code is staged, which is not written
@@ -113,15 +111,12 @@ def export_safetensors(
             progress(sum(chunk.stored_length for chunk in chunks))
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         unsaved = set(model._keys_to_ignore_on_save or ())
-        if missing := sorted(set(model.state_dict()) - tied - unsaved - written):
-            raise UnsupportedModelError(
-                f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs."
-            )
+        if missing := set(model.state_dict()) - tied - unsaved - written:
+            raise lacks(shown, missing)
         shards.finish()
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        beside = (
-            sorted(module.name for module in inside.glob("*.py")) if trusted and recorded_place(file) is None else []
-        )
+        own_code = trusted and recorded_place(file) is None
+        beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
     return Exported(shards.parameters, shards.bytes, files, cut, beside)
 
 
@@ -202,7 +197,7 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
     expected = model.state_dict()
     for name, tensor in weights.items():
         if name not in expected:
-            raise UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
+            raise holds_unknown(shown, name)
         if tensor.shape != expected[name].shape:
             raise DamagedError(
                 f"{shown}: {name} has shape {tuple(tensor.shape)}, but the model has {tuple(expected[name].shape)} there."

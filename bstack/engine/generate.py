@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +13,40 @@ import torch
 from bstack.engine.chat_template import render
 from bstack.engine.container import understood
 from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, one_line
+from bstack.models.plain import plain_outputs
+from bstack.models.skeleton import longest_text
+from bstack.models.tokenizer import check_ids
 from bstk.errors import BstkError, UsageError
 
-__all__ = ["encode_prompt", "write_text"]
+__all__ = ["decoding", "encode_prompt", "write_text"]
+
+# Of a model's generation settings these are kept: where a text ends, and what decides its next token.
+_KEPT: tuple[str, ...] = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "stop_strings",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+)
+_KEPT += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+_KEPT += ("sequence_bias", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id")
+_KEPT += ("renormalize_logits", "remove_invalid_values", "guidance_scale", "watermarking_config")
+# These if tokens are sampled.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# These ask for another way of decoding, unless they are false, 0 or the number 1.
+_MODES: tuple[str, ...] = (
+    "num_beams",
+    "num_beam_groups",
+    "num_return_sequences",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "use_mtp",
+)
+_MODES += ("force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "token_healing")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -31,6 +63,39 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     if ids.numel() == 0:
         raise UsageError(EMPTY_PROMPT)
     return ids.long()
+
+
+@contextmanager
+def decoding(model: Any, settings: Any) -> Iterator[None]:
+    """Have `generate` use these settings alone: what they leave open it takes from the model's own otherwise."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _settings(model: Any, options: dict[str, Any]) -> Any:
+    """Return the settings for one text, token by token, with a warning about other ways of decoding that the model's files ask for."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    asked = {name: getattr(own, name, None) for name in _MODES}
+    if modes := [
+        name for name, value in asked.items() if value not in (None, 0) and not (value == 1 and name.startswith("num_"))
+    ]:
+        warnings.warn(
+            f"the model's generation settings ask for another way of decoding ({', '.join(modes)}). That is left out: the "
+            "text is written token by token.",
+            ModelWarning,
+            stacklevel=3,
+        )
+    names = (*_KEPT, *_SAMPLING) if options.get("do_sample") else _KEPT
+    kept = {name: value for name in names if (value := getattr(own, name, None)) is not None}
+    # A single sequence has no padding, but without the setting transformers warns at every call.
+    end = kept.get("eos_token_id")
+    kept.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else end if isinstance(end, int) else 0)
+    return GenerationConfig(**{**kept, **options})
 
 
 def write_text(
@@ -60,8 +125,8 @@ def write_text(
     """
     from transformers import TextStreamer
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int):
+    longest = longest_text(model.config)
+    if longest is not None:
         options["max_new_tokens"] = min(options.get("max_new_tokens", longest), check_room(ids.shape[1], longest))
     pieces: list[str] = []
     times: list[float] = []
@@ -75,15 +140,19 @@ def write_text(
             pieces.append(text)
             write(text)
 
+    check_ids(ids, model.get_input_embeddings().weight.shape[0], tokenizer, "the prompt")
+    plain_outputs(model)  # only the text is asked for
     torch.manual_seed(seed)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if model.generation_config.pad_token_id is None:
-        options.setdefault("pad_token_id", _pad_token(model))
     interrupted = False
     try:
-        with torch.no_grad():
-            # The tokenizer is for stop strings, which a model's own settings may ask for.
-            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, tokenizer=tokenizer, **options)
+        settings = _settings(model, options)
+        # Stop strings, which a model's own settings may ask for, are compared with the tokenizer's words.
+        words = {} if settings.stop_strings is None else {"tokenizer": tokenizer}
+        with torch.no_grad(), decoding(model, settings):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **words
+            )
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()
@@ -91,7 +160,9 @@ def write_text(
         raise
     except Exception as error:  # such as token ids beyond the vocabulary: files that do not fit each other
         if isinstance(error, ValueError) and not times:
-            raise UsageError(f"transformers refuses these options: {one_line(error)}") from None
+            raise UsageError(
+                f"transformers refuses these options, or the model's generation settings: {one_line(error)}"
+            ) from None
         raise UnsupportedModelError(
             f"the model cannot be run as its files say: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -104,9 +175,3 @@ def write_text(
         times[-1] - times[1] if new else 0.0,
         interrupted,
     )
-
-
-def _pad_token(model: Any) -> int:
-    """Return any token: a single sequence has no padding, but without the setting transformers warns at every call."""
-    end = model.generation_config.eos_token_id
-    return end[0] if isinstance(end, list) and end else end if isinstance(end, int) else 0

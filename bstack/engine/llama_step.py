@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from bstack.errors import SlowerWarning
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
-from bstack.models.kv_cache import GrowingLayer, growing_cache, let_grow
+from bstack.models.kv_cache import GrowingLayer, cache_argument, growing_cache, let_grow
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import Blocks
 from bstack.packed.weight import PackedWeight
@@ -53,34 +54,39 @@ _ROTARY = {"default", "linear", "llama3", "yarn"}
 TOLERANCE = 0.02
 # Positions by which the rotary tables grow.
 POSITIONS = 256
+# Arguments that `generate` hands on to `forward`, where nothing reads them.
+_UNREAD = {"tokenizer", "assistant_tokenizer"}
 
 
-def install(model: Any, lock: PriorityLock) -> bool:
-    """Give a model of the Llama family the fused step; return whether it has it now.
+def install(model: Any, lock: PriorityLock) -> str | None:
+    """Give a model of the Llama family the fused step; return why it has none, None when it has it.
 
     All blocks of the base model must be in memory, since results are compared with those of the model's own code.
     """
     kernels = library()
-    if kernels is None or model.device.type != "cpu" or _is_patched(model):
-        return False
+    if kernels is None:
+        return "the C kernels are not built"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}"
+    if _is_patched(model):
+        return "its modules have hooks or replaced methods"
     try:
-        decoder = _decoder(model, kernels)
-    except (AttributeError, KeyError, ValueError):
-        return False  # another structure
-    step = _FusedStep(model, decoder, lock)
-    agrees = step.agrees()
+        step = _FusedStep(model, _decoder(model, kernels), lock)
+        agrees = step.agrees()
+    except Exception:  # any: what is looked at may be something else in a structure that nobody foresaw
+        return f"{type(model).__name__} is built in another way than the Llama family"
     if agrees is None:
-        return False
+        return "it has another type than float32, or its configuration asks for more than logits"
     if not agrees:
         warnings.warn(
             f"The fused step of decoding does not give {type(model).__name__}'s results, so the model's own code is used, "
             "which is slower. Please report the architecture.",
-            RuntimeWarning,
+            SlowerWarning,
             stacklevel=3,
         )
-        return False
+        return "it gives other results"
     model.forward = step.forward
-    return True
+    return None
 
 
 class _FusedStep:
@@ -96,6 +102,8 @@ class _FusedStep:
         self._addresses: list[int] = []
         self._capacity = 0
         self._signature = inspect.signature(self._own)
+        self._argument = cache_argument(model)
+        self._warned: set[str] = set()
 
         @functools.wraps(self._own)  # `generate` reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -106,19 +114,26 @@ class _FusedStep:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
-        cache = given.get("past_key_values")
+        if self._argument not in given and "past_key_values" in given:  # the name before transformers 5.24
+            given[self._argument] = given.pop("past_key_values")
+        cache = given.get(self._argument)
         if cache is None and given.get("use_cache", self._model.config.use_cache) and given.get("labels") is None:
-            cache = given["past_key_values"] = growing_cache(self._model)
+            cache = given[self._argument] = growing_cache(self._model)
         elif cache is not None:
             let_grow(cache)
-        if not self._applies(**given):
+        if not _is_one_token(given.get("input_ids"), cache):
+            return self._own(**given)
+        if hindrance := self._hindrance(
+            cache, **{name: value for name, value in given.items() if name != self._argument}
+        ):
+            self._warn(hindrance)
             return self._own(**given)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         logits = self._step(given["input_ids"], cache)
         if logits is None:
             return self._own(**given)
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[None, None], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[None, None], **{self._argument: cache})
 
     def agrees(self) -> bool | None:
         """Return whether some tokens give the logits of the model's own code; None if the step does not apply to them."""
@@ -129,16 +144,16 @@ class _FusedStep:
         cache = growing_cache(self._model)
         with torch.no_grad():
             expected = self._own(ids, return_dict=True).logits[0, 3:]
-            self._own(ids[:, :3], past_key_values=cache, use_cache=True, return_dict=True)
-            if not self._applies(ids[:, 3:4], past_key_values=cache):
+            self._own(ids[:, :3], use_cache=True, return_dict=True, **{self._argument: cache})
+            if self._hindrance(cache, ids[:, 3:4]):
                 return None
             found = torch.stack([torch.from_numpy(self._step(ids[:, at : at + 1], cache)) for at in (3, 4, 5)])
         return bool((found - expected).abs().max() <= TOLERANCE * expected.std())
 
-    def _applies(
+    def _hindrance(
         self,
+        cache: Any,
         input_ids: Any = None,
-        past_key_values: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
         use_cache: Any = None,
@@ -146,26 +161,42 @@ class _FusedStep:
         cache_position: Any = None,
         return_dict: Any = None,
         **rest: Any,
-    ) -> bool:
-        """Return whether a call is one more token of one sequence and asks for logits alone."""
-        if input_ids is None or input_ids.shape != (1, 1) or use_cache is False or return_dict is False:
-            return False
-        if any(value is not None and value is not False for value in rest.values()) or not self._gives_logits():
-            return False
-        layers = getattr(past_key_values, "layers", None)
-        if not layers or any(type(layer) is not GrowingLayer for layer in layers):
-            return False
+    ) -> str | None:
+        """Return what keeps a call for one more token from the fused step, None for nothing."""
+        if use_cache is False or return_dict is False:
+            return "use_cache or return_dict is False"
+        asked = [key for key, value in rest.items() if value is not None and value is not False and key not in _UNREAD]
+        if asked:
+            return f"the call has {', '.join(sorted(asked))}"
+        if not self._gives_logits():
+            return "the configuration asks for more than logits, or the model is not in float32"
+        layers = cache.layers
+        if any(type(layer) is not GrowingLayer for layer in layers):
+            return f"the cache of keys and values is a {type(cache).__name__} that does not grow in place"
         first, last = layers[0], layers[-1]
         used = first.get_seq_length()
-        if not used or used != last.get_seq_length() or first.keys.dtype != torch.float32 or first.keys.shape[0] != 1:
-            return False
+        if used != last.get_seq_length() or first.keys.dtype != torch.float32 or first.keys.shape[0] != 1:
+            return "the cache is in another type, or its layers differ"
         if attention_mask is not None and not (
             isinstance(attention_mask, torch.Tensor)
             and attention_mask.shape == (1, used + 1)
             and bool(attention_mask.all())
         ):
-            return False
-        return position_ids is None or int(position_ids) == used
+            return "the attention mask leaves out tokens"
+        if position_ids is not None and position_ids.reshape(-1).tolist() != [used]:
+            return "position_ids is not the length of the text"
+        return None
+
+    def _warn(self, hindrance: str) -> None:
+        """Warn once that a token is decoded without the fused step."""
+        if hindrance not in self._warned:
+            self._warned.add(hindrance)
+            warnings.warn(
+                f"A token is decoded by {type(self._model).__name__}'s own code instead of the fused step, which is slower: "
+                f"{hindrance}.",
+                SlowerWarning,
+                stacklevel=2,
+            )
 
     def _gives_logits(self) -> bool:
         """Return whether the configuration asks for logits alone, in float32."""
@@ -207,6 +238,16 @@ class _FusedStep:
         self._cosine, self._sine = (np.ascontiguousarray(t[0].float().numpy()) for t in (cosine, sine))
 
 
+def _is_one_token(input_ids: Any, cache: Any) -> bool:
+    """Return whether a call is for one more token of one sequence."""
+    return (
+        input_ids is not None
+        and input_ids.shape == (1, 1)
+        and bool(getattr(cache, "layers", None))
+        and bool(cache.get_seq_length())
+    )
+
+
 def _is_patched(model: nn.Module) -> bool:
     """Return whether hooks or replaced methods would change what the modules compute."""
     hooks = torch.nn.modules.module
@@ -216,7 +257,7 @@ def _is_patched(model: nn.Module) -> bool:
 
 
 def _decoder(model: Any, kernels: Any) -> Decoder:
-    """Describe the model to the kernels; AttributeError, KeyError or ValueError for another structure."""
+    """Describe the model to the kernels; any exception for another structure."""
     config = model.config
     base, layers = model.model, list(model.model.layers)
     attention = layers[0].self_attn

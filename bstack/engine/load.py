@@ -19,6 +19,7 @@ from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import backend_of, device_of
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
+from bstk.budget import budget_of
 from bstk.errors import UsageError
 
 __all__ = ["load"]
@@ -41,6 +42,7 @@ def load(
     warn: bool = True,
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
+    budget: int | None = None,
 ) -> tuple[Any, Any]:
     """Load a .bstk file as a transformers model.
 
@@ -49,9 +51,9 @@ def load(
     path : path or URL
         The container. Of a URL only what `mb` needs is fetched, and kept in ``bstack/models`` in $XDG_CACHE_HOME or
         ~/.cache: a later call fetches only what is missing there.
-    mb : number or str, optional
-        Use the blocks of the largest prefix that fits this many MB (2**20 bytes), in the file and as blocks in memory.
-        By default all in the file.
+    mb, budget : number or str, int
+        Use the blocks of the largest prefix that fits this many MB (2**20 bytes), or bytes, in the file and as blocks in
+        memory. By default all in the file.
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
@@ -112,7 +114,8 @@ def load(
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}; allowed are 'dense' and 'packed'.")
     packed = MODES[mode] == "packed"
-    budget = None if mb is None else bstk.budget_bytes(mb)
+    if mb is not None or budget is not None:
+        budget = budget_of(mb, budget)
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed)
@@ -136,8 +139,7 @@ def load(
             opened = ExitStack()
             store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
             store.resize(budget)
-            if fused:
-                install(model, lock)
+            model.bstack_unfused = install(model, lock) if fused else "fused=False"
             opened.push(stack.pop_all())  # the file stays open, to grow from
             model.bstack_store = store
             model.save_pretrained = model.state_dict = _refuse_to_save

@@ -11,7 +11,7 @@ from torch import nn
 import bstk
 from bstack.engine.container import build_model, plain_tensor
 from bstack.engine.parts import check_depth, parts_of
-from bstack.errors import UnsupportedModelError
+from bstack.errors import holds_unknown, lacks
 from bstack.models.skeleton import parameters_on_meta
 from bstack.packed.backends import Backend
 from bstack.packed.lock import PriorityLock
@@ -41,11 +41,8 @@ def packed_model(
             tensor = plain_tensor(file.read(chunk), chunk).to(backend.device)
             if tensor.is_floating_point() and tensor.dtype != dtype:
                 is_table = tensor.dim() == 2 and tensor.numel() >= TABLE
-                tensor = (
-                    PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device)
-                    if is_table
-                    else tensor.to(dtype)
-                )
+                table = PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device) if is_table else None
+                tensor = tensor.to(dtype) if table is None else table
             _put(model, chunk.name, tensor, shown)
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
@@ -57,6 +54,8 @@ def packed_model(
         transposed = parts[0][1][0].transposed
         _put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
     _tie(model, shown)
+    if next(model.parameters(), None) is None:  # transformers reads the type and the device from one
+        model.register_parameter("bstack_type", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
 
@@ -67,7 +66,7 @@ def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
         owner = model.get_submodule(path)
         getattr(owner, leaf)
     except AttributeError:
-        raise UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.") from None
+        raise holds_unknown(shown, name) from None
     return owner, leaf
 
 
@@ -100,4 +99,4 @@ def _tie(model: Any, shown: str) -> None:
             target_owner.__dict__[target_leaf] = value
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if missing:
-        raise UnsupportedModelError(f"{shown} lacks {missing[0]} ({len(missing)} parameters), which its model needs.")
+        raise lacks(shown, missing)

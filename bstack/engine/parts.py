@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import bstk
-from bstack.errors import UnsupportedModelError
+from bstack.errors import UnsupportedModelError, holds_unknown
 from bstack.kernels.matrix import check_put
 from bstack.models.names import MatrixName
 from bstk.errors import DamagedError
@@ -33,7 +33,7 @@ def parts_of(
     for name, blocks in stacks.items():
         matrix = parse_name(name)
         if matrix.parameter not in shapes:
-            raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
+            raise holds_unknown("The file", name)
         part_of(matrix, np.broadcast_to(np.empty(()), shapes[matrix.parameter]), blocks[0])
         found[matrix.parameter].append((matrix, blocks))
     for parameter, parts in found.items():

@@ -50,7 +50,7 @@ def cached(
         except bstk.RemoteChangedError:
             remote.restart()
             path, count = _fetch(remote, budget, strict, warn, progress)
-    with bstk.open(path, warn=False) as file:  # a kept copy is always partial
+    with bstk.open(path, warn=False) as file:  # `_fetch` warned of a file that is partial on the server
         if len(file.chunks) < count:
             raise KeptCopyError(f"{path}: another process found the kept copy damaged and dropped its end. Load again.")
         try:

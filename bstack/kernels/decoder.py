@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -147,25 +147,14 @@ class Decoder:
             structure.window, structure.rope = layer.window, layer.rope
         self._head = (ctypes.c_void_p * len(head))(*map(ctypes.addressof, head))
         self._decoder = _Decoder(
-            sizes.width,
-            sizes.inner,
-            sizes.heads,
-            sizes.key_heads,
-            sizes.head_width,
-            len(layers),
-            len(head),
-            sizes.head_width if sizes.rotary is None else sizes.rotary,
-            ACTIVATIONS.index(sizes.activation),
-            sizes.whole_norms,
-            page > 0,
-            page,
-            sizes.epsilon,
-            sizes.scale,
-            sizes.cap,
-            ctypes.addressof(self._layers),
-            final_norm.ctypes.data,
-            ctypes.addressof(self._head),
-            None,
+            layers=len(layers),
+            head_parts=len(head),
+            half=page > 0,
+            page=page,
+            layer=ctypes.addressof(self._layers),
+            final_norm=final_norm.ctypes.data,
+            head=ctypes.addressof(self._head),
+            **{**asdict(sizes), "rotary": _rotary(sizes), "activation": ACTIVATIONS.index(sizes.activation)},
         )
         self._outputs = [part.rows for part in head] or [sizes.width]
         self.vocabulary = sum(self._outputs)
@@ -186,9 +175,9 @@ class Decoder:
         Parameters
         ----------
         x : np.ndarray
-            Its embedding, float32, shape (width,). Used up.
+            Its embedding, float32, shape (width,). Overwritten.
         cosine, sine : np.ndarray
-            Of its position, float32, shape (head width,).
+            Of its position's angles, float32, shape (head width,).
         position : int
             Tokens in the cache before it, less than the capacity.
 
@@ -211,7 +200,7 @@ class Decoder:
         Parameters
         ----------
         x : np.ndarray
-            Their embeddings, float32, shape (texts, width). Used up.
+            Their embeddings, float32, shape (texts, width). Overwritten.
         texts : array of Text
             The caller answers for the addresses and for pages up to each position.
 
@@ -239,7 +228,13 @@ class Decoder:
         return np.concatenate(parts, 1)
 
 
+def _rotary(sizes: Sizes) -> int:
+    """Return how many values of a head positions rotate."""
+    return sizes.head_width if sizes.rotary is None else sizes.rotary
+
+
 def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]) -> None:
+    """Raise ValueError where a matrix, norm or bias has another shape than the sizes need."""
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
     split, twice = layers[0].key is not None, layers[0].up is None
     rows = {
@@ -260,7 +255,7 @@ def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: 
         **{f"{name}_bias": rows[name] for name in _MATRICES},
     }
     absent = {*(() if split else ("key", "value")), *(("up",) if twice else ())}
-    rotary = sizes.head_width if sizes.rotary is None else sizes.rotary
+    rotary = _rotary(sizes)
     wrong = (
         rotary % 2 or rotary > sizes.head_width or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
     )

@@ -34,7 +34,7 @@ BLOCKS, RANK = 16, 16
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:
-    """Address of a C-contiguous array, which the caller keeps alive."""
+    """Return the address of a C-contiguous array, which the caller keeps alive."""
     return ctypes.c_void_p(array.ctypes.data)
 
 
@@ -42,8 +42,9 @@ class Matrix(ctypes.Structure):
     """A stack of blocks in memory, W of m rows (outputs) and n columns (inputs).
 
     The owner of the memory fills in levels with `put` and sets `count`: levels 0 to count - 1 are in use. It may raise
-    `count` at any time, also while calls read the matrix: each call reads it once, at its start. It may lower `count` and
-    change levels that were in use while no such call runs. Blocks may lie at any address; 64-byte alignment helps a little.
+    `count` at any time, even while calls read the matrix, because each call reads it once, at its start. It may lower
+    `count`, and change levels that were in use, only while no such call runs. Blocks may lie at any address; alignment to
+    64 bytes makes products a little faster.
 
     Attributes
     ----------
@@ -150,7 +151,7 @@ def check_block(rows: int, columns: int, kind: int, rank: int, payload: bytes) -
 
 
 def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -> int:
-    """Length of a block in bytes; `count` is that of outliers.
+    """Return the length of a block in bytes; `count` is the number of outliers.
 
     Raises
     ------
@@ -161,7 +162,7 @@ def block_bytes(rows: int, columns: int, kind: int, rank: int, count: int = 0) -
 
 
 def _lengths(rows: int, columns: int, kind: int, rank: int) -> range:
-    """The lengths that a block may have: one, or for outliers one for each count."""
+    """Return the lengths that a block may have: one, or for outliers one for each count."""
     if kind not in (TRELLIS, *PLAIN):
         known = ", ".join(f"{code} ({BY_CODE[code]})" for code in sorted((TRELLIS, *PLAIN)))
         raise ValueError(f"a block of kind {kind}; the kernels know {known}.")

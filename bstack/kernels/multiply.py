@@ -29,7 +29,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     matrix : Matrix
         W, shape (m, n).
     x : np.ndarray
-        float32, shape (t, n); t of 1 to 8 is what it is made for.
+        float32, shape (t, n); fast for t of 1 to 8.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
 
 
 def multiply_many(matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
-    """Do as `multiply` for several matrices that read the same x (q, k and v; gate and up), which is prepared once.
+    """Multiply as `multiply` by several matrices that read the same x (q, k and v; gate and up), prepared once.
 
     Raises
     ------

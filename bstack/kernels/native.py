@@ -1,4 +1,4 @@
-"""The C kernels, loaded with ctypes and tested; None where they are missing or fail.
+"""Loads the C kernels with ctypes and tests them.
 
 ``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
 ``avx512``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of threads; by default one for each
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _choose() -> tuple[ctypes.CDLL | None, str]:
-    """The library as `library` returns it, and what is wrong with the kernels, if anything is."""
+    """Return the library as `library` does, and what is wrong with the kernels, if anything is."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in CHOICES:
         raise UsageError(f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is.")

@@ -1,4 +1,4 @@
-"""The C kernels' arithmetic in plain numpy, with the same bits: the oracle of their tests, used where they are missing."""
+"""Computes what the C kernels do, in plain numpy with the same bits: the oracle of their tests, used where they are missing."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ SIGN_LIMIT = 8159
 
 
 def rotate(x: np.ndarray) -> np.ndarray:
-    """(x * signs) H for rows x, float32, shape (t, n); see format/SPEC.md, section 6."""
+    """Rotate rows x, float32, shape (t, n): (x * signs) H; see format/SPEC.md, section 6."""
     return _hadamard(x * _signs(x.shape[1]))
 
 
 def unrotate(x: np.ndarray) -> np.ndarray:
-    """The inverse of `rotate`, (x H) * signs."""
+    """Undo `rotate`: (x H) * signs."""
     return _hadamard(x) * _signs(x.shape[1])
 
 
@@ -91,34 +91,22 @@ def _hadamard(x: np.ndarray) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Round each row to multiples of its largest absolute value divided by `limit`.
+    """Round each row of x, float32, shape (t, n), to scale * codes; codes are int16, from -limit to limit, ties to even.
 
-    Parameters
-    ----------
-    x : np.ndarray
-        float32, shape (t, n).
-    limit : int
-
-    Returns
-    -------
-    codes : np.ndarray
-        int16, shape (t, n), from -limit to limit; ties go to even. 0 where the scale is 0 or NaN.
-    scale : np.ndarray
-        float32, shape (t,), so that x ~ scale * codes: NaN for a row with a value that is not finite, 0 for one whose
-        values are all below 1e-30.
+    The scale, float32, shape (t,), is NaN for a row with a value that is not finite, and 0 for one whose values are all
+    below 1e-30; the codes are 0 there.
     """
     largest = np.abs(x).max(1)
     usable = np.isfinite(largest) & (largest >= np.float32(1e-30))
     inverse = np.float32(limit) / np.where(usable, largest, np.float32(1))
     codes = np.rint(np.where(usable[:, None], x, np.float32(0)) * inverse[:, None]).astype(np.int16)
-    scale = np.where(
-        np.isfinite(largest), np.where(usable, largest / np.float32(limit), np.float32(0)), np.float32(np.nan)
-    )
+    scale = np.where(usable, largest / np.float32(limit), np.float32(0))
+    scale = np.where(np.isfinite(largest), scale, np.float32(np.nan))
     return codes, scale.astype(np.float32)
 
 
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
-    """x W^T, float32, shape (t, m), for x of shape (t, n)."""
+    """Compute x W^T, float32, shape (t, m), for x of shape (t, n)."""
     with np.errstate(over="ignore", invalid="ignore"):
         y = _spqr_sums(matrix, x)
         rotated = _Operand(rotate(x)) if TRELLIS in matrix.kind[: matrix.count] else None
@@ -130,13 +118,13 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
                 bits, u, v = _sign(matrix, level)
                 total = np.zeros_like(y)
                 for r in range(matrix.rank[level]):
-                    total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits * np.int8(2) - np.int8(1)) * u[:, r]
+                    total += _Operand(x * v[:, r], SIGN_LIMIT).sums(bits.astype(np.int8) * 2 - 1) * u[:, r]
                 y += total
     return y
 
 
 def _spqr_sums(matrix: Matrix, x: np.ndarray) -> np.ndarray:
-    """Sum the blocks of SpQR, which come first whatever their level and are scaled together."""
+    """Multiply by the SpQR blocks, which come first whatever their level and share one scale."""
     total = np.zeros((x.shape[0], matrix.rows), np.float32)
     kinds = matrix.kind[: matrix.count]
     if SPQR not in kinds and OUTLIERS not in kinds:
@@ -152,24 +140,26 @@ def _spqr_sums(matrix: Matrix, x: np.ndarray) -> np.ndarray:
 
 
 class _Operand:
+    """Quantised inputs."""
+
     def __init__(self, x: np.ndarray, limit: int = LIMIT):
         self.codes, self.scale = quantise(x, limit)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Exact sums over the columns, as floats times the scale; in float64, which holds integers below 2**53."""
+        """Sum over the columns exactly (in float64, which holds integers below 2**53), then multiply by the scale."""
         exact = self.codes.astype(np.float64) @ values.astype(np.float64).T
         return exact.astype(np.float32) * self.scale[:, None]
 
 
 def decode_rows(matrix: Matrix, kinds: Collection[int], start: int, stop: int) -> np.ndarray:
-    """Rows start to stop - 1 of the sum of a matrix's blocks of some kinds, float32, shape (stop - start, n)."""
+    """Add up rows start to stop - 1 of a matrix's blocks of some kinds, float32, shape (stop - start, n)."""
     out = np.zeros((stop - start, matrix.columns), np.float32)
     _add_rows(matrix, kinds, start, stop, out)
     return out
 
 
 def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
-    """Rows of W itself, float32, shape (k, n), for indices of shape (k,)."""
+    """Return rows of W itself, float32, shape (k, n), for indices of shape (k,)."""
     out = np.empty((len(index), matrix.columns), np.float32)
     for k, row in enumerate(index.tolist()):
         out[k] = unrotate(decode_rows(matrix, (TRELLIS,), row, row + 1))
@@ -199,7 +189,7 @@ def _add_rows(matrix: Matrix, kinds: Collection[int], start: int, stop: int, out
 
 
 def _trellis(matrix: Matrix, level: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Table values of some rows of a block, int8, and their scales, float32."""
+    """Decode the table values of some rows of a block, int8, and their scales, float32."""
     payload = matrix.payload(level)
     quarter = -(-matrix.columns // 4)
     length = (matrix.rows + EARLIER) * quarter
@@ -213,7 +203,7 @@ def _trellis(matrix: Matrix, level: int, rows: slice) -> tuple[np.ndarray, np.nd
 
 
 def _sign(matrix: Matrix, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sign bits of a block, 0 or 1, uint8, (m, n), and its factors, float32, (m, k) and (n, k)."""
+    """Unpack the sign bits of a block, 0 or 1, uint8, (m, n), and its factors, float32, (m, k) and (n, k)."""
     payload, m, n, rank = matrix.payload(level), matrix.rows, matrix.columns, matrix.rank[level]
     stride = -(-n // 8)
     bits = np.unpackbits(payload[: m * stride].reshape(m, stride), axis=1, count=n, bitorder="little")
@@ -243,6 +233,7 @@ def encode_columns(
 
 
 def _search_column(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the codes of the cheapest path through a column, uint8, and the table values along it."""
     rows = x.shape[0]
     cost = np.zeros(STATES, np.float32)
     oldest = np.empty((rows, STATES), np.uint8)

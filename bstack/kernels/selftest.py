@@ -1,4 +1,4 @@
-"""Self-test of the C kernels: before their first use each must agree with the reference on small inputs."""
+"""Tests the C kernels before their first use: each must agree with the reference on small inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from bstack.kernels import reference
 from bstack.kernels.decoder import Decoder, Layer, Sizes
 from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, block_bytes, kind_bits, pointer
 from bstack.kernels.spqr import ROWS as TILE
-from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
+from bstack.kernels.spqr import Dense, Outliers, rank_of
+from bstk.kinds import spqr_form
 
 __all__ = ["failure", "random_payload"]
 
@@ -67,6 +68,7 @@ def _many_tokens_agree(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
 
 
 def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    """Encode some columns of a trellis block with both, and compare the bits."""
     rows, columns = 37, 3  # more rows than pass between two corrections of the costs
     target, original = rng.standard_normal((2, columns, rows)).astype(np.float32) * 50
     feedback = rng.standard_normal((columns, columns)).astype(np.float32) / 4
@@ -81,7 +83,7 @@ def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
 
 
 def _decoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
-    """Two steps of a decoder of one layer, to rounding: the exponential differs between C libraries."""
+    """Run two steps of a decoder of one layer with both, and compare to rounding: C libraries have different exponentials."""
     sizes = Sizes(width=24, inner=40, heads=4, key_heads=2, head_width=6, epsilon=1e-5, scale=0.4)
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
 
@@ -159,7 +161,8 @@ def random_payload(rng: np.random.Generator, rows: int, columns: int, kind: int,
 
 
 def _random_dense(rng: np.random.Generator, rows: int, columns: int, rank: int) -> bytes:
-    bits, group = form_of(rank)
+    """Make a dense SpQR block with random codes and order."""
+    bits, group = spqr_form(rank)
     tiles, groups = -(-rows // TILE), -(-columns // group)
     codes = rng.integers(0, 2**bits, (tiles * TILE, groups * group), np.uint8)
     codes[rows:], codes[:, columns:] = 0, 0

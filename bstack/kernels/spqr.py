@@ -1,8 +1,8 @@
-"""Blocks of SpQR (arXiv 2306.03078) as arrays: the dense part, 3 or 4 bits a weight in small groups, and its outliers.
+"""Packs and unpacks blocks of SpQR (arXiv 2306.03078): the dense part, 3 or 4 bits a weight in small groups, and its outliers.
 
-The layout, byte by byte, is described in format/SPEC.md, section 6. In short: the dense part is the order of its inputs, then for
-each 16 rows and each group of inputs one tile. A tile holds the codes, for each row a scale code c and a zero code k of
-3 bits, and four numbers S0, S1, Z0, Z1, from which scale = S0 + S1 c, zero = Z0 + Z1 k, weight = scale (code - zero).
+format/SPEC.md, section 6, describes every byte. In short: the dense part is the order of its inputs, then one tile for each
+16 rows and each group of inputs. A tile holds the codes, for each row a scale code c and a zero code k of 3 bits, and
+four numbers S0, S1, Z0, Z1, from which scale = S0 + S1 c, zero = Z0 + Z1 k, weight = scale (code - zero).
 Outliers are stored by rows: where each row begins, then the inputs of all, then their values.
 """
 
@@ -14,21 +14,9 @@ from typing import cast
 import numpy as np
 
 import bstk
-from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_parts
+from bstk.kinds import MAX_SPARSE_COLUMNS, spqr_form, spqr_parts
 
-__all__ = [
-    "GROUPS",
-    "LANES",
-    "MAX_SPARSE_COLUMNS",
-    "ROWS",
-    "STATISTICS",
-    "Dense",
-    "Outliers",
-    "dense_bytes",
-    "form_of",
-    "outlier_bytes",
-    "rank_of",
-]
+__all__ = ["LANES", "ROWS", "STATISTICS", "Dense", "Outliers", "dense_bytes", "outlier_bytes", "rank_of"]
 
 # Rows of a tile.
 ROWS = 16
@@ -36,31 +24,25 @@ ROWS = 16
 LANES = 16
 # Bytes of a tile's scale and zero codes and their second level.
 STATISTICS = spqr_parts((ROWS, 1), 16 + 4).statistics
-GROUPS = (16, 32, 64, 128)
 
 
 def rank_of(bits: int, group: int) -> int:
-    """The record's rank of a dense part: ``16 * (group / 16) + bits``."""
+    """Return the record's rank of a dense part: ``16 * (group / 16) + bits``."""
     return group + bits
 
 
-def form_of(rank: int) -> tuple[int, int]:
-    """Bits of a code and inputs of a group, from the rank of a block that the container allows."""
-    return rank % 16, rank // 16 * 16
-
-
 def dense_bytes(rows: int, columns: int, rank: int) -> int:
-    """Length of a dense part in bytes; raises ValueError for a rank or a width that is not possible."""
+    """Return the length of a dense part in bytes; raise ValueError for an impossible rank or width."""
     return cast(int, bstk.SPQR.rule((rows, columns), "f16", rank))
 
 
 def outlier_bytes(rows: int, count: int) -> int:
-    """Length of a block of so many outliers in bytes."""
+    """Return the length of a block of so many outliers in bytes."""
     return cast(range, bstk.OUTLIERS.rule((rows, MAX_SPARSE_COLUMNS), "f16", 0))[count]
 
 
 def _start(columns: int) -> int:
-    """Where the tiles begin."""
+    """Return where the tiles begin."""
     return spqr_parts((ROWS, columns), rank_of(4, 16)).permutation
 
 
@@ -88,8 +70,8 @@ class Dense:
 
     @classmethod
     def unpack(cls, payload: np.ndarray, columns: int, rank: int, start: int, stop: int) -> Dense:
-        """The tiles that rows start to stop - 1 lie in, of a payload, uint8; its first row is ``start // 16 * 16``."""
-        bits, group = form_of(rank)
+        """Unpack the tiles with rows start to stop - 1 from a payload, uint8; the first row is ``start // 16 * 16``."""
+        bits, group = spqr_form(rank)
         groups = -(-columns // group)
         tile_bytes = group * bits * ROWS // 8 + STATISTICS
         tiles = payload[_start(columns) :].reshape(-1, groups, tile_bytes)[start // ROWS : -(-stop // ROWS)]
@@ -111,8 +93,8 @@ class Dense:
         return cls(payload[: 2 * columns].view("<u2"), codes, scale_codes, zero_codes, scales)
 
     def pack(self, rank: int) -> bytes:
-        """The payload of the whole block."""
-        bits, _ = form_of(rank)
+        """Return the payload of the whole block."""
+        bits, _ = spqr_form(rank)
         count, groups = self.scales.shape[:2]
         if bits == 4:
             halves = self.codes.reshape(count, ROWS, groups, -1, 2, 2, 4).transpose(0, 2, 3, 4, 1, 5, 6)
@@ -128,12 +110,12 @@ class Dense:
         return order.ljust(_start(self.order.size), b"\0") + np.concatenate(parts, -1, dtype=np.uint8).tobytes()
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero of each row and group, float32, shape (m rounded up, groups)."""
+        """Compute scale and zero of each row and group, float32, shape (m rounded up, groups)."""
         s0, s1, z0, z1 = np.repeat(self.scales.astype(np.float32), ROWS, 0).transpose(2, 0, 1)
         return s0 + s1 * self.scale_codes.astype(np.float32), z0 + z1 * self.zero_codes.astype(np.float32)
 
     def weights(self) -> np.ndarray:
-        """The matrix, float32, shape (m rounded up, n), inputs in their own order; each operation is rounded by itself."""
+        """Decode the matrix, float32, shape (m rounded up, n), inputs in the model's order; round after each operation."""
         scale, zero = (np.repeat(of, self.codes.shape[1] // of.shape[1], 1) for of in self.statistics())
         ordered = scale * (self.codes.astype(np.float32) - zero)
         plain = np.empty((len(ordered), self.order.size), np.float32)
@@ -141,9 +123,9 @@ class Dense:
         return plain
 
     def sums(self, x: np.ndarray) -> np.ndarray:
-        """Products with quantised inputs, int16, shape (t, n): float32, shape (t, m rounded up), in the kernels' own order.
+        """Multiply with quantised inputs, int16, shape (t, n): float32, shape (t, m rounded up), in the kernels' order.
 
-        For each group in turn: the exact sum of codes times inputs less zero times the sum of the inputs, times scale.
+        For each group in turn: scale times (the exact sum of codes times inputs - zero times the sum of the inputs).
         """
         scale, zero = self.statistics()
         groups = scale.shape[1]
@@ -158,12 +140,13 @@ class Dense:
 
 
 def _unpack_codes(packed: np.ndarray) -> np.ndarray:
-    """3 bits each, the first in the lowest: (row tiles, groups, 6 bytes) -> (rows, groups)."""
+    """Unpack codes of 3 bits, the first in the lowest: (row tiles, groups, 6 bytes) -> (rows, groups)."""
     bits = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:2], ROWS, 3)
     return (bits @ np.array([1, 2, 4], np.uint8)).transpose(0, 2, 1).reshape(-1, packed.shape[1])
 
 
 def _pack_codes(codes: np.ndarray) -> np.ndarray:
+    """Undo `_unpack_codes`."""
     by_tile = codes.reshape(-1, ROWS, codes.shape[1]).transpose(0, 2, 1)
     bits = by_tile[..., None] >> np.arange(3, dtype=np.uint8) & 1
     return np.packbits(bits.reshape(*by_tile.shape[:2], -1), axis=-1, bitorder="little")
@@ -195,7 +178,7 @@ class Outliers:
         return cls(pointer.view("<u4"), index.view("<u2"), value.view("<f2"))
 
     def pack(self) -> bytes:
-        """The payload."""
+        """Return the payload."""
         return b"".join(
             np.ascontiguousarray(of, kind).tobytes()
             for of, kind in ((self.pointer, "<u4"), (self.index, "<u2"), (self.value, "<f2"))
@@ -209,7 +192,7 @@ class Outliers:
         weights[rows, self.index[here]] += self.value[here].astype(np.float32)
 
     def sums(self, x: np.ndarray) -> np.ndarray:
-        """Products with quantised inputs, int16, shape (t, n): float32, shape (t, m), in the kernels' own order.
+        """Multiply with quantised inputs, int16, shape (t, n): float32, shape (t, m), in the kernels' order.
 
         Lane l sums the outliers l, l + 16... of the row; then the upper half of the lanes is added to the lower, four times.
         """

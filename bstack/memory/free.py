@@ -97,7 +97,7 @@ def _kilobytes(file: Path) -> dict[str, int]:
 
 
 def _pressure(proc: Path, cgroup: Path) -> float | None:
-    """Read the innermost group that tells, before the machine: a neighbour that stalls at its own limit gains nothing from us."""
+    """Read the innermost group that reports pressure; shrinking does not help a neighbour at its own limit."""
     folders = [folder / "memory.pressure" for folder, _ in _group_folders(proc, cgroup, "")]
     for file in [*folders, proc / "pressure/memory"]:
         if found := re.search(r"^some avg10=(\d{1,3}\.\d+) ", _read_text(file), re.MULTILINE):

@@ -17,6 +17,7 @@ from typing import Any
 import bstk
 from bstack.errors import ForeignCodeError, ForeignCodeWarning, UnsupportedModelError, one_line
 from bstack.models.files import hub_snapshot, is_model_file, put_files
+from bstack.models.weight_files import read_json
 from bstk.errors import os_errors
 
 __all__ = ["Code", "allowed_code", "check_code", "check_trust", "put_code", "recorded_place"]
@@ -125,10 +126,9 @@ def put_code(code: Code, folder: Path) -> None:
 def write_references(code: Code, folder: Path, place: str = "") -> None:
     """Have a model's files name `code`, beside them or in the hub's repository `place`, in their ``auto_map``."""
     for file, classes in _MAPS.items():
-        if "auto_map" in (content := _json(folder / file)):
-            named: dict[str, Any] = {
-                auto: f"{place}--{name}" if place else name for auto, name in code.references.items() if auto in classes
-            }
+        if "auto_map" in (content := read_json(folder / file)):
+            prefix = f"{place}--" if place else ""
+            named: dict[str, Any] = {auto: prefix + name for auto, name in code.references.items() if auto in classes}
             if "AutoTokenizer" in named:
                 named["AutoTokenizer"] = [None, named["AutoTokenizer"]]
             content["auto_map"] = named
@@ -170,7 +170,7 @@ def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for file, classes in _MAPS.items():
-        mapping: Any = _json(folder / file).get("auto_map")
+        mapping: Any = read_json(folder / file).get("auto_map")
         if isinstance(mapping, list):  # the old form of tokenizers
             mapping = {"AutoTokenizer": mapping}
         for auto in classes if isinstance(mapping, dict) else ():
@@ -179,7 +179,7 @@ def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:
             for reference in reversed(value if isinstance(value, list) else [value]):
                 if isinstance(reference, str):
                     found.setdefault(auto, reference)
-    kind = _json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     known = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     if all(auto not in found or (isinstance(kind, str) and kind in names) for auto, names in known.items()):
         found = {auto: found[auto] for auto in found if auto == "AutoTokenizer" and not _has_tokenizer(folder)}
@@ -249,12 +249,3 @@ def _has_tokenizer(folder: Path) -> bool:
     except BaseException:  # also a panic of the tokenizers library, which is no Exception
         return False
     return True
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is none, for transformers then says what is wrong."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

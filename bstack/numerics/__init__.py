@@ -1,1 +1,1 @@
-"""Numerical methods on arrays: rotation, error feedback, hessians, groups, outliers, low rank. No files, no models."""
+"""Numerical methods on arrays: rotation, error feedback, hessians, groups with outliers. No files, no models."""

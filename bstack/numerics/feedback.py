@@ -11,40 +11,36 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["choose_damping", "factorise", "feedback_factor", "spectrum_sample"]
+__all__ = ["choose_damping", "factorise", "spectrum_sample"]
 
 # Above this width double precision would not fit in memory; single precision is enough with damping.
 DOUBLE_WIDTH = 8192
 # Relative to the mean eigenvalue: smaller ones are noise in a sample of a few thousand tokens.
 MIN_DAMPING = 1e-3
 PIECE = 2**22
+LANCZOS_STEPS = 64
 NOT_FINITE = "The hessian holds NaN or infinite values, so it has no feedback factor."
-
-
-def feedback_factor(hessian: Callable[[], torch.Tensor], damping: float) -> torch.Tensor:
-    """Compute M of hessian() + damping I = M D M^T; see `factorise`."""
-    return factorise(hessian, damping)[0]
 
 
 def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute M and D of hessian() + damping I = M D M^T.
 
-    The factor takes the hessian's memory: another matrix of its size would be .8 GB at a width of 14336.
+    The factor overwrites the hessian: another matrix of its size would take 0.8 GB at a width of 14336.
 
     Parameters
     ----------
     hessian : callable
-        Returns H, float32, shape (inputs, inputs), contiguous, which is overwritten; called again where rounding spoils a factor.
+        Returns H, float32, shape (inputs, inputs), contiguous; called again where rounding spoils a factor.
     damping : float
-        d, positive: how far the feedback is held back.
+        d, positive; the larger it is, the weaker the feedback.
 
     Returns
     -------
     factor : torch.Tensor
         M, float32, unit upper triangular, shape (inputs, inputs).
     cost : torch.Tensor
-        The diagonal of D, float32, shape (inputs,): what an error of 1 in a column costs when the later columns have made up
-        for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
+        The diagonal of D, float32, shape (inputs,): the cost of an error of 1 in a column after the later columns have made
+        up for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
 
     Raises
     ------
@@ -52,7 +48,7 @@ def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torc
         The hessian holds NaN or infinite values.
     """
     while (factor := _cholesky(hessian(), damping)) is None:
-        damping *= 10  # rounding made a tiny eigenvalue negative: hold the feedback back further
+        damping *= 10  # rounding made a tiny eigenvalue negative
         if not (math.isfinite(damping) and bool(hessian().diagonal().isfinite().all())):
             raise ValueError(NOT_FINITE)
     # LAPACK's factor is stored column by column, so its transpose is the one that is contiguous.
@@ -89,7 +85,7 @@ def _flip(square: torch.Tensor) -> torch.Tensor:
 def choose_damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: float) -> float:
     """Choose the damping that serves a block and `later` more blocks on top of it best.
 
-    Full feedback leaves the smallest error, but coloured like the inverse of H, and a coloured residual costs the next
+    Full feedback leaves the smallest error, but its spectrum is that of the inverse of H, and such a residual costs the next
     block more. With n_i = 1 / (l_i + d) the shape of the error at a fixed determinant (which is what the number of
     bits fixes), the error now is mean(l n) / gmean(n) and the size of the residual, which each later block inherits,
     mean(n) / gmean(n). The minimum of log mean(l n) + later * log mean(n) - (1 + later) * mean(log n) is where
@@ -123,21 +119,16 @@ def choose_damping(eigenvalues: torch.Tensor, weights: torch.Tensor, later: floa
     return math.exp(low)
 
 
-def spectrum_sample(
-    hessian: torch.Tensor, *, probes: int | None = None, steps: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum_sample(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate the spectrum of a symmetric matrix by stochastic Lanczos quadrature.
 
     Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal. 38 (2017).
-    The probes are fixed, so the estimate is too. An exact decomposition of a 14336-wide hessian would take minutes.
+    The starting vectors are fixed, so the estimate is too. An exact decomposition of a 14336-wide hessian would take minutes.
 
     Parameters
     ----------
     hessian : torch.Tensor
         Float32, shape (n, n).
-    probes, steps : int, optional
-        Starting vectors, and Lanczos steps for each. By default 8 vectors, 2 above a width of 4096: each averages over
-        the whole width, and reads the whole hessian at every step.
 
     Returns
     -------
@@ -145,8 +136,9 @@ def spectrum_sample(
         Float64, shape (values,); the weights sum to 1.
     """
     n = hessian.shape[0]
-    steps = min(steps, n)
-    probes = probes or (8 if n <= 4096 else 2)
+    steps = min(LANCZOS_STEPS, n)
+    # Each vector averages over the whole width, and reads the whole hessian at every step.
+    probes = 8 if n <= 4096 else 2
     generator = torch.Generator().manual_seed(0)
     values, weights = [], []
     for _ in range(probes):

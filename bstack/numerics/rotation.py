@@ -1,8 +1,8 @@
-"""An orthogonal change of input coordinates that makes weights look Gaussian: random signs, then Hadamard blocks.
+"""Rotates inputs orthogonally so that weights look Gaussian: random signs, then Hadamard blocks.
 
-After it no input stands out, and the weights of a row behave like independent draws, which suits a code for
-Gaussian sources (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). Everything
-follows from the width, so nothing is stored.
+The rotation spreads large inputs over all others, and makes the weights of a row behave like independent draws, which suits
+a code for Gaussian sources (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). The width decides everything, so nothing is
+stored.
 """
 
 from __future__ import annotations
@@ -39,13 +39,7 @@ def _splitmix64(state: int) -> int:
 
 
 def rotate(matrix: torch.Tensor) -> torch.Tensor:
-    """Rotate the last axis: (x * signs) H for each row x, H block-diagonal with normalised Hadamard blocks.
-
-    Parameters
-    ----------
-    matrix : torch.Tensor
-        Floating, shape (..., width).
-    """
+    """Rotate the last axis: (x * signs) H for each row x, H block-diagonal with normalised Hadamard blocks."""
     return _hadamard(matrix * signs(matrix.shape[-1]).to(matrix))
 
 
@@ -57,16 +51,14 @@ def unrotate(matrix: torch.Tensor) -> torch.Tensor:
 def rotate_hessian(hessian: torch.Tensor) -> torch.Tensor:
     """Compute the hessian of rotated inputs from that of the inputs; shape (width, width), contiguous.
 
-    It equals ``rotate(rotate(hessian).t())``, but takes the memory of one matrix beside the hessian and not of four.
+    It equals ``rotate(rotate(hessian).t())``, but needs the memory of one matrix beside the hessian, not of four.
     """
-    rotated = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-    for start in range(0, hessian.shape[0], ROWS_TOGETHER):
-        rows = slice(start, start + ROWS_TOGETHER)
-        rotated[rows] = rotate(hessian[rows])
+    rotated = hessian.clone(memory_format=torch.contiguous_format)
+    for rows in rotated.split(ROWS_TOGETHER):
+        rows.copy_(rotate(rows))
     _transpose(rotated)
-    for start in range(0, hessian.shape[0], ROWS_TOGETHER):
-        rows = slice(start, start + ROWS_TOGETHER)
-        rotated[rows] = rotate(rotated[rows])
+    for rows in rotated.split(ROWS_TOGETHER):
+        rows.copy_(rotate(rows))
     return rotated
 
 
@@ -83,10 +75,9 @@ def _transpose(square: torch.Tensor) -> None:
 
 
 def _hadamard(matrix: torch.Tensor) -> torch.Tensor:
-    width = matrix.shape[-1]
-    size = block_size(width)
+    size = block_size(matrix.shape[-1])
     blocks = matrix.reshape(-1, size)
-    # A block of 2^a * 2^b is transformed along both of its axes, as two small products in place of many passes.
+    # Transform a block of 2^a * 2^b along both of its axes: two small products instead of many passes.
     first = 1 << (size.bit_length() - 1) // 2
     left, right = _hadamard_matrix(first).to(matrix), _hadamard_matrix(size // first).to(matrix)
     rotated = left @ blocks.reshape(-1, first, size // first) @ right
@@ -94,7 +85,7 @@ def _hadamard(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _hadamard_matrix(size: int) -> torch.Tensor:
-    """Sylvester's Hadamard matrix, normalised: entry (i, j) is (-1)^popcount(i & j) / sqrt(size)."""
+    """Make Sylvester's Hadamard matrix, normalised: entry (i, j) is (-1)^popcount(i & j) / sqrt(size)."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)

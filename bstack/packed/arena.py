@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Allocation", "Arena", "HostMemory", "Memory"]
+__all__ = ["Allocation", "Arena", "HostSlab", "Memory"]
 
 SLAB = 16 * 2**20
 # Blocks begin at cache lines, for vector loads.
@@ -38,8 +38,8 @@ class Memory(Protocol):
         """Return all of it to the system."""
 
 
-class HostMemory:
-    """A mapping of private memory; MemoryError if the system has none left."""
+class HostSlab:
+    """A mapping of private memory. Raise MemoryError if the system has none left."""
 
     def __init__(self, size: int):
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -90,18 +90,13 @@ class Allocation:
 class Arena:
     """A stack of blocks in memory of its own. Not thread-safe."""
 
-    def __init__(self, slab: int = SLAB, memory: Callable[[int], Memory] = HostMemory):
+    def __init__(self, slab: int = SLAB, memory: Callable[[int], Memory] = HostSlab):
         self._size, self._memory = slab, memory
         self._slabs: list[_Slab] = []
         self._starts: list[int] = []  # of each block in its slab
 
     def __len__(self) -> int:
         return len(self._starts)
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Mapped address space; pages that no block has touched are not in memory."""
-        return sum(slab.memory.size for slab in self._slabs)
 
     def reserve(self, length: int) -> Allocation:
         """Allocate a block of `length` bytes on top of the stack; MemoryError if there is no memory left."""

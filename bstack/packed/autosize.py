@@ -79,8 +79,8 @@ def following(
     model : transformers.PreTrainedModel
         From ``bstack.load(..., mode="packed")``.
     budget : callable, optional
-        Called twice a second; returns a budget in MB, as `bstack.resize` takes one. By default the memory of the machine
-        is watched (docs/guide.md).
+        Called twice a second; returns a budget in MB, as `bstack.resize` takes one. By default the machine's memory
+        decides (docs/guide.md).
     warn : callable
         Receives warnings, one line each; by default it gives a RuntimeWarning.
 
@@ -102,7 +102,7 @@ def following(
         # A budget counts the file's length where that is more than the blocks take, as the bounds do.
         lambda: store.budget,
         failure=lambda: store.failure,
-        smallest=store.file.smallest.budget,
+        smallest=store.file.base.budget,
         largest=store.file.fit(None).budget,
         interval=INTERVAL,
         warn=warn,
@@ -236,7 +236,7 @@ class Poller(ABC):
 
     def __enter__(self) -> Self:
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="bstack-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="bstack-poller", daemon=True)
         self._thread.start()
         return self
 
@@ -256,7 +256,7 @@ class Poller(ABC):
     def _report(self, error: Exception) -> None:
         try:
             self._warn_once(one_line(error), f"The model keeps its size: {one_line(error)}")
-        except Exception:  # the warning fails: a closed stderr, warnings as errors, a user's function
+        except Exception:  # the warning itself can fail: a closed stderr, warnings as errors, a user's function
             with suppress(Exception):
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
@@ -283,9 +283,8 @@ class BudgetPoller(Poller):
     def poll(self, now: float) -> None:
         if (failure := self._new_failure(self._store.failure)) is not None:
             self._retry_at = now + RETRY
-            self._warn_once(
-                one_line(failure), f"The model could not grow: {one_line(failure)}. It is tried again later."
-            )
+            problem = one_line(failure)
+            self._warn_once(problem, f"The model could not grow: {problem}. It is tried again later.")
         mb = self._budget()
         if mb != self._last or now >= self._retry_at:
             self._last, self._retry_at = mb, now + RETRY
@@ -324,9 +323,8 @@ class MemoryPoller(Poller):
             )
         super().__init__(interval, warn)
         self._resize, self._current, self._growth_failure, self._read = resize, current, failure, read
-        self._policy = Policy(
-            smallest, largest, default_margin(memory) if margin is None else margin, quiet=quiet, step=step
-        )
+        margin = default_margin(memory) if margin is None else margin
+        self._policy = Policy(smallest, largest, margin, quiet=quiet, step=step)
 
     def poll(self, now: float) -> None:
         if (failure := self._new_failure(self._growth_failure())) is not None:
@@ -337,9 +335,8 @@ class MemoryPoller(Poller):
                 return
             target = self._policy.decide(now, memory, self._current())
         except Exception as error:
-            self._failed(
-                "watch", f"Memory cannot be watched: {one_line(error)}. The model keeps its size until it can."
-            )
+            problem = one_line(error)
+            self._failed("read", f"The free memory cannot be read: {problem}. The model keeps its size until it can.")
             return
         if target is not None:
             try:

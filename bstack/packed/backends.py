@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from bstack.errors import MissingPackageError, one_line
+from bstack.errors import one_line
 from bstack.kernels.matrix import PLAIN, TRELLIS, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
-from bstk.errors import ResourceError, UsageError
+from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "device_of"]
 
@@ -88,14 +88,14 @@ def _device_kernels() -> Any:
     try:
         from bstack.kernels import device
     except ImportError:
-        raise MissingPackageError(
+        raise BstkError(
             "packed weights on a GPU need the package triton. Install it: pip install 'bstack[gpu]'"
         ) from None
     return device
 
 
 class DeviceMemory:
-    """A slab in a device's memory; bstk.ResourceError if it has none left."""
+    """A slab in a device's memory. Raise ResourceError if the device is full."""
 
     def __init__(self, size: int, device: torch.device):
         self.size = size

@@ -17,6 +17,7 @@ from bstack.kernels.matrix import Matrix
 from bstack.packed.arena import Allocation, Arena
 from bstack.packed.lock import PriorityLock
 from bstk.errors import ResourceError, UsageError
+from bstk.index import bits_per_weight
 
 __all__ = ["BlockStore", "Resident", "resident", "resize", "store_of"]
 
@@ -157,14 +158,12 @@ class BlockStore:
         """The part of the model that is in memory now."""
         growth = self._growth
         loaded = [chunk for number, chunk in self._blocks if number < self._count]
-        weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in loaded if chunk.level == 0)
-        block_bytes = sum(chunk.raw_length for chunk in loaded)
         return Resident(
             weight_bytes=self._bytes(self._count),
-            block_bytes=block_bytes,
+            block_bytes=sum(chunk.raw_length for chunk in loaded),
             blocks=len(loaded),
             all_blocks=len(self._blocks),
-            bits_per_weight=8 * block_bytes / weights if weights else None,
+            bits_per_weight=bits_per_weight(loaded),
             target_bytes=self._bytes(self._target()),
             error=None if growth is None or growth.error is None else one_line(growth.error),
         )
@@ -177,7 +176,7 @@ class BlockStore:
         needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
         if budget > self._fetched and budget >= needed:
             raise UsageError(
-                f"{bstk.mb_ceil(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
+                f"{bstk.mb_text(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
                 "again with that budget; what is here is not fetched twice."
             )
 

@@ -95,10 +95,6 @@ def _matmul(input: Any, other: Any, **rest: Any) -> Any:
     return other.packed.multiply(input)
 
 
-def _mm(input: Any, mat2: Any, **rest: Any) -> Any:
-    return _matmul(input, mat2, **rest)
-
-
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, **rest: Any) -> Any:
     y = _matmul(mat1, mat2, **rest) if beta == alpha == 1 else NotImplemented
     return y if y is NotImplemented else input + y
@@ -112,15 +108,12 @@ def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any =
 
 
 def _item(weight: Any, index: Any) -> Any:
-    single = isinstance(index, int) or (
-        isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool
-    )
+    is_scalar = isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool
+    single = is_scalar or isinstance(index, int)
     if not isinstance(weight, PackedWeight) or not isinstance(weight.packed, Sequence) or not single:
         return NotImplemented
-    index = int(index)
-    return PackedWeight(
-        weight.packed[index], weight.transposed, weight.dtype, f"{weight.label}[{index}]", weight.device
-    )
+    packed, label = weight.packed[int(index)], f"{weight.label}[{int(index)}]"
+    return PackedWeight(packed, weight.transposed, weight.dtype, label, weight.device)
 
 
 def _transpose(input: PackedWeight, dim0: int, dim1: int, **rest: Any) -> Any:
@@ -146,7 +139,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mT.__get__: lambda weight: _transpose(weight, -1, -2),  # type: ignore[attr-defined]
     **dict.fromkeys((torch.transpose, torch.Tensor.transpose), _transpose),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mm, torch.Tensor.mm), _mm),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), lambda input, mat2, **rest: _matmul(input, mat2, **rest)),
 }
 
 # Attributes of a tensor without data.

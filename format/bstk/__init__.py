@@ -9,14 +9,13 @@ The format is described in ``format/SPEC.md``.
 """
 
 from . import errors, limits
-from .budget import MB, Cut, budget_bytes, mb_ceil
+from .budget import MB, Cut, budget_bytes, mb_ceil, mb_text
 from .cutting import grow, plan, plan_growth, truncate
 from .errors import (
     BstkError,
     BudgetError,
     DamagedError,
     Interrupted,
-    MissingPackageError,
     NotBstkError,
     OutputError,
     PartialError,
@@ -56,7 +55,6 @@ __all__ = [
     "HttpSource",
     "Interrupted",
     "Kind",
-    "MissingPackageError",
     "NotBstkError",
     "OutputError",
     "PartialError",
@@ -75,6 +73,7 @@ __all__ = [
     "is_url",
     "limits",
     "mb_ceil",
+    "mb_text",
     "open",
     "pack",
     "plan",

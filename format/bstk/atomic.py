@@ -119,9 +119,11 @@ def copy_mode(descriptor: int, target: str, extra: int = 0) -> None:
     """Give an open file the mode bits of the file at `target`, if there is one, and the bits `extra`."""
     if os.name != "posix" or not os.path.exists(target):
         return
-    mode = (stat.S_IMODE(os.stat(target).st_mode) & 0o777) | extra
+    old, new = os.stat(target), os.fstat(descriptor)
+    # Bits of the group are for the old file's group, not for another.
+    mode = (old.st_mode & (0o777 if new.st_gid == old.st_gid else 0o707)) | extra
     # Some file systems have one mode for all files, and refuse to change it.
-    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+    if stat.S_IMODE(new.st_mode) != mode:
         os.fchmod(descriptor, mode)
 
 
@@ -138,7 +140,7 @@ def sync_folder(folder: str) -> None:
 def remove_leftovers(target: str) -> None:
     """Delete the temporary files that killed processes left of writing `target`: those that nobody has locked."""
     folder, name = os.path.split(target)
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(_stem(name))}.{8 * '[0-9a-f]'}.part")):
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(stem(name))}.{8 * '[0-9a-f]'}.part")):
         with suppress(OSError):
             if not stat.S_ISREG(os.lstat(leftover).st_mode):
                 continue
@@ -150,7 +152,7 @@ def remove_leftovers(target: str) -> None:
                 os.close(descriptor)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """Return the start of a file name that leaves room for a suffix: file systems allow 255 bytes."""
     return os.fsencode(name)[:200].decode(errors="ignore")
 
@@ -159,7 +161,7 @@ def _create_temporary(target: str) -> tuple[int, str]:
     """Create a locked temporary file next to `target`; the lock tells other processes that it is in use."""
     folder, name = os.path.split(target)
     while True:
-        temporary = os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(4)}.part")
+        temporary = os.path.join(folder, f".{stem(name)}.{secrets.token_hex(4)}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode_of_new(target))
         with suppress(OSError):  # a file system without locks: leftovers stay there
             try_lock(descriptor, wait=True)
@@ -284,7 +286,7 @@ def try_lock(descriptor: int, wait: bool = False) -> bool:
 
 
 def is_at(descriptor: int, path: str) -> bool:
-    """Whether `path` still names the open file, which another process may have renamed or deleted."""
+    """Return whether `path` still names the open file, which another process may have renamed or deleted."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -53,15 +53,23 @@ def budget_bytes(mb: Budget) -> int:
     return int(Fraction(value) * MB)
 
 
+def budget_of(mb: Budget | None, budget: int | None) -> int:
+    """Return in bytes a budget that is given either as `mb` megabytes or as `budget` bytes; UsageError for both or neither."""
+    if (mb is None) == (budget is None):
+        found = "neither" if mb is None else f"mb={mb!r} and budget={budget!r}"
+        raise UsageError(
+            f"a budget is given as mb, in MB, or as budget, in bytes; found {found}.", hint="Give one of them."
+        )
+    return budget_bytes(mb) if budget is None else budget  # type: ignore[arg-type]
+
+
+def mb_text(budget: int) -> str:
+    """Return the shortest number of MB that `budget_bytes` reads as `budget` bytes: what was typed, up to seven decimals."""
+    digits = next(d for d in range(8) if -(-budget * 10**d // MB) * MB // 10**d == budget)  # 10**7 > MB, so one does it
+    return f"{Decimal(-(-budget * 10**digits // MB)).scaleb(-digits):f}"
+
+
 def mb_ceil(size: int) -> str:
     """Return `size` bytes in MB with two decimals, rounded up, so that the printed number works as a budget."""
-    return _hundredths(-(-size * 100 // MB))
-
-
-def mb_floor(size: int) -> str:
-    """Return `size` bytes in MB with two decimals, rounded down."""
-    return _hundredths(size * 100 // MB)
-
-
-def _hundredths(count: int) -> str:
+    count = -(-size * 100 // MB)
     return f"{count // 100}.{count % 100:02d}"

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 
 from .atomic import LockedFile, remove_leftovers
-from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
-from .errors import RemoteChangedError, UsageError, os_errors
+from .budget import Budget, Cut, budget_of, mb_ceil, mb_text
+from .errors import DamagedError, RemoteChangedError, UsageError, os_errors
 from .http import is_url
 from .reader import Reader, is_remote, open, reopen, require_rewritable
-from .transfer import Progress, download, extend, overwrite_preamble, remove_parts, write_cut
+from .transfer import Progress, download, extend, intact, overwrite_preamble, remove_parts, write_cut
 
 
 def truncate(
     src: str | os.PathLike[str] | Reader,
     dst: str | os.PathLike[str] | None,
-    mb: Budget,
+    mb: Budget | None = None,
     seal: bool = True,
     progress: Progress | None = None,
     overwrite: bool = True,
+    *,
+    budget: int | None = None,
 ) -> Cut:
     """Cut a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -36,8 +38,8 @@ def truncate(
         The output, which replaces what is there when all of it is written. None cuts `src` in place; at every step of that
         the file on disk is valid, so a crash leaves it whole, partial or sealed, never broken. Cutting in place reads and
         checks only the header.
-    mb : int, float, str or Decimal
-        The budget. For a URL it may exceed the file: then all of it is fetched, unchanged.
+    mb, budget : number or str, int
+        The budget: megabytes, or bytes instead. For a URL it may exceed the file: then all of it is fetched, unchanged.
     seal : bool
         Write the length into the preamble, which marks the cut as intended. Without it the seal is 0, and an unsealed `src`
         gives exactly its first bytes.
@@ -63,7 +65,7 @@ def truncate(
     RemoteError, ResourceError, OutputError
         The URL cannot be read, or the result cannot be written; nothing was changed.
     """
-    budget = budget_bytes(mb)
+    budget = budget_of(mb, budget)
     if isinstance(src, Reader):
         return _truncate(src, dst, budget, seal, progress, overwrite)
     if dst is None and not is_url(src):
@@ -72,15 +74,15 @@ def truncate(
         return _truncate(source, dst, budget, seal, progress, overwrite)
 
 
-def plan(source: Reader, mb: Budget | None = None, *, budget: int | None = None) -> Cut:
-    """Return what `truncate` would keep of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
+def plan(source: Reader, *, budget: int) -> Cut:
+    """Return what `truncate` would keep of an open file within `budget` bytes, or raise its errors."""
     require_rewritable(source)
-    cut = source.fit(mb, budget=budget)
+    cut = source.fit(budget=budget)
     # A partial file that fits is cut to the end of its last whole chunk and sealed, and a file on a server is fetched.
     if cut.chunks == len(source.chunks) and source.state != "partial" and not is_remote(source):
-        given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
         raise UsageError(
-            f"{source.source.name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is {given}.",
+            f"{source.source.name}: nothing to cut: all of it fits in {mb_ceil(cut.budget)} MB, and the budget is "
+            f"{mb_text(budget)} MB.",
             hint="Give a smaller budget, or use the file as it is.",
         )
     return cut
@@ -138,7 +140,12 @@ def _cut_in_place(path: str, budget: int, seal: bool) -> Cut:
 
 
 def grow(
-    path: str | os.PathLike[str], mb: Budget, source: str | os.PathLike[str] | Reader, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    mb: Budget | None,
+    source: str | os.PathLike[str] | Reader,
+    progress: Progress | None = None,
+    *,
+    budget: int | None = None,
 ) -> Cut:
     """Grow a file to at most `mb` megabytes (2**20 bytes), both as a file and as weights in memory.
 
@@ -146,16 +153,16 @@ def grow(
     all of it fits and it is whole. Only the missing bytes are read from `source`; each chunk is checked against its digest
     before its last byte is written.
 
-    The missing bytes are appended to the file itself. Nothing is changed before the first of them have arrived. From then on
-    the file is partial until it is complete: a valid model, at least as large as before, and not sealed. If growing fails or
-    is stopped, the file stays so, and the same call continues from there.
+    The missing bytes are appended to the file itself, after its own blocks were checked. Nothing is changed before the first
+    of them have arrived. From then on the file is partial until it is complete: a valid model, at least as large as before,
+    and not sealed. If growing fails or is stopped, the file stays so, and the same call continues from there.
 
     Parameters
     ----------
     path : path
         The file to grow: sealed or partial.
-    mb : int, float, str or Decimal
-        The budget.
+    mb, budget : number or str, int
+        The budget: megabytes, or None and bytes instead.
     source : path, URL or Reader
         A larger file of the same model. A reader is left open.
     progress : callable or None
@@ -178,7 +185,7 @@ def grow(
     RemoteError, ResourceError, OutputError
         The URL cannot be read, or the file cannot be written.
     """
-    budget = budget_bytes(mb)
+    budget = budget_of(mb, budget)
     with open(path, warn=False) as small:  # an invalid file is refused before a server is asked
         require_rewritable(small)
     if isinstance(source, Reader):
@@ -187,8 +194,8 @@ def grow(
         return _grow(path, budget, larger, progress)
 
 
-def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int | None = None) -> Cut:
-    """Return what `grow` would make of an open file, within `mb` megabytes or `budget` bytes, or raise its errors."""
+def plan_growth(small: Reader, larger: Reader, *, budget: int) -> Cut:
+    """Return what `grow` would make of an open file within `budget` bytes, or raise its errors."""
     name, other = small.source.name, larger.source.name
     require_rewritable(small)
     if small.root != larger.root:
@@ -199,7 +206,7 @@ def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int
         )
     if os.path.exists(other) and os.path.samefile(name, other):
         raise UsageError(f"{name}: the file cannot grow from itself.", hint="Name a larger file of the same model.")
-    cut = larger.fit(mb, budget=budget)
+    cut = larger.fit(budget=budget)
     here = small.fit()
     # A partial file that has all blocks already still gets its seal.
     if cut.chunks < here.chunks or (cut.chunks == here.chunks and small.state != "partial"):
@@ -208,8 +215,9 @@ def plan_growth(small: Reader, mb: Budget | None, larger: Reader, *, budget: int
             why = f"{other} has no more than it, {available} MB."
             hint = "Name a larger file of the same model."
         else:
-            given = f"{mb} MB" if budget is None else f"{mb_floor(budget)} MB"
-            why = f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {given}."
+            why = (
+                f"it takes {mb_ceil(here.budget)} MB already, and the next block does not fit in {mb_text(budget)} MB."
+            )
             hint = f"Give a larger budget; all of {other} takes {available} MB."
         raise UsageError(f"{name}: nothing to add: {why}", hint=hint)
     return cut
@@ -230,7 +238,14 @@ def _grow(path: str | os.PathLike[str], budget: int, larger: Reader, progress: P
 def _append(file: LockedFile, budget: int, larger: Reader, progress: Progress | None) -> Cut:
     """Unseal, append, seal, each on disk before the next begins: unsealed, the file is valid at every length."""
     small = open(file, warn=False)
-    cut = plan_growth(small, None, larger, budget=budget)
+    cut = plan_growth(small, larger, budget=budget)
+    kept = intact(file, small.chunks)
+    if damaged := next((chunk for chunk in small.chunks if chunk.end > kept), None):
+        raise DamagedError(
+            f"{file.name}: {damaged.describe()}: its SHA-256 does not match the index.",
+            hint="Copy, download or cut the file again.",
+            chunk=damaged,
+        )
 
     def unseal() -> None:
         if small.seal:

@@ -46,10 +46,6 @@ class UsageError(BstkError):
     exit_code = 2
 
 
-class MissingPackageError(BstkError):
-    """An optional package is needed and not installed."""
-
-
 class RemoteError(BstkError):
     """A file on a server cannot be read.
 
@@ -118,7 +114,7 @@ class ResourceError(BstkError):
 
 
 class Interrupted(BstkError):
-    """The user stopped the command; the same command resumes."""
+    """The user stopped the work, or a Dask cluster went away; the same command resumes."""
 
     exit_code = 75
 

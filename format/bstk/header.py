@@ -85,11 +85,11 @@ def _check_length(head: preamble.Preamble, length: int) -> None:
             f"the file has {length} bytes, {length - head.full_length} more than the {head.full_length} it was written with.",
             hint="Something was appended; copy or download it again.",
         )
-    if length < head.smallest_length:
+    if length < head.base_length:
         raise TruncatedError(
-            f"the file ends after {length} bytes, before its base model does: that takes {head.smallest_length} of the "
+            f"the file ends after {length} bytes, before its base model does: that takes {head.base_length} of the "
             f"{head.full_length} bytes of the complete file.",
-            hint=f"Copy or download at least the first {head.smallest_length}.",
+            hint=f"Copy or download at least the first {head.base_length}.",
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from . import preamble
-from .errors import MissingPackageError, RemoteChangedError, RemoteError
+from .errors import BstkError, RemoteChangedError, RemoteError
 
 HEAD = 2**16  # bytes of the first request: the preamble, and all of the header of most small files
 PIECE = 2**18  # maximum bytes handed on at a time
@@ -35,7 +35,7 @@ _BAD_RANGES = f"The server does not serve ranges correctly. {_OTHER_TOOL}"
 
 
 def is_url(what: object) -> bool:
-    """Whether `what` is text that starts with ``https://``, ``http://`` or ``hf://``."""
+    """Return whether `what` is text that starts with ``https://``, ``http://`` or ``hf://``."""
     return isinstance(what, str) and what.lower().startswith(("https://", "http://", "hf://"))
 
 
@@ -90,6 +90,14 @@ def _clean(text: str) -> str | None:
     return text.replace("\r", "").replace("\n", "").strip() or None
 
 
+def _bearer(token: str) -> Callable[[Any], Any]:
+    def add(request: Any) -> Any:
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return add
+
+
 def _is_hub(url: str) -> bool:
     return url.lower().startswith("hf://")
 
@@ -109,8 +117,6 @@ class HttpSource:
 
     Raises
     ------
-    MissingPackageError
-        The package requests is not installed.
     RemoteError
         The server cannot be reached, has no such file, or gives an unusable answer.
     """
@@ -119,7 +125,17 @@ class HttpSource:
         self.name = shown(url)  # without secrets
         self.notify = notify
         self.requests = 0  # so far, not counting redirects
-        self._client = _Client(self.name, address(url), token(url))
+        self._address = address(url)
+        try:
+            import requests
+        except ImportError:
+            raise BstkError(
+                f"{self.name}: reading from a URL needs the package requests: pip install 'bstack[http]'"
+            ) from None
+        self._session = requests.Session()
+        self._session.headers["Accept-Encoding"] = "identity"  # offsets count in the uncompressed file
+        # Not among the session's headers: requests drops it where a redirect leads to another host.
+        self._auth = _bearer(found) if (found := token(url)) else None
         self._lock = threading.Lock()
         self._body: _Body | None = None
         self._retries = 0
@@ -167,7 +183,7 @@ class HttpSource:
     def close(self) -> None:
         """Close all connections."""
         self._disconnect()
-        self._client.close()
+        self._session.close()
 
     def _piece(self, offset: int, stop: int) -> bytes:
         """Return at least one byte at `offset`, from a request that continues to `stop`; nothing of an empty file."""
@@ -209,7 +225,7 @@ class HttpSource:
                 hint="Fetch it with bstack truncate, and use the copy.",
             )
         self.requests += 1
-        response = self._client.get(offset, stop, self._version.strong_etag if self._version else None)
+        response = self._get(offset, stop)
         try:
             answer = check_answer(self.name, response.status_code, response.headers, offset, stop)
             if self._version is not None and not answer.version.is_same(self._version):
@@ -231,6 +247,46 @@ class HttpSource:
             response.close()
             return None
         return _Body(response, answer.start, answer.stop)
+
+    def _get(self, start: int, stop: int) -> Any:
+        """Request the bytes `start` to `stop` (exclusive), of the version that was read before if its tag is strong.
+
+        The body of the response is not read yet. _TransientError means that no answer came.
+        """
+        import requests
+        from urllib3.exceptions import HTTPError, NewConnectionError
+
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        if self._version is not None and self._version.strong_etag:
+            headers["If-Range"] = self._version.strong_etag
+        try:
+            response = self._session.get(
+                self._address, headers=headers, auth=self._auth, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)
+            )
+        except requests.exceptions.SSLError as error:
+            raise RemoteError(
+                f"{self.name}: no trusted TLS connection: {_innermost(error)}.",
+                hint="Check the host name and the clock of this machine; for a certificate authority of your own, set "
+                "REQUESTS_CA_BUNDLE to its file.",
+            ) from None
+        except requests.exceptions.TooManyRedirects:
+            raise RemoteError(f"{self.name}: the server redirects in circles.", hint="Check the URL.") from None
+        except requests.exceptions.Timeout:
+            raise _TransientError("no answer in time") from None
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            lasting = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
+            raise _TransientError(_innermost(error), lasting=lasting) from None
+        except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
+            message = f"{self.name}: not a URL that can be read: {_innermost(error)}."
+            raise RemoteError(message, hint="Check it.", missing=True) from None
+        places = [answer.url.lower() for answer in [*response.history, response]]
+        if places[0].startswith("https:") and not all(place.startswith("https:") for place in places):
+            response.close()
+            raise RemoteError(
+                f"{self.name}: the server redirects from https to an unprotected URL, whose answer is refused.",
+                hint="If you trust the connection, give that URL itself.",
+            )
+        return response
 
     def _wait(self, error: _TransientError, failures: int) -> None:
         """Wait before another attempt, or raise RemoteError after the last one."""
@@ -281,7 +337,7 @@ class _Version:
     modified: str | None = None
 
     def is_same(self, other: _Version) -> bool:
-        """Whether nothing says that the two differ. Dates count only where a tag is missing."""
+        """Return whether nothing says that the two differ. Dates count only where a tag is missing."""
         if self.length != other.length:
             return False
         if self.etag and other.etag:
@@ -401,78 +457,6 @@ class _Body:
             with suppress(HTTPError, OSError):
                 self._response.raw.read(1, decode_content=False)
         self._response.close()
-
-
-class _Client:
-    """Connections to servers, kept open between requests. Needs the package requests."""
-
-    def __init__(self, name: str, address: str, token: str | None = None):
-        try:
-            import requests
-        except ImportError:
-            raise MissingPackageError(
-                f"{name}: reading from a URL needs the package requests: pip install 'bstack[http]'"
-            ) from None
-        self._name = name
-        self._address = address
-        self._session = requests.Session()
-        self._session.headers["Accept-Encoding"] = "identity"  # offsets count in the uncompressed file
-        self._auth = _Bearer(token) if token else None
-
-    def get(self, start: int, stop: int, etag: str | None) -> Any:
-        """Request the bytes `start` to `stop` (exclusive), of the version with the strong tag `etag` if one is given.
-
-        The body of the response is not read yet. _TransientError means that no answer came.
-        """
-        import requests
-        from urllib3.exceptions import HTTPError, NewConnectionError
-
-        headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if etag:
-            headers["If-Range"] = etag
-        try:
-            response = self._session.get(
-                self._address, headers=headers, auth=self._auth, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)
-            )
-        except requests.exceptions.SSLError as error:
-            raise RemoteError(
-                f"{self._name}: no trusted TLS connection: {_innermost(error)}.",
-                hint="Check the host name and the clock of this machine; for a certificate authority of your own, set "
-                "REQUESTS_CA_BUNDLE to its file.",
-            ) from None
-        except requests.exceptions.TooManyRedirects:
-            raise RemoteError(f"{self._name}: the server redirects in circles.", hint="Check the URL.") from None
-        except requests.exceptions.Timeout:
-            raise _TransientError("no answer in time") from None
-        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            lasting = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
-            raise _TransientError(_innermost(error), lasting=lasting) from None
-        except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
-            message = f"{self._name}: not a URL that can be read: {_innermost(error)}."
-            raise RemoteError(message, hint="Check it.", missing=True) from None
-        places = [answer.url.lower() for answer in [*response.history, response]]
-        if places[0].startswith("https:") and not all(place.startswith("https:") for place in places):
-            response.close()
-            raise RemoteError(
-                f"{self._name}: the server redirects from https to an unprotected URL, whose answer is refused.",
-                hint="If you trust the connection, give that URL itself.",
-            )
-        return response
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._session.close()
-
-
-class _Bearer:
-    """Sends a token to the host of the URL; requests drops it where a redirect leads to another host."""
-
-    def __init__(self, token: str):
-        self._token = token
-
-    def __call__(self, request: Any) -> Any:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
 
 
 def _innermost(error: BaseException) -> str:

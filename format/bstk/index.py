@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import frames, kinds, limits
 from .errors import DamagedError
@@ -74,18 +75,26 @@ class Chunk(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it counts as memory."""
+        """Return whether it counts as memory."""
         return self.kind.is_weight
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a block of a linear's stack."""
+        """Return whether it is a block of a linear's stack."""
         return self.kind.is_block
 
     def describe(self) -> str:
         """Return its name in messages."""
         level = f" level {self.level}" if self.is_block else ""
         return f"{self.kind} {self.name!r}{level} at offset {self.offset}"
+
+
+def bits_per_weight(chunks: Iterable[Any]) -> float | None:
+    """Return the bits that a weight of the linears takes in the blocks among some chunks or entries; None without blocks."""
+    blocks = [chunk for chunk in chunks if chunk.kind.is_block]
+    # Every linear has exactly one block of level 0, so this counts each weight once.
+    weights = sum(math.prod(block.shape) for block in blocks if block.level == 0)
+    return 8 * sum(block.raw_length for block in blocks) / weights if weights else None
 
 
 def dump(chunks: Iterable[Chunk]) -> tuple[bytes, bytes]:
@@ -305,9 +314,9 @@ def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
             f"preamble: incompatible flags {preamble.incompatible:#x}, but the kinds in the index need {features:#x}."
         )
     base_end = chunks[preamble.base_count - 1].end
-    if base_end != preamble.smallest_length:
+    if base_end != preamble.base_length:
         raise DamagedError(
-            f"preamble: smallest length {preamble.smallest_length}, but the first {preamble.base_count} chunks end at {base_end}."
+            f"preamble: base length {preamble.base_length}, but the first {preamble.base_count} chunks end at {base_end}."
         )
     if chunks[-1].end != preamble.full_length:
         raise DamagedError(

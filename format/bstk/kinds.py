@@ -36,6 +36,9 @@ DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPE_BY_CODE.values()}
 MAX_SPARSE_COLUMNS = 2**16 - 1
 """Columns that the 16-bit positions of the spqr and outliers kinds reach."""
 
+SPQR_GROUPS, SPQR_BITS = (16, 32, 64, 128), (3, 4)
+"""Columns of a group of an spqr block, and bits of a code."""
+
 _WORDS = {2: "H", 4: next(code for code in "IL" if array(code).itemsize == 4)}
 
 Length = int | range | None
@@ -114,6 +117,11 @@ def _trellis(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     return (rows + 3) * ((columns + 3) // 4) + DTYPE_BY_NAME[dtype].size * rows
 
 
+def one_of(numbers: tuple[int, ...]) -> str:
+    """Return numbers for a message, such as ``2, 3 or 4``."""
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
+
+
 class SpqrParts(NamedTuple):
     """Bytes of the parts of an spqr block, zeros between them counted to the first."""
 
@@ -122,20 +130,26 @@ class SpqrParts(NamedTuple):
     statistics: int
 
 
+def spqr_form(rank: int) -> tuple[int, int]:
+    """Return the bits of a code and the columns of a group of an spqr block."""
+    return rank % 16, rank // 16 * 16
+
+
 def spqr_parts(shape: tuple[int, ...], rank: int) -> SpqrParts:
     """Return what the parts of an spqr block take; `rank` is one that the kind's rule allows."""
     rows, columns = shape
-    bits, group = rank % 16, rank // 16 * 16
+    bits, group = spqr_form(rank)
     tiles = -(-rows // 16) * -(-columns // group)
     return SpqrParts(-(-2 * columns // 64) * 64, tiles * 2 * bits * group, tiles * 20)
 
 
 def _spqr(shape: tuple[int, ...], dtype: str, rank: int) -> int:
     _, columns = _matrix("an spqr", "statistics", shape, dtype)
-    subtiles, bits = divmod(rank, 16)
-    if bits not in (3, 4) or subtiles not in (1, 2, 4, 8):
+    bits, group = spqr_form(rank)
+    if bits not in SPQR_BITS or group not in SPQR_GROUPS:
         raise ValueError(
-            f"the rank of an spqr block is its columns in a group, 16, 32, 64 or 128, plus its bits per code, 3 or 4; found {rank}"
+            f"the rank of an spqr block is its columns in a group, {one_of(SPQR_GROUPS)}, plus its bits per code, "
+            f"{one_of(SPQR_BITS)}; found {rank}"
         )
     if columns > MAX_SPARSE_COLUMNS:
         raise ValueError(f"an spqr block has at most {MAX_SPARSE_COLUMNS} columns, found {columns}")

@@ -16,7 +16,7 @@ MAJOR, MINOR = 1, 0  # what files say; flags say which later features they use
 SPECIFICATION = "1.1"  # version of SPEC.md that is read and written
 RECORD_LENGTH = 128
 
-# magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, smallest
+# magic, major, minor, preamble length | incompatible, read-only-compatible, compatible flags | full length, seal, base
 # length | chunk count, base count | offset and length of index, names, metadata | their SHA-256 | reserved | CRC-32
 _LAYOUT = struct.Struct("<8sHHI QQQ QQQ II QQQQQQ 32s32s32s 36s I")
 SEAL = slice(48, 56)
@@ -29,12 +29,12 @@ _UPGRADE = "Upgrade bstack to read the file."
 class Preamble:
     """The fields of the preamble; lengths in bytes. Offsets follow from lengths, because there are no holes.
 
-    `full_length` is that of the complete file, `smallest_length` that of the base model alone, `seal` the exact length this
+    `full_length` is that of the complete file, `base_length` that of the base model alone, `seal` the exact length this
     file was cut to on purpose, or 0.
     """
 
     full_length: int
-    smallest_length: int
+    base_length: int
     chunk_count: int
     base_count: int
     names_length: int
@@ -66,7 +66,7 @@ class Preamble:
         tables = (index, self.index_length, names, self.names_length, metadata, self.metadata_length)
         data = _LAYOUT.pack(
             *(MAGIC, MAJOR, self.minor, LENGTH, self.incompatible, self.read_only_compatible, self.compatible),
-            *(self.full_length, self.seal, self.smallest_length, self.chunk_count, self.base_count, *tables),
+            *(self.full_length, self.seal, self.base_length, self.chunk_count, self.base_count, *tables),
             *(self.index_digest, self.names_digest, self.metadata_digest, bytes(36), 0),
         )
         return data[: _CRC.start] + struct.pack("<I", zlib.crc32(data[: _CRC.start]))
@@ -92,7 +92,7 @@ def parse(data: bytes) -> Preamble:
     Raises UnsupportedVersionError for another major version or an unknown incompatible flag, else DamagedError.
     """
     fields = _LAYOUT.unpack(data)
-    _, major, minor, length, *flags, full_length, seal, smallest_length, chunk_count, base_count = fields[:12]
+    _, major, minor, length, *flags, full_length, seal, base_length, chunk_count, base_count = fields[:12]
     index_offset, index_length, names_offset, names_length, metadata_offset, metadata_length = fields[12:18]
     *digests, reserved, crc = fields[18:]
     # A later version may have a longer preamble with its CRC elsewhere; within 256 bytes the CRC is checked first.
@@ -113,7 +113,7 @@ def parse(data: bytes) -> Preamble:
         )
     _require(not any(reserved), "reserved bytes 216 to 251", reserved.hex(), "zeros")
 
-    lengths = (full_length, smallest_length, chunk_count, base_count, names_length, metadata_length)
+    lengths = (full_length, base_length, chunk_count, base_count, names_length, metadata_length)
     result = Preamble(*lengths, *digests, *(seal, *flags, minor))
     header_length = result.header_length
     names_start = index_offset + index_length
@@ -130,9 +130,9 @@ def parse(data: bytes) -> Preamble:
     _require(metadata_offset == metadata_start, "metadata offset", metadata_offset, metadata_start)
     _require(full_length <= limits.MAX_FILE_LENGTH, "full length", full_length, f"at most {limits.MAX_FILE_LENGTH}")
     allowed = f"more than the header ({header_length}) and at most the full length ({full_length})"
-    _require(header_length < smallest_length <= full_length, "smallest length", smallest_length, allowed)
-    allowed = f"0, or {smallest_length} to {full_length}"
-    _require(seal == 0 or smallest_length <= seal <= full_length, "seal", seal, allowed)
+    _require(header_length < base_length <= full_length, "base length", base_length, allowed)
+    allowed = f"0, or {base_length} to {full_length}"
+    _require(seal == 0 or base_length <= seal <= full_length, "seal", seal, allowed)
     return result
 
 

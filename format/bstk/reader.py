@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from . import frames, header, http, kinds
-from .budget import Budget, Cut, budget_bytes, mb_ceil, mb_floor
+from .budget import Budget, Cut, budget_of, mb_ceil, mb_text
 from .errors import (
     BudgetError,
     DamagedError,
@@ -25,7 +24,7 @@ from .errors import (
     UsageError,
     error_prefix,
 )
-from .index import Chunk
+from .index import Chunk, bits_per_weight
 from .sources import Opened, Source, as_source, read_exactly
 
 
@@ -40,7 +39,7 @@ class Reader:
         Every chunk of the complete file, and those that are wholly in this file, a prefix.
     base_count : int
         Chunks of the base model.
-    smallest_length, full_length, seal : int
+    base_length, full_length, seal : int
         Bytes of the file of the base model and of the complete file; the length this file is sealed at, or 0.
     root : bytes
         32 bytes that authenticate the file and every cut of it.
@@ -56,7 +55,7 @@ class Reader:
         self.root = self.preamble.root()
         self.seal = self.preamble.seal
         self.base_count = self.preamble.base_count
-        self.smallest_length = self.preamble.smallest_length
+        self.base_length = self.preamble.base_length
         self.full_length = self.preamble.full_length
         self._ends = [chunk.end for chunk in self.all_chunks]
         self.chunks = self.all_chunks[: bisect_right(self._ends, source.length)]
@@ -92,8 +91,8 @@ class Reader:
         return self._memory[len(self.chunks)]
 
     @property
-    def smallest(self) -> Cut:
-        """The base model: the smallest cut."""
+    def base(self) -> Cut:
+        """The base model: the smallest valid cut."""
         return self.cut(self.base_count)
 
     @property
@@ -123,7 +122,11 @@ class Reader:
         with self._reading(chunk):
             raw = frames.unpack(self._stored(chunk), chunk.raw_length)
             if chunk.kind.check is not None:
-                chunk.kind.check(raw, chunk.shape)
+                try:
+                    chunk.kind.check(raw, chunk.shape)
+                except ValueError as problem:
+                    hint = "Its digest matches, so the file was written wrongly; make it again."
+                    raise DamagedError(f"{problem}.", hint=hint) from problem
             return raw
 
     def file_pieces(self, name: str) -> Iterator[bytes]:
@@ -154,9 +157,6 @@ class Reader:
         with error_prefix(f"{self.source.name}: {chunk.describe()}"):
             try:
                 yield
-            except ValueError as problem:
-                hint = "Its digest matches, so the file was written wrongly; make it again."
-                raise DamagedError(f"{problem}.", hint=hint, chunk=chunk) from problem
             except DamagedError as error:
                 error.chunk = chunk
                 raise
@@ -174,26 +174,21 @@ class Reader:
 
         Parameters
         ----------
-        mb : int, float, str, Decimal or None
-            The budget in megabytes (2**20 bytes); decimals are exact.
-        budget : int or None
-            The budget in bytes, instead of `mb`. Without either, everything in this file is returned.
+        mb, budget : number or str, int
+            The budget: megabytes (2**20 bytes; decimals are exact), or bytes instead; by default everything in this file.
 
         Raises
         ------
         UsageError, BudgetError
-            `mb` is not a positive number; the base model does not fit.
+            `mb` is not a positive number, or both are given; the base model does not fit.
         """
-        if mb is not None:
-            budget = budget_bytes(mb)
-        if budget is None:
+        if mb is None and budget is None:
             return self.cut(len(self.chunks))
-        base = self.smallest
-        if budget < base.budget:
-            given = f"{mb} MB" if mb is not None else f"{mb_floor(budget)} MB"
+        base = self.base
+        if (budget := budget_of(mb, budget)) < base.budget:
             raise BudgetError(
-                f"{self.source.name}: {given} is below the base model, which takes {mb_ceil(base.file_bytes)} MB as a file and "
-                f"{mb_ceil(base.memory_bytes)} MB of weights in memory.",
+                f"{self.source.name}: {mb_text(budget)} MB is below the base model, which takes {mb_ceil(base.file_bytes)} MB as "
+                f"a file and {mb_ceil(base.memory_bytes)} MB of weights in memory.",
                 base.budget,
                 hint=f"The smallest budget is {mb_ceil(base.budget)} MB.",
             )
@@ -209,7 +204,7 @@ class Reader:
 
         Smallest first, each with the first of those budgets, in bytes, that gives it. A file of few blocks has fewer.
         """
-        first, last = self.smallest.budget, self.fit().budget
+        first, last = self.base.budget, self.fit().budget
         cuts: dict[Cut, int] = {}
         for step in range(count):
             budget = first + (last - first) * step // (count - 1)
@@ -224,8 +219,7 @@ class Reader:
 
     def bits_per_weight(self, cut: Cut | None = None) -> float | None:
         """Return the bits that a weight of the linears takes in memory in a cut (None: this file); None without linears."""
-        count = len(self.chunks) if cut is None else cut.chunks
-        return 8 * self._block_bytes[count] / self._weights[count] if self._weights[count] else None
+        return bits_per_weight(self.all_chunks[: len(self.chunks) if cut is None else cut.chunks])
 
     def verify(self, progress: Callable[[Chunk], None] | None = None) -> None:
         """Check the digest of every chunk in this file and decode it; `progress` is called with each chunk after its check.
@@ -245,21 +239,10 @@ class Reader:
             "was meant, seal it with bstack truncate."
         )
 
-    # Sums over the first chunks, for each number of chunks from none to all.
-
     @cached_property
     def _memory(self) -> list[int]:
+        """Bytes of the weights in the first chunks, for each number of chunks from none to all."""
         return list(accumulate((chunk.raw_length * chunk.is_weight for chunk in self.all_chunks), initial=0))
-
-    @cached_property
-    def _block_bytes(self) -> list[int]:
-        return list(accumulate((chunk.raw_length * chunk.is_block for chunk in self.all_chunks), initial=0))
-
-    @cached_property
-    def _weights(self) -> list[int]:
-        # Every linear has exactly one block of level 0, so this counts each weight once.
-        first = (math.prod(chunk.shape) if chunk.is_block and chunk.level == 0 else 0 for chunk in self.all_chunks)
-        return list(accumulate(first, initial=0))
 
 
 def open(what: Opened, strict: bool = False, *, warn: bool = True) -> Reader:
@@ -313,7 +296,7 @@ def reopen(reader: Reader) -> Reader:
 
 
 def is_remote(reader: Reader) -> bool:
-    """Whether a reader reads from a server."""
+    """Return whether a reader reads from a server."""
     return http.is_url(reader.source.name)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from .errors import DamagedError, UsageError
 from .http import HttpSource, is_url
 
-_PIECE = 4 * 2**20  # bytes read at a time where much is read
+PIECE = 4 * 2**20  # bytes read at a time where much is read
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ class FileSource:
         self.restart()
 
     def changed(self) -> bool:
-        """Whether the file was written to or shortened since it was opened or restarted."""
+        """Return whether the file was written to or shortened since it was opened or restarted."""
         return _signature(os.fstat(self._file.fileno())) != self._seen
 
     def restart(self) -> None:
@@ -132,6 +132,6 @@ def pieces(source: Source, offset: int, length: int, what: str) -> Iterator[byte
         return
     stop = offset + length
     while offset < stop:
-        piece = read_exactly(source, offset, min(_PIECE, stop - offset), what)
+        piece = read_exactly(source, offset, min(PIECE, stop - offset), what)
         yield piece
         offset += len(piece)

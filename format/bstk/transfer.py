@@ -15,9 +15,7 @@ from .errors import BstkError, DamagedError, OutputError, ResourceError, Unsuppo
 from .index import Chunk
 from .preamble import LENGTH, MAGIC, parse
 from .reader import Reader, is_remote, open
-from .sources import pieces, read_exactly
-
-_PIECE = 4 * 2**20  # bytes hashed at a time
+from .sources import PIECE, pieces, read_exactly
 
 Progress = Callable[[int], None]  # called with the number of bytes of each piece that was written
 
@@ -159,7 +157,7 @@ def overwrite_preamble(file: LockedFile, data: bytes) -> None:
 def _digest_of(file: LockedFile, offset: int, length: int) -> hashlib._Hash:
     digest = hashlib.sha256()
     stop = offset + length
-    while offset < stop and (piece := file.read(offset, min(_PIECE, stop - offset))):
+    while offset < stop and (piece := file.read(offset, min(PIECE, stop - offset))):
         digest.update(piece)
         offset += len(piece)
     return digest
@@ -251,6 +249,8 @@ def remove_parts(dst: str | os.PathLike[str], source: str = "") -> None:
             return
         with LockedFile(path) as part:
             if _is_unfinished(part):
+                if os.name == "nt":  # cannot delete an open file
+                    part.close()
                 os.unlink(path)
 
 
@@ -288,7 +288,7 @@ def _require_part(part: LockedFile, reader: Reader) -> None:
 
 
 def _is_unfinished(part: LockedFile) -> bool:
-    """Whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
+    """Return whether a file is the start of a .bstk file, unsealed and not whole; BstkError if its preamble cannot be read."""
     there = part.read(0, LENGTH)
     if len(there) < LENGTH:
         return MAGIC.startswith(there[: len(MAGIC)])

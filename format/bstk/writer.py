@@ -110,7 +110,7 @@ def build_header(
     index_bytes, names_bytes = index.dump(chunks)
     head = preamble.Preamble(
         full_length=offset,
-        smallest_length=chunks[base_count - 1].end,
+        base_length=chunks[base_count - 1].end,
         chunk_count=len(chunks),
         base_count=base_count,
         names_length=len(names_bytes),

@@ -89,7 +89,7 @@ export class BstkFile {
     /** Bytes of this file, and of the complete one. */
     this.length = source.length;
     this.fullLength = preamble.fullLength;
-    this.smallestLength = preamble.smallestLength;
+    this.baseLength = preamble.baseLength;
     this.baseCount = preamble.baseCount;
     /** The chunks that are there. */
     this.chunks = all.filter((chunk) => chunk.end <= source.length);

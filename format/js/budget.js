@@ -36,7 +36,7 @@ export function fit(chunks, baseCount, megabytes) {
       if (best) break;
       const smallest = Math.max(cut.fileBytes, cut.memoryBytes);
       const works = Math.ceil((smallest / 2 ** 20) * 100) / 100;
-      throw new BudgetError(`${megabytes} MB is below the smallest model, which needs ${smallest} bytes: ${works} MB work`);
+      throw new BudgetError(`${megabytes} MB is below the base model, which needs ${smallest} bytes: ${works} MB work`);
     }
     best = cut;
   }

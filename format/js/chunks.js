@@ -63,14 +63,14 @@ class Pieces {
     this.#iterator = stream[Symbol.asyncIterator]();
   }
 
-  /** Return 1 to `most` bytes. */
-  async take(most) {
+  /** Return 1 to `length` bytes. */
+  async take(length) {
     while (!this.#rest.length) {
       const { done, value } = await this.#iterator.next();
       if (done) throw new DamagedError("the file became shorter while it was read; open it again");
       this.#rest = value;
     }
-    const piece = this.#rest.subarray(0, most);
+    const piece = this.#rest.subarray(0, length);
     this.#rest = this.#rest.subarray(piece.length);
     return piece;
   }

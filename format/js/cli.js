@@ -25,7 +25,7 @@ const OPTIONS = {
 const COMMANDS = {
   inspect: (file) => ({
     state: file.state, file_bytes: file.length, memory_bytes: file.memoryBytes, full_bytes: file.fullLength,
-    smallest_bytes: file.smallestLength, chunks: file.chunks.length, root: file.root,
+    base_bytes: file.baseLength, chunks: file.chunks.length, root: file.root,
   }),
   verify: (file, { contents }) => file.verify({ contents }),
   async truncate(file, { mb, output, force, "no-seal": noSeal }) {

@@ -43,7 +43,7 @@ export class DamagedError extends BstkError {
   static exitCode = 5;
 }
 
-/** The file ends before its smallest model. */
+/** The file ends before its base model. */
 export class TruncatedError extends BstkError {
   static exitCode = 5;
 }
@@ -53,7 +53,7 @@ export class RootMismatchError extends BstkError {
   static exitCode = 5;
 }
 
-/** The budget is below the smallest model. */
+/** The budget is below the base model. */
 export class BudgetError extends BstkError {
   static exitCode = 6;
 }

@@ -14,8 +14,8 @@ export function utf8(bytes, what) {
   }
 }
 
-/** Return the names of a table, of which there can be at most `most`. */
-export function parseNames(table, most) {
+/** Return the names of a table, of which there can be at most `limit`. */
+export function parseNames(table, limit) {
   const view = new DataView(table.buffer, table.byteOffset, table.length);
   const names = new Set();
   for (let position = 0; position < table.length; ) {
@@ -26,7 +26,7 @@ export function parseNames(table, most) {
     if (length < 1 || length > Math.min(MAX_NAME_LENGTH, table.length - position)) {
       throw new DamagedError(`${what}: a name of ${length} bytes; allowed: 1 to 1024, and to the end of the table`);
     }
-    if (names.size === most) throw new DamagedError(`${what}: more names than the ${most} chunks`);
+    if (names.size === limit) throw new DamagedError(`${what}: more names than the ${limit} chunks`);
     const name = utf8(table.subarray(position, position + length), what);
     const shown = JSON.stringify(name);
     if (FORBIDDEN.test(name)) throw new DamagedError(`${what}: ${shown} has a control or direction character`);

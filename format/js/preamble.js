@@ -59,10 +59,10 @@ export function parsePreamble(bytes) {
     if (!holds) throw new DamagedError(`preamble: ${what}`);
   };
   const exactly = (field, found, wanted) => must(found === wanted, `the ${field} is ${found}; it must be ${wanted}`);
-  const within = (field, found, least, most) =>
-    must(found >= least && found <= most, `the ${field} is ${found}; allowed: ${least} to ${most}`);
+  const within = (field, found, low, high) =>
+    must(found >= low && found <= high, `the ${field} is ${found}; allowed: ${low} to ${high}`);
 
-  const [fullLength, smallestLength] = [u64(40), u64(56)];
+  const [fullLength, baseLength] = [u64(40), u64(56)];
   const [chunkCount, baseCount] = [u32(64), u32(68)];
   const [namesLength, metadataLength] = [u64(96), u64(112)];
   within("full length", fullLength, 0n, MAX.fullLength);
@@ -76,12 +76,12 @@ export function parsePreamble(bytes) {
   exactly("index length", u64(80), BigInt(RECORD_LENGTH * chunkCount));
   exactly("names offset", u64(88), namesOffset);
   exactly("metadata offset", u64(104), namesOffset + namesLength);
-  within("smallest length", smallestLength, headerLength + 1n, fullLength);
+  within("base length", baseLength, headerLength + 1n, fullLength);
   must(bytes.subarray(216, 252).every((byte) => byte === 0), "a reserved byte is not 0");
 
   return {
     major, minor, incompatible, readOnlyCompatible: u64(24), compatible: u64(32), seal: u64(48),
-    fullLength: Number(fullLength), smallestLength: Number(smallestLength), chunkCount, baseCount,
+    fullLength: Number(fullLength), baseLength: Number(baseLength), chunkCount, baseCount,
     namesOffset: Number(namesOffset), metadataOffset: Number(namesOffset + namesLength), headerLength: Number(headerLength),
     indexDigest: bytes.slice(120, 152), namesDigest: bytes.slice(152, 184), metadataDigest: bytes.slice(184, 216),
   };
@@ -89,22 +89,22 @@ export function parsePreamble(bytes) {
 
 /** Return "whole", "partial" or "sealed" for a file of `length` bytes (section 3). */
 export function stateOf(preamble, length) {
-  const { seal, fullLength, smallestLength } = preamble;
+  const { seal, fullLength, baseLength } = preamble;
   if (seal) {
     if (seal !== BigInt(length)) {
       throw new DamagedError(`the file was sealed at ${seal} bytes and has ${length}; fetch it again`);
     }
-    if (length < smallestLength || length > fullLength) {
-      throw new DamagedError(`sealed at ${length} bytes; allowed: ${smallestLength} to ${fullLength}`);
+    if (length < baseLength || length > fullLength) {
+      throw new DamagedError(`sealed at ${length} bytes; allowed: ${baseLength} to ${fullLength}`);
     }
     return "sealed";
   }
   if (length > fullLength) {
     throw new DamagedError(`the file has ${length} bytes, ${length - fullLength} more than it says; something was appended`);
   }
-  if (length < smallestLength) {
+  if (length < baseLength) {
     throw new TruncatedError(
-      `the file ends before its smallest model: ${length} bytes found, at least ${smallestLength} needed; fetch more of it`,
+      `the file ends before its base model: ${length} bytes found, at least ${baseLength} needed; fetch more of it`,
     );
   }
   return length === fullLength ? "whole" : "partial";

@@ -60,7 +60,7 @@ export function parseRecords(index, names, preamble) {
     const before = stacks[chunk.nameId];
     if (!before) {
       used++;
-      must(number < preamble.baseCount, "its name begins after the smallest model");
+      must(number < preamble.baseCount, "its name begins after the base model");
     }
     checkStack(chunk, before, must);
     if (!chunk.isWeight) files += chunk.rawLength;
@@ -73,9 +73,9 @@ export function parseRecords(index, names, preamble) {
   const must = (holds, what) => holds || fail("index", what);
   must(used === names.length, `${names.length - used} names are not used`);
   must(offset === preamble.fullLength, `the last chunk ends at ${offset}, and the full length is ${preamble.fullLength}`);
-  const smallest = chunks[preamble.baseCount - 1].end;
-  must(smallest === preamble.smallestLength,
-    `the smallest model ends at ${smallest}, and the smallest length is ${preamble.smallestLength}`);
+  const end = chunks[preamble.baseCount - 1].end;
+  must(end === preamble.baseLength,
+    `the base model ends at ${end}, and the base length is ${preamble.baseLength}`);
   must(flags === preamble.incompatible,
     `its kinds need the incompatible flags 0x${flags.toString(16)}, and 0x${preamble.incompatible.toString(16)} are set`);
   return chunks;

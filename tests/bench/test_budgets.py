@@ -94,7 +94,7 @@ class File:
 
     def __init__(self, lengths):
         self.lengths = lengths
-        self.smallest = bstk.Cut(0, lengths[0], lengths[0])
+        self.base = bstk.Cut(0, lengths[0], lengths[0])
 
     def fit_bytes(self, budget):
         chunks = max((i for i, length in enumerate(self.lengths) if length <= budget), default=0)
@@ -110,7 +110,7 @@ def test_even_sizes_run_from_the_smallest_to_the_whole():
     assert len(sizes) == 10 and sizes == sorted(sizes)
     assert all(size == bstk.budget_bytes(f"{size / bstk.MB:.2f}") for size in sizes)
     cuts = [file.fit_bytes(size) for size in sizes]
-    assert cuts[0] == file.smallest and cuts[-1] == file.fit()
+    assert cuts[0] == file.base and cuts[-1] == file.fit()
     steps = [b - a for a, b in itertools.pairwise(sizes)]
     assert max(steps) - min(steps) < bstk.MB / 4  # one block and the rounding
 

@@ -9,7 +9,7 @@ import pytest
 
 import bstk
 from bstack.bench.tasks import NEEDED, check_tasks, run_tasks
-from bstack.errors import MissingPackageError
+from bstk.errors import BstkError
 
 RESULTS = {
     "results": {
@@ -72,7 +72,7 @@ def test_unknown_tasks_are_refused(harness, tmp_path):
 @pytest.mark.parametrize("missing", NEEDED)
 def test_a_missing_package_is_named(monkeypatch, missing):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
-    with pytest.raises(MissingPackageError, match=r"bstack\[tasks\]"):
+    with pytest.raises(BstkError, match=r"bstack\[tasks\]"):
         check_tasks(["plain"])
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from bstack.calibration.products import ProductWatch
 from bstack.calibration.sensitivity import _Squares
-from bstack.calibration.statistics import HessianTable
+from bstack.calibration.statistics import HessianTable, ProductWatch
 from bstack.calibration.stream import LayerStream
 from bstack.errors import UnsupportedModelError
 

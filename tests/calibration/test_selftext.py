@@ -54,7 +54,7 @@ def test_draws_follow_the_distribution():
 def test_as_much_memory_is_asked_for_as_the_type_takes(skeletons, monkeypatch, dtype):
     skeleton = skeletons("llama")
     needed = dtype.itemsize * sum(p.numel() for p in skeleton.model.parameters())
-    monkeypatch.setattr(selftext, "_dtype", lambda: dtype)
+    monkeypatch.setattr(selftext, "_dtype", lambda skeleton: dtype)
     monkeypatch.setattr("bstack.memory.free.free_memory", lambda: Memory(int(needed / 0.8) + 1, needed, "a machine"))
     assert write_windows(skeleton, 1, 8, seed=0).shape == (1, 8)
     monkeypatch.setattr("bstack.memory.free.free_memory", lambda: Memory(int(needed / 0.8) - 2, needed, "a machine"))

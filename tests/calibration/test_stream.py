@@ -15,7 +15,7 @@ def test_one_layer_at_a_time_is_in_memory(skeletons):
         return {n for n, p in skeleton.model.named_parameters() if p.device.type != "meta"}
 
     assert not held()
-    with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, BATCHES) as stream:
+    with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, BATCHES) as stream:
         outer = held()
         assert not any(".layers." in name for name in outer)
         for index, _ in stream.steps():
@@ -29,7 +29,7 @@ def test_a_stream_that_is_left_early_ends_its_threads(skeletons):
     skeleton, before = skeletons("llama"), threading.active_count()
     with (
         pytest.raises(ZeroDivisionError),
-        skeleton.loaded(skeleton.outer_names),
+        skeleton.loaded(skeleton.outside_names),
         LayerStream(skeleton, BATCHES) as stream,
     ):
         for index, _ in stream.steps():

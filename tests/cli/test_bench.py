@@ -1,6 +1,7 @@
-"""``bstack bench``, as it is installed, on a tiny model."""
+"""``bstack bench`` on a tiny model: once as it is installed, else in this process, and so is what it asks of others."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -13,9 +14,12 @@ import sysconfig
 import time
 import xml.etree.ElementTree as ElementTree
 
+import in_process
 import pytest
 
 import bstk
+from bstack.bench import child, worker
+from bstack.bench.results import Measured
 
 pytestmark = pytest.mark.slow
 
@@ -37,24 +41,23 @@ def home(tiny_llama, tmp_path_factory):
 def sizes(home):
     """Budgets: the smallest, one between, the whole."""
     with bstk.open(home / "model.bstk") as file:
-        first, last = file.smallest.budget, file.fit().budget
+        first, last = file.base.budget, file.fit().budget
     return [f"{size / bstk.MB:.20f}" for size in (first, (first + last) // 2, last)]
 
 
-@pytest.fixture(scope="module")
-def bench(home):
-    """Run ``bstack bench model.bstk`` -> CompletedProcess."""
+@pytest.fixture
+def bench(home, monkeypatch):
+    """Run ``bstack bench model.bstk`` -> CompletedProcess; it measures in this process, too."""
 
-    def run(*args, **environment):
-        return subprocess.run(
-            [*COMMAND, "bench", "model.bstk", *map(str, args)],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=300,
-            cwd=home,
-            env={**ENVIRONMENT(home), **environment},
-        )
+    def ask(request, progress=lambda: None):
+        sent = json.dumps({type(request).__name__: dataclasses.asdict(request)})
+        found = worker.answer(child.read_request(sent), progress)
+        return Measured.from_plain(json.loads(json.dumps(found.to_plain())))
+
+    monkeypatch.setattr("bstack.bench.run.ask", ask)
+
+    def run(*args, file="model.bstk", **options):
+        return in_process.bstack("bench", file, *args, cwd=home, **{"XDG_CACHE_HOME": str(home / "cache"), **options})
 
     return run
 
@@ -67,9 +70,18 @@ def ENVIRONMENT(home):
     return {**os.environ, "PYTHONUTF8": "1", "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
 
 
+def installed(home, *args):
+    """Run ``bstack bench`` as it is installed."""
+    command = [*COMMAND, "bench", *map(str, args)]
+    options = {"text": True, "encoding": "utf-8", "timeout": 300, "cwd": home, "env": ENVIRONMENT(home)}
+    return subprocess.run(command, capture_output=True, **options)
+
+
 @pytest.fixture(scope="module")
-def everything(bench, tiny_llama, sizes):
-    done = bench(
+def everything(home, tiny_llama, sizes):
+    done = installed(
+        home,
+        "model.bstk",
         "--budgets",
         ",".join(sizes),
         "--original",
@@ -205,7 +217,7 @@ def test_tables_for_people(bench, sizes, tiny_llama, home):
 
 
 def test_plus_minus_for_terminals_that_have_no_sign(bench, sizes):
-    done = bench("--budgets", sizes[1], "--no-quality", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    done = bench("--budgets", sizes[1], "--no-quality", encoding="ascii")
     assert done.returncode == 0 and "+/-" in done.stdout and "±" not in done.stdout
     assert "perplexity" not in done.stdout and "decode(" in done.stdout
 
@@ -326,11 +338,9 @@ def test_a_model_without_a_tokenizer(bench, home):
     tiny_models.save("llama", home / "mute")
     settings = bstack.Settings(codec="sign", planes=2, samples=4, sequence_length=32)
     bstack.compress(home / "mute", home / "mute.bstk", settings=settings)
-    run = [*COMMAND, "bench", "mute.bstk"]
-    options = {"capture_output": True, "text": True, "cwd": home, "env": ENVIRONMENT(home), "timeout": 300}
-    done = subprocess.run(run, **options)
+    done = bench(file="mute.bstk")
     assert done.returncode == 1 and "without quality" in done.stderr and "--no-quality" in done.stderr
-    assert subprocess.run([*run, "--no-quality", "--budgets", "100"], **options).returncode == 0
+    assert bench("--no-quality", "--budgets", "100", file="mute.bstk").returncode == 0
 
 
 def test_a_damaged_file(bench, home):

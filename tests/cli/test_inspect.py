@@ -14,7 +14,7 @@ def test_page(bstack, vector):
         "TinyForCausalLM",
         "whole: nothing is cut off",
         "2 with 88 weights",
-        "5 here; 2 in the smallest cut, 5 in the",
+        "5 here; 2 in the base model, 5 in the",
         "sign (rank 1 to 2)",
         "1: config.json",
         "e5c7c759bf12d750",
@@ -47,19 +47,19 @@ def test_json(bstack, vector, name, state):
     assert done.returncode == 0
     assert ("Warning" in done.stderr) == (state == "partial")
     found = json.loads(done.stdout)
-    assert found["schema"] == "bstack.inspect/1" and found["state"] == state
+    assert found["schema"] == "bstack.inspect/2" and found["state"] == state
     assert found["file_bytes"] == path.stat().st_size
     assert found["metadata"]["model"]["name"] == "tiny"
-    assert found["cuts"][0]["file_bytes"] == found["smallest"]["file_bytes"]
+    assert found["cuts"][0]["file_bytes"] == found["base"]["file_bytes"]
     assert found["cuts"][-1]["file_bytes"] == found["file_bytes"]
     assert len(found["stack"]) == found["blocks"]
-    assert [block["in_smallest"] for block in found["stack"]][:2] == [True, True]
+    assert [block["in_base"] for block in found["stack"]][:2] == [True, True]
     assert "stack" not in json.loads(bstack("inspect", "--json", path).stdout)
 
 
 def test_blocks(bstack, vector):
     out = bstack("inspect", "--blocks", vector("whole.bstk")).stdout
-    table = out.split("Blocks (* in the smallest model)\n")[1].splitlines()
+    table = out.split("Blocks (* in the base model)\n")[1].splitlines()
     assert table[0].split()[:4] == ["offset", "linear", "level", "kind"]
     assert [re.findall(r"layers\.\S+ +\d", line)[0].split() for line in table[1:]] == [
         ["layers.0.up", "0"],

@@ -1,5 +1,6 @@
 """bstack run: text on stdout, everything else on stderr, and clear ends."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 import time
 
+import in_process
 import pytest
 import tiny_models
 
@@ -18,6 +20,12 @@ import bstk
 pytestmark = pytest.mark.slow
 
 SETTINGS = library.Settings(codec="trellis", planes=3, samples=4, sequence_length=32)
+
+
+@pytest.fixture
+def bstack(tmp_path):
+    """Run the command in this process."""
+    return functools.partial(in_process.bstack, cwd=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +43,9 @@ def without_tokenizer(tmp_path_factory):
     return folder / "model.bstk"
 
 
-def mb(path, share):
+def mb(path, fraction):
     with bstk.open(path) as file:
-        return (file.smallest.budget + share * (file.length - file.smallest.budget) + 1) / bstk.MB
+        return (file.base.budget + fraction * (file.length - file.base.budget) + 1) / bstk.MB
 
 
 def test_text_and_summary(bstack, model):
@@ -93,7 +101,7 @@ def test_json(bstack, model):
     result = json.loads(done.stdout)
     assert result["schema"] == "bstack.run/1" and result["new_tokens"] <= 5 and not result["interrupted"]
     with bstk.open(model) as file:
-        assert result["weight_bytes"] == file.smallest.memory_bytes
+        assert result["weight_bytes"] == file.base.memory_bytes
 
 
 def test_drawing(bstack, model):
@@ -105,7 +113,7 @@ def test_drawing(bstack, model):
     assert draw("--top-k", 1, "--seed", 1) == draw()
 
 
-def test_a_prompt_from_standard_input(model, tmp_path):
+def test_a_prompt_from_standard_input_as_installed(bstack, model):
     command = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     done = subprocess.run(
         [command, "run", model, "-p", "-", "--max-new-tokens", "5", "-q"],
@@ -114,7 +122,8 @@ def test_a_prompt_from_standard_input(model, tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0 and done.stdout.strip()
+    same = bstack("run", model, "-p", "the river", "--max-new-tokens", 5, "-q")
+    assert done.returncode == 0 and done.stdout == same.stdout and done.stdout.strip()
 
 
 def test_following_the_machine(bstack, model):

@@ -21,7 +21,7 @@ def test_cut(bstack, whole, sizes, tmp_path):
     before = whole.read_bytes()
     done = bstack("truncate", whole, "--mb", sizes[1], "-o", "out.bstk")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "out.bstk: is 1,870 bytes as a file and 148 bytes of weights in memory" in done.stdout
+    assert "out.bstk: 1,870 bytes as a file and 148 bytes of weights in memory" in done.stdout
     assert "kept 3 of 5 blocks" in done.stdout and "bits per weight" in done.stdout
     assert bstack("inspect", "--strict", "out.bstk").returncode == 0
     assert whole.read_bytes() == before
@@ -64,7 +64,8 @@ def test_dry_run_changes_nothing(bstack, whole, sizes, tmp_path):
 def test_existing_output(bstack, whole, sizes, tmp_path):
     (tmp_path / "out.bstk").write_bytes(b"mine")
     done = bstack("truncate", whole, "--mb", sizes[0], "-o", "out.bstk")
-    assert done.returncode == 2 and "--force" in done.stderr
+    words = "the output exists. Name another output, or use --force to replace it."
+    assert (done.returncode, done.stderr) == (2, f"Error: out.bstk: {words}\n")
     assert (tmp_path / "out.bstk").read_bytes() == b"mine"
     assert bstack("truncate", whole, "--mb", sizes[0], "-o", "out.bstk", "--force").returncode == 0
     assert bstack("verify", "out.bstk").returncode == 0

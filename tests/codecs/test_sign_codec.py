@@ -240,7 +240,7 @@ def test_a_matrix_of_zeros_stays_zero():
 
 
 def test_channels_that_calibration_never_saw_keep_their_weights():
-    """A coarse share, not nothing: another text may use them."""
+    """Coarse, not nothing: another text may use them."""
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(6))
     hessian = gram(30)
     hessian[7] = hessian[:, 7] = 0

@@ -53,18 +53,18 @@ def test_columns_are_taken_by_falling_second_hessian():
     bits=st.sampled_from([3, 4]),
     group=st.sampled_from([16, 32]),
     planes=st.integers(0, 2),
-    share=st.sampled_from([0, 0.01, 0.2, 0.5]),
+    fraction=st.sampled_from([0, 0.01, 0.2, 0.5]),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bits, group, planes, share, seed):
+def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bits, group, planes, fraction, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = gaussian(m, n, seed) * torch.rand(m, 1, generator=generator)
     h = hessian(n, seed % 1000)
-    blocks = blocks_of(SpqrCodec(bits, group, share, planes=planes), weight, h, torch.rand(m, generator=generator))
-    apart = [bstk.OUTLIERS] if outlier_count(blocks, m) else []
-    assert [b.kind for b in blocks] == [bstk.SPQR, *apart, *[bstk.TRELLIS] * planes]
-    assert bool(apart) <= bool(share)
+    blocks = blocks_of(SpqrCodec(bits, group, fraction, planes=planes), weight, h, torch.rand(m, generator=generator))
+    outliers = [bstk.OUTLIERS] if outlier_count(blocks, m) else []
+    assert [b.kind for b in blocks] == [bstk.SPQR, *outliers, *[bstk.TRELLIS] * planes]
+    assert bool(outliers) <= bool(fraction)
     scale = float(output_errors(weight, h).sum())
     before = scale
     for depth, block in enumerate(blocks, 1):
@@ -82,11 +82,11 @@ def test_every_block_reports_its_error_and_outliers_and_planes_lower_it(m, n, bi
     ids=["zeros", "constant", "identity", "tiny", "huge"],
 )
 @pytest.mark.parametrize("h", ["plain", "zero", "one channel"])
-@pytest.mark.parametrize("share", [0, 0.1])
-def test_degenerate_input_gives_finite_blocks(weight, h, share):
+@pytest.mark.parametrize("fraction", [0, 0.1])
+def test_degenerate_input_gives_finite_blocks(weight, h, fraction):
     n = weight.shape[1]
     matrix = {"plain": hessian(n), "zero": torch.zeros(n, n), "one channel": torch.diag(torch.eye(n)[0])}[h]
-    codec = SpqrCodec(outliers=share, planes=1)
+    codec = SpqrCodec(outliers=fraction, planes=1)
     blocks = blocks_of(codec, weight, matrix, torch.zeros(weight.shape[0]))
     values = rebuilt(blocks, weight.shape)
     assert values.isfinite().all()
@@ -111,9 +111,9 @@ def test_weight_and_hessian_stay_as_they_are_and_the_bytes_are_the_same():
 def test_a_group_is_quantised_far_better_than_one_scale_for_all():
     """Gaussian weights, white inputs, no outliers: at least 22 dB with 4 bits and 15.5 dB with 3."""
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
-    for bits, least in ((4, 22), (3, 15.5)):
+    for bits, decibels in ((4, 22), (3, 15.5)):
         block = blocks_of(SpqrCodec(bits, outliers=0, planes=0), weight, torch.eye(256))[0]
-        assert 10 * np.log10(float(weight.square().sum() / block.row_errors.sum())) > least
+        assert 10 * np.log10(float(weight.square().sum() / block.row_errors.sum())) > decibels
 
 
 def test_feedback_pays_where_inputs_are_correlated():

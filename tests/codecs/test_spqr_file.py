@@ -81,7 +81,7 @@ def test_stacks_are_dense_part_outliers_planes(made):
         # Embedding and head, tied here, are stacks of the default codec.
         assert [chunk.kind for chunk in samples.chunks_of(file, "model.embed_tokens.weight")] == [bstk.TRELLIS] * 4
         assert file.preamble.incompatible == 3
-        # In the smallest model there are dense parts and no outliers.
+        # In the base model there are dense parts and no outliers.
         base = file.chunks[: file.base_count]
         assert {chunk.kind for chunk in base if chunk.is_block} == {bstk.SPQR, bstk.TRELLIS}
         file.verify()
@@ -94,12 +94,12 @@ def test_inspect_counts_every_part(made):
         names = {chunk.name for chunk in file.chunks if chunk.kind is bstk.SPQR}
         total = sum(chunk.raw_length for chunk in file.chunks if chunk.name in names)
         weights = sum(chunk.shape[0] * chunk.shape[1] for chunk in file.chunks if chunk.kind is bstk.SPQR)
-        apart = 0
+        outliers = 0
         for chunk in file.chunks:
             if chunk.kind is bstk.OUTLIERS:
-                apart += int.from_bytes(file.read(chunk)[4 * chunk.shape[0] :][:4], "little")
+                outliers += int.from_bytes(file.read(chunk)[4 * chunk.shape[0] :][:4], "little")
     assert sum(found["bytes"].values()) == total and found["linears"] == 14 and found["weights"] == weights
-    assert found["outliers"] == apart and found["outlier_share"] == apart / weights
+    assert found["outliers"] == outliers and found["outlier_fraction"] == outliers / weights
     assert found["bits_per_weight"] == pytest.approx(8 * total / weights)
     # Every layer has the same matrices, so the bits of the whole come as near as those of a layer.
     assert 5.45 < found["level_bits_per_weight"] <= 5.5
@@ -109,7 +109,7 @@ def test_inspect_counts_every_part(made):
         "permutation",
         "outliers",
         "spqr (3 bits in groups of 16)",
-        f"{apart:,} outliers",
+        f"{outliers:,} outliers",
     ):
         assert word in page
 
@@ -146,7 +146,7 @@ def test_every_cut_is_a_model_and_the_largest_is_near_the_original(made):
     with torch.no_grad():
         original = tiny_models.make("llama-tied")(ids).logits.log_softmax(-1)
         with bstk.open(made) as file:
-            sizes = [file.smallest.budget, (file.smallest.budget + file.complete.budget) // 2, file.complete.budget]
+            sizes = [file.base.budget, (file.base.budget + file.complete.budget) // 2, file.complete.budget]
         found = []
         for size in sizes:
             model, _ = bstack.load(made, mb=size / bstk.MB)

@@ -10,8 +10,7 @@ from codec_inputs import gaussian, hessian, outlier_count
 
 import bstk
 from bstack.codecs import make_codec
-from bstack.codecs.spqr import SpqrCodec
-from bstack.codecs.spqr_target import range_of
+from bstack.codecs.spqr import SpqrCodec, range_of
 from bstack.settings import Settings
 from bstk.errors import UsageError
 
@@ -43,17 +42,17 @@ def test_a_target_buys_no_row_pointers_where_nothing_is_apart():
     """With room for the outliers of one matrix of three, the others have no block."""
     tasks = layer()
     weights = sum(task[0].numel() for task in tasks)
-    least = bits_used([list(SpqrCodec(outliers=0, planes=0).encode(*task)) for task in tasks], weights)
-    codec = SpqrCodec(bpw=least, planes=1).for_layer(tasks)
+    low = bits_used([list(SpqrCodec(outliers=0, planes=0).encode(*task)) for task in tasks], weights)
+    codec = SpqrCodec(bpw=low, planes=1).for_layer(tasks)
     blocks = [list(codec.encode(*task)) for task in tasks]
     assert (
         all([b.kind for b in some] == [bstk.SPQR, bstk.TRELLIS] for some in blocks)
-        and bits_used(blocks, weights) == least
+        and bits_used(blocks, weights) == low
     )
-    codec = SpqrCodec(bpw=least + 0.15, planes=0).for_layer(tasks)
+    codec = SpqrCodec(bpw=low + 0.15, planes=0).for_layer(tasks)
     blocks = [list(codec.encode(*task)) for task in tasks]
     assert [len(some) for some in blocks] == [2, 1, 1]
-    assert least + 0.1 < bits_used(blocks, weights) <= least + 0.15
+    assert low + 0.1 < bits_used(blocks, weights) <= low + 0.15
 
 
 def test_the_share_is_that_of_the_layer_and_goes_where_it_matters():
@@ -97,9 +96,9 @@ def test_a_budget_below_what_a_layer_takes_is_refused_with_the_least():
 def encoded_range(bits, group, shapes):
     """Bits per weight without outliers and with as many as there can be, of what the encoder writes."""
     found = []
-    for share in (0, 0.5):
+    for fraction in (0, 0.5):
         blocks = [
-            list(SpqrCodec(bits, group, share, planes=0).encode(gaussian(m, n, m), hessian(n), 1000, torch.ones(m)))
+            list(SpqrCodec(bits, group, fraction, planes=0).encode(gaussian(m, n, m), hessian(n), 1000, torch.ones(m)))
             for m, n in shapes
         ]
         found.append(bits_used(blocks, sum(m * n for m, n in shapes)))
@@ -109,16 +108,16 @@ def encoded_range(bits, group, shapes):
 @pytest.mark.parametrize(("bits", "group"), [(3, 16), (4, 32)])
 @pytest.mark.parametrize("shapes", [[(48, 64), (16, 80)], [(97, 81)], [(112, 48)]])
 def test_the_range_is_that_of_what_is_encoded(bits, group, shapes):
-    least, most = range_of(shapes, bits, group)
+    low, high = range_of(shapes, bits, group)
     found = encoded_range(bits, group, shapes)
-    assert found[0] == pytest.approx(least) and least < found[1] <= most
+    assert found[0] == pytest.approx(low) and low < found[1] <= high
     if not any(n % group for _, n in shapes):
-        assert found[1] > 0.98 * most  # an outlier that adds nothing is left out
+        assert found[1] > 0.98 * high  # an outlier that adds nothing is left out
     layers = [[[shape] for shape in shapes]]
-    for bpw in (least, (least + most) / 2):
+    for bpw in (low, (low + high) / 2):
         SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
-    for bpw in (least - 0.001, most + 0.001):
-        with pytest.raises(UsageError, match=rf"at least {math.ceil(1000 * least) / 1000:g} bits.*Allowed is"):
+    for bpw in (low - 0.001, high + 0.001):
+        with pytest.raises(UsageError, match=rf"at least {math.ceil(1000 * low) / 1000:g} bits.*Allowed is"):
             SpqrCodec(bits, group, bpw=bpw).check_shapes(layers)
 
 
@@ -130,11 +129,11 @@ def test_the_range_named_is_good_for_every_layer_and_every_reading_of_the_shapes
     for bpw in (float(low), float(high)):
         SpqrCodec(bpw=bpw).check_shapes(layers)
         for shapes in ([(64, 64), (64, 256)], [(64, 64), (256, 64)], [(32, 64)]):
-            least, most = range_of(shapes, 4, 16)
-            assert least <= bpw <= most
+            low, high = range_of(shapes, 4, 16)
+            assert low <= bpw <= high
     # What only one of the readings rules out is left to the layer.
-    least, likely = (range_of([(64, 64), shape], 4, 16).min for shape in ((256, 64), (64, 256)))
-    SpqrCodec(bpw=(least + likely) / 2).check_shapes(layers[:1])
+    low, likely = (range_of([(64, 64), shape], 4, 16).min for shape in ((256, 64), (64, 256)))
+    SpqrCodec(bpw=(low + likely) / 2).check_shapes(layers[:1])
 
 
 def test_a_layer_without_matrices_rules_nothing_out():
@@ -172,7 +171,7 @@ def test_widths_that_16_bits_do_not_reach_are_refused_by_shape():
     ("given", "words"),
     [
         ({"bits": 2}, "3 or 4"),
-        ({"group": 20}, "16, 32, 64, 128"),
+        ({"group": 20}, "16, 32, 64 or 128"),
         ({"planes": -1}, "0 to 14"),
         ({"planes": 15}, "0 to 14"),
         ({"outliers": 0.6}, "0 to 0.5, or auto"),

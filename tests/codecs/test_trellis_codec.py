@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 import bstk
 from bstack.codecs import make_codec
-from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec
+from bstack.codecs.trellis import TABLE, UNIT, TrellisCodec, encode_columns
 from bstack.kernels import reference
 from bstack.kernels.native import library
-from bstack.kernels.trellis import encode_columns
 from bstack.numerics.hessian import output_errors
 from bstack.settings import Settings
 from bstk.errors import UsageError

@@ -19,7 +19,7 @@ import bstack
 import bstk
 from bstack.cli import main
 from bstack.compression import cluster
-from bstack.errors import ClusterError, ClusterLostError
+from bstk.errors import BstkError, Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +175,7 @@ def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client
     monkeypatch.setattr("bstack.compression.cluster.POLL_SECONDS", 0.1)
     monkeypatch.setattr("bstack.compression.cluster.PATIENCE_SECONDS", 1.0)
     threading.Thread(target=lambda: (wait_for(lambda: busy(client)), worker.kill())).start()
-    with pytest.raises(ClusterLostError, match="no workers for 1 s"), pytest.warns(RuntimeWarning):
+    with pytest.raises(Interrupted, match="no workers for 1 s"), pytest.warns(RuntimeWarning):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 30.0)
     threading.Timer(1, lambda: add_workers(1)).start()
@@ -190,9 +190,9 @@ def test_a_worker_that_comes_late_with_other_kernels_is_told_of_once(scheduler, 
         first.kill()
         wait_for(lambda: not client.nthreads())
         (late,) = add_workers(1, BSTACK_KERNELS="reference")
-        with pytest.warns(RuntimeWarning, match="kernels reference") as told:
+        with pytest.warns(RuntimeWarning, match="kernels reference") as warned:
             assert [workers.submit(os.getpid).result() for _ in range(3)] == [late.pid] * 3
-        assert len(told) == 1
+        assert len(warned) == 1
 
 
 def test_an_encoder_that_times_out_is_not_asked_for_ever():
@@ -216,7 +216,7 @@ def test_workers_that_keep_dying(tiny_llama, tmp_path, scheduler, add_workers):
     """A matrix over which every worker dies is not tried for ever."""
     kill = "import os; import bstack.compression.encode as e; e.encode_arrays = lambda *_: os._exit(9)"
     add_workers(1, before=kill)
-    with pytest.raises(ClusterLostError, match="died over the same matrix"):
+    with pytest.raises(Interrupted, match="died over the same matrix"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
 
 
@@ -263,7 +263,7 @@ from bstack.compression import cluster
 cluster.CONNECT_SECONDS = 1.0
 try:
     cluster.Cluster(sys.argv[1])
-except cluster.ClusterError as error:
+except cluster.BstkError as error:
     print(error)
 """
 
@@ -290,7 +290,7 @@ def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it(answer):
 
 def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
     monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 0.5)
-    with pytest.raises(ClusterError, match="no workers"):
+    with pytest.raises(BstkError, match="no workers"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
 
 
@@ -305,11 +305,11 @@ _ENCRYPTED = {"DASK_" + name.upper().replace(".", "__").replace("-", "_"): value
 def test_an_encrypted_scheduler_that_dask_settings_tell_how_to_reach(scheduler, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 2.0)
     assert scheduler.startswith("tls://")
-    with dask.config.set(TLS), pytest.raises(ClusterError, match="has no workers"):
+    with dask.config.set(TLS), pytest.raises(BstkError, match="has no workers"):
         cluster.Cluster(scheduler)
 
 
 def test_distributed_is_not_installed(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(bstk.MissingPackageError, match=r"pip install 'bstack\[dask\]'"):
+    with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[dask\]'"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask="tcp://127.0.0.1:1")

@@ -32,5 +32,5 @@ def test_the_curve_is_that_of_a_plain_computation(tiny_llama, tmp_path):
         assert point["kld"] == pytest.approx(float(kl.mean()), rel=1e-3)
         assert point["kld_se"] == pytest.approx(float(kl.mean(1).std()) / math.sqrt(HELD_OUT), rel=1e-2)
         assert point["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
-        surprise = -q.gather(-1, windows[:, 1:, None]).mean()
-        assert point["perplexity"] == pytest.approx(math.exp(surprise), rel=1e-4)
+        loss = -q.gather(-1, windows[:, 1:, None]).mean()
+        assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)

@@ -6,7 +6,7 @@ import torch
 
 from bstack.codecs import CODECS
 from bstack.compression.encode import WIDE, Matrix, Threads, encode, encode_arrays
-from bstack.errors import CalibrationError
+from bstk.errors import BstkError
 
 
 def arrays(rows=40, columns=24):
@@ -48,7 +48,7 @@ def test_arrays_may_lie_anywhere(codec, offset):
 def test_what_calibration_made_nan_is_told_by_name(codec, value, field, words):
     given = arrays()
     given[field][[3, 5]] = value
-    with pytest.raises(CalibrationError, match=f"^model.layer: in calibration {words} become NaN or infinite"):
+    with pytest.raises(BstkError, match=f"^model.layer: in calibration {words} become NaN or infinite"):
         encode_arrays(given, {**VALUES, "name": "model.layer"}, CODECS[codec]())
 
 

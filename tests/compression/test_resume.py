@@ -52,14 +52,14 @@ def test_the_same_command_gives_the_same_bytes(model, uninterrupted, tmp_path):
     assert (tmp_path / "seed.bstk").read_bytes() != uninterrupted
 
 
-# Every hessian: a process that imports everything once, and for each hessian has a child that strikes itself down exactly
+# Every moment: a process that imports everything once, and for each moment has a child that strikes itself down exactly
 # there, and a second one that is given the same command.
 CHILDREN = '''
 import json, os, signal, sys
 import bstack, bstk.writer, bstack.workdir as workdir
 from bstack.cli import main
 
-model, folder, quick, hessians = json.loads(sys.argv[1])
+model, folder, quick, moments = json.loads(sys.argv[1])
 
 def strike(number):
     os.kill(os.getpid(), number)
@@ -98,7 +98,7 @@ def child(prepare, arguments):
 # Once in this process, so that no child has to import anything.
 bstack.compress(model, os.path.join(folder, "warm.bstk"), settings=bstack.Settings(samples=1, sequence_length=8))
 results = []
-for index, (when, what, number) in enumerate(hessians):
+for index, (when, what, number) in enumerate(moments):
     own = os.path.join(folder, str(index))
     os.mkdir(own)
     output = os.path.join(own, "out.bstk")
@@ -134,17 +134,17 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def struck(model, tmp_path_factory):
-    """What happened at each of the hessians."""
+    """What happened at each of the moments."""
     folder = tmp_path_factory.mktemp("struck")
-    hessians = [(when, what, {"K": signal.SIGKILL, "I": signal.SIGINT}[number]) for when, what, number in MOMENTS]
-    task = json.dumps([str(model), str(folder), QUICK, hessians])
+    moments = [(when, what, {"K": signal.SIGKILL, "I": signal.SIGINT}[number]) for when, what, number in MOMENTS]
+    task = json.dumps([str(model), str(folder), QUICK, moments])
     done = subprocess.run([sys.executable, "-c", CHILDREN, task], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return folder, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("index", range(len(MOMENTS)), ids=["-".join(map(str, hessian)) for hessian in MOMENTS])
+@pytest.mark.parametrize("index", range(len(MOMENTS)), ids=["-".join(map(str, moment)) for moment in MOMENTS])
 def test_interrupted_at(index, struck, uninterrupted):
     folder, results = struck
     ended, between, kept, again, after = results[index]

@@ -7,7 +7,7 @@ SETTINGS = {
     "trellis": {"planes": 3},
     "sign": {"planes": 2, "rank": 2},
     "spqr": {"bits": 3, "planes": 1},
-    "spqr, none apart": {"codec": "spqr", "planes": 1, "outliers": 0},
+    "spqr, no outliers": {"codec": "spqr", "planes": 1, "outliers": 0},
 }
 
 

@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize(
     "codec",
     [TrellisCodec(2), SpqrCodec(3, outliers=0.05, planes=1), SpqrCodec(3, outliers=0, planes=1)],
-    ids=["trellis", "spqr", "spqr, none apart"],
+    ids=["trellis", "spqr", "spqr, no outliers"],
 )
 def test_a_parameter(codec):
     """Blocks in the device's arena, products of few and many tokens, an embedding, a shallower stack."""
@@ -28,9 +28,9 @@ def test_a_parameter(codec):
     backend = CudaBackend(DEVICE, 1)
     matrix, arena = backend.matrix(20, 32), backend.arena()
     for level, block in enumerate(blocks):
-        room = arena.reserve(len(block.payload))
-        room.write(block.payload)
-        matrix.put(level, block.kind.code, block.rank, room.address, checked=True)
+        allocation = arena.reserve(len(block.payload))
+        allocation.write(block.payload)
+        matrix.put(level, block.kind.code, block.rank, allocation.address, checked=True)
     packed = PackedWeight(backend.packed([matrix], PriorityLock()), False, torch.float32, "w", DEVICE)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for count in range(1, len(blocks) + 1):
@@ -44,7 +44,7 @@ def test_a_parameter(codec):
         ids = torch.tensor([[3, 19, 3]], device=DEVICE)
         assert torch.allclose(functional.embedding(ids, packed), dense[ids], atol=1e-5)
     arena.pop(len(blocks))
-    assert arena.mapped_bytes == 0
+    assert not arena._slabs
 
 
 def test_a_parameter_in_parts():
@@ -55,10 +55,10 @@ def test_a_parameter_in_parts():
     for rows in (12, 7):
         weight = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
         block = next(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(rows)))
-        room = arena.reserve(len(block.payload))
-        room.write(block.payload)
+        allocation = arena.reserve(len(block.payload))
+        allocation.write(block.payload)
         matrices.append(backend.matrix(rows, 32))
-        matrices[-1].put(0, block.kind.code, block.rank, room.address)
+        matrices[-1].put(0, block.kind.code, block.rank, allocation.address)
         matrices[-1].count = 1
         dense.append(codec.rebuild([block.payload], [block.kind], [block.rank], (rows, 32)))
     dense = torch.cat(dense).to(DEVICE)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 
+import in_process
 import pytest
 import tiny_models
 import torch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 QUICK = {"samples": 2, "sequence_length": 16}
 CODECS = {
     "spqr": Settings(codec="spqr", planes=1, **QUICK),
-    "spqr, none apart": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
+    "spqr, no outliers": Settings(codec="spqr", planes=1, outliers=0, **QUICK),
     "trellis": Settings(codec="trellis", planes=2, **QUICK),
     "sign": Settings(codec="sign", planes=2, rank=2, **QUICK),
 }
@@ -38,17 +39,19 @@ CASES = [
     ("mixtral", "spqr"),
     ("gpt-oss", "trellis"),
     ("opt-projected", "spqr"),
-    ("llama", "spqr, none apart"),
+    ("llama", "spqr, no outliers"),
 ]
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-def command(*arguments, cwd=None):
+def command(*arguments, cwd="."):
+    return in_process.bstack(*arguments, cwd=cwd)
+
+
+def as_installed(*arguments):
     installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
     start = [installed] if installed else [sys.executable, "-m", "bstack"]
-    return subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=cwd
-    )
+    return subprocess.run([*start, *map(str, arguments)], timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +76,13 @@ def test_round_trip(name, codec, tmp_path):
     tiny_models.save(name, tmp_path / "model")
     bstack.compress(tmp_path / "model", tmp_path / "out.bstk", settings=CODECS[codec])
     with bstk.open(tmp_path / "out.bstk") as file:
-        middle = (file.smallest.budget + file.complete.budget) / 2 / bstk.MB
-        for mb in (None, middle):
-            target = tmp_path / f"exported {mb}"
+        middle = (file.base.budget + file.complete.budget) // 2
+        for budget in (None, middle):
+            target = tmp_path / f"exported {budget}"
             # Small shards, so that layers are split over several files.
-            done = export_safetensors(file, target, mb=mb, dtype=torch.float32, shard_bytes=30_000)
+            done = export_safetensors(file, target, budget=budget, dtype=torch.float32, shard_bytes=30_000)
             assert "model.safetensors.index.json" in done.files and len(done.files) > 4
-            exported, loaded = load_plainly(target), bstack.load(tmp_path / "out.bstk", mb=mb)[0]
+            exported, loaded = load_plainly(target), bstack.load(tmp_path / "out.bstk", budget=budget)[0]
             ours, theirs = loaded.state_dict(), exported.state_dict()
             assert ours.keys() == theirs.keys()
             for key in ours:
@@ -133,7 +136,7 @@ def test_the_command(tiny, tmp_path, dtype, torch_dtype):
 
 
 def test_without_bstack_installed(tiny, tmp_path):
-    assert command("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
+    assert as_installed("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
     script = """
 import sys
 sys.modules["bstack"] = sys.modules["bstk"] = None
@@ -147,7 +150,7 @@ print(model(torch.arange(3, 9)[None]).logits.shape)
 
 def test_a_budget_and_one_that_is_too_small(tiny, tmp_path):
     with bstk.open(tiny) as file:
-        smallest = file.smallest
+        smallest = file.base
     done = command(
         "export", tiny, "--to", "safetensors", tmp_path / "out", "--mb", smallest.budget / bstk.MB + 1e-6, "--json"
     )
@@ -291,6 +294,13 @@ def test_weights_that_half_precision_cannot_hold(tiny, tmp_path):
     done = command("export", path, "--to", "safetensors", tmp_path / "out", "--dtype", "fp16")
     assert done.returncode == 2 and "Export as bf16 or fp32" in done.stderr and not (tmp_path / "out").exists()
     assert command("export", path, "--to", "safetensors", tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["é" * 121, "a" * 255, "日" * 85], ids=["two", "one", "three"])
+def test_new_folder_with_a_long_name(tmp_path, name):
+    with new_folder(tmp_path / name) as folder:
+        (folder / "x").write_text("x")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name / "x").read_text() == "x"
 
 
 def test_new_folder_behind_a_link_and_beside_a_rival(tmp_path):

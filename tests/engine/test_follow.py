@@ -24,39 +24,39 @@ def test_following_a_function(path, model, monkeypatch):
     """The model has the size that the function says; a nonsense answer and a failing function are said, and change nothing."""
     monkeypatch.setattr("bstack.packed.autosize.INTERVAL", 0.01)
     small, _, full = budgets(path)
-    answers, told = [small], []
+    answers, warnings = [small], []
 
     def budget():
         if isinstance(answers[-1], Exception):
             raise answers[-1]
         return answers[-1]
 
-    with bstack.following(model, budget, warn=told.append):
+    with bstack.following(model, budget, warn=warnings.append):
         assert until(lambda: bstack.resident(model).blocks < bstack.resident(model).all_blocks)
         few = bstack.resident(model).blocks
         for answer, words in ((-3, "-3"), (0.0001, "smallest"), (RuntimeError("no idea"), "no idea")):
             answers.append(answer)
-            assert until(lambda words=words: any(words in line for line in told)), told
-        assert bstack.resident(model).blocks == few and len(told) == 3
+            assert until(lambda words=words: any(words in line for line in warnings)), warnings
+        assert bstack.resident(model).blocks == few and len(warnings) == 3
         answers.append(full)
         assert until(lambda: bstack.resident(model).blocks == bstack.resident(model).all_blocks)
-    assert not [thread for thread in threading.enumerate() if thread.name == "bstack-watcher"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "bstack-poller"]
 
 
 class Machine:
-    """Readings for a watcher of a model, and a clock of its looks: what the model does not take is free."""
+    """Readings for a poller of a model, and a clock of its looks: what the model does not take is free."""
 
     def __init__(self, model):
-        self.now, self.told = 0.0, []
-        self.model, self.room = model, 4000 * bstk.MB
-        self.watcher = bstack.following(model, warn=self.told.append)
-        self.watcher._read = lambda: Memory(self.room - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
+        self.now, self.warnings = 0.0, []
+        self.model, self.total = model, 4000 * bstk.MB
+        self.poller = bstack.following(model, warn=self.warnings.append)
+        self.poller._read = lambda: Memory(self.total - bstack.resident(model).weight_bytes, 8000 * bstk.MB, "a test")
 
     def live(self, seconds):
         """Look twice a second; a growth is through before the next look."""
         for _ in range(2 * seconds):
             self.now += 0.5
-            self.watcher.poll(self.now)
+            self.poller.poll(self.now)
             growth = self.model.bstack_store._growth
             if growth is not None:
                 growth.thread.join(20)
@@ -65,15 +65,15 @@ class Machine:
 def test_following_asks_a_whole_model_for_nothing(path, model):
     """Though its file is longer than its blocks are large. At the smallest size it is as still."""
     with bstk.open(path) as file:
-        assert file.length > file.memory_bytes and file.smallest.budget > file.smallest.memory_bytes
+        assert file.length > file.memory_bytes and file.base.budget > file.base.memory_bytes
     store, machine, asked = model.bstack_store, Machine(model), []
-    machine.watcher._resize = asked.append
+    machine.poller._resize = asked.append
     machine.live(60)
-    assert asked == [] and store.budget == machine.watcher._policy.largest
+    assert asked == [] and store.budget == machine.poller._policy.largest
     bstack.resize(model, budgets(path)[0])
-    machine.room = 0
+    machine.total = 0
     machine.live(5)
-    assert asked == [] and store.budget == machine.watcher._policy.smallest
+    assert asked == [] and store.budget == machine.poller._policy.smallest
 
 
 def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeypatch):
@@ -88,19 +88,19 @@ def test_a_growth_that_fails_while_following_the_machine(path, tmp_path, monkeyp
     machine.live(600)
     waits = [later - earlier for earlier, later in pairwise(tries)]
     assert 4 <= len(tries) <= 8 and waits == sorted(waits) and waits[0] < waits[-1]
-    (message,) = machine.told
+    (message,) = machine.warnings
     assert "could not grow" in message and "copy.bstk" in message
     flip_a_late_byte(tmp_path / "copy.bstk")  # back
     machine.live(200)
-    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(machine.told) == 1
+    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(machine.warnings) == 1
 
 
 def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
     """The same answer is tried again, after a pause, and the failure said once."""
     model = damaged(path, tmp_path, flip_a_late_byte)
     small, _, full = budgets(path)
-    answers, told = [full], []
-    follower = bstack.following(model, lambda: answers[-1], warn=told.append)
+    answers, warnings = [full], []
+    follower = bstack.following(model, lambda: answers[-1], warn=warnings.append)
 
     def look(now):
         follower.poll(now)
@@ -111,10 +111,10 @@ def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
 
     failed = look(0)
     assert failed.error is not None
-    assert look(1) is look(9) is failed and len(told) == 1 and "copy.bstk" in told[0]
+    assert look(1) is look(9) is failed and len(warnings) == 1 and "copy.bstk" in warnings[0]
     again = look(11)
     assert again is not failed and again.error is not None
-    assert look(12) is again and len(told) == 1
+    assert look(12) is again and len(warnings) == 1
     answers.append(small)
     look(13)  # another answer does not wait
     assert bstack.resident(model).weight_bytes <= small * bstk.MB
@@ -123,7 +123,7 @@ def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
     flip_a_late_byte(tmp_path / "copy.bstk")  # back
     look(15)
     look(26)
-    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(told) == 1
+    assert bstack.resident(model).blocks == bstack.resident(model).all_blocks and len(warnings) == 1
 
 
 def test_following_needs_packed_weights(path):

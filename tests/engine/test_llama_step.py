@@ -6,10 +6,13 @@ import warnings
 import pytest
 import tiny_models
 import torch
+from cache_name import CACHE
 from packed_models import IDS
 
 import bstack
 import bstk
+from bstack.errors import SlowerWarning
+from bstack.kernels.decoder import Decoder
 from bstack.kernels.native import library
 from bstack.models.kv_cache import growing_cache
 
@@ -36,11 +39,11 @@ def test_logits_are_those_of_the_models_own_code(name, file_of):
     caches = [growing_cache(model) for model in (fast, slow)]
     with torch.no_grad():
         for model, cache in zip((fast, slow), caches, strict=True):
-            model(IDS, past_key_values=cache, use_cache=True)
+            model(IDS, **{CACHE: cache}, use_cache=True)
         for token in range(3, 80):  # beyond the first size of the cache
             word = torch.tensor([[token]])
             found, expected = (
-                m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
+                m(word, **{CACHE: c}, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
             )
             assert found.shape == expected.shape
             assert (found - expected).norm() <= 1e-2 * expected.norm()
@@ -65,6 +68,23 @@ def test_texts_are_those_of_the_models_own_code(name, options, file_of):
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_every_token_after_the_prompt_takes_the_fused_step(name, file_of, monkeypatch):
+    """Under the name that transformers gives the cache, and under its old one."""
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    steps = []
+    run = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(1) or run(self, *args))
+    with torch.no_grad():
+        out = model(IDS, use_cache=True)
+        for token in range(3, 8):
+            out = model(torch.tensor([[token]]), **{name: getattr(out, CACHE)}, use_cache=True)
+    assert len(steps) == 5
+    steps.clear()
+    model.generate(IDS, attention_mask=torch.ones_like(IDS), min_new_tokens=9, max_new_tokens=9, pad_token_id=0)
+    assert len(steps) == 8
+
+
 def test_batches_and_padding_take_the_models_own_code(file_of):
     model, slow = (bstack.load(file_of("llama"), mode="packed")[0] for _ in range(2))
     slowly(slow)
@@ -86,12 +106,10 @@ def test_what_is_asked_beyond_logits_is_answered(file_of):
     model, _ = bstack.load(file_of("llama"), mode="packed")
     cache = growing_cache(model)
     with torch.no_grad():
-        model(IDS, past_key_values=cache, use_cache=True)
-        out = model(
-            IDS[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True, output_attentions=False
-        )
+        model(IDS, **{CACHE: cache}, use_cache=True)
+        out = model(IDS[:, :1], **{CACHE: cache}, use_cache=True, output_hidden_states=True, output_attentions=False)
         assert len(out.hidden_states) == 3
-        pair = model(IDS[:, :1], past_key_values=cache, use_cache=True, return_dict=False)
+        pair = model(IDS[:, :1], **{CACHE: cache}, use_cache=True, return_dict=False)
         assert isinstance(pair, tuple)
         loss = model(IDS, labels=IDS).loss
     assert loss.isfinite()
@@ -118,8 +136,8 @@ def test_a_configuration_that_asks_for_more_keeps_the_models_own_code(asked, fil
             setattr(config, name, value)
         return config
 
-    original = container._read_config
-    monkeypatch.setattr(container, "_read_config", read_config)
+    original = container.read_config
+    monkeypatch.setattr(container, "read_config", read_config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         model, _ = bstack.load(file_of("llama"), mode="packed")
@@ -136,7 +154,7 @@ def test_a_model_of_other_arithmetic_is_found_out(file_of, monkeypatch):
 
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 1.5 * forward(self, x))
-    with pytest.warns(RuntimeWarning, match="does not give LlamaForCausalLM's results"):
+    with pytest.warns(SlowerWarning, match="does not give LlamaForCausalLM's results"):
         model, _ = bstack.load(file_of("llama"), mode="packed")
     assert "forward" not in vars(model)
 
@@ -163,7 +181,7 @@ def test_bfloat16(file_of):
 def test_budgets(file_of):
     path = file_of("llama")
     with bstk.open(path) as file:
-        small = (file.smallest.budget + 1) / bstk.MB
+        small = (file.base.budget + 1) / bstk.MB
     model, slow = (bstack.load(path, mode="packed", mb=small)[0] for _ in range(2))
     slowly(slow)
     dense, _ = bstack.load(path, mb=small)
@@ -231,7 +249,7 @@ def test_a_changed_model_is_not_given_the_step(change, file_of):
     change(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert not install(model, lock)
+        assert install(model, lock), "a reason"
     assert "forward" not in vars(model)
 
 
@@ -240,7 +258,7 @@ def test_another_type_or_configuration_after_loading_counts(file_of):
     assert "forward" in vars(model)
     out = model(IDS, use_cache=True)
     model.config.output_hidden_states = True
-    step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    step = model(IDS[:, :1], **{CACHE: getattr(out, CACHE)}, use_cache=True)
     assert len(step.hidden_states) == 3
 
 
@@ -265,13 +283,112 @@ def test_a_cache_of_another_length_at_the_same_place(file_of, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr("bstack.models.kv_cache._buffer", buffer)
                 cache.reset()
-                fast(ids, past_key_values=cache, use_cache=True)
-                found = fast(IDS[:, :1], past_key_values=cache, use_cache=True).logits
+                fast(ids, **{CACHE: cache}, use_cache=True)
+                found = fast(IDS[:, :1], **{CACHE: cache}, use_cache=True).logits
             own = growing_cache(slow)
-            slow(ids, past_key_values=own, use_cache=True)
-            expected = slow(IDS[:, :1], past_key_values=own, use_cache=True).logits
+            slow(ids, **{CACHE: own}, use_cache=True)
+            expected = slow(IDS[:, :1], **{CACHE: own}, use_cache=True).logits
             assert (found - expected).norm() <= 1e-2 * expected.norm()
     assert len({shape[-2] for shape in buffer.made}) == 2 and len(places) == 2 * len(fast.model.layers)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The positions of all tokens that went through the fused step."""
+    from bstack.kernels.decoder import Decoder
+
+    taken = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: taken.append(args[-1]) or step(self, *args))
+    return taken
+
+
+NEW = 9
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """The file of a model without an end token, so that texts have the length that was asked for."""
+    folder = tmp_path_factory.mktemp("endless")
+    model = tiny_models.add_tokenizer(tiny_models.save("llama", folder / "model", eos_token_id=None))
+    bstack.compress(model, folder / "model.bstk", settings=bstack.Settings(planes=2, samples=2, sequence_length=16))
+    return folder / "model.bstk"
+
+
+def run_command(path):
+    from bstack.cli.run import command
+
+    command.main([str(path), "-p", "the river", "--max-new-tokens", str(NEW), "--json", "-q"], standalone_mode=False)
+
+
+def bench_speed(path):
+    from bstack.bench.speed import measure_speed
+
+    model, _ = bstack.load(path, mode="packed")
+    measure_speed(model)
+
+
+def plain_generate(path):
+    model, _ = bstack.load(path, mode="packed")
+    model.generate(IDS, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("way", [run_command, bench_speed, plain_generate])
+def test_every_token_but_the_first_takes_the_step(way, endless, steps, monkeypatch, capsys):
+    from bstack.bench import speed
+
+    monkeypatch.setattr(speed, "_lengths", lambda context: (6, NEW - 1))
+    at_loading = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        way(endless)
+    times = speed.REPETITIONS + 1 if way is bench_speed else 1
+    assert len(steps) == at_loading + times * (NEW - 1)
+
+
+def test_stop_strings_and_a_tokenizer_leave_the_step_in_place(file_of, steps):
+    model, tokenizer = bstack.load(file_of("llama"), mode="packed")
+    del steps[:]
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(IDS, tokenizer=tokenizer, stop_strings=["no such words"], **settings)
+    assert len(steps) == NEW - 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"output_hidden_states": True, "return_dict_in_generate": True}, {"cache_implementation": "static"}]
+)
+def test_a_step_that_is_not_taken_is_told_once(asked, file_of, steps):
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    del steps[:]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=210, **asked)
+    told = [warning for warning in caught if issubclass(warning.category, SlowerWarning)]
+    assert not steps and len(told) == 1 and "own code instead of the fused step" in str(told[0].message)
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gemma3", "cohere"])
+def test_models_with_another_rope_keep_their_own_code(name, file_of):
+    """Among them one rope for each kind of layer, whose type is no word but a table."""
+    model, _ = bstack.load(file_of(name), mode="packed")
+    assert "forward" not in vars(model) and type(model).__name__ in model.bstack_unfused
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] >= 6
+
+
+@pytest.mark.parametrize("error", [TypeError, IndexError, RuntimeError, OSError])
+@pytest.mark.parametrize("place", ["_decoder", "_FusedStep"])
+def test_recognition_never_raises(error, place, file_of, monkeypatch):
+    from bstack.engine import llama_step
+
+    def fail(*_):
+        raise error("unforeseen")
+
+    monkeypatch.setattr(llama_step, place, fail)
+    model, _ = bstack.load(file_of("llama"), mode="packed")
+    assert "forward" not in vars(model) and model.bstack_unfused
 
 
 def test_calls_as_of_any_model(file_of):
@@ -280,6 +397,6 @@ def test_calls_as_of_any_model(file_of):
         by_place = model(IDS, torch.ones_like(IDS)).logits
         out = model(input_ids=IDS, use_cache=True)
         assert torch.equal(by_place, out.logits)
-        step = model(IDS[:, :1], past_key_values=out.past_key_values, use_cache=True).logits
+        step = model(IDS[:, :1], **{CACHE: getattr(out, CACHE)}, use_cache=True).logits
         whole = model(torch.cat([IDS, IDS[:, :1]], 1)).logits[:, -1:]
     assert (step - whole).norm() <= 1e-2 * whole.norm()

@@ -44,7 +44,7 @@ def logits(model):
 
 def test_budgets(packed):
     with bstk.open(packed) as file:
-        small, full = file.smallest_length, file.length
+        small, full = file.base_length, file.length
     whole = logits(bstack.load(packed)[0])
     assert torch.equal(logits(bstack.load(packed, mb=1000)[0]), whole)
     assert torch.equal(logits(bstack.load(packed, mb="1000.5")[0]), whole)

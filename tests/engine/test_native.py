@@ -127,7 +127,7 @@ def test_a_text_is_the_same_whatever_else_runs(name, file_of):
 def test_a_model_changes_its_size_while_it_runs(file_of):
     path = file_of("llama")
     with bstk.open(path) as file:
-        small = (file.smallest.budget + 1) / bstk.MB
+        small = (file.base.budget + 1) / bstk.MB
     model, *_ = load.load(path)
     bstack.resize(model, mb=small)
     assert bstack.resident(model).blocks < bstack.resident(model).all_blocks

@@ -21,7 +21,7 @@ CODECS = {
     "trellis": TrellisCodec(2),
     "sign": SignCodec(planes=3, rank=2),
     "spqr": SpqrCodec(3, outliers=0.05, planes=1),
-    "spqr, none apart": SpqrCodec(3, outliers=0, planes=1),
+    "spqr, no outliers": SpqrCodec(3, outliers=0, planes=1),
 }
 
 
@@ -145,8 +145,8 @@ def test_embedding():
 
 def test_experts():
     parts = [matrix(20, 16, seed) for seed in range(3)]
-    gate = PriorityLock()
-    weight = PackedWeight([Blocks([m], gate) for m, _ in parts], False, torch.float32, "experts")
+    lock = PriorityLock()
+    weight = PackedWeight([Blocks([m], lock) for m, _ in parts], False, torch.float32, "experts")
     assert weight.shape == (3, 20, 16)
     x = torch.randn(4, 16)
     for index in (0, 2, torch.tensor(1)):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from cache_name import CACHE
 from packed_models import IDS, budgets, damaged, flip_a_late_byte, logits
 
 import bstack
@@ -105,7 +106,7 @@ def test_a_text_goes_on_as_in_a_fresh_model_with_the_same_cache(path, model):
     fresh, _ = bstack.load(path, mode="packed")
     bstack.resize(model, small)
     with torch.no_grad():
-        cache = model(IDS, use_cache=True).past_key_values
+        cache = getattr(model(IDS, use_cache=True), CACHE)
     bstack.resize(model, full)
     copies = []
     for _ in range(2):
@@ -113,7 +114,7 @@ def test_a_text_goes_on_as_in_a_fresh_model_with_the_same_cache(path, model):
         for index, layer in enumerate(cache.layers):
             copies[-1].update(layer.keys.clone(), layer.values.clone(), index)
     texts = [
-        m.generate(torch.cat([IDS, IDS[:, :1]], 1), past_key_values=c, **SETTINGS)
+        m.generate(torch.cat([IDS, IDS[:, :1]], 1), **{CACHE: c}, **SETTINGS)
         for m, c in zip((model, fresh), copies, strict=True)
     ]
     assert torch.equal(*texts)
@@ -163,7 +164,7 @@ def test_only_missing_blocks_are_read(path, model, monkeypatch):
 
 def shorten(copy):
     with bstk.open(copy) as file:
-        length = file.smallest_length
+        length = file.base_length
     with open(copy, "r+b") as stream:
         stream.truncate(length + 10)
 

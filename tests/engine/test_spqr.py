@@ -3,6 +3,7 @@
 import pytest
 import samples
 import torch
+from cache_name import CACHE
 from packed_models import logits
 
 import bstack
@@ -13,7 +14,7 @@ from bstack.models.kv_cache import growing_cache
 IDS = torch.tensor([[5, 9, 44, 7, 101, 3, 8, 77, 12, 60, 61, 4]])
 
 
-@pytest.fixture(params=["spqr", "spqr, none apart"])
+@pytest.fixture(params=["spqr", "spqr, no outliers"])
 def path(request, file_of):
     return file_of("llama", codec=request.param)
 
@@ -22,8 +23,8 @@ def sizes(path):
     """Budgets in MB: the smallest, one block more each time, and everything."""
     with bstk.open(path) as file:
         blocks = [number for number, chunk in enumerate(file.chunks) if chunk.is_block]
-        first = file.smallest.chunks
-        found = [file.smallest.budget]
+        first = file.base.chunks
+        found = [file.base.budget]
         for number in [b for b in blocks if b >= first][::5]:
             found.append(found[-1] + 1)
             while file.fit(found[-1] / bstk.MB).chunks <= number and found[-1] < file.complete.budget:
@@ -35,12 +36,12 @@ def test_the_file_has_all_three_kinds(file_of):
     with bstk.open(file_of("llama", codec="spqr")) as file:
         kinds = {chunk.kind for chunk in file.chunks if chunk.is_block}
         assert {bstk.SPQR, bstk.OUTLIERS, bstk.TRELLIS} <= kinds
-        smallest = [chunk for chunk in file.chunks[: file.smallest.chunks] if chunk.is_block]
+        smallest = [chunk for chunk in file.chunks[: file.base.chunks] if chunk.is_block]
         assert bstk.OUTLIERS not in {chunk.kind for chunk in smallest}
 
 
 def test_without_outliers_planes_stand_on_the_dense_part(file_of):
-    with bstk.open(file_of("llama", codec="spqr, none apart")) as file:
+    with bstk.open(file_of("llama", codec="spqr, no outliers")) as file:
         assert {
             tuple(chunk.kind for chunk in samples.chunks_of(file, name))
             for name in dict.fromkeys(chunk.name for chunk in file.chunks)
@@ -72,10 +73,10 @@ def test_a_step_in_c_gives_the_models_own_logits(path):
         caches = [growing_cache(model) for model in (fast, slow)]
         with torch.no_grad():
             for model, cache in zip((fast, slow), caches, strict=True):
-                model(IDS, past_key_values=cache, use_cache=True)
+                model(IDS, **{CACHE: cache}, use_cache=True)
             for token in range(3, 9):
                 word = torch.tensor([[token]])
                 found, expected = (
-                    m(word, past_key_values=c, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
+                    m(word, **{CACHE: c}, use_cache=True).logits for m, c in zip((fast, slow), caches, strict=True)
                 )
                 assert (found - expected).norm() <= 1e-2 * expected.norm()

@@ -90,13 +90,13 @@ def test_scores_of_a_whole_run(tmp_path):
 
     p, q = softmax(p[:, :-1]), softmax(q[:, :-1])
     kl = (p * np.log(p / q)).sum(-1)
-    surprise = -np.log(np.take_along_axis(q, windows[:, 1:, None], -1))[..., 0]
+    losses = -np.log(np.take_along_axis(q, windows[:, 1:, None], -1))[..., 0]
     # What half precision does is a tenth of a per cent of a small divergence.
     assert found.kld.value == pytest.approx(kl.mean(), rel=2e-3)
     assert found.kld.error == pytest.approx(kl.mean(1).std(ddof=1) / math.sqrt(5), rel=1e-2)
     assert found.kld_99.value == pytest.approx(np.percentile(kl, 99), rel=5e-3)
     assert found.same_top.value == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
-    assert found.perplexity.value == pytest.approx(math.exp(surprise.mean()), rel=1e-5)
+    assert found.perplexity.value == pytest.approx(math.exp(losses.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ def test_permissions_are_kept(old, mode):
     assert replaced(old).st_mode & 0o7777 == mode
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o664, 0o670])
+def test_another_group_gets_no_permissions(old, mode):
+    groups = [12345] if os.geteuid() == 0 else [group for group in os.getgroups() if group != old.stat().st_gid]
+    if not groups:
+        pytest.skip("no second group")
+    os.chown(old, -1, groups[0])
+    old.chmod(mode)
+    new = replaced(old)
+    assert new.st_gid != groups[0] and new.st_mode & 0o7777 == mode & 0o707
+
+
 def test_the_first_file_keeps_the_rules_of_the_system(tmp_path):
     before = os.umask(0o027)
     try:

@@ -314,7 +314,7 @@ def test_a_chunk_that_is_checked_as_it_streams(tmp_path, zstd):
     data = path.read_bytes()
     with bstk.open(data) as f:
         start, end = f.chunks[0].offset, f.chunks[0].end
-        mb = f.smallest_length / bstk.MB
+        mb = f.base_length / bstk.MB
     for name, at in {"first": start, "inside": start + 2**23, "last": end - 1}.items():
         (tmp_path / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     good = [{"path": str(path), "from": how, "cuts": [(mb, True)]} for how in ("path", "bytes", "blob")]

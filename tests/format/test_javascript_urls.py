@@ -5,7 +5,7 @@ from javascript_reader import MARKS, expected_cut, node
 from range_server import RangeServer
 from served_files import cut_sizes
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.slow]
 
 
 def by_url(server, **job):

@@ -68,7 +68,7 @@ def _number(base, digits, minus_one):
 
 @pytest.mark.parametrize("past", [0, 1])
 def test_preamble_limits(good, past):
-    large = {"full_length": limits.MAX_FILE_LENGTH, "smallest_length": limits.MAX_FILE_LENGTH}
+    large = {"full_length": limits.MAX_FILE_LENGTH, "base_length": limits.MAX_FILE_LENGTH}
     base = preamble.parse(good[:256])
     cases = [
         {**large, "full_length": limits.MAX_FILE_LENGTH + past},

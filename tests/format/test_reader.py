@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import samples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bstk
@@ -61,7 +61,7 @@ def test_path_bytes_and_source_are_read_alike(good, good_path):
 def test_every_length(good):
     whole = samples.content(bstk.open(good))
     with bstk.open(good) as f:
-        smallest, ends, root = f.smallest_length, [c.end for c in f.chunks], f.root
+        smallest, ends, root = f.base_length, [c.end for c in f.chunks], f.root
     for length in range(len(good) + 1):
         prefix = good[:length]
         if length == 0:
@@ -101,10 +101,10 @@ def test_fit(good):
             end = f.chunks[count - 1].end
             assert f.fit(end / bstk.MB).chunks == f.fit(f"{end / bstk.MB:.40f}").chunks == count
             assert f.fit_bytes(end).file_bytes == end
-        assert f.fit_bytes(f.smallest_length) == f.smallest
+        assert f.fit_bytes(f.base_length) == f.base
         with pytest.raises(bstk.BudgetError, match=r"smallest budget is 0.01 MB") as caught:
-            f.fit((f.smallest_length - 1) / bstk.MB)
-        assert caught.value.smallest_bytes == f.smallest_length
+            f.fit((f.base_length - 1) / bstk.MB)
+        assert caught.value.smallest_bytes == f.base_length
         assert f.fit("0.01") == f.complete
 
 
@@ -118,7 +118,7 @@ def test_cuts_count_what_is_in_them(good):
             blocks = [c for c in chunks if c.is_block]
             weights = sum(c.shape[0] * c.shape[1] for c in blocks if c.level == 0)
             assert f.bits_per_weight(cut) == (8 * sum(c.raw_length for c in blocks) / weights if weights else None)
-        assert f.cut(f.base_count) == f.smallest and f.cut(len(f.chunks)) == f.fit()
+        assert f.cut(f.base_count) == f.base and f.cut(len(f.chunks)) == f.fit()
         for count in (-1, len(f.all_chunks) + 1):
             with pytest.raises(bstk.UsageError):
                 f.cut(count)
@@ -128,13 +128,13 @@ def test_cuts_count_what_is_in_them(good):
 def test_even_cuts(good, count):
     with bstk.open(good) as f:
         cuts = f.even_cuts(count)
-        assert next(iter(cuts)) == f.smallest and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
+        assert next(iter(cuts)) == f.base and list(cuts)[-1] == f.complete and list(cuts) == sorted(cuts)
         assert 2 <= len(cuts) <= count
-        step = (f.complete.budget - f.smallest.budget) / (count - 1)
+        step = (f.complete.budget - f.base.budget) / (count - 1)
         for cut, budget in cuts.items():
             assert f.fit_bytes(budget) == cut
-            assert (budget - f.smallest.budget) / step == pytest.approx(
-                round((budget - f.smallest.budget) / step), abs=1 / step
+            assert (budget - f.base.budget) / step == pytest.approx(
+                round((budget - f.base.budget) / step), abs=1 / step
             )
 
 
@@ -168,6 +168,58 @@ def test_budget_is_exact(mb, size):
 @pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 10**9, 123456789])
 def test_named_megabytes_are_enough(size):
     assert 0 <= bstk.budget_bytes(bstk.mb_ceil(size)) - size <= bstk.MB / 100 + 1
+
+
+@given(size=st.integers(0, 2**48))
+@example(size=10**7)
+def test_a_budget_as_text_is_read_back(size):
+    text = bstk.mb_text(size)
+    assert bstk.budget_bytes(text) == size if size else text == "0"
+    assert len(text.partition(".")[2]) <= 7
+
+
+@pytest.mark.parametrize("typed", ["0.03", "62.3", "80.1", "3000", "0.000954", "99.99", "1234.567"])
+def test_a_budget_as_text_is_what_was_typed(typed):
+    assert bstk.mb_text(bstk.budget_bytes(typed)) == typed
+
+
+@pytest.mark.parametrize("mb", ["0.0003", 0.0003])
+def test_messages_name_the_budget_that_was_given(good, good_path, tmp_path, mb):
+    with bstk.open(good) as f:
+        for refused in (
+            lambda: f.fit(mb),
+            lambda: f.fit(budget=bstk.budget_bytes(mb)),
+            lambda: bstk.plan(f, budget=bstk.budget_bytes(mb)),
+            lambda: bstk.truncate(f, tmp_path / "out", mb),
+            lambda: bstk.truncate(good_path, None, mb),
+            lambda: bstk.truncate(good_path, None, budget=bstk.budget_bytes(mb)),
+        ):
+            with pytest.raises(bstk.BudgetError, match=r": 0\.0003 MB is below"):
+                refused()
+        with pytest.raises(bstk.UsageError, match=r"the budget is 62\.3 MB\."):
+            bstk.truncate(good_path, None, "62.3")
+
+
+@pytest.mark.parametrize("budgets", [{}, {"mb": 1, "budget": 2**20}])
+def test_a_budget_is_given_once(good, good_path, budgets):
+    with bstk.open(good) as f:
+        calls = [
+            lambda: bstk.truncate(good_path, None, **budgets),
+            lambda: bstk.grow(good_path, budgets.get("mb"), good_path, budget=budgets.get("budget")),
+        ]
+        for refused in calls + ([lambda: f.fit(**budgets)] if budgets else []):
+            with pytest.raises(bstk.UsageError, match="Give one of them"):
+                refused()
+    assert good_path.read_bytes() == good
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_closed_reader_is_not_a_damaged_file(good, good_path, on_disk):
+    with bstk.open(good_path if on_disk else good) as f:
+        pass
+    for read in (lambda: f.read(f.chunks[0]), lambda: list(f.file_pieces("config.json")), f.verify):
+        with pytest.raises(ValueError, match=r"closed|released"):
+            read()
 
 
 class Failing(bstk.BytesSource):

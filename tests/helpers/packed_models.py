@@ -13,8 +13,8 @@ IDS = torch.tensor([[5, 9, 44, 7, 101]])
 def budgets(path):
     """A small, a middle and the full budget in MB."""
     with bstk.open(path) as file:
-        small, full = file.smallest.budget, file.complete.budget
-    return [(small + share * (full - small) + 1) / bstk.MB for share in (0, 0.5, 1)]
+        small, full = file.base.budget, file.complete.budget
+    return [(small + fraction * (full - small) + 1) / bstk.MB for fraction in (0, 0.5, 1)]
 
 
 def logits(model, ids=IDS):

@@ -14,7 +14,7 @@ BATCHES = list(IDS.split(2))
 def streamed_tables(skeleton, batches=BATCHES):
     """The statistics of every layer, by the streamed pass."""
     tables = []
-    with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
+    with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
                 tables.append(gather(stream, index, layer_parameters(skeleton, index)))

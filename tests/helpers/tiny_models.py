@@ -88,6 +88,7 @@ ARCHITECTURES = {
     "stablelm": ("StableLmConfig", {**_LLAMA, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     "cohere": ("CohereConfig", _LLAMA),
     "olmo2": ("Olmo2Config", _LLAMA),
+    "olmo3": ("Olmo3Config", {**_LLAMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt-oss": (
         "GptOssConfig",
         {**_LLAMA, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},

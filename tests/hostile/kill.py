@@ -84,11 +84,11 @@ def main() -> None:
             every = [*jobs.container_jobs(compress.wanted), compress]
         steps = {job.name: count_steps(job, folder / "round") for job in every}
         killed: Counter[str] = Counter()
-        share = -(-arguments.rounds // len(every))
+        each = -(-arguments.rounds // len(every))
         for job in every:
-            for number in range(share):
+            for number in range(each):
                 # Evenly over the steps, and over all of them again if there are fewer than rounds.
-                step = 1 + (number * max(1, steps[job.name] // share)) % steps[job.name]
+                step = 1 + (number * max(1, steps[job.name] // each)) % steps[job.name]
                 killed[job.name] += killed_at(job, folder / "round", step)
             print(f"{job.name}: killed {killed[job.name]} times, {steps[job.name]} steps; whole each time", flush=True)
         print(f"{killed.total()} kills")

@@ -30,9 +30,9 @@ def read_all(data: bytes) -> bool:
             return False
         with reader:
             require(
-                reader.smallest_length <= reader.length <= reader.full_length, "a file longer or shorter than it may be"
+                reader.base_length <= reader.length <= reader.full_length, "a file longer or shorter than it may be"
             )
-            require(len(reader.chunks) >= reader.base_count, "a smallest model that is not there")
+            require(len(reader.chunks) >= reader.base_count, "a base model that is not there")
             for name in reader.files:
                 require(is_inside(name), f"a file name that leads out of its folder: {name!r}")
             for chunk in reader.chunks:
@@ -41,7 +41,7 @@ def read_all(data: bytes) -> bool:
                 except bstk.DamagedError as error:
                     require(error.chunk == chunk, "damage that names another chunk")
             if not reader.seal:
-                with bstk.open(bytes(data[: reader.smallest_length])) as smallest:
+                with bstk.open(bytes(data[: reader.base_length])) as smallest:
                     require(smallest.root == reader.root, "a cut with another root")
                     require(smallest.chunks == reader.chunks[: reader.base_count], "a cut with other chunks")
             return True

@@ -187,7 +187,7 @@ def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_pat
     load_model = packed_or_native(mode)
     load_model(server.url)
     assert kept.read_bytes() == data
-    # What the server itself sends wrongly is told, and not asked for again and again.
+    # What the server itself sends wrongly is an error, and not asked for again and again.
     server.data, server.etag = bytes(damaged), '"two"'
     kept.unlink()
     server.asked.clear()
@@ -269,7 +269,7 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
     bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
     server = serve(path.read_bytes())
     with bstk.open(path) as file:
-        mb = (file.smallest_length + file.length) / 2 / bstk.MB
+        mb = (file.base_length + file.length) / 2 / bstk.MB
     for budget in (mb, None):
         here, _ = bstack.load(path, mb=budget)
         there, tokenizer = bstack.load(server.url, mb=budget)
@@ -286,7 +286,7 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(engine, tiny_llama, 
     path = tmp_path / "tiny.bstk"
     bstack.compress(tiny_llama, path, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
     with bstk.open(path) as file:
-        smallest, next_end = file.smallest.budget, file.chunks[file.base_count].end
+        smallest, next_end = file.base.budget, file.chunks[file.base_count].end
         mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
     server = serve(path.read_bytes())
     load_model = packed_or_native(engine)
@@ -295,10 +295,10 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(engine, tiny_llama, 
     assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
         bstack.resize(model, full)
-    told = []
-    with bstack.following(model, lambda: full, warn=told.append):
-        until(lambda: told)
-    assert "more than was fetched" in told[0]
+    warnings = []
+    with bstack.following(model, lambda: full, warn=warnings.append):
+        until(lambda: warnings)
+    assert "more than was fetched" in warnings[0]
     assert bstack.resident(model) == before
     model, _ = load_model(server.url)
     assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

@@ -45,12 +45,12 @@ def test_disorders_are_repeated_a_few_times(model, serve, status):
     server = serve(model, statuses=[status] * 5)
     assert opened(server.url) and len(server.asked) == 6
     server = serve(model, statuses=[status] * 6)
-    told = (
+    words = (
         "cannot be reached"
         if status == -1
         else f"cannot be read after 6 attempts: the server answers {status}. Try again later"
     )
-    with pytest.raises(bstk.RemoteError, check=lambda error: not error.resumable and not error.missing, match=told):
+    with pytest.raises(bstk.RemoteError, check=lambda error: not error.resumable and not error.missing, match=words):
         opened(server.url)
     assert len(server.asked) == 6
 
@@ -359,7 +359,7 @@ def test_same_length_and_another_tag(model, other, serve):
 
 def test_without_the_package(model, serve, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "requests", None)
-    with pytest.raises(bstk.MissingPackageError, match=r"pip install 'bstack\[http\]'"):
+    with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[http\]'"):
         opened(serve(model).url)
 
 

@@ -60,6 +60,23 @@ def test_a_damaged_block_is_not_appended(remote, model, cut, serve, tmp_path):
     assert small.read_bytes() == model and server.ranges_asked()[-1] == (max(chunk.offset, 65536), len(model) - 1)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_damaged_file_does_not_grow(sealed, remote, index, model, cut, serve, tmp_path):
+    small = cut(model, cut_sizes(model)[2])
+    with bstk.open(small) as file:
+        chunk = file.chunks[index]
+    before = bytearray(small.read_bytes() if sealed else model[: file.length])
+    before[chunk.end - 1] ^= 1
+    small.write_bytes(before)
+    (tmp_path / "source.bstk").write_bytes(model)
+    with pytest.raises(bstk.DamagedError) as caught:
+        bstk.grow(small, 1000, serve(model).url if remote else tmp_path / "source.bstk")
+    assert caught.value.chunk == chunk and str(small) in str(caught.value)
+    assert small.read_bytes() == before
+
+
 @pytest.mark.parametrize("remote", [True, False])
 @pytest.mark.parametrize("damaged", [0, 1], ids=["the block", "its own end and the next block"])
 def test_a_partial_file_that_ends_within_a_block_keeps_its_whole_blocks(damaged, remote, model, serve, tmp_path):

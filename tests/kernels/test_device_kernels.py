@@ -58,12 +58,12 @@ KINDS = st.lists(
 def test_against_the_reference(rows, columns, kinds, tokens, seed):
     expected, matrix = pair(rows, columns, kinds, seed)
     x = np.random.default_rng(seed).normal(size=(tokens, columns)).astype(np.float32)
-    turned = reference.rotate(x)
+    rotated = reference.rotate(x)
     out = torch.full((tokens, rows), torch.nan, device=DEVICE)
-    device.multiply(matrix, torch.from_numpy(x).to(DEVICE), torch.from_numpy(turned).to(DEVICE), out)
+    device.multiply(matrix, torch.from_numpy(x).to(DEVICE), torch.from_numpy(rotated).to(DEVICE), out)
     index = torch.randint(0, rows, (7,), generator=torch.Generator().manual_seed(seed))
     total = np.zeros((tokens, rows))
-    for kinds, given_inputs in (((TRELLIS,), turned), (PLAIN, x)):
+    for kinds, given_inputs in (((TRELLIS,), rotated), (PLAIN, x)):
         dense = reference.decode_rows(expected, kinds, 0, rows)
         found = device.decode(matrix, kinds, index.to(DEVICE), torch.float32).cpu().numpy()
         assert np.allclose(found, dense[index], rtol=1e-5, atol=1e-4 * np.abs(dense).max())

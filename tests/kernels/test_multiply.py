@@ -223,8 +223,8 @@ def test_close_to_the_dense_product(codec):
     expected = x[:8].double() @ dense.t()
     assert float((y - expected).norm() / expected.norm()) < (1e-4 if codec.name == "trellis" else 4e-4)
     if codec.name == "trellis":
-        turned = rotation.rotate(x[:8].double())
-        bound = 2e-5 * turned.abs().amax(1, keepdim=True) * rotation.rotate(dense).abs().sum(1) + 1e-6
+        rotated = rotation.rotate(x[:8].double())
+        bound = 2e-5 * rotated.abs().amax(1, keepdim=True) * rotation.rotate(dense).abs().sum(1) + 1e-6
         assert ((y - expected).abs() <= bound).all()
     picked = lookup(matrix, np.array([3, 0, 47, 3]))
     assert np.allclose(picked, dense[[3, 0, 47, 3]], atol=1e-5)

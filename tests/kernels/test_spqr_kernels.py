@@ -15,13 +15,14 @@ from bstack.kernels.matrix import OUTLIERS, PLAIN, SIGN, SPQR, TRELLIS, Matrix, 
 from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many
 from bstack.kernels.native import library
 from bstack.kernels.selftest import random_payload
-from bstack.kernels.spqr import Dense, Outliers, form_of, rank_of
+from bstack.kernels.spqr import Dense, Outliers, rank_of
+from bstk.kinds import spqr_form
 
 __all__ = ["fenced", "instructions", "threads"]  # fixtures
 
 RANKS = [rank_of(bits, group) for bits in (3, 4) for group in (16, 32, 64, 128)]
 # Shares of the weights that are outliers: none, few, every second, all.
-SHARES = [0, 0.01, 0.5, 1]
+FRACTIONS = [0, 0.01, 0.5, 1]
 SHAPES = [(1, 1), (2, 3), (16, 16), (15, 17), (17, 129), (33, 100), (70, 576), (48, 257), (5, 1030)]
 
 
@@ -52,7 +53,7 @@ def test_multiply_gives_the_bits_of_the_reference(instructions, rows, columns, f
 FORMS = st.lists(
     st.one_of(
         st.tuples(st.just(SPQR), st.sampled_from(RANKS)),
-        st.tuples(st.just(OUTLIERS), st.sampled_from(SHARES)),
+        st.tuples(st.just(OUTLIERS), st.sampled_from(FRACTIONS)),
         st.just((TRELLIS, 2)),
         st.just((SIGN, 2)),
     ),
@@ -196,7 +197,9 @@ def test_blocks_come_and_go_between_calls(instructions):
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("form", [*((SPQR, rank) for rank in RANKS), *((OUTLIERS, share) for share in SHARES)], ids=str)
+@pytest.mark.parametrize(
+    "form", [*((SPQR, rank) for rank in RANKS), *((OUTLIERS, fraction) for fraction in FRACTIONS)], ids=str
+)
 def test_nothing_past_a_block_is_read(instructions, fenced, form):
     rng = np.random.default_rng(1)
     for rows, columns in ((1, 1), (1, 3), (16, 64), (5, 253), (17, 100), (33, 130)):
@@ -261,7 +264,7 @@ def test_kinds_are_those_of_the_container():
     for rank in RANKS:
         for shape in ((5, 7), (64, 576)):
             assert bstk.SPQR.rule(shape, "f16", rank) == block_bytes(*shape, SPQR, rank)
-            assert rank_of(*form_of(rank)) == rank
+            assert rank_of(*spqr_form(rank)) == rank
 
 
 @needs_kernels

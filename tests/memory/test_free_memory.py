@@ -167,8 +167,8 @@ try:
 except OSError:
     print(source)
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told == "the limit of this process' address space (ulimit -v)\n"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "the limit of this process' address space (ulimit -v)\n"
 
 
 def test_pressure_is_the_groups_before_the_machines(machine):

@@ -104,9 +104,9 @@ def test_closer_with_every_plane(made):
 
 
 def test_closer_with_every_budget(made):
-    """In the file's own order: budgets far enough apart that each admits a good share of all blocks."""
+    """In the file's own order: budgets far enough from each other that each admits many more blocks."""
     with bstk.open(made.path) as file:
-        small, full = file.smallest_length, file.length
+        small, full = file.base_length, file.length
     budgets = [(small + (full - small) * i // 5 + 1) / bstk.MB for i in range(6)]
     found = [distance(bstack.load(made.path, mb=mb)[0], made.original) for mb in budgets]
     assert found == sorted(found, reverse=True), found
@@ -253,10 +253,10 @@ def test_dense_tensors_round_trip(tmp_path_factory, shape, dtype, data):
 def test_packed_weights_give_the_dense_logits(made):
     """At several depths, for prompts (rows decoded) and for few tokens (packed products)."""
     with bstk.open(made.path) as file:
-        small, full = file.smallest.budget, file.length
+        small, full = file.base.budget, file.length
     model, _ = bstack.load(made.path, mode="packed", mb=(small + 1) / bstk.MB)
-    for share in (0, 0.4, 1):
-        mb = (small + (full - small) * share + 1) / bstk.MB
+    for fraction in (0, 0.4, 1):
+        mb = (small + (full - small) * fraction + 1) / bstk.MB
         bstack.resize(model, mb)
         dense, _ = bstack.load(made.path, mb=mb)
         # Products round their inputs to 16 bits, about 1e-4 of each; random models amplify that as they do every error.

@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from cache_name import CACHE
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -77,6 +78,6 @@ def test_generated_text_is_the_same(name):
         with torch.no_grad():
             expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
             found = model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=growing_cache(model), **settings
+                ids, attention_mask=torch.ones_like(ids), **{CACHE: growing_cache(model)}, **settings
             )
         assert torch.equal(found, expected)

@@ -10,8 +10,11 @@ import bstack
 import bstk
 from bstack.engine.export import export_safetensors
 from bstack.errors import UnsupportedModelError
-from bstack.models import files
-from bstack.models.files import export_tokenizer, put_files
+from bstack.models import tokenizer
+from bstack.models.files import put_files
+from bstack.models.open import open_checkpoint
+from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import export_tokenizer
 
 
 def test_files_in_folders(tmp_path):
@@ -63,13 +66,13 @@ def test_a_broken_tokenizer_without_a_message(tiny_llama, tmp_path, monkeypatch)
 
 def test_what_a_tokenizer_saves_is_exported(tiny_llama, tmp_path, monkeypatch):
     """One rule says which files are fetched, packed and exported: a vocabulary as .spm (DeBERTa, Marian) is among them."""
-    save = files._save
+    save = tokenizer._save
 
     def with_spm(what, folder):
         (Path(folder) / "source.spm").write_bytes(b"pieces")
         save(what, folder)
 
-    monkeypatch.setattr("bstack.models.files._save", with_spm)
+    monkeypatch.setattr("bstack.models.tokenizer._save", with_spm)
     settings = bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16)
     bstack.compress(tiny_llama, tmp_path / "x.bstk", settings=settings)
     with bstk.open(tmp_path / "x.bstk") as file:
@@ -79,6 +82,18 @@ def test_what_a_tokenizer_saves_is_exported(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_a_file_that_no_export_takes_is_refused_before_anything_is_computed(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("bstack.models.files._save", lambda what, target: (target / "words.dat").write_bytes(b"x"))
+    monkeypatch.setattr("bstack.models.tokenizer._save", lambda what, target: (target / "words.dat").write_bytes(b"x"))
+    monkeypatch.setattr("bstack.models.tokenizer._is_read", lambda *_args: True)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match=r"its tokenizer writes words\.dat"):
         export_tokenizer(tmp_path, tiny_llama)
+
+
+@pytest.mark.parametrize("call", ["AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"])
+def test_a_lack_of_memory_is_no_fault_of_the_model(tiny_llama, monkeypatch, call):
+    def refuse(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(f"transformers.{call}", refuse)
+    with pytest.raises(MemoryError):
+        Skeleton(open_checkpoint(str(tiny_llama)))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from bstack.codecs.spqr_columns import damp
 from bstack.numerics.feedback import factorise
-from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels
-from bstack.numerics.outliers import outlier_scores
+from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels, outlier_scores
 
 
 def test_factorise_is_the_decomposition():
@@ -26,24 +25,24 @@ def test_factorise_is_the_decomposition():
 def test_groups_are_coded_as_written_out():
     """One row and candidate at a time, in float64, with GPTQ's own updates of the columns that follow."""
     rng = np.random.default_rng(0)
-    g, rows, candidates, most = 7, 5, 3, 7
+    g, rows, candidates, max_code = 7, 5, 3, 7
     h = hessian(g, 1)
     factor, cost = factorise(h.clone, 0.1)
     weight = torch.from_numpy(rng.standard_normal((g, rows))).float()
     kept = torch.where(torch.from_numpy(rng.random((g, rows))) < 0.2, 0.02, 1.0).float()
     scale = torch.from_numpy(rng.uniform(0.2, 0.6, (candidates, rows))).float()
     zero = torch.from_numpy(rng.uniform(2, 5, (candidates, rows))).float()
-    found = code_group(weight, weight, factor, cost, kept, scale, zero, most)
+    found = code_group(weight, weight, factor, cost, kept, scale, zero, max_code)
     damped_h = h.double() + 0.1 * torch.eye(g)
     for c in range(candidates):
         for r in range(rows):
             wanted, total = weight[:, r].double().numpy().copy(), 0.0
             for j in range(g):
-                code = np.clip(np.round(wanted[j] / float(scale[c, r]) + float(zero[c, r])), 0, most)
+                code = np.clip(np.round(wanted[j] / float(scale[c, r]) + float(zero[c, r])), 0, max_code)
                 dense = float(scale[c, r]) * (code - float(zero[c, r]))
                 assert found.codes[j, c, r] == code
-                apart = float(kept[j, r]) < 1
-                stored = dense + (float(np.float16(wanted[j] - dense)) if apart else 0.0)
+                is_outlier = float(kept[j, r]) < 1
+                stored = dense + (float(np.float16(wanted[j] - dense)) if is_outlier else 0.0)
                 total += float(cost[j]) * float(kept[j, r]) * (wanted[j] - dense) ** 2
                 assert float(found.dense[j, c, r] + found.added[j, c, r]) == pytest.approx(stored, abs=2e-3)
                 # The error of column j, spread over the later ones by the inverse of what they share.
@@ -65,21 +64,21 @@ def test_chosen_takes_one_candidate_a_row():
         assert torch.equal(one.dense[:, r], found.dense[:, c, r]) and one.cost[r] == found.cost[c, r]
 
 
-@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(1, 20), most=st.sampled_from([7, 15]))
+@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(1, 20), max_code=st.sampled_from([7, 15]))
 @settings(max_examples=40, deadline=None)
-def test_a_fit_is_no_worse_than_rounding_the_whole_range(seed, positions, most):
+def test_a_fit_is_no_worse_than_rounding_the_whole_range(seed, positions, max_code):
     generator = torch.Generator().manual_seed(seed)
     target, cost = torch.randn(positions, 16, generator=generator), torch.rand(positions, generator=generator) + 0.1
-    scale, zero = fit_groups(target, cost, torch.ones_like(target), most)
+    scale, zero = fit_groups(target, cost, torch.ones_like(target), max_code)
 
     def error(scale, zero):
-        codes = (target / scale + zero).round().clamp(0, most)
+        codes = (target / scale + zero).round().clamp(0, max_code)
         return (cost[:, None] * (target - scale * (codes - zero)) ** 2).sum(0)
 
     high, low = target.amax(0), target.amin(0)
-    plain = ((high - low) / most).clamp_min(torch.maximum(high.abs(), low.abs()) / (2 * most))
+    plain = ((high - low) / max_code).clamp_min(torch.maximum(high.abs(), low.abs()) / (2 * max_code))
     assert (scale > 0).all()
-    assert (error(scale, zero) <= error(plain, most / 2 - (high + low) / 2 / plain) * 1.001 + 1e-9).all()
+    assert (error(scale, zero) <= error(plain, max_code / 2 - (high + low) / 2 / plain) * 1.001 + 1e-9).all()
 
 
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
@@ -104,11 +103,11 @@ def test_scores_against_leaving_weights_out_one_by_one():
     generator = torch.Generator().manual_seed(2)
     weight = gaussian(12, 40, 5)
     cost = torch.rand(40, generator=generator) + 0.2
-    group, most = 16, 15
-    scores = outlier_scores(weight, cost, group, most)
+    group, max_code = 16, 15
+    scores = outlier_scores(weight, cost, group, max_code)
 
     def error(values, costs):
-        return (max(values) - min(values)) ** 2 * sum(costs) / 12 / most**2 if len(values) else 0.0
+        return (max(values) - min(values)) ** 2 * sum(costs) / 12 / max_code**2 if len(values) else 0.0
 
     for row in range(12):
         for start in range(0, 40, group):

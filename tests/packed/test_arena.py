@@ -19,15 +19,15 @@ def at(address, length):
 
 
 def push(arena, block):
-    room = arena.reserve(len(block))
-    room.write(block)
-    return room.address
+    allocation = arena.reserve(len(block))
+    allocation.write(block)
+    return allocation.address
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=9000), st.integers(1, 8)), max_size=40))
 def test_a_stack_of_blocks(steps):
-    """Bytes are pushed, a number of blocks is popped; what remains is untouched. Arena of 4 kB, so that many are met."""
+    """Bytes are pushed, a number of blocks is popped; what remains is untouched. Slabs of 4 kB, so that many are met."""
     arena, kept = Arena(4096), []
     for step in steps:
         if isinstance(step, int):
@@ -39,18 +39,18 @@ def test_a_stack_of_blocks(steps):
         assert len(arena) == len(kept)
         assert all(at(address, len(block)) == block and address % ALIGNMENT == 0 for address, block in kept)
     arena.pop(len(kept))
-    assert arena.mapped_bytes == 0
+    assert not arena._slabs
 
 
 def test_an_allocation_takes_its_own_block_only():
     arena = Arena(4096)
-    room = arena.reserve(10)
+    allocation = arena.reserve(10)
     for length in (0, 9, 11):
         with pytest.raises(ValueError, match="allocation of 10 bytes"):
-            room.write(bytes(length))
+            allocation.write(bytes(length))
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole arena only")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system takes back whole slabs only")
 def test_dropped_blocks_leave_the_process():
     arena = Arena()
     block = bytes(range(256)) * 4096 * 3  # 3 MB
@@ -65,4 +65,4 @@ def test_dropped_blocks_leave_the_process():
         assert shared < 1024
     arena.pop(27)
     assert 0.95 * 40 * len(block) <= full - resident_bytes()
-    assert arena.mapped_bytes == 0
+    assert not arena._slabs

@@ -15,11 +15,13 @@ import bstk
 from bstack.memory.free import Memory, free_memory
 from bstack.packed.autosize import MemoryPoller, default_margin
 
+pytestmark = pytest.mark.slow
+
 SMALLEST, LARGEST = 100 * MB, 1000 * MB
 
 
 class Model:
-    """What a watcher is given: a size, a list of the sizes asked for, and what is said."""
+    """What a poller is given: a size, a list of the sizes asked for, and what is said."""
 
     def __init__(self, size: int = 500 * MB):
         self.size, self.asked, self.said, self.failing = size, [], [], None
@@ -30,7 +32,7 @@ class Model:
             raise self.failing
         self.size = target
 
-    def watcher(self, **changes) -> MemoryPoller:
+    def poller(self, **changes) -> MemoryPoller:
         return MemoryPoller(
             self.resize,
             lambda: self.size,
@@ -54,17 +56,17 @@ def test_a_group_that_fills_up_and_empties_again(tmp_path):
         machine.version2("a", used=used + model.size // MB, max=1200)
 
     others(500)
-    watcher = model.watcher(read=functools.partial(free_memory, **machine.roots))
+    poller = model.poller(read=functools.partial(free_memory, **machine.roots))
     margin = default_margin(Memory(0, 1200 * MB, ""))
     for now in range(5):
-        watcher.poll(now)
+        poller.poll(now)
     assert model.asked == []
     others(690)
-    watcher.poll(5)
+    poller.poll(5)
     assert model.asked == [1200 * MB - 690 * MB - margin - 16 * MB]
     for now in range(6, 40):
         others(100)
-        watcher.poll(now)
+        poller.poll(now)
     assert model.size == LARGEST and len(model.asked) == 2 and model.said == []
 
 
@@ -72,27 +74,27 @@ def test_an_alarm_of_the_group_shrinks(tmp_path):
     machine, model = Machine(tmp_path), Model()
     machine.belongs("0::/a", mounts=(V2_MOUNT,))
     machine.stall(40, machine.cgroup / "a/memory.pressure")
-    model.watcher(read=functools.partial(free_memory, **machine.roots)).poll(0)
+    model.poller(read=functools.partial(free_memory, **machine.roots)).poll(0)
     assert len(model.asked) == 1 and model.size < 440 * MB
 
 
 def test_too_little_for_the_smallest_is_said_once():
     model = Model()
     memory = Memory(10 * MB, 8000 * MB, "the machine's memory")
-    watcher = model.watcher(read=lambda: dataclasses.replace(memory, free=520 * MB - model.size), margin=450 * MB)
+    poller = model.poller(read=lambda: dataclasses.replace(memory, free=520 * MB - model.size), margin=450 * MB)
     for now in range(5):
-        watcher.poll(now)
+        poller.poll(now)
     assert model.asked == [SMALLEST]
     (message,) = model.said
     assert "the machine's memory" in message and "100.00 MB" in message and "450 MB" in message
 
 
 def test_without_a_place_to_tell_it_is_a_warning():
-    watcher = MemoryPoller(
+    poller = MemoryPoller(
         lambda target: None, lambda: SMALLEST, smallest=SMALLEST, largest=LARGEST, read=lambda: Memory(0, MB, "a test")
     )
     with pytest.warns(RuntimeWarning, match="Too little memory: 0 MB are free of a test"):
-        watcher.poll(0)
+        poller.poll(0)
 
 
 @pytest.mark.parametrize(
@@ -101,24 +103,24 @@ def test_without_a_place_to_tell_it_is_a_warning():
 def test_a_resize_that_fails_is_said_once_and_tried_again(error):
     model = Model()
     model.failing = error
-    watcher = model.watcher(read=lambda: Memory(450 * MB - model.size, 8000 * MB, "a test"), margin=100 * MB)
-    watcher.poll(0)
-    watcher.poll(1)
+    poller = model.poller(read=lambda: Memory(450 * MB - model.size, 8000 * MB, "a test"), margin=100 * MB)
+    poller.poll(0)
+    poller.poll(1)
     assert model.asked == [334 * MB] * 2
     (message,) = model.said
     assert "334.00 MB" in message and (str(error) or "MemoryError") in message
     model.failing = None
-    watcher.poll(2)
-    watcher.poll(3)
+    poller.poll(2)
+    poller.poll(3)
     assert model.size == 334 * MB and len(model.said) == 1
 
 
 def test_growing_that_fails_waits_longer_each_time():
     model = Model()
     model.failing = MemoryError()
-    watcher = model.watcher(read=lambda: Memory(2000 * MB, 8000 * MB, "a test"), quiet=2)
+    poller = model.poller(read=lambda: Memory(2000 * MB, 8000 * MB, "a test"), quiet=2)
     for now in range(60):
-        watcher.poll(now)
+        poller.poll(now)
     assert 2 <= len(model.asked) <= 5 and len(model.said) == 1
 
 
@@ -131,7 +133,7 @@ def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
         model.asked.append(target)
         failure = MemoryError()  # after it has returned
 
-    watcher = MemoryPoller(
+    poller = MemoryPoller(
         resize,
         lambda: model.size,
         failure=lambda: failure,
@@ -142,7 +144,7 @@ def test_a_growth_that_fails_later_is_said_once_and_waits_longer_each_time():
         warn=model.said.append,
     )
     for now in range(60):
-        watcher.poll(now)
+        poller.poll(now)
     assert 2 <= len(model.asked) <= 5
     (message,) = model.said
     assert "could not grow: MemoryError" in message
@@ -160,30 +162,30 @@ def test_a_reading_that_fails_or_says_nothing_is_survived():
         return answer
 
     model = Model()
-    watcher = model.watcher(read=read)
-    watcher.poll(0)
-    watcher.poll(1)
+    poller = model.poller(read=read)
+    poller.poll(0)
+    poller.poll(1)
     assert model.asked == [] and "no such thing" in model.said[0]
-    watcher.poll(2)
+    poller.poll(2)
     assert model.asked == [SMALLEST]
 
 
 def test_a_system_that_does_not_tell_is_refused():
     with pytest.raises(bstk.UsageError, match="fixed budget, such as 500 MB"):
-        Model().watcher(read=lambda: None)
+        Model().poller(read=lambda: None)
 
 
 def test_the_thread_resizes_goes_on_after_an_error_and_ends():
     model = Model()
     model.failing = ValueError("not now")
     free = 0
-    watcher = model.watcher(read=lambda: Memory(free, 8000 * MB, "a test"), interval=0.001)
-    with watcher:
+    poller = model.poller(read=lambda: Memory(free, 8000 * MB, "a test"), interval=0.001)
+    with poller:
         until(lambda: len(model.asked) > 2, "no second try")
         model.failing = None
         until(lambda: model.size == SMALLEST, "no shrink")
-        assert any(thread.name == "bstack-watcher" and thread.daemon for thread in threading.enumerate())
-    assert not any(thread.name == "bstack-watcher" for thread in threading.enumerate())
+        assert any(thread.name == "bstack-poller" and thread.daemon for thread in threading.enumerate())
+    assert not any(thread.name == "bstack-poller" for thread in threading.enumerate())
     asked = len(model.asked)
     model.size = LARGEST
     time.sleep(0.02)
@@ -198,12 +200,12 @@ def test_the_thread_goes_on_where_telling_fails(monkeypatch):
     def warn(message):
         raise ValueError("I/O operation on closed file")
 
-    with model.watcher(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, warn=warn):
+    with model.poller(read=lambda: Memory(0, 8000 * MB, "a test"), interval=0.001, warn=warn):
         until(lambda: len(model.asked) > 2, "no second try")
         model.failing = None
         until(lambda: model.size == SMALLEST, "no shrink")
     assert failures and all("closed file" in str(failure.exc_value) for failure in failures)
-    assert len(failures) <= 3  # once for each thing that could not be told
+    assert len(failures) <= 3  # once for each thing that could not be said
 
 
 def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
@@ -214,7 +216,7 @@ def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
         assert proceed.wait(60)
         model.size = target
 
-    watcher = MemoryPoller(
+    poller = MemoryPoller(
         resize,
         lambda: model.size,
         smallest=SMALLEST,
@@ -223,20 +225,20 @@ def test_leaving_waits_for_a_resize_under_way_and_not_for_the_interval():
         interval=0.001,
         warn=model.said.append,
     )
-    with watcher:
+    with poller:
         assert entered.wait(60)
         threading.Timer(0.05, proceed.set).start()
     assert model.size < 500 * MB and model.said == []
-    with model.watcher(read=lambda: Memory(0, MB, "a test"), interval=3600):
+    with model.poller(read=lambda: Memory(0, MB, "a test"), interval=3600):
         pass
 
 
 def test_an_error_in_the_block_is_not_swallowed():
-    with pytest.raises(KeyError), Model().watcher(interval=0.001):
+    with pytest.raises(KeyError), Model().poller(interval=0.001):
         raise KeyError("mine")
 
 
-# A process that holds blocks in a mapping, each page touched, and gives the end of it back when it is told to shrink. What is
+# A process that holds blocks in a mapping, each page touched, and gives the end of it back when it has to shrink. What is
 # free is what the simulated files say, less what it holds.
 PROCESS = """
 import dataclasses, mmap, sys
@@ -321,7 +323,7 @@ def resize(target):
     while len(arena) * 8 * MB > target:
         arena.pop().close()
 
-with MemoryPoller(resize, lambda: len(arena) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as watcher:
+with MemoryPoller(resize, lambda: len(arena) * 8 * MB, smallest=16 * MB, largest=320 * MB, margin=128 * MB, interval=0.02) as poller:
     free = free_memory().free
     others = mmap.mmap(-1, free - 64 * MB)
     end = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""When to shrink and when to grow: rules that hold for all readings, and stories told reading by reading."""
+"""When to shrink and when to grow: rules that hold for all readings, and stories reading by reading."""
 
 import pytest
 from hypothesis import given
@@ -27,11 +27,11 @@ class Model:
         self.policy, self.current, self.block = policy(**changes), int(current * MB), block
         self.now, self.resized = 0.0, []
 
-    def live(self, seconds: float, room, pressure=lambda now: None, interval: float = 0.5) -> None:
-        """Let time pass; `room(now)` is MB that the model and what is free have together."""
+    def live(self, seconds: float, total, pressure=lambda now: None, interval: float = 0.5) -> None:
+        """Let time pass; `total(now)` is MB that the model and what is free have together."""
         end = self.now + seconds
         while self.now < end:
-            memory = reading(room(self.now) - self.current / MB, pressure(self.now))
+            memory = reading(total(self.now) - self.current / MB, pressure(self.now))
             target = self.policy.decide(self.now, memory, self.current)
             if target is not None:
                 before, self.current = self.current, max(SMALLEST, target // self.block * self.block)
@@ -75,18 +75,18 @@ def test_whatever_is_read_targets_are_within_bounds_and_shrinks_come_at_once(sto
 
 
 @given(
-    room=st.integers(0, 4000),
+    total=st.integers(0, 4000),
     current=st.integers(100, 2000),
     block=st.integers(1, 64 * MB),
     noise=st.lists(st.floats(-4, 4), min_size=1, max_size=20),
 )
-def test_on_a_steady_machine_one_change_is_enough(room, current, block, noise):
+def test_on_a_steady_machine_one_change_is_enough(total, current, block, noise):
     model = Model(current, block)
-    model.live(200, lambda now: room + noise[int(now * 2) % len(noise)])
+    model.live(200, lambda now: total + noise[int(now * 2) % len(noise)])
     # A growth is never undone. A first shrink may land just where blocks or noise ask for one more.
     directions = [after > before for _, before, after in model.resized]
     assert directions in ([], [True], [False], [False, False], [True, True])
-    assert model.current == SMALLEST or room - model.current / MB >= MARGIN / MB - 4
+    assert model.current == SMALLEST or total - model.current / MB >= MARGIN / MB - 4
 
 
 @given(free=st.integers(-500, 4000), pressure=st.floats(0, 100), current=st.integers(100, 2000))

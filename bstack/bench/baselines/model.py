@@ -23,18 +23,17 @@ from bstack.bench.resume import ResumeFile
 from bstack.bench.text import Text, digest
 from bstack.calibration.selftext import token_steps, write_windows
 from bstack.calibration.statistics import gather
-from bstack.calibration.stream import LayerStream
+from bstack.calibration.stream import LayerStream, batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
-from bstack.errors import CalibrationError
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
+from bstack.models.tokenizer import check_ids
 from bstack.progress import Progress
 
 __all__ = ["Baselines", "compare", "measure_baselines"]
 
 EMBEDDING_BITS = (8, 4)
-TOKENS_TOGETHER = 4096
 
 
 class Baselines:
@@ -55,17 +54,15 @@ class Baselines:
             if chunk.is_block and chunk.level == 0 and chunk.name.startswith(inside)
         }
         plain = [chunk for chunk in file.chunks if not chunk.is_block and chunk.name not in self._embeddings]
-        self._rest = Sizes(
-            sum(chunk.stored_length for chunk in plain), sum(chunk.raw_length for chunk in plain if chunk.is_weight)
-        )
+        in_memory = sum(chunk.raw_length for chunk in plain if chunk.is_weight)
+        self._rest = Sizes(sum(chunk.stored_length for chunk in plain), in_memory)
 
     def estimated_sizes(self, method: str, bits: int) -> list[Sizes]:
         """Estimate the bytes at each number of bits for the embeddings, without quantising anything."""
         # SpQR's groups of 16, its order of the inputs and its outliers take about .7 bits per weight more than groups of 64.
         more = 0.7 if method == "spqr" else 0
-        linear = sum(
-            _raw_bytes(chunk.shape, bits) + int(math.prod(chunk.shape) * more / 8) for chunk in self._linears.values()
-        )
+        linears = [chunk.shape for chunk in self._linears.values()]
+        linear = sum(_raw_bytes(shape, bits) + int(math.prod(shape) * more / 8) for shape in linears)
         shapes = [self._skeleton.parameter(name).shape for name in self._embeddings]
         totals = [linear + sum(_raw_bytes(shape, own) for shape in shapes) for own in EMBEDDING_BITS]
         return [Sizes(total, total) + self._rest for total in totals]
@@ -121,9 +118,9 @@ class Baselines:
         bpw: float | None,
     ) -> None:
         """Quantise layer after layer, each calibrated on the output of the quantised layers before it, as the paper does."""
-        batches = list(calibration.split(max(1, TOKENS_TOGETHER // calibration.shape[1])))
+        batches = batches_of(calibration)
         skeleton = self._skeleton
-        with skeleton.loaded(skeleton.outer_names), LayerStream(skeleton, batches) as stream:
+        with skeleton.loaded(skeleton.outside_names), LayerStream(skeleton, batches) as stream:
             for index, _ in stream.steps():
                 with skeleton.loaded(skeleton.layer_names(index)):
                     statistics = gather(stream, index, layer_parameters(skeleton, index))
@@ -238,22 +235,21 @@ def compare(
     file: bstk.Reader, baselines: Sequence[Baseline], point: Callable[[int, str], Point], notes: list[str]
 ) -> list[Comparison]:
     """Compare the file with the best of the baselines at their bytes."""
-    smallest = file.smallest.budget
+    base = file.base.budget
     best = frontier(baselines)
-    if below := [b.name for b in best if b.sizes.file_bytes < smallest]:
-        notes.append(f"Not compared, because they are smaller than the smallest cut of this file: {'; '.join(below)}.")
-    return [
-        Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in best if b.sizes.file_bytes >= smallest
-    ]
+    if below := [b.name for b in best if b.sizes.file_bytes < base]:
+        notes.append(f"Not compared, because they are smaller than the base model of this file: {'; '.join(below)}.")
+    comparable = [b for b in best if b.sizes.file_bytes >= base]
+    return [Comparison(b, point(b.sizes.file_bytes, f"at {b.name}'s bytes")) for b in comparable]
 
 
 def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:
-    smallest, full = file.smallest.file_bytes, file.fit().file_bytes
+    base, full = file.base.file_bytes, file.fit().file_bytes
     fitting: list[Choice] = []
     left_out: list[Choice] = []
     for choice in choices:
         sizes = [size.file_bytes for size in runner.estimated_sizes(choice.method, choice.bits)]
-        inside = min(sizes) <= 1.05 * full and max(sizes) >= smallest
+        inside = min(sizes) <= 1.05 * full and max(sizes) >= base
         (fitting if choice.asked or inside else left_out).append(choice)
     if left_out:
         names = ", ".join(choice.name for choice in left_out)
@@ -279,7 +275,7 @@ def _calibration(
     except bstk.BstkError as error:
         if given is not None:
             raise
-        raise CalibrationError(
+        raise bstk.BstkError(
             f"This file was calibrated on {source!r}, which cannot be read here. Baselines should have the same text: "
             "name it as calibration, or set calibration to self.",
             option="calibration",
@@ -287,4 +283,6 @@ def _calibration(
     expected = settings.get("calibration_sha256")
     if (given is None or text.name == settings.get("calibration")) and expected not in (None, digest(text)):
         notes.append(f"Baselines were calibrated on another text {text.name} than this file.")
-    return token_windows(text, tokenizer, samples, length, HELD_OUT)[:samples]
+    windows = token_windows(text, tokenizer, samples, length, HELD_OUT)[:samples]
+    check_ids(windows, skeleton.parameter(skeleton.input_name).shape[0], tokenizer, text.name)
+    return windows

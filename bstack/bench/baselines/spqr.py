@@ -38,9 +38,8 @@ def check_targets(choices: Sequence[Choice], layers: Sequence[Sequence[tuple[int
     for choice in choices:
         if choice.bpw is not None:
             with error_prefix(f"against {choice.name}"):
-                SpqrCodec(choice.bits, bpw=choice.bpw).check_shapes(
-                    [[[shape] for shape in shapes] for shapes in layers]
-                )
+                groups = [[[shape] for shape in shapes] for shapes in layers]
+                SpqrCodec(choice.bits, bpw=choice.bpw).check_shapes(groups)
 
 
 def spqr(

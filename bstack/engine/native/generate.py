@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 import bstk
 from bstack.engine.native.architecture import NotNativeError, read_json
 from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Sampler
 from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room
 from bstack.errors import UnsupportedModelError, one_line
+from bstack.models.tokenizer import check_ids, tokenizer_files
 from bstk.errors import DamagedError, UsageError
 
 __all__ = ["TextTokenizer", "encode_prompt", "write_text"]
@@ -38,12 +41,13 @@ class TextTokenizer:
     def read(cls, file: bstk.Reader) -> TextTokenizer | None:
         """Read the tokenizer of a file; None if it has none, NotNativeError for one of another kind."""
         config = read_json(file, "tokenizer_config.json")
-        if not config:
+        if not tokenizer_files(file.files):
             return None
         if "tokenizer.json" not in file.files:
             raise NotNativeError("its tokenizer is not a tokenizer.json")
-        if "auto_map" in config or config.get("backend", "tokenizers") != "tokenizers":
-            raise NotNativeError("its tokenizer is code")
+        # Of files that transformers 5 did not save it may change what tokenizer.json says.
+        if "auto_map" in config or config.get("backend") != "tokenizers":
+            raise NotNativeError("its tokenizer is code, or not as transformers 5 saves it")
         added = config.get("added_tokens_decoder", {})
         if not isinstance(config.get("tokenizer_class", ""), str) or not all(
             isinstance(value, dict) for value in (added, *getattr(added, "values", list)())
@@ -70,6 +74,10 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of tokens, with `special` that of special ones."""
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        """Return a token by its id, as the method of transformers' tokenizers."""
+        return self._tokenizer.id_to_token(token)
 
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -151,6 +159,7 @@ def write_text(
         The tokenizer has tokens that the model has not.
     """
     limit = min(max_new_tokens, check_room(len(ids), model.architecture.context))
+    check_ids(np.array(ids), model.architecture.vocabulary, tokenizer, "the prompt")
     sampler = Sampler(replace(model.generation.sampling, **options), model.architecture.vocabulary, ids, seed)
     stops = (*model.generation.stop, *stop)
     tail = max((len(text.encode()) for text in stops), default=0) + 8  # tokens that may hold one

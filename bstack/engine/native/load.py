@@ -17,6 +17,7 @@ from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.packed.arena import Arena
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
+from bstk.budget import budget_of
 
 __all__ = ["load"]
 
@@ -29,6 +30,7 @@ def load(
     warn: bool = True,
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
+    budget: int | None = None,
 ) -> tuple[NativeModel, TextTokenizer | None]:
     """Load a .bstk file without torch and transformers; its weights stay packed.
 
@@ -42,7 +44,8 @@ def load(
     bstk.BudgetError, bstk.RemoteError, bstk.BstkError
         As `bstack.load`.
     """
-    budget = None if mb is None else bstk.budget_bytes(mb)
+    if mb is not None or budget is not None:
+        budget = budget_of(mb, budget)
 
     def load_once() -> tuple[NativeModel, TextTokenizer | None]:
         with ExitStack() as stack:

@@ -47,7 +47,7 @@ class Generation:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(value, str) for value in stop):
             raise NotNativeError("its stop_strings are none")
-        if not all(isinstance(value, int) for value in ends):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in ends):
             raise NotNativeError("its eos_token_id is none")
         for name, value in own.items():
             if (

@@ -19,7 +19,7 @@ def test_no_such_model(refused, name):
 
 @pytest.mark.parametrize("name", ["./nothing/of/this/kind", "/nothing", "no spaces allowed"])
 def test_no_such_model_and_no_hub_id_either(refused, name):
-    refused(2, [f"No model '{name}'", "not the form of a hub id"], name)
+    refused(2, [f"No model '{name}'", "It is no hub id"], name)
 
 
 def test_a_file_that_is_no_checkpoint(refused, tmp_path):
@@ -30,7 +30,7 @@ def test_a_file_that_is_no_checkpoint(refused, tmp_path):
 
 
 def test_a_single_safetensors_file_is_no_folder(refused, model):
-    refused(1, "the folder that holds", model / "model.safetensors")
+    refused(2, f"Give the folder: {model}", model / "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [8, 100, 3000])
@@ -166,3 +166,24 @@ def test_dense_tensors_that_no_chunk_can_hold(refused, model, monkeypatch):
 def test_large_tensors_that_are_split_are_no_trouble(run, model, monkeypatch):
     monkeypatch.setattr(bstk.limits, "MAX_RAW_LENGTH", 40_000)
     assert run("model", "-o", "out.bstk", *QUICK)[0] == 0
+
+
+def test_what_is_left_out_is_said(run, model):
+    rewrite(model, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+    code, _, err = run("model", "-o", "out.bstk", *QUICK)
+    assert (
+        code == 0
+        and "Warning: model: transformers does not use model.layers.0.self_attn.rotary_emb.inv_freq for" in err
+    )
+    code, _, err = run("model", "-o", "out.bstk", "--force", "-q", *QUICK)
+    assert (code, err) == (0, "")
+
+
+def test_names_with_control_characters(refused, model):
+    rewrite(model, lambda tensors: tensors.update({"x\x1b[2J\nError: y": torch.ones(1)}))
+    refused(1, "holds x\\x1b[2J\\x0aError: y, for which", "model")
+
+
+def test_huge_weights(refused, model):
+    rewrite(model, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e30))
+    refused(1, "model.layers.1.mlp.up_proj.weight holds weights up to", "model")

@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 
 def test_output_in_a_folder_that_is_not_there(run, tiny_llama):
     code, _, err = run(tiny_llama, "-o", "no/such/out.bstk", *QUICK)
-    assert code == 1 and "is not a folder" in err and "Create it first" in err
+    assert code == 1 and "the folder" in err and "does not exist. Create it" in err
 
 
 def test_output_that_is_a_folder(run, tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     code, _, err = run(tiny_llama, "-o", "out", *QUICK)
-    assert code == 2 and "out is a folder" in err
+    assert code == 1 and "out: not a regular file. Name a file to write to." in err
 
 
 def test_output_that_cannot_be_written(run, tiny_llama, tmp_path):

@@ -54,7 +54,7 @@ def test_nothing_is_assumed(run, tiny_llama):
 def test_summary(run, model):
     code, out, err = run("model", "-o", "out.bstk", *QUICK)
     assert code == 0
-    for word in ("out.bstk: done", "original", "full file", "smallest file", "bits per weight", "time", "peak memory"):
+    for word in ("out.bstk: done", "original", "full file", "base model", "bits per weight", "time", "peak memory"):
         assert word in out
     # Not a terminal: the stages by name, and no bars.
     assert "Compressing layers" in err and "\r" not in err
@@ -106,8 +106,8 @@ def test_json_and_quiet(run, model, tmp_path):
     report = json.loads(out)
     assert (code, err) == (0, "")
     with bstk.open(tmp_path / "out.bstk") as file:
-        assert report["schema"] == "bstack.compress/1" and report["file_bytes"] == file.length
-        assert report["smallest_bytes"] == file.smallest_length and report["blocks"] == sum(
+        assert report["schema"] == "bstack.compress/2" and report["file_bytes"] == file.length
+        assert report["base_bytes"] == file.base_length and report["blocks"] == sum(
             chunk.is_block for chunk in file.chunks
         )
     # 16 linears: 7 in each of two layers, embedding and head.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
 import pytest
 import tiny_models
 from compressing import QUICK
+from transformers import AutoTokenizer
 
+import bstk
 from bstack.memory.free import Memory
 
 
@@ -64,6 +67,56 @@ def test_data_set_that_cannot_be_read(refused, model, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     refused(2, ["no file or folder 'owner/set'", "Couldn't reach it"], "model", "--calibration", "owner/set")
+
+
+def test_a_token_beyond_the_embedding_and_the_mended_command(run, refused, model, tmp_path):
+    """An added token that no row of the embedding belongs to; nothing is left that refuses the next command."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    (tmp_path / "text.txt").write_text(tiny_models.text().replace(".", "<extra>"))
+    rows = tiny_models.VOCABULARY
+    words = [f"text.txt: the tokenizer gives '<extra>' the id {rows}", f"has {rows} rows", "resize_token_embeddings"]
+    refused(1, words, "model", "--calibration", "text.txt")
+    (tmp_path / "other.txt").write_text(tiny_models.text())
+    code, _, err = run("model", "-o", "out.bstk", *QUICK, "--calibration", "other.txt")
+    assert code == 0, err
+
+
+def test_a_tokenizer_that_cannot_be_read_and_the_mended_command(run, refused, model):
+    (model / "tokenizer.json").write_text("{")
+    refused(1, ["model/tokenizer.json: the tokenizer cannot be read", "Use --no-tokenizer to leave it out."], "model")
+    code, _, err = run("model", "-o", "out.bstk", *QUICK, "--no-tokenizer")
+    assert code == 0, err
+    with bstk.open("out.bstk") as file:
+        assert "tokenizer.json" not in file.files and file.metadata["settings"]["tokenizer"] is False
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_generation_settings_that_are_left_out_are_named(run, model, quiet):
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 7], "early_stopping": "maybe"}')
+    code, _, err = run("model", "-o", "out.bstk", *QUICK, *(["-q"] if quiet else []))
+    line = "Warning: model: generation_config.json: its early_stopping is left out, the rest kept: "
+    assert code == 0 and err.count(line) == (not quiet) and err.count("Warning") == (not quiet)
+
+
+def test_a_work_directory_takes_the_tokenizer_as_it_is_now(run, model, monkeypatch):
+    """What an interrupted run packed of the model's files may have been mended since."""
+
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bstack.compression.stages.compress_outside", stop)
+    run("model", "-o", "out.bstk", *QUICK)
+    monkeypatch.undo()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    monkeypatch.chdir(model.parent)
+    code, _, err = run("model", "-o", "out.bstk", *QUICK)
+    assert code == 0, err
+    with bstk.open("out.bstk") as file:
+        assert file.file("chat_template.jinja") == b"{{ messages }}"
+        assert json.loads(file.file("generation_config.json"))["eos_token_id"] == [2, 7]
 
 
 def test_text_without_a_tokenizer(refused, tmp_path):

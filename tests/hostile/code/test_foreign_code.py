@@ -228,7 +228,7 @@ def test_a_configuration_chooses_no_kernels_of_the_hub(tiny_llama, tmp_path):
 
 
 def test_no_question_is_asked(model, monkeypatch):
-    """transformers asks on standard input where it is not told; nothing of bstack leaves it to that."""
+    """transformers asks on standard input without a setting; nothing of bstack leaves it to that."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with warnings.catch_warnings(action="error"), pytest.raises(ForeignCodeError):
         open_checkpoint(model)

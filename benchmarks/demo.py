@@ -49,7 +49,7 @@ def _bstack(*arguments: str) -> None:
 
 def _sizes() -> list[int]:
     with bstk.open(FULL) as file:
-        smallest, full = file.smallest.budget / bstk.MB, file.complete.budget / bstk.MB
+        smallest, full = file.base.budget / bstk.MB, file.complete.budget / bstk.MB
     return [round(smallest + fraction * (full - smallest)) for fraction in FRACTIONS]
 
 

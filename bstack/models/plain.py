@@ -1,0 +1,49 @@
+"""Run a model with bstack's own settings: what its files say of generation and outputs is for its users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["endless", "plain_generation", "plain_outputs"]
+
+
+def plain_outputs(model: Any) -> None:
+    """Let a model's forward pass return logits in an object, whatever else its configuration asks for.
+
+    Fields of the configuration that begin with ``output_`` add attentions, hidden states or losses of routers;
+    ``return_dict`` false turns the object into a tuple.
+    """
+    from transformers import PreTrainedConfig
+
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        if not isinstance(config, PreTrainedConfig):
+            continue
+        config.return_dict = True
+        for name in [name for name in vars(config) if name.lstrip("_").startswith("output_")]:
+            if isinstance(getattr(config, name), bool):
+                setattr(config, name, False)
+
+
+def plain_generation(model: Any) -> None:
+    """Give a model generation settings that hold its start and end tokens alone.
+
+    A field that is None in the settings given to ``generate`` is taken from those of the model.
+    """
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    model.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id)
+
+
+def endless(model: Any, new_tokens: int) -> Any:
+    """Return generation settings for exactly so many likeliest tokens: the end token is one that does not exist."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        eos_token_id=model.config.get_text_config().vocab_size,
+        pad_token_id=0,
+    )

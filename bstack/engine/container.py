@@ -13,7 +13,8 @@ import torch
 import bstk
 from bstack.codecs import codec_of_kind
 from bstack.engine.parts import part_of, parts_of
-from bstack.errors import UnsupportedModelError, lacks, one_line
+from bstack.engine.text import understood
+from bstack.errors import UnsupportedModelError, lacks
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.generation import read_generation
@@ -93,17 +94,6 @@ def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
         return None
     with understood(shown, "its tokenizer cannot be used by this transformers"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-
-
-@contextmanager
-def understood(shown: str, what: str) -> Iterator[None]:
-    """Turn any error of transformers into an UnsupportedModelError that names the file."""
-    try:
-        yield
-    except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # also panics of the tokenizers library, which are no Exceptions
-        raise UnsupportedModelError(f"{shown}: {what}: {one_line(error)}") from None
 
 
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from bstack.engine.chat_template import render
-from bstack.engine.container import understood
-from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room
+from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.plain import plain_outputs
 from bstack.models.skeleton import longest_text

@@ -1,12 +1,15 @@
-"""What both engines say about prompts and written texts."""
+"""What both engines say about prompts, written texts and files that other libraries refuse."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bstk.errors import UsageError
+from bstack.errors import UnsupportedModelError, one_line
+from bstk.errors import BstkError, UsageError
 
-__all__ = ["EMPTY_PROMPT", "NO_TEMPLATE", "Written", "check_prompt", "check_room"]
+__all__ = ["EMPTY_PROMPT", "NO_TEMPLATE", "Written", "check_prompt", "check_room", "understood"]
 
 EMPTY_PROMPT = "the prompt is empty. Give at least one token, such as 'Once'."
 NO_TEMPLATE = "this model has no chat template. Write the prompt as the model expects it, without the template."
@@ -42,3 +45,14 @@ def check_room(tokens: int, longest: int) -> int:
     if tokens >= longest:
         raise UsageError(f"the prompt has {tokens} tokens, but the model reads at most {longest}. Shorten it.")
     return longest - tokens
+
+
+@contextmanager
+def understood(shown: str, what: str) -> Iterator[None]:
+    """Turn any error of another library into an UnsupportedModelError that names the file."""
+    try:
+        yield
+    except (BstkError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also panics of the tokenizers library, which are no Exceptions
+        raise UnsupportedModelError(f"{shown}: {what}: {one_line(error)}") from None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -16,6 +17,7 @@ from bstack.engine.chat_template import render
 from bstack.engine.native import generate, sampling
 from bstack.engine.native.architecture import NotNativeError
 from bstack.engine.native.load import load
+from bstack.errors import UnsupportedModelError
 
 SETTINGS = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{{ eos_token }}"
@@ -175,6 +177,39 @@ def test_prompts_are_encoded_as_by_transformers(prompt, native, path):
     )
 
 
+def test_an_id_beyond_the_embedding(native):
+    model, tokenizer = native
+    with pytest.raises(UnsupportedModelError, match=r"^the prompt: the tokenizer gives None the id 211.* 211 rows"):
+        generate.write_text(model, tokenizer, [5, 211], lambda _text: None, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, None),
+        ({"config.json": {}}, None),
+        ({"tokenizer.json": {}}, NotNativeError),  # transformers may change what it says
+        ({"vocab.txt": {}}, NotNativeError),
+        ({"tokenizer.json": {}, "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, NotNativeError),
+        ({"tokenizer.json": {}, "tokenizer_config.json": {"backend": "sentencepiece"}}, NotNativeError),
+        ({"tokenizer.json": {}, "tokenizer_config.json": {"backend": "tokenizers"}}, UnsupportedModelError),
+    ],
+)
+def test_tokenizers_of_other_kinds_are_not_taken_for_none(files, found):
+    if found is None:
+        assert generate.TextTokenizer.read(embedded(files)) is None
+    else:
+        with pytest.raises(found) as caught:
+            generate.TextTokenizer.read(embedded(files))
+        assert type(caught.value) is found
+
+
+def test_a_tokenizer_that_refuses_a_word():
+    made = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(UnsupportedModelError, match="its tokenizer cannot read the prompt"):
+        generate.TextTokenizer(made.to_str().encode(), {}, None).encode("b", special=True)
+
+
 def test_pieces_join_to_the_text():
     """Letters of several tokens come whole, and what never becomes one comes at the end."""
     raw = "aé文🙂".encode()
@@ -197,6 +232,7 @@ def test_pieces_join_to_the_text():
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"stop_strings": 5}, "stop_strings"),
         ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
     ],
 )
 def test_settings_that_are_not_known_are_named(settings, reason):
@@ -222,4 +258,6 @@ def test_settings_of_the_model(tmp_path):
 
 def embedded(files):
     """A file with some JSON files in it."""
-    return SimpleNamespace(files=files, file=lambda name: json.dumps(files[name]))
+    return SimpleNamespace(
+        files=files, file=lambda name: json.dumps(files[name]).encode(), source=SimpleNamespace(name="a.bstk")
+    )

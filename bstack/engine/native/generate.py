@@ -13,10 +13,10 @@ import bstk
 from bstack.engine.native.architecture import NotNativeError, read_json
 from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Sampler
-from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room
+from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.tokenizer import check_ids, tokenizer_files
-from bstk.errors import DamagedError, UsageError
+from bstk.errors import UsageError
 
 __all__ = ["TextTokenizer", "encode_prompt", "write_text"]
 
@@ -60,16 +60,13 @@ class TextTokenizer:
             templates = templates.get("default")
         if "chat_template.jinja" in file.files:
             templates = file.file("chat_template.jinja").decode(errors="replace")
-        try:
+        with understood(file.source.name, "its tokenizer.json cannot be read"):
             return cls(file.file("tokenizer.json"), config, templates)
-        except (bstk.BstkError, MemoryError):
-            raise
-        except Exception as error:  # the library raises bare ones
-            raise DamagedError(f"{file.source.name}: its tokenizer.json cannot be read: {one_line(error)}.") from None
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the tokens of a text, with `special` those that the tokenizer puts around it."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        with understood("the model", "its tokenizer cannot read the prompt"):
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of tokens, with `special` that of special ones."""

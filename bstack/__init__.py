@@ -18,8 +18,8 @@ _HOMES = {
     "compress": "bstack.compression.api",
     "following": "bstack.packed.autosize",
     "load": "bstack.engine.load",
-    "resident": "bstack.engine.load",
-    "resize": "bstack.engine.load",
+    "resident": "bstack.packed.store",
+    "resize": "bstack.packed.store",
 }
 
 

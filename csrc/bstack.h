@@ -5,7 +5,8 @@
  * checked the parts of a block that say where to read: the order of an SpQR block's inputs, and the row pointer of outliers.
  *
  * Results are the same bits for every instruction set, number of threads and number of tokens in a call: sums are
- * exact integers, and the few float operations around them have one fixed order.
+ * exact integers, and the few float operations around them have one fixed order. Only the products for many tokens
+ * (bstack_multiply_decoded, bstack_multiply_dense) differ between instruction sets, by rounding.
  */
 #ifndef BSTACK_H
 #define BSTACK_H
@@ -44,6 +45,16 @@ int bstack_multiply(const struct bstack_matrix *const *matrices, int count, cons
  * BSTACK_TRELLIS and BSTACK_TRELLIS5: of the matrix that multiplies rotate(x).   All others: of the one that multiplies x. */
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out);
 
+/* Compute y = x W^T with the rows of the blocks of some kinds, as bstack_decode_rows gives them, for many tokens: rows are decoded
+ * and multiplied in single precision. y: tokens x rows, rows of y y_step floats apart; with `add` it is added to. A
+ * token's results are the same bits whatever other tokens are in the call. Returns 0, or 1 when there is no memory. */
+int bstack_multiply_decoded(const struct bstack_matrix *matrix, unsigned kinds, const float *x, int tokens, float *y, size_t y_step,
+                            int add);
+
+/* Do the same with a matrix of floats, rows x columns; steps are the floats from one row to the next. */
+int bstack_multiply_dense(const float *w, size_t w_step, int rows, int columns, const float *x, size_t x_step, int tokens, float *y,
+                          size_t y_step);
+
 /* Decode rows of W itself, all kinds added up: out[k] = row index[k], count x columns. */
 void bstack_lookup(const struct bstack_matrix *matrix, const int64_t *index, int count, float *out);
 
@@ -70,32 +81,54 @@ const char *bstack_instructions(void);
 int bstack_use(const char *name);
 int bstack_offers(const char *name);
 
-/* A decoder of the Llama family: root-mean-square norms, rotary positions, grouped queries, gated feed-forward. Norms and
- * biases are float arrays; query_norm, key_norm and all biases may be null. */
-enum { BSTACK_PARTS = 256 }; /* matrices that make up the head, at most */
+/* A decoder: root-mean-square norms, rotary positions, grouped queries, gated feed-forward. Norms and biases are float arrays.
+ * All may be null but final_norm; a null norm changes nothing. With a null `key` (and `value`) the matrix `query` gives queries, keys
+ * and values one after the other, and with a null `up` the matrix `gate` gives both. */
+enum {
+    BSTACK_PARTS = 256, /* matrices that make up the head, at most */
+    BSTACK_SILU = 0,    /* activations of the gate */
+    BSTACK_GELU = 1,    /* its approximation by tanh */
+};
 
 struct bstack_layer {
     const struct bstack_matrix *query, *key, *value, *out, *gate, *up, *down;
-    const float *input_norm, *post_norm, *query_norm, *key_norm;
+    const float *input_norm, *post_norm, *query_norm, *key_norm; /* post_norm: before the feed-forward */
+    const float *attention_norm, *feed_norm;                     /* of what attention and feed-forward add */
     const float *query_bias, *key_bias, *value_bias, *out_bias, *gate_bias, *up_bias, *down_bias;
-    float *keys, *values; /* the cache: key_heads x capacity x head_width */
+    int32_t window; /* attention sees so many tokens, the current one among them; 0: all */
+    int32_t rope;   /* which of a token's rotary rows; -1: none */
 };
 
 struct bstack_decoder {
     int32_t width, inner, heads, key_heads, head_width, layers, head_parts;
+    int32_t rotary;      /* values of a head that positions rotate, from its first */
+    int32_t activation;  /* BSTACK_SILU or BSTACK_GELU */
+    int32_t whole_norms; /* query_norm and key_norm are of all heads at once */
+    int32_t half;        /* the caches are of half precision, else single */
+    int32_t page;        /* tokens of a page of the caches */
     float epsilon, scale; /* of the norms; of attention scores */
+    float cap;            /* scores s become cap * tanh(s / cap); 0: they stay */
     const struct bstack_layer *layer;
     const float *final_norm;
     const struct bstack_matrix *const *head; /* row ranges, in order */
     float *scratch;                          /* as many floats as bstack_decoder_scratch says */
 };
 
-size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int capacity);
+/* A text: its next token's position and rotary rows (each `rotary` floats), and its caches. The page p of layer l begins at
+ * keys[l * pages + p]: key_heads x page x head_width. */
+struct bstack_text {
+    int32_t position, pages;
+    const float *cosine, *sine;
+    void *const *keys, *const *values;
+};
 
-/* Run one token: x, its embedding, width floats, is overwritten; cosine and sine of its position, head_width floats each.
- * Its keys and values are written to the caches at `position`, those before it are read. logits: one for each row of the
- * head. Returns 0, or 1 when there is no memory. */
-int bstack_decoder_step(const struct bstack_decoder *decoder, float *x, const float *cosine, const float *sine, int position,
-                        int capacity, float *logits);
+/* Floats that a step of `count` texts needs whose positions are below `tokens`. */
+size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int count, int tokens);
+
+/* Run one token of each text: x, their embeddings, count x width floats, is overwritten. Keys and values are written to the
+ * caches at `position`, those before it are read. out: for each part of the head its logits, count x rows; without a head
+ * the normalised x. A text's results are the same bits whatever other texts are in the call. Returns 0, or 1 when there is
+ * no memory. */
+int bstack_decoder_step(const struct bstack_decoder *decoder, const struct bstack_text *texts, int count, float *x, float *out);
 
 #endif

@@ -51,11 +51,11 @@ class FileType(click.Path):
 
 def _is_model(value: str) -> bool:
     """Tell whether `value` names a model, as for ``bstack compress``, instead of a .bstk file."""
+    if os.path.exists(value):
+        return os.path.exists(os.path.join(value, "config.json"))
     from bstack.models.files import DEFAULT_MODEL
 
-    if os.path.isdir(value):
-        return os.path.exists(os.path.join(value, "config.json"))
-    return value == DEFAULT_MODEL and not os.path.exists(value)
+    return value == DEFAULT_MODEL
 
 
 FILE = FileType(exists=True, dir_okay=False)

@@ -25,6 +25,7 @@ OPTIONS = {
     "windows": "Use --windows for fewer.",
     "sequence_length": "Use --sequence-length for another length.",
     "tokenizer": "Use --no-tokenizer to leave it out.",
+    "engine": "Use --engine transformers.",
     "quality": "Use --no-quality to measure speed alone.",
 }
 

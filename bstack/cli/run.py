@@ -72,6 +72,13 @@ class Finite(click.FloatRange):
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed for sampling."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "native", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model: native loads no torch and knows usual architectures; auto takes it where it can.",
+)
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -85,6 +92,7 @@ def command(
     max_new_tokens: int,
     do_sample: bool,
     seed: int,
+    engine: str,
     trust_remote_code: bool,
     code: str | None,
     strict: bool,
@@ -110,19 +118,22 @@ def command(
         if not quiet:
             click.echo(line, err=True)
 
+    allowed = {"trust_remote_code": trust_remote_code, "code": code}
     with _common.model_warnings(quiet):
-        model, tokenizer = _load(file, budget, quiet, log, strict, trust_remote_code, code)
-    from bstack.engine.generate import encode_prompt, write_text
-    from bstack.engine.load import resident
+        model, tokenizer, native = _load(file, budget, quiet, log, engine, strict, allowed)
     from bstack.packed.autosize import following
     from bstack.packed.store import store_of
 
+    if native:
+        from bstack.engine.native.generate import encode_prompt, write_text
+    else:
+        from bstack.engine.generate import encode_prompt, write_text  # type: ignore[assignment]
     if tokenizer is None:
         raise bstk.UsageError(
             f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
         )
     ids = encode_prompt(tokenizer, prompt, chat)
-    if model.bstack_unfused is not None:
+    if not native and model.bstack_unfused is not None:
         log(f"Tokens are decoded by {type(model).__name__}'s own code, without the fused step: {model.bstack_unfused}.")
     try:
         with _common.model_warnings(quiet), following(model, warn=log) if budget == AUTO else nullcontext():
@@ -138,12 +149,13 @@ def command(
             )
     finally:
         store_of(model).close()
-    state = resident(model)
+    state = store_of(model).state
     if as_json:
         _common.print_json(
             "bstack.run/1",
             {
                 "file": file,
+                "engine": "native" if native else "transformers",
                 **{key: getattr(written, key) for key in _WRITTEN},
                 "weight_bytes": state.weight_bytes,
                 "bits_per_weight": state.bits_per_weight,
@@ -164,33 +176,61 @@ def command(
 
 def _load(
     file: str,
-    budget: Any,
+    budget: int | str | None,
     quiet: bool,
     log: Callable[[str], None],
+    engine: str,
     strict: bool,
-    trust_remote_code: bool,
-    code: str | None,
-) -> tuple[Any, Any]:
-    """Load the model within the budget; without one, within what is free."""
+    allowed: dict[str, Any],
+) -> tuple[Any, Any, bool]:
+    """Load the model within the budget, or without one within what is free; return whether the native engine runs it."""
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
-    from bstack.engine.load import load as load_model
-    from bstack.engine.load import resident
+    settings: dict[str, Any] = {
+        "strict": strict,
+        "warn": False,
+        "notify": _common.retries(file, quiet),
+        "progress": lambda what, total: _progress.copied(total, what, quiet),
+    }
+
+    def load_native(budget: int | None) -> tuple[Any, Any]:
+        from bstack.engine.native.load import load
+
+        return load(file, budget=budget, **settings)
+
+    def load_transformers(budget: int | None) -> tuple[Any, Any]:
+        from bstack.engine.load import load
+
+        return load(file, budget=budget, mode="packed", **allowed, **settings)
+
+    def run(load: Callable[[int | None], tuple[Any, Any]]) -> tuple[Any, Any]:
+        return _load_within(load, file, budget, base, log)
+
+    if engine == "transformers" or (engine == "auto" and any(allowed.values())):
+        return *run(load_transformers), False
+    from bstack.engine.native.architecture import NotNativeError
+
+    try:
+        loaded = run(load_native)
+    except NotNativeError as error:
+        if engine == "native":
+            raise
+        log(click.style(f"The transformers engine runs it: {error.reason}.", dim=True))
+        return *run(load_transformers), False
+    log(click.style("The native engine runs it.", dim=True))
+    return *loaded, True
+
+
+def _load_within(
+    load: Callable[[int | None], tuple[Any, Any]],
+    file: str,
+    budget: int | str | None,
+    base: int,
+    log: Callable[[str], None],
+) -> tuple[Any, Any]:
+    """Load a model with `load`, which takes bytes, within the budget; without one, within what is free."""
     from bstack.packed.autosize import free_budget
     from bstack.packed.store import store_of
-
-    def load(budget: int | None) -> tuple[Any, Any]:
-        return load_model(
-            file,
-            budget=budget,
-            mode="packed",
-            strict=strict,
-            trust_remote_code=trust_remote_code,
-            code=code,
-            warn=False,
-            notify=_common.retries(file, quiet),
-            progress=lambda what, total: _progress.copied(total, what, quiet),
-        )
 
     if isinstance(budget, int):
         return load(budget)
@@ -209,7 +249,7 @@ def _load(
         model, tokenizer = load(base)
         free, words = free_budget()
         store_of(model).resize(max(free or 0, 0) + base)
-    log(f"Using {megabytes(resident(model).weight_bytes)} for weights: {words}.")
+    log(f"Using {megabytes(store_of(model).state.weight_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
-from bstack.errors import UnsupportedModelError, lacks, one_line
+from bstack.engine.parts import part_of, parts_of
+from bstack.engine.text import understood
+from bstack.errors import UnsupportedModelError, lacks
 from bstack.models.code import reset_attn_impl
 from bstack.models.files import put_files
 from bstack.models.generation import read_generation
-from bstack.models.names import MatrixName
 from bstack.models.skeleton import quiet_transformers
 from bstack.models.tokenizer import tokenizer_files
-from bstk.errors import DamagedError, error_prefix, os_errors
+from bstk.errors import error_prefix, os_errors
 
 __all__ = [
     "build_model",
@@ -28,7 +28,6 @@ __all__ = [
     "dense_weights",
     "embedded_files",
     "load_tokenizer",
-    "parts_of",
     "plain_tensor",
     "read_config",
 ]
@@ -97,84 +96,9 @@ def load_tokenizer(folder: Path, shown: str, trusted: bool) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
 
 
-@contextmanager
-def understood(shown: str, what: str) -> Iterator[None]:
-    """Turn any error of transformers into an UnsupportedModelError that names the file."""
-    try:
-        yield
-    except (bstk.BstkError, MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # also panics of the tokenizers library, which are no Exceptions
-        raise UnsupportedModelError(f"{shown}: {what}: {one_line(error)}") from None
-
-
 def plain_tensor(raw: bytes, chunk: bstk.Chunk) -> torch.Tensor:
     """Return the tensor of a plain chunk, in its stored type."""
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(DTYPES[chunk.dtype]).reshape(chunk.shape)
-
-
-def parts_of(
-    chunks: Iterable[bstk.Chunk], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]]:
-    """Group blocks by the parameter that they make up.
-
-    `shapes` gives the shape of each parameter of the model. Returns, for each parameter, the name and the blocks of each of its
-    parts, in the order of their rows or slices. DamagedError unless the parts fill the parameter without gap or overlap.
-    """
-    stacks: dict[str, list[bstk.Chunk]] = defaultdict(list)
-    for chunk in chunks:
-        if chunk.is_block:
-            stacks[chunk.name].append(chunk)
-    found: dict[str, list[tuple[MatrixName, list[bstk.Chunk]]]] = defaultdict(list)
-    for name, blocks in stacks.items():
-        matrix = parse_name(name)
-        if matrix.parameter not in shapes:
-            raise UnsupportedModelError(f"The file holds {name}, which this transformers' model does not have.")
-        part_of(matrix, torch.empty(tuple(shapes[matrix.parameter]), device="meta"), blocks[0])
-        found[matrix.parameter].append((matrix, blocks))
-    for parameter, parts in found.items():
-        length = shapes[parameter][0]
-        parts.sort(key=lambda part: _extent(part[0], length))
-        end = 0
-        for matrix, _ in parts:
-            start, stop = _extent(matrix, length)
-            if start != end or stop <= start:
-                raise DamagedError(
-                    f"The stacks of {parameter} fill {end} of its {length} rows or slices, and {matrix} follows."
-                )
-            end = stop
-        if end != length:
-            raise DamagedError(f"The stacks of {parameter} fill {end} of its {length} rows or slices.")
-    return found
-
-
-def _extent(matrix: MatrixName, length: int) -> tuple[int, int]:
-    """Return the first row or slice of a part and the one after its last, in a parameter of that length."""
-    if matrix.index is not None:
-        return matrix.index, matrix.index + 1
-    return matrix.rows or (0, length)
-
-
-def parse_name(name: str) -> MatrixName:
-    """Parse the name of a stack; bstk.DamagedError if it is invalid."""
-    try:
-        return MatrixName.parse(name)
-    except ValueError as error:
-        raise DamagedError(f"{error}; format/SPEC.md defines names of stacks.") from None
-
-
-def part_of(matrix: MatrixName, tensor: torch.Tensor, block: bstk.Chunk) -> torch.Tensor:
-    """Return the part of a parameter that a stack fills, as (outputs, inputs); DamagedError for another shape."""
-    try:
-        view = matrix.view(tensor, block.transposed)
-    except (IndexError, RuntimeError):
-        view = None
-    if view is None or tuple(view.shape) != tuple(block.shape):
-        raise DamagedError(
-            f"The stack {block.name} is {' x '.join(map(str, block.shape))}, which is not what it should fill in a "
-            f"parameter of {' x '.join(map(str, tensor.shape))}."
-        )
-    return view
 
 
 def dense_model(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.engine.container import build_model, dense_weights, embedded_files, parse_name
+from bstack.engine.container import build_model, dense_weights, embedded_files
+from bstack.engine.parts import parse_name
 from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code

@@ -6,20 +6,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bstack.engine.chat_template import render
-from bstack.engine.container import understood
+from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.plain import plain_outputs
 from bstack.models.skeleton import longest_text
 from bstack.models.tokenizer import check_ids
 from bstk.errors import BstkError, UsageError
 
-__all__ = ["Written", "decoding", "encode_prompt", "write_text"]
+__all__ = ["decoding", "encode_prompt", "write_text"]
 
 # Of a model's generation settings these are kept: where a text ends, and what decides its next token.
 _KEPT: tuple[str, ...] = (
@@ -49,41 +48,19 @@ _MODES: tuple[str, ...] = (
 _MODES += ("force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "token_healing")
 
 
-@dataclass(frozen=True)
-class Written:
-    """The result of `write_text`: the new text without special tokens, and times."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prompt_seconds: float  # to the first new token
-    seconds: float  # for all tokens after the first
-    interrupted: bool  # by Ctrl-C
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Speed of decoding; None for fewer than two tokens."""
-        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
-
-
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UsageError("the prompt is not UTF-8 text. Convert it first.") from None
+    check_prompt(prompt)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(
-                "this model has no chat template. Write the prompt as the model expects it, without the template."
-            )
+            raise UsageError(NO_TEMPLATE)
         text = render(tokenizer, prompt)
     else:
         text = prompt
     with understood("the model", "its tokenizer cannot read the prompt"):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:
-        raise UsageError("the prompt is empty. Give at least one token, such as 'Once'.")
+        raise UsageError(EMPTY_PROMPT)
     return ids.long()
 
 
@@ -148,10 +125,8 @@ def write_text(
     from transformers import TextStreamer
 
     longest = longest_text(model.config)
-    if longest is not None and ids.shape[1] >= longest:
-        raise UsageError(f"the prompt has {ids.shape[1]} tokens, but the model reads at most {longest}. Shorten it.")
     if longest is not None:
-        options["max_new_tokens"] = min(options.get("max_new_tokens", longest), longest - ids.shape[1])
+        options["max_new_tokens"] = min(options.get("max_new_tokens", longest), check_room(ids.shape[1], longest))
     pieces: list[str] = []
     times: list[float] = []
 

@@ -23,7 +23,8 @@ from bstack.errors import SlowerWarning
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
 from bstack.models.kv_cache import GrowingLayer, cache_argument, growing_cache, let_grow
-from bstack.packed.matrix import Blocks, PriorityLock
+from bstack.packed.lock import PriorityLock
+from bstack.packed.matrix import Blocks
 from bstack.packed.weight import PackedWeight
 
 __all__ = ["install"]

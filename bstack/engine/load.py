@@ -17,12 +17,12 @@ from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
 from bstack.packed.backends import backend_of, device_of
-from bstack.packed.store import BlockStore, Resident, store_of
+from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
 from bstk.budget import budget_of
 from bstk.errors import UsageError
 
-__all__ = ["load", "resident", "resize"]
+__all__ = ["load"]
 
 # "stack" is the old name of "packed".
 MODES = {"dense": "dense", "packed": "packed", "stack": "packed"}
@@ -151,50 +151,8 @@ def load(
         return load_once()
 
 
-def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:
-    """Change how much of a model is in memory, also while it runs, from any thread.
-
-    Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
-    and each counts from the next product on. Text and caches of keys and values that exist stay as they are
-    (docs/guide.md says what that means).
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        From ``load(..., mode="packed")``.
-    mb : number or str, optional
-        The new budget in MB, as for `load`; None for everything in the file.
-    wait : bool
-        Return after loading, or when another call has ended it.
-
-    Returns
-    -------
-    Resident
-        The part of the model that is in memory on return.
-
-    Raises
-    ------
-    bstk.UsageError
-        The budget is no positive number or more than was fetched, or the model has dense weights.
-    bstk.BudgetError
-        The base model is larger than `mb`. Nothing has changed.
-    bstk.DamagedError, OSError, MemoryError
-        A block could not be read. The model keeps the blocks it has and runs on.
-    bstk.ResourceError
-        No thread can be started to load blocks. The model keeps the blocks it has.
-    """
-    store = store_of(model)
-    store.resize(None if mb is None else bstk.budget_bytes(mb), wait=wait)
-    return store.state
-
-
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
     raise UsageError(
         "this model's weights are packed, so it has no state to save. Keep the .bstk file, or save a model from "
         "bstack.load(..., mode='dense')."
     )
-
-
-def resident(model: Any) -> Resident:
-    """Return the part of a model that is in memory; bstk.UsageError for one with dense weights."""
-    return store_of(model).state

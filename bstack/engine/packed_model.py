@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import bstk
-from bstack.engine.container import build_model, parts_of, plain_tensor
-from bstack.errors import UnsupportedModelError, holds_unknown, lacks
-from bstack.kernels.matrix import check_put
-from bstack.models.names import MatrixName
+from bstack.engine.container import build_model, plain_tensor
+from bstack.engine.parts import check_depth, parts_of
+from bstack.errors import holds_unknown, lacks
 from bstack.models.skeleton import parameters_on_meta
 from bstack.packed.backends import Backend
-from bstack.packed.matrix import PriorityLock, Table
+from bstack.packed.lock import PriorityLock
+from bstack.packed.matrix import Table
 from bstack.packed.weight import PackedWeight
 from bstk.errors import DamagedError, error_prefix
 
@@ -23,8 +23,6 @@ __all__ = ["packed_model"]
 
 # A plain matrix of at least this many elements keeps its type; a smaller one is converted.
 TABLE = 2**20
-
-_Parts = list[tuple[MatrixName, list[bstk.Chunk]]]
 
 
 def packed_model(
@@ -37,7 +35,7 @@ def packed_model(
     with error_prefix(shown):
         parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     for parts in parameters.values():
-        _check_depth(parts, shown)
+        check_depth(parts, shown)
     for chunk in file.chunks:
         if chunk.is_weight and not chunk.is_block:
             tensor = plain_tensor(file.read(chunk), chunk).to(backend.device)
@@ -60,20 +58,6 @@ def packed_model(
         model.register_parameter("bstack_type", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
     model.to(backend.device)  # buffers; everything else is there
     return model.eval().requires_grad_(False), matrices, lock
-
-
-def _check_depth(parts: _Parts, shown: str) -> None:
-    """Refuse blocks that the kernels do not take."""
-    for _, blocks in parts:
-        for block in blocks:
-            try:
-                rows, columns = block.shape
-                check_put(rows, columns, block.level, block.kind.code, block.rank, checked=True)
-            except ValueError as error:
-                raise UnsupportedModelError(
-                    f"{shown}: {block.name} has {len(blocks)} blocks, which cannot run packed: {error} Load it with "
-                    "bstack.load(..., mode='dense')."
-                ) from None
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:

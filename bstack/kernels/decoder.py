@@ -1,4 +1,4 @@
-"""Runs one token through a whole decoder of the Llama family in C (csrc/decoder.c)."""
+"""Runs one token of some texts through a whole decoder in C (csrc/decoder.c)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import numpy as np
 
 from bstack.kernels.matrix import Matrix, pointer
 
-__all__ = ["MAX_PARTS", "Decoder", "Layer", "Sizes"]
+__all__ = ["MAX_PARTS", "Decoder", "Layer", "Sizes", "Text"]
 
 MAX_PARTS = 256
 _MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
-_NORMS = ("input_norm", "post_norm", "query_norm", "key_norm")
+_NORMS = ("input_norm", "post_norm", "query_norm", "key_norm", "attention_norm", "feed_norm")
 _BIASES = tuple(f"{name}_bias" for name in _MATRICES)
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shape of a decoder: `width` of the hidden state, `inner` of the feed-forward, heads of queries and of keys."""
+    """Shape of a decoder: `width` of the hidden state, `inner` of the feed-forward, heads of queries and of keys.
+
+    `rotary` is how many values of a head positions rotate (None: all), `whole_norms` says that the norms of queries and keys
+    take all heads at once, and `cap` is that of attention scores (0: none).
+    """
 
     width: int
     inner: int
@@ -29,23 +34,33 @@ class Sizes:
     head_width: int
     epsilon: float
     scale: float
+    rotary: int | None = None
+    activation: str = "silu"
+    whole_norms: bool = False
+    cap: float = 0.0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters of a layer: seven matrices; norms and biases as float32 arrays, the optional ones None."""
+    """Parameters of a layer: matrices; norms and biases as float32 arrays, None where there are none.
+
+    Without `key` and `value` the matrix `query` gives all three, and without `up` the matrix `gate` gives both. Attention
+    sees the last `window` tokens (0: all); `rope` is the row of a text's rotary tables, -1 for none.
+    """
 
     query: Matrix
-    key: Matrix
-    value: Matrix
+    key: Matrix | None
+    value: Matrix | None
     out: Matrix
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down: Matrix
-    input_norm: np.ndarray
-    post_norm: np.ndarray
+    input_norm: np.ndarray | None = None
+    post_norm: np.ndarray | None = None
     query_norm: np.ndarray | None = None
     key_norm: np.ndarray | None = None
+    attention_norm: np.ndarray | None = None
+    feed_norm: np.ndarray | None = None
     query_bias: np.ndarray | None = None
     key_bias: np.ndarray | None = None
     value_bias: np.ndarray | None = None
@@ -53,16 +68,33 @@ class Layer:
     gate_bias: np.ndarray | None = None
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    window: int = 0
+    rope: int = 0
+
+
+class Text(ctypes.Structure):
+    """A text as the kernels see it: its next token's position and rotary rows, and where the pages of its caches lie."""
+
+    _fields_ = [
+        ("position", ctypes.c_int32),
+        ("pages", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "keys", "values")),
+    ]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in (*_MATRICES, *_NORMS, *_BIASES, "keys", "values")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*_MATRICES, *_NORMS, *_BIASES)),
+        ("window", ctypes.c_int32),
+        ("rope", ctypes.c_int32),
+    ]
 
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in "width inner heads key_heads head_width layers head_parts".split()),
-        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+        *((name, ctypes.c_int32) for name in ("width", "inner", "heads", "key_heads", "head_width", "layers")),
+        *((name, ctypes.c_int32) for name in ("head_parts", "rotary", "activation", "whole_norms", "half", "page")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale", "cap")),
         *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "head", "scratch")),
     ]
 
@@ -79,7 +111,9 @@ class Decoder:
     final_norm : np.ndarray
         float32, shape (width,).
     head : sequence of Matrix
-        One under the other; at most `MAX_PARTS`.
+        One under the other; at most `MAX_PARTS`. Without any, steps give the normalised hidden state.
+    page : int
+        Tokens of a page of the caches, which are then of half precision; 0 for single precision, one page in all.
 
     Raises
     ------
@@ -88,10 +122,16 @@ class Decoder:
     """
 
     def __init__(
-        self, native: ctypes.CDLL, sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]
+        self,
+        native: ctypes.CDLL,
+        sizes: Sizes,
+        layers: Sequence[Layer],
+        final_norm: np.ndarray,
+        head: Sequence[Matrix],
+        page: int = 0,
     ):
-        if not 1 <= len(head) <= MAX_PARTS:
-            raise ValueError(f"the head has {len(head)} parts; allowed are 1 to {MAX_PARTS}.")
+        if len(head) > MAX_PARTS:
+            raise ValueError(f"the head has {len(head)} parts; allowed are up to {MAX_PARTS}.")
         _check(sizes, layers, final_norm, head)
         self._native = native
         native.bstack_decoder_scratch.restype = ctypes.c_size_t
@@ -99,31 +139,35 @@ class Decoder:
         self._layers = (_Layer * len(layers))()
         for structure, layer in zip(self._layers, layers, strict=True):
             for name in _MATRICES:
-                setattr(structure, name, ctypes.addressof(getattr(layer, name)))
+                matrix = getattr(layer, name)
+                setattr(structure, name, None if matrix is None else ctypes.addressof(matrix))
             for name in (*_NORMS, *_BIASES):
                 array = getattr(layer, name)
                 setattr(structure, name, None if array is None else array.ctypes.data)
+            structure.window, structure.rope = layer.window, layer.rope
         self._head = (ctypes.c_void_p * len(head))(*map(ctypes.addressof, head))
         self._decoder = _Decoder(
             layers=len(layers),
             head_parts=len(head),
+            half=page > 0,
+            page=page,
             layer=ctypes.addressof(self._layers),
             final_norm=final_norm.ctypes.data,
             head=ctypes.addressof(self._head),
-            **asdict(sizes),
+            **{**asdict(sizes), "rotary": _rotary(sizes), "activation": ACTIVATIONS.index(sizes.activation)},
         )
-        self.vocabulary = sum(part.rows for part in head)
-        self._capacity = 0
+        self._outputs = [part.rows for part in head] or [sizes.width]
+        self.vocabulary = sum(self._outputs)
+        self.has_head = bool(head)
+        self._scratch = np.empty(0, np.float32)
+        self._text = Text()
 
     def use_cache(self, keys: Sequence[int], values: Sequence[int], capacity: int) -> None:
         """Set where each layer's keys and values lie: addresses of float32, (key heads, capacity, head width)."""
-        for structure, key, value in zip(self._layers, keys, values, strict=True):
-            structure.keys, structure.values = key, value
-        if capacity != self._capacity:
-            floats = self._native.bstack_decoder_scratch(ctypes.byref(self._decoder), capacity)
-            self._scratch = np.empty(floats, np.float32)
-            self._decoder.scratch = self._scratch.ctypes.data
-            self._capacity = capacity
+        self._pages = [(ctypes.c_void_p * len(keys))(*addresses) for addresses in (keys, values)]
+        self._text.pages = 1
+        self._text.keys, self._text.values = map(ctypes.addressof, self._pages)
+        self._decoder.page = capacity
 
     def step(self, x: np.ndarray, cosine: np.ndarray, sine: np.ndarray, position: int) -> np.ndarray:
         """Run one token and add its keys and values to the cache.
@@ -142,34 +186,85 @@ class Decoder:
         np.ndarray
             Logits, float32, shape (vocabulary,).
         """
-        if not 0 <= position < self._capacity:
-            raise ValueError(f"position is {position}; the cache has room for {self._capacity}.")
-        logits = np.empty(self.vocabulary, np.float32)
-        if self._native.bstack_decoder_step(
-            ctypes.byref(self._decoder),
-            pointer(x),
-            pointer(cosine),
-            pointer(sine),
-            position,
-            self._capacity,
-            pointer(logits),
-        ):
+        if not 0 <= position < self._decoder.page:
+            raise ValueError(f"position is {position}; the cache has room for {self._decoder.page}.")
+        text = self._text
+        text.position, text.cosine, text.sine = position, cosine.ctypes.data, sine.ctypes.data
+        return self.run(x[None], (Text * 1)(text))[0]
+
+    def run(self, x: np.ndarray, texts: ctypes.Array[Text]) -> np.ndarray:
+        """Run one token of each text and add its keys and values to its cache.
+
+        A text's result is the same bits whatever other texts are in the call.
+
+        Parameters
+        ----------
+        x : np.ndarray
+            Their embeddings, float32, shape (texts, width). Overwritten.
+        texts : array of Text
+            The caller answers for the addresses and for pages up to each position.
+
+        Returns
+        -------
+        np.ndarray
+            Logits, float32, shape (texts, vocabulary), or the hidden state.
+        """
+        count = len(texts)
+        tokens = max(text.position for text in texts) + 1
+        needed = self._native.bstack_decoder_scratch(ctypes.byref(self._decoder), count, tokens)
+        if needed > len(self._scratch):
+            # With room for more tokens, so that this does not happen at every step.
+            self._scratch = np.empty(needed + needed // 4, np.float32)
+            self._decoder.scratch = self._scratch.ctypes.data
+        out = np.empty(count * self.vocabulary, np.float32)
+        if self._native.bstack_decoder_step(ctypes.byref(self._decoder), texts, count, pointer(x), pointer(out)):
             raise MemoryError
-        return logits
+        if count == 1:
+            return out[None]
+        parts, start = [], 0
+        for rows in self._outputs:
+            parts.append(out[start : start + count * rows].reshape(count, rows))
+            start += count * rows
+        return np.concatenate(parts, 1)
+
+
+def _rotary(sizes: Sizes) -> int:
+    """Return how many values of a head positions rotate."""
+    return sizes.head_width if sizes.rotary is None else sizes.rotary
 
 
 def _check(sizes: Sizes, layers: Sequence[Layer], final_norm: np.ndarray, head: Sequence[Matrix]) -> None:
     """Raise ValueError where a matrix, norm or bias has another shape than the sizes need."""
     queries, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
-    rows = queries, keys, keys, sizes.width, sizes.inner, sizes.inner, sizes.width
-    shapes = list(zip(rows, [*[sizes.width] * 3, queries, *[sizes.width] * 2, sizes.inner], strict=True))
-    lengths = sizes.width, sizes.width, sizes.head_width, sizes.head_width, *rows
-    wrong = sizes.head_width % 2 or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
+    split, twice = layers[0].key is not None, layers[0].up is None
+    rows = {
+        "query": queries if split else queries + 2 * keys,
+        "key": keys,
+        "value": keys,
+        "out": sizes.width,
+        "gate": 2 * sizes.inner if twice else sizes.inner,
+        "up": sizes.inner,
+        "down": sizes.width,
+    }
+    columns = {**dict.fromkeys(_MATRICES, sizes.width), "out": queries, "down": sizes.inner}
+    whole = sizes.whole_norms
+    lengths = {
+        **dict.fromkeys(_NORMS, sizes.width),
+        "query_norm": queries if whole else sizes.head_width,
+        "key_norm": keys if whole else sizes.head_width,
+        **{f"{name}_bias": rows[name] for name in _MATRICES},
+    }
+    absent = {*(() if split else ("key", "value")), *(("up",) if twice else ())}
+    rotary = _rotary(sizes)
+    wrong = (
+        rotary % 2 or rotary > sizes.head_width or sizes.heads % sizes.key_heads or final_norm.shape != (sizes.width,)
+    )
     for layer in layers:
-        for name, shape in zip(_MATRICES, shapes, strict=True):
+        for name in _MATRICES:
             matrix = getattr(layer, name)
-            wrong = wrong or (matrix.rows, matrix.columns) != shape
-        for name, length in zip((*_NORMS, *_BIASES), lengths, strict=True):
+            wrong = wrong or (matrix is None) != (name in absent)
+            wrong = wrong or (matrix is not None and (matrix.rows, matrix.columns) != (rows[name], columns[name]))
+        for name, length in lengths.items():
             array = getattr(layer, name)
             wrong = wrong or (array is not None and (array.shape != (length,) or array.dtype != np.float32))
     if wrong or any(part.columns != sizes.width for part in head):

@@ -11,7 +11,7 @@ from bstack.kernels import reference
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix, kind_bits, pointer
 from bstack.kernels.native import library
 
-__all__ = ["decode_rows", "lookup", "multiply", "multiply_many", "rotate"]
+__all__ = ["decode_rows", "lookup", "multiply", "multiply_decoded", "multiply_dense", "multiply_many", "rotate"]
 
 
 def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
@@ -114,6 +114,80 @@ def decode_rows(
     return out
 
 
+def multiply_decoded(matrix: Matrix, x: np.ndarray, rotated: np.ndarray, out: np.ndarray) -> None:
+    """Compute y = x W^T for many tokens: rows are decoded, some at a time, and multiplied in single precision.
+
+    A token's result is the same bits whatever other tokens are in the call, for any number of threads; CPUs differ by
+    rounding. Without the C kernels it is numpy's product.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        W, shape (m, n).
+    x, rotated : np.ndarray
+        float32, C-contiguous, shape (t, n); `rotated` is ``rotate(x)``.
+    out : np.ndarray
+        y, float32, shape (t, m), with contiguous rows.
+
+    Raises
+    ------
+    ValueError
+        An array has another shape, dtype or layout.
+    """
+    _check(x, matrix.columns)
+    _check(rotated, matrix.columns)
+    if out.shape != (len(x), matrix.rows) or out.dtype != np.float32 or not _rows_are_contiguous(out):
+        raise ValueError(
+            f"out is {out.dtype} of shape {out.shape}; needed is float32 of shape {(len(x), matrix.rows)}."
+        )
+    native = library()
+    present = set(matrix.kind[: matrix.count])
+    terms = [(kinds, given) for kinds, given in ((ROTATED, rotated), (PLAIN, x)) if present & set(kinds)]
+    if not terms:
+        out[...] = 0
+    for number, (kinds, given) in enumerate(terms):
+        if native is None:
+            y = given @ reference.decode_rows(matrix, kinds, 0, matrix.rows).T
+            out[...] = out + y if number else y
+        else:
+            given = np.ascontiguousarray(given)
+            step = ctypes.c_size_t(out.strides[0] // 4)
+            bits = kind_bits(kinds)
+            if native.bstack_multiply_decoded(
+                ctypes.byref(matrix), bits, pointer(given), len(given), pointer(out), step, number
+            ):
+                raise MemoryError
+
+
+def multiply_dense(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return x w^T, float32, in the way of `multiply_decoded`.
+
+    Parameters
+    ----------
+    w, x : np.ndarray
+        float32, shapes (m, n) and (t, n), with contiguous rows.
+
+    Raises
+    ------
+    ValueError
+        An array has another shape, dtype or layout.
+    """
+    for array in (w, x):
+        _check(array, w.shape[-1])
+        if not _rows_are_contiguous(array):
+            raise ValueError("rows are not contiguous.")
+    native = library()
+    if native is None:
+        return x @ w.T
+    y = np.empty((len(x), len(w)), np.float32)
+    steps = [ctypes.c_size_t(array.strides[0] // 4) for array in (w, x, y)]
+    if native.bstack_multiply_dense(
+        pointer(w), steps[0], len(w), w.shape[1], pointer(x), steps[1], len(x), pointer(y), steps[2]
+    ):
+        raise MemoryError
+    return y
+
+
 def lookup(matrix: Matrix, index: np.ndarray) -> np.ndarray:
     """Return rows of W itself, all kinds added up and the rotation undone, as an embedding needs them.
 
@@ -164,3 +238,8 @@ def rotate(x: np.ndarray) -> np.ndarray:
 def _check(x: np.ndarray, columns: int) -> None:
     if x.ndim != 2 or x.shape[1] != columns or x.dtype != np.float32 or not columns:
         raise ValueError(f"x is {x.dtype} of shape {x.shape}; needed is float32 of shape (tokens, {columns}).")
+
+
+def _rows_are_contiguous(array: np.ndarray) -> bool:
+    # Strides of a dimension of length 1 say nothing.
+    return array.shape[1] <= 1 or not array.size or array.strides[1] == array.itemsize

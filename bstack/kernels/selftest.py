@@ -60,9 +60,24 @@ def failure(native: ctypes.CDLL) -> str:
         native.bstack_lookup(ctypes.byref(matrix), pointer(index), len(index), pointer(rows))
         if rows[: len(index)].tobytes() != reference.lookup(matrix, index).tobytes():
             return f"a row looked up in a {name} block"
+    if not _many_tokens_agree(native, rng):
+        return "a product for many tokens"
     if not _encoder_agrees(native, rng):
         return "an encoded trellis5 block"
     return "" if _decoder_agrees(native, rng) else "a step of the decoder"
+
+
+def _many_tokens_agree(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    """Products of decoded rows and of floats, to rounding: fused multiplications differ by it."""
+    matrix = Matrix.of(ROWS, COLUMNS, [(TRELLIS, 2, random_payload(rng, ROWS, COLUMNS, TRELLIS, 2))])
+    w, x = reference.decode_rows(matrix, (TRELLIS,), 0, ROWS), rng.standard_normal((TOKENS, COLUMNS)).astype(np.float32)
+    found, rows, columns = np.zeros((2, TOKENS, ROWS), np.float32), *map(ctypes.c_size_t, (ROWS, COLUMNS))
+    bits = kind_bits((TRELLIS,))
+    native.bstack_multiply_decoded(ctypes.byref(matrix), bits, pointer(x), TOKENS, pointer(found[0]), rows, 0)
+    native.bstack_multiply_dense(
+        pointer(w), columns, ROWS, COLUMNS, pointer(x), columns, TOKENS, pointer(found[1]), rows
+    )
+    return bool(np.allclose(found, x @ w.T, rtol=1e-3, atol=1e-4 * np.abs(w).max() * COLUMNS))
 
 
 def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
@@ -123,7 +138,7 @@ def _decoder_step(
     def norm(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + sizes.epsilon) * weight
 
-    def product(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    def product(matrix: Any, x: np.ndarray) -> np.ndarray:
         return reference.multiply(matrix, x[None].astype(np.float32))[0]
 
     def heads(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 __all__ = ["MatrixName", "row_ranges"]
 
@@ -47,11 +45,11 @@ class MatrixName(NamedTuple):
             return f"{self.parameter}[{self.rows[0]}:{self.rows[1]}]"
         return self.parameter
 
-    def view(self, parameter: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """Return a view of the named part of a parameter, as (outputs, inputs)."""
+    def view(self, parameter: Any, transposed: bool) -> Any:
+        """Return a view of the named part of a parameter, a tensor or an array, as (outputs, inputs)."""
         part = parameter if self.index is None else parameter[self.index]
         part = part if self.rows is None else part[self.rows[0] : self.rows[1]]
-        return part.t() if transposed else part
+        return part.swapaxes(0, 1) if transposed else part
 
 
 def row_ranges(parameter: str, shape: Sequence[int]) -> list[MatrixName]:

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstk.errors import os_errors
@@ -153,16 +151,16 @@ def _is_read(folder: Path, tokenizer: Any) -> bool:
         return False
 
 
-def check_ids(ids: torch.Tensor, rows: int, tokenizer: Any, source: str) -> None:
+def check_ids(ids: Any, rows: int, tokenizer: Any, source: str) -> None:
     """Refuse token ids that an embedding does not have.
 
     Parameters
     ----------
-    ids : torch.Tensor
+    ids : torch.Tensor or np.ndarray
         int64, any shape, not empty.
     rows : int
         Of the embedding.
-    tokenizer : transformers.PreTrainedTokenizerBase
+    tokenizer : transformers.PreTrainedTokenizerBase or bstack.engine.native.generate.TextTokenizer
         Where they come from.
     source : str
         The text, for the message.

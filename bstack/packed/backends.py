@@ -11,7 +11,8 @@ from bstack.errors import one_line
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
-from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, PriorityLock
+from bstack.packed.lock import PriorityLock
+from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
 from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "device_of"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -15,43 +12,14 @@ import torch
 
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
+from bstack.packed.lock import PriorityLock
 
-__all__ = ["Blocks", "Packed", "Parts", "PriorityLock", "Table"]
+__all__ = ["Blocks", "Packed", "Parts", "Table"]
 
 # Up to this many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
 FEW = 8
 # Weights that are decoded at a time: about what a second-level cache holds.
 DECODED = 2**19
-# Seconds that others wait between two looks at whether an urgent caller is waiting; waking a thread takes some 50 us.
-PAUSE = 0.0002
-
-
-class PriorityLock:
-    """A lock that products hold while they read blocks, thousands of times a second, and dropping blocks takes once.
-
-    The thread that releases a plain lock may take it again and again before a waiting one does, so an urgent caller
-    announces itself and the others wait for it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._urgent = 0
-
-    def acquire(self) -> threading.Lock:
-        """Wait for urgent callers, then return the lock for a `with` statement, which no interrupt leaves locked."""
-        while self._urgent:
-            time.sleep(PAUSE)
-        return self._lock
-
-    @contextmanager
-    def acquire_urgent(self) -> Iterator[None]:
-        """Hold the lock for a `with` block, before the next product does. One caller at a time."""
-        self._urgent += 1
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._urgent -= 1
 
 
 class Packed(Protocol):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -14,11 +15,11 @@ import bstk
 from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
 from bstack.packed.arena import Allocation, Arena
-from bstack.packed.matrix import PriorityLock
+from bstack.packed.lock import PriorityLock
 from bstk.errors import ResourceError, UsageError
 from bstk.index import bits_per_weight
 
-__all__ = ["BlockStore", "Resident", "store_of"]
+__all__ = ["BlockStore", "Resident", "resident", "resize", "store_of"]
 
 # Threads that read and decompress blocks.
 READERS = 2
@@ -261,3 +262,45 @@ def store_of(model: Any) -> BlockStore:
             "this model has dense weights, whose size cannot change. Load it with bstack.load(..., mode='packed')."
         )
     return store
+
+
+def resize(model: Any, mb: int | float | str | Decimal | None = None, *, wait: bool = True) -> Resident:
+    """Change how much of a model is in memory, also while it runs, from any thread.
+
+    Dropped blocks have gone back to the system on return. Missing ones are read from the file in a thread of their own,
+    and each counts from the next product on. Text and caches of keys and values that exist stay as they are
+    (docs/guide.md says what that means).
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        From ``bstack.load(..., mode="packed")``, or one of the native engine.
+    mb : number or str, optional
+        The new budget in MB, as for `bstack.load`; None for everything in the file.
+    wait : bool
+        Return after loading, or when another call has ended it.
+
+    Returns
+    -------
+    Resident
+        The part of the model that is in memory on return.
+
+    Raises
+    ------
+    bstk.UsageError
+        The budget is no positive number or more than was fetched, or the model has dense weights.
+    bstk.BudgetError
+        The base model is larger than `mb`. Nothing has changed.
+    bstk.DamagedError, OSError, MemoryError
+        A block could not be read. The model keeps the blocks it has and runs on.
+    bstk.ResourceError
+        No thread can be started to load blocks. The model keeps the blocks it has.
+    """
+    store = store_of(model)
+    store.resize(None if mb is None else bstk.budget_bytes(mb), wait=wait)
+    return store.state
+
+
+def resident(model: Any) -> Resident:
+    """Return the part of a model that is in memory; bstk.UsageError for one with dense weights."""
+    return store_of(model).state

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 
@@ -62,6 +63,37 @@ def test_it_is_the_text_of_the_model(bstack, model):
     text = loaded.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
     done = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", mb(model, 0.5), "--json", "-q")
     assert json.loads(done.stdout)["text"] == tokenizer.decode(text, skip_special_tokens=True)
+
+
+def test_each_engine_can_be_asked_for(bstack, model):
+    """And both write the same text."""
+    run = ("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", 100)
+    native, transformers = (bstack(*run, "--engine", name) for name in ("native", "transformers"))
+    assert native.returncode == transformers.returncode == 0
+    assert native.stdout == transformers.stdout and "native" in native.stderr and "native" not in transformers.stderr
+    assert json.loads(bstack(*run, "--json").stdout)["engine"] == "native"
+
+
+def test_a_model_that_the_native_engine_does_not_know(bstack, tmp_path):
+    source = tiny_models.add_tokenizer(tiny_models.save("gpt2", tmp_path / "model"))
+    library.compress(source, tmp_path / "model.bstk", settings=SETTINGS)
+    run = ("run", tmp_path / "model.bstk", "-p", "the river", "--max-new-tokens", 3)
+    done = bstack(*run)
+    assert done.returncode == 0 and "The transformers engine runs it: its architecture is 'gpt2'." in done.stderr
+    done = bstack(*run, "--engine", "native")
+    assert done.returncode == 1 and "architecture is 'gpt2'" in done.stderr and "--engine transformers" in done.stderr
+
+
+def test_the_native_engine_loads_neither_torch_nor_transformers(model):
+    """Nor does importing the package and its functions for size."""
+    code = (
+        "import sys; import bstack; from bstack.engine.native.load import load; from bstack.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers'}))"
+    )
+    run = [sys.executable, "-c", code, "run", model, "-p", "x", "--max-new-tokens", "2", "--mb", "auto"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_json(bstack, model):

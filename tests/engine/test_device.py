@@ -9,7 +9,7 @@ import bstk
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.packed.backends import CudaBackend, device_of
-from bstack.packed.matrix import PriorityLock
+from bstack.packed.lock import PriorityLock
 from bstack.packed.weight import PackedWeight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,8 @@ from bstack.codecs.sign import SignCodec
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
 from bstack.kernels.matrix import Matrix
-from bstack.packed.matrix import FEW, Blocks, PriorityLock, Table
+from bstack.packed.lock import PriorityLock
+from bstack.packed.matrix import FEW, Blocks, Table
 from bstack.packed.weight import PackedWeight
 
 CODECS = {

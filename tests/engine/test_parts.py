@@ -11,8 +11,8 @@ import torch
 import bstack
 import bstack.codecs
 import bstk
-from bstack.engine import packed_model as stacked
-from bstack.engine.container import dense_weights, parts_of
+from bstack.engine.container import dense_weights
+from bstack.engine.parts import check_depth, parts_of
 from bstack.errors import UnsupportedModelError
 
 SETTINGS = bstack.Settings(codec="sign", planes=1, rank=1, samples=2, sequence_length=16)
@@ -128,7 +128,7 @@ def test_what_the_kernels_do_not_take_is_refused(blocks, words):
         for level, (kind, rank) in enumerate(blocks)
     ]
     if words is None:
-        stacked._check_depth([(None, stack)], "file")
+        check_depth([(None, stack)], "file")
         return
     with pytest.raises(UnsupportedModelError, match=words):
-        stacked._check_depth([(None, stack)], "file")
+        check_depth([(None, stack)], "file")

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12}),
     "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12}),
     "phi3": ("Phi3Config", _LLAMA),
+    "smollm3": ("SmolLM3Config", {**_LLAMA, "num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "gpt2": ("GPT2Config", {**_COMMON, "n_embd": 44, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 90}),
     "opt": (
         "OPTConfig",

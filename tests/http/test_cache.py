@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 from served_files import cut_sizes
@@ -23,6 +24,13 @@ def load(url, mb=None, strict=False):
 def local(data, mb=None):
     with bstk.open(data) as file:
         return [file.read(chunk) for chunk in file.chunks[: file.fit(mb).chunks]]
+
+
+def packed_or_native(name):
+    """A function that loads a model with packed weights, with one of the engines."""
+    if name == "native":
+        return pytest.importorskip("bstack.engine.native.load").load
+    return partial(pytest.importorskip("bstack").load, mode=name)
 
 
 def until(condition):
@@ -163,7 +171,7 @@ def test_a_damaged_end_of_a_stopped_transfer_is_fetched_anew(long_head, serve, k
     assert load(server.url) == local(long_head) and kept.read_bytes() == long_head
 
 
-@pytest.mark.parametrize("mode", ["dense", "packed"])
+@pytest.mark.parametrize("mode", ["dense", "packed", "native"])
 def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_path, mode):
     bstack = pytest.importorskip("bstack")
     settings = bstack.Settings(codec="sign", planes=2, rank=1, samples=2, sequence_length=16)
@@ -176,14 +184,15 @@ def test_a_model_is_loaded_though_its_copy_is_damaged(tiny_llama, serve, tmp_pat
     damaged = bytearray(data)
     damaged[chunk.offset + 9] ^= 1
     kept.write_bytes(damaged)
-    bstack.load(server.url, mode=mode)
+    load_model = packed_or_native(mode)
+    load_model(server.url)
     assert kept.read_bytes() == data
     # What the server itself sends wrongly is an error, and not asked for again and again.
     server.data, server.etag = bytes(damaged), '"two"'
     kept.unlink()
     server.asked.clear()
     with pytest.raises(bstk.DamagedError, match="SHA-256 does not match"):
-        bstack.load(server.url, mode=mode)
+        load_model(server.url)
     assert len(server.asked) <= 3
 
 
@@ -269,7 +278,8 @@ def test_loading_a_url_is_loading_the_file(tiny_llama, serve, tmp_path):
             assert torch.equal(tensor, there.state_dict()[name]), name
 
 
-def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, tmp_path):
+@pytest.mark.parametrize("engine", ["packed", "native"])
+def test_a_model_from_a_url_has_the_sizes_that_were_fetched(engine, tiny_llama, serve, tmp_path):
     """A larger one is refused, whoever asks. The budget of the load is not, nor one that is too small for the next block."""
     import bstack
 
@@ -279,7 +289,8 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
         smallest, next_end = file.base.budget, file.chunks[file.base_count].end
         mb, little_more, full = smallest / bstk.MB, (next_end - 1) / bstk.MB, file.complete.budget / bstk.MB
     server = serve(path.read_bytes())
-    model, _ = bstack.load(server.url, mb=mb, mode="packed")
+    load_model = packed_or_native(engine)
+    model, _ = load_model(server.url, mb=mb)
     before = bstack.resident(model)
     assert before == bstack.resize(model, mb) == bstack.resize(model, little_more) == bstack.resize(model)
     with pytest.raises(bstk.UsageError, match="more than was fetched"):
@@ -289,5 +300,5 @@ def test_a_model_from_a_url_has_the_sizes_that_were_fetched(tiny_llama, serve, t
         until(lambda: warnings)
     assert "more than was fetched" in warnings[0]
     assert bstack.resident(model) == before
-    model, _ = bstack.load(server.url, mode="packed")
+    model, _ = load_model(server.url)
     assert bstack.resize(model, 1000).blocks == bstack.resident(model).all_blocks

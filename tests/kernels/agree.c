@@ -1,6 +1,7 @@
 /* Compares what every instruction set of this CPU computes with what the portable kernels do, bit for bit, on matrices of odd
  * shapes in memory of exactly their size; the argument names an instruction set that must be there. test_builds.py builds and
  * runs it with other compilers, C libraries and sanitizers. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -171,37 +172,91 @@ static const struct bstack_matrix *trellis_matrix(int m, int n) {
     return matrix;
 }
 
-/* A decoder of one layer, whose steps must fill the cache and give the same logits with every instruction set. */
+/* A decoder of two layers, the second with all that is optional, in half precision: each instruction set, and two texts at once,
+ * must give the same logits. Pages hold two tokens. */
 static void compare_decoders(const char *const *names, int count) {
-    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, CAPACITY = 3 };
+    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, TOKENS = 3, PAGES = 2, TEXTS = 2 };
     const int queries = HEADS * HEAD_WIDTH, keys = KEY_HEADS * HEAD_WIDTH;
-    struct bstack_layer layer = {
-        .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
-        .out = trellis_matrix(WIDTH, queries), .gate = trellis_matrix(INNER, WIDTH), .up = trellis_matrix(INNER, WIDTH),
-        .down = trellis_matrix(WIDTH, INNER), .input_norm = random_floats(WIDTH, 1.0f), .post_norm = random_floats(WIDTH, 1.0f),
-        .query_norm = random_floats(HEAD_WIDTH, 1.0f), .key_norm = random_floats(HEAD_WIDTH, 1.0f),
-        .query_bias = random_floats((size_t)queries, 1.0f), .down_bias = random_floats(WIDTH, 1.0f),
-        .keys = malloc(sizeof(float) * (size_t)(keys * CAPACITY)), .values = malloc(sizeof(float) * (size_t)(keys * CAPACITY)),
+    struct bstack_layer layers[] = {
+        {
+            .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
+            .out = trellis_matrix(WIDTH, queries), .gate = trellis_matrix(INNER, WIDTH), .up = trellis_matrix(INNER, WIDTH),
+            .down = trellis_matrix(WIDTH, INNER), .input_norm = random_floats(WIDTH, 1.0f), .post_norm = random_floats(WIDTH, 1.0f),
+            .query_norm = random_floats(HEAD_WIDTH, 1.0f), .key_norm = random_floats(HEAD_WIDTH, 1.0f),
+            .query_bias = random_floats((size_t)queries, 1.0f), .down_bias = random_floats(WIDTH, 1.0f), .rope = 1,
+        },
+        {
+            .query = trellis_matrix(queries + 2 * keys, WIDTH), .out = trellis_matrix(WIDTH, queries),
+            .gate = trellis_matrix(2 * INNER, WIDTH), .down = trellis_matrix(WIDTH, INNER),
+            .attention_norm = random_floats(WIDTH, 1.0f), .feed_norm = random_floats(WIDTH, 1.0f), .window = 2, .rope = -1,
+        },
     };
     const struct bstack_matrix *head[] = {trellis_matrix(WORDS - 8, WIDTH), trellis_matrix(8, WIDTH)};
     struct bstack_decoder decoder = {
-        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = 1,
-        .head_parts = 2, .epsilon = 1e-5f, .scale = 0.4f, .layer = &layer, .final_norm = random_floats(WIDTH, 1.0f), .head = head,
+        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = 2,
+        .head_parts = 2, .rotary = 4, .activation = BSTACK_GELU, .half = 1, .page = 2, .epsilon = 1e-5f, .scale = 0.4f, .cap = 5.0f,
+        .layer = layers, .final_norm = random_floats(WIDTH, 1.0f), .head = head,
     };
-    decoder.scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, CAPACITY));
-    float *embedding = random_floats(WIDTH, 1.0f), *cosine = random_floats(HEAD_WIDTH, 1.0f), *sine = random_floats(HEAD_WIDTH, 1.0f);
-    float *x = malloc(sizeof *x * WIDTH), *logits[2] = {malloc(sizeof(float) * WORDS), malloc(sizeof(float) * WORDS)};
+    decoder.scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, TEXTS, TOKENS));
+    float *embedding = random_floats(TEXTS * WIDTH, 1.0f), *cosine = random_floats(2 * 4, 1.0f), *sine = random_floats(2 * 4, 1.0f);
+    float x[TEXTS * WIDTH], logits[TEXTS * WORDS], expected[TEXTS * WORDS];
     for (int k = 0; k < count; k++) {
+        void *place[TEXTS][4 * PAGES];
+        struct bstack_text texts[TEXTS];
+        for (int i = 0; i < TEXTS; i++) {
+            for (int p = 0; p < 4 * PAGES; p++) place[i][p] = calloc((size_t)(keys * decoder.page), 2);
+            texts[i] = (struct bstack_text){.pages = PAGES, .cosine = cosine, .sine = sine, .keys = place[i], .values = place[i] + 2 * PAGES};
+        }
         bstack_use(names[k]);
-        for (int position = 0; position < CAPACITY; position++) {
-            memcpy(x, embedding, sizeof *x * WIDTH);
-            if (bstack_decoder_step(&decoder, x, cosine, sine, position, CAPACITY, logits[k > 0])) exit(3);
+        for (int t = 0; t < TOKENS; t++) {
+            for (int i = 0; i < TEXTS; i++) texts[i].position = t;
+            memcpy(x, embedding, sizeof x);
+            if (!k) /* one after the other; the parts of the head are apart where there are two */
+                for (int i = 0; i < TEXTS; i++) {
+                    float own[WORDS];
+                    if (bstack_decoder_step(&decoder, texts + i, 1, x + i * WIDTH, own)) exit(3);
+                    memcpy(expected + i * (WORDS - 8), own, sizeof *own * (WORDS - 8));
+                    memcpy(expected + TEXTS * (WORDS - 8) + i * 8, own + WORDS - 8, sizeof *own * 8);
+                }
+            memcpy(x, embedding, sizeof x);
+            if (bstack_decoder_step(&decoder, texts, TEXTS, x, logits)) exit(3);
         }
-        if (k && memcmp(logits[0], logits[1], sizeof(float) * WORDS)) {
-            fprintf(stderr, "%s: the decoder's logits differ\n", names[k]);
-            exit(1);
-        }
+        for (int i = 0; i < TEXTS * WORDS; i++)
+            if (!isfinite(expected[i]) || logits[i] != expected[i]) {
+                fprintf(stderr, "%s: the decoder's logits differ\n", names[k]);
+                exit(1);
+            }
+        for (int i = 0; i < TEXTS * 4 * PAGES; i++) free(place[i / (4 * PAGES)][i % (4 * PAGES)]);
     }
+}
+
+/* Products for many tokens, on arrays of exactly their size: with every instruction set near those for few. */
+static void compare_many_tokens(const char *const *names, int count) {
+    static const int shapes[][3] = {{1, 5, 1}, {37, 70, 13}, {70, 129, 6}}; /* rows, columns, tokens */
+    for (int k = 0; k < count; k++)
+        for (int i = 0; i < 3; i++) {
+            const int m = shapes[i][0], n = shapes[i][1], t = shapes[i][2];
+            bstack_use(names[k]);
+            struct bstack_matrix *matrix = trellis_matrix(m, n);
+            float *x = random_floats((size_t)(t * n), 1.0f), *w = malloc(sizeof *w * (size_t)(m * n));
+            float *expected = malloc(sizeof(float) * (size_t)(t * m)), *y[2];
+            for (int e = 0; e < 2; e++) y[e] = malloc(sizeof(float) * (size_t)(t * m));
+            const struct bstack_matrix *one = matrix;
+            bstack_decode_rows(matrix, 1u << BSTACK_TRELLIS, 0, m, w);
+            if (bstack_multiply(&one, 1, x, t, &expected)) exit(3);
+            bstack_rotate(x, t, n);
+            memset(y[1], 0, sizeof(float) * (size_t)(t * m));
+            if (bstack_multiply_dense(w, (size_t)n, m, n, x, (size_t)n, t, y[0], (size_t)m)) exit(3);
+            if (bstack_multiply_decoded(matrix, 1u << BSTACK_TRELLIS, x, t, y[1], (size_t)m, 1)) exit(3);
+            float largest = 0.0f;
+            for (int j = 0; j < t * m; j++) largest = fmaxf(largest, fabsf(expected[j]));
+            for (int j = 0; j < 2 * t * m; j++)
+                if (!(fabsf(y[j % 2][j / 2] - expected[j / 2]) <= 1e-3f * largest)) {
+                    fprintf(stderr, "%s: a product for many tokens differs\n", names[k]);
+                    exit(1);
+                }
+            free(x), free(w), free(expected), free(y[0]), free(y[1]);
+        }
 }
 
 int main(int argc, char **argv) {
@@ -215,6 +270,7 @@ int main(int argc, char **argv) {
     compare_matrices(names, count);
     compare_encoders(names, count);
     compare_decoders(names, count);
+    compare_many_tokens(names, count);
     bstack_set_threads(1);
     bstack_rotate(NULL, 0, 1); /* ends the threads */
     puts("400 matrices agree");

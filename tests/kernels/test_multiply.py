@@ -20,7 +20,15 @@ import bstk
 from bstack.codecs import SignCodec, TrellisCodec
 from bstack.kernels import reference
 from bstack.kernels.matrix import BLOCKS, RANK, ROTATED, SIGN, TRELLIS, TRELLIS5, Matrix, block_bytes, pointer
-from bstack.kernels.multiply import decode_rows, lookup, multiply, multiply_many, rotate
+from bstack.kernels.multiply import (
+    decode_rows,
+    lookup,
+    multiply,
+    multiply_decoded,
+    multiply_dense,
+    multiply_many,
+    rotate,
+)
 from bstack.kernels.native import CHOICES, library
 from bstack.kernels.reference import TABLE, TABLE5
 from bstack.kernels.selftest import random_payload
@@ -399,3 +407,47 @@ def test_calls_from_many_threads_at_once(threads):
     threads(3)
     with ThreadPoolExecutor(4) as pool:
         assert all(same(y, expected) for y in pool.map(lambda _: multiply(matrix, x), range(400)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 200),
+    tokens=st.integers(1, 20),
+    kinds=st.lists(st.sampled_from([0, 2]), max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_products_for_many_tokens_are_those_of_real_numbers(rows, columns, tokens, kinds, seed):
+    """To single precision, with every instruction set; and a token does not see the others."""
+    rng = np.random.default_rng(seed)
+    matrix, x = stack(rng, rows, columns, kinds), inputs(rng, tokens, columns)
+    w = lookup(matrix, np.arange(rows))
+    wide = np.full((tokens, rows + 3), np.nan, np.float32)
+    before = library() and library().bstack_instructions()
+    for name in INSTRUCTIONS or [None]:
+        if name:
+            library().bstack_use(name.encode())
+        multiply_decoded(matrix, x, rotate(x), wide[:, 1 : rows + 1])
+        dense = multiply_dense(w, x)
+        alone = multiply_dense(w, x[-1:])
+        limit = 1e-5 * (np.abs(x).max(1, keepdims=True) * columns * np.abs(w).max() + 1e-30)
+        for found in (wide[:, 1 : rows + 1], dense):
+            assert (np.abs(found - x.astype(np.float64) @ w.T.astype(np.float64)) <= limit).all()
+        assert np.isnan(wide[:, [0, -1, -2]]).all()
+        assert library() is None or same(alone, dense[-1:])
+    if before:
+        library().bstack_use(before)
+
+
+def test_bad_calls_of_products_for_many_tokens_are_refused():
+    rng = np.random.default_rng(0)
+    matrix, x = stack(rng, 5, 7, [0]), inputs(rng, 3, 7)
+    for wrong in (np.empty((3, 4), np.float32), np.empty((3, 5)), np.empty((5, 3), np.float32).T):
+        with pytest.raises(ValueError, match="out is"):
+            multiply_decoded(matrix, x, x, wrong)
+    with pytest.raises(ValueError, match="needed is float32"):
+        multiply_decoded(matrix, x, x[:, :6], np.empty((3, 5), np.float32))
+    with pytest.raises(ValueError, match="needed is float32"):
+        multiply_dense(np.ones((4, 6), np.float32), x)
+    with pytest.raises(ValueError, match="contiguous"):
+        multiply_dense(np.ones((7, 4), np.float32).T, x)

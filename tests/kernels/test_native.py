@@ -113,6 +113,8 @@ BROKEN = {
     "bstack_multiply": "a product with a trellis block",
     "bstack_decode_rows": "a decoded trellis block",
     "bstack_lookup": "a row looked up in a trellis block",
+    "bstack_multiply_decoded": "a product for many tokens",
+    "bstack_multiply_dense": "a product for many tokens",
     "bstack_trellis_encode": "an encoded trellis5 block",
     "bstack_decoder_step": "a step of the decoder",
 }

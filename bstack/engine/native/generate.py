@@ -1,0 +1,191 @@
+"""Write text from a prompt with the native engine, and pass it on piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import bstk
+from bstack.engine.native.architecture import NotNativeError, read_json
+from bstack.engine.native.model import NativeModel
+from bstack.engine.native.sampling import Sampler
+from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
+from bstack.errors import UnsupportedModelError, one_line
+from bstack.models.tokenizer import check_ids, tokenizer_files
+from bstk.errors import UsageError
+
+__all__ = ["TextTokenizer", "encode_prompt", "write_text"]
+
+
+class TextTokenizer:
+    """A model's tokenizer.json, its special tokens and its chat template (None: it has none)."""
+
+    def __init__(self, raw: bytes, config: Mapping[str, Any], template: str | None):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_buffer(raw)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.chat_template = template
+        self.special_tokens: dict[str, str] = {}
+        for name in _SPECIAL:
+            token = config.get(name)
+            if token is not None:
+                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+
+    @classmethod
+    def read(cls, file: bstk.Reader) -> TextTokenizer | None:
+        """Read the tokenizer of a file; None if it has none, NotNativeError for one of another kind."""
+        config = read_json(file, "tokenizer_config.json")
+        if not tokenizer_files(file.files):
+            return None
+        if "tokenizer.json" not in file.files:
+            raise NotNativeError("its tokenizer is not a tokenizer.json")
+        # Of files that transformers 5 did not save it may change what tokenizer.json says.
+        if "auto_map" in config or config.get("backend") != "tokenizers":
+            raise NotNativeError("its tokenizer is code, or not as transformers 5 saves it")
+        added = config.get("added_tokens_decoder", {})
+        if not isinstance(config.get("tokenizer_class", ""), str) or not all(
+            isinstance(value, dict) for value in (added, *getattr(added, "values", list)())
+        ):
+            raise NotNativeError("its tokenizer_config.json is unusual")
+        templates = config.get("chat_template")
+        if isinstance(templates, list):
+            templates = {entry["name"]: entry["template"] for entry in templates}
+        if isinstance(templates, dict):
+            templates = templates.get("default")
+        if "chat_template.jinja" in file.files:
+            templates = file.file("chat_template.jinja").decode(errors="replace")
+        with understood(file.source.name, "its tokenizer.json cannot be read"):
+            return cls(file.file("tokenizer.json"), config, templates)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of a text, with `special` those that the tokenizer puts around it."""
+        with understood("the model", "its tokenizer cannot read the prompt"):
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of tokens, with `special` that of special ones."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        """Return a token by its id, as the method of transformers' tokenizers."""
+        return self._tokenizer.id_to_token(token)
+
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def encode_prompt(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int]:
+    """Return the tokens of a prompt; with `chat`, as a user's message in the chat template."""
+    check_prompt(prompt)
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError(NO_TEMPLATE)
+        from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
+
+        messages = [{"role": "user", "content": prompt}]
+        prompt = render_messages(tokenizer.chat_template, messages, tokenizer.special_tokens)
+    ids = tokenizer.encode(prompt, special=not chat)
+    if not ids:
+        raise UsageError(EMPTY_PROMPT)
+    return ids
+
+
+class _Pieces:
+    """The text of tokens as they come, in pieces that no later token changes."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start, self._done = 0, 0  # tokens that are decoded for their effect on the next, and those passed on
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        return self._next(last=False)
+
+    def rest(self) -> str:
+        """Return what was held back, such as the beginning of a letter of several tokens."""
+        return self._next(last=True)
+
+    def _next(self, last: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._done])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if not last and text.endswith("\ufffd"):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return text[len(before) :]
+
+
+def write_text(
+    model: NativeModel,
+    tokenizer: TextTokenizer,
+    ids: Sequence[int],
+    write: Callable[[str], None],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Written:
+    """Write text after a prompt, and pass on each piece as soon as it is certain.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From `bstack.engine.native.load.load`.
+    ids : sequence of int
+        The prompt, from `encode_prompt`.
+    write : callable
+        Receives each piece of new text. Ctrl-C ends the text, not the program.
+    max_new_tokens, seed : int
+    stop : sequence of str
+        Strings that end the text, which then ends with one of them, beside those of the model.
+    options
+        Fields of `bstack.engine.native.sampling.Sampling` that differ from the model's own.
+
+    Raises
+    ------
+    bstk.UsageError
+        The prompt is longer than the model reads.
+    bstack.errors.UnsupportedModelError
+        The tokenizer has tokens that the model has not.
+    """
+    limit = min(max_new_tokens, check_room(len(ids), model.architecture.context))
+    check_ids(np.array(ids), model.architecture.vocabulary, tokenizer, "the prompt")
+    sampler = Sampler(replace(model.generation.sampling, **options), model.architecture.vocabulary, ids, seed)
+    stops = (*model.generation.stop, *stop)
+    tail = max((len(text.encode()) for text in stops), default=0) + 8  # tokens that may hold one
+    pieces, text = _Pieces(tokenizer), model.sequence()
+    new: list[int] = []
+    times = [time.monotonic()]
+    parts: list[str] = []
+
+    def emit(piece: str) -> None:
+        if piece:
+            parts.append(piece)
+            write(piece)
+
+    interrupted = False
+    try:
+        logits = model.read(text, ids)
+        while True:
+            new.append(sampler.choose(logits))
+            times.append(time.monotonic())
+            emit(pieces.add(new[-1]))
+            if new[-1] in model.generation.ends or len(new) == limit:
+                break
+            if stops and any(stop in tokenizer.decode(new[-tail:], special=True) for stop in stops):
+                break
+            logits = model.step([text], new[-1:])[0]
+    except KeyboardInterrupt:
+        interrupted = True
+    except ValueError as error:
+        raise UnsupportedModelError(f"the model cannot be run as its files say: {one_line(error)}") from error
+    emit(pieces.rest())
+    first = times[min(1, len(new))]
+    return Written("".join(parts), len(ids), len(new), first - times[0], times[-1] - first, interrupted)

@@ -1,0 +1,74 @@
+"""Open a .bstk file for the native engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from decimal import Decimal
+
+import bstk
+from bstack.engine.native.architecture import NotNativeError, describe, read_json
+from bstack.engine.native.generate import TextTokenizer
+from bstack.engine.native.model import NativeModel
+from bstack.engine.native.sampling import Generation
+from bstack.engine.native.weights import read_weights
+from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.packed.arena import Arena
+from bstack.packed.store import BlockStore
+from bstack.progress import ByteProgress, no_progress
+from bstk.budget import budget_of
+
+__all__ = ["load"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mb: int | float | str | Decimal | None = None,
+    strict: bool = False,
+    warn: bool = True,
+    notify: Callable[[str], None] | None = None,
+    progress: ByteProgress = no_progress,
+    budget: int | None = None,
+) -> tuple[NativeModel, TextTokenizer | None]:
+    """Load a .bstk file without torch and transformers; its weights stay packed.
+
+    Parameters are those of `bstack.load`; `bstack.resize` and `bstack.following` take the model. Returns it with its tokenizer,
+    None if the file has none.
+
+    Raises
+    ------
+    NotNativeError
+        The engine does not compute what this model's files ask for; its `reason` says what.
+    bstk.BudgetError, bstk.RemoteError, bstk.BstkError
+        As `bstack.load`.
+    """
+    if mb is not None or budget is not None:
+        budget = budget_of(mb, budget)
+
+    def load_once() -> tuple[NativeModel, TextTokenizer | None]:
+        with ExitStack() as stack:
+            fetched = None
+            if isinstance(path, str) and bstk.is_url(path):
+                fetched = budget
+                file, _ = stack.enter_context(cached(path, budget, strict, warn, notify, progress))
+            else:
+                file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
+                file.fit(budget=budget)
+            architecture = describe(read_json(file, "config.json"))
+            if architecture.layers > len(file.chunks):
+                raise NotNativeError("config.json asks for more layers than the file has chunks")
+            generation, tokenizer = Generation.read(file), TextTokenizer.read(file)
+            weights, matrices, lock = read_weights(file, architecture.shapes())
+            opened = ExitStack()
+            store = BlockStore(file, matrices, lock, Arena(), close=opened.close, fetched=fetched)
+            store.resize(budget)
+            model = NativeModel(architecture, weights, lock, store, generation)
+            opened.push(stack.pop_all())  # the file stays open, to grow from
+            return model, tokenizer
+
+    try:
+        return load_once()
+    except KeptCopyError:  # dropped from the cache, so it is fetched again
+        return load_once()

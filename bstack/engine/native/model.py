@@ -1,0 +1,361 @@
+"""A decoder in numpy and C: prompts in pieces, one token of each text in one call of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+
+from bstack.engine.native.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
+from bstack.engine.native.sampling import Generation
+from bstack.engine.native.weights import Packed, Weight, products
+from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes, Text
+from bstack.kernels.multiply import multiply_dense
+from bstack.kernels.native import library
+from bstack.packed.lock import PriorityLock
+from bstack.packed.store import BlockStore
+
+__all__ = ["NativeModel", "Sequence"]
+
+# Tokens of a page of the caches.
+PAGE = 64
+# Tokens of a prompt that are read at a time, and the values that they may have between the layers.
+PIECE, VALUES = 512, 2**22
+# Tokens of a piece whose attention is computed together, over the keys up to the last of them, and scores that are held.
+TOGETHER, SCORES = 64, 2**22
+# Type of cached keys and values, and its largest number.
+CACHED, LARGEST = np.float16, 65504.0
+
+
+class Sequence:
+    """A text that a model reads and writes: the keys and values of its tokens, in pages of half precision.
+
+    Attributes
+    ----------
+    length : int
+        Tokens read so far.
+    """
+
+    def __init__(self, architecture: Architecture):
+        self.length = 0
+        self._of = architecture
+        self._pages: list[np.ndarray] = []
+        # Addresses of the pages as the kernels take them: keys and values, layers, pages.
+        self._table = np.zeros((2, architecture.layers, 0), np.uint64)
+        self._rows: tuple[np.ndarray, ...] = ()
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens; ValueError beyond the model's context."""
+        needed = self.length + tokens
+        if needed > self._of.context:
+            raise ValueError(f"a text of {needed} tokens; the model reads at most {self._of.context}.")
+        while len(self._pages) * PAGE < needed:
+            shape = (2, self._of.layers, self._of.key_heads, PAGE, self._of.head_width)
+            page = np.empty(shape, CACHED)
+            at, width = len(self._pages), self._table.shape[2]
+            if at == width:
+                self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
+            offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
+            self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
+            self._pages.append(page)
+
+    def put(self, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write keys and values of the next tokens, (tokens, heads, width); `length` stays as it is."""
+        for kind, given in enumerate((keys, values)):
+            stored = given.clip(-LARGEST, LARGEST).astype(CACHED).swapaxes(0, 1)
+            done = 0
+            while done < len(given):
+                at = self.length + done
+                start, count = at % PAGE, min(PAGE - at % PAGE, len(given) - done)
+                self._pages[at // PAGE][kind, layer, :, start : start + count] = stored[:, done : done + count]
+                done += count
+
+    def get(self, layer: int, first: int, stop: int) -> np.ndarray:
+        """Return keys and values of some tokens, float32, (2, heads, tokens, width)."""
+        found = np.empty((2, self._of.key_heads, stop - first, self._of.head_width), np.float32)
+        for number in range(first // PAGE, -(-stop // PAGE)):
+            low, high = max(first, number * PAGE), min(stop, (number + 1) * PAGE)
+            page = self._pages[number][:, layer, :, low - number * PAGE : high - number * PAGE]
+            found[:, :, low - first : high - first] = page
+        return found
+
+    def text(self, rows: tuple[np.ndarray, ...]) -> Text:
+        """Return the text as the kernels take it, with cosine and sine of its next position; valid until it grows."""
+        self._rows = rows  # kept alive
+        keys, values = (self._table[kind].ctypes.data for kind in (0, 1))
+        return Text(self.length, self._table.shape[2], *(row.ctypes.data for row in rows), keys, values)
+
+
+class NativeModel:
+    """A decoder with packed weights.
+
+    A sequence's results are the same bits whatever other sequences the model runs: a piece of a prompt is computed alone,
+    and a step treats each text by itself. One thread at a time may call `read` and `step`; `bstack.resize` and
+    `bstack.following` work meanwhile.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    weights : mapping
+        Every parameter by its name.
+    lock : PriorityLock
+        Held while blocks are read.
+    store : BlockStore
+        The blocks in memory.
+    generation : Generation
+        The model's own settings for writing text.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: dict[str, Any],
+        lock: PriorityLock,
+        store: BlockStore,
+        generation: Generation,
+    ):
+        self.architecture, self.generation = architecture, generation
+        self.bstack_store = store
+        self._lock = lock
+        self._embedding: Weight = weights[EMBEDDING]
+        self._head: Weight = weights[EMBEDDING if architecture.tied else HEAD]
+        self._final_norm = self._norm_weight(weights[FINAL_NORM])
+        self._layers = [self._layer(weights, number) for number in range(architecture.layers)]
+        self._decoder = self._make_decoder()
+        #: Tokens of a prompt that are read at a time.
+        self.piece = max(PAGE, min(PIECE, VALUES // max(architecture.inner, architecture.width)))
+
+    def sequence(self) -> Sequence:
+        """Begin a text."""
+        return Sequence(self.architecture)
+
+    def read(self, sequence: Sequence, ids: Many[int], *, every: bool = False) -> np.ndarray:
+        """Read the next tokens of a text.
+
+        Parameters
+        ----------
+        sequence : Sequence
+        ids : sequence of int
+            At least one; a long prompt is read in pieces of `piece` tokens.
+        every : bool
+            Return the logits of every token.
+
+        Returns
+        -------
+        np.ndarray
+            The last token's logits, float32, shape (vocabulary,); with `every`, (tokens, vocabulary).
+
+        Raises
+        ------
+        ValueError
+            There is no token, one that the model does not have, or more than its context.
+        """
+        tokens = self._tokens(ids)
+        sequence.reserve(len(tokens))
+        found = []
+        for start in range(0, len(tokens), self.piece):
+            hidden = self._run_piece(sequence, tokens[start : start + self.piece])
+            found.append(hidden if every else hidden[-1:])
+        logits = self._logits(np.concatenate(found) if every else found[-1])
+        return logits if every else logits[0]
+
+    def step(self, sequences: Many[Sequence], ids: Many[int]) -> np.ndarray:
+        """Read one token of each of some texts, each once.
+
+        Returns
+        -------
+        np.ndarray
+            Their logits, float32, shape (texts, vocabulary).
+
+        Raises
+        ------
+        ValueError
+            As `read`, or a text is there twice.
+        """
+        tokens = self._tokens(ids)
+        if len(tokens) != len(sequences) or len(set(map(id, sequences))) != len(sequences):
+            raise ValueError(f"{len(tokens)} tokens for {len(sequences)} different texts.")
+        for sequence in sequences:
+            sequence.reserve(1)
+        if self._decoder is None:
+            return np.stack(
+                [self._logits(self._run_piece(*pair))[0] for pair in zip(sequences, tokens[:, None], strict=True)]
+            )
+        x = self._embed(tokens)
+        positions = np.array([sequence.length for sequence in sequences])
+        rows = [
+            np.stack(pair, 1) for pair in zip(*(rope.rows(positions) for rope in self.architecture.rotary), strict=True)
+        ]
+        texts = (Text * len(sequences))(
+            *(sequence.text((rows[0][k], rows[1][k])) for k, sequence in enumerate(sequences))
+        )
+        with self._lock.acquire():
+            out = self._decoder.run(x, texts)
+        for sequence in sequences:
+            sequence.length += 1
+        return self._cap_logits(out) if self._decoder.has_head else self._logits(out)
+
+    def _tokens(self, ids: Many[int]) -> np.ndarray:
+        tokens = np.asarray(ids, np.int64)
+        if tokens.ndim != 1 or not len(tokens) or tokens.min() < 0 or tokens.max() >= self._embedding.rows:
+            raise ValueError(f"tokens are from 0 to {self._embedding.rows - 1}, at least one.")
+        return tokens
+
+    def _embed(self, tokens: np.ndarray) -> np.ndarray:
+        return self._embedding.lookup(tokens) * np.float32(self.architecture.embedding_scale)
+
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        return self._cap_logits(self._head.multiply(hidden))
+
+    def _cap_logits(self, logits: np.ndarray) -> np.ndarray:
+        cap = np.float32(self.architecture.final_cap)
+        return cap * np.tanh(logits / cap) if cap else logits
+
+    def _norm_weight(self, stored: np.ndarray) -> np.ndarray:
+        return stored + np.float32(self.architecture.norm_offset)
+
+    def _layer(self, weights: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return a layer's parameters by the names of `bstack.kernels.decoder.Layer`."""
+        of = self.architecture
+        layer = {name: weights[of.parameter(number, name)] for name in of.names}
+        layer |= {f"{name}_bias": weights[of.parameter(number, name, "bias")] for name in of.biases}
+        return {name: self._norm_weight(value) if name.endswith("_norm") else value for name, value in layer.items()}
+
+    def _make_decoder(self) -> Decoder | None:
+        """Describe the model to the kernels; None where they are missing or a matrix is not packed."""
+        kernels, of = library(), self.architecture
+        matrices = [value for layer in self._layers for value in layer.values() if not isinstance(value, np.ndarray)]
+        if kernels is None or not all(isinstance(weight, Packed) and len(weight.parts) == 1 for weight in matrices):
+            return None
+        absent: dict[str, Any] = dict.fromkeys({"key", "value", "up"} - set(of.names))
+        layers = []
+        for number, layer in enumerate(self._layers):
+            given: dict[str, Any] = {
+                name: value.parts[0] if isinstance(value, Packed) else value for name, value in layer.items()
+            }
+            layers.append(Layer(**absent, **given, window=of.windows[number], rope=of.ropes[number]))
+        sizes = Sizes(
+            of.width,
+            of.inner,
+            of.heads,
+            of.key_heads,
+            of.head_width,
+            of.epsilon,
+            of.scale,
+            rotary=2 * len(of.rotary[0].frequencies),
+            activation=of.activation,
+            whole_norms=of.whole_norms,
+            cap=of.cap,
+        )
+        head = self._head.parts if isinstance(self._head, Packed) and len(self._head.parts) <= MAX_PARTS else []
+        return Decoder(kernels, sizes, layers, self._final_norm, head, PAGE)
+
+    # What follows computes what csrc/decoder.c does, for the tokens of one text.
+
+    def _run_piece(self, sequence: Sequence, tokens: np.ndarray) -> np.ndarray:
+        """Read some tokens of a text; return their normalised hidden states."""
+        of = self.architecture
+        sequence.reserve(len(tokens))
+        x = self._embed(tokens)
+        positions = np.arange(sequence.length, sequence.length + len(tokens))
+        rows = [rope.rows(positions) for rope in of.rotary]
+        for number, layer in enumerate(self._layers):
+            normal = self._norm(x, layer.get("input_norm"))
+            query, key, value = self._project(
+                layer, normal, ("query", "key", "value"), (of.heads, of.key_heads, of.key_heads)
+            )
+            query, key = self._norm_heads(query, layer.get("query_norm")), self._norm_heads(key, layer.get("key_norm"))
+            value = value.reshape(key.shape)
+            if of.ropes[number] >= 0:
+                cosine, sine = rows[of.ropes[number]]
+                query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+            sequence.put(number, key, value)
+            added = self._multiply(layer, "out", self._attend(sequence, number, query))
+            x = x + self._norm(added, layer.get("attention_norm"))
+            normal = self._norm(x, layer.get("post_norm"))
+            gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
+            added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
+            x = x + self._norm(added, layer.get("feed_norm"))
+        sequence.length += len(tokens)
+        return self._norm(x, self._final_norm)
+
+    def _project(self, layer: dict[str, Any], x: np.ndarray, names: Many[str], shares: Many[int]) -> list[np.ndarray]:
+        """Return the products of several matrices with x, or the pieces of one that holds them all."""
+        if names[-1] not in layer:
+            whole = self._multiply(layer, names[0], x)
+            ends = np.cumsum(shares) * whole.shape[1] // sum(shares)
+            return np.split(whole, ends[:-1], 1)
+        found = products([layer[name] for name in names], x)
+        return [_biased(y, layer.get(f"{name}_bias")) for name, y in zip(names, found, strict=True)]
+
+    def _multiply(self, layer: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
+        return _biased(layer[name].multiply(x), layer.get(f"{name}_bias"))
+
+    def _norm(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        if weight is None:
+            return x
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self.architecture.epsilon)) * weight
+
+    def _norm_heads(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        """Return queries or keys as (tokens, heads, width), normalised as the model does."""
+        of = self.architecture
+        if of.whole_norms:
+            x = self._norm(x, weight)
+        x = x.reshape(len(x), -1, of.head_width)
+        return x if of.whole_norms else self._norm(x, weight)
+
+    def _attend(self, sequence: Sequence, number: int, query: np.ndarray) -> np.ndarray:
+        """Return what the heads read of the text so far and of the tokens themselves, (tokens, heads x width)."""
+        of = self.architecture
+        tokens, start = len(query), sequence.length
+        window = of.windows[number] or start + tokens
+        first = max(0, start - window + 1)
+        keys, values = sequence.get(number, first, start + tokens)
+        columns = np.ascontiguousarray(values.swapaxes(1, 2))
+        group = of.heads // of.key_heads
+        query = query.reshape(tokens, of.key_heads, group, of.head_width)
+        out = np.empty_like(query)
+        step = min(TOGETHER, max(1, SCORES // (group * keys.shape[1])))
+        for begin in range(0, tokens, step):
+            own = np.arange(start + begin, start + min(begin + step, tokens))[:, None]
+            seen = np.arange(first, own[-1, 0] + 1)
+            hidden = (seen > own) | (seen <= own - window)
+            for head in range(of.key_heads):
+                part = query[begin : begin + step, head]
+                scores = multiply_dense(keys[head, : len(seen)], part.reshape(-1, of.head_width))
+                scores *= np.float32(of.scale)
+                if of.cap:
+                    scores = np.float32(of.cap) * np.tanh(scores / np.float32(of.cap))
+                scores = scores.reshape(len(own), group, -1)
+                np.copyto(scores, -np.inf, where=hidden[:, None])
+                scores -= scores.max(-1, keepdims=True)
+                np.exp(scores, out=scores)
+                scores /= scores.sum(-1, keepdims=True)
+                read = multiply_dense(columns[head, :, : len(seen)], scores.reshape(len(own) * group, -1))
+                out[begin : begin + step, head] = read.reshape(part.shape)
+        return out.reshape(tokens, -1)
+
+
+def _biased(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    return y if bias is None else y + bias
+
+
+def _rotate(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
+    """Rotate the first values of each head by its token's position, halves paired."""
+    rotated, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
+    low, high = np.split(rotated, 2, -1)
+    turned = rotated * cosine[:, None] + np.concatenate([-high, low], -1) * sine[:, None]
+    return np.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)))
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}

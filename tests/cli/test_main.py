@@ -40,7 +40,7 @@ def test_version(bstack):
     done = bstack("--version")
     assert done.returncode == 0
     assert re.match(
-        r"bstack \d+\.\d+\.\d+ \(reads and writes format 1\.1, Python 3[\d.]+\S*, kernels: \w+\)\n", done.stdout
+        r"bstack \d+\.\d+\.\d+ \(reads and writes format 1\.2, Python 3[\d.]+\S*, kernels: \w+\)\n", done.stdout
     )
     assert "torch" in done.stdout
 

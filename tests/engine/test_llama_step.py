@@ -318,7 +318,8 @@ def endless(tmp_path_factory):
 def run_command(path):
     from bstack.cli.run import command
 
-    command.main([str(path), "-p", "the river", "--max-new-tokens", str(NEW), "--json", "-q"], standalone_mode=False)
+    arguments = [str(path), "-p", "the river", "--max-new-tokens", str(NEW), "--engine", "transformers", "--json", "-q"]
+    command.main(arguments, standalone_mode=False)
 
 
 def bench_speed(path):

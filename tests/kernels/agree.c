@@ -242,12 +242,12 @@ static void compare_many_tokens(const char *const *names, int count) {
             float *expected = malloc(sizeof(float) * (size_t)(t * m)), *y[2];
             for (int e = 0; e < 2; e++) y[e] = malloc(sizeof(float) * (size_t)(t * m));
             const struct bstack_matrix *one = matrix;
-            bstack_decode_rows(matrix, 1u << BSTACK_TRELLIS, 0, m, w);
+            bstack_decode_rows(matrix, 1u << BSTACK_TRELLIS5, 0, m, w);
             if (bstack_multiply(&one, 1, x, t, &expected)) exit(3);
             bstack_rotate(x, t, n);
             memset(y[1], 0, sizeof(float) * (size_t)(t * m));
             if (bstack_multiply_dense(w, (size_t)n, m, n, x, (size_t)n, t, y[0], (size_t)m)) exit(3);
-            if (bstack_multiply_decoded(matrix, 1u << BSTACK_TRELLIS, x, t, y[1], (size_t)m, 1)) exit(3);
+            if (bstack_multiply_decoded(matrix, 1u << BSTACK_TRELLIS5, x, t, y[1], (size_t)m, 1)) exit(3);
             float largest = 0.0f;
             for (int j = 0; j < t * m; j++) largest = fmaxf(largest, fabsf(expected[j]));
             for (int j = 0; j < 2 * t * m; j++)

@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from bstack.calibration.head import Head
 from bstack.calibration.statistics import Operand, ProductWatch
 from bstack.calibration.stream import LayerCall, LayerStream
 from bstack.errors import UnsupportedModelError
@@ -167,15 +168,21 @@ def _forward(
         return (leaf, *output[1:]) if isinstance(output, tuple | list) else leaf
 
     def run(ids: torch.Tensor) -> torch.Tensor:
-        logits = skeleton.model(input_ids=ids, use_cache=False).logits
-        log_probabilities = logits.float().log_softmax(-1).reshape(-1, logits.shape[-1])
-        with torch.no_grad():
-            probabilities = log_probabilities.exp()
-            # At the logits the expectation over the draw is known: E[(p - onehot)^2] = p (1 - p).
-            squares.add_sum(skeleton.output_name, (probabilities * (1 - probabilities)).sum(0))
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-        # The sum, not the mean, since each position's token is drawn independently.
-        (-log_probabilities.gather(1, drawn).sum()).backward()
+        head = Head(skeleton.model)
+        hidden = head.hidden(ids)
+        gradient = torch.empty_like(hidden)
+        for part in head.parts(len(hidden)):
+            state = hidden[part].detach().requires_grad_()
+            logits = head.logits(state)
+            with torch.no_grad():
+                probabilities = logits.softmax(-1)
+                # At the logits the expectation over the draw is known: E[(p - onehot)^2] = p (1 - p).
+                squares.add_sum(skeleton.output_name, probabilities.sum(0).sub_(probabilities.square().sum(0)))
+                drawn = torch.multinomial(probabilities, 1, generator=generator)
+                # Each position's token is drawn independently: the gradient of the sum of -log p, not of the mean.
+                slope = probabilities.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=torch.float32))
+            (gradient[part],) = torch.autograd.grad(logits, state, slope)
+        hidden.backward(gradient)
         return cast(torch.Tensor, leaves[-1].grad)
 
     def load(name: str) -> AbstractContextManager[None]:

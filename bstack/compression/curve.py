@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import bstk
+from bstack.calibration.head import Head
 from bstack.compression.assemble import Collected, load_blocks
 from bstack.eval.divergence import divergence
-from bstack.eval.streamed import run_streamed
+from bstack.eval.streamed import run_to_head
 from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton
 from bstk.index import bits_per_weight
@@ -36,19 +37,31 @@ def measure_curve(
     its standard error ``kld_se`` (nats per token, over windows), ``same_top`` and ``perplexity``, over all positions but the
     last of each window. `progress` is called once for the original and once for each size.
     """
-    original: list[torch.Tensor] = []
-    run_streamed(skeleton, windows, lambda _, logits: original.append(logits[:-1].float().log_softmax(-1)))
+    hidden_states: list[torch.Tensor] = []
+    run_to_head(skeleton, windows, lambda _number, _head, hidden: hidden_states.append(hidden))
+    with skeleton.loaded([skeleton.output_name]):
+        original_head = skeleton.parameter(skeleton.output_name).data
     progress()
     points = []
     for count in _counts(entries, base_count):
         depths = {entry.name: entry.level + 1 for entry in entries[:count] if entry.kind.is_block}
-        found: list[tuple[float, float, float]] = []
+        found: list[tuple[float, ...]] = []
 
-        def compare(number: int, logits: torch.Tensor) -> None:
-            logits = logits[:-1].float()  # the positions that predict a token of the window, as in `bstack bench`
-            compared = divergence(original[number], logits)
-            nll = torch.nn.functional.cross_entropy(logits, windows[number, 1:])
-            found.append((float(compared.kl.mean()), float(compared.same_top.mean()), float(nll)))  # noqa: B023
+        def compare(number: int, head: Head, hidden: torch.Tensor) -> None:
+            sums = torch.zeros(3, dtype=torch.float64)
+            parameter = skeleton.parameter(skeleton.output_name)
+            rebuilt_head = parameter.data
+            for part in head.parts(
+                len(hidden) - 1
+            ):  # the positions that predict a token of the window, as in `bstack bench`
+                parameter.data = original_head
+                original = head.logits(hidden_states[number][part]).log_softmax(-1)
+                parameter.data = rebuilt_head
+                logits = head.logits(hidden[part])
+                compared = divergence(original, logits)
+                nll = torch.nn.functional.cross_entropy(logits, windows[number, 1:][part], reduction="sum")
+                sums += torch.stack([compared.kl.sum(), compared.same_top.sum(), nll])
+            found.append(tuple((sums / (len(hidden) - 1)).tolist()))  # noqa: B023
 
         @contextmanager
         def rebuilt(names: list[str]) -> Iterator[None]:
@@ -57,7 +70,7 @@ def measure_curve(
                 load_blocks(skeleton, stacks, depths)  # noqa: B023
                 yield
 
-        run_streamed(skeleton, windows, compare, loaded=rebuilt)
+        run_to_head(skeleton, windows, compare, loaded=rebuilt)
         results = torch.tensor(found)
         means = results.mean(0)
         kld_se = results[:, 0].std() / len(results) ** 0.5 if len(results) > 1 else 0.0

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from bstack.calibration.head import Head
 from bstack.calibration.stream import LayerStream
 from bstack.models.skeleton import Skeleton
 
-__all__ = ["Loaded", "altered", "run_streamed", "to_bfloat16"]
+__all__ = ["Loaded", "altered", "run_streamed", "run_to_head", "to_bfloat16"]
 
 # Names of parameters -> a context in which the skeleton holds them.
 Loaded = Callable[[list[str]], AbstractContextManager[None]]
@@ -34,18 +35,38 @@ def run_streamed(
     windows : torch.Tensor
         Token ids, int64, shape (windows, length); each is run on its own.
     finish : callable
-        Called in the order of the windows with the number and the logits, shape (length, vocabulary).
+        Called in the order of the windows with the number and the logits, float32, shape (length, vocabulary).
     loaded : callable, optional
         Loads the parameters of a layer, given their names; by default `skeleton.loaded`.
     progress : callable
         Called after each layer.
     """
+
+    def give_logits(number: int, head: Head, hidden: torch.Tensor) -> None:
+        finish(number, head.logits(hidden))
+
+    run_to_head(skeleton, windows, give_logits, loaded=loaded, progress=progress)
+
+
+def run_to_head(
+    skeleton: Skeleton,
+    windows: torch.Tensor,
+    finish: Callable[[int, Head, torch.Tensor], Any],
+    *,
+    loaded: Loaded | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the model, and hand the last hidden states of every window to `finish`, with the head that makes logits of them.
+
+    The other parameters are those of `run_streamed`.
+    """
     # Batches reach the end in their order.
     numbers = iter(range(len(windows)))
 
     def run(ids: torch.Tensor) -> None:
-        logits = skeleton.model(input_ids=ids, use_cache=False).logits[0]
-        finish(next(numbers), logits)
+        head = Head(skeleton.model)
+        hidden = head.hidden(ids)
+        finish(next(numbers), head, hidden)
 
     loaded = loaded or skeleton.loaded
     with (

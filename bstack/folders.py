@@ -33,13 +33,15 @@ def check_free(path: str | os.PathLike[str]) -> Path:
     with os_errors(shown):
         if not target.parent.is_dir():
             raise OutputError(
-                f"{target.parent} is not a folder, so {target.name} cannot be made in it. Create it first."
+                f"{target.parent} is not a folder, so {target.name} cannot be made in it.", hint="Create it first."
             )
         if os.path.lexists(target) and not target.is_dir():
             what = "a file" if target.exists() else "a broken link"
-            raise UsageError(f"{shown} is {what}. Name a new folder, or an empty one.")
+            raise UsageError(f"{shown} is {what}.", hint="Name a new folder, or an empty one.")
         if target.is_dir() and (inside := next(target.iterdir(), None)) is not None:
-            raise UsageError(f"{shown} is not empty: it holds {inside.name}. Name a new folder, or an empty one.")
+            raise UsageError(
+                f"{shown} is not empty: it holds {inside.name}.", hint="Name a new folder, or an empty one."
+            )
     return target
 
 

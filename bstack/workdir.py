@@ -97,8 +97,8 @@ class WorkDirectory:
         if not file.exists():
             if stray := [p.name for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".part"]:
                 raise UsageError(
-                    f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}. "
-                    "Name another as work_dir.",
+                    f"{self.path} is not a work directory of bstack: it holds {stray[0]} and no {SETTINGS}.",
+                    hint="Name another as work_dir.",
                     option="work_dir",
                 )
             _write_whole(file, json.dumps(settings, indent=1, sort_keys=True).encode())
@@ -106,11 +106,14 @@ class WorkDirectory:
         try:
             earlier = json.loads(file.read_bytes())
         except ValueError:
-            raise UsageError(f"{file} is damaged. Delete {self.path} to start over.") from None
+            raise UsageError(f"{file} is damaged.", hint=f"Delete {self.path} to start over.") from None
         if changes := list(_differences(earlier, settings)):
             raise UsageError(
-                f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}. "
-                "Repeat the earlier settings to resume, or delete the directory (or name another as work_dir) to start over.",
+                f"{self.path} holds unfinished work with other settings: {'; '.join(changes)}.",
+                hint=(
+                    "Repeat the earlier settings to resume, or delete the directory (or name another as "
+                    "work_dir) to start over."
+                ),
                 option="work_dir",
             )
 
@@ -123,7 +126,8 @@ class WorkDirectory:
         if not free or not atomic.is_at(self._lock_file.fileno(), str(lock)):
             self._lock_file.close()
             raise UsageError(
-                f"{self.path} is in use by another bstack compress. Wait for it, or name another as work_dir.",
+                f"{self.path} is in use by another bstack compress.",
+                hint="Wait for it, or name another as work_dir.",
                 option="work_dir",
             )
 
@@ -233,7 +237,8 @@ def _kept(marker: Path, data: Path) -> Iterator[None]:
         raise
     except Exception as error:  # raised by json or safetensors, by a record with other fields, or by a missing file
         raise DamagedError(
-            f"{data} is damaged: {one_line(error)}. Delete {marker} and give the same command again: that part is made again."
+            f"{data} is damaged: {one_line(error)}.",
+            hint=f"Delete {marker} and give the same command again: that part is made again.",
         ) from None
 
 

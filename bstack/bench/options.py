@@ -87,11 +87,11 @@ def parse_budgets(text: str) -> list[int]:
     for part in map(str.strip, text.split(",")):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise bstk.UsageError(f"{part!r} is not a size. Give {_SYNTAX}.")
+            raise bstk.UsageError(f"{part!r} is not a size.", hint=f"Give {_SYNTAX}.")
         for size in _expand(part, *match.groups()):
             sizes.setdefault(size, bstk.budget_bytes(size))
             if len(sizes) > MAX_SIZES:
-                raise bstk.UsageError(f"{text!r} means more than {MAX_SIZES} sizes. Give a larger step.")
+                raise bstk.UsageError(f"{text!r} means more than {MAX_SIZES} sizes.", hint="Give a larger step.")
     return list(dict.fromkeys(sizes.values()))
 
 
@@ -103,10 +103,10 @@ def _expand(part: str, first: str, last: str | None, sign: str | None, by: str |
         return
     end, step = Decimal(last), Decimal(by)
     if end < size:
-        raise bstk.UsageError(f"{part!r} runs from {size} down to {end}. Give the smaller size first.")
+        raise bstk.UsageError(f"{part!r} runs from {size} down to {end}.", hint="Give the smaller size first.")
     if (step <= 0) if sign == "+" else (step <= 1):
         needed = "a positive step" if sign == "+" else "a factor above 1"
-        raise bstk.UsageError(f"{part!r} never reaches its end. Give {needed}.")
+        raise bstk.UsageError(f"{part!r} never reaches its end.", hint=f"Give {needed}.")
     while (size := size + step if sign == "+" else size * step) <= end:
         yield size
 
@@ -143,7 +143,9 @@ def parse_against(text: str) -> list[Choice]:
         if method == "spqr" and bits and int(bits) not in BITS[method]:
             raise bstk.UsageError(f"{part!r}: {bits} is not a number of bits that spqr has: {one_of(SPQR_BITS)}.")
         if at and method != "spqr":
-            raise bstk.UsageError(f"{part!r}: {method} has no outliers, so @ has no meaning. Use @ with spqr only.")
+            raise bstk.UsageError(
+                f"{part!r}: {method} has no outliers, so @ has no meaning.", hint="Use @ with spqr only."
+            )
         if at and not _BPW.fullmatch(bpw):
             raise bstk.UsageError(f"{part!r}: {bpw!r} is not a number of bits per weight, such as spqr:4@4.75.")
         target = float(bpw) if at else None

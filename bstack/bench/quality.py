@@ -60,8 +60,9 @@ class Scores:
         if self._reference is not None:
             if self._reference.shape[2] != logits.shape[1]:
                 raise bstk.UsageError(
-                    f"the reference has a vocabulary of {self._reference.shape[2]}, this model one of {logits.shape[1]}. "
-                    "Compare a file with the model it was made from."
+                    f"the reference has a vocabulary of {self._reference.shape[2]}, this model one of "
+                    f"{logits.shape[1]}.",
+                    hint="Compare a file with the model it was made from.",
                 )
             compared = divergence(self._reference.window(number), logits)
             self._kl[number], self._same[number] = compared.kl, compared.same_top

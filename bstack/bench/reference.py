@@ -51,7 +51,9 @@ class ReferenceWriter:
     def add(self, number: int, logits: torch.Tensor) -> None:
         """Write the next window, `number`; logits of shape (length, vocabulary)."""
         if number != len(self._checks):
-            raise bstk.UsageError(f"window {number} was given after {len(self._checks)} others. Give windows in order.")
+            raise bstk.UsageError(
+                f"window {number} was given after {len(self._checks)} others.", hint="Give windows in order."
+            )
         rows = logits[:-1].float().log_softmax(-1).clamp_min(MIN_HALF).half()
         self._shape = tuple(rows.shape)
         raw = rows.contiguous().numpy().astype("<f2", copy=False).tobytes()
@@ -138,7 +140,9 @@ class Reference:
     def _checked(self, number: int) -> np.ndarray:
         rows = np.array(self._rows[number])
         if zlib.crc32(rows.data) != self._checks[number]:
-            raise bstk.DamagedError(f"{self.path}: window {number} is damaged. Delete the file, and it is made again.")
+            raise bstk.DamagedError(
+                f"{self.path}: window {number} is damaged.", hint="Delete the file, and it is made again."
+            )
         return rows
 
 

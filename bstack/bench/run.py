@@ -140,8 +140,8 @@ class _Run:
             vocabulary = checkpoint.config.get_text_config().vocab_size
             if not 0 <= int(text.windows.max()) < vocabulary:
                 raise bstk.UsageError(
-                    f"{model} has a vocabulary of {vocabulary}, but this file's tokenizer has larger token ids. "
-                    "Name the model that the file was made from."
+                    f"{model} has a vocabulary of {vocabulary}, but this file's tokenizer has larger token ids.",
+                    hint="Name the model that the file was made from.",
                 )
             self._check_targets(skeleton)
             step()
@@ -249,7 +249,9 @@ class _Run:
 
         text, skeleton = self.text, self.skeleton
         if text is None or skeleton is None:
-            raise bstk.UsageError("Baselines are quantised from the original. Name the original, and measure quality.")
+            raise bstk.UsageError(
+                "Baselines are quantised from the original.", hint="Name the original, and measure quality."
+            )
         found = measure_baselines(
             self.file, self.options, skeleton, text, self.scratch, self.resume, self.notes, self.progress
         )

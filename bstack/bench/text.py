@@ -75,8 +75,8 @@ def first_windows(text: TextSource, tokenizer: Any, windows: int, length: int) -
         enough = len(ids) >= length
         most = f"at most {len(ids) // length} windows" if enough else f"windows of at most {len(ids)} tokens"
         raise bstk.BstkError(
-            f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}. Give a longer "
-            f"text, or ask for {most}.",
+            f"The text {text.name} has {len(ids)} tokens, but {windows} windows of {length} need {needed}.",
+            hint=f"Give a longer text, or ask for {most}.",
             option="windows" if enough else "sequence_length",
         )
     return torch.tensor(ids[:needed]).view(windows, length)
@@ -89,7 +89,8 @@ def file_tokenizer(file: bstk.Reader, trust_remote_code: bool, code: str | None)
 
     if not tokenizer_files(file.files):
         raise bstk.BstkError(
-            "The file has no tokenizer, so its quality cannot be measured. Measure its speed alone, without quality.",
+            "The file has no tokenizer, so its quality cannot be measured.",
+            hint="Measure its speed alone, without quality.",
             option="quality",
         )
     with embedded_files(file) as folder:
@@ -107,7 +108,8 @@ def window_length(file: bstk.Reader, asked: int | None) -> int:
         return min([LENGTH, *limits])
     if limits and asked > min(limits):
         raise bstk.UsageError(
-            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens. Give {min(limits)} or less.",
+            f"sequence_length is {asked}, but this model reads at most {min(limits)} tokens.",
+            hint=f"Give {min(limits)} or less.",
             option="sequence_length",
         )
     return asked

@@ -49,7 +49,8 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
                 rehearse_writing(skeleton)
             except Exception as error:
                 raise BstkError(
-                    f"{what} cannot write its own calibration text: {_words(error)}. Give a calibration text.",
+                    f"{what} cannot write its own calibration text: {_words(error)}.",
+                    hint="Give a calibration text.",
                     option="calibration",
                 ) from error
         try:

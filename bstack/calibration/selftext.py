@@ -193,7 +193,7 @@ def _check_memory(skeleton: Skeleton, dtype: torch.dtype) -> None:
     if memory := too_little(needed):
         name = str(dtype).removeprefix("torch.")
         raise ResourceError(
-            f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB as {name}, "
-            f"{memory.free / 2**30:.1f} GiB are free of {memory.source}. Give a calibration text: that streams one layer at a "
-            "time."
+            f"To write its own calibration text the whole model must be in memory: {needed / 2**30:.1f} GiB "
+            f"as {name}, {memory.free / 2**30:.1f} GiB are free of {memory.source}.",
+            hint="Give a calibration text: that streams one layer at a time.",
         )

@@ -100,7 +100,7 @@ def _pieces(path: Path) -> Iterator[str]:
         with open(path, "rb") as raw:
             first = raw.peek(4)
             if first.startswith(GZIP):
-                raise BstkError(f"{path} is compressed with gzip. Unpack it, or give a pipe from gunzip.")
+                raise BstkError(f"{path} is compressed with gzip.", hint="Unpack it, or give a pipe from gunzip.")
             encoding = next((found for mark, found in MARKS.items() if first.startswith(mark)), "utf-8")
             yield from _texts(path, io.TextIOWrapper(raw, encoding))
     except UnicodeDecodeError as error:
@@ -138,7 +138,7 @@ def _records(path: Path, lines: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if len(line) >= MAX_CHARACTERS:
             raise BstkError(
-                f"{path}, line {number}: longer than {MAX_CHARACTERS} characters. Split the text into records."
+                f"{path}, line {number}: longer than {MAX_CHARACTERS} characters.", hint="Split the text into records."
             )
         # Files with byte order marks that were put together have some inside.
         if line := line.strip("\ufeff \t\r\n"):
@@ -158,7 +158,9 @@ def _text_of(record: Any, where: str) -> str:
     if not isinstance(record, dict):
         raise BstkError(f'{where}: expected a JSON object with a "text" field.')
     if "text" not in record:
-        raise BstkError(f'{where}: no "text" field, only {", ".join(sorted(record))}. Give each record its text there.')
+        raise BstkError(
+            f"""{where}: no "text" field, only {", ".join(sorted(record))}.""", hint="Give each record its text there."
+        )
     text = record["text"]
     if not isinstance(text, str):
         raise BstkError(f'{where}: its "text" is {json.dumps(text, default=str)[:40]}, which is no string.')
@@ -166,7 +168,9 @@ def _text_of(record: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = ord(text[error.start])
-        raise BstkError(f'{where}: its "text" holds half a character, \\u{half:x}. Remove or replace it.') from None
+        raise BstkError(
+            f'{where}: its "text" holds half a character, \\u{half:x}.', hint="Remove or replace it."
+        ) from None
     return text
 
 
@@ -225,8 +229,9 @@ def token_windows(source: TextSource, tokenizer: Any, samples: int, length: int,
         else:
             advice = "a longer text"
         raise BstkError(
-            f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length}{more} need "
-            f"{count * length}. Give {advice}."
+            f"The calibration text {source.name} has {len(ids)} tokens, but {samples} samples of {length}{more} "
+            f"need {count * length}.",
+            hint=f"Give {advice}.",
         )
     chosen = [i * available // count for i in range(count)]
     return torch.tensor([ids[i * length : (i + 1) * length] for i in chosen])

@@ -160,7 +160,7 @@ def _check_outputs(file: str, plot: str | None, csv_path: str | None) -> None:
             raise click.UsageError(f"{path} is the file to measure; name another.")
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
-            raise bstk.OutputError(f"{path}: cannot write: there is no folder {folder}. Create it first.")
+            raise bstk.OutputError(f"{path}: cannot write: there is no folder {folder}.", hint="Create it first.")
         if not os.access(folder, os.W_OK):
             raise bstk.OutputError(f"{path}: cannot write: no permission in {folder}.")
     if plot is not None:

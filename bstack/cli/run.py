@@ -237,11 +237,13 @@ def _load_within(
     free, words = free_budget()
     if free is None:
         if budget == AUTO:
-            raise bstk.UsageError(f"--mb auto does not work here: {words}. Give a budget, such as --mb 500.")
+            raise bstk.UsageError(f"--mb auto does not work here: {words}.", hint="Give a budget, such as --mb 500.")
         log(f"Using the whole file: {words}.")
         return load(None)
     if free <= 0:
-        raise bstk.ResourceError(f"No memory for a model: {words}. End other programs, or give a budget with --mb.")
+        raise bstk.ResourceError(
+            f"No memory for a model: {words}.", hint="End other programs, or give a budget with --mb."
+        )
     if bstk.is_url(file):
         model, tokenizer = load(free)
     else:

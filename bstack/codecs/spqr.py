@@ -201,9 +201,9 @@ class SpqrCodec(Codec):
         low = range_of(shapes, self.bits, self.group).min
         if self.bpw < low:
             raise UsageError(
-                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {low:.4f} bits per weight "
-                "without any outlier, with the order of their inputs counted. Give more"
-                f"{', or take 3 bits' if self.bits == 4 else ''}."
+                f"bpw is {self.bpw}, but the {len(shapes)} matrices of a layer here take {low:.4f} bits per "
+                "weight without any outlier, with the order of their inputs counted.",
+                hint=f"Give more{(', or take 3 bits' if self.bits == 4 else '')}.",
             )
         return int((self.bpw - low) * weights / 8)
 
@@ -224,7 +224,8 @@ def _pointer(rows: torch.Tensor, count: int) -> np.ndarray:
 def _check_width(shape: Shape) -> None:
     if shape[1] > MAX_SPARSE_COLUMNS:
         raise UsageError(
-            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {MAX_SPARSE_COLUMNS}. Use the trellis codec."
+            f"a linear has {shape[1]} inputs; the spqr codec numbers them with 16 bits, up to {MAX_SPARSE_COLUMNS}.",
+            hint="Use the trellis codec.",
         )
 
 

@@ -103,7 +103,7 @@ def compress(
     output = Path(output)
     _check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
-        raise UsageError(f"{output} is the model itself. Name another file to write.")
+        raise UsageError(f"{output} is the model itself.", hint="Name another file to write.")
     # Heavy imports, after the arguments were checked.
     from bstack.compression.cluster import Cluster
     from bstack.compression.encode import Threads

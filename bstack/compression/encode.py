@@ -131,8 +131,9 @@ def encode_arrays(
     for what, numbers in (("inputs", matrix.hessian.diagonal()), ("gradients", matrix.sensitivity)):
         if bad := int((~numbers.isfinite()).sum()):
             raise bstk.BstkError(
-                f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so that nothing says which of "
-                "its weights matter. Give another calibration text, and check that the model works."
+                f"{matrix.name}: in calibration {bad} of its {len(numbers)} {what} become NaN or infinite, so "
+                "that nothing says which of its weights matter.",
+                hint="Give another calibration text, and check that the model works.",
             )
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task

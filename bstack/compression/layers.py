@@ -272,8 +272,9 @@ def model_files(checkpoint: Checkpoint, tokenizer: bool) -> dict[str, bytes]:
         size = sum(path.stat().st_size for path in paths)
         if size > bstk.limits.MAX_FILES_LENGTH:
             raise UnsupportedModelError(
-                f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, and those of a .bstk file take "
-                f"at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB. Leave the tokenizer out.",
+                f"{checkpoint.name}: its configuration and tokenizer take {size / 2**20:.0f} MB as files, "
+                f"and those of a .bstk file take at most {bstk.limits.MAX_FILES_LENGTH / 2**20:.0f} MB.",
+                hint="Leave the tokenizer out.",
                 option="tokenizer",
             )
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

@@ -204,8 +204,8 @@ def _tokenizer(skeleton: Skeleton, files: Mapping[str, bytes], work: WorkDirecto
     code = skeleton.checkpoint.code
     if not tokenizer_files(files):
         raise bstk.BstkError(
-            "The model has no tokenizer, so a calibration text cannot be read. Set calibration to self, or put the "
-            "tokenizer's files beside the weights."
+            "The model has no tokenizer, so a calibration text cannot be read.",
+            hint="Set calibration to self, or put the tokenizer's files beside the weights.",
         )
     folder = work.scratch()
     put_files(((name, [data]) for name, data in files.items()), folder, skeleton.checkpoint.name)

@@ -168,7 +168,7 @@ class _Shards:
                 target.chmod(mode)
             except safetensors.SafetensorError as error:  # such as a full disk
                 raise ResourceError(
-                    f"{target}: cannot write: {one_line(error)}. Free some space, or write to another disk."
+                    f"{target}: cannot write: {one_line(error)}.", hint="Free some space, or write to another disk."
                 ) from None
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
@@ -204,7 +204,7 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
             )
         if dtype == torch.float16 and tensor.is_floating_point() and tensor.isinf().any():
             raise UsageError(
-                f"{shown}: {name} has weights beyond 65504, which fp16 cannot hold. Export as bf16 or fp32."
+                f"{shown}: {name} has weights beyond 65504, which fp16 cannot hold.", hint="Export as bf16 or fp32."
             )
 
 

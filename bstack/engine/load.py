@@ -153,6 +153,6 @@ def load(
 
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:
     raise UsageError(
-        "this model's weights are packed, so it has no state to save. Keep the .bstk file, or save a model from "
-        "bstack.load(..., mode='dense')."
+        "this model's weights are packed, so it has no state to save.",
+        hint="Keep the .bstk file, or save a model from bstack.load(..., mode='dense').",
     )

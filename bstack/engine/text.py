@@ -37,13 +37,13 @@ def check_prompt(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UsageError("the prompt is not UTF-8 text. Convert it first.") from None
+        raise UsageError("the prompt is not UTF-8 text.", hint="Convert it first.") from None
 
 
 def check_room(tokens: int, longest: int) -> int:
     """Return how many new tokens fit after a prompt; UsageError if there is room for none."""
     if tokens >= longest:
-        raise UsageError(f"the prompt has {tokens} tokens, but the model reads at most {longest}. Shorten it.")
+        raise UsageError(f"the prompt has {tokens} tokens, but the model reads at most {longest}.", hint="Shorten it.")
     return longest - tokens
 
 

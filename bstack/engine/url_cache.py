@@ -52,7 +52,9 @@ def cached(
             path, count = _fetch(remote, budget, strict, warn, progress)
     with bstk.open(path, warn=False) as file:  # `_fetch` warned of a file that is partial on the server
         if len(file.chunks) < count:
-            raise KeptCopyError(f"{path}: another process found the kept copy damaged and dropped its end. Load again.")
+            raise KeptCopyError(
+                f"{path}: another process found the kept copy damaged and dropped its end.", hint="Load again."
+            )
         try:
             yield file, file.all_chunks[:count]
         except bstk.DamagedError as error:

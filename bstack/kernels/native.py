@@ -53,7 +53,9 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
     """Return the library as `library` does, and what is wrong with the kernels, if anything is."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in CHOICES:
-        raise UsageError(f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}. Unset it for the best there is.")
+        raise UsageError(
+            f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}.", hint="Unset it for the best there is."
+        )
     threads = _threads()
     if wanted == REFERENCE:
         return None, ""
@@ -61,8 +63,8 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
     if native is None:
         if wanted:
             raise UsageError(
-                f"{VARIABLE} is {wanted!r}, but the C kernels are not built. Install a C compiler and reinstall bstack, "
-                f"or unset {VARIABLE}."
+                f"{VARIABLE} is {wanted!r}, but the C kernels are not built.",
+                hint=f"Install a C compiler and reinstall bstack, or unset {VARIABLE}.",
             )
         return None, "The C kernels are not built. Install a C compiler and reinstall bstack."
     if wanted and native.bstack_use(wanted.encode()):
@@ -129,5 +131,5 @@ def _threads() -> int:
     if not given:
         return min(processors(), MAX_THREADS)
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MAX_THREADS):
-        raise UsageError(f"{THREADS} is {given!r}; allowed are 1 to {MAX_THREADS}. Unset it to use every CPU.")
+        raise UsageError(f"{THREADS} is {given!r}; allowed are 1 to {MAX_THREADS}.", hint="Unset it to use every CPU.")
     return int(given)

@@ -80,8 +80,9 @@ def allowed_code(file: bstk.Reader, folder: Path, trust_remote_code: bool, code:
         return None
     if (place := code or recorded_place(file)) is None:
         raise ForeignCodeError(
-            f"{name}: this model needs Python code: {', '.join(sorted(found.values()))}. It was compressed from a folder, and "
-            "no .bstk file holds code. Name the folder or hub id that has it (code).",
+            f"{name}: this model needs Python code: {', '.join(sorted(found.values()))}. It was compressed "
+            "from a folder, and no .bstk file holds code.",
+            hint="Name the folder or hub id that has it (code).",
             option="code",
         )
     return _find(place, found, name, _record(file).get("modules"))
@@ -140,8 +141,8 @@ def check_trust(trust_remote_code: bool, code: str | None) -> None:
     """Refuse a place of code without the permission to run it; raises bstack.errors.ForeignCodeError."""
     if code is not None and not trust_remote_code:
         raise ForeignCodeError(
-            f"{code} is named as Python code to run (code), but running it is not allowed. If you trust it, allow it "
-            "(trust_remote_code).",
+            f"{code} is named as Python code to run (code), but running it is not allowed.",
+            hint="If you trust it, allow it (trust_remote_code).",
             option="trust_remote_code",
         )
 
@@ -185,8 +186,9 @@ def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:
         found = {auto: found[auto] for auto in found if auto == "AutoTokenizer" and not _has_tokenizer(folder)}
     if found and not trust_remote_code:
         raise ForeignCodeError(
-            f"{name}: this model needs Python code that is not in transformers: {', '.join(sorted(found.values()))}. It can "
-            "do with your machine what you can. Read it; if you trust it, allow it (trust_remote_code).",
+            f"{name}: this model needs Python code that is not in transformers: "
+            f"{', '.join(sorted(found.values()))}. It can do with your machine what you can.",
+            hint="Read it; if you trust it, allow it (trust_remote_code).",
             option="trust_remote_code",
         )
     return found

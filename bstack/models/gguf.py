@@ -83,8 +83,9 @@ class GGUFCheckpoint(Checkpoint):
             self._dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
         except NotImplementedError:
             raise UnsupportedModelError(
-                f"{self.path}: the tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the package gguf "
-                "cannot turn into floats. Give a file of another type, such as F16 or Q8_0."
+                f"{self.path}: the tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the "
+                "package gguf cannot turn into floats.",
+                hint="Give a file of another type, such as F16 or Q8_0.",
             ) from None
 
     @contextmanager
@@ -130,8 +131,9 @@ class GGUFCheckpoint(Checkpoint):
                 self._tensors[target].append(tensor)
             elif tensor.name not in ROPE_TENSORS:
                 raise UnsupportedModelError(
-                    f"{self.path}: {type(model).__name__} has no use for the tensor {tensor.name}, which may change the results. "
-                    "Give the folder with config.json and the safetensors that the file was made from."
+                    f"{self.path}: {type(model).__name__} has no use for the tensor {tensor.name}, which may "
+                    "change the results.",
+                    hint="Give the folder with config.json and the safetensors that the file was made from.",
                 )
         check_complete(model, str(self.path), self._tensors)
         for name, tensors in self._tensors.items():
@@ -204,7 +206,8 @@ def _open(path: Path) -> Any:
         version = stream.read(8)[4:]
     if len(version) == 4 and version[:2] == b"\0\0":
         raise UnsupportedModelError(
-            f"{path} is a big-endian GGUF file. Make a little-endian one: gguf-convert-endian {path.name} little"
+            f"{path} is a big-endian GGUF file.",
+            hint=f"Make a little-endian one: gguf-convert-endian {path.name} little",
         )
     if len(version) == 4 and (number := int.from_bytes(version, "little")) not in (2, 3):
         raise UnsupportedModelError(f"{path} is a GGUF file of version {number}; bstack reads versions 2 and 3.")
@@ -216,9 +219,10 @@ def _open(path: Path) -> Any:
         if "GGMLQuantizationType" in str(error):
             raise UnsupportedModelError(
                 f"{path}: a tensor has a type that gguf {importlib.metadata.version('gguf')} does not know: "
-                f"{one_line(error)}. Upgrade gguf, or give a file of another type, such as Q8_0."
+                f"{one_line(error)}.",
+                hint="Upgrade gguf, or give a file of another type, such as Q8_0.",
             ) from None
-        raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}. Fetch it again.") from None
+        raise DamagedError(f"{path} is not a whole GGUF file: {one_line(error)}.", hint="Fetch it again.") from None
 
 
 def _value(fields: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -243,7 +247,7 @@ def _parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise UsageError(f"{path} is one of {count} parts; {missing[0]} is not beside it.")
     if number != 0:
-        raise UsageError(f"{path} is part {number + 1} of {count}. Give the first part, {files[0].name}.")
+        raise UsageError(f"{path} is part {number + 1} of {count}.", hint=f"Give the first part, {files[0].name}.")
     return files
 
 

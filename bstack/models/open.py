@@ -67,17 +67,19 @@ def _open_file(path: Path) -> Checkpoint:
     if start[:4] == b"GGUF":
         if start[4:6] == b"\0\0":  # the version, a small number, has its low bytes at the end
             raise UnsupportedModelError(
-                f"{path} is a GGUF file for big-endian machines, which bstack does not read. Convert it to little-endian "
-                "(gguf-convert-endian, of the package gguf)."
+                f"{path} is a GGUF file for big-endian machines, which bstack does not read.",
+                hint="Convert it to little-endian (gguf-convert-endian, of the package gguf).",
             )
         return GGUFCheckpoint(path)
     if start[:4] == b"\x89BST":
-        raise UnsupportedModelError(f"{path} is a .bstk file already. Give the model that it should be made from.")
+        raise UnsupportedModelError(
+            f"{path} is a .bstk file already.", hint="Give the model that it should be made from."
+        )
     if path.suffix in (".json", ".safetensors"):
-        raise UsageError(f"{path} is a part of a model. Give the folder: {path.parent}.")
+        raise UsageError(f"{path} is a part of a model.", hint=f"Give the folder: {path.parent}.")
     raise UnsupportedModelError(
-        f"{path} is not a GGUF file (it starts with {start[:4]!r}). Give a GGUF file, or the folder that holds "
-        "config.json and the safetensors."
+        f"{path} is not a GGUF file (it starts with {start[:4]!r}).",
+        hint="Give a GGUF file, or the folder that holds config.json and the safetensors.",
     )
 
 

@@ -122,7 +122,9 @@ class SafetensorsCheckpoint(Checkpoint):
                     if name in state:
                         found[name].append(key)
             elif target in found:
-                raise UnsupportedModelError(f"{self.name}: {found[target][0]} and {key} are both {target}. Remove one.")
+                raise UnsupportedModelError(
+                    f"{self.name}: {found[target][0]} and {key} are both {target}.", hint="Remove one."
+                )
             elif header.shape != tuple(state[target].shape):
                 raise self._mismatch(key, header.shape, state[target].shape)
             else:
@@ -161,8 +163,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def _check_dtype(self, key: str) -> None:
         if (dtype := self._headers[key].dtype) not in DTYPES:
             raise UnsupportedModelError(
-                f"{self.name}: {key} is stored as {dtype}, but weights are {', '.join(DTYPES)}, and config.json says nothing of a "
-                "quantisation. Give the checkpoint before quantisation."
+                f"{self.name}: {key} is stored as {dtype}, but weights are {', '.join(DTYPES)}, and "
+                "config.json says nothing of a quantisation.",
+                hint="Give the checkpoint before quantisation.",
             )
 
     def _tie(self, model: PreTrainedModel) -> None:

@@ -337,8 +337,9 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
             )
         if isinstance(tensor, nn.Parameter) and largest > LARGEST:
             raise UnsupportedModelError(
-                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, which ends at "
-                f"{LARGEST:g}. Check the checkpoint it came from."
+                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, "
+                f"which ends at {LARGEST:g}.",
+                hint="Check the checkpoint it came from.",
             )
 
 

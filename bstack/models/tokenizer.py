@@ -80,8 +80,11 @@ def export_tokenizer(
         problem = one_line(error).rstrip(": .")
     if problem:
         raise UnsupportedModelError(
-            f"{shown / files[0]}: the tokenizer cannot be read: {problem}. Put a good tokenizer.json there (for other forms "
-            "transformers needs the package sentencepiece or tiktoken), or leave the tokenizer out.",
+            f"{shown / files[0]}: the tokenizer cannot be read: {problem}.",
+            hint=(
+                "Put a good tokenizer.json there (for other forms transformers needs the package sentencepiece "
+                "or tiktoken), or leave the tokenizer out."
+            ),
             option="tokenizer",
         )
     with tempfile.TemporaryDirectory(prefix="bstack-") as name, os_errors(str(target)):
@@ -99,8 +102,9 @@ def export_tokenizer(
             best = copied
             if not _is_read(copied, tokenizer):
                 raise UnsupportedModelError(
-                    f"{shown / files[0]}: neither a copy of the tokenizer nor what transformers saves of it gives the same "
-                    "token ids. Save the tokenizer with transformers first, or leave it out.",
+                    f"{shown / files[0]}: neither a copy of the tokenizer nor what transformers saves of it "
+                    "gives the same token ids.",
+                    hint="Save the tokenizer with transformers first, or leave it out.",
                     option="tokenizer",
                 )
         # Further chat templates are in a folder of their own. transformers copies code there too, which stays out.
@@ -109,8 +113,9 @@ def export_tokenizer(
             inside = path.relative_to(best)
             if not is_model_file(inside.as_posix()):
                 raise UnsupportedModelError(
-                    f"{shown}: its tokenizer writes {inside}. bstack packs files that end in {', '.join(MODEL_SUFFIXES)}. "
-                    "Leave the tokenizer out.",
+                    f"{shown}: its tokenizer writes {inside}. bstack packs files that end in "
+                    f"{', '.join(MODEL_SUFFIXES)}.",
+                    hint="Leave the tokenizer out.",
                     option="tokenizer",
                 )
             (target / inside).parent.mkdir(exist_ok=True)
@@ -171,7 +176,10 @@ def check_ids(ids: Any, rows: int, tokenizer: Any, source: str) -> None:
     """
     if (largest := int(ids.max())) >= rows:
         raise UnsupportedModelError(
-            f"{source}: the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, but the model's embedding "
-            f"has {rows} rows, ids 0 to {rows - 1}. Take a text without that token, the tokenizer that belongs to this model, or "
-            "the model after resize_token_embeddings."
+            f"{source}: the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, "
+            f"but the model's embedding has {rows} rows, ids 0 to {rows - 1}.",
+            hint=(
+                "Take a text without that token, the tokenizer that belongs to this model, or the model after "
+                "resize_token_embeddings."
+            ),
         )

@@ -40,8 +40,9 @@ def weight_files(folder: Path, names: Collection[str], shown: str) -> list[str]:
         raise _adapter(folder, names, shown)
     if ranks := sorted(name for name in names if _RANKS.match(name)):
         raise UnsupportedModelError(
-            f"{shown} has {ranks[0]}, a part of a distributed checkpoint, which transformers would read instead of "
-            f"{SINGLE}. Load it with transformers, call save_pretrained, and give that folder."
+            f"{shown} has {ranks[0]}, a part of a distributed checkpoint, which transformers would read "
+            f"instead of {SINGLE}.",
+            hint="Load it with transformers, call save_pretrained, and give that folder.",
         )
     chosen = read_json(folder / "config.json").get("transformers_weights") or SINGLE
     if chosen == SINGLE and SINGLE not in names and INDEX in names:

@@ -318,8 +318,8 @@ class MemoryPoller(Poller):
         memory = read()
         if memory is None:
             raise UsageError(
-                "This system does not tell how much memory is free, so the model cannot follow it. Give a fixed budget, "
-                "such as 500 MB."
+                "This system does not tell how much memory is free, so the model cannot follow it.",
+                hint="Give a fixed budget, such as 500 MB.",
             )
         super().__init__(interval, warn)
         self._resize, self._current, self._growth_failure, self._read = resize, current, failure, read

@@ -89,7 +89,7 @@ def _device_kernels() -> Any:
         from bstack.kernels import device
     except ImportError:
         raise BstkError(
-            "packed weights on a GPU need the package triton. Install it: pip install 'bstack[gpu]'"
+            "packed weights on a GPU need the package triton.", hint="Install it: pip install 'bstack[gpu]'"
         ) from None
     return device
 

@@ -106,7 +106,9 @@ class BlockStore:
         """
         with self._resizing:
             if self._closed:
-                raise UsageError("the model's file is closed, so its size cannot change any more. Load it again.")
+                raise UsageError(
+                    "the model's file is closed, so its size cannot change any more.", hint="Load it again."
+                )
             cut = self.file.fit(budget=budget)
             self._require_fetched(budget)
             self._end_growth()
@@ -119,7 +121,8 @@ class BlockStore:
                     growth.thread.start()
                 except RuntimeError as error:
                     raise ResourceError(
-                        f"the model keeps its size: no thread can be started to load blocks ({error}). End other programs."
+                        f"the model keeps its size: no thread can be started to load blocks ({error}).",
+                        hint="End other programs.",
                     ) from None
                 self._growth = growth  # after the start: other threads join it
             current = self._growth
@@ -138,7 +141,7 @@ class BlockStore:
 
     def __reduce__(self) -> Any:
         raise UsageError(
-            "a model with packed weights cannot be copied or pickled. Load it once more, or with mode='dense'."
+            "a model with packed weights cannot be copied or pickled.", hint="Load it once more, or with mode='dense'."
         )
 
     @property
@@ -176,8 +179,8 @@ class BlockStore:
         needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)
         if budget > self._fetched and budget >= needed:
             raise UsageError(
-                f"{bstk.mb_text(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB). Load the URL "
-                "again with that budget; what is here is not fetched twice."
+                f"{bstk.mb_text(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB).",
+                hint="Load the URL again with that budget; what is here is not fetched twice.",
             )
 
     def _target(self) -> int:
@@ -259,7 +262,8 @@ def store_of(model: Any) -> BlockStore:
     store = getattr(model, "bstack_store", None)
     if not isinstance(store, BlockStore):
         raise UsageError(
-            "this model has dense weights, whose size cannot change. Load it with bstack.load(..., mode='packed')."
+            "this model has dense weights, whose size cannot change.",
+            hint="Load it with bstack.load(..., mode='packed').",
         )
     return store
 

@@ -65,7 +65,7 @@ class PackedWeight(torch.Tensor):
                 return func(*args, **kwargs)
         if func in _COPIES:
             raise UsageError(
-                "packed weights cannot be copied or pickled. Load the file once more, or with mode='dense'."
+                "packed weights cannot be copied or pickled.", hint="Load the file once more, or with mode='dense'."
             )
         packed_form = _OPERATIONS.get(func)
         result = packed_form(*args, **kwargs) if packed_form else NotImplemented

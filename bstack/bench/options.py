@@ -11,7 +11,7 @@ from typing import NamedTuple
 import bstk
 from bstk.kinds import SPQR_BITS, one_of
 
-__all__ = ["BITS", "CALIBRATED", "Choice", "Options", "even_budgets", "parse_against", "parse_budgets", "width"]
+__all__ = ["BITS", "CALIBRATED", "GGUF", "Choice", "Options", "even_budgets", "parse_against", "parse_budgets", "width"]
 
 # Each size takes seconds to hours, so a range with a tiny step is most likely a slip.
 MAX_SIZES = 1000
@@ -23,19 +23,23 @@ _BPW = re.compile(r"\d{1,3}(\.\d{1,9})?", re.ASCII)
 # Round-to-nearest costs only its evaluation; the others pass the calibration through the model once for each width.
 BITS = {"rtn": (2, 3, 4, 5, 6, 8), "gptq": (2, 3, 4), "spqr": SPQR_BITS}
 CALIBRATED = ("gptq", "spqr")
+GGUF = "gguf"
 
 
 class Choice(NamedTuple):
-    """A baseline to measure: method, bits of a code, whether the user named them, SpQR's bits per weight."""
+    """A baseline to measure: method, bits of a code (0 for a file), whether the user named them, SpQR's bits per weight, a file."""
 
     method: str
     bits: int
     asked: bool
     bpw: float | None = None
+    path: str | None = None
 
     @property
     def name(self) -> str:
         """As the user writes it."""
+        if self.path is not None:
+            return f"{self.method}:{self.path}"
         return f"{self.method}:{width(self.bits, self.bpw)}"
 
 
@@ -128,15 +132,18 @@ def width(bits: int, bpw: float | None) -> str:
 
 
 def parse_against(text: str) -> list[Choice]:
-    """Read ``rtn,gptq``, ``rtn:4,gptq:3`` or ``spqr:4@4.75``. Whether the bits per weight can be met is checked later."""
-    chosen: dict[tuple[str, int, float | None], Choice] = {}
+    """Read ``rtn,gptq``, ``rtn:4,gptq:3``, ``spqr:4@4.75`` or ``gguf:FILE``. Files and targets are checked later."""
+    chosen: dict[tuple[str, int, float | None, str | None], Choice] = {}
     for part in map(str.strip, text.split(",")):
         method, colon, bits = part.partition(":")
+        if method == GGUF and bits:
+            chosen[method, 0, None, bits] = Choice(method, 0, True, None, bits)
+            continue
         bits, at, bpw = bits.partition("@")
         if method not in BITS:
             raise bstk.UsageError(
                 f"{part!r} is not a baseline. There are {', '.join(BITS)}; rtn:4 means 4 bits only, spqr:4@4.75 also "
-                "4.75 bits per weight with outliers."
+                "4.75 bits per weight with outliers. A GGUF file is gguf:FILE."
             )
         if colon and bits not in {"2", "3", "4", "5", "6", "7", "8"}:
             raise bstk.UsageError(f"{part!r}: {bits!r} is not a number of bits from 2 to 8.")
@@ -150,5 +157,5 @@ def parse_against(text: str) -> list[Choice]:
             raise bstk.UsageError(f"{part!r}: {bpw!r} is not a number of bits per weight, such as spqr:4@4.75.")
         target = float(bpw) if at else None
         for number in [int(bits)] if colon else BITS[method]:
-            chosen.setdefault((method, number, target), Choice(method, number, bool(colon), target))
+            chosen.setdefault((method, number, target, None), Choice(method, number, bool(colon), target))
     return list(chosen.values())

@@ -115,28 +115,37 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One measured baseline; embeddings and head are always rounded to nearest. `bpw` is SpQR's, if the user chose it."""
+    """One measured baseline. `bpw` is SpQR's, if the user chose it.
+
+    Embeddings and head are rounded to nearest. A GGUF file has its name in `file` in place of numbers of bits.
+    """
 
     method: str
-    bits: int
-    embedding_bits: int
+    bits: int | None
+    embedding_bits: int | None
     sizes: Sizes
     quality: Quality
     bpw: float | None = None
+    file: str | None = None
 
     @property
     def name(self) -> str:
         """Short, for tables."""
-        return f"{self.method} {self.width} bits, embeddings {self.embedding_bits}"
+        return self.file or f"{self.method} {self.width} bits, embeddings {self.embedding_bits}"
+
+    @property
+    def series(self) -> str:
+        """The rows of it in a CSV file."""
+        return f"{self.method}:{self.file or f'{self.width}, embeddings {self.embedding_bits}'}"
 
     @property
     def width(self) -> str:
-        """Bits of the linears, as the user writes them."""
-        return width(self.bits, self.bpw)
+        """Bits of the linears, as the user writes them; of a file its name."""
+        return self.file or ("-" if self.bits is None else width(self.bits, self.bpw))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        named = {key: getattr(self, key) for key in ("method", "bits", "bpw", "embedding_bits")}
+        named = {key: getattr(self, key) for key in ("method", "bits", "bpw", "embedding_bits", "file")}
         return {**named, **vars(self.sizes), **self.quality.to_json()}
 
     def to_plain(self) -> dict[str, Any]:

@@ -143,13 +143,18 @@ class _Run:
                     f"{model} has a vocabulary of {vocabulary}, but this file's tokenizer has larger token ids.",
                     hint="Name the model that the file was made from.",
                 )
-            self._check_targets(skeleton)
+            self._check_against(skeleton)
             step()
         return skeleton
 
-    def _check_targets(self, skeleton: Skeleton) -> None:
-        """Check that the linears can have the bits per weight that were asked for, before minutes of measuring."""
+    def _check_against(self, skeleton: Skeleton) -> None:
+        """Check files, and that the linears can have the bits per weight that were asked for, before minutes of measuring."""
+        from bstack.bench.baselines.model import check_gguf
         from bstack.bench.baselines.spqr import check_targets
+
+        for choice in self.options.against:
+            if choice.path is not None:
+                check_gguf(choice.path, skeleton.parameter(skeleton.output_name).shape[0])
 
         stacks = [chunk for chunk in self.file.chunks if chunk.is_block and chunk.level == 0]
         layers = [

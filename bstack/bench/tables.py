@@ -152,7 +152,7 @@ def _baselines(report: Report, sign: str) -> str:
     rows = []
     for b in report.baselines:
         sizes = [_size(b.sizes.file_bytes), _size(b.sizes.memory_bytes)]
-        rows.append([b.method, b.width, f"{b.embedding_bits}", *sizes, *_quality_cells(b.quality, sign)])
+        rows.append([b.method, b.width, f"{b.embedding_bits or '-'}", *sizes, *_quality_cells(b.quality, sign)])
     return _markdown(head, rows, left=1)
 
 
@@ -215,8 +215,7 @@ def as_csv(report: Report) -> str:
     for baseline in report.baselines:
         flat = baseline.to_json()
         sizes = {key: flat[key] for key in ("file_bytes", "memory_bytes")}
-        series = f"{baseline.method}:{baseline.width}, embeddings {baseline.embedding_bits}"
-        writer.writerow({"series": series, "reference": reference, **sizes, **_flat(flat, figures)})
+        writer.writerow({"series": baseline.series, "reference": reference, **sizes, **_flat(flat, figures)})
     return text.getvalue()
 
 

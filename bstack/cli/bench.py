@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import bstk
-from bstack.bench.options import Choice, Options, parse_against, parse_budgets
+from bstack.bench.options import CALIBRATED, Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
 from bstack.cli._progress import stage
 from bstack.errors import printable
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--against",
-    type=_common.Parsed("rtn,gptq:3,spqr:4@4.75,...", parse_against),
+    type=_common.Parsed("rtn,gptq:3,spqr:4@4.75,gguf:FILE,...", parse_against),
     help="Also measure one-size quantisers (rtn, gptq, spqr), at all usual bits or at the bits named; needs --original. "
     "spqr:4@4.75 is SpQR with codes of 4 bits and as many outliers as make 4.75 bits per weight; without @ they "
-    "are 1 % of the weights.",
+    "are 1 % of the weights. gguf:FILE is a GGUF file of the same model, as it is.",
 )
 @click.option(
     "--calibration",
@@ -114,10 +114,10 @@ def command(
     if force and original is None:
         raise click.UsageError("--force is about --original: name one.")
     if against and original is None:
-        raise click.UsageError("--against quantises the original: name it with --original MODEL.")
+        raise click.UsageError("--against compares with the original: name it with --original MODEL.")
     if code and not trust_remote_code:
         raise click.UsageError("--code names Python code to run. If you trust it, add --trust-remote-code.")
-    if calibration and not any(choice.method != "rtn" for choice in against or ()):
+    if calibration and not any(choice.method in CALIBRATED for choice in against or ()):
         raise click.UsageError("--calibration is for --against gptq and spqr; nothing else here is calibrated.")
     if as_json and csv_path == "-":
         raise click.UsageError("--json and --csv - both write to standard output. Give --csv a file.")

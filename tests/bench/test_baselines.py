@@ -4,16 +4,19 @@ import math
 
 import numpy as np
 import pytest
+import tiny_gguf
 import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bstk
 from bstack.bench.baselines.gptq import DAMPING, gptq
 from bstack.bench.baselines.rtn import GROUP, packed_bits, round_to_nearest
-from bstack.bench.options import BITS, parse_against
+from bstack.bench.options import BITS, Choice, parse_against
 from bstack.bench.results import frontier
+from bstack.bench.tables import as_csv, as_tables
 
 pytestmark = pytest.mark.slow
 
@@ -157,8 +160,12 @@ def test_bits_per_weight_count_scales_and_zeros(bits, expected):
 
 
 def test_which_baselines():
-    assert [tuple(c) for c in parse_against("rtn:4, gptq:3,rtn:4")] == [("rtn", 4, True, None), ("gptq", 3, True, None)]
-    assert parse_against("spqr:4@4.75,spqr:4,spqr:3@4,spqr:4@4.750") == [
+    assert [c[:4] for c in parse_against("rtn:4, gptq:3,rtn:4")] == [("rtn", 4, True, None), ("gptq", 3, True, None)]
+    assert parse_against("gguf:a/b@4:x.gguf,rtn:4") == [
+        Choice("gguf", 0, True, None, "a/b@4:x.gguf"),
+        Choice("rtn", 4, True),
+    ]
+    assert [c[:4] for c in parse_against("spqr:4@4.75,spqr:4,spqr:3@4,spqr:4@4.750")] == [
         ("spqr", 4, True, 4.75),
         ("spqr", 4, True, None),
         ("spqr", 3, True, 4.0),
@@ -174,6 +181,8 @@ def test_which_baselines():
     for bad in (
         "",
         "awq",
+        "gguf",
+        "gguf:",
         "rtn,",
         "rtn:",
         "rtn:1",
@@ -339,3 +348,51 @@ def test_a_target_that_shapes_rule_out_is_refused_with_the_choice():
     ):
         with pytest.raises(bstk.UsageError, match=words):
             check_targets(parse_against(choice), layers)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_measured_as_it_is(tiny_llama, tmp_path, monkeypatch):
+    import bstack
+    from bstack.bench.options import Options
+    from bstack.bench.run import run_bench
+    from bstack.progress import no_progress
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.mul_(8).round_().div_(8)
+    tiny_gguf.write(tmp_path / "rounded.gguf", rounded)
+    tiny_gguf.write(tmp_path / "other.gguf", tiny_models.make("llama", vocab_size=99))
+    bstack.compress(
+        tiny_llama, tmp_path / "model.bstk", settings=bstack.Settings(planes=1, samples=2, sequence_length=16)
+    )
+
+    text = "The old river went round the town, and nobody knew how deep it was there. " * 20
+    (tmp_path / "text.txt").write_text(text)
+
+    def bench(name):
+        options = Options(
+            budgets=[10 * bstk.MB],
+            speed=False,
+            text=str(tmp_path / "text.txt"),
+            windows=2,
+            sequence_length=24,
+            original=str(tiny_llama),
+            against=parse_against(f"gguf:{tmp_path / name}"),
+        )
+        return run_bench(tmp_path / "model.bstk", options, no_progress)[0]
+
+    report = bench("rounded.gguf")
+    (found,) = report.baselines
+    assert found.sizes.file_bytes == (tmp_path / "rounded.gguf").stat().st_size
+    assert found.name == "rounded.gguf" and "gguf:rounded.gguf" in as_csv(report)
+    assert "| gguf" in as_tables(report) and "rounded.gguf" in as_tables(report)
+    with torch.no_grad():
+        ids = AutoTokenizer.from_pretrained(tiny_llama)(text, add_special_tokens=False)["input_ids"]
+        windows = torch.tensor(ids[:48]).view(2, 24)
+        p, q = (model(windows).logits[:, :-1].double().log_softmax(-1) for model in (original, rounded))
+    assert found.quality.kld.value == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2)
+    with pytest.raises(bstk.UsageError, match=r"other\.gguf has a vocabulary of 99, but the original has one of"):
+        bench("other.gguf")

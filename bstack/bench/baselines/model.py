@@ -15,7 +15,7 @@ import bstk
 from bstack.bench.baselines.gptq import gptq
 from bstack.bench.baselines.rtn import GridMatrix, round_to_nearest
 from bstack.bench.baselines.spqr import SpqrMatrix, spqr
-from bstack.bench.options import CALIBRATED, Choice, Options
+from bstack.bench.options import CALIBRATED, GGUF, Choice, Options
 from bstack.bench.quality import Scores
 from bstack.bench.reference import Reference
 from bstack.bench.results import Baseline, Comparison, Point, Sizes, frontier
@@ -27,11 +27,12 @@ from bstack.calibration.stream import LayerStream, batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, open_text, token_windows
 from bstack.eval.streamed import Loaded, altered, run_streamed
 from bstack.models.names import MatrixName
+from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton, layer_parameters
 from bstack.models.tokenizer import check_ids
 from bstack.progress import Progress
 
-__all__ = ["Baselines", "compare", "measure_baselines"]
+__all__ = ["Baselines", "check_gguf", "compare", "measure_baselines"]
 
 EMBEDDING_BITS = (8, 4)
 
@@ -210,9 +211,9 @@ def measure_baselines(
     notes: list[str],
     progress: Progress,
 ) -> list[Baseline]:
-    """Quantise the original and measure it; without named bits only baselines of a size with the file."""
+    """Quantise the original and measure it; without named bits only baselines of a size with the file. Also measure GGUF files."""
     runner = Baselines(file, skeleton, text.windows, text.reference, scratch)
-    choices = _fitting(file, runner, options.against, notes)
+    choices = _fitting(file, runner, [choice for choice in options.against if choice.method != GGUF], notes)
     windows = None
     if any(choice.method in CALIBRATED for choice in choices):
         windows = _calibration(file, options.calibration, skeleton, text.tokenizer, notes, progress)
@@ -228,7 +229,37 @@ def measure_baselines(
         if windows is not None and choice.method in CALIBRATED:
             on = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         found += [Baseline.from_plain(plain) for plain in resume.get(f"{choice.name}:{on}", run)]
-    return found
+    paths = [choice.path for choice in options.against if choice.path is not None]
+    return found + [_measure_gguf(path, text, resume, progress) for path in paths]
+
+
+def check_gguf(path: str, vocabulary: int) -> Skeleton:
+    """Open a GGUF file to compare with; raise BstkError if it cannot be run, or has another vocabulary than the original."""
+    skeleton = Skeleton(open_checkpoint(path, trust_remote_code=False))
+    found = skeleton.parameter(skeleton.output_name).shape[0]
+    if found != vocabulary:
+        raise bstk.UsageError(
+            f"{path} has a vocabulary of {found}, but the original has one of {vocabulary}.",
+            hint="Name a file of the same model.",
+        )
+    return skeleton
+
+
+def _measure_gguf(path: str, text: Text, resume: ResumeFile, progress: Progress) -> Baseline:
+    """Measure a GGUF file, dequantised; its bytes are those of the file."""
+    skeleton = Skeleton(open_checkpoint(path, trust_remote_code=False))
+    checkpoint = skeleton.checkpoint
+
+    def run() -> list[dict[str, Any]]:
+        scores = Scores(text.windows, text.reference)
+        with progress(checkpoint.name, len(skeleton.layers)) as step:
+            run_streamed(skeleton, text.windows, scores.add, progress=step)
+        sizes = Sizes(checkpoint.size_bytes, checkpoint.size_bytes)
+        return [Baseline(GGUF, None, None, sizes, scores.quality(), file=os.path.basename(path)).to_plain()]
+
+    digests = ",".join(file["sha256"] for file in checkpoint.provenance()["files"])
+    (plain,) = resume.get(f"{GGUF}:{digests}", run)
+    return Baseline.from_plain(plain)
 
 
 def compare(

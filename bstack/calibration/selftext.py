@@ -16,7 +16,7 @@ from bstack.models.plain import endless
 from bstack.models.skeleton import Skeleton, zeros_for_weights
 from bstk.errors import ResourceError
 
-__all__ = ["draw", "rehearse_writing", "token_steps", "write_windows"]
+__all__ = ["draw", "rehearse_writing", "token_steps", "write_windows", "writing_bytes"]
 
 # A window is made of texts of at most so many tokens: short ones side by side are written faster than long ones.
 TEXT_LENGTH = 128
@@ -25,6 +25,8 @@ TEXT_LENGTH = 128
 TOGETHER = 136
 # Windows and tokens of a trial: several texts, and a token from a cache that holds some.
 _TRIAL = (2, 4)
+# Arrays of one value for each text and word that exist at the same time.
+_PROBABILITIES = 5
 
 
 def write_windows(
@@ -79,6 +81,21 @@ def _write(
             for start in range(0, texts, TOGETHER)
         ]
     return torch.cat(groups).reshape(samples, -1)[:, :length].contiguous()
+
+
+def writing_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
+    """Return about how many bytes of memory `write_windows` takes: the model, the cache, and the words' probabilities."""
+    texts, text_length = _shape(samples, length)
+    texts = min(texts, TOGETHER)
+    config = skeleton.model.config.get_text_config()
+    width = skeleton.parameter(skeleton.input_name).shape[1]
+    heads = getattr(config, "num_attention_heads", None) or 1
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * (
+        getattr(config, "head_dim", None) or width // heads
+    )
+    kept = sum(p.numel() for p in skeleton.model.parameters()) + 2 * texts * text_length * keys * len(skeleton.layers)
+    itemsize = 2 if _multiplies_bfloat16() else 4
+    return itemsize * kept + 4 * _PROBABILITIES * texts * config.vocab_size
 
 
 def token_steps(samples: int, length: int) -> int:
@@ -157,8 +174,7 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
 
     Some models mix tables or decays in float32 with their weights, and stop at that: they write in float32.
     """
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+    if not _multiplies_bfloat16():
         return torch.float32
     try:
         with zeros_for_weights(skeleton):
@@ -166,6 +182,11 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
     except Exception:  # whatever it is, float32 shows whether it has to do with the type
         return torch.float32
     return torch.bfloat16
+
+
+def _multiplies_bfloat16() -> bool:
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

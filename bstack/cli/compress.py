@@ -13,6 +13,7 @@ from bstack.cli._common import Parsed, json_option, model_warnings, print_json, 
 from bstack.cli._progress import is_terminal, stage
 from bstack.cli._text import duration, megabytes, original_fields
 from bstack.errors import printable
+from bstack.progress import Plan
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
 
@@ -151,6 +152,7 @@ def command(
             trust_remote_code=trust_remote_code,
             dask=dask,
             progress=_progress(quiet),
+            on_plan=lambda plan: None if quiet else click.echo(_plan_text(plan), err=True),
         )
     if as_json:
         print_json("bstack.compress/2", report.to_json())
@@ -178,6 +180,14 @@ def _check_preset(preset: str, codec: object) -> None:
         raise click.UsageError(
             f"--preset {preset} is for --codec {own}, not for --codec {codec}. Leave one of them out."
         )
+
+
+def _plan_text(plan: Plan) -> str:
+    text = f"Needs about {megabytes(plan.memory_bytes)} of memory at its peak"
+    if plan.free_bytes is None:
+        return f"{text}."
+    text = f"{text}; {megabytes(plan.free_bytes)} are free."
+    return text if plan.memory_bytes <= plan.free_bytes else f"Warning: {text} The system may end the command."
 
 
 def _progress(quiet: bool) -> Callable[[str, int], Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import bstk
 from bstack.memory.process import peak_bytes
-from bstack.progress import Progress, no_progress
+from bstack.progress import Plan, Progress, no_progress
 from bstack.settings import PRESETS, Settings
 from bstk.atomic import require_free, target_of
 from bstk.errors import UsageError, os_errors
@@ -71,6 +72,7 @@ def compress(
     trust_remote_code: bool = False,
     dask: str | None = None,
     progress: Progress = no_progress,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Report:
     """Compress a model into one .bstk file.
 
@@ -93,6 +95,8 @@ def compress(
         Address of a Dask scheduler whose workers encode the matrices; by default threads of this process do. The file is the same.
     progress : callable
         Receives each stage and its steps.
+    on_plan : callable
+        Called once, before the work begins, with its `bstack.progress.Plan`: about how much memory it will take.
 
     Raises
     ------
@@ -111,7 +115,7 @@ def compress(
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
     with Threads() if dask is None else Cluster(dask) as workers:
-        result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code)
+        result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code, on_plan)
     try:
         _check_output(output, overwrite)  # another run may have written it in the meantime
         with progress("write", 1) as step:

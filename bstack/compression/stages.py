@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,12 +36,13 @@ from bstack.compression.layers import (
     layer_shapes,
     model_files,
 )
+from bstack.compression.plan import plan
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton, longest_text
 from bstack.models.tokenizer import check_ids, tokenizer_files
-from bstack.progress import Progress
+from bstack.progress import Plan, Progress
 from bstack.settings import Settings
 from bstack.workdir import WorkDirectory
 
@@ -73,7 +74,13 @@ class Result(NamedTuple):
 
 
 def run_stages(
-    model: str, settings: Settings, work_path: Path, workers: Workers, progress: Progress, trust_remote_code: bool
+    model: str,
+    settings: Settings,
+    work_path: Path,
+    workers: Workers,
+    progress: Progress,
+    trust_remote_code: bool,
+    on_plan: Callable[[Plan], None],
 ) -> Result:
     """Run or resume the stages; the parameters are those of `bstack.compress`."""
     codec = make_codec(settings)
@@ -87,6 +94,7 @@ def run_stages(
         rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
         step()
+    on_plan(plan(skeleton, settings, workers))
     settings_record = {**settings.to_json(), **codec.settings()}
     if text is not None:  # without its folder on the user's machine
         settings_record["calibration"] = text.name

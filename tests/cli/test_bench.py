@@ -1,7 +1,6 @@
 """``bstack bench`` on a tiny model: in this process, and so is what it asks of others, but where processes are the matter."""
 
 import csv
-import dataclasses
 import functools
 import io
 import json
@@ -19,8 +18,6 @@ import in_process
 import pytest
 
 import bstk
-from bstack.bench import child, worker
-from bstack.bench.results import Measured
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +43,6 @@ def sizes(home):
     return [f"{size / bstk.MB:.20f}" for size in (first, (first + last) // 2, last)]
 
 
-def ask_here(request, progress=lambda: None):
-    """Measure in this process what a child would, from the same text and to the same text."""
-    sent = json.dumps({type(request).__name__: dataclasses.asdict(request)})
-    found = worker.answer(child.read_request(sent), progress)
-    return Measured.from_plain(json.loads(json.dumps(found.to_plain())))
-
-
 def run_here(home, *args, file="model.bstk", **options):
     return in_process.bstack("bench", file, *args, cwd=home, **{"XDG_CACHE_HOME": str(home / "cache"), **options})
 
@@ -60,7 +50,7 @@ def run_here(home, *args, file="model.bstk", **options):
 @pytest.fixture
 def bench(home, monkeypatch):
     """Run ``bstack bench model.bstk`` -> CompletedProcess; it measures in this process, too."""
-    monkeypatch.setattr("bstack.bench.run.ask", ask_here)
+    monkeypatch.setattr("bstack.bench.run.ask", in_process.measure)
     return functools.partial(run_here, home)
 
 
@@ -77,7 +67,7 @@ def everything(home, tiny_llama, sizes):
     ask = ["--budgets", ",".join(sizes), "--original", tiny_llama, *SMALL]
     against = ["--against", "rtn:4,gptq:4", "--calibration", "self"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bstack.bench.run.ask", ask_here)
+        patch.setattr("bstack.bench.run.ask", in_process.measure)
         done = run_here(home, *ask, *against, "--json", "--csv", "all.csv", "--plot", "all.svg")
     assert (done.returncode, done.stderr) == (0, "all.csv: written\nall.svg: written\n"), done.stderr
     return json.loads(done.stdout)
@@ -387,7 +377,7 @@ def test_a_stopped_run_goes_on(home, sizes, tiny_llama, monkeypatch, tmp_path):
             asked.clear()
             raise KeyboardInterrupt
         asked.append(request.cut.budget)
-        return ask_here(request, progress)
+        return in_process.measure(request, progress)
 
     @contextmanager
     def progress(stage, steps):

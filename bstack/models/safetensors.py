@@ -135,7 +135,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _check_unused(self, model: PreTrainedModel, unused: dict[str, str], found: Container[str]) -> None:
         """Refuse tensors that the model has no place for, but for those that transformers knows to be unneeded."""
         loading = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused) - self._tables(unused))
-        model._adjust_missing_and_unexpected_keys(loading)  # type: ignore[arg-type]  # has the two fields that it uses
+        model._adjust_missing_and_unexpected_keys(loading)  # it has the two fields that are used
         kind = type(model).__name__
         if wrong := [unused[target] for target in loading.unexpected_keys]:
             for key in sorted(wrong):
@@ -218,7 +218,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     model,
                     {name: shards[self._headers[key].file].get_slice(key) for name, key in sorted(keys.items())},
                     # The type of tensors that the model does not have; all others take the model's.
-                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),  # type: ignore[arg-type]
+                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._transforms),
                 )
         except SafetensorError as error:
             raise DamagedError(f"{self.name}: a weight file cannot be read: {error}.") from None

@@ -1,4 +1,4 @@
-"""Whole SpQR files of a tiny model, made and shown by the installed command, cut, interrupted, read back."""
+"""Whole SpQR files of a tiny model, made by the installed command, shown, cut, interrupted, read back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from contextlib import contextmanager
 
+import in_process
 import pytest
 import samples
 import tiny_models
@@ -28,8 +29,12 @@ SETTINGS = Settings(codec="spqr", bits=3, bpw=5.5, planes=1, samples=3, sequence
 
 
 def command(*arguments):
-    installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
-    start = [installed] if installed else [sys.executable, "-m", "bstack"]
+    return in_process.bstack(*arguments, cwd=".")
+
+
+def installed(*arguments):
+    path = shutil.which("bstack", path=sysconfig.get_path("scripts"))
+    start = [path] if path else [sys.executable, "-m", "bstack"]
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300)
 
 
@@ -41,7 +46,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(model):
     path = model.parent / "out.bstk"
-    done = command(
+    done = installed(
         "compress",
         model,
         "-o",

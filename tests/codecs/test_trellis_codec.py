@@ -192,6 +192,7 @@ def test_a_rank_is_refused():
         make_codec(Settings(rank=4))
 
 
+@pytest.mark.slow
 def test_without_kernels_it_warns_and_gives_the_same_bytes(tmp_path):
     script = """
 import torch, warnings

@@ -52,14 +52,52 @@ def processes():
         process.wait()
 
 
-@pytest.fixture
-def scheduler(processes, tmp_path, request):
-    """A scheduler in a process of its own, with the parameter as environment; its address."""
-    file = tmp_path / "scheduler.json"
+def start_scheduler(processes, folder, **environment):
+    file = folder / "scheduler.json"
     arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    start(processes, "scheduler", *arguments, **getattr(request, "param", {}))
+    start(processes, "scheduler", *arguments, **environment)
     wait_for(lambda: file.exists() and file.read_text().endswith("}"))
     return json.loads(file.read_text())["address"]
+
+
+def start_worker(processes, scheduler, folder, **options):
+    arguments = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(folder / "dask")]
+    return start(processes, "worker", scheduler, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def lasting():
+    """Processes that all tests share."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def lasting_scheduler(lasting, tmp_path_factory):
+    return start_scheduler(lasting, tmp_path_factory.mktemp("scheduler"))
+
+
+@pytest.fixture(scope="module")
+def two_workers(lasting, tmp_path_factory):
+    """The address of a scheduler with two workers that have two threads for each product."""
+    folder = tmp_path_factory.mktemp("workers")
+    address = start_scheduler(lasting, folder)
+    for _ in range(2):
+        start_worker(lasting, address, folder, OMP_NUM_THREADS="2")
+    with distributed.Client(address, timeout=30, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+    return address
+
+
+@pytest.fixture
+def scheduler(processes, tmp_path, request):
+    """The address of the scheduler that tests share, without workers; with a parameter one of its own, in that environment."""
+    if hasattr(request, "param"):
+        return start_scheduler(processes, tmp_path, **request.param)
+    return request.getfixturevalue("lasting_scheduler")
 
 
 @pytest.fixture
@@ -70,14 +108,20 @@ def client(scheduler):
 
 @pytest.fixture
 def add_workers(processes, scheduler, client, tmp_path):
+    workers = []
+
     def add(count, **options):
         before = len(client.nthreads())
-        arguments = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / "dask")]
-        made = [start(processes, "worker", scheduler, *arguments, **options) for _ in range(count)]
+        made = [start_worker(processes, scheduler, tmp_path, **options) for _ in range(count)]
+        workers.extend(made)
         client.wait_for_workers(before + count, timeout=60)
         return made
 
-    return add
+    yield add
+    for worker in workers:
+        worker.kill()
+    if processes[0] in workers:  # the scheduler is a shared one
+        wait_for(lambda: not client.nthreads())
 
 
 @pytest.fixture(scope="module")
@@ -112,22 +156,20 @@ def busy(client):
     return next((worker for worker, tasks in client.processing().items() if tasks), None)
 
 
-def test_the_same_file(tiny_llama, tmp_path, scheduler, add_workers, expected, capsys):
-    add_workers(2)
-    assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", scheduler, *QUICK)[0] == 0
+def test_the_same_file(tiny_llama, tmp_path, two_workers, expected, capsys):
+    assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", "--dask", two_workers, *QUICK)[0] == 0
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
 @pytest.mark.parametrize("codec", ["trellis", "spqr", "sign"])
-def test_the_same_file_with_another_number_of_threads(codec, tiny_llama, tmp_path_factory, scheduler, add_workers):
-    add_workers(1, OMP_NUM_THREADS="2")
+def test_the_same_file_with_another_number_of_threads(codec, tiny_llama, tmp_path_factory, two_workers):
     settings = replace(SETTINGS, codec=codec)
     here = compressed(tiny_llama, tmp_path_factory.mktemp("here"), settings)
-    assert compressed(tiny_llama, tmp_path_factory.mktemp("there"), settings, dask=scheduler) == here
+    assert compressed(tiny_llama, tmp_path_factory.mktemp("there"), settings, dask=two_workers) == here
 
 
 def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
-    workers = add_workers(3, BSTACK_KERNELS="reference")  # slow, with the same result bit for bit
+    workers = add_workers(2, BSTACK_KERNELS="reference")  # slow, with the same result bit for bit
     by_address = dict(client.run(os.getpid))
     killed = []
 
@@ -145,6 +187,7 @@ def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
+@pytest.mark.parametrize("scheduler", [{}], indirect=True)
 def test_the_scheduler_goes_away_and_the_same_command_goes_on(
     tiny_llama, tmp_path, scheduler, client, processes, add_workers, expected, capsys
 ):
@@ -157,7 +200,7 @@ def test_the_scheduler_goes_away_and_the_same_command_goes_on(
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
-def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expected):
+def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expected, capsys):
     add_workers(1, BSTACK_KERNELS="reference")
     command = [sys.executable, "-m", "bstack", "compress", tiny_llama, "-o", tmp_path / "out.bstk", *QUICK]
     process = subprocess.Popen([*command, "--dask", scheduler], stderr=subprocess.PIPE, text=True)
@@ -166,14 +209,13 @@ def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expec
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "Give the same command again" in err and "Traceback" not in err
     wait_for(lambda: not busy(client))
-    subprocess.run(command, check=True, capture_output=True)
+    assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", *QUICK)[0] == 0
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
-def test_an_error_in_the_event_loop_of_dask_prints_no_traceback(scheduler, client, add_workers, caplog):
-    add_workers(1)
+def test_an_error_in_the_event_loop_of_dask_prints_no_traceback(two_workers, caplog):
     done = threading.Event()
-    with cluster.Cluster(scheduler) as workers:
+    with cluster.Cluster(two_workers) as workers:
         # Dask's own cancel() raises NameError there where Ctrl-C comes before its future.
         workers.client.loop.add_callback(lambda: 1 / 0)
         workers.client.loop.add_callback(done.set)
@@ -272,30 +314,38 @@ _CONNECT = """
 import sys
 from bstack.compression import cluster
 cluster.CONNECT_SECONDS = 1.0
-try:
-    cluster.Cluster(sys.argv[1])
-except cluster.BstkError as error:
-    print(error)
+for address in sys.argv[1:]:
+    try:
+        cluster.Cluster(address)
+    except cluster.BstkError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b""])
-def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it(answer):
+def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it():
     """In a process of its own, as dask's words came when it ended."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"{'tls' if answer is None else 'tcp'}://127.0.0.1:{server.getsockname()[1]}"
+    answers = [None, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b""]
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in answers]
 
-        def serve():
-            with suppress(OSError):
-                while True:
-                    connection, _ = server.accept()
-                    connection.sendall(answer or b"")
-                    connection.close()
+    def serve(server, answer):
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                connection.sendall(answer or b"")
+                connection.close()
 
-        threading.Thread(target=serve, daemon=True).start()
-        done = subprocess.run([sys.executable, "-c", _CONNECT, address], capture_output=True, text=True)
+    addresses = []
+    for server, answer in zip(servers, answers, strict=True):
+        addresses.append(f"{'tls' if answer is None else 'tcp'}://127.0.0.1:{server.getsockname()[1]}")
+        threading.Thread(target=serve, args=(server, answer), daemon=True).start()
+    done = subprocess.run([sys.executable, "-c", _CONNECT, *addresses], capture_output=True, text=True)
+    for server in servers:
         server.shutdown(socket.SHUT_RDWR)
-    assert done.stdout.startswith(f"No Dask scheduler answers at {address}: ") and done.stdout.count("\n") == 1
+        server.close()
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(addresses)
+    for line, address in zip(lines, addresses, strict=True):
+        assert line.startswith(f"No Dask scheduler answers at {address}: ")
     assert (done.returncode, done.stderr) == (0, "")
 
 

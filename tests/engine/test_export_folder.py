@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 
 import in_process
 import pytest
@@ -46,12 +44,6 @@ IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generato
 
 def command(*arguments, cwd="."):
     return in_process.bstack(*arguments, cwd=cwd)
-
-
-def as_installed(*arguments):
-    installed = shutil.which("bstack", path=sysconfig.get_path("scripts"))
-    start = [installed] if installed else [sys.executable, "-m", "bstack"]
-    return subprocess.run([*start, *map(str, arguments)], timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +128,7 @@ def test_the_command(tiny, tmp_path, dtype, torch_dtype):
 
 
 def test_without_bstack_installed(tiny, tmp_path):
-    assert as_installed("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
+    assert command("export", tiny, "--to", "safetensors", tmp_path / "out", "-q").returncode == 0
     script = """
 import sys
 sys.modules["bstack"] = sys.modules["bstk"] = None

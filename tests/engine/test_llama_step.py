@@ -18,7 +18,8 @@ from bstack.models.kv_cache import growing_cache
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 
-FAMILY = ["llama", "llama-tied", "qwen2", "qwen3"]
+SLOW = pytest.mark.slow
+FAMILY = ["llama", pytest.param("llama-tied", marks=SLOW), pytest.param("qwen2", marks=SLOW), "qwen3"]
 
 
 def slowly(model):
@@ -115,7 +116,9 @@ def test_what_is_asked_beyond_logits_is_answered(file_of):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma2", "mixtral", "falcon", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["mistral", *(pytest.param(name, marks=SLOW) for name in ("gpt2", "phi3", "gemma2", "mixtral", "falcon"))]
+)
 def test_other_structures_keep_their_own_code(name, file_of):
     """Among them Mistral with a sliding window."""
     with warnings.catch_warnings():
@@ -371,7 +374,7 @@ def test_a_step_that_is_not_taken_is_told_once(asked, file_of, steps):
     assert not steps and len(told) == 1 and "own code instead of the fused step" in str(told[0].message)
 
 
-@pytest.mark.parametrize("name", ["olmo3", "gemma3", "cohere"])
+@pytest.mark.parametrize("name", ["olmo3", pytest.param("gemma3", marks=SLOW), pytest.param("cohere", marks=SLOW)])
 def test_models_with_another_rope_keep_their_own_code(name, file_of):
     """Among them one rope for each kind of layer, whose type is no word but a table."""
     model, _ = bstack.load(file_of(name), mode="packed")

@@ -51,7 +51,7 @@ def test_without_outliers_planes_stand_on_the_dense_part(file_of):
         file.verify()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 12])
+@pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=pytest.mark.slow), 12])
 def test_packed_agrees_with_dense_at_every_size(path, tokens):
     model, _ = bstack.load(path, mode="packed", mb=sizes(path)[0])
     assert bstack.resident(model).blocks < bstack.resident(model).all_blocks

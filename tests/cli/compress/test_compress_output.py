@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import in_process
 import pytest
 import tiny_gguf
 from compressing import QUICK
@@ -66,36 +68,74 @@ def test_work_directory_of_somebody_else(run, model, tmp_path):
     assert (tmp_path / "work" / "thesis.tex").read_text() == "all of it"
 
 
-def small_disk(size: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run bstack with `folder` on a disk of its own, seen by that process alone; skip where the system does not allow it."""
-    folder.mkdir(exist_ok=True)
-    mount = f'mount -t tmpfs -o size={size} none "$0" && cd "$0"'
+# One process for all disks: importing torch takes seconds.
+ON_EACH = """
+import contextlib, io, json, os, sys
+from bstack.cli import main
+home, ended = os.getcwd(), []
+for disk, *arguments in json.loads(sys.argv[1]):
+    os.chdir(os.path.join(home, disk))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main.main(arguments, prog_name="bstack")
+        except SystemExit as end:
+            code = end.code
+    ended.append([code, out.getvalue(), err.getvalue(), sorted(os.listdir())])
+print(json.dumps(ended))
+"""
+
+
+def on_small_disks(folder: Path, commands: dict[str, list]) -> dict[str, tuple[int, str, str, list[str]]]:
+    """Run bstack commands, each on a disk of the size it is given, seen by that process alone: size -> what it came to.
+
+    Skip where the system does not allow it.
+    """
+    mount = 'cd "$0" && for size in {}; do mkdir -p $size && mount -t tmpfs -o size=$size none $size; done'
+    mount = mount.format(" ".join(commands))
     try:
-        allowed = subprocess.run(["unshare", "-rm", "sh", "-c", mount, folder], capture_output=True)
+        allowed = subprocess.run(["unshare", "-rm", "sh", "-e", "-c", mount, folder], capture_output=True)
     except FileNotFoundError:
         pytest.skip("no unshare command to mount a small disk with")
     if allowed.returncode:
         pytest.skip("mounting a small disk is not allowed here")
-    script = mount + '; "$@"; code=$?; ls -A >&2; exit $code'
-    command = [sys.executable, "-m", "bstack", *map(str, arguments)]
-    return subprocess.run(["unshare", "-rm", "sh", "-c", script, folder, *command], capture_output=True, text=True)
+    task = json.dumps([[size, *map(str, command)] for size, command in commands.items()])
+    process = [sys.executable, "-c", ON_EACH, task]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-e", "-c", mount + '; exec "$@"', folder, *process], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return dict(zip(commands, json.loads(done.stdout), strict=True))
 
 
 # Full while the tokenizer is kept, at the sensitivities, in the layers.
-@pytest.mark.parametrize("size", ["16k", "48k", "128k"])
-def test_full_disk(size, tiny_llama, tmp_path):
-    done = small_disk(size, tmp_path, "compress", tiny_llama, "-o", "out.bstk", "-q", *QUICK, "--planes", 6)
-    assert (done.returncode, done.stdout) == (7, ""), done.stderr
-    assert "No space left" in done.stderr and "Free some space" in done.stderr and "Traceback" not in done.stderr
+SIZES = ["16k", "48k", "128k"]
 
 
-def test_full_disk_at_the_very_end(run, tiny_llama, tmp_path):
+@pytest.fixture(scope="module")
+def full(tiny_llama, tmp_path_factory):
+    """What came to an end on disks of these sizes, and on one that holds the blocks once, but not twice."""
+    folder = tmp_path_factory.mktemp("disks")
+    deep = ["compress", tiny_llama, "-o", "out.bstk", "-q", *QUICK, "--planes", 16]
+    assert in_process.bstack(*deep, cwd=folder).returncode == 0
+    last = f"{(folder / 'out.bstk').stat().st_size * 2 // 1024}k"
+    shallow = ["compress", tiny_llama, "-o", "out.bstk", "-q", *QUICK, "--planes", 6]
+    found = on_small_disks(folder, {**dict.fromkeys(SIZES, shallow), last: deep})
+    return {**found, "last": found[last]}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_full_disk(full, size):
+    code, out, err, left = full[size]
+    assert (code, out) == (7, ""), err
+    assert "No space left" in err and "Free some space" in err and "Traceback" not in err
+    assert "out.bstk" not in left
+
+
+def test_full_disk_at_the_very_end(full):
     """The blocks fit once, but not twice, in the work directory and in the output."""
-    arguments = [tiny_llama, "-o", "out.bstk", "-q", *QUICK, "--planes", 16]
-    assert run(*arguments)[0] == 0
-    size = f"{(tmp_path / 'out.bstk').stat().st_size * 2 // 1024}k"
-    done = small_disk(size, tmp_path / "disk", "compress", *arguments)
-    assert (done.returncode, done.stdout) == (7, ""), done.stderr
-    assert "out.bstk: cannot write: No space left" in done.stderr
+    code, out, err, left = full["last"]
+    assert (code, out) == (7, ""), err
+    assert "out.bstk: cannot write: No space left" in err
     # Kept for the run that follows, and no half of an output.
-    assert done.stderr.endswith("\nout.bstk.work\n")
+    assert left == ["out.bstk.work"]

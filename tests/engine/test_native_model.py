@@ -215,6 +215,7 @@ CONFIG = {
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"hidden_size": None}, "config.json"),
         ({"num_hidden_layers": -1}, "layers|sizes"),
+        ({"num_hidden_layers": 10**11}, "num_hidden_layers is 1000"),  # more than memory holds
         ({"num_key_value_heads": 3}, "heads"),
         ({"head_dim": 7}, "heads"),
         ({"rope_parameters": None}, "field"),

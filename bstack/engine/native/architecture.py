@@ -213,6 +213,10 @@ _INERT = {
 }
 
 
+# A hostile file asks for gigabytes of windows and ropes.
+MAX_LAYERS = 10_000
+
+
 def describe(config: Config) -> Architecture:
     """Return what a config.json describes; raise NotNativeError for what this engine does not compute."""
     kind = config.get("model_type")
@@ -230,6 +234,8 @@ def describe(config: Config) -> Architecture:
         if head_width is None:
             head_width = config["hidden_size"] // heads
         layers = config["num_hidden_layers"]
+        if not isinstance(layers, int) or layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers!r}")
         found = Architecture(
             **{
                 "names": family.names,

@@ -8,7 +8,6 @@ of its column and the magnitude of the prediction. Symbols of one class lie toge
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from bstack.kernels.multiply import lookup
 from bstack.kernels.native import library
 from bstk.kinds import EXACT_CLASSES, EXACT_TRAILING, exact_head, exact_low_bits
 
-__all__ = ["Decoder", "encode", "narrow", "restore", "widen"]
+__all__ = ["ROWS_TOGETHER", "Decoder", "encode", "narrow", "predict", "restore", "widen"]
 
 ROWS_TOGETHER = 64
 ESCAPE = -128
@@ -67,6 +66,11 @@ def narrow(bits: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(bits & 0x7F800000 == 0x7F800000, special.astype(np.uint16), short)
 
 
+def predict(stack: Matrix) -> np.ndarray:
+    """Return what the blocks of a matrix say of it, float32, shape (m, n), the same bits everywhere."""
+    return lookup(stack, np.arange(stack.rows))
+
+
 def encode(stack: Matrix, values: np.ndarray, dtype: str) -> list[bytes]:
     """Return the exact chunk's raw bytes of a matrix, in the parts of `bstk.pack_parts`.
 
@@ -82,7 +86,7 @@ def encode(stack: Matrix, values: np.ndarray, dtype: str) -> list[bytes]:
     values = widen(np.ascontiguousarray(values), dtype)
     union = int(np.bitwise_or.reduce(values, axis=None))
     trailing = min((union & -union).bit_length() - 1, EXACT_TRAILING) if union else EXACT_TRAILING
-    predicted = np.concatenate(list(_predictions(stack)))
+    predicted = predict(stack)
     scales = _scales(predicted, values)
     native = library()
     counted = _Rows(stack.columns, trailing)
@@ -178,11 +182,6 @@ class Decoder:
         ):
             raise ValueError("a class has fewer symbols than its weights ask for.")
         return narrow(out, self._dtype)
-
-
-def _predictions(stack: Matrix) -> Iterator[np.ndarray]:
-    for start in range(0, stack.rows, ROWS_TOGETHER):
-        yield lookup(stack, np.arange(start, min(start + ROWS_TOGETHER, stack.rows)))
 
 
 def _places(symbols: np.ndarray, counts: list[int]) -> list[int]:

@@ -104,7 +104,9 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
     ]
     if exact := [chunk for chunk in reader.all_chunks if chunk.kind.restores]:
         here = sum(chunk.end <= reader.length for chunk in exact)
-        words = "gives back the original bit for bit" if reader.restores else "would give back the original, but is cut off"
+        words = (
+            "gives back the original bit for bit" if reader.restores else "would give back the original, but is cut off"
+        )
         pairs.append(("exact top", f"{here:,} of {len(exact):,} chunks, {megabytes(_stored(exact))}: {words}"))
     return [*pairs, ("state", state), ("root digest", reader.root.hex())]
 

@@ -71,7 +71,9 @@ def make_exact(
     places: dict[str, list[str]] = {"outside": [], **{f"{i:05d}": [] for i in range(len(skeleton.layers))}}
     prefixes = {f"{name}.": f"{i:05d}" for i, (name, _) in enumerate(skeleton.layers)}
     for parameter in stacks:
-        places[next((at for prefix, at in prefixes.items() if parameter.startswith(prefix)), "outside")].append(parameter)
+        places[next((at for prefix, at in prefixes.items() if parameter.startswith(prefix)), "outside")].append(
+            parameter
+        )
     for place, parameters in places.items():
         if not work.has(exact_part(place)):
             with work.part(exact_part(place)) as part:
@@ -121,7 +123,9 @@ def _add_exact(values: tuple[str, np.ndarray], stacks: Mapping[str, Sequence[Rec
         original = np.ascontiguousarray(MatrixName.parse(name).view(bits, entries[0].transposed))
         pieces = exact.encode(stack, original, dtype)
         if not np.array_equal(exact.restore(stack, b"".join(pieces), dtype), original):
-            raise bstk.BstkError(f"{name}: its blocks and its exact chunk do not give back the original. Please report this.")
+            raise bstk.BstkError(
+                f"{name}: its blocks and its exact chunk do not give back the original. Please report this."
+            )
         part.add(
             pieces,
             name=name,

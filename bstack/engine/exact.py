@@ -59,7 +59,9 @@ def write_originals(file: bstk.Reader, folder: Path, progress: Callable[[int], N
     raw = sum(chunk.raw_length for chunk in file.chunks)
     for chunk in restorer.files:
         name = chunk.name
-        if not name.endswith(".safetensors") and name != INDEX or any(part.startswith(".") for part in name.split("/")):
+        if (not name.endswith(".safetensors") and name != INDEX) or any(
+            part.startswith(".") for part in name.split("/")
+        ):
             raise DamagedError(f"{file.source.name}: its original {name!r} is no file of weights in safetensors.")
         with error_prefix(f"{file.source.name}: the original {name!r}"):
             described, rest = _parse(file.read(chunk))
@@ -129,7 +131,9 @@ class _Restorer:
     def _parameter(self, name: str, shapes: dict[str, Any]) -> np.ndarray:
         """Return a parameter as the bits of its type."""
         if (chunk := self._plain.get(name)) is not None:
-            return np.frombuffer(self._file.read(chunk), np.uint8).view(f"u{bstk.kinds.DTYPE_BY_NAME[chunk.dtype].size}")
+            return np.frombuffer(self._file.read(chunk), np.uint8).view(
+                f"u{bstk.kinds.DTYPE_BY_NAME[chunk.dtype].size}"
+            )
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]

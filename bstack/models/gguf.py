@@ -19,7 +19,7 @@ import torch
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
-from bstack.models.original import OriginalFile, StoredTensor, elements, file_head, views, whole
+from bstack.models.original import OriginalFile, StoredTensor, all_of, elements, file_head, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstack.models.tokenizer import export_tokenizer
 from bstack.models.weight_files import SINGLE
@@ -163,7 +163,7 @@ class GGUFCheckpoint(Checkpoint):
         shapes = {name: tuple(state[name].shape) for name in self._tensors}
         places = list(views(model, shapes))
         split = {parameter for _, parameter, _ in places}
-        places += [(name, name, whole(shape)) for name, shape in shapes.items() if name not in split]
+        places += [(name, name, all_of(shape)) for name, shape in shapes.items() if name not in split]
         tensors = [StoredTensor(key, "f32", 4 * math.prod(view.shape), name, view) for key, name, view in places]
         head = file_head((key, "F32", view.shape, 4 * math.prod(view.shape)) for key, _, view in places)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["OriginalFile", "StoredTensor", "View", "elements", "file_head", "views", "whole"]
+__all__ = ["OriginalFile", "StoredTensor", "View", "all_of", "elements", "file_head", "views"]
 
 DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # of safetensors -> of the container
 
@@ -76,7 +76,7 @@ def elements(array: np.ndarray, view: View | None) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(flat, shape, [array.itemsize * stride for stride in strides])
 
 
-def whole(shape: Sequence[int]) -> View:
+def all_of(shape: Sequence[int]) -> View:
     """Return the view of all elements of an array of that shape."""
     return View(0, tuple(shape), tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
 
@@ -97,7 +97,7 @@ def views(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
             found = revert_weight_conversion(model, {parameter: numbers})
         except Exception:  # operations raise anything where they need another parameter, or floats
             continue
-        parts = [(name, whole(shape) if tensor is numbers else _view_of(tensor)) for name, tensor in found.items()]
+        parts = [(name, all_of(shape) if tensor is numbers else _view_of(tensor)) for name, tensor in found.items()]
         if all(view is not None for _, view in parts):
             yield from ((name, parameter, view) for name, view in parts if view is not None)
 

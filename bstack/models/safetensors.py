@@ -253,12 +253,15 @@ class SafetensorsCheckpoint(Checkpoint):
         places: dict[str, tuple[str, View | None]] = {}
         for name, keys in self._keys.items():
             if name not in self._converted:
-                places.update({key: (name, None) for key in (*keys, *self._copies.get(name, ()))})
+                places |= dict.fromkeys((*keys, *self._copies.get(name, ())), (name, None))
         state = model.state_dict()
         shapes = {name: tuple(state[name].shape) for name in self._converted if name in self._keys}
         places |= {key: (name, view) for key, name, view in views(model, shapes) if key in self._keys[name]}
         single = len(self.files) == 1
-        files = [_original(file, SINGLE if single else file.relative_to(self.folder).as_posix(), places) for file in self.files]
+        files = [
+            _original(file, SINGLE if single else file.relative_to(self.folder).as_posix(), places)
+            for file in self.files
+        ]
         if single:
             return files
         return [*files, OriginalFile(INDEX, (self.folder / INDEX).read_bytes())]

@@ -80,7 +80,7 @@ def pack_parts(parts: Sequence[bytes]) -> Frame:
         write_dict_id=False,
     )
     writer = zstandard.ZstdCompressor(compression_params=few_matches).compressobj(size=length)
-    pieces = []
+    pieces: list[bytes] = []
     for part in filter(None, parts):
         pieces += writer.compress(part), writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     stored = b"".join([*pieces, writer.flush()])

@@ -16,7 +16,13 @@ from bstk import metadata
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 # Name of the stack, the golden file with its blocks, and the type of the original.
-STACKS = [("even", "trellis5", "bf16"), ("odd", "trellis5", "f16"), ("above", "trellis5", "f32"), ("three", "spqr", "bf16"), ("sign", "weights", "f32")]
+STACKS = [
+    ("even", "trellis5", "bf16"),
+    ("odd", "trellis5", "f16"),
+    ("above", "trellis5", "f32"),
+    ("three", "spqr", "bf16"),
+    ("sign", "weights", "f32"),
+]
 _SPECIAL = {
     "bf16": [0x8000, 0, 0x7F80, 0xFF80, 0x7FC1, 0xFF81, 0x0001, 0x8001, 0x7F7F, 0x3F80],
     "f16": [0x8000, 0, 0x7C00, 0xFC00, 0x7E01, 0xFD01, 0x0001, 0x8001, 0x7BFF, 0x3C00],

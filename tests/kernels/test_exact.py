@@ -22,12 +22,7 @@ from bstack.kernels.spqr import rank_of
 from bstk.kinds import check_exact
 
 VECTORS = Path(__file__).parents[2] / "format" / "vectors"
-STACKS = [
-    [(TRELLIS5, 2)] * 3,
-    [(TRELLIS, 2)],
-    [(SIGN, 1)] * 2,
-    [(SPQR, rank_of(3, 16)), (OUTLIERS, 0), (TRELLIS5, 2)],
-]
+STACKS = [[(TRELLIS5, 2)] * 3, [(TRELLIS, 2)], [(SIGN, 1)] * 2, [(SPQR, rank_of(3, 16)), (OUTLIERS, 0), (TRELLIS5, 2)]]
 TYPES = ("bf16", "f16", "f32")
 
 
@@ -137,7 +132,9 @@ def test_all_halves_widen_and_narrow():
     for dtype in ("f16", "bf16"):
         assert np.array_equal(narrow(widen(halves, dtype), dtype), halves)
     finite = np.isfinite(halves.view(np.float16))
-    assert np.array_equal(widen(halves, "f16").view(np.float32)[finite], halves.view(np.float16).astype(np.float32)[finite])
+    assert np.array_equal(
+        widen(halves, "f16").view(np.float32)[finite], halves.view(np.float16).astype(np.float32)[finite]
+    )
 
 
 def test_better_blocks_leave_less():
@@ -184,7 +181,9 @@ def test_rows_come_in_order():
 
 
 def test_golden_file():
-    expected = {name: bytes.fromhex(text) for name, text in json.loads((VECTORS / "expected-exact.json").read_text()).items()}
+    expected = {
+        name: bytes.fromhex(text) for name, text in json.loads((VECTORS / "expected-exact.json").read_text()).items()
+    }
     with bstk.open(VECTORS / "exact.bstk") as file:
         tops = [chunk for chunk in file.chunks if chunk.kind is bstk.EXACT]
         assert len(tops) == 5

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import re
+from pathlib import Path
 
+import in_process
 import pytest
 import safetensors.torch
 import tiny_gguf
@@ -14,12 +17,14 @@ import bstack
 import bstk
 from bstack.codecs import make_codec
 from bstack.compression.exact import check_exact
+from bstack.engine.exact import write_originals
 from bstack.engine.export import export_safetensors
 from bstack.models.open import open_checkpoint
 from bstack.models.original import OriginalFile, StoredTensor
 from bstack.models.skeleton import Skeleton
 from bstack.settings import Settings
-from bstk.errors import UsageError
+from bstk import metadata
+from bstk.errors import DamagedError, UsageError
 
 SETTINGS = {"exact": True, "samples": 2, "sequence_length": 16, "tokenizer": False, "planes": 2}
 
@@ -214,3 +219,88 @@ def test_depths_that_no_exact_chunk_takes_are_refused():
     huge = OriginalFile("model.safetensors", b"", [StoredTensor("extra", "f32", 2**31 + 4)])
     with pytest.raises(bstack.errors.UnsupportedModelError, match=r"extra takes 2\.00 GiB"):
         check_exact(make_codec(Settings()), [huge])
+
+
+def test_the_commands_say_so(sharded, tmp_path):
+    def run(*arguments):
+        done = in_process.bstack(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    options = ("--samples", 2, "--sequence-length", 16, "--no-tokenizer", "--planes", 2)
+    made = run("compress", sharded, "-o", "m.bstk", "--exact", *options, "-q")
+    assert re.search(r"exact top +[\d,.]+ \w+ of it; the full file takes \d+\.\d% of the original", made)
+    assert (tmp_path / "m.bstk").read_bytes() == (sharded.parent / "model.bstk").read_bytes()
+    assert "bit for bit those of the original" in run("export", "m.bstk", "out", "-q")
+    assert digests(tmp_path / "out") == digests(sharded)
+    report = json.loads(run("export", "m.bstk", "again", "--json", "-q"))
+    assert (report["exact"], report["dtype"]) == (True, "bf16")
+    assert json.loads(run("export", "m.bstk", "half", "--dtype", "fp16", "--json", "-q"))["exact"] is False
+    assert "gives back the original bit for bit" in run("inspect", "m.bstk")
+    run("truncate", "m.bstk", "-o", "cut.bstk", "--mb", 0.1, "-q")
+    assert "would give back the original, but is cut off" in run("inspect", "cut.bstk")
+    assert not json.loads(run("inspect", "cut.bstk", "--json"))["restores_original"]
+
+
+def changed(file, out, change):
+    """Write a copy of an exact file in which `change` has altered what the original chunk of the first file says."""
+    with bstk.open(file) as reader:
+        chunks = list(reader.chunks)
+        name = "model-00001-of-00003.safetensors"
+        entries = []
+        for chunk in chunks:
+            raw = reader.read(chunk)
+            if chunk.name == name:
+                text, _, rest = raw.partition(b"\0")
+                described = json.loads(text)
+                text = change(described)
+                raw = (text if isinstance(text, bytes) else metadata.dump(described)) + b"\0" + rest
+            frame = bstk.pack(raw)
+            kept = ("name", "kind", "level", "shape", "dtype", "rank", "transposed", "importance", "error")
+            lengths = {"raw_length": len(raw), "stored_length": frame.stored_length}
+            fields = {key: getattr(chunk, key) for key in kept} | lengths
+            entries.append(bstk.Entry(**fields, digest=frame.digest, stored=frame.stored))
+        bstk.write(out, reader.metadata, entries, reader.base_count)
+
+
+def parameter(described):
+    return next(piece for piece in described["pieces"] if piece[0] == "parameter")
+
+
+HOSTILE = {
+    "another length": (lambda d: d.update(length=d["length"] + 1), "not the original"),
+    "another digest": (lambda d: d.update(sha256="0" * 64), "not the original"),
+    "a huge length": (lambda d: d.update(length=2**60), "so small a file"),
+    "no pieces": (lambda d: d.pop("pieces"), "does not say how"),
+    "no JSON": (lambda d: b"[]", "the top level is an object"),
+    "a piece of another kind": (lambda d: d["pieces"].append(["file", "/etc/passwd"]), "is no piece of a file"),
+    "bytes that are not there": (lambda d: d["pieces"].append(["bytes", 2**40]), "is no piece of a file"),
+    "bytes backwards": (lambda d: d["pieces"].append(["bytes", -1]), "is no piece of a file"),
+    "a chunk that is not there": (lambda d: d["pieces"].append(["chunk", "config.json"]), "is no piece of a file"),
+    "a parameter that is not there": (lambda d: d["pieces"].append(["parameter", "nothing"]), "gives nothing"),
+    "a view past the end": (lambda d: parameter(d).extend([1, [10**9], [1]]), "it reaches element"),
+    "a view before the start": (lambda d: parameter(d).extend([-1, [1], [1]]), "offsets of 0 and more"),
+    "a view that is none": (lambda d: parameter(d).extend([0, [2, 2], [1]]), "offsets of 0 and more"),
+    "a view that repeats": (lambda d: parameter(d).extend([0, [10**9, 10**9], [0, 0]]), "longer than the file"),
+    "another shape": (
+        lambda d: d["shapes"].update({name: [7, 7] for name in d["shapes"]}),
+        "do not make up a parameter|no exact chunk",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_files_that_say_other_things_are_refused(what, sharded, tmp_path):
+    change, message = HOSTILE[what]
+    changed(sharded.parent / "model.bstk", tmp_path / "bad.bstk", change)
+    with pytest.raises(DamagedError, match=message):
+        exported(tmp_path / "bad.bstk", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_golden_file_is_put_together(tmp_path):
+    vectors = Path(__file__).parents[2] / "format" / "vectors"
+    expected = json.loads((vectors / "expected-exact.json").read_text())["model.safetensors"]
+    with bstk.open(vectors / "exact.bstk") as file:
+        write_originals(file, tmp_path, lambda done: None)
+    assert (tmp_path / "model.safetensors").read_bytes().hex() == expected

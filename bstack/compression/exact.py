@@ -151,7 +151,7 @@ def _add_original(
     pieces: list[list[object]] = [["bytes", len(file.head)]]
     for number, tensor in enumerate(file.tensors):
         data = file.read(number)
-        digest.update(data)
+        digest.update(data.data)
         length += tensor.length
         if not tensor.length:
             continue
@@ -189,8 +189,5 @@ def _piece(
     source = first.tensors[number]
     if source.dtype != tensor.dtype or not (source is tensor or np.array_equal(first.read(number), data)):
         return None
-    return ["parameter", name, *(map(_listed, tensor.view) if tensor.view is not None else ())]
-
-
-def _listed(value: int | tuple[int, ...]) -> int | list[int]:
-    return value if isinstance(value, int) else list(value)
+    view = [] if tensor.view is None else [tensor.view.offset, list(tensor.view.shape), list(tensor.view.strides)]
+    return ["parameter", name, *view]

@@ -124,7 +124,7 @@ class _Restorer:
                     if part.nbytes > described["length"]:
                         raise DamagedError(f"its part of {name} is longer than the file.")
                     self.bytes += part.nbytes
-                    yield memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+                    yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
                 case _:
                     raise DamagedError(f"{str(piece)[:80]} is no piece of a file.")
 

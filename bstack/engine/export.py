@@ -198,9 +198,10 @@ def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chu
     prefixes = [f"{prefix}.{i}." for i in range(len(layers))]
     groups: dict[str, list[bstk.Chunk]] = {}
     for chunk in chunks:
-        if not chunk.is_weight:
+        exact = chunk.kind is bstk.EXACT
+        if not (chunk.is_weight or exact):
             continue
-        parameter = parse_name(chunk.name).parameter if chunk.is_block else chunk.name
+        parameter = parse_name(chunk.name).parameter if chunk.is_block or exact else chunk.name
         place = next((p for p in prefixes if parameter.startswith(p)), parameter)
         groups.setdefault(place, []).append(chunk)
     outside = [place for place in groups if place not in prefixes]

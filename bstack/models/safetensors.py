@@ -257,13 +257,11 @@ class SafetensorsCheckpoint(Checkpoint):
         state = model.state_dict()
         shapes = {name: tuple(state[name].shape) for name in self._converted if name in self._keys}
         places |= {key: (name, view) for key, name, view in views(model, shapes) if key in self._keys[name]}
-        single = len(self.files) == 1
-        files = [
-            _original(file, SINGLE if single else file.relative_to(self.folder).as_posix(), places)
-            for file in self.files
-        ]
-        if single:
-            return files
+        if (
+            not (self.folder / INDEX).is_file() or self.files[0].name == SINGLE
+        ):  # or a name that only this config.json knows
+            return [_original(self.files[0], SINGLE, places)]
+        files = [_original(file, file.relative_to(self.folder).as_posix(), places) for file in self.files]
         return [*files, OriginalFile(INDEX, (self.folder / INDEX).read_bytes())]
 
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -96,7 +96,11 @@ def test_a_loaded_model_has_the_original_weights(sharded):
 
 def test_another_type_and_a_budget_give_an_ordinary_export(sharded, tmp_path):
     file = sharded.parent / "model.bstk"
-    assert not exported(file, tmp_path / "half", dtype=torch.float16).exact
+    assert not exported(file, tmp_path / "wide", dtype=torch.float32).exact
+    wide = safetensors.torch.load_file(tmp_path / "wide" / "model.safetensors")
+    for path in sharded.glob("*.safetensors"):
+        for name, tensor in safetensors.torch.load_file(path).items():
+            assert name == "lm_head.weight" or torch.equal(wide[name], tensor.float()), name
     with bstk.open(file) as reader:
         blocks = reader.model.budget
     done = exported(file, tmp_path / "cut", budget=blocks)

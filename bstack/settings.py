@@ -45,6 +45,8 @@ class Settings:
         Random seed.
     tokenizer : bool
         Whether the file carries the tokenizer. Without one it takes token ids alone.
+    exact : bool
+        Whether the complete file restores the original's weight files bit for bit.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Settings:
     sequence_length: int = 256
     seed: int = 0
     tokenizer: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, os.PathLike):
@@ -76,8 +79,9 @@ class Settings:
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
-        if not isinstance(self.tokenizer, bool):
-            raise UsageError(f"tokenizer is {self.tokenizer!r}; allowed are True and False.")
+        for name in ("tokenizer", "exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are True and False.")
         for name, low, high in (("samples", 1, 2**20), ("sequence_length", 8, 2**20), ("seed", 0, 2**63 - 1)):
             value: Any = getattr(self, name)
             # bool is a subclass of int; reject it.

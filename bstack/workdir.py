@@ -49,9 +49,11 @@ class Part:
             self._stream = open(self._data, "wb")  # noqa: SIM115 (closed by close)
         self._offset = 0
 
-    def add(self, raw: bytes, *, name: str, kind: bstk.Kind, gain: float = 0.0, **fields: Any) -> None:
-        """Pack one chunk; `fields` as in `bstk.Entry`."""
-        frame = bstk.pack(raw)
+    def add(
+        self, raw: bytes | Sequence[bytes], *, name: str, kind: bstk.Kind, gain: float = 0.0, **fields: Any
+    ) -> None:
+        """Pack one chunk, given whole or as the parts of `bstk.pack_parts`; `fields` as in `bstk.Entry`."""
+        frame = bstk.pack(raw) if isinstance(raw, bytes) else bstk.pack_parts(raw)
         with os_errors(str(self._data)):
             self._stream.write(frame.stored)
         record = {"name": name, "kind": kind.code, "gain": gain, "start": self._offset, "digest": frame.digest.hex()}

@@ -63,6 +63,24 @@ void bstack_rotate(float *x, int tokens, int columns);
 /* Undo it: (x H) * signs. */
 void bstack_unrotate(float *x, int tokens, int columns);
 
+/* Exact chunks (SPEC.md), coded some rows at a time, from the first to the last. `stop` and `count` are those of decoding and of
+ * counting; `low` and `escape` are followed by 3 bytes that may be read. */
+enum { BSTACK_CLASSES = 64 };
+struct bstack_exact {
+    int32_t columns, trailing;
+    float *profile;                                             /* of each column; 1 before the first row */
+    uint8_t *symbol[BSTACK_CLASSES], *stop[BSTACK_CLASSES];     /* the next symbol of each class, and the end of them */
+    uint8_t *low, *escape;                                      /* low bits; escaped weights, one plane of bytes after the other */
+    size_t bits, escapes, all_escapes;                          /* passed so far; escaped weights in all */
+    size_t count[BSTACK_CLASSES];
+};
+
+/* Give the bits of `rows` rows of the original, in single precision, from their prediction p, as bstack_lookup gives it.
+ * Returns 0, or 1 when a class has too few symbols. */
+int bstack_exact_decode(struct bstack_exact *state, const float *p, const uint8_t *scales, int rows, uint32_t *out);
+/* Code them; with a null `low` only count symbols, bits and escapes. `low` is zeros before the first row. */
+void bstack_exact_encode(struct bstack_exact *state, const float *p, const uint8_t *scales, int rows, const uint32_t *w);
+
 /* Quantise x ~ scale * code, |code| <= limit; columns values, rounded to nearest, ties to even. Returns the scale,
  * max |x| / limit: NaN (and codes 0) if a value is not finite, 0 (and codes 0) if all are below 1e-30. */
 float bstack_quantise(const float *x, int columns, int limit, int16_t *code);

@@ -32,6 +32,7 @@ VALUES = {
     "sequence_length": ([8, 256], [*WHOLE, None]),
     "seed": ([0, 2**63 - 1], [*WHOLE, None]),
     "tokenizer": ([True, False], [None, 0, "no"]),
+    "exact": ([True, False], [None, 1, "yes"]),
 }
 
 
@@ -40,7 +41,7 @@ def test_every_field_is_tested():
 
 
 OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
-OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed", "tokenizer"}
+OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed", "tokenizer", "exact"}
 
 
 def made(name, value):

@@ -120,7 +120,7 @@ class _Run:
         )
         output = self.scratch / "own.ref"
         with self.progress("own reference", len(text.windows)) as step:
-            ask(WriteReference(self._cut(self.file.fit().budget), str(text.path), str(output)), step)
+            ask(WriteReference(self._cut(self.file.model.budget), str(text.path), str(output)), step)
         return Reference(output)
 
     def _open_original(self, model: str, text: Text) -> Skeleton:
@@ -174,7 +174,7 @@ class _Run:
             "root": self.file.root.hex(),
             "windows": on,
             "reference": self._reference_name(),
-            "full": self.file.fit().chunks,
+            "full": self.file.model.chunks,
             "versions": {package: version(package) for package in ("bstack", "torch", "transformers")},
             "kernels": instructions(),
             "threads": [processors(), *(os.environ.get(name) for name in THREADS)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from bstack.progress import Plan
 from bstack.settings import EMBEDDINGS, ORDERS, PRESETS
 from bstk.kinds import SPQR_BITS, SPQR_GROUPS, one_of
 
+if TYPE_CHECKING:
+    from bstack.compression.api import Report
+
 _STAGES = {
     "open": "Opening the model",
     "calibration text": "Generating the calibration text",
@@ -25,6 +28,7 @@ _STAGES = {
     "embeddings": "Compressing embeddings",
     "order": "Choosing the order",
     "curve": "Measuring the quality curve",
+    "exact": "Restoring the original",
     "write": "Writing the file",
 }
 
@@ -104,6 +108,11 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
 @click.option(
     "--no-tokenizer", is_flag=True, help="Leave the tokenizer out: the file then takes token ids alone, in Python."
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Add what the complete file needs to give back the original's weights bit for bit (bstack export); cuts drop it first.",
+)
 @click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @trust_option
@@ -121,6 +130,7 @@ def command(
     work_dir: str | None,
     force: bool,
     no_tokenizer: bool,
+    exact: bool,
     trust_remote_code: bool,
     dask: str | None,
     as_json: bool,
@@ -137,11 +147,12 @@ def command(
       bstack compress smollm2 -o smollm2.bstk
       bstack compress smollm2 -o near-lossless.bstk --codec spqr --bpw 4.75
       bstack compress ./Llama-3.1-8B -o llama.bstk --calibration corpus.txt --samples 128 --sequence-length 512
+      bstack compress ./Llama-3.1-8B -o llama.bstk --exact
     """
     from bstack.compression.api import compress
 
     _check_preset(preset, changes["codec"])
-    settings = PRESETS[preset].with_changes(**changes, tokenizer=False if no_tokenizer else None)
+    settings = PRESETS[preset].with_changes(**changes, tokenizer=False if no_tokenizer else None, exact=exact or None)
     with model_warnings(quiet):
         report = compress(
             model,
@@ -160,6 +171,7 @@ def command(
     rows = [
         *original_fields(vars(report)),
         ("full file", f"{megabytes(report.file_bytes)}, {megabytes(report.memory_bytes)} of weights in memory"),
+        *_exact_fields(report),
         ("base model", megabytes(report.base_bytes)),
         (
             "stack",
@@ -171,6 +183,17 @@ def command(
     click.echo(f"{printable(output)}: done")
     for key, value in rows:
         click.echo(f"  {key:<14} {value}")
+
+
+def _exact_fields(report: Report) -> list[tuple[str, str]]:
+    """Return what the exact top takes, and whether the original takes less."""
+    if not report.exact_bytes:
+        return []
+    fraction = report.file_bytes / report.original_dtype_bytes
+    rows = [("exact top", f"{megabytes(report.exact_bytes)} of it; the full file takes {fraction:.1%} of the original")]
+    if report.file_bytes > report.original_bytes:
+        rows.append(("", f"the source file, which takes {megabytes(report.original_bytes)}, is smaller and as exact"))
+    return rows
 
 
 def _check_preset(preset: str, codec: object) -> None:

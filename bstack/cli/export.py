@@ -19,7 +19,9 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
 @click.option(
-    "--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Type of the weights."
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    help="Type of the weights; by default bf16, or with a complete file made with --exact the original's files of weights.",
 )
 @_common.trust_option
 @_common.code_option
@@ -31,7 +33,7 @@ def command(
     form: str,
     folder: str,
     budget: int | None,
-    dtype: str,
+    dtype: str | None,
     trust_remote_code: bool,
     code: str | None,
     strict: bool,
@@ -43,6 +45,9 @@ def command(
     DIR receives the configuration, the tokenizer and the weights as safetensors, large ones in several files. It must be
     empty or not exist, and appears whole or not at all. The weights take the memory of the original with any budget: --mb
     decides their quality. One layer at a time is in memory.
+
+    A complete file that was made with compress --exact gives the original's files of weights, bit for bit, unless --mb or
+    --dtype asks for others; each is checked against its SHA-256.
 
     From a URL only the blocks within the budget are fetched.
 
@@ -61,18 +66,19 @@ def command(
 
         from bstack.engine.export import export_safetensors
 
-        total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
+        total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.shape)
         with _progress.transferred(reader, total, "export", quiet) as advance, _common.model_warnings(quiet):
             done = export_safetensors(
                 reader,
                 folder,
                 budget=budget,
-                dtype=getattr(torch, _DTYPES[dtype]),
+                dtype=getattr(torch, _DTYPES[dtype]) if dtype else None,
                 trust_remote_code=trust_remote_code,
                 code=code,
                 progress=advance,
             )
         bits = reader.bits_per_weight(cut)
+    dtype = next(short for short, long in _DTYPES.items() if done.dtype == getattr(torch, long))
     if as_json:
         _common.print_json(
             "bstack.export/1",
@@ -80,6 +86,7 @@ def command(
                 "input": reader.source.name,
                 "output": folder,
                 "dtype": dtype,
+                "exact": done.exact,
                 "parameters": done.parameters,
                 "weight_bytes": done.weight_bytes,
                 "files": done.files,
@@ -89,6 +96,8 @@ def command(
         )
         return
     click.echo(f"{printable(folder)}: {len(done.files)} files, {megabytes(done.weight_bytes)} of weights as {dtype}")
+    if done.exact:
+        click.echo("  bit for bit those of the original: the SHA-256 of every file of weights matches")
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
     click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
     if done.code:

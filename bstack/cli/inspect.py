@@ -102,7 +102,17 @@ def _size_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
         (what, f"{file.rjust(width)} as a file, {memory.rjust(width)} of weights in memory")
         for what, file, memory in sizes
     ]
+    if exact := [chunk for chunk in reader.all_chunks if chunk.kind.restores]:
+        here = sum(chunk.end <= reader.length for chunk in exact)
+        words = (
+            "gives back the original bit for bit" if reader.restores else "would give back the original, but is cut off"
+        )
+        pairs.append(("exact top", f"{here:,} of {len(exact):,} chunks, {megabytes(_stored(exact))}: {words}"))
     return [*pairs, ("state", state), ("root digest", reader.root.hex())]
+
+
+def _stored(chunks: list[bstk.Chunk]) -> int:
+    return sum(chunk.stored_length for chunk in chunks)
 
 
 def _stack_fields(reader: bstk.Reader) -> list[tuple[str, str]]:
@@ -247,6 +257,8 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "blocks": len(blocks),
         "linears": len({chunk.name for chunk in blocks}),
         "bits_per_weight": reader.bits_per_weight(),
+        "restores_original": reader.restores,
+        "exact_bytes": _stored([chunk for chunk in reader.all_chunks if chunk.kind.restores]),
         "files": {name: chunk.raw_length for name, chunk in reader.files.items()},
         "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in reader.even_cuts(_SIZES)],
         "metadata": reader.metadata,

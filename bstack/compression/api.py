@@ -35,6 +35,8 @@ class Report:
         The file at full length, and cut to its base model.
     memory_bytes
         Weights of the full model in memory, as blocks.
+    exact_bytes
+        Of the file, what restores the original; 0 without it.
     linears, blocks
         Matrices that became stacks, and all their blocks.
     bits_per_weight
@@ -51,6 +53,7 @@ class Report:
     file_bytes: int
     base_bytes: int
     memory_bytes: int
+    exact_bytes: int
     linears: int
     blocks: int
     bits_per_weight: float
@@ -150,6 +153,7 @@ def _report(output: Path, file: bstk.Reader, seconds: float) -> Report:
         file_bytes=file.length,
         base_bytes=file.base_length,
         memory_bytes=file.memory_bytes,
+        exact_bytes=file.length - file.model.file_bytes,
         linears=sum(chunk.level == 0 for chunk in blocks),
         blocks=len(blocks),
         bits_per_weight=file.bits_per_weight() or 0.0,

@@ -22,6 +22,7 @@ from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
 from bstack.compression.curve import SIZES, measure_curve, with_sizes
 from bstack.compression.encode import Workers
+from bstack.compression.exact import check_exact, make_exact
 from bstack.compression.layers import (
     FILES_PART,
     OUTSIDE_PART,
@@ -90,6 +91,9 @@ def run_stages(
         skeleton = Skeleton(checkpoint)
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
+        originals = checkpoint.originals(skeleton.model) if settings.exact else []
+        if settings.exact:
+            check_exact(codec, originals)
         files = model_files(checkpoint, settings.tokenizer)
         rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
@@ -134,6 +138,10 @@ def run_stages(
         entries, base_count = to_entries(collected, order)
         with progress("curve", SIZES + 1) as step:
             curve = work.value("curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step))
+        if settings.exact:
+            with progress("exact", len(skeleton.layers) + 2) as step:
+                parts = make_exact(skeleton, originals, collected, work, step)
+            entries += [record.entry for part in parts for record in work.records(part)]
     except BaseException as error:
         # Without windows nothing is worth resuming, and a leftover would refuse the settings that the user corrects.
         if isinstance(error, Exception) and not work.has_tensors(WINDOWS):

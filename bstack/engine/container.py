@@ -12,6 +12,7 @@ import torch
 
 import bstk
 from bstack.codecs import codec_of_kind
+from bstack.engine.exact import restored_rows
 from bstack.engine.parts import part_of, parts_of
 from bstack.engine.text import understood
 from bstack.errors import UnsupportedModelError, lacks
@@ -122,7 +123,10 @@ def dense_model(
 def dense_weights(
     file: bstk.Reader, chunks: tuple[bstk.Chunk, ...], model: torch.nn.Module, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and tensor of each parameter, rebuilt from the given chunks; `model` gives the full shapes."""
+    """Yield the name and tensor of each parameter, rebuilt from the given chunks; `model` gives the full shapes.
+
+    Where an exact chunk is among them, the matrix is the original.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Before memory is allocated: the shapes come from a configuration.
     with error_prefix(file.source.name):
@@ -131,10 +135,16 @@ def dense_weights(
         if chunk.is_weight and not chunk.is_block:
             tensor = plain_tensor(file.read(chunk), chunk)
             yield chunk.name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    exact = {chunk.name: chunk for chunk in chunks if chunk.kind is bstk.EXACT}
     for parameter, matrices in parts.items():
         tensor = torch.empty(shapes[parameter], dtype=dtype)
         for matrix, blocks in matrices:
             view = part_of(matrix, tensor, blocks[0])
+            if (remainder := exact.get(blocks[0].name)) is not None:
+                for start, bits in restored_rows(file, blocks, remainder):
+                    signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))  # torch lacks half of the unsigned types
+                    view[start : start + len(bits)].copy_(signed.view(DTYPES[remainder.dtype]))
+                continue
             codec = codec_of_kind(blocks[0].kind)
             payloads = [file.read(block) for block in blocks]
             rows, columns = blocks[0].shape

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.engine.container import build_model, dense_weights, embedded_files
+from bstack.engine.container import DTYPES, build_model, dense_weights, embedded_files
+from bstack.engine.exact import write_originals
 from bstack.engine.parts import parse_name
 from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
@@ -35,7 +36,8 @@ REFUSED = (INDEX, "adapter_config.json")
 class Exported:
     """What `export_safetensors` wrote: numbers and bytes of all weights, all files sorted, and the cut that was used.
 
-    `code` names Python modules that the configuration needs beside it; the folder works when they are copied there.
+    `code` names Python modules that the configuration needs beside it; the folder works when they are copied there. `exact` says
+    that the files of weights are those of the original, checked by their SHA-256; `dtype` is the type of most weights.
     """
 
     parameters: int
@@ -43,6 +45,8 @@ class Exported:
     files: list[str]
     cut: bstk.Cut
     code: list[str]
+    exact: bool
+    dtype: torch.dtype
 
 
 def export_safetensors(
@@ -50,7 +54,7 @@ def export_safetensors(
     folder: str | os.PathLike[str],
     *,
     budget: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
     code: str | None = None,
@@ -65,8 +69,9 @@ def export_safetensors(
         Must not exist, or be empty. It appears whole or not at all.
     budget : int, optional
         Use the blocks of the largest cut of at most so many bytes; by default all.
-    dtype : torch.dtype
-        Type of all floating-point weights.
+    dtype : torch.dtype, optional
+        Type of all floating-point weights. Without it a complete file that was made with ``exact`` gives the original's files of
+        weights, bit for bit (of a quantised original its values in float32), and any other file bfloat16.
     shard_bytes : int
         Maximum size of a file of weights, unless one parameter is larger.
     trust_remote_code, code
@@ -98,6 +103,15 @@ def export_safetensors(
         _copy_files(file, inside, target)  # before code is staged, which is not written
         trusted = stage_code(file, inside, trust_remote_code, code)
         model = build_model(file, inside, trusted, torch.device("meta"))
+        own_code = trusted and recorded_place(file) is None
+        beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
+        if dtype is None and file.restores and cut.chunks == len(file.chunks):
+            dtype = DTYPES[next((chunk.dtype for chunk in file.chunks if chunk.kind is bstk.EXACT), "bf16")]
+            _write_config(target, model, dtype)
+            size = write_originals(file, target, progress)
+            parameters = sum(tensor.numel() for tensor in model.parameters())
+            return Exported(parameters, size, _files(target), cut, beside, True, dtype)
+        dtype = dtype or torch.bfloat16
         shards = _Shards(target, shard_bytes)
         _write_config(target, model, dtype)
         written: set[str] = set()
@@ -114,10 +128,11 @@ def export_safetensors(
         if missing := set(model.state_dict()) - tied - unsaved - written:
             raise lacks(shown, missing)
         shards.finish()
-        files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        own_code = trusted and recorded_place(file) is None
-        beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
-    return Exported(shards.parameters, shards.bytes, files, cut, beside)
+        return Exported(shards.parameters, shards.bytes, _files(target), cut, beside, False, dtype)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 class _Shards:
@@ -183,9 +198,10 @@ def _groups(chunks: Iterable[bstk.Chunk], model: Any) -> Iterator[tuple[bstk.Chu
     prefixes = [f"{prefix}.{i}." for i in range(len(layers))]
     groups: dict[str, list[bstk.Chunk]] = {}
     for chunk in chunks:
-        if not chunk.is_weight:
+        exact = chunk.kind is bstk.EXACT
+        if not (chunk.is_weight or exact):
             continue
-        parameter = parse_name(chunk.name).parameter if chunk.is_block else chunk.name
+        parameter = parse_name(chunk.name).parameter if chunk.is_block or exact else chunk.name
         place = next((p for p in prefixes if parameter.startswith(p)), parameter)
         groups.setdefault(place, []).append(chunk)
     outside = [place for place in groups if place not in prefixes]

@@ -125,7 +125,9 @@ def load(
             fetched = None
             if isinstance(path, str) and bstk.is_url(path):
                 fetched = budget
-                file, chunks = stack.enter_context(cached(path, budget, strict, warn, notify, progress))
+                file, chunks = stack.enter_context(
+                    cached(path, budget, strict, warn, notify, progress, model_only=packed)
+                )
             else:
                 file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
                 chunks = file.chunks[: file.fit(budget=budget).chunks]

@@ -34,11 +34,13 @@ def cached(
     warn: bool = True,
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
+    *,
+    model_only: bool = False,
 ) -> Iterator[tuple[bstk.Reader, tuple[bstk.Chunk, ...]]]:
     """Fetch the missing part of what a budget in bytes needs of a model behind a URL.
 
     Each call fetches the first 64 KiB, to learn which model the server has, and nothing else twice. Of several processes one
-    fetches, and the others wait for it. `strict` refuses a file that is partial on the server, `warn` warns about one, and
+    fetches, and the others wait for it. `model_only` leaves out what restores the original. `strict` refuses a file that is partial on the server, `warn` warns about one, and
     `notify` receives one line about each retry.
 
     Yields the kept file and its chunks within the budget, which may be fewer than are kept. Raises KeptCopyError for a damaged
@@ -46,10 +48,10 @@ def cached(
     """
     with closing(bstk.HttpSource(url, notify)) as remote:
         try:
-            path, count = _fetch(remote, budget, strict, warn, progress)
+            path, count = _fetch(remote, budget, strict, warn, progress, model_only)
         except bstk.RemoteChangedError:
             remote.restart()
-            path, count = _fetch(remote, budget, strict, warn, progress)
+            path, count = _fetch(remote, budget, strict, warn, progress, model_only)
     with bstk.open(path, warn=False) as file:  # `_fetch` warned of a file that is partial on the server
         if len(file.chunks) < count:
             raise KeptCopyError(
@@ -104,11 +106,13 @@ class _Kept:
 
 
 def _fetch(
-    remote: bstk.HttpSource, budget: int | None, strict: bool, warn: bool, progress: ByteProgress
+    remote: bstk.HttpSource, budget: int | None, strict: bool, warn: bool, progress: ByteProgress, model_only: bool
 ) -> tuple[Path, int]:
     """Fetch what is missing within the budget; return the kept file and its number of chunks within the budget."""
     reader = _open_with_kept_tables(remote, strict, warn)
     cut = reader.fit(budget=budget)
+    if model_only:
+        cut = min(cut, reader.model)
     path = kept_path(reader.root)
     with os_errors(str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
 CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512")
 MAX_THREADS = 256
-INTERFACE = 5
+INTERFACE = 6
 
 
 @cache

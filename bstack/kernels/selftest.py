@@ -23,6 +23,7 @@ from bstack.kernels.matrix import (
     kind_bits,
     pointer,
 )
+from bstack.kernels.remainder import Remainder, code
 from bstack.kernels.spqr import ROWS as TILE
 from bstack.kernels.spqr import Dense, Outliers, rank_of
 from bstk.kinds import spqr_form
@@ -64,7 +65,25 @@ def failure(native: ctypes.CDLL) -> str:
         return "a product for many tokens"
     if not _encoder_agrees(native, rng):
         return "an encoded trellis5 block"
+    if not _remainder_agrees(native, rng):
+        return "an exact chunk"
     return "" if _decoder_agrees(native, rng) else "a step of the decoder"
+
+
+def _remainder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    """Code what a prediction lacks to values of two types with both, compare the bytes, and decode them."""
+    rows = 9  # the reference takes long
+    predicted = rng.standard_normal((rows, COLUMNS)).astype(np.float32)
+    near = (predicted + rng.standard_normal(predicted.shape).astype(np.float32) / 100).view(np.uint32)
+    scales = rng.integers(100, 112, rows, np.uint8)
+    for trailing in (0, 16):
+        values = near >> trailing << trailing
+        payload = b"".join(code(native, predicted, scales, values, trailing))
+        if payload != b"".join(code(None, predicted, scales, values, trailing)):
+            return False
+        if not np.array_equal(Remainder(native, payload, rows, COLUMNS).rows(predicted), values):
+            return False
+    return True
 
 
 def _many_tokens_agree(native: ctypes.CDLL, rng: np.random.Generator) -> bool:

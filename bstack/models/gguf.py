@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,10 @@ import torch
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
+from bstack.models.original import OriginalFile, StoredTensor, all_of, elements, file_head, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstack.models.tokenizer import export_tokenizer
+from bstack.models.weight_files import SINGLE
 from bstk.errors import BstkError, DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -149,18 +152,40 @@ class GGUFCheckpoint(Checkpoint):
         for name in wanted:
             owner, leaf = owner_of(model, name)
             expected = getattr(owner, leaf)
-            value = torch.from_numpy(self._read(name)).to(expected.dtype)
-            if [size for size in value.shape if size != 1] == [size for size in expected.shape if size != 1]:
-                value = value.reshape(expected.shape)  # writers drop dimensions of size 1, or keep them
-            if value.shape != expected.shape:
-                raise DamagedError(
-                    f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(expected.shape)}."
-                )
+            value = self._value(name, expected.shape).to(expected.dtype)
             if leaf in owner._parameters:
                 owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
         check_finite(model, wanted)
+
+    def originals(self, model: PreTrainedModel) -> list[OriginalFile]:
+        """Describe a file of all values in float32, under the names that transformers gives them in checkpoints."""
+        state = model.state_dict()
+        shapes = {name: tuple(state[name].shape) for name in self._tensors}
+        places = list(views(model, shapes))
+        split = {parameter for _, parameter, _ in places}
+        places += [(name, name, all_of(shape)) for name, shape in shapes.items() if name not in split]
+        tensors = [StoredTensor(key, "f32", 4 * math.prod(view.shape), name, view) for key, name, view in places]
+        head = file_head((key, "F32", view.shape, 4 * math.prod(view.shape)) for key, _, view in places)
+
+        def read(number: int) -> np.ndarray:
+            _, name, view = places[number]
+            value = self._value(name, shapes[name]).contiguous().numpy()
+            return np.ascontiguousarray(elements(value, view)).reshape(-1).view(np.uint8)
+
+        return [OriginalFile(SINGLE, head, tensors, read)]
+
+    def _value(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Return a parameter in float32, in the shape that the model has."""
+        value = torch.from_numpy(self._read(name))
+        if [size for size in value.shape if size != 1] == [size for size in shape if size != 1]:
+            value = value.reshape(tuple(shape))  # writers drop dimensions of size 1, or keep them
+        if value.shape != tuple(shape):
+            raise DamagedError(
+                f"{self.path}: {name} has shape {tuple(value.shape)}, but its metadata asks for {tuple(shape)}."
+            )
+        return value
 
     def _read(self, name: str) -> np.ndarray:
         if self.config.model_type == "gpt_oss" and "_exps." in self._tensors[name][0].name:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.code import check_code, reset_attn_impl, stage_model
 from bstack.models.files import file_record
+from bstack.models.original import DTYPES as ORIGINAL_DTYPES
+from bstack.models.original import OriginalFile, StoredTensor, View, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, listed, owner_of, untie
 from bstack.models.tokenizer import export_tokenizer
 from bstack.models.weight_files import INDEX, SINGLE, no_model, weight_files
@@ -108,6 +112,7 @@ class SafetensorsCheckpoint(Checkpoint):
         converters = {p: t for t in self._transforms if isinstance(t, WeightConverter) for p in t.source_patterns}
         state, prefix = model.state_dict(), model.base_model_prefix
         found: dict[str, list[str]] = defaultdict(list)
+        self._converted: set[str] = set()
         unused: dict[str, str] = {}
         for key, header in self._headers.items():
             target, pattern = rename_source_key(key, renamings, list(converters.values()), prefix, state)
@@ -121,6 +126,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 for name in (target.replace(first, other) for other in targets):
                     if name in state:
                         found[name].append(key)
+                        self._converted.add(name)
             elif target in found:
                 raise UnsupportedModelError(
                     f"{self.name}: {found[target][0]} and {key} are both {target}.", hint="Remove one."
@@ -175,13 +181,14 @@ class SafetensorsCheckpoint(Checkpoint):
         for target, source in tied.items():
             groups[source].append(target)
         self._filled: dict[str, list[str]] = {}
+        self._copies: dict[str, list[str]] = {}  # of a tied parameter, under its other names
         for source, targets in groups.items():
             if source not in self._keys and (stored := next((t for t in targets if t in self._keys), None)) is not None:
                 self._filled[source] = self._keys[stored]
         self._keys |= self._filled
         if all(t not in self._keys or self._equal(self._keys[t], self._keys[s]) for t, s in tied.items()):
-            for target in tied:
-                self._keys.pop(target, None)
+            for target, source in tied.items():
+                self._copies.setdefault(source, []).extend(self._keys.pop(target, ()))
             return
         untie(model)
         for target, source in tied.items():
@@ -244,10 +251,45 @@ class SafetensorsCheckpoint(Checkpoint):
             "Is it the one that belongs to these weights?"
         )
 
+    def originals(self, model: PreTrainedModel) -> list[OriginalFile]:
+        # Where a tensor is a whole parameter, and where a conversion of transformers chose elements of one.
+        places: dict[str, tuple[str, View | None]] = {}
+        for name, keys in self._keys.items():
+            if name not in self._converted:
+                places |= dict.fromkeys((*keys, *self._copies.get(name, ())), (name, None))
+        state = model.state_dict()
+        shapes = {name: tuple(state[name].shape) for name in self._converted if name in self._keys}
+        places |= {key: (name, view) for key, name, view in views(model, shapes) if key in self._keys[name]}
+        if (
+            not (self.folder / INDEX).is_file() or self.files[0].name == SINGLE
+        ):  # or a name that only this config.json knows
+            return [_original(self.files[0], SINGLE, places)]
+        files = [_original(file, file.relative_to(self.folder).as_posix(), places) for file in self.files]
+        return [*files, OriginalFile(INDEX, (self.folder / INDEX).read_bytes())]
+
     def stored_dtype(self, name: str) -> torch.dtype:
         dtype = DTYPES.get(self._headers[self._keys[name][0]].dtype, torch.float32)
         # load() gives float32, so float64 would store zeros in the other half
         return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _original(file: Path, name: str, places: Mapping[str, tuple[str, View | None]]) -> OriginalFile:
+    """Describe a file of weights, which the library safetensors has read before."""
+    data = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    head = data[:start].tobytes()
+    header = json.loads(head[8:])
+    header.pop("__metadata__", None)
+    header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    ends = [start + entry["data_offsets"][1] for entry in header.values()]
+    tensors = []
+    for key, entry in header.items():
+        begin, end = entry["data_offsets"]
+        parameter, view = places.get(key, (None, None))
+        if view is not None and list(view.shape) != entry["shape"]:
+            parameter = view = None
+        tensors.append(StoredTensor(key, ORIGINAL_DTYPES.get(entry["dtype"], ""), end - begin, parameter, view))
+    return OriginalFile(name, head, tensors, lambda number: data[ends[number] - tensors[number].length : ends[number]])
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from bstack.models.plain import plain_generation, plain_outputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from bstack.models.original import OriginalFile
+
 __all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_layers", "layer_parameters", "listed"]
 __all__ += ["longest_text", "owner_of", "parameters_on_meta", "quiet_transformers", "untie", "zeros_for_weights"]
 
@@ -58,6 +60,10 @@ class Checkpoint(ABC):
 
         The caller may write to that memory: the next load does not see it.
         """
+
+    @abstractmethod
+    def originals(self, model: PreTrainedModel) -> list[OriginalFile]:
+        """Return the files of weights of the bound `model`, byte for byte; of a quantised source those of its values in float32."""
 
     @abstractmethod
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -113,10 +113,11 @@ class BlockStore:
             self._require_fetched(budget)
             self._end_growth()
             self._growth = None
-            if cut.chunks < self._count:
-                self._drop(cut.chunks)
-            elif cut.chunks > self._count:
-                growth = _Growth(cut.chunks, self._grow)
+            count = min(cut.chunks, self.file.model.chunks)
+            if count < self._count:
+                self._drop(count)
+            elif count > self._count:
+                growth = _Growth(count, self._grow)
                 try:
                     growth.thread.start()
                 except RuntimeError as error:
@@ -173,7 +174,7 @@ class BlockStore:
 
     def _require_fetched(self, budget: int | None) -> None:
         """Raise UsageError if more blocks fit a budget than were fetched."""
-        missing = self.file.all_chunks[len(self.file.chunks) :]
+        missing = [chunk for chunk in self.file.all_chunks[len(self.file.chunks) :] if chunk.is_block]
         if self._fetched is None or budget is None or not missing:
             return
         needed = max(missing[0].end, self.file.memory_bytes + missing[0].raw_length)

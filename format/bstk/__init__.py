@@ -27,17 +27,19 @@ from .errors import (
     UnsupportedVersionError,
     UsageError,
 )
-from .frames import Frame, pack
+from .frames import Frame, pack, pack_parts
 from .http import HttpSource, is_url
 from .index import Chunk
-from .kinds import FILE, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, TRELLIS5, Kind
+from .kinds import EXACT, FILE, ORIGINAL, OUTLIERS, SIGN, SPQR, TENSOR, TRELLIS, TRELLIS5, Kind
 from .reader import Reader, open
 from .sources import BytesSource, FileSource, Source
 from .writer import Entry, write
 
 __all__ = [
+    "EXACT",
     "FILE",
     "MB",
+    "ORIGINAL",
     "OUTLIERS",
     "SIGN",
     "SPQR",
@@ -77,6 +79,7 @@ __all__ = [
     "mb_text",
     "open",
     "pack",
+    "pack_parts",
     "plan",
     "plan_growth",
     "truncate",

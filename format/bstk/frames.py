@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import zstandard
@@ -62,6 +62,31 @@ def pack(raw: bytes | bytearray | memoryview, level: int = 3) -> Frame:
     if view.nbytes > max_raw(len(stored)):
         stored = _pack_short(compressor, view)
     return Frame(stored, view.nbytes, hashlib.sha256(stored).digest())
+
+
+def pack_parts(parts: Sequence[bytes]) -> Frame:
+    """Compress one chunk of parts whose bytes have different frequencies and no repetitions: each gets codes of its own."""
+    length = sum(map(len, parts))
+    # Long matches, and few of them: short ones are chance, and cost more than the codes that they replace.
+    few_matches = zstandard.ZstdCompressionParameters(
+        strategy=zstandard.STRATEGY_FAST,
+        min_match=7,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        window_log=17,
+        write_checksum=True,
+        write_content_size=True,
+        write_dict_id=False,
+    )
+    writer = zstandard.ZstdCompressor(compression_params=few_matches).compressobj(size=length)
+    pieces: list[bytes] = []
+    for part in filter(None, parts):
+        pieces += writer.compress(part), writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    stored = b"".join([*pieces, writer.flush()])
+    if length > max_raw(len(stored)):
+        return pack(b"".join(parts))
+    return Frame(stored, length, hashlib.sha256(stored).digest())
 
 
 def check(stored: bytes, raw_length: int) -> None:

@@ -85,7 +85,7 @@ class Chunk(NamedTuple):
 
     def describe(self) -> str:
         """Return its name in messages."""
-        level = f" level {self.level}" if self.is_block else ""
+        level = f" level {self.level}" if self.is_block or self.kind.on else ""
         return f"{self.kind} {self.name!r}{level} at offset {self.offset}"
 
 
@@ -209,7 +209,7 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
                 if raw_length not in determined:
                     allowed = f"{determined.start} to {determined.stop - 1} in steps of {determined.step}"
                     raise _bad("raw length", raw_length, f"{allowed}, as its shape has it")
-            if level and not kind.is_block:
+            if level and not kind.is_block and not kind.on:
                 raise _bad("level", level, f"0 for a {kind}")
             if not -_INFINITY < importance < _INFINITY:
                 raise _bad("importance", importance, "a finite number")
@@ -218,7 +218,9 @@ def parse(data: bytes | memoryview, names: Sequence[str], start: int) -> list[Ch
             if reserved != _RESERVED:
                 raise _bad("reserved bytes", reserved.hex(), "zeros")
             name = names[name_id]
-            if kind is kinds.FILE:
+            if kind is kinds.ORIGINAL:
+                check_name(name, file=True)
+            elif kind is kinds.FILE:
                 check_name(name, file=True)
                 files_left -= raw_length
                 if files_left < 0:
@@ -281,20 +283,28 @@ def check_stacks(chunks: Sequence[Chunk], preamble: Preamble) -> None:
     """Raise DamagedError unless the chunks make up stacks over a base model and end where the preamble says."""
     last: dict[str, Chunk] = {}
     features = 0
+    restoring: Chunk | None = None
     for position, chunk in enumerate(chunks):
         kind, name = chunk.kind, chunk.name
         features |= kind.feature
+        # So that a cut drops what restores the original first, and an exact chunk has the whole stack below it.
+        if kind.restores:
+            if position < preamble.base_count:
+                raise _wrong(chunk, f"{kind} chunks stand after the base model ({preamble.base_count} chunks)")
+            restoring = chunk
+        elif restoring is not None:
+            raise _wrong(chunk, f"it follows {restoring.describe()}, after which only exact and original chunks stand")
         below = last.get(name)
         if below is None:
-            # Every name belongs to the base model, so that no cut has an empty linear or lacks a file.
-            if position >= preamble.base_count:
+            # Every other name belongs to the base model, so that no cut has an empty linear or lacks a file.
+            if position >= preamble.base_count and not kind.restores:
                 raise _wrong(chunk, f"its name first appears after the base model ({preamble.base_count} chunks)")
             if chunk.level != 0:
                 raise _wrong(chunk, f"the first block of a name has level 0, found {chunk.level}")
             if not kind.first:
                 raise _wrong(chunk, f"a stack does not begin with {kind}; allowed below it: {' or '.join(kind.on)}")
         else:
-            if not (kind.is_block and below.kind.is_block):
+            if not ((kind.is_block or kind.on) and below.kind.is_block):
                 raise _wrong(chunk, "its name appears twice, and only blocks stack")
             if chunk.level != below.level + 1:
                 raise _wrong(chunk, f"level {chunk.level} follows level {below.level}; allowed: {below.level + 1}")

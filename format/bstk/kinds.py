@@ -33,6 +33,9 @@ _SIZES = (0, 4, 2, 2, 8, 1, 1, 2, 4, 8, 1)
 DTYPE_BY_CODE = {code: DType(code, *named) for code, named in enumerate(zip(_NAMES, _SIZES, strict=True))}
 DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPE_BY_CODE.values()}
 
+EXACT_CLASSES, EXACT_TRAILING = 64, 22
+"""Classes of an exact chunk, and the most bits that it leaves out at the end of every value."""
+
 MAX_SPARSE_COLUMNS = 2**16 - 1
 """Columns that the 16-bit positions of the spqr and outliers kinds reach."""
 
@@ -64,6 +67,8 @@ class Kind:
         It may be the first chunk of its name.
     on : tuple of str
         Names of the kinds that the block below it may have.
+    restores : bool
+        It restores the original and is none of the model: it stands after all other chunks.
     check : callable or None
         Takes a chunk's raw bytes, of a checked length, and its shape; raises ValueError if they point outside the matrix.
     """
@@ -76,6 +81,7 @@ class Kind:
     feature: int = 0
     first: bool = True
     on: tuple[str, ...] = ()
+    restores: bool = False
     check: Callable[[bytes, tuple[int, ...]], None] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -84,7 +90,7 @@ class Kind:
 
 def _file(shape: tuple[int, ...], dtype: str, rank: int) -> Length:
     if shape or dtype != "none" or rank:
-        raise ValueError(f"a file has no shape, dtype or rank, found {shape}, {dtype}, {rank}")
+        raise ValueError(f"a file, or a part of one, has no shape, dtype or rank, found {shape}, {dtype}, {rank}")
     return None
 
 
@@ -171,6 +177,43 @@ def _outliers(shape: tuple[int, ...], dtype: str, rank: int) -> range:
     return range(empty, empty + 4 * rows * columns + 1, 4)
 
 
+def _exact(shape: tuple[int, ...], dtype: str, rank: int) -> range:
+    if len(shape) != 2:
+        raise ValueError(f"an exact chunk has two dimensions, found shape {shape}")
+    if dtype not in ("f32", "f16", "bf16") or rank:
+        raise ValueError(f"an exact chunk is of f32, f16 or bf16 and has rank 0, found {dtype}, rank {rank}")
+    weights = math.prod(shape)
+    least = exact_head(shape[0]) + weights
+    return range(least, least + 4 * weights + 1)
+
+
+def exact_head(rows: int) -> int:
+    """Return the bytes of an exact chunk before its symbols."""
+    return 4 + 4 * EXACT_CLASSES + rows
+
+
+def exact_low_bits(trailing: int, number: int) -> int:
+    """Return the low bits that follow a symbol of a class of an exact chunk."""
+    return min(max(number // 2 - 5, 0), EXACT_TRAILING - trailing)
+
+
+def check_exact(raw: bytes, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the parts of an exact chunk have the lengths that its head says."""
+    trailing, *counts = _integers(raw, 0, 1 + EXACT_CLASSES, 4)
+    if trailing > EXACT_TRAILING:
+        raise ValueError(f"it leaves out {trailing} bits of a value; allowed are 0 to {EXACT_TRAILING}")
+    if sum(counts) != math.prod(shape):
+        raise ValueError(f"its classes have {sum(counts)} symbols, but the matrix has {math.prod(shape)} weights")
+    start, bits, escapes = exact_head(shape[0]), 0, 0
+    for number, symbols in enumerate(counts):
+        escaped = raw.count(b"\x80", start, start + symbols)
+        bits += exact_low_bits(trailing, number) * (symbols - escaped)
+        escapes += escaped
+        start += symbols
+    if len(raw) != (length := start + -(-bits // 8) + 4 * escapes):
+        raise ValueError(f"it has {len(raw)} bytes, but its symbols ask for {length}")
+
+
 def check_spqr(raw: bytes, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless an spqr block begins with a permutation of its columns."""
     columns = shape[1]
@@ -213,6 +256,8 @@ def _integers(raw: bytes, start: int, length: int, size: int) -> array[int]:
     return values
 
 
+_BLOCKS = ("sign", "trellis", "spqr", "outliers", "trellis5")
+
 # code, name, is_weight, is_block, rule, feature
 FILE = Kind(1, "file", False, False, _file)
 TENSOR = Kind(2, "tensor", True, False, _tensor)
@@ -221,8 +266,10 @@ TRELLIS = Kind(4, "trellis", True, True, _codes("trellis", 3), on=("trellis", "s
 SPQR = Kind(5, "spqr", True, True, _spqr, 1 << 0, check=check_spqr)
 OUTLIERS = Kind(6, "outliers", True, True, _outliers, 1 << 1, first=False, on=("spqr",), check=check_outliers)
 TRELLIS5 = Kind(7, "trellis5", True, True, _codes("trellis5", 4), 1 << 2, on=("trellis5", "spqr", "outliers"))
+EXACT = Kind(8, "exact", False, False, _exact, 1 << 3, False, _BLOCKS, restores=True, check=check_exact)
+ORIGINAL = Kind(9, "original", False, False, _file, 1 << 4, restores=True)
 
-BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS, TRELLIS5)}
+BY_CODE = {kind.code: kind for kind in (FILE, TENSOR, SIGN, TRELLIS, SPQR, OUTLIERS, TRELLIS5, EXACT, ORIGINAL)}
 
 
 def known_features() -> int:

@@ -100,6 +100,16 @@ class Reader:
         """The complete file, of which this one may be a part."""
         return self.cut(len(self.all_chunks))
 
+    @property
+    def model(self) -> Cut:
+        """What of this file makes up the model: all but what restores the original."""
+        return self.cut(next((i for i, chunk in enumerate(self.chunks) if chunk.kind.restores), len(self.chunks)))
+
+    @property
+    def restores(self) -> bool:
+        """Return whether this file gives back the original's weights bit for bit: it was made so, and nothing is cut off."""
+        return self.chunks[-1].kind.restores and len(self.chunks) == len(self.all_chunks)
+
     @cached_property
     def files(self) -> Mapping[str, Chunk]:
         """The embedded files by name."""
@@ -200,11 +210,11 @@ class Reader:
         return self.cut(max(count, self.base_count))
 
     def even_cuts(self, count: int) -> dict[Cut, int]:
-        """Return the cuts within `count` budgets (at least 2) in equal steps, from the base model to all of this file.
+        """Return the cuts within `count` budgets (at least 2) in equal steps, from the base model to all blocks of this file.
 
         Smallest first, each with the first of those budgets, in bytes, that gives it. A file of few blocks has fewer.
         """
-        first, last = self.base.budget, self.fit().budget
+        first, last = self.base.budget, self.model.budget
         cuts: dict[Cut, int] = {}
         for step in range(count):
             budget = first + (last - first) * step // (count - 1)

@@ -2,11 +2,34 @@
 
 import { DamagedError } from "./errors.js";
 
+const ceil = (a, b) => Math.ceil(a / b);
+
 /** Check the decoded bytes of a chunk; throw a DamagedError. */
 export function checkPayload(chunk, raw) {
   const view = new DataView(raw.buffer, raw.byteOffset, raw.length);
   if (chunk.kind === "spqr") checkPermutation(chunk, view);
   if (chunk.kind === "outliers") checkPlaces(chunk, view);
+  if (chunk.kind === "exact") checkExact(chunk, view, raw);
+}
+
+function checkExact({ where, rawLength, shape: [m, n] }, view, raw) {
+  const fail = (what) => {
+    throw new DamagedError(`${where}: ${what}`);
+  };
+  const trailing = view.getUint32(0, true);
+  if (trailing > 22) fail(`it leaves out ${trailing} bits of a value; allowed: 0 to 22`);
+  const counts = Array.from({ length: 64 }, (_, number) => view.getUint32(4 + 4 * number, true));
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  if (total !== m * n) fail(`its classes have ${total} symbols for ${m} x ${n} weights`);
+  let [at, bits, escapes] = [260 + m, 0, 0];
+  counts.forEach((count, number) => {
+    let escaped = 0;
+    for (const end = at + count; at < end; at++) escaped += raw[at] === 0x80;
+    bits += Math.min(Math.max(Math.floor(number / 2) - 5, 0), 22 - trailing) * (count - escaped);
+    escapes += escaped;
+  });
+  const length = at + ceil(bits, 8) + 4 * escapes;
+  if (length !== rawLength) fail(`raw length ${rawLength}; its symbols ask for ${length}`);
 }
 
 function checkPermutation({ where, shape: [, n] }, view) {

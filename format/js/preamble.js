@@ -7,7 +7,7 @@ import { sha256 } from "./sha256.js";
 export const PREAMBLE_LENGTH = 256;
 export const RECORD_LENGTH = 128;
 const MAGIC = [0x89, 0x42, 0x53, 0x54, 0x4b, 0x0d, 0x0a, 0x1a];
-const KNOWN_INCOMPATIBLE = 0b111n;
+const KNOWN_INCOMPATIBLE = 0b11111n;
 const MAX = { fullLength: 2n ** 48n, chunkCount: 2 ** 21, namesLength: 2n ** 27n, metadataLength: 2n ** 22n };
 
 const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, n) => {

@@ -19,6 +19,7 @@ const ceil = (a, b) => Math.ceil(a / b);
  *
  * Numbers suffice: a product past 2^53 loses digits, but never falls back to the 2^31 that a raw length can be.
  */
+const BLOCKS = ["sign", "trellis", "spqr", "outliers", "trellis5"];
 const KINDS = new Map([
   [1, { name: "file", on: [""], rule: ({ shape, dtype, rank, rawLength }) =>
     shape.length || dtype !== "none" || rank ? "a file has no shape, dtype or rank" : rawLength }],
@@ -44,6 +45,14 @@ const KINDS = new Map([
   } }],
   [7, { name: "trellis5", block: true, on: ["", "trellis5", "spqr", "outliers"], flag: 4n, rule: ({ shape: [m, n], rank }) =>
     rank !== 2 ? `rank ${rank}; a trellis5 block has 2` : (m + 4) * ceil(n, 4) + 2 * m }],
+  [8, { name: "exact", restores: true, on: BLOCKS, flag: 8n, rule: ({ shape, dtype, rank, rawLength }) => {
+    if (shape.length !== 2 || !["f32", "f16", "bf16"].includes(dtype) || rank) return "an exact chunk has two dimensions, dtype f32, f16 or bf16 and rank 0";
+    const [m, n] = shape;
+    const least = 260 + m + m * n;
+    return rawLength >= least && rawLength <= least + 4 * m * n ? rawLength : `raw length ${rawLength}; allowed: ${least} to ${least + 4 * m * n}`;
+  } }],
+  [9, { name: "original", restores: true, on: [""], flag: 16n, rule: ({ shape, dtype, rank, rawLength }) =>
+    shape.length || dtype !== "none" || rank ? "an original has no shape, dtype or rank" : rawLength }],
 ]);
 
 /** Return all records of the complete file as chunks, checked; `names` are those of the names table. */
@@ -55,17 +64,22 @@ export function parseRecords(index, names, preamble) {
   let offset = preamble.headerLength;
   let flags = 0n;
   let files = 0;
+  let restoring = false;
   for (let number = 0; number < preamble.chunkCount; number++) {
     const chunk = parseRecord(view, number, names, offset, preamble.fullLength);
     const must = (holds, what) => holds || fail(chunk.where, what);
+    const { restores } = KINDS.get(chunk.kindCode);
+    must(restores || !restoring, "after an exact or original chunk there are no other kinds");
+    must(!restores || number >= preamble.baseCount, "an exact or original chunk stands in the base model");
+    restoring ||= restores;
     must(chunk.nameId <= used, `name id ${chunk.nameId} is not in order of first use; allowed: 0 to ${used}`);
     const before = stacks[chunk.nameId];
     if (!before) {
       used++;
-      must(number < preamble.baseCount, "its name begins after the base model");
+      must(restores || number < preamble.baseCount, "its name begins after the base model");
     }
     checkStack(chunk, before, must);
-    if (!chunk.isWeight) files += chunk.rawLength;
+    if (chunk.kind === "file") files += chunk.rawLength;
     must(files <= MAX_FILES, `raw length ${chunk.rawLength}; all files together take at most ${MAX_FILES}`);
     stacks[chunk.nameId] = chunk;
     flags |= KINDS.get(chunk.kindCode).flag ?? 0n;
@@ -119,7 +133,7 @@ function parseRecord(view, number, names, expected, fullLength) {
 
   const chunk = {
     number, nameId, name: names[nameId], kind: kind.name, kindCode: u16(4), isBlock: Boolean(kind.block),
-    isWeight: kind.name !== "file", level: u16(6), offset: expected, storedLength: Number(stored), rawLength: Number(raw),
+    isWeight: kind.name !== "file" && !kind.restores, level: u16(6), offset: expected, storedLength: Number(stored), rawLength: Number(raw),
     end: expected + Number(stored), shape, dtype, rank: u16(50), transposed, importance, error, where,
     digest: hex(new Uint8Array(view.buffer, view.byteOffset + at + 96, 32)),
   };
@@ -128,13 +142,13 @@ function parseRecord(view, number, names, expected, fullLength) {
   const wanted = kind.rule(chunk);
   must(typeof wanted === "number", wanted);
   must(wanted === chunk.rawLength, `raw length ${raw}; its shape asks for ${wanted}`);
-  must(kind.name !== "file" || isPlainPath(chunk.name), "the name of a file must be a plain relative path");
+  must(!["file", "original"].includes(kind.name) || isPlainPath(chunk.name), "the name of a file or original must be a plain relative path");
   return chunk;
 }
 
 function checkStack(chunk, before, must) {
   const level = before ? before.level + 1 : 0;
-  must(!before || (before.isBlock && chunk.isBlock), "a name with several chunks has only blocks");
+  must(!before || (before.isBlock && (chunk.isBlock || chunk.kind === "exact")), "a name with several chunks has only blocks");
   must(chunk.level === level, before ? `level ${chunk.level} follows level ${before.level}; allowed: ${level}`
     : `level ${chunk.level} is the first of its name; it must be 0`);
   const on = KINDS.get(chunk.kindCode).on;

@@ -122,6 +122,16 @@ def _trellis5() -> bytes:
     return _written(entries, 3)
 
 
+def _exact() -> bytes:
+    """Exact chunks on stacks of every kind; expected-exact.json holds what they give back.
+
+    The blocks are those of other golden files, the originals what `EXACT` of tests/helpers/exact_samples.py says.
+    """
+    import exact_samples
+
+    return _written(*exact_samples.entries())
+
+
 def _spqr_block(seed: str, m: int, n: int, rank: int) -> bytes:
     bits, g = rank % 16, rank - rank % 16
     order = sorted(range(n), key=lambda column: hashlib.sha256(f"{seed} column {column}".encode()).digest())
@@ -144,14 +154,18 @@ def _outliers_block(seed: str, n: int, counts: list[int]) -> bytes:
 
 
 def _spqr_with(record: int, at: int, changed: bytes) -> bytes:
-    """The SpQR file with bytes of one block overwritten, all digests right."""
+    return _with("spqr", record, at, changed)
+
+
+def _with(name: str, record: int, at: int, changed: bytes) -> bytes:
+    """A golden file with bytes of one chunk overwritten, all digests right."""
 
     def change(draft: samples.Draft) -> None:
         raw = bytearray(zstandard.ZstdDecompressor().decompress(draft.chunks[record]))
         raw[at : at + len(changed)] = changed
         draft.chunk(record, samples.frame(bytes(raw)))
 
-    return bad_files.build(change, (HERE / "spqr.bstk").read_bytes())
+    return bad_files.build(change, (HERE / f"{name}.bstk").read_bytes())
 
 
 def _written(entries: list[bstk.Entry], base_count: int) -> bytes:
@@ -190,6 +204,10 @@ FILES = {
     "weights.bstk": lambda: _weights(),
     "spqr.bstk": lambda: _spqr(),
     "trellis5.bstk": lambda: _trellis5(),
+    "exact.bstk": lambda: _exact(),
+    "bad-exact-trailing-23.bstk": lambda: _with("exact", 11, 0, b"\x17"),
+    "bad-exact-more-symbols-than-weights.bstk": lambda: _with("exact", 11, 4, b"\x01"),
+    "bad-exact-an-escape-without-bytes.bstk": lambda: _with("exact", 11, 260 + 7, b"\x80"),
     "bad-spqr-permutation-past-the-matrix.bstk": lambda: _spqr_with(0, 6, b"\x28\0"),
     "bad-spqr-permutation-column-twice.bstk": lambda: _spqr_with(0, 0, struct.pack("<H", 3) * 2),
     "bad-outliers-pointer-falls.bstk": lambda: _spqr_with(3, 8, struct.pack("<I", 1)),

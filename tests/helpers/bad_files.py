@@ -93,6 +93,16 @@ def _far_window(stored: bytes, raw: bytes) -> bytes:
     return b"\x28\xb5\x2f\xfd\xc4" + bytes([(24 - 10) << 3]) + struct.pack("<Q", len(raw)) + b"\x01\x00\x00" + bytes(4)
 
 
+def _original(draft, record, **fields):
+    """Make a record one of an original chunk, of a name of its own unless it is the first of its name."""
+    names = [b"config.json", b"norm.weight", b"scale", b"layers.0.up", b"layers.0.down", b"model.safetensors"]
+    if record > 4:
+        draft.names, fields = names, {**fields, "name": 5}
+    draft.chunk(record, samples.frame(b"bytes"), kind=9, level=0, rank=0, raw=5)
+    draft.set(record, **{"shape": bytes(16), "ndim": 0, "dtype": 0, "flags": 0, **fields})
+    draft.forced["incompatible"] = 16
+
+
 OPEN = {
     # preamble
     "wrong-crc": (forced(crc=1), D),
@@ -103,7 +113,9 @@ OPEN = {
     "preamble-length-0": (forced(preamble_length=0), D),
     "incompatible-flag-0-without-its-kind": (forced(incompatible=1), D),
     "incompatible-flag-2-without-its-kind": (forced(incompatible=4), D),
-    "incompatible-flag-3": (forced(incompatible=8), U),
+    "incompatible-flag-3-without-its-kind": (forced(incompatible=8), D),
+    "incompatible-flag-4-without-its-kind": (forced(incompatible=16), D),
+    "incompatible-flag-5": (forced(incompatible=32), U),
     "incompatible-flag-63": (forced(incompatible=1 << 63), U),
     "preamble-reserved": (forced(reserved=b"\x01" + bytes(35)), D),
     "full-length-short": (more("full_length", -1), D),
@@ -217,6 +229,16 @@ OPEN = {
     "stack-of-trellis5-and-trellis": (stack("trellis5", "trellis"), D),
     "stack-of-trellis5-and-outliers": (stack("trellis5", "outliers"), D),
     "stack-of-sign-and-spqr": (stack("sign", "spqr"), D),
+    "stack-of-exact": (stack("exact"), D),
+    "stack-of-sign-exact-and-sign": (stack("sign", "exact", "sign"), D),
+    "exact-before-a-block": (stack("sign", "exact"), D),
+    "exact-of-i32": (lambda draft: (samples.stack(draft, "sign", "sign", "exact"), draft.set(7, dtype=8)), D),
+    "exact-of-rank-1": (lambda draft: (samples.stack(draft, "sign", "sign", "exact"), draft.set(7, rank=1)), D),
+    "exact-of-another-shape": (lambda draft: (samples.stack(draft, "sign", "sign", "exact"), draft.shape(7, 10, 4)), D),
+    "exact-too-short": (lambda draft: (samples.stack(draft, "sign", "sign", "exact"), draft.set(7, raw=303)), D),
+    "original-in-the-base-model": (lambda draft: _original(draft, NORM), D),
+    "original-before-a-block": (lambda draft: _original(draft, 5), D),
+    "original-with-a-shape": (lambda draft: _original(draft, 7, ndim=1, shape=struct.pack("<4I", 3, 0, 0, 0)), D),
     "stack-of-sign-and-outliers": (stack("sign", "outliers"), D),
     "block-on-a-file": (record(UP1, name=0), D),
     "name-after-the-smallest-model": (_smaller_base, D),

@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def build(program, compiler, *flags):
+def build(program, compiler, *flags, main="agree.c"):
     """Compile the program to a path, or fail with what the compiler said."""
-    sources = [ROOT / "tests" / "kernels" / "agree.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    sources = [ROOT / "tests" / "kernels" / main, *sorted((ROOT / "csrc").glob("*.c"))]
     command = [compiler, "-ffp-contract=off", *flags, "-I", ROOT / "csrc", *sources, "-o", program, "-lpthread", "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

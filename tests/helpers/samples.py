@@ -132,6 +132,7 @@ _BLOCKS = {  # kind -> code, rank, incompatible flag, raw bytes of a block of 4 
     "spqr": (5, 19, 1, struct.pack("<10H", *range(10)).ljust(64, b"\0") + noise("spqr", 108) + bytes(8)),
     "outliers": (6, 0, 2, bytes(20)),
     "trellis5": (7, 2, 4, noise("trellis5", 24) + bytes(8)),
+    "exact": (8, 0, 8, struct.pack("<65I", 16, *[0] * 10, 40, *[0] * 53) + bytes(44)),
 }
 
 

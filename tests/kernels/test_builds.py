@@ -3,16 +3,26 @@
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 
 import c_builds
+import exact_samples
+import numpy as np
 import pytest
+
+from bstack.kernels import exact
+from bstack.kernels.matrix import OUTLIERS, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
+from bstack.kernels.selftest import random_payload
+from bstack.kernels.spqr import rank_of
+from bstk.kinds import exact_low_bits
 
 pytestmark = pytest.mark.slow
 
 ON_ARM = platform.machine() in ("aarch64", "arm64")
 ARM_COMPILER = shutil.which("cc" if ON_ARM else "aarch64-linux-gnu-gcc")
+STACKS = [[(TRELLIS5, 2)] * 3, [(TRELLIS, 2)], [(SIGN, 2)], [(SPQR, rank_of(4, 32)), (OUTLIERS, 0), (TRELLIS5, 2)]]
 EMULATOR = None if ON_ARM else shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 
@@ -23,6 +33,28 @@ def test_neon_gives_the_bits_of_the_portable_kernels(tmp_path):
     if not ON_ARM and EMULATOR is None:
         pytest.skip("it compiles, and there is no emulator to run it (qemu-user-static)")
     c_builds.run([*filter(None, [EMULATOR]), tmp_path / "agree"], "neon")
+
+
+def test_an_exact_chunk_gives_the_same_bits_on_arm(tmp_path):
+    if ARM_COMPILER is None or not (ON_ARM or EMULATOR):
+        pytest.skip("there is no compiler for 64-bit ARM, or no emulator (gcc-aarch64-linux-gnu, qemu-user-static)")
+    c_builds.build(tmp_path / "restore", ARM_COMPILER, "-O2", "-static", main="restore.c")
+    for number, kinds in enumerate(STACKS):
+        blocks = [(k, r, random_payload(np.random.default_rng(number), 130, 96, k, r, 50)) for k, r in kinds]
+        stack = Matrix.of(130, 96, blocks)
+        bits = exact_samples.original(exact.predict(stack), "f32", number)
+        payload = b"".join(exact.encode(stack, bits, "f32"))
+        counts = np.frombuffer(payload, "<u4", 65)
+        symbols = np.split(np.frombuffer(payload, np.int8, 130 * 96, 260 + 130), np.cumsum(counts[1:])[:-1])
+        escapes = [int((some == -128).sum()) for some in symbols]
+        shifts = [exact_low_bits(int(counts[0]), c) for c in range(64)]
+        low = sum(k * (len(some) - e) for k, some, e in zip(shifts, symbols, escapes, strict=True))
+        given = struct.pack("<3I", 130, 96, len(blocks))
+        given += b"".join(struct.pack("<3I", k, r, len(raw)) + raw for k, r, raw in blocks)
+        given += struct.pack("<I", len(payload)) + payload + struct.pack("<2I", low, sum(escapes))
+        command = [*filter(None, [EMULATOR]), tmp_path / "restore"]
+        found = subprocess.run(command, input=given, capture_output=True, timeout=300, check=True).stdout
+        assert found == bits.tobytes()
 
 
 def test_kernels_build_and_agree_with_musl(tmp_path):

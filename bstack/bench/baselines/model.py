@@ -275,7 +275,7 @@ def compare(
 
 
 def _fitting(file: bstk.Reader, runner: Baselines, choices: Sequence[Choice], notes: list[str]) -> list[Choice]:
-    base, full = file.base.file_bytes, file.fit().file_bytes
+    base, full = file.base.file_bytes, file.model.file_bytes
     fitting: list[Choice] = []
     left_out: list[Choice] = []
     for choice in choices:

@@ -52,7 +52,7 @@ def load(
             fetched = None
             if isinstance(path, str) and bstk.is_url(path):
                 fetched = budget
-                file, _ = stack.enter_context(cached(path, budget, strict, warn, notify, progress))
+                file, _ = stack.enter_context(cached(path, budget, strict, warn, notify, progress, model_only=True))
             else:
                 file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
                 file.fit(budget=budget)

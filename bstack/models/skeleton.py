@@ -211,12 +211,12 @@ def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
-        raise UnsupportedModelError(
-            f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
-        )
+    for field in ("quantization_config", "quantization"):  # the latter is MLX's
+        if quantised := getattr(config, field, None):
+            method = quantised.get("quant_method", field) if isinstance(quantised, dict) else field
+            raise UnsupportedModelError(
+                f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
+            )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{checkpoint.name} is an encoder-decoder ({config.model_type}); bstack compresses causal language models."

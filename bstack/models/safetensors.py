@@ -136,7 +136,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._check_unused(model, unused, found.keys())
         for name, by_pattern in pieces.items():
             self._check_pieces(name, len(state[name]), converters[next(iter(by_pattern))], by_pattern)
-        return found
+        return dict(found)
 
     def _check_pieces(self, name: str, count: int, converter: Any, keys: dict[str, list[str]]) -> None:
         """Refuse a parameter of which a piece is missing, and more or fewer experts than the `count` that it has."""
@@ -217,8 +217,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._keys.pop(target, None)
             return
         untie(model)
+        self.untied = True
         for target, source in tied.items():
-            if target not in self._keys:
+            if target not in self._keys and source in self._keys:
                 self._filled[target] = self._keys[target] = self._keys[source]
 
     def _equal(self, keys: list[str], others: list[str]) -> bool:

@@ -39,6 +39,7 @@ class Checkpoint(ABC):
     quantisation: str | None = None  # of most weights, such as Q4_1; None for floats
     beside: Path  # the folder with generation settings
     code: Code | None = None  # that the model needs and the user allows to run
+    untied = False  # `bind` found tied parameters with values of their own
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import bstack
 import bstk
+from bstack.compression.layers import model_files
 from bstack.engine.export import export_safetensors
+from bstack.engine.native.load import load as load_native
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line, user_message
 from bstack.eval.streamed import run_streamed
 from bstack.models.open import open_checkpoint
@@ -113,6 +115,8 @@ def test_a_head_that_differs_in_one_value_far_down(model):
     rewrite(folder, change)
     skeleton = Skeleton(open_checkpoint(folder))
     assert skeleton.output_name == HEAD and same(folder)
+    Skeleton(skeleton.checkpoint)  # again, from the same configuration
+    assert json.loads(model_files(skeleton.checkpoint, False)["config.json"]).get("tie_word_embeddings") is not True
 
 
 def test_tied_without_either(model):
@@ -147,6 +151,10 @@ def test_a_head_of_its_own_goes_through_every_stage(model, name, tmp_path):
         assert distance(packed(IDS).logits, found) < 0.01
     assert distance(found, theirs(folder)) < 0.05
     assert torch.equal(theirs(tmp_path / "out"), found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    native, _ = load_native(tmp_path / "x.bstk")
+    read = torch.from_numpy(native.read(native.sequence(), IDS[0].tolist()))
+    assert distance(read, found[0, -1]) < 0.01
     assert dense.get_output_embeddings().weight is not dense.get_input_embeddings().weight
 
 

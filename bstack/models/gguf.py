@@ -18,6 +18,7 @@ import torch
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
+from bstack.models.gguf_tokenizer import complete
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstack.models.tokenizer import export_tokenizer
 from bstk.errors import BstkError, DamagedError, UsageError
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["GGUFCheckpoint"]
 
 _PATCHING = threading.Lock()
+TOKENIZER = "tokenizer."
+# Keys with a value for each word, which take seconds to read.
+_LONG = {f"{TOKENIZER}ggml.{name}" for name in ("tokens", "token_type", "scores", "merges")}
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -72,7 +76,7 @@ class GGUFCheckpoint(Checkpoint):
         tensors = {tensor.name: tensor for tensor in self._stored}
         metadata = Metadata(
             str(path),
-            {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
+            {key: _value(fields, key) for key in fields if not key.startswith(TOKENIZER) or key.endswith("_id")},
             {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
             lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
         )
@@ -112,7 +116,14 @@ class GGUFCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> None:
         if "tokenizer.ggml.tokens" in self._reader.fields:
             with self._parsed_once():
-                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+                fields = self._reader.fields
+                few = {key: _value(fields, key) for key in fields if key.startswith(TOKENIZER) and key not in _LONG}
+                export_tokenizer(
+                    folder,
+                    self.path.parent,
+                    complete=lambda tokenizer: complete(tokenizer, few, str(self.path)),
+                    gguf_file=self.path.name,
+                )
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map

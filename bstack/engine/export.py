@@ -230,7 +230,9 @@ def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
     config["architectures"] = [type(model).__name__]
     config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if hasattr(model.config, "tie_word_embeddings"):  # programs that do not know the default of the class may drop a head
+    if hasattr(
+        model.config, "tie_word_embeddings"
+    ):  # programs that do not know the default of the class may drop a head
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
     _write_json(path, config)
 

@@ -171,7 +171,7 @@ class GGUFCheckpoint(Checkpoint):
                 owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
-        check_finite(model, wanted)
+        check_finite(model, wanted, str(self.path))
 
     def _read(self, name: str) -> np.ndarray:
         if self.config.model_type == "gpt_oss" and "_exps." in self._tensors[name][0].name:

@@ -263,7 +263,7 @@ class SafetensorsCheckpoint(Checkpoint):
             why = why.strip().splitlines()[-1]  # of a traceback
             raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {why}")
         self._own_copies(model, wanted)
-        check_finite(model, wanted)
+        check_finite(model, wanted, self.name)
 
     def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
         """Copy weights that needed no conversion: they are mapped from the file, and a caller's changes would come back."""

@@ -322,8 +322,8 @@ def check_complete(model: nn.Module, source: str, found: Container[str], unused:
         )
 
 
-def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN, infinity, and weights beyond half precision in freshly loaded parameters with an UnsupportedModelError."""
+def check_finite(model: nn.Module, names: Iterable[str], source: str) -> None:
+    """Refuse NaN, infinity, and weights beyond half precision in parameters just loaded from `source` with an UnsupportedModelError."""
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
         if not tensor.is_floating_point() or not tensor.numel():
@@ -333,12 +333,12 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
         if not (math.isfinite(float(low)) and math.isfinite(largest)):
             bad = int((~tensor.isfinite()).sum())
             raise UnsupportedModelError(
-                f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
+                f"{source}: {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
             )
         if isinstance(tensor, nn.Parameter) and largest > LARGEST:
             raise UnsupportedModelError(
-                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, "
+                f"{source}: {name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, "
                 f"which ends at {LARGEST:g}.",
                 hint="Check the checkpoint it came from.",
             )

@@ -25,7 +25,7 @@ with the tests.
 
 **It works** means: compressed with a text of its own, every weight comes back within the error of the codec, the original with the decoded
 weights has the logits of the dense model, and the packed and the exported model have them too. It says nothing of the quality of real models.
-**It is refused** means: by name, in the first second. **Not tried** means that transformers itself did not make or run the tiny model; where it
+**It is refused** means: by name, before any work. **Not tried** means that transformers itself did not make or run the tiny model; where it
 is a part of a larger model, the other parts are left out.
 """
 

@@ -7,6 +7,7 @@ second if an installed version lacks one or takes other arguments.
 import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ INTERNALS = {
     },
     "transformers.conversion_mapping": {"get_model_conversion_mapping": ("model",)},
     "transformers.core_model_loading": {
+        "MergeModulelist": (),
         "WeightConverter": (),
         "WeightRenaming": (),
         "convert_and_load_state_dict_in_model": ("model", "state_dict", "load_config"),
@@ -33,11 +35,11 @@ INTERNALS = {
     "transformers.dynamic_module_utils": {"get_relative_import_files": ("module_file",)},
     "transformers.generation.streamers": {"BaseStreamer": ()},
     "transformers.generation.utils": {"GenerationMixin._supports_default_dynamic_cache": ()},
+    "transformers.integrations.gguf.gguf_tokenizer_mapping": {"GGUF_PRE_TOKENIZER_SPLITS": ()},
     "transformers.modeling_gguf_pytorch_utils": {
         "TENSOR_PROCESSORS": (),
         "TensorProcessor": ("config",),
         "get_gguf_hf_weights_map": ("hf_model", "processor"),
-        "load_gguf_checkpoint": ("gguf_checkpoint_path", "return_tensors"),
     },
     "transformers.modeling_outputs": {"CausalLMOutputWithPast": ("logits",)},
     "transformers.modeling_utils": {
@@ -100,6 +102,12 @@ def test_every_internal_that_the_code_uses_is_listed():
     attributes = {name.rpartition(".")[2] for names in INTERNALS.values() for name in names}
     known = imported | attributes | own_names()
     assert [found for found in used() if found[0] not in known] == []
+
+
+def test_every_internal_that_is_listed_is_used():
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "bstack").rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    assert [name for names in INTERNALS.values() for name in names if name.rpartition(".")[2] not in words] == []
 
 
 @pytest.mark.parametrize("name", [f"{module}:{name}" for module, names in INTERNALS.items() for name in names])

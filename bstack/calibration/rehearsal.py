@@ -1,7 +1,7 @@
 """Rehearse the passes of a compression with zeros for weights, so that a model that does not bear them is refused before any work.
 
 Architectures differ in ways that no list foresees: layers that run twice, states that a layer hands to the next, a head that is
-not called. A few tokens show it, and zeros take no time to load.
+not called. A few tokens show it, and zeros take no time to load: it takes as long as about a hundred tokens of calibration.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from bstk.errors import BstkError
 __all__ = ["rehearse"]
 
 SEQUENCES, LENGTH = 2, 8
+# Too little memory or a full disk say nothing of the model.
+_OF_THE_MACHINE = (MemoryError, OSError)
 
 
 def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
@@ -47,6 +49,8 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
         if writes_text:
             try:
                 rehearse_writing(skeleton)
+            except _OF_THE_MACHINE:
+                raise
             except Exception as error:
                 raise BstkError(
                     f"{what} cannot write its own calibration text: {_words(error)}.",
@@ -62,11 +66,12 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
                 for index, _ in stream.steps():
                     with skeleton.loaded(skeleton.layer_names(index)):
                         stream.run_all(index)
-        except BstkError:
+        except (BstkError, *_OF_THE_MACHINE):
             raise
         except Exception as error:
             raise UnsupportedModelError(
-                f"{what} cannot be compressed: it does not run one layer at a time: {_words(error)}."
+                f"{what} cannot be compressed: it does not run one layer at a time: {_words(error)}.",
+                hint="If the model runs in transformers, please report it; docs/research/architectures.md lists those that work.",
             ) from error
 
 

@@ -179,6 +179,8 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
     try:
         with zeros_for_weights(skeleton):
             _write(skeleton, torch.bfloat16, *_TRIAL)
+    except MemoryError:  # float32 takes twice as much
+        raise
     except Exception:  # whatever it is, float32 shows whether it has to do with the type
         return torch.float32
     return torch.bfloat16

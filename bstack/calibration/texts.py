@@ -6,6 +6,8 @@ import codecs
 import io
 import itertools
 import json
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bstack.errors import one_line
+from bstack.errors import ModelWarning, one_line
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["HELD_OUT", "SELF", "TextSource", "open_text", "token_windows"]
@@ -25,6 +27,8 @@ PLAIN = {".txt", ".md", ".raw", ".tokens", ".text"}
 RECORDS = {".jsonl", ".ndjson"}
 # One array of records, or one on each line. Not looked for in folders, where it may be anything.
 JSON = ".json"
+# Files that may hold texts, and are not read in folders.
+LIKELY = {JSON, ".gz", ".zst", ".csv", ".tsv", ".parquet", ".arrow"}
 # First bytes of a file -> how its text is encoded.
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 GZIP = b"\x1f\x8b"
@@ -35,6 +39,7 @@ MAX_CHARACTERS = 256 * 2**20
 # The same for a data set of the hub, which is fetched while it is read.
 MAX_FETCHED = 2**24
 BETWEEN = "\n\n"
+_NO_SPACE = re.compile(r"\S")
 # The shortest windows that the settings allow.
 MIN_LENGTH = 8
 
@@ -62,7 +67,8 @@ def open_text(source: str) -> TextSource:
     source : str
         A file or a pipe (plain text or records), a folder of such files (read in the order of their names, hidden ones left
         out), or a hub data set as ``name``, ``name:configuration`` or ``name:configuration:split``. A record is a JSON
-        object with a "text" field. Files of records end in .jsonl, .ndjson or .json; a pipe of records begins with one.
+        object with a "text" field. Files of records end in .jsonl, .ndjson or .json; a pipe of records begins with one
+        or with an array of them.
 
     Raises
     ------
@@ -73,10 +79,17 @@ def open_text(source: str) -> TextSource:
     """
     path = Path(source)
     if path.is_dir():
-        seen = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        seen = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         files = sorted(p for p in seen if p.is_file() and p.suffix.lower() in PLAIN | RECORDS)
         if not files:
             raise BstkError(f"{path} holds no text: looked for files ending in {', '.join(sorted(PLAIN | RECORDS))}.")
+        if others := sorted(p.name for p in seen if p.suffix.lower() in LIKELY):
+            warnings.warn(
+                f"{path}: {others[0]} is left out (files like it: {len(others)}). Of a folder bstack reads files ending in "
+                f"{', '.join(sorted(PLAIN | RECORDS))}.",
+                ModelWarning,
+                stacklevel=2,
+            )
         return TextSource(path.name, _joined((piece for file in files for piece in _pieces(file)), MAX_CHARACTERS))
     if path.exists():
         return TextSource(path.name if path.is_file() else PIPE, _joined(_pieces(path), MAX_CHARACTERS))
@@ -102,7 +115,8 @@ def _pieces(path: Path) -> Iterator[str]:
             if first.startswith(GZIP):
                 raise BstkError(f"{path} is compressed with gzip.", hint="Unpack it, or give a pipe from gunzip.")
             encoding = next((found for mark, found in MARKS.items() if first.startswith(mark)), "utf-8")
-            yield from _texts(path, io.TextIOWrapper(raw, encoding))
+            with io.TextIOWrapper(raw, encoding) as stream:
+                yield from _texts(path, stream)
     except UnicodeDecodeError as error:
         raise BstkError(
             f"{path} is not {error.encoding.upper()} text (byte {error.start}: {error.object[error.start]:#04x}). "
@@ -118,12 +132,19 @@ def _texts(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
     if suffix in RECORDS:
         yield from _records(path, lines)
         return
-    text = "" if path.is_file() else next(lines, "")
-    if text.startswith("{") and isinstance(_parsed(text), dict):  # a pipe
-        yield from _records(path, itertools.chain([text], lines))
+    pipe, head = not path.is_file(), ""  # a pipe has no ending: records are known by how they begin
+    while pipe and not head.strip() and (line := next(lines, "")):
+        head += line
+    if isinstance(_parsed(head), dict):  # one on each line
+        yield from _records(path, itertools.chain(head.removesuffix("\n").split("\n"), lines))
         return
-    text += stream.read(MAX_CHARACTERS)
-    if suffix != JSON:
+    text = head + stream.read(MAX_CHARACTERS)
+    first = next(_values(text), None) if pipe else None
+    if isinstance(first, dict) or (isinstance(first, list) and first and isinstance(first[0], dict)):
+        records = (value if isinstance(value, list) else [value] for value in _values(text))
+        for number, record in enumerate(itertools.chain.from_iterable(records), 1):
+            yield _text_of(record, f"{path}, record {number}")
+    elif suffix != JSON:
         if "\0" in text:
             raise BstkError(f"{path} is not plain text: its character {text.index(chr(0))} is NUL.")
         yield text
@@ -151,6 +172,19 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _values(text: str) -> Iterator[Any]:
+    """Yield the JSON values that follow each other in a text; None for what is none, unless the text was cut there."""
+    at = 0
+    while match := _NO_SPACE.search(text, at):
+        try:
+            value, at = json.JSONDecoder().raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            if len(text) < MAX_CHARACTERS:
+                yield None
+            return
+        yield value
 
 
 def _text_of(record: Any, where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -255,8 +256,12 @@ def model_files(checkpoint: Checkpoint, tokenizer: bool) -> dict[str, bytes]:
     """
     with tempfile.TemporaryDirectory(prefix="bstack-") as name, os_errors(name):
         folder = Path(name)
-        (folder / "config.json").write_text(checkpoint.config.to_json_string(use_diff=True), encoding="utf-8")
-        if (generation := read_generation(checkpoint.beside, checkpoint.name)) is not None:
+        config = copy.deepcopy(checkpoint.config)
+        if checkpoint.untied:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        (folder / "config.json").write_text(config.to_json_string(use_diff=True), encoding="utf-8")
+        words = config.get_text_config().vocab_size
+        if (generation := read_generation(checkpoint.beside, checkpoint.name, words)) is not None:
             (folder / GENERATION).write_text(json.dumps(generation, indent=2), encoding="utf-8")
         if tokenizer:
             checkpoint.export_tokenizer(folder)

@@ -38,6 +38,7 @@ from bstack.compression.layers import (
     model_files,
 )
 from bstack.compression.plan import plan
+from bstack.errors import UnsupportedModelError
 from bstack.models.code import put_code
 from bstack.models.files import put_files
 from bstack.models.open import open_checkpoint
@@ -143,8 +144,10 @@ def run_stages(
                 parts = make_exact(skeleton, originals, collected, work, step)
             entries += [record.entry for part in parts for record in work.records(part)]
     except BaseException as error:
-        # Without windows nothing is worth resuming, and a leftover would refuse the settings that the user corrects.
-        if isinstance(error, Exception) and not work.has_tensors(WINDOWS):
+        # A leftover would refuse what the user corrects: the settings, or a model in which a weight is infinite. Without
+        # windows, and of such a model, nothing is worth resuming.
+        of_model = isinstance(error, UnsupportedModelError)
+        if of_model or (isinstance(error, Exception) and not work.has_tensors(WINDOWS)):
             work.remove()
         work.release()
         raise

@@ -64,7 +64,7 @@ def build_model(
     config = read_config(file, folder, trusted)
     with understood(shown, f"this transformers cannot build its model ({config.model_type})"), without_weights:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **settings)
-    if (generation := read_generation(folder, shown)) is not None:
+    if (generation := read_generation(folder, shown, config.get_text_config().vocab_size)) is not None:
         model.generation_config = GenerationConfig.from_dict(generation)
     return model
 

@@ -240,12 +240,16 @@ def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
 
 
 def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
-    """Add the class of the model and the type of the weights to the configuration."""
+    """Add the class of the model, the type of the weights, and whether the head is tied to the configuration."""
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["architectures"] = [type(model).__name__]
     config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if hasattr(
+        model.config, "tie_word_embeddings"
+    ):  # programs that do not know the default of the class may drop a head
+        config["tie_word_embeddings"] = model.config.tie_word_embeddings
     _write_json(path, config)
 
 

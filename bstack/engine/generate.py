@@ -13,6 +13,7 @@ import torch
 from bstack.engine.chat_template import render
 from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
+from bstack.models.generation import KEPT, SAMPLING, refusal
 from bstack.models.plain import plain_outputs
 from bstack.models.skeleton import longest_text
 from bstack.models.tokenizer import check_ids
@@ -20,21 +21,6 @@ from bstk.errors import BstkError, UsageError
 
 __all__ = ["decoding", "encode_prompt", "write_text"]
 
-# Of a model's generation settings these are kept: where a text ends, and what decides its next token.
-_KEPT: tuple[str, ...] = (
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
-    "stop_strings",
-    "min_length",
-    "min_new_tokens",
-    "max_time",
-)
-_KEPT += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
-_KEPT += ("sequence_bias", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id")
-_KEPT += ("renormalize_logits", "remove_invalid_values", "guidance_scale", "watermarking_config")
-# These if tokens are sampled.
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # These ask for another way of decoding, unless they are false, 0 or the number 1.
 _MODES: tuple[str, ...] = (
     "num_beams",
@@ -89,7 +75,7 @@ def _settings(model: Any, options: dict[str, Any]) -> Any:
             ModelWarning,
             stacklevel=3,
         )
-    names = (*_KEPT, *_SAMPLING) if options.get("do_sample") else _KEPT
+    names = (*KEPT, *SAMPLING) if options.get("do_sample") else KEPT
     kept = {name: value for name in names if (value := getattr(own, name, None)) is not None}
     # A single sequence has no padding, but without the setting transformers warns at every call.
     end = kept.get("eos_token_id")
@@ -158,10 +144,8 @@ def write_text(
     except (BstkError, MemoryError, OSError):
         raise
     except Exception as error:  # such as token ids beyond the vocabulary: files that do not fit each other
-        if isinstance(error, ValueError) and not times:
-            raise UsageError(
-                f"transformers refuses these options, or the model's generation settings: {one_line(error)}"
-            ) from None
+        if (problem := refusal(options, model.config.get_text_config().vocab_size)) is not None:
+            raise UsageError(f"transformers refuses these options: {problem}") from None
         raise UnsupportedModelError(
             f"the model cannot be run as its files say: {type(error).__name__}: {one_line(error)}"
         ) from error

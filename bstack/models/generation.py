@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -9,19 +10,36 @@ from typing import Any
 
 from bstack.errors import ModelWarning, one_line
 
-__all__ = ["GENERATION", "read_generation"]
+__all__ = ["GENERATION", "KEPT", "SAMPLING", "read_generation", "refusal"]
 
 GENERATION = "generation_config.json"
+# Words of the model that tries settings: more than models have, fewer than a file from a stranger may claim.
+_ENOUGH = 2**20
 # These must be token ids or lists of them; transformers checks it only when text is written.
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+# Of a model's generation settings these are kept: where a text ends, and what decides its next token.
+KEPT: tuple[str, ...] = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "stop_strings",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+)
+KEPT += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+KEPT += ("sequence_bias", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id")
+KEPT += ("renormalize_logits", "remove_invalid_values", "guidance_scale", "watermarking_config")
+# These if tokens are sampled.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Which values others may have depends on these.
 _MODE = ("do_sample", "num_beams")
 
 
-def read_generation(folder: Path, name: str) -> dict[str, Any] | None:
+def read_generation(folder: Path, name: str, vocabulary: int) -> dict[str, Any] | None:
     """Return what transformers accepts of a folder's generation settings, with a warning about the rest.
 
-    `name` is the model's, for the warning. None without such a file, or where nothing of it can be used: transformers then
+    `name` is the model's, for the warning; `vocabulary` how many token ids it has. None without such a file, or where nothing of it can be used: transformers then
     takes the settings in config.json.
     """
     try:
@@ -35,36 +53,68 @@ def read_generation(folder: Path, name: str) -> dict[str, Any] | None:
             name, f"cannot be read and is left out, so config.json decides which tokens end a text: {one_line(error)}"
         )
         return None
-    if _problem(found) is None:
+    if _problem(found, vocabulary) is None:
         return found
     kept: dict[str, Any] = {}
     for key in sorted(found, key=lambda key: (key not in _TOKENS, key not in _MODE)):
-        if (problem := _problem({**kept, key: found[key]})) is None:
+        if (problem := _problem({**kept, key: found[key]}, vocabulary)) is None:
             kept[key] = found[key]
         else:
             _warn(name, f"its {key} is left out, the rest kept: {problem}")
     return kept
 
 
-def _problem(settings: dict[str, Any]) -> str | None:
+def _problem(settings: dict[str, Any], vocabulary: int) -> str | None:
     """Return why transformers does not accept settings; None if it does."""
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
     for key in _TOKENS:
         value = settings.get(key)
         listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is not None and not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
             return f"{json.dumps(value)} is no token id"
+    stops = settings.get("stop_strings")
+    if not all(isinstance(text, str) for text in (stops if isinstance(stops, list) else [stops or ""])):
+        return f"{json.dumps(stops)} is no list of texts"
+    return refusal(settings, vocabulary)
+
+
+def refusal(settings: dict[str, Any], vocabulary: int) -> str | None:
+    """Return why `generate` of transformers does not take settings; None if it does.
+
+    Many are checked only when text is written, so a model of two numbers writes two tokens with those that bstack keeps.
+    """
+    import torch
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    tried = {key: settings[key] for key in (*KEPT, *SAMPLING) if key in settings and key != "stop_strings"}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it logs what it finds odd, here once for each setting
     try:
         GenerationConfig.from_dict(dict(settings))
+        if tried.keys() - _TOKENS:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain = {"do_sample": True, "max_new_tokens": 2, "pad_token_id": 0}
+                ids = torch.zeros(1, 1, dtype=torch.long)
+                config = GenerationConfig(**{**plain, **tried})
+                _tiny(min(vocabulary, _ENOUGH)).generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config
+                )
         return None
+    except MemoryError:
+        raise
     except Exception as error:  # values of other types than expected raise anything
         return one_line(error)
     finally:
         logging.set_verbosity(verbosity)
+
+
+@functools.lru_cache(maxsize=1)
+def _tiny(vocabulary: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=vocabulary, tie_word_embeddings=True)).eval()
 
 
 def _warn(name: str, problem: str) -> None:

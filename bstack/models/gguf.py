@@ -19,6 +19,7 @@ import torch
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
+from bstack.models.gguf_tokenizer import complete
 from bstack.models.original import OriginalFile, StoredTensor, all_of, elements, file_head, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstack.models.tokenizer import export_tokenizer
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["GGUFCheckpoint"]
 
 _PATCHING = threading.Lock()
+TOKENIZER = "tokenizer."
+# Keys with a value for each word, which take seconds to read.
+_LONG = {f"{TOKENIZER}ggml.{name}" for name in ("tokens", "token_type", "scores", "merges")}
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -75,7 +79,7 @@ class GGUFCheckpoint(Checkpoint):
         tensors = {tensor.name: tensor for tensor in self._stored}
         metadata = Metadata(
             str(path),
-            {key: _value(fields, key) for key in fields if not key.startswith("tokenizer.") or key.endswith("_id")},
+            {key: _value(fields, key) for key in fields if not key.startswith(TOKENIZER) or key.endswith("_id")},
             {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in tensors.items()},
             lambda name: self._dequantize(tensors[name].data, tensors[name].tensor_type),
         )
@@ -115,7 +119,14 @@ class GGUFCheckpoint(Checkpoint):
     def export_tokenizer(self, folder: Path) -> None:
         if "tokenizer.ggml.tokens" in self._reader.fields:
             with self._parsed_once():
-                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+                fields = self._reader.fields
+                few = {key: _value(fields, key) for key in fields if key.startswith(TOKENIZER) and key not in _LONG}
+                export_tokenizer(
+                    folder,
+                    self.path.parent,
+                    complete=lambda tokenizer: complete(tokenizer, few, str(self.path)),
+                    gguf_file=self.path.name,
+                )
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -157,7 +168,7 @@ class GGUFCheckpoint(Checkpoint):
                 owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
-        check_finite(model, wanted)
+        check_finite(model, wanted, str(self.path))
 
     def originals(self, model: PreTrainedModel) -> list[OriginalFile]:
         """Describe a file of all values in float32, under the names that transformers gives them in checkpoints."""

@@ -63,22 +63,17 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
 
 def _open_file(path: Path) -> Checkpoint:
     with open(path, "rb") as stream:
-        start = stream.read(8)
-    if start[:4] == b"GGUF":
-        if start[4:6] == b"\0\0":  # the version, a small number, has its low bytes at the end
-            raise UnsupportedModelError(
-                f"{path} is a GGUF file for big-endian machines, which bstack does not read.",
-                hint="Convert it to little-endian (gguf-convert-endian, of the package gguf).",
-            )
+        start = stream.read(4)
+    if start == b"GGUF":
         return GGUFCheckpoint(path)
-    if start[:4] == b"\x89BST":
+    if start == b"\x89BST":
         raise UnsupportedModelError(
             f"{path} is a .bstk file already.", hint="Give the model that it should be made from."
         )
     if path.suffix in (".json", ".safetensors"):
         raise UsageError(f"{path} is a part of a model.", hint=f"Give the folder: {path.parent}.")
     raise UnsupportedModelError(
-        f"{path} is not a GGUF file (it starts with {start[:4]!r}).",
+        f"{path} is not a GGUF file (it starts with {start!r}).",
         hint="Give a GGUF file, or the folder that holds config.json and the safetensors.",
     )
 

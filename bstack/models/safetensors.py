@@ -37,6 +37,8 @@ __all__ = ["SafetensorsCheckpoint"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MASK = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
 _ROTARY = re.compile(r"rotary.*\.(inv_freq|cos_cached|sin_cached)$")
+# Parts of quantised weights: scales and zero points of several libraries, which may be floats.
+_QUANTISED = re.compile(r"(scales?|scale_inv|absmax|zero_?points?|q?zeros|qweight|quant_map|SCB)$|quant_state")
 # Values of one comparison of two tensors.
 _TOGETHER = 2**24
 
@@ -94,9 +96,6 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def bind(self, model: PreTrainedModel) -> None:
         self._keys = self._matched(model)
-        state = model.state_dict()
-        for key in (key for name, keys in self._keys.items() if state[name].is_floating_point() for key in keys):
-            self._check_dtype(key)
         self._tie(model)
         check_complete(model, self.name, self._keys)
 
@@ -113,6 +112,7 @@ class SafetensorsCheckpoint(Checkpoint):
         state, prefix = model.state_dict(), model.base_model_prefix
         found: dict[str, list[str]] = defaultdict(list)
         self._converted: set[str] = set()
+        pieces: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         unused: dict[str, str] = {}
         for key, header in self._headers.items():
             target, pattern = rename_source_key(key, renamings, list(converters.values()), prefix, state)
@@ -120,9 +120,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 target, pattern = rename_source_key(key, [], [], prefix, state)
             if target not in state:
                 unused[target] = key
-            elif pattern is not None:
+                continue
+            if state[target].is_floating_point():  # before the shape, which quantised weights do not have
+                self._check_dtype(key)
+            if pattern is not None:
                 # A converter names only its first target: a fused tensor that is split serves several parameters.
                 first, *_ = targets = converters[pattern].target_patterns
+                pieces[target][pattern].append(key)
                 for name in (target.replace(first, other) for other in targets):
                     if name in state:
                         found[name].append(key)
@@ -136,7 +140,30 @@ class SafetensorsCheckpoint(Checkpoint):
             else:
                 found[target].append(key)
         self._check_unused(model, unused, found.keys())
-        return found
+        for name, by_pattern in pieces.items():
+            self._check_pieces(name, len(state[name]), converters[next(iter(by_pattern))], by_pattern)
+        return dict(found)
+
+    def _check_pieces(self, name: str, count: int, converter: Any, keys: dict[str, list[str]]) -> None:
+        """Refuse a parameter of which a piece is missing, and more or fewer experts than the `count` that it has."""
+        from transformers.core_model_loading import MergeModulelist
+
+        missing = [pattern.replace("\\", "") for pattern in converter.source_patterns if pattern not in keys]
+        surplus: list[str] = []
+        if isinstance(converter.operations[0], MergeModulelist):  # the number of an expert is the last one in its name
+            for of_pattern in keys.values():
+                parts = [re.fullmatch(r"(.*\.)(\d+)(\..*)", key) for key in of_pattern]
+                numbers = {int(part[2]): part for part in parts if part}
+                before, _, after = next(iter(numbers.values())).groups()
+                missing += [f"{before}{i}{after}" for i in range(count) if i not in numbers]
+                surplus += [part[0] for i, part in numbers.items() if i >= count]
+        if missing or surplus:
+            raise UnsupportedModelError(
+                f"{self.name}: the checkpoint {'lacks' if missing else 'holds'} {listed(missing or surplus)}"
+                + (f", a part of {name}. " if missing else f", but {name} has {count} parts. ")
+                + "Is its config.json the one that belongs to these weights?",
+                hint="If so, fetch the weights again.",
+            )
 
     def _check_unused(self, model: PreTrainedModel, unused: dict[str, str], found: Container[str]) -> None:
         """Refuse tensors that the model has no place for, but for those that transformers knows to be unneeded."""
@@ -146,6 +173,12 @@ class SafetensorsCheckpoint(Checkpoint):
         if wrong := [unused[target] for target in loading.unexpected_keys]:
             for key in sorted(wrong):
                 self._check_dtype(key)
+            if scales := [key for key in wrong if _QUANTISED.search(key)]:
+                raise UnsupportedModelError(
+                    f"{self.name}: the checkpoint holds {listed(scales)}, as quantised weights do, but config.json says "
+                    "nothing of a quantisation.",
+                    hint="Give the checkpoint before quantisation.",
+                )
             check_complete(model, self.name, found, wrong)
             raise UnsupportedModelError(
                 f"{self.name}: the checkpoint holds {listed(wrong)}, for which {kind} has no place. Is its config.json the one "
@@ -191,8 +224,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._copies.setdefault(source, []).extend(self._keys.pop(target, ()))
             return
         untie(model)
+        self.untied = True
         for target, source in tied.items():
-            if target not in self._keys:
+            if target not in self._keys and source in self._keys:
                 self._filled[target] = self._keys[target] = self._keys[source]
 
     def _equal(self, keys: list[str], others: list[str]) -> bool:
@@ -233,9 +267,10 @@ class SafetensorsCheckpoint(Checkpoint):
             raise self._mismatch(*sorted(info.mismatched_keys)[0])
         if info.conversion_errors:
             key, why = next(iter(info.conversion_errors.items()))
+            why = why.strip().splitlines()[-1]  # of a traceback
             raise UnsupportedModelError(f"{self.name}: {key} could not be converted: {why}")
         self._own_copies(model, wanted)
-        check_finite(model, wanted)
+        check_finite(model, wanted, self.name)
 
     def _own_copies(self, model: torch.nn.Module, names: Iterable[str]) -> None:
         """Copy weights that needed no conversion: they are mapped from the file, and a caller's changes would come back."""

@@ -41,6 +41,7 @@ class Checkpoint(ABC):
     quantisation: str | None = None  # of most weights, such as Q4_1; None for floats
     beside: Path  # the folder with generation settings
     code: Code | None = None  # that the model needs and the user allows to run
+    untied = False  # `bind` found tied parameters with values of their own
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
@@ -217,12 +218,12 @@ def _build(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
-        raise UnsupportedModelError(
-            f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
-        )
+    for field in ("quantization_config", "quantization"):  # the latter is MLX's
+        if quantised := getattr(config, field, None):
+            method = quantised.get("quant_method", field) if isinstance(quantised, dict) else field
+            raise UnsupportedModelError(
+                f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
+            )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{checkpoint.name} is an encoder-decoder ({config.model_type}); bstack compresses causal language models."
@@ -327,8 +328,8 @@ def check_complete(model: nn.Module, source: str, found: Container[str], unused:
         )
 
 
-def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN, infinity, and weights beyond half precision in freshly loaded parameters with an UnsupportedModelError."""
+def check_finite(model: nn.Module, names: Iterable[str], source: str) -> None:
+    """Refuse NaN, infinity, and weights beyond half precision in parameters just loaded from `source` with an UnsupportedModelError."""
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
         if not tensor.is_floating_point() or not tensor.numel():
@@ -338,12 +339,12 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
         if not (math.isfinite(float(low)) and math.isfinite(largest)):
             bad = int((~tensor.isfinite()).sum())
             raise UnsupportedModelError(
-                f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
+                f"{source}: {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. "
                 "Such a model cannot be calibrated; check the checkpoint it came from."
             )
         if isinstance(tensor, nn.Parameter) and largest > LARGEST:
             raise UnsupportedModelError(
-                f"{name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, "
+                f"{source}: {name} holds weights up to {largest:.3g}, but blocks keep their scales in half precision, "
                 f"which ends at {LARGEST:g}.",
                 hint="Check the checkpoint it came from.",
             )

@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import MODEL_SUFFIXES, is_model_file
-from bstk.errors import os_errors
+from bstk.errors import BstkError, os_errors
 
 __all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
 
@@ -41,7 +41,12 @@ def tokenizer_files(names: Iterable[str]) -> list[str]:
 
 
 def export_tokenizer(
-    target: Path, source: Path, trusted: bool = False, display_name: Path | None = None, **gguf: str
+    target: Path,
+    source: Path,
+    trusted: bool = False,
+    display_name: Path | None = None,
+    complete: Callable[[Any], None] = lambda tokenizer: None,
+    **gguf: str,
 ) -> None:
     """Write the tokenizer of a checkpoint's folder into a folder that holds the model's config.json.
 
@@ -55,6 +60,8 @@ def export_tokenizer(
         Let Python code in the source run.
     display_name : Path, optional
         What messages call the source.
+    complete : callable
+        Called with the tokenizer as transformers read it; may change it.
     **gguf
         ``gguf_file``, the name of a GGUF file in the source that holds a tokenizer.
 
@@ -74,7 +81,8 @@ def export_tokenizer(
         # For files that it does not know transformers makes a tokenizer with special tokens only.
         words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
         problem = None if words else "transformers finds no words in it"
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        complete(tokenizer)
+    except (KeyboardInterrupt, SystemExit, MemoryError, BstkError):
         raise
     except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
         problem = one_line(error).rstrip(": .")

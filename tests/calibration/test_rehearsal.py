@@ -43,6 +43,21 @@ def test_what_goes_wrong_is_a_refusal_by_name(skeletons, monkeypatch, error):
         rehearse(skeletons("llama"), writes_text=False)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "place", [(rehearsal, "output_sensitivity"), (rehearsal, "rehearse_writing"), (selftext, "_write")]
+)
+def test_what_the_machine_lacks_is_not_blamed_on_the_model(skeletons, monkeypatch, error, place):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(*place, fail)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with pytest.raises(type(error)) as raised:
+        rehearse(skeletons("llama"), writes_text=True)
+    assert raised.value is error
+
+
 def test_a_model_that_writes_no_text_needs_one(skeletons, monkeypatch):
     def fail(*_, **__):
         raise TypeError("no cache")

@@ -6,11 +6,13 @@ import os
 import sys
 import threading
 import types
+import warnings
 
 import pytest
 
 from bstack.calibration import texts
 from bstack.calibration.texts import TextSource, open_text, token_windows
+from bstack.errors import ModelWarning
 from bstk.errors import BstkError, UsageError
 
 
@@ -164,7 +166,17 @@ def test_hidden_files_in_a_folder_are_none_of_its_texts(tmp_path, hidden):
     with pytest.raises(BstkError, match="holds no text"):
         open_text(str(folder))
     (folder / "a.txt").write_text("seen")
-    assert open_text(str(folder)) == TextSource(".texts", "seen")
+    (folder / "picture.png").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_text(str(folder)) == TextSource(".texts", "seen")
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path):
+    for name in ("a.txt", "b.json", "c.txt.gz"):
+        (tmp_path / name).write_text("x")
+    with pytest.warns(ModelWarning, match=r"b\.json is left out \(files like it: 2\)"):
+        assert open_text(str(tmp_path)).text == "x"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="process substitution of POSIX")
@@ -174,6 +186,13 @@ def test_hidden_files_in_a_folder_are_none_of_its_texts(tmp_path, hidden):
         (b"plain\n{text}\n" * 20_000, "plain\n{text}\n" * 20_000),
         (b"{no record}\nmore", "{no record}\nmore"),
         (b'{"text": "one"}\n{"text": "two"}\n', "one\n\ntwo"),
+        (b'\n \n{"text": "one"}\n{"text": "two"}\n', "one\n\ntwo"),
+        (b'  {"text": "one"}\n  {"text": "two"}', "one\n\ntwo"),
+        (b'{\n "text": "one"\n}\n{\n "text": "two"\n}\n', "one\n\ntwo"),
+        (b'[{"text": "one"}, {"text": "two"}]', "one\n\ntwo"),
+        (b'\n[\n {"text": "one"},\n {"text": "two"}\n]\n', "one\n\ntwo"),
+        (b"[1] A note.\n[2] Another.", "[1] A note.\n[2] Another."),
+        (b"[[1, 2], 3]", "[[1, 2], 3]"),
         (b"\xef\xbb\xbfmark", "mark"),
         (b"", ""),
     ],

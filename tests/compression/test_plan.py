@@ -49,7 +49,10 @@ def test_larger_models_take_what_is_held_at_once(tmp_path, changes, least):
     [
         (None, "Needs about 2.000 MB of memory at its peak."),
         (3 * MB, "Needs about 2.000 MB of memory at its peak; 3.000 MB are free."),
-        (1 * MB, "Warning: Needs about 2.000 MB of memory at its peak; 1.000 MB are free. The system may end the command."),
+        (
+            1 * MB,
+            "Warning: Needs about 2.000 MB of memory at its peak; 1.000 MB are free. The system may end the command.",
+        ),
     ],
 )
 def test_too_little_memory_is_a_warning(free, expected):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from compressing import rewrite
 
 import bstk
 from bstack.cli import main
@@ -228,6 +229,19 @@ def test_another_model_is_refused(unfinished, tmp_path, capsys):
     other = tiny_models.save("llama-tied", tmp_path / "model", num_hidden_layers=LAYERS, seed=1)
     assert compress(other, "-o", tmp_path / "out.bstk", *QUICK) == 2
     assert "model.model.safetensors was" in capsys.readouterr().err
+
+
+def test_a_model_that_was_mended_is_not_refused(tmp_path, capsys):
+    """Windows of a text were kept already when the weight was read."""
+    folder = tiny_models.add_tokenizer(tiny_models.save("llama", tmp_path / "model"))
+    (tmp_path / "corpus.txt").write_text(tiny_models.text())
+    command = [folder, "-o", tmp_path / "out.bstk", *QUICK, "--calibration", tmp_path / "corpus.txt"]
+    rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[:1].fill_(1e6))
+    assert compress(*command) == 1
+    assert "holds weights up to 1e+06" in capsys.readouterr().err
+    assert not (tmp_path / "out.bstk.work").exists()
+    rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[:1].fill_(1))
+    assert compress(*command) == 0
 
 
 def test_a_second_process_is_kept_out(unfinished, model, tmp_path, capsys, uninterrupted):

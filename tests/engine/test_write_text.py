@@ -10,6 +10,7 @@ import bstack
 from bstack.bench.speed import measure_speed
 from bstack.engine.generate import encode_prompt, write_text
 from bstack.errors import ModelWarning, UnsupportedModelError
+from bstk.errors import UsageError
 
 NEW = 12
 
@@ -115,6 +116,12 @@ def test_the_models_sampling_counts_where_it_samples(original):
     hot = {"temperature": 5.0, "top_k": 200}
     assert written(*original, hot, do_sample=True, seed=3)[0] != plain
     assert written(*original, hot, do_sample=True, seed=3, top_k=1)[0] == plain
+
+
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"temperature": 0.0}, {"repetition_penalty": "x"}])
+def test_options_that_transformers_refuses_are_the_callers(original, options):
+    with pytest.raises(UsageError, match=f"refuses these options: .*{next(iter(options)).split('_')[-1]}"):
+        written(*original, {}, do_sample=True, **options)
 
 
 def test_an_id_beyond_the_embedding(original):

@@ -161,7 +161,7 @@ IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_s
 class Found(NamedTuple):
     """What came of a model type.
 
-    `outcome` is ``works``; ``refused`` within the first second, by name; ``fails`` for everything that should not be; or
+    `outcome` is ``works``; ``refused`` before any work, by name; ``fails`` for everything that should not be; or
     ``not tried``, where transformers itself does not make or run the tiny model. `detail` says why.
     """
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import bstack
 import bstk
+from bstack.compression.layers import model_files
 from bstack.engine.export import export_safetensors
+from bstack.engine.native.load import load as load_native
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line, user_message
 from bstack.eval.streamed import run_streamed
 from bstack.models.open import open_checkpoint
@@ -113,6 +115,8 @@ def test_a_head_that_differs_in_one_value_far_down(model):
     rewrite(folder, change)
     skeleton = Skeleton(open_checkpoint(folder))
     assert skeleton.output_name == HEAD and same(folder)
+    Skeleton(skeleton.checkpoint)  # again, from the same configuration
+    assert json.loads(model_files(skeleton.checkpoint, False)["config.json"]).get("tie_word_embeddings") is not True
 
 
 def test_tied_without_either(model):
@@ -147,6 +151,10 @@ def test_a_head_of_its_own_goes_through_every_stage(model, name, tmp_path):
         assert distance(packed(IDS).logits, found) < 0.01
     assert distance(found, theirs(folder)) < 0.05
     assert torch.equal(theirs(tmp_path / "out"), found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    native, _ = load_native(tmp_path / "x.bstk")
+    read = torch.from_numpy(native.read(native.sequence(), IDS[0].tolist()))
+    assert distance(read, found[0, -1]) < 0.01
     assert dense.get_output_embeddings().weight is not dense.get_input_embeddings().weight
 
 
@@ -449,11 +457,67 @@ def test_quantised_weights_under_names_of_their_own(model):
     assert "up_proj.qweight is stored as I32" in refusal(folder, UnsupportedModelError)
 
 
-def test_a_scale_beside_a_weight(model):
-    """As weights of 8 bits come with; the weight alone would be another model."""
+@pytest.mark.parametrize("ending", ["weight_scale", "weight_scale_inv", "scales", "weight.absmax", "qzeros", "SCB"])
+def test_a_scale_beside_a_weight(model, ending):
+    """As weights of 8 bits come with; the weight alone would be another model, which transformers makes and saves."""
     folder = model("llama")
-    rewrite(folder, lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}))
-    assert "up_proj.weight_scale" in refusal(folder, UnsupportedModelError)
+    rewrite(folder, lambda t: t.update({f"model.layers.0.mlp.up_proj.{ending}": torch.ones(1)}))
+    message = refusal(folder, UnsupportedModelError)
+    assert f"up_proj.{ending}, as quantised weights do" in message and "before quantisation" in message
+    assert "save_pretrained" not in message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "scale"),
+    [
+        (torch.float8_e4m3fn, 48, "weight_scale_inv"),  # as DeepSeek
+        (torch.uint32, 6, "scales"),  # as MLX: eight of 4 bits in one
+        (torch.uint8, 24, "weight.absmax"),  # as bitsandbytes: two in one
+    ],
+)
+def test_quantised_weights_under_the_name_of_weights(model, dtype, columns, scale):
+    """Their type is named first: packed ones have another shape, and scales beside them no place."""
+
+    def change(tensors):
+        name = "model.layers.0.mlp.up_proj"
+        tensors[f"{name}.weight"] = torch.zeros(100, columns, dtype=dtype)
+        tensors[f"{name}.{scale}"] = torch.ones(100)
+
+    folder = model("llama")
+    rewrite(folder, change)
+    message = refusal(folder, UnsupportedModelError)
+    assert "up_proj.weight is stored as" in message and "before quantisation" in message
+
+
+def test_a_quantisation_that_transformers_does_not_know(model):
+    folder = model("llama")
+    reconfigure(folder, quantization={"group_size": 64, "bits": 4})  # as MLX
+    assert "already quantised (quantization)" in refusal(folder, UnsupportedModelError)
+
+
+# Parameters of several pieces.
+
+
+@pytest.mark.parametrize("piece", ["w1", "w2", "w3"])
+def test_an_expert_that_is_missing_is_named(model, piece):
+    folder = model("mixtral")
+    key = f"model.layers.1.block_sparse_moe.experts.2.{piece}.weight"
+    rewrite(folder, lambda tensors: tensors.pop(key))
+    assert f"lacks {key}, a part of model.layers.1.mlp.experts" in refusal(folder, UnsupportedModelError)
+
+
+def test_experts_of_which_all_lack_a_piece(model):
+    folder = model("mixtral")
+    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "layers.1." in key and "w3" in key])
+    assert "lacks .experts.*.w3.weight, a part of model.layers.1." in refusal(folder, UnsupportedModelError)
+
+
+def test_an_expert_too_many_is_named(model):
+    folder = model("mixtral")
+    key = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    rewrite(folder, lambda tensors: tensors.update({key.format(4): tensors[key.format(1)].clone()}))
+    message = refusal(folder, UnsupportedModelError)
+    assert f"holds {key.format(4)}, but model.layers.0.mlp.experts.down_proj has 4 parts" in message
 
 
 # Values.
@@ -465,7 +529,7 @@ def test_weights_beyond_half_precision_are_refused_when_they_are_read(model, nam
     folder = model("llama")
     rewrite(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
     skeleton = Skeleton(open_checkpoint(folder))
-    with pytest.raises(UnsupportedModelError, match=f"{name} holds weights up to"), skeleton.loaded([name]):
+    with pytest.raises(UnsupportedModelError, match=f"^llama: {name} holds weights up to"), skeleton.loaded([name]):
         pass
 
 

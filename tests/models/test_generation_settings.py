@@ -24,6 +24,9 @@ GOOD = [
     {"cache_implementation": "hybrid"},
     {"a setting of its own": [1, {"a": None}]},
     {"stop_strings": ["\u4e2d"], "pad_token_id": -1},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "bad_words_ids": [[7, 8]]},
+    {"do_sample": True, "top_k": 0, "min_p": 0.1, "typical_p": 0.9, "guidance_scale": 1.5, "max_time": 5.0},
+    {"stop_strings": "a", "min_length": 3, "exponential_decay_length_penalty": [4, 1.1]},
 ]
 # With what is left out.
 BAD = [
@@ -40,6 +43,17 @@ BAD = [
     ({"bos_token_id": [1]}, ["bos_token_id"]),
     ({"eos_token_id": "</s>"}, ["eos_token_id"]),
     ({"eos_token_id": [2, None]}, ["eos_token_id"]),
+    # Checked by transformers only when text is written.
+    ({"repetition_penalty": 0.0}, ["repetition_penalty"]),
+    ({"bad_words_ids": []}, ["bad_words_ids"]),
+    ({"stop_strings": 5}, ["stop_strings"]),
+    ({"stop_strings": ["a", None]}, ["stop_strings"]),
+    ({"min_length": "3"}, ["min_length"]),
+    ({"max_time": "x", "top_p": 0.9}, ["max_time"]),
+    ({"sequence_bias": {"a": 1}}, ["sequence_bias"]),
+    ({"exponential_decay_length_penalty": [1]}, ["exponential_decay_length_penalty"]),
+    ({"forced_eos_token_id": 99999}, ["forced_eos_token_id"]),
+    ({"do_sample": True, "temperature": 0.0, "top_k": -1}, ["temperature", "top_k"]),
 ]
 
 
@@ -50,7 +64,7 @@ def test_what_transformers_accepts_is_kept(tmp_path, change, mark):
     (tmp_path / "generation_config.json").write_text(mark + content, encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = read_generation(tmp_path, "m")
+        found = read_generation(tmp_path, "m", 211)
     assert found == {**ENDS, **change}
     (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
     assert GenerationConfig.from_dict(found) == GenerationConfig.from_pretrained(tmp_path)
@@ -60,7 +74,7 @@ def test_what_transformers_accepts_is_kept(tmp_path, change, mark):
 def test_the_rest_is_kept_and_what_is_left_out_is_named(tmp_path, change, left_out):
     (tmp_path / "generation_config.json").write_text(json.dumps({**change, **ENDS, **change}))
     with pytest.warns(ModelWarning) as caught:
-        found = read_generation(tmp_path, "m")
+        found = read_generation(tmp_path, "m", 211)
     assert found == {name: value for name, value in {**ENDS, **change}.items() if name not in left_out}
     for warning, name in zip(caught, sorted(left_out), strict=True):
         assert str(warning.message).startswith(f"m: generation_config.json: its {name} is left out, the rest kept: ")
@@ -70,9 +84,9 @@ def test_the_rest_is_kept_and_what_is_left_out_is_named(tmp_path, change, left_o
 def test_what_cannot_be_read_is_left_out_as_a_whole(tmp_path, content):
     (tmp_path / "generation_config.json").write_bytes(content)
     with pytest.warns(ModelWarning, match=r"^m: generation_config\.json: cannot be read .*config\.json decides"):
-        assert read_generation(tmp_path, "m") is None
+        assert read_generation(tmp_path, "m", 211) is None
     (tmp_path / "generation_config.json").unlink()
-    assert read_generation(tmp_path, "m") is None
+    assert read_generation(tmp_path, "m", 211) is None
 
 
 def test_end_tokens_of_a_container_are_those_of_transformers(tmp_path):

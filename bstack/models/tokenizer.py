@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import MODEL_SUFFIXES, is_model_file
+from bstack.models.weight_files import read_json
 from bstk.errors import os_errors
 
 __all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
@@ -27,7 +29,8 @@ _NAMES: tuple[str, ...] = (
     "*.spm",
     "vocab*.json",
 )
-_NAMES += ("vocab.txt", "merges.txt", "*.bpe", "*.codes", "*.vocab", "tokenizer_config.json")
+_SETTINGS = "tokenizer_config.json"
+_NAMES += ("vocab.txt", "merges.txt", "*.bpe", "*.codes", "*.vocab", _SETTINGS)
 # Others that change what a tokenizer gives.
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 # Words, spaces, digits, signs and scripts, which tokenizers treat in their own ways.
@@ -99,6 +102,10 @@ def export_tokenizer(
             for file in [] if gguf else [*files, *_BESIDE]:
                 if (source / file).is_file():
                     shutil.copy(source / file, copied)
+            if settings := read_json(copied / _SETTINGS):
+                # A mark of what transformers saved, which says all in tokenizer.json.
+                settings.pop("backend", None)
+                (copied / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
             best = copied
             if not _is_read(copied, tokenizer):
                 raise UnsupportedModelError(

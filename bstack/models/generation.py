@@ -54,7 +54,9 @@ def _problem(settings: dict[str, Any]) -> str | None:
     for key in _TOKENS:
         value = settings.get(key)
         listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        if value is not None and not (
+            listed and all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
+        ):
             return f"{json.dumps(value)} is no token id"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it logs what it finds odd, here once for each setting

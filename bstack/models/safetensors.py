@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
-from bstack.models.code import check_code, reset_attn_impl, stage_model
+from bstack.models.code import check_code, reset_choices, stage_model
 from bstack.models.files import file_record
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, listed, owner_of, untie
 from bstack.models.tokenizer import export_tokenizer
@@ -268,7 +268,7 @@ def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        reset_attn_impl(config)
+        reset_choices(config)
         if hasattr(config, "transformers_weights"):  # a name of a file that neither containers nor exports have
             del config.transformers_weights
         return config

@@ -212,10 +212,12 @@ def _build(checkpoint: Checkpoint) -> Any:
 
     config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
     quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method", "a") if isinstance(quantised, dict) else "a"
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise UnsupportedModelError(
-            f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
+            f"{checkpoint.name} is already quantised ({method or 'no method named'}), as its config.json says. bstack needs the "
+            "weights before quantisation.",
+            hint="If they are floats, as after a merge, remove quantization_config from config.json.",
         )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

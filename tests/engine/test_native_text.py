@@ -313,6 +313,9 @@ def test_settings_of_the_model(tmp_path):
         assert found.ends == {2, 5} and found.stop == ("END",)
         assert found.sampling == sampling.Sampling(do_sample=True, top_k=7, temperature=0.6)
     assert sampling.Generation.read(embedded({"config.json": {"eos_token_id": 9}})).ends == {9}
+    # transformers does not look there where it has generation settings, even without any in them.
+    empty = {"generation_config.json": {}, "config.json": {"eos_token_id": 9}}
+    assert sampling.Generation.read(embedded(empty)).ends == set()
 
 
 def embedded(files):

@@ -437,6 +437,32 @@ def test_types_of_weights(model, dtype):
         assert f"model.layers.1.mlp.up_proj.weight is stored as {dtype}" in refusal(folder, UnsupportedModelError)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", {"": "float32"}, "float64", None])
+def test_the_type_that_the_configuration_names_is_none_of_the_weights(model, tmp_path, dtype):
+    """transformers loads in it, or in none where the weights are of another; a file of such a model is loaded in theirs."""
+    folder = model("llama")
+    reconfigure(folder, torch_dtype=dtype, dtype=dtype)
+    bstack.compress(folder, tmp_path / "model.bstk", settings=bstack.Settings(planes=1, samples=2, sequence_length=16))
+    loaded, _ = bstack.load(tmp_path / "model.bstk", mode="dense")
+    with torch.no_grad():
+        assert loaded.dtype == torch.float32 and loaded(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [{}, {"quant_method": "gptq"}, {"load_in_4bit": True}])
+def test_a_quantisation_in_the_configuration(model, value):
+    folder = model("llama")
+    reconfigure(folder, quantization_config=value)
+    said = refusal(folder, UnsupportedModelError)
+    assert "is already quantised" in said and "remove quantization_config" in said
+
+
+def test_a_value_of_a_wrong_type_in_the_configuration_is_named(model):
+    folder = model("llama")
+    reconfigure(folder, rms_norm_eps="1e-5")
+    said = refusal(folder, UnsupportedModelError)
+    assert "'rms_norm_eps'" in said and "'1e-5'" in said
+
+
 def test_quantised_weights_under_names_of_their_own(model):
     """As AutoGPTQ writes them, without the configuration that says so."""
 

@@ -40,6 +40,7 @@ BAD = [
     ({"bos_token_id": [1]}, ["bos_token_id"]),
     ({"eos_token_id": "</s>"}, ["eos_token_id"]),
     ({"eos_token_id": [2, None]}, ["eos_token_id"]),
+    ({"eos_token_id": []}, ["eos_token_id"]),
 ]
 
 

@@ -33,6 +33,7 @@ INTERNALS = {
     "transformers.dynamic_module_utils": {"get_relative_import_files": ("module_file",)},
     "transformers.generation.streamers": {"BaseStreamer": ()},
     "transformers.generation.utils": {"GenerationMixin._supports_default_dynamic_cache": ()},
+    "transformers.integrations.gguf.gguf_tokenizer_mapping": {"GGUF_PRE_TOKENIZER_SPLITS": ()},
     "transformers.modeling_gguf_pytorch_utils": {
         "TENSOR_PROCESSORS": (),
         "TensorProcessor": ("config",),

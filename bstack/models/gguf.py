@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import re
 import threading
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
-from bstack.models.tokenizer import export_tokenizer
+from bstack.models.tokenizer import export_tokenizer, take_as_it_is
 from bstk.errors import BstkError, DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["GGUFCheckpoint"]
 
 _PATCHING = threading.Lock()
+
+# Names of ways to cut text into words (tokenizer.ggml.pre). transformers does it as for GPT-2 where it does not know the name:
+# right for the first, while the second have every digit apart.
+_AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4")
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -110,9 +116,30 @@ class GGUFCheckpoint(Checkpoint):
         return {"format": "gguf", "files": [file_record(file) for file in self._files]}
 
     def export_tokenizer(self, folder: Path) -> None:
-        if "tokenizer.ggml.tokens" in self._reader.fields:
-            with self._parsed_once():
-                export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+        fields = self._reader.fields
+        if "tokenizer.ggml.tokens" not in fields:
+            return
+        with self._parsed_once():
+            export_tokenizer(folder, self.path.parent, gguf_file=self.path.name)
+        if _value(fields, "tokenizer.ggml.model") != "gpt2":
+            return
+        split = _value(fields, "tokenizer.ggml.pre")
+        if split in _DIGITS_APART:
+            _take_digits_apart(folder)
+        elif split not in _AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
+            said = (
+                "no tokenizer.ggml.pre"
+                if split is None
+                else f"tokenizer.ggml.pre = {split!r}, which transformers does not know"
+            )
+            warnings.warn(
+                f"{self.path} has {said}: text is cut into words as for GPT-2, which may give other tokens than the model was "
+                "trained with. The folder with the safetensors that the file was made from has its tokenizer.",
+                ModelWarning,
+                stacklevel=2,
+            )
 
     def bind(self, model: PreTrainedModel) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -185,6 +212,19 @@ class GGUFCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> torch.dtype:
         kept = {"F32": torch.float32, "BF16": torch.bfloat16}
         return kept.get(self._tensors[name][0].tensor_type.name, torch.float16)
+
+
+def _take_digits_apart(folder: Path) -> None:
+    """Change a saved tokenizer so that every digit is a word of its own, and the rest is cut as for GPT-2."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    file = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save(file)
+    take_as_it_is(folder)
 
 
 def _gpt_oss_experts(model: PreTrainedModel) -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.weight_files import read_json
 from bstk.errors import os_errors
 
-__all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
+__all__ = ["check_ids", "export_tokenizer", "take_as_it_is", "tokenizer_files"]
 
 # Names of files that tokenizers are read from, those that hold a vocabulary first.
 _NAMES: tuple[str, ...] = (
@@ -99,15 +99,16 @@ def export_tokenizer(
         best = saved
         # transformers keeps code that it runs under the name of its folder, so a second copy would be other code.
         if not trusted and not _is_read(saved, tokenizer):
-            for file in [] if gguf else [*files, *_BESIDE]:
-                if (source / file).is_file():
-                    shutil.copy(source / file, copied)
-            if settings := read_json(copied / _SETTINGS):
+            if gguf:
+                take_as_it_is(saved)
+            else:
+                best = copied
+                for file in [*files, *_BESIDE]:
+                    if (source / file).is_file():
+                        shutil.copy(source / file, copied)
                 # A mark of what transformers saved, which says all in tokenizer.json.
-                settings.pop("backend", None)
-                (copied / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
-            best = copied
-            if not _is_read(copied, tokenizer):
+                _change_settings(copied, lambda settings: settings.pop("backend", None))
+            if not _is_read(best, tokenizer):
                 raise UnsupportedModelError(
                     f"{shown / files[0]}: neither a copy of the tokenizer nor what transformers saves of it "
                     "gives the same token ids.",
@@ -127,6 +128,17 @@ def export_tokenizer(
                 )
             (target / inside).parent.mkdir(exist_ok=True)
             shutil.copy(path, target / inside)
+
+
+def take_as_it_is(folder: Path) -> None:
+    """Have transformers take a saved tokenizer.json as it is: classes such as GPT2Tokenizer cut text in a way of their own."""
+    _change_settings(folder, lambda settings: settings.update(tokenizer_class="TokenizersBackend"))
+
+
+def _change_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    if settings := read_json(folder / _SETTINGS):
+        change(settings)
+        (folder / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _save(tokenizer: Any, folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.code import check_code, reset_choices, stage_model
-from bstack.models.files import file_record
+from bstack.models.files import NOT_FETCHED, POINTER, file_record, is_pointer
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, listed, owner_of, untie
 from bstack.models.tokenizer import export_tokenizer
 from bstack.models.weight_files import INDEX, SINGLE, no_model, weight_files
@@ -257,6 +257,8 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        if file.is_file() and is_pointer(file):
+            raise DamagedError(f"{file} is {POINTER}.", hint=NOT_FETCHED) from None
         size = f"It has {file.stat().st_size} bytes. " if file.is_file() else ""
         raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}Fetch it again.") from None
     with shard:

@@ -21,6 +21,7 @@ from bstack.errors import ModelWarning, UnsupportedModelError, one_line, user_me
 from bstack.eval.streamed import run_streamed
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import export_tokenizer
 
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -372,6 +373,21 @@ def test_an_adapter_beside_whole_weights(model):
     folder = model("llama")
     (folder / "adapter_config.json").write_text("{}")
     assert "out of the folder" in refusal(folder, UnsupportedModelError)
+
+
+def test_pointers_of_git_lfs(model, tmp_path):
+    """Those of files that are read; others, as of formats that were not fetched, are left alone."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"
+    folder = tiny_models.add_tokenizer(model("llama"))
+    (folder / "pytorch_model.bin").write_text(pointer)
+    assert same(folder)
+    (folder / "tokenizer.json").write_text(pointer)
+    with pytest.raises(bstk.DamagedError, match=r"tokenizer.json is a pointer of git LFS.* git lfs pull"):
+        export_tokenizer(folder, folder)
+    (folder / "model.safetensors").write_text(pointer)
+    assert "model.safetensors is a pointer of git LFS" in refusal(folder, bstk.DamagedError)
+    (tmp_path / "model.gguf").write_text(pointer)
+    assert "model.gguf is a pointer of git LFS" in refusal(tmp_path / "model.gguf", bstk.DamagedError)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])

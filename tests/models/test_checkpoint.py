@@ -511,6 +511,16 @@ def test_weights_beyond_half_precision_are_refused_when_they_are_read(model, nam
         pass
 
 
+def test_matrices_of_zeros_are_told_once(model, recwarn):
+    """They may be meant, as in layers that were added to a model, or come from a file that was not fetched whole."""
+    folder = model("llama")
+    found = [f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "self_attn.o_proj")]
+    rewrite(folder, lambda tensors: [tensors[name].zero_() for name in [*found, "model.norm.weight"]])
+    assert same(folder) and not ours(folder).any()
+    (said,) = {str(warning.message) for warning in recwarn if warning.category is ModelWarning}
+    assert said.startswith(f"Zeros alone are in {', '.join(found)}, as in")
+
+
 def test_large_weights_are_read(model):
     folder = model("llama")
     rewrite(folder, lambda tensors: tensors[EMBEDDING].view(-1)[:1].fill_(65504.0))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.files import MODEL_SUFFIXES, NOT_FETCHED, POINTER, is_model_file, is_pointer
+from bstack.models.files import MODEL_SUFFIXES, POINTER, is_model_file, is_pointer
 from bstack.models.weight_files import read_json
-from bstk.errors import DamagedError, os_errors
+from bstk.errors import os_errors
 
 __all__ = ["check_ids", "export_tokenizer", "take_as_it_is", "tokenizer_files"]
 
@@ -65,8 +65,6 @@ def export_tokenizer(
     ------
     bstack.errors.UnsupportedModelError
         The source has a tokenizer that transformers cannot read, or that no container can carry.
-    bstk.DamagedError
-        Its files are pointers of git LFS.
     """
     from transformers import AutoTokenizer
 
@@ -84,7 +82,7 @@ def export_tokenizer(
     except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
         problem = one_line(error).rstrip(": .")
     if problem and (pointers := [file for file in files if is_pointer(source / file)]):
-        raise DamagedError(f"{shown / pointers[0]} is {POINTER}.", hint=NOT_FETCHED)
+        problem = f"{pointers[0]} is {POINTER}"
     if problem:
         raise UnsupportedModelError(
             f"{shown / files[0]}: the tokenizer cannot be read: {problem}.",

@@ -14,8 +14,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of another library's exception, or its class where it has no message."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    """Return the first line of another library's exception, with the next where that is a heading; its class where it has none."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return printable(f"{first} {more[0].strip()}" if first.endswith(":") and more else first)
 
 
 def printable(value: object) -> str:

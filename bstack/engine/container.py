@@ -16,7 +16,7 @@ from bstack.engine.exact import restored_rows
 from bstack.engine.parts import part_of, parts_of
 from bstack.engine.text import understood
 from bstack.errors import UnsupportedModelError, lacks
-from bstack.models.code import reset_attn_impl
+from bstack.models.code import reset_choices
 from bstack.models.files import put_files
 from bstack.models.generation import read_generation
 from bstack.models.skeleton import quiet_transformers
@@ -76,7 +76,7 @@ def read_config(file: bstk.Reader, folder: Path, trusted: bool) -> Any:
     shown = file.source.name
     with understood(shown, "its configuration cannot be used by this transformers"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        reset_attn_impl(config)
+        reset_choices(config)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(file.chunks):
         raise UnsupportedModelError(

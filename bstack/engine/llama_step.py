@@ -68,6 +68,8 @@ def install(model: Any, lock: PriorityLock) -> str | None:
         return "the C kernels are not built"
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}"
+    if not getattr(model.config, "is_causal", True):
+        return "its attention looks forward, too"
     if _is_patched(model):
         return "its modules have hooks or replaced methods"
     try:

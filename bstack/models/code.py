@@ -21,10 +21,12 @@ from bstack.models.weight_files import read_json
 from bstk.errors import os_errors
 
 __all__ = ["Code", "allowed_code", "check_code", "check_trust", "put_code", "recorded_place"]
-__all__ += ["reset_attn_impl", "stage_code", "stage_model", "write_references"]
+__all__ += ["reset_choices", "stage_code", "stage_model", "write_references"]
 
 # File -> the automatic classes that bstack uses and that the file may redirect.
 _MAPS = {"config.json": ("AutoConfig", "AutoModelForCausalLM"), "tokenizer_config.json": ("AutoTokenizer",)}
+# That transformers builds models in; None: in float32.
+_TYPES = ("None", "float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,17 @@ def recorded_place(file: bstk.Reader) -> str | None:
     return place if isinstance(place, str) and not Path(place).exists() else None
 
 
-def reset_attn_impl(config: Any) -> None:
-    """Let transformers choose how attention and experts are computed: a configuration may name kernels of the hub for
-    that, which are code."""
+def reset_choices(config: Any) -> None:
+    """Let transformers choose how attention and experts are computed, and in which type: a configuration may name kernels of
+    the hub for that, which are code, or a type that it builds no model in, such as one of 8 bits."""
     for name in ("_attn_implementation", "_experts_implementation"):
         if getattr(config, name, None) not in (None, "eager", "sdpa"):
             setattr(config, name, None)
+    if str(getattr(config, "dtype", None)).removeprefix("torch.") not in _TYPES:
+        config.dtype = None
     for part in getattr(config, "sub_configs", None) or ():
         if (inner := getattr(config, part, None)) is not None:
-            reset_attn_impl(inner)
+            reset_choices(inner)
 
 
 def _needed(folder: Path, name: str, trust_remote_code: bool) -> dict[str, str]:

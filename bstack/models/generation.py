@@ -69,7 +69,9 @@ def _problem(settings: dict[str, Any], vocabulary: int) -> str | None:
     for key in _TOKENS:
         value = settings.get(key)
         listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        if value is not None and not (
+            listed and all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
+        ):
             return f"{json.dumps(value)} is no token id"
     stops = settings.get("stop_strings")
     if not all(isinstance(text, str) for text in (stops if isinstance(stops, list) else [stops or ""])):

@@ -10,16 +10,19 @@ from bstack.models.files import (
     DEFAULT_MODEL,
     DEFAULT_PACKAGE,
     MODEL_SUFFIXES,
+    NOT_FETCHED,
+    POINTER,
     default_model,
     hub_files,
     hub_snapshot,
     is_model_file,
+    is_pointer,
 )
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.safetensors import SafetensorsCheckpoint
 from bstack.models.skeleton import Checkpoint
 from bstack.models.weight_files import no_model, weight_files
-from bstk.errors import UsageError
+from bstk.errors import DamagedError, UsageError
 
 __all__ = ["open_checkpoint"]
 
@@ -72,6 +75,8 @@ def _open_file(path: Path) -> Checkpoint:
         )
     if path.suffix in (".json", ".safetensors"):
         raise UsageError(f"{path} is a part of a model.", hint=f"Give the folder: {path.parent}.")
+    if is_pointer(path):
+        raise DamagedError(f"{path} is {POINTER}.", hint=NOT_FETCHED)
     raise UnsupportedModelError(
         f"{path} is not a GGUF file (it starts with {start!r}).",
         hint="Give a GGUF file, or the folder that holds config.json and the safetensors.",

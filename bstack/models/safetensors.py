@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
-from bstack.models.code import check_code, reset_attn_impl, stage_model
-from bstack.models.files import file_record
+from bstack.models.code import check_code, reset_choices, stage_model
+from bstack.models.files import NOT_FETCHED, POINTER, file_record, is_pointer
 from bstack.models.original import DTYPES as ORIGINAL_DTYPES
 from bstack.models.original import OriginalFile, StoredTensor, View, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, listed, owner_of, untie
@@ -334,6 +334,8 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        if file.is_file() and is_pointer(file):
+            raise DamagedError(f"{file} is {POINTER}.", hint=NOT_FETCHED) from None
         size = f"It has {file.stat().st_size} bytes. " if file.is_file() else ""
         raise DamagedError(f"{file} is not a whole safetensors file: {error}. {size}Fetch it again.") from None
     with shard:
@@ -345,7 +347,7 @@ def _read_config(folder: Path, trusted: bool, display_name: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        reset_attn_impl(config)
+        reset_choices(config)
         if hasattr(config, "transformers_weights"):  # a name of a file that neither containers nor exports have
             del config.transformers_weights
         return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.memory.process import give_back_freed_memory, no_large_blocks_in_heaps
 from bstack.models.code import Code
 from bstack.models.plain import plain_generation, plain_outputs
@@ -219,10 +220,12 @@ def _build(checkpoint: Checkpoint) -> Any:
 
     config = copy.deepcopy(checkpoint.config)  # transformers changes it, and so does the skeleton
     for field in ("quantization_config", "quantization"):  # the latter is MLX's
-        if quantised := getattr(config, field, None):
-            method = quantised.get("quant_method", field) if isinstance(quantised, dict) else field
+        if (quantised := getattr(config, field, None)) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
             raise UnsupportedModelError(
-                f"{checkpoint.name} is already quantised ({method}). bstack needs the weights before quantisation."
+                f"{checkpoint.name} is already quantised ({method or 'no method named'}), as its config.json says ({field}). "
+                "bstack needs the weights before quantisation.",
+                hint=f"If they are floats, as after a merge, remove {field} from config.json.",
             )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -329,7 +332,12 @@ def check_complete(model: nn.Module, source: str, found: Container[str], unused:
 
 
 def check_finite(model: nn.Module, names: Iterable[str], source: str) -> None:
-    """Refuse NaN, infinity, and weights beyond half precision in parameters just loaded from `source` with an UnsupportedModelError."""
+    """Refuse NaN, infinity, and weights beyond half precision in parameters just loaded from `source` with an UnsupportedModelError.
+
+    Matrices of zeros alone may be meant: a warning names them, once.
+    """
+    known = model.__dict__.setdefault("bstack_zeros", set())
+    zeros: list[str] = []
     for name in names:
         tensor: Any = getattr(*owner_of(model, name))
         if not tensor.is_floating_point() or not tensor.numel():
@@ -348,6 +356,16 @@ def check_finite(model: nn.Module, names: Iterable[str], source: str) -> None:
                 f"which ends at {LARGEST:g}.",
                 hint="Check the checkpoint it came from.",
             )
+        if largest == 0 and low == 0 and tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and name not in known:
+            zeros.append(name)
+    if zeros:
+        known.update(zeros)
+        warnings.warn(
+            f"Zeros alone are in {listed(zeros)}, as in files that were not fetched whole. If that is not meant, compare their "
+            "SHA-256 with those that the source lists.",
+            ModelWarning,
+            stacklevel=4,
+        )
 
 
 def layer_parameters(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bstack.errors import UnsupportedModelError, one_line
-from bstack.models.files import MODEL_SUFFIXES, is_model_file
+from bstack.models.files import MODEL_SUFFIXES, POINTER, is_model_file, is_pointer
+from bstack.models.weight_files import read_json
 from bstk.errors import BstkError, os_errors
 
-__all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
+__all__ = ["check_ids", "export_tokenizer", "take_as_it_is", "tokenizer_files"]
 
 # Names of files that tokenizers are read from, those that hold a vocabulary first.
 _NAMES: tuple[str, ...] = (
@@ -27,7 +29,8 @@ _NAMES: tuple[str, ...] = (
     "*.spm",
     "vocab*.json",
 )
-_NAMES += ("vocab.txt", "merges.txt", "*.bpe", "*.codes", "*.vocab", "tokenizer_config.json")
+_SETTINGS = "tokenizer_config.json"
+_NAMES += ("vocab.txt", "merges.txt", "*.bpe", "*.codes", "*.vocab", _SETTINGS)
 # Others that change what a tokenizer gives.
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 # Words, spaces, digits, signs and scripts, which tokenizers treat in their own ways.
@@ -86,6 +89,8 @@ def export_tokenizer(
         raise
     except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
         problem = one_line(error).rstrip(": .")
+    if problem and (pointers := [file for file in files if is_pointer(source / file)]):
+        problem = f"{pointers[0]} is {POINTER}"
     if problem:
         raise UnsupportedModelError(
             f"{shown / files[0]}: the tokenizer cannot be read: {problem}.",
@@ -104,11 +109,16 @@ def export_tokenizer(
         best = saved
         # transformers keeps code that it runs under the name of its folder, so a second copy would be other code.
         if not trusted and not _is_read(saved, tokenizer):
-            for file in [] if gguf else [*files, *_BESIDE]:
-                if (source / file).is_file():
-                    shutil.copy(source / file, copied)
-            best = copied
-            if not _is_read(copied, tokenizer):
+            if gguf:
+                take_as_it_is(saved)
+            else:
+                best = copied
+                for file in [*files, *_BESIDE]:
+                    if (source / file).is_file():
+                        shutil.copy(source / file, copied)
+                # A mark of what transformers saved, which says all in tokenizer.json.
+                _change_settings(copied, lambda settings: settings.pop("backend", None))
+            if not _is_read(best, tokenizer):
                 raise UnsupportedModelError(
                     f"{shown / files[0]}: neither a copy of the tokenizer nor what transformers saves of it "
                     "gives the same token ids.",
@@ -128,6 +138,17 @@ def export_tokenizer(
                 )
             (target / inside).parent.mkdir(exist_ok=True)
             shutil.copy(path, target / inside)
+
+
+def take_as_it_is(folder: Path) -> None:
+    """Have transformers take a saved tokenizer.json as it is: classes such as GPT2Tokenizer cut text in a way of their own."""
+    _change_settings(folder, lambda settings: settings.update(tokenizer_class="TokenizersBackend"))
+
+
+def _change_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    if settings := read_json(folder / _SETTINGS):
+        change(settings)
+        (folder / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _save(tokenizer: Any, folder: Path) -> None:

@@ -218,6 +218,8 @@ CONFIG = {
         ({"num_hidden_layers": 10**11}, "num_hidden_layers is 1000"),  # more than memory holds
         ({"num_key_value_heads": 3}, "heads"),
         ({"head_dim": 7}, "heads"),
+        ({"is_causal": False}, "forward"),
+        ({"is_causal": None}, "forward"),
         ({"rope_parameters": None}, "field"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),

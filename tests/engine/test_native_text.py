@@ -1,12 +1,14 @@
 """Choosing tokens and writing text without torch, held against transformers."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
@@ -18,6 +20,8 @@ from bstack.engine.native import generate, sampling
 from bstack.engine.native.architecture import NotNativeError
 from bstack.engine.native.load import load
 from bstack.errors import UnsupportedModelError
+from bstack.models import tokenizer as tokenizer_of_models
+from bstack.models.tokenizer import export_tokenizer
 
 SETTINGS = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{{ eos_token }}"
@@ -177,6 +181,61 @@ def test_prompts_are_encoded_as_by_transformers(prompt, native, path):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "template"),
+    [
+        ({"split_special_tokens": True}, TEMPLATE),
+        ({"extra_special_tokens": {"image_token": "<image>"}}, TEMPLATE + "{{ image_token }}"),
+        ({"extra_special_tokens": {"thought": "</s>"}}, TEMPLATE + "{{ thought }}"),
+        ({"clean_up_tokenization_spaces": True}, TEMPLATE),
+        ({"bos_token": None, "add_bos_token": True}, TEMPLATE),
+    ],
+)
+def test_settings_of_a_tokenizer_count_as_in_transformers(changes, template, source, tmp_path):
+    """Prompts, chats and written texts: the ids and words of the tokenizer as it was before it was packed."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    (folder / "chat_template.jinja").write_text(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    (tmp_path / "packed").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "packed")
+    export_tokenizer(tmp_path / "packed", folder)
+    packed = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
+    file = SimpleNamespace(files=packed, file=packed.get, source=SimpleNamespace(name="a.bstk"))
+    ours = generate.TextTokenizer.read(file)
+    prompt = "the river </s> don 't stop . <image>"
+    for special in (True, False):
+        ids = theirs(prompt, add_special_tokens=special)["input_ids"]
+        assert ours.encode(prompt, special) == ids and ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    messages = [{"role": "user", "content": prompt}]
+    assert generate.encode_prompt(ours, prompt, chat=True) == theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_copied_tokenizer_is_not_for_this_engine(source, tmp_path, monkeypatch):
+    """Where transformers reads another tokenizer from what it saved: its settings may change what tokenizer.json says."""
+    monkeypatch.setattr(tokenizer_of_models, "_save", lambda *_: None)
+    shutil.copy(source / "config.json", tmp_path)
+    export_tokenizer(tmp_path, source)
+    packed = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert packed["tokenizer.json"] == (source / "tokenizer.json").read_bytes()
+    with pytest.raises(NotNativeError, match="as transformers 5 saves it"):
+        generate.TextTokenizer.read(SimpleNamespace(files=packed, file=packed.get))
+
+
+def test_a_tokenizer_that_changes_written_texts_is_not_for_this_engine(source):
+    raw, name = (source / "tokenizer.json").read_bytes(), "clean_up_tokenization_spaces"
+    force = {f"{name}_for_bpe_even_though_it_will_corrupt_output": True}
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str().encode()
+    for case in ((raw, {name: True, **force}), (words, {name: True})):
+        with pytest.raises(NotNativeError, match="removes spaces"):
+            generate.TextTokenizer(*case, None)
+    generate.TextTokenizer(raw, {name: True}, None)
+
+
 def test_an_id_beyond_the_embedding(native):
     model, tokenizer = native
     with pytest.raises(UnsupportedModelError, match=r"^the prompt: the tokenizer gives None the id 211.* 211 rows"):
@@ -254,6 +313,9 @@ def test_settings_of_the_model(tmp_path):
         assert found.ends == {2, 5} and found.stop == ("END",)
         assert found.sampling == sampling.Sampling(do_sample=True, top_k=7, temperature=0.6)
     assert sampling.Generation.read(embedded({"config.json": {"eos_token_id": 9}})).ends == {9}
+    # transformers does not look there where it has generation settings, even without any in them.
+    empty = {"generation_config.json": {}, "config.json": {"eos_token_id": 9}}
+    assert sampling.Generation.read(embedded(empty)).ends == set()
 
 
 def embedded(files):

@@ -23,6 +23,7 @@ from bstack.errors import ModelWarning, UnsupportedModelError, one_line, user_me
 from bstack.eval.streamed import run_streamed
 from bstack.models.open import open_checkpoint
 from bstack.models.skeleton import Skeleton
+from bstack.models.tokenizer import export_tokenizer
 
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -382,6 +383,21 @@ def test_an_adapter_beside_whole_weights(model):
     assert "out of the folder" in refusal(folder, UnsupportedModelError)
 
 
+def test_pointers_of_git_lfs(model, tmp_path):
+    """Those of files that are read; others, as of formats that were not fetched, are left alone."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"
+    folder = tiny_models.add_tokenizer(model("llama"))
+    (folder / "pytorch_model.bin").write_text(pointer)
+    assert same(folder)
+    (folder / "tokenizer.json").write_text(pointer)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be read: tokenizer.json is a pointer of git LFS"):
+        export_tokenizer(folder, folder)
+    (folder / "model.safetensors").write_text(pointer)
+    assert "model.safetensors is a pointer of git LFS" in refusal(folder, bstk.DamagedError)
+    (tmp_path / "model.gguf").write_text(pointer)
+    assert "model.gguf is a pointer of git LFS" in refusal(tmp_path / "model.gguf", bstk.DamagedError)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
 def test_a_file_of_a_folder(model, name):
     folder = model("llama")
@@ -443,6 +459,32 @@ def test_types_of_weights(model, dtype):
         assert same(folder)
     else:
         assert f"model.layers.1.mlp.up_proj.weight is stored as {dtype}" in refusal(folder, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", {"": "float32"}, "float64", None])
+def test_the_type_that_the_configuration_names_is_none_of_the_weights(model, tmp_path, dtype):
+    """transformers loads in it, or in none where the weights are of another; a file of such a model is loaded in theirs."""
+    folder = model("llama")
+    reconfigure(folder, torch_dtype=dtype, dtype=dtype)
+    bstack.compress(folder, tmp_path / "model.bstk", settings=bstack.Settings(planes=1, samples=2, sequence_length=16))
+    loaded, _ = bstack.load(tmp_path / "model.bstk", mode="dense")
+    with torch.no_grad():
+        assert loaded.dtype == torch.float32 and loaded(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [{}, {"quant_method": "gptq"}, {"load_in_4bit": True}])
+def test_a_quantisation_in_the_configuration(model, value):
+    folder = model("llama")
+    reconfigure(folder, quantization_config=value)
+    said = refusal(folder, UnsupportedModelError)
+    assert "is already quantised" in said and "remove quantization_config" in said
+
+
+def test_a_value_of_a_wrong_type_in_the_configuration_is_named(model):
+    folder = model("llama")
+    reconfigure(folder, rms_norm_eps="1e-5")
+    said = refusal(folder, UnsupportedModelError)
+    assert "'rms_norm_eps'" in said and "'1e-5'" in said
 
 
 def test_quantised_weights_under_names_of_their_own(model):
@@ -531,6 +573,16 @@ def test_weights_beyond_half_precision_are_refused_when_they_are_read(model, nam
     skeleton = Skeleton(open_checkpoint(folder))
     with pytest.raises(UnsupportedModelError, match=f"^llama: {name} holds weights up to"), skeleton.loaded([name]):
         pass
+
+
+def test_matrices_of_zeros_are_told_once(model, recwarn):
+    """They may be meant, as in layers that were added to a model, or come from a file that was not fetched whole."""
+    folder = model("llama")
+    found = [f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "self_attn.o_proj")]
+    rewrite(folder, lambda tensors: [tensors[name].zero_() for name in [*found, "model.norm.weight"]])
+    assert same(folder) and not ours(folder).any()
+    (said,) = {str(warning.message) for warning in recwarn if warning.category is ModelWarning}
+    assert said.startswith(f"Zeros alone are in {', '.join(found)}, as in")
 
 
 def test_large_weights_are_read(model):

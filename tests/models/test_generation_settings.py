@@ -54,6 +54,7 @@ BAD = [
     ({"exponential_decay_length_penalty": [1]}, ["exponential_decay_length_penalty"]),
     ({"forced_eos_token_id": 99999}, ["forced_eos_token_id"]),
     ({"do_sample": True, "temperature": 0.0, "top_k": -1}, ["temperature", "top_k"]),
+    ({"eos_token_id": []}, ["eos_token_id"]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tiny_gguf
 import tiny_models
 import torch
 import transformers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 import bstk
@@ -434,6 +436,45 @@ def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
         with pytest.raises(UnsupportedModelError, match=r"the tokenizer cannot be read: .*'rwkv'") as raised:
             checkpoint.export_tokenizer(out)
         assert raised.value.option == "tokenizer"
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Starcoder2Config"])
+def test_words_are_cut_as_the_file_says(tmp_path, kind, recwarn):
+    """Against a tokenizer with the pre-tokenizer of the models that have the name; for others there is a warning."""
+    folder = tiny_models.add_tokenizer(tiny_models.save("llama", tmp_path / "model"))
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary = sorted(reference.get_vocab(), key=reference.token_to_id)
+    merges = json.loads(reference.to_str())["model"]["merges"]
+    keys = {"model": "gpt2", "tokens": vocabulary, "token_type": [3] * 3 + [1] * (len(vocabulary) - 3)}
+    keys["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    apart = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    model = built(kind, vocab_size=len(vocabulary))
+    # As transformers reads it, of any model.
+    named = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "pre": "llama-bpe"}.items()}
+    tiny_gguf.write(tmp_path / "m.gguf", model, keys=named)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    llama3 = read.backend_tokenizer.pre_tokenizer
+    assert isinstance(llama3[0], pre_tokenizers.Split)
+    text = "the river's number  12345,\t6 DON'T   stop\n\n"
+    for name, expected, warned in (
+        ("gpt-2", words, False),
+        ("smollm", apart, False),
+        ("llama-bpe", llama3, False),
+        ("of-tomorrow", words, True),
+        (None, words, True),
+    ):
+        named = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "pre": name}.items()}
+        checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", model, keys=named))
+        out = tmp_path / f"{name}"
+        checkpoint.config.save_pretrained(out)
+        recwarn.clear()
+        checkpoint.export_tokenizer(out)
+        said = [str(warning.message) for warning in recwarn if warning.category is ModelWarning]
+        assert len(said) == warned and all("tokenizer.ggml.pre" in message for message in said)
+        reference.pre_tokenizer = expected
+        found = transformers.AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"]
+        assert found == reference.encode(text, add_special_tokens=False).ids, name
 
 
 # Files.

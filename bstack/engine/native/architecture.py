@@ -202,6 +202,7 @@ _INERT = {
     "embd_pdrop",
     "eos_token_id",
     "initializer_range",
+    "is_causal",
     "is_llama_config",
     "pad_token_id",
     "pretraining_tp",
@@ -227,6 +228,8 @@ def describe(config: Config) -> Architecture:
     unknown = sorted(name for name, value in config.items() if name not in known and value not in (None, False))
     if unknown:
         raise NotNativeError(f"it does not know {unknown[0]} in config.json")
+    if not config.get("is_causal", True) or config.get("use_bidirectional_attention"):
+        raise NotNativeError("its attention looks forward, too")
     try:
         own = family.read(config)
         heads = config["num_attention_heads"]
@@ -321,8 +324,6 @@ def _read_olmo2(config: Config) -> dict[str, Any]:
 
 
 def _read_gemma2(config: Config) -> dict[str, Any]:
-    if config.get("use_bidirectional_attention"):
-        raise NotNativeError("its attention looks forward, too")
     return {
         "biases": _attention_biases(config),
         "scale": config["query_pre_attn_scalar"] ** -0.5,

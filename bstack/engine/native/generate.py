@@ -30,12 +30,18 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_buffer(raw)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Special tokens in a text are then words like others.
+        self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+        is_cleaned = type(self._tokenizer.model).__name__ != "BPE" or config.get(_CLEANED_BPE)
+        if config.get("clean_up_tokenization_spaces") and is_cleaned:
+            raise NotNativeError("its tokenizer removes spaces from what is written")
         self.chat_template = template
-        self.special_tokens: dict[str, str] = {}
-        for name in _SPECIAL:
-            token = config.get(name)
-            if token is not None:
-                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+        # Names for templates: those of all tokenizers, and those that only this one has.
+        named = {name: token for name, token in config.items() if name.endswith("_token")}
+        if isinstance(own := config.get("model_specific_special_tokens"), dict):
+            named |= own
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        self.special_tokens = {name: token for name, token in texts.items() if isinstance(token, str)}
 
     @classmethod
     def read(cls, file: bstk.Reader) -> TextTokenizer | None:
@@ -77,7 +83,7 @@ class TextTokenizer:
         return self._tokenizer.id_to_token(token)
 
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CLEANED_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int]:

@@ -37,7 +37,8 @@ class Generation:
     def read(cls, file: bstk.Reader) -> Generation:
         """Read generation_config.json, or without it config.json; NotNativeError for a setting that is not known."""
         given = read_json(file, "generation_config.json")
-        ends = (given or read_json(file, "config.json")).get("eos_token_id")
+        source = "generation_config.json" if "generation_config.json" in file.files else "config.json"
+        ends = read_json(file, source).get("eos_token_id")
         own = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
         for name, value in given.items():
             if name not in _SAMPLING | _ELSEWHERE and value not in (None, False, _NEUTRAL.get(name)):

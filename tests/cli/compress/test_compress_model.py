@@ -65,6 +65,8 @@ def test_truncated_safetensors(refused, model, keep):
 
 def test_safetensors_that_are_something_else(refused, model):
     (model / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 20)
+    refused(5, ["model.safetensors is a pointer of git LFS", "git lfs pull"], "model")
+    (model / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 20)
     refused(5, "is not a whole safetensors file", "model")
 
 

@@ -17,7 +17,7 @@ from bstack.models.files import MODEL_SUFFIXES, POINTER, is_model_file, is_point
 from bstack.models.weight_files import read_json
 from bstk.errors import BstkError, os_errors
 
-__all__ = ["check_ids", "export_tokenizer", "take_as_it_is", "tokenizer_files"]
+__all__ = ["check_ids", "export_tokenizer", "tokenizer_files"]
 
 # Names of files that tokenizers are read from, those that hold a vocabulary first.
 _NAMES: tuple[str, ...] = (
@@ -110,7 +110,7 @@ def export_tokenizer(
         # transformers keeps code that it runs under the name of its folder, so a second copy would be other code.
         if not trusted and not _is_read(saved, tokenizer):
             if gguf:
-                take_as_it_is(saved)
+                _take_as_it_is(saved)
             else:
                 best = copied
                 for file in [*files, *_BESIDE]:
@@ -140,7 +140,7 @@ def export_tokenizer(
             shutil.copy(path, target / inside)
 
 
-def take_as_it_is(folder: Path) -> None:
+def _take_as_it_is(folder: Path) -> None:
     """Have transformers take a saved tokenizer.json as it is: classes such as GPT2Tokenizer cut text in a way of their own."""
     _change_settings(folder, lambda settings: settings.update(tokenizer_class="TokenizersBackend"))
 

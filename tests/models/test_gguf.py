@@ -440,7 +440,7 @@ def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
 
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Starcoder2Config"])
 def test_words_are_cut_as_the_file_says(tmp_path, kind, recwarn):
-    """Against a tokenizer with the pre-tokenizer of the models that have the name; for others there is a warning."""
+    """Against a tokenizer with the pre-tokenizer of the models that have the name; for others there is a refusal."""
     folder = tiny_models.add_tokenizer(tiny_models.save("llama", tmp_path / "model"))
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     vocabulary = sorted(reference.get_vocab(), key=reference.token_to_id)
@@ -461,7 +461,6 @@ def test_words_are_cut_as_the_file_says(tmp_path, kind, recwarn):
         ("gpt-2", words, False),
         ("smollm", apart, False),
         ("llama-bpe", llama3, False),
-        ("of-tomorrow", words, True),
         (None, words, True),
     ):
         named = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "pre": name}.items()}
@@ -475,6 +474,10 @@ def test_words_are_cut_as_the_file_says(tmp_path, kind, recwarn):
         reference.pre_tokenizer = expected
         found = transformers.AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"]
         assert found == reference.encode(text, add_special_tokens=False).ids, name
+    named["tokenizer.ggml.pre"] = "of-tomorrow"
+    checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", model, keys=named))
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'of-tomorrow'"):
+        checkpoint.export_tokenizer(out)
 
 
 # Files.

@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "Write a plain transformers folder.",
     "verify": "Check every digest of a .bstk file.",
     "run": "Write text in at most N megabytes.",
+    "chat": "Talk with a model in the terminal.",
     "bench": "Measure quality, speed and memory at several sizes.",
 }
 

@@ -26,6 +26,7 @@ from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from bstack.engine.text import Prompt, messages_of
 from bstack.errors import UnsupportedModelError, one_line
 
 __all__ = ["render", "render_messages"]
@@ -39,11 +40,11 @@ MAX_LENGTH = 2**22
 MAX_BITS = 2**14
 
 
-def render(tokenizer: Any, prompt: str) -> str:
-    """Render a prompt as a user's message, as ``tokenizer.apply_chat_template`` does."""
+def render(tokenizer: Any, prompt: Prompt) -> str:
+    """Render a prompt, a user's message or some messages, as ``tokenizer.apply_chat_template`` does."""
     from transformers import PreTrainedTokenizerBase
 
-    messages = [{"role": "user", "content": prompt}]
+    messages = messages_of(prompt)
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             # A tokenizer without templates, or with code that the user trusts.

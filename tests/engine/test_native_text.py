@@ -215,7 +215,7 @@ def test_pieces_join_to_the_text():
     raw = "aé文🙂".encode()
     tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
     for cut, expected in ((len(raw), "aé文🙂"), (len(raw) - 1, "aé文\ufffd")):
-        pieces = generate._Pieces(tokenizer)
+        pieces = generate.Pieces(tokenizer)
         found = [pieces.add(byte) for byte in raw[:cut]]
         assert "\ufffd" not in "".join(found) and "".join(found) + pieces.rest() == expected
         assert [piece for piece in found if piece] == list(expected.rstrip("\ufffd"))
@@ -261,3 +261,22 @@ def embedded(files):
     return SimpleNamespace(
         files=files, file=lambda name: json.dumps(files[name]).encode(), source=SimpleNamespace(name="a.bstk")
     )
+
+
+def test_what_was_read_is_not_read_again(native, monkeypatch):
+    """The next turn of a conversation reads what is new, with the logits of the whole, but for rounding."""
+    model, tokenizer = native
+    first = tokenizer.encode("the river and the house", special=True)
+    text = model.sequence()
+    generate.write_text(model, tokenizer, first, lambda _: None, max_new_tokens=5, text=text)
+    assert text.tokens[: len(first)] == first and len(text.tokens) == len(first) + 4
+    second = [*text.tokens, *tokenizer.encode(" then", special=False)]
+    lengths, read = [], model.read
+    monkeypatch.setattr(model, "read", lambda text, ids: lengths.append(len(ids)) or read(text, ids))
+    generate.write_text(model, tokenizer, second, lambda _: None, max_new_tokens=1, text=text)
+    assert lengths == [len(second) - len(first) - 4]
+    logits = read(model.sequence(), second)
+    text.keep(second)
+    assert np.allclose(read(text, second[-1:]), logits, atol=2e-2 * logits.std())
+    assert text.keep(first) == len(first) - 1 and text.tokens == first[:-1]
+    assert text.keep([first[0], -1, *first[2:]]) == 1 and text.keep([]) == 0

@@ -33,17 +33,32 @@ class Sequence:
 
     Attributes
     ----------
-    length : int
-        Tokens read so far.
+    tokens : list of int
+        What was read so far.
     """
 
     def __init__(self, architecture: Architecture):
-        self.length = 0
+        self.tokens: list[int] = []
         self._of = architecture
         self._pages: list[np.ndarray] = []
         # Addresses of the pages as the kernels take them: keys and values, layers, pages.
         self._table = np.zeros((2, architecture.layers, 0), np.uint64)
         self._rows: tuple[np.ndarray, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens read so far."""
+        return len(self.tokens)
+
+    def keep(self, ids: Many[int]) -> int:
+        """Go back to the tokens that begin `ids` too, but not to all of them; return how many these are."""
+        count = 0
+        for mine, other in zip(self.tokens, ids[:-1], strict=False):
+            if mine != other:
+                break
+            count += 1
+        del self.tokens[count:]
+        return count
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens; ValueError beyond the model's context."""
@@ -192,8 +207,8 @@ class NativeModel:
         )
         with self._lock.acquire():
             out = self._decoder.run(x, texts)
-        for sequence in sequences:
-            sequence.length += 1
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.tokens.append(token)
         return self._cap_logits(out) if self._decoder.has_head else self._logits(out)
 
     def _tokens(self, ids: Many[int]) -> np.ndarray:
@@ -277,7 +292,7 @@ class NativeModel:
             gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
             added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
             x = x + self._norm(added, layer.get("feed_norm"))
-        sequence.length += len(tokens)
+        sequence.tokens += tokens.tolist()
         return self._norm(x, self._final_norm)
 
     def _project(self, layer: dict[str, Any], x: np.ndarray, names: Many[str], shares: Many[int]) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from bstack.kernels.native import library
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 
-__all__ = ["NativeModel", "Sequence"]
+__all__ = ["PAGE", "NativeModel", "Sequence"]
 
 # Tokens of a page of the caches.
 PAGE = 64
@@ -68,12 +68,25 @@ class Sequence:
         while len(self._pages) * PAGE < needed:
             shape = (2, self._of.layers, self._of.key_heads, PAGE, self._of.head_width)
             page = np.empty(shape, CACHED)
-            at, width = len(self._pages), self._table.shape[2]
-            if at == width:
-                self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
-            offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
-            self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
-            self._pages.append(page)
+            self._add(page)
+
+    def _add(self, page: np.ndarray) -> None:
+        at, width = len(self._pages), self._table.shape[2]
+        if at == width:
+            self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
+        offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
+        self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
+        self._pages.append(page)
+
+    def share(self, start: int, stop: int) -> list[np.ndarray]:
+        """Return the pages of some tokens that were read, for another text; both are multiples of `PAGE`."""
+        return self._pages[start // PAGE : stop // PAGE]
+
+    def adopt(self, tokens: Many[int], pages: Many[np.ndarray]) -> None:
+        """Go on with whole pages of tokens that another text has read, after what this one has read itself."""
+        self.tokens += tokens
+        for page in pages:
+            self._add(page)
 
     def put(self, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write keys and values of the next tokens, (tokens, heads, width); `length` stays as it is."""

@@ -200,7 +200,13 @@ def build(
     created = int(time.time())
     metrics = Metrics(scheduler, size)
     page, policy = _page()
-    model = {"id": name, "object": "model", "created": created, "owned_by": "bstack"}
+    model = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "bstack",
+        "context_length": scheduler.longest,
+    }
 
     def token(number: int) -> str:
         return scheduler.tokenizer.decode([number], special=True)

@@ -167,7 +167,7 @@ def main():
     parser.add_argument("file")
     parser.add_argument("--minutes", type=float, default=5)
     given = parser.parse_args()
-    server = Server(given.file, "--queue", "40", "--cache-mb", "64")
+    server = Server(given.file, "--queue", "40", "--cache-mb", "4")
     process = psutil.Process(server.process.pid)
     load = Load(server.url)
     load.run(20)

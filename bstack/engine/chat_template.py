@@ -56,13 +56,18 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def render_messages(
-    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any], *, prompt: bool = True
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, Any],
+    *,
+    prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Render messages with a template's text; needs no transformers."""
     if len(template) > MAX_TEMPLATE:
         raise _failure(f"it has {len(template)} characters, and at most {MAX_TEMPLATE} are allowed.")
-    allowed = MAX_LENGTH + sum(len(str(message)) for message in messages)
-    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+    allowed = MAX_LENGTH + sum(len(str(message)) for message in (*messages, *(tools or ())))
+    values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
     pieces: list[str] = []
     length = 0
     try:

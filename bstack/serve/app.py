@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 import bstk
 from bstack.serve import requests
+from bstack.serve.answers import Answer
 from bstack.serve.guard import Guard
 from bstack.serve.metrics import Metrics
 from bstack.serve.requests import ApiError
@@ -122,19 +123,41 @@ class _Chat:
 
     id, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, token: Callable[[int], str]):
+    def __init__(self, token: Callable[[int], str], asked: requests.Request):
         self._token = token
+        self._answers = [Answer(asked.tools, asked.thinking) for _ in asked.asks]
 
     def first(self, index: int) -> dict[str, Any]:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def part(self, index: int, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": index, "delta": delta, "logprobs": self._chances(piece.chosen), "finish_reason": piece.end}
+    def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        answer = self._answers[index]
+        deltas: list[dict[str, Any]] = answer.add(piece.text, last=piece.end is not None)
+        if not deltas and (piece.end or piece.chosen):
+            deltas = [{}]
+        found: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
+        if found:
+            found[0]["logprobs"] = self._chances(piece.chosen)
+            found[-1]["finish_reason"] = self._end(answer, piece.end)
+        return found
 
     def whole(self, index: int, text: str, chosen: Sequence[Chosen], end: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        answer = self._answers[index]
+        parts = answer.add(text, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": _joined(parts, "content"), "refusal": None}
+        if thoughts := _joined(parts, "reasoning_content"):
+            message["reasoning_content"] = thoughts
+        if answer.called:
+            message["content"] = message["content"] or None
+            calls = [call for part in parts for call in part.get("tool_calls", ())]
+            message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+        end = self._end(answer, end)
         return {"index": index, "message": message, "logprobs": self._chances(chosen), "finish_reason": end}
+
+    def _end(self, answer: Answer, end: str | None) -> str | None:
+        return "tool_calls" if end == "stop" and answer.called else end
 
     def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
         if not chosen:
@@ -158,15 +181,15 @@ class _Completion:
 
     id, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, token: Callable[[int], str]):
+    def __init__(self, token: Callable[[int], str], _asked: requests.Request):
         self._token = token
         self._lengths: Counter[int] = Counter()
 
     def first(self, _index: int) -> dict[str, Any] | None:
         return None
 
-    def part(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self.whole(index, piece.text, piece.chosen, piece.end)
+    def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        return [self.whole(index, piece.text, piece.chosen, piece.end)]
 
     def whole(self, index: int, text: str, chosen: Sequence[Chosen], end: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": self._chances(index, chosen), "finish_reason": end}
@@ -211,12 +234,15 @@ def build(
     def token(number: int) -> str:
         return scheduler.tokenizer.decode([number], special=True)
 
-    async def texts(request: Request, read: Callable[..., requests.Request], form: _Chat | _Completion) -> Response:
+    async def texts(
+        request: Request, read: Callable[..., requests.Request], kind: type[_Chat] | type[_Completion]
+    ) -> Response:
         body = requests.parse(await _body(request))
         asked = await anyio.to_thread.run_sync(read, body, name, scheduler)
         if size.asleep:
             await anyio.to_thread.run_sync(size.wake)
         running = _Texts(scheduler, asked.asks)
+        form = kind(token, asked)
         head = {
             "id": f"{form.id}-{secrets.token_hex(12)}",
             "object": form.part_object if asked.stream else form.whole_object,
@@ -240,10 +266,10 @@ def build(
             ended()
 
     async def chat_completions(request: Request) -> Response:
-        return await texts(request, requests.read_chat, _Chat(token))
+        return await texts(request, requests.read_chat, _Chat)
 
     async def completions(request: Request) -> Response:
-        return await texts(request, requests.read_completion, _Completion(token))
+        return await texts(request, requests.read_completion, _Completion)
 
     async def models(_request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -361,7 +387,8 @@ async def _events(running: _Texts, form: Any, head: dict[str, Any], asked: reque
             yield _event(_failed(found[1].text).body)
             return
         else:
-            yield _event({**head, "choices": [form.part(*found)], **usage})
+            for choice in form.parts(*found):
+                yield _event({**head, "choices": [choice], **usage})
     if asked.usage:
         yield _event({**head, "choices": [], "usage": running.usage()})
     yield "data: [DONE]\n\n"
@@ -394,6 +421,10 @@ async def _all(request: Request, running: _Texts) -> list[tuple[str, list[Chosen
         ("".join(piece.text for piece in pieces), [one for piece in pieces for one in piece.chosen], pieces[-1].end)
         for pieces in parts
     ]
+
+
+def _joined(parts: Sequence[dict[str, Any]], field: str) -> str:
+    return "".join(part.get(field, "") for part in parts)
 
 
 def _failed(message: str) -> ApiError:

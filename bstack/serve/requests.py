@@ -6,13 +6,14 @@ import json
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bstack.engine.native.generate import encode_prompt
 from bstack.engine.native.sampling import Sampling
 from bstack.engine.text import Message
+from bstack.serve.answers import THINK
 from bstack.serve.scheduler import Ask, Scheduler
 from bstk.errors import BstkError
 
@@ -20,7 +21,7 @@ __all__ = ["ApiError", "Request", "parse", "read_chat", "read_completion"]
 
 # New tokens of a text that names no number, and texts of a request.
 USUAL, TEXTS = 2048, 8
-_REFUSED_CHAT = {"tools": "tools", "functions": "tools", "audio": "audio"}
+_REFUSED_CHAT = {"functions": "functions; it has tools", "audio": "audio"}
 
 
 class ApiError(Exception):
@@ -48,6 +49,8 @@ class Request:
     asks: list[Ask]
     stream: bool
     usage: bool  # in a stream
+    tools: tuple[str, ...] = ()  # their names
+    thinking: bool = False  # the prompt has begun the model's thoughts
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -75,9 +78,12 @@ def read_chat(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Reque
     messages = _messages(body)
     top = _integer(body, "top_logprobs", 0, 20, 0) if _flag(body, "logprobs") else None
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    tools = _tools(body)
     with _prompt_errors("messages"):
-        ids = encode_prompt(scheduler.tokenizer, messages, chat=True)
-    return _request(body, [ids], top, field, USUAL, "messages", scheduler)
+        ids = encode_prompt(scheduler.tokenizer, messages, chat=True, tools=tools)
+    found = _request(body, [ids], top, field, USUAL, "messages", scheduler)
+    thinking = scheduler.tokenizer.decode(ids[-8:], special=True).rstrip().endswith(THINK)
+    return replace(found, tools=tuple(tool["function"]["name"] for tool in tools or ()), thinking=thinking)
 
 
 def read_completion(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Request:
@@ -164,11 +170,46 @@ def _messages(body: Mapping[str, Any]) -> list[Message]:
             if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
                 raise _wrong(f"{where}.content", "a text, or parts of type text")
             content = "".join(part["text"] for part in content)
+        calls = _calls(message, where) if role == "assistant" and message.get("tool_calls") else {}
+        if content is None and calls:
+            content = ""
         if not isinstance(content, str):
             raise _wrong(f"{where}.content", "a text")
-        kept = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        kept = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)} | calls
         found.append({"role": "system" if role == "developer" else role, "content": content, **kept})
     return found
+
+
+def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools as templates take them; None for none."""
+    given, choice = body.get("tools"), body.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise ApiError(
+            400, "This server cannot make a model call a tool.", param="tool_choice", code="unsupported_parameter"
+        )
+    if not given or choice == "none":
+        return None
+    for tool in given if isinstance(given, list) else [{}]:
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong("tools", "a list of functions with names")
+    return given
+
+
+def _calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the calls of an earlier answer as templates take them: with arguments as objects."""
+    found = []
+    for call in message["tool_calls"] if isinstance(message["tool_calls"], list) else [{}]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong(f"{where}.tool_calls", "a list of calls of functions")
+        arguments = function.get("arguments", "{}")
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        named = {"name": function["name"], "arguments": arguments}
+        found.append({"id": str(call.get("id", "")), "type": "function", "function": named})
+    return {"tool_calls": found}
 
 
 def _prompts(body: Mapping[str, Any]) -> Sequence[Any]:

@@ -20,6 +20,7 @@ from bstack.engine.native.model import PAGE, NativeModel
 from bstack.engine.native.sampling import Sampler, Sampling
 from bstack.errors import one_line
 from bstack.packed.store import store_of
+from bstack.serve.answers import overlap
 from bstack.serve.prefixes import Prefixes
 
 __all__ = ["Ask", "Busy", "Chosen", "Job", "Piece", "Scheduler"]
@@ -111,14 +112,9 @@ class _Out:
         if found:
             self._held = ""
             return text[: min(found)], True
-        longest = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        longest = 0 if last else max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return how many letters at the end of a text begin a stop string."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Scheduler:

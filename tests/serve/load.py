@@ -165,21 +165,19 @@ def main():
 
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=int, default=5)
     given = parser.parse_args()
     server = Server(given.file, "--queue", "40", "--cache-mb", "4")
     process = psutil.Process(server.process.pid)
     load = Load(server.url)
-    load.run(20)
-    time.sleep(2)
-    before = process.memory_info().rss
-    load.run(60 * given.minutes)
-    time.sleep(2)
-    after = process.memory_info().rss
-    print(dict(load.done), load.faults)
-    print(f"memory after a warm-up of 20 s: {before / 2**20:.1f} MB, at the end: {after / 2**20:.1f} MB")
+    memory = []
+    for _ in range(1 + given.minutes):  # the first minute is a warm-up
+        load.run(60)
+        time.sleep(2)
+        memory.append(process.memory_info().rss / 2**20)
+        print(f"{memory[-1]:.1f} MB", dict(load.done), load.faults, flush=True)
     print("exit code", server.stop(), server.log)
-    return bool(load.faults) or after - before > 5 * 2**20
+    return bool(load.faults) or memory[-1] - memory[0] > 5
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def test_log_probabilities(client):
         ({"logit_bias": {"7": 1000}}, 400, "logit_bias"),
         ({"top_logprobs": 50, "logprobs": True}, 400, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-        ({"tools": [{"type": "function", "function": {"name": "x"}}]}, 400, "tools"),
+        ({"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
     ],
 )
 def test_mistakes(client, options, status, param):

@@ -99,7 +99,7 @@ def test_what_a_model_writes_is_text(open_page):
         "# Head\n\nSome **bold** and `code` <img src=x onerror=alert(1)>\n\n- one\n- two\n\n```py\nprint('<b>')\n```\n"
         "[good](https://example.org) [bad](javascript:alert(1))"
     )
-    choice = {"index": 0, "delta": {"content": raw}, "finish_reason": "stop"}
+    choice = {"index": 0, "delta": {"content": raw, "reasoning_content": "I <i>think</i>"}, "finish_reason": "stop"}
     event = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
     page.route(
         "**/v1/chat/completions", lambda route: route.fulfill(body=event, headers={"content-type": "text/event-stream"})
@@ -110,6 +110,8 @@ def test_what_a_model_writes_is_text(open_page):
     text = page.locator(".message.assistant .text")
     for tag, count in (("h3", 1), ("strong", 1), ("li", 2), ("pre", 1), ("a", 1), ("img", 0), ("b", 0)):
         sync_api.expect(text.locator(tag)).to_have_count(count)
+    text.locator("summary").click()
+    assert "I <i>think</i>" in text.inner_text()
     assert "<img src=x" in text.inner_text() and "print('<b>')" in text.locator("pre").inner_text()
 
 

@@ -90,10 +90,12 @@ class TextTokenizer:
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def encode_prompt(tokenizer: TextTokenizer, prompt: Prompt, chat: bool) -> list[int]:
+def encode_prompt(
+    tokenizer: TextTokenizer, prompt: Prompt, chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
     """Return the tokens of a prompt; with `chat`, as a user's message in the chat template.
 
-    Messages of a conversation are always put into the template.
+    Messages of a conversation are always put into the template, which is given `tools`, too.
     """
     check_prompt(prompt)
     if chat := chat or not isinstance(prompt, str):
@@ -101,7 +103,7 @@ def encode_prompt(tokenizer: TextTokenizer, prompt: Prompt, chat: bool) -> list[
             raise UsageError(NO_TEMPLATE)
         from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
 
-        prompt = render_messages(tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens)
+        prompt = render_messages(tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools)
     ids = tokenizer.encode(str(prompt), special=not chat)
     if not ids:
         raise UsageError(EMPTY_PROMPT)

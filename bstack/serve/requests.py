@@ -13,7 +13,9 @@ from typing import Any
 from bstack.engine.native.generate import encode_prompt
 from bstack.engine.native.sampling import Sampling
 from bstack.engine.text import Message
+from bstack.errors import one_line
 from bstack.serve.answers import THINK
+from bstack.serve.grammar import Grammar
 from bstack.serve.scheduler import Ask, Scheduler
 from bstk.errors import BstkError
 
@@ -74,7 +76,6 @@ def read_chat(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Reque
     for field, what in _REFUSED_CHAT.items():
         if body.get(field):
             raise ApiError(400, f"This server has no {what}.", param=field, code="unsupported_parameter")
-    _check_format(body)
     messages = _messages(body)
     top = _integer(body, "top_logprobs", 0, 20, 0) if _flag(body, "logprobs") else None
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -92,7 +93,6 @@ def read_completion(body: Mapping[str, Any], name: str, scheduler: Scheduler) ->
     for field in ("suffix", "echo"):
         if body.get(field):
             raise ApiError(400, f"This server does not know {field}.", param=field, code="unsupported_parameter")
-    _check_format(body)
     top = None if body.get("logprobs") in (None, False) else _integer(body, "logprobs", 0, 20, 0)
     prompts = [_prompt_ids(prompt, scheduler) for prompt in _prompts(body)]
     return _request(body, prompts, top, "max_tokens", 16, "prompt", scheduler)
@@ -114,6 +114,7 @@ def _request(
     wanted = _integer(body, limit, 1, 2**31, usual)
     sampling = _sampling(body, scheduler.model.generation.sampling, vocabulary)
     seed = _integer(body, "seed", -(2**63), 2**64, None)
+    grammar = _grammar(body, scheduler)
     seed = secrets.randbits(63) if seed is None else seed % 2**64
     stop = _stop(body)
     options = body.get("stream_options")
@@ -132,7 +133,8 @@ def _request(
         if max(ids) >= vocabulary or min(ids) < 0:
             raise ApiError(400, f"Tokens are from 0 to {vocabulary - 1}.", param=param)
         for number in range(count):
-            asks.append(Ask(ids, min(wanted, room), sampling, seed + number, stop, top))
+            own = grammar.copy() if grammar else None
+            asks.append(Ask(ids, min(wanted, room), sampling, seed + number, stop, top, own))
     return Request(asks, _flag(body, "stream"), bool((options or {}).get("include_usage")))
 
 
@@ -145,12 +147,24 @@ def _check_model(body: Mapping[str, Any], name: str) -> None:
         )  # fmt: skip
 
 
-def _check_format(body: Mapping[str, Any]) -> None:
+def _grammar(body: Mapping[str, Any], scheduler: Scheduler) -> Grammar | None:
+    """Return what the answer has to be, besides text."""
     given = body.get("response_format")
-    if given is not None and (not isinstance(given, dict) or given.get("type") != "text"):
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "text":
+        return None
+    schema: Any = {"type": "object"}
+    if kind == "json_schema":
+        schema = given.get("json_schema")
+        schema = schema.get("schema") if isinstance(schema, dict) else None
+    if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
+        raise _wrong("response_format", "of type text, json_object, or json_schema with a schema")
+    try:
+        return scheduler.grammars.of_schema(schema)
+    except (ValueError, RecursionError) as error:
         raise ApiError(
-            400, "This server writes plain text only.", param="response_format", code="unsupported_parameter"
-        )
+            400, f"The schema cannot be held: {one_line(error)}.", param="response_format", code="invalid_value"
+        ) from None
 
 
 def _messages(body: Mapping[str, Any]) -> list[Message]:

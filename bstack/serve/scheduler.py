@@ -21,6 +21,7 @@ from bstack.engine.native.sampling import Sampler, Sampling
 from bstack.errors import one_line
 from bstack.packed.store import store_of
 from bstack.serve.answers import overlap
+from bstack.serve.grammar import Grammar, Grammars
 from bstack.serve.prefixes import Prefixes
 
 __all__ = ["Ask", "Busy", "Chosen", "Job", "Piece", "Scheduler"]
@@ -39,7 +40,10 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A text to write: tokens of the prompt, limits, and how many likely tokens beside each chosen one are told (None: none)."""
+    """A text to write: tokens of the prompt, limits, and how many likely tokens beside each chosen one are told (None: none).
+
+    `grammar` belongs to this text alone.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int
@@ -47,6 +51,7 @@ class Ask:
     seed: int
     stop: tuple[str, ...] = ()
     top: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class Scheduler:
         self.model, self.tokenizer = model, tokenizer
         self.parallel, self.queue = parallel, queue
         self.prefixes = Prefixes()
+        self.grammars = Grammars(tokenizer, of.vocabulary, model.generation.ends)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         #: Tokens of prompts that were read and that were found, tokens written, and texts by their end.
@@ -282,7 +288,9 @@ class Scheduler:
     def _choose(self, job: Job, logits: np.ndarray) -> None:
         """Take the next token of a text, and tell what is certain of it."""
         own = self.model.generation
-        token = job.sampler.choose(logits)
+        grammar = job.ask.grammar
+        token = job.sampler.choose(logits if grammar is None else grammar.allow(logits))
+        whole = grammar is not None and grammar.take(token)
         chosen = () if job.ask.top is None else (_chances(logits, token, job.ask.top),)
         job.new += 1
         self.new_tokens += 1
@@ -297,8 +305,8 @@ class Scheduler:
             text, stopped = job.out.add(token)
             if stopped or self._own_stop(job, token):
                 end = "stop"
-            elif job.new == job.ask.max_new_tokens:
-                text, end = text + job.out.rest(), "length"
+            elif whole or job.new == job.ask.max_new_tokens:
+                text, end = text + job.out.rest(), "stop" if whole else "length"
         piece = Piece(text, chosen, end)
         if end:
             self._end(job, piece)

@@ -175,7 +175,13 @@ def main():
         load.run(60)
         time.sleep(2)
         memory.append(process.memory_info().rss / 2**20)
-        print(f"{memory[-1]:.1f} MB", dict(load.done), load.faults, flush=True)
+        kept = load.request("GET", "/metrics")[1].decode().partition("\nbstack_prompt_cache_bytes ")[2].split()[0]
+        print(
+            f"{memory[-1]:.1f} MB, of them {float(kept) / 2**20:.2f} of kept prompts",
+            dict(load.done),
+            load.faults,
+            flush=True,
+        )
     print("exit code", server.stop(), server.log)
     return bool(load.faults) or memory[-1] - memory[0] > 5
 

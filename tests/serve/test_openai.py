@@ -102,6 +102,34 @@ def test_sampling(client):
     assert len({entry.token for entry in spread.choices[0].logprobs.content}) == 3
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["river", "house"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "sizes"],
+    "additionalProperties": False,
+}
+
+
+def test_a_schema(client):
+    """Even a model of random weights keeps to it; drawn, several at a time, and beside texts without one."""
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    answer = ask(client, response_format=form, max_tokens=200, temperature=1.5, seed=3, n=4)
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) > 1 and {choice.finish_reason for choice in answer.choices} == {"stop"}
+    for text in texts:
+        found = json.loads(text)
+        assert list(found) == list(SCHEMA["required"]) and len(found["name"]) <= 12
+        assert found["kind"] in ("river", "house") and all(0 <= size <= 99 for size in found["sizes"][:4])
+    alone = ask(client, response_format=form, max_tokens=200, temperature=1.5, seed=4).choices[0].message.content
+    assert alone == texts[1]
+    greedy = ask(client, response_format={"type": "json_object"}, max_tokens=30).choices[0].message.content
+    assert greedy.startswith("{")
+
+
 def test_log_probabilities(client):
     content = ask(client, logprobs=True, top_logprobs=4, max_tokens=5).choices[0].logprobs.content
     assert len(content) == 5
@@ -132,7 +160,13 @@ def test_log_probabilities(client):
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"7": 1000}}, 400, "logit_bias"),
         ({"top_logprobs": 50, "logprobs": True}, 400, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            400,
+            "response_format",
+        ),
         ({"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
     ],

@@ -82,6 +82,10 @@ class TextTokenizer:
         """Return the text of tokens, with `special` that of special ones."""
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
+    def json(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def convert_ids_to_tokens(self, token: int) -> str | None:
         """Return a token by its id, as the method of transformers' tokenizers."""
         return self._tokenizer.id_to_token(token)

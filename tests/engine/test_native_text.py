@@ -97,6 +97,22 @@ def test_the_penalty_is_that_of_transformers():
         assert seen[-1] == expected.argmax()
 
 
+def test_penalties_of_the_new_text_and_biases():
+    """As OpenAI describes them; the prompt does not count."""
+    rng = np.random.default_rng(2)
+    options = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "bias": {4: 2.5, 9: -100.0}}
+    sampler, counts = sampling.Sampler(sampling.Sampling(**options), 12, [4, 4, 4]), np.zeros(12)
+    for _ in range(30):
+        logits = rng.standard_normal(12).astype(np.float32)
+        expected = logits - 0.7 * (counts > 0) - 0.4 * counts
+        expected[4] += 2.5
+        expected[9] -= 100
+        assert np.allclose(sampler._penalised(logits), expected, atol=1e-5)
+        token = sampler.choose(logits)
+        assert token == expected.argmax() != 9
+        counts[token] += 1
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     sampler = sampling.Sampler(sampling.Sampling(do_sample=True), 3, seed=3)

@@ -171,7 +171,7 @@ def main():
     process = psutil.Process(server.process.pid)
     load = Load(server.url)
     memory = []
-    for _ in range(1 + given.minutes):  # the first minute is a warm-up
+    for _ in range(2 + given.minutes):  # two minutes of warm-up
         load.run(60)
         time.sleep(2)
         memory.append(process.memory_info().rss / 2**20)
@@ -183,7 +183,7 @@ def main():
             flush=True,
         )
     print("exit code", server.stop(), server.log)
-    return bool(load.faults) or memory[-1] - memory[0] > 5
+    return bool(load.faults) or memory[-1] - memory[1] > 5
 
 
 if __name__ == "__main__":

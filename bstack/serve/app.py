@@ -40,6 +40,8 @@ __all__ = ["build"]
 
 # Bytes of a body, and seconds: until it is there, between two pings of a quiet stream, and until a reader takes what is sent.
 BODY, BODY_SECONDS, PING, SEND_SECONDS = 4 * 2**20, 30.0, 15.0, 60.0
+# Threads that read prompts and change the size; each keeps memory of its own.
+THREADS = 8
 # Seconds between two looks at the size, for the page, and at whether nobody asks.
 LOOK, IDLE_LOOK = 0.25, 1.0
 
@@ -325,6 +327,7 @@ def build(
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         task = asyncio.ensure_future(_sleep_when_idle(scheduler, size, idle_after))
         yield
         task.cancel()

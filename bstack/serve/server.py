@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from bstack.engine.native.generate import TextTokenizer
@@ -22,18 +23,11 @@ CONNECTIONS = 128
 
 def check(host: str, key: str | None) -> None:
     """Raise an error, before any work, where the server cannot run: packages are missing, or all the network could use it."""
-    try:
-        import prometheus_client
-        import starlette
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        del error
-        raise BstkError(
-            "Serving needs the packages starlette, uvicorn and prometheus_client: pip install 'bstack[serve]'"
-        ) from None
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise BstkError(f"Serving needs the package {package}: pip install 'bstack[serve]'")
     from bstack.serve.guard import is_loopback
 
-    del prometheus_client, starlette
     if key is None and not is_loopback(host):
         raise UsageError(f"others can reach {host}, and without a key they could use the model.", option="api_key")
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):

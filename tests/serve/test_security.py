@@ -100,6 +100,9 @@ def test_a_key(start):
 
 
 def test_without_a_key_the_network_is_refused(served_model):
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package, reason="the server needs it")
+
     def run(*options):
         command = [sys.executable, "-m", "bstack", "serve", served_model, *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -193,6 +196,33 @@ def test_limits(server):
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
         assert b" 200 " not in connection.recv(4096)
     assert ask(server).status == 200
+
+
+def test_clients_that_wait(monkeypatch):
+    """A reader that takes nothing ends its text, and a body that does not come is refused."""
+    anyio = pytest.importorskip("anyio")
+    app = pytest.importorskip("bstack.serve.app", reason="the server needs its packages", exc_type=ImportError)
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+    ended = []
+
+    async def events():
+        while True:
+            yield "data: x\n\n"
+
+    async def never(_message=None):
+        await anyio.sleep(60)
+
+    async def run(version):
+        scope = {"type": "http", "asgi": {"spec_version": version}, "method": "POST", "headers": []}
+        await app._Stream(events(), lambda: ended.append(version))(scope, never, never)
+        with pytest.raises(ApiError) as caught:
+            await app._body(app.Request(scope, never))
+        assert caught.value.status == 408
+
+    for version in ("2.3", "2.4"):
+        anyio.run(run, version)
+    assert ended == ["2.3", "2.4"]
 
 
 def test_a_full_queue(start):

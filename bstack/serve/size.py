@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import bstk
-from bstack.packed.autosize import following
+from bstack.packed.autosize import following, free_budget
 from bstack.packed.store import store_of
 
 __all__ = ["AUTO", "Size"]
@@ -62,6 +62,8 @@ class Size:
         with self._lock:
             if isinstance(wanted, str):
                 self._poller.close()
+                # To what is free at once: the poller grows the model after a quiet time only.
+                self._store.resize(max(free_budget()[0] or 0, 0) + self._store.budget, wait=False)
                 self._poller.enter_context(following(self._model, warn=self._warn))
             else:
                 self._store.file.fit(budget=wanted)  # refused before the machine is no longer followed

@@ -66,7 +66,9 @@ def command(
             raise click.UsageError("there is no prompt. Give one with -p, or -p - to read it from standard input.")
         from bstack.cli.chat import converse
 
-        return converse(_model.load_model(file, budget, quiet, log, engine, strict, allowed), budget, None, options)
+        with _common.model_warnings(quiet):
+            converse(_model.load_model(file, budget, quiet, log, engine, strict, allowed), budget, None, options)
+        return
     if prompt == "-":
         prompt = sys.stdin.read()
     with _common.model_warnings(quiet):

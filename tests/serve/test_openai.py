@@ -4,6 +4,7 @@ import json
 import time
 import urllib.request
 
+import psutil
 import pytest
 
 from bstack.engine.native import generate
@@ -200,6 +201,12 @@ def test_a_client_that_goes_ends_its_text(client, server):
     while metric(server, "bstack_texts_total")[("cancelled",)] < before + 9:
         assert time.monotonic() < deadline
     assert metric(server, "bstack_texts_running")[()] == 0
+
+
+def test_neither_torch_nor_transformers_is_loaded(client, server):
+    ask(client)
+    files = [mapped.path for mapped in psutil.Process(server.process.pid).memory_maps()]
+    assert any("numpy" in file for file in files) and not [file for file in files if "torch" in file]
 
 
 def test_metrics(client, server):

@@ -84,7 +84,7 @@ def test_addresses_that_others_reach():
 
 def test_a_key(start):
     key = "sk-0123456789abcdef"
-    server = start("--api-key", key)
+    server = start("--api-key", key, "--allow-origin", "https://mine.example")
     for given in (None, "Bearer", "Bearer x", f"Basic {key}", f"Bearer {key}x", "Bearer kéy"):
         headers = {} if given is None else {"Authorization": given}
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/budget"), ("GET", "/x")):
@@ -96,6 +96,15 @@ def test_a_key(start):
     assert key not in str(ask(server, path="/").body)
     assert ask(server, "POST", "/v1/chat/completions", SAID, Authorization=f"Bearer {key}").status == 200
     assert ask(server, "POST", "/v1/chat/completions", b"{", Authorization=f"Bearer {key}").status == 400
+    for origin, status in (("https://mine.example", 200), ("https://evil.example", 403)):
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
+        answer = ask(server, "OPTIONS", "/v1/chat/completions", **asked)
+        assert answer.status == status
+        assert answer.headers["access-control-allow-origin"] == (origin if status == 200 else None)
     assert server.stop() == 0 and key not in server.log
 
 

@@ -1,4 +1,4 @@
-"""Many clients at once, most of them unkind: python tests/serve/load.py FILE --minutes 5.
+"""Many clients at once, most of them unkind: python tests/serve/many_clients.py FILE --minutes 5.
 
 Greedy answers have to be those of the quiet server, whenever the model has its full size; memory has to come back.
 """

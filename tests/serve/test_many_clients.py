@@ -1,4 +1,4 @@
-"""32 clients at once for some seconds; tests/serve/load.py as a script runs them for minutes."""
+"""32 clients at once for some seconds; tests/serve/many_clients.py as a script runs them for minutes."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import Load
+from many_clients import Load
 
 pytestmark = pytest.mark.slow
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "export": "Write a plain transformers folder.",
     "verify": "Check every digest of a .bstk file.",
     "run": "Write text in at most N megabytes.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model over HTTP, with a page.",
     "bench": "Measure quality, speed and memory at several sizes.",
 }
 

@@ -26,6 +26,7 @@ from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from bstack.engine.text import Prompt, messages_of
 from bstack.errors import UnsupportedModelError, one_line
 
 __all__ = ["render", "render_messages"]
@@ -39,11 +40,11 @@ MAX_LENGTH = 2**22
 MAX_BITS = 2**14
 
 
-def render(tokenizer: Any, prompt: str) -> str:
-    """Render a prompt as a user's message, as ``tokenizer.apply_chat_template`` does."""
+def render(tokenizer: Any, prompt: Prompt) -> str:
+    """Render a prompt, a user's message or some messages, as ``tokenizer.apply_chat_template`` does."""
     from transformers import PreTrainedTokenizerBase
 
-    messages = [{"role": "user", "content": prompt}]
+    messages = messages_of(prompt)
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             # A tokenizer without templates, or with code that the user trusts.
@@ -55,13 +56,18 @@ def render(tokenizer: Any, prompt: str) -> str:
 
 
 def render_messages(
-    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any], *, prompt: bool = True
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, Any],
+    *,
+    prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Render messages with a template's text; needs no transformers."""
     if len(template) > MAX_TEMPLATE:
         raise _failure(f"it has {len(template)} characters, and at most {MAX_TEMPLATE} are allowed.")
-    allowed = MAX_LENGTH + sum(len(str(message)) for message in messages)
-    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+    allowed = MAX_LENGTH + sum(len(str(message)) for message in (*messages, *(tools or ())))
+    values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
     pieces: list[str] = []
     length = 0
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bstack.engine.chat_template import render
-from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
+from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Prompt, Written, check_prompt, check_room, understood
 from bstack.errors import ModelWarning, UnsupportedModelError, one_line
 from bstack.models.generation import KEPT, SAMPLING, refusal
 from bstack.models.plain import plain_outputs
@@ -34,10 +34,14 @@ _MODES: tuple[str, ...] = (
 _MODES += ("force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "token_healing")
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template."""
+def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool) -> torch.Tensor:
+    """Return the token ids of a prompt, int64, shape (1, tokens); with `chat`, as a user's message in the chat template.
+
+    Messages of a conversation are always put into the template.
+    """
     check_prompt(prompt)
-    if chat:
+    if chat or not isinstance(prompt, str):
+        chat = True
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(NO_TEMPLATE)
         text = render(tokenizer, prompt)

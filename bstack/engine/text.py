@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from bstack.errors import UnsupportedModelError, one_line
 from bstk.errors import BstkError, UsageError
 
-__all__ = ["EMPTY_PROMPT", "NO_TEMPLATE", "Written", "check_prompt", "check_room", "understood"]
+__all__ = ["EMPTY_PROMPT", "NO_TEMPLATE", "Message", "Prompt", "Written"]
+__all__ += ["check_prompt", "check_room", "messages_of", "understood"]
+
+# A message of a conversation: `role` and `content`, and what else a chat template knows.
+Message = dict[str, Any]
+# A text, or the messages of a conversation.
+Prompt = str | Sequence[Message]
 
 EMPTY_PROMPT = "the prompt is empty. Give at least one token, such as 'Once'."
 NO_TEMPLATE = "this model has no chat template. Write the prompt as the model expects it, without the template."
@@ -32,10 +39,16 @@ class Written:
         return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
 
 
-def check_prompt(prompt: str) -> None:
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return the messages of a prompt; a text is one of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def check_prompt(prompt: Prompt) -> None:
     """Raise UsageError for a prompt that is no UTF-8."""
     try:
-        prompt.encode()
+        for text in [prompt] if isinstance(prompt, str) else (str(message.get("content")) for message in prompt):
+            text.encode()
     except UnicodeEncodeError:
         raise UsageError("the prompt is not UTF-8 text.", hint="Convert it first.") from None
 

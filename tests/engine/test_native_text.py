@@ -101,6 +101,22 @@ def test_the_penalty_is_that_of_transformers():
         assert seen[-1] == expected.argmax()
 
 
+def test_penalties_of_the_new_text_and_biases():
+    """As OpenAI describes them; the prompt does not count."""
+    rng = np.random.default_rng(2)
+    options = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "bias": {4: 2.5, 9: -100.0}}
+    sampler, counts = sampling.Sampler(sampling.Sampling(**options), 12, [4, 4, 4]), np.zeros(12)
+    for _ in range(30):
+        logits = rng.standard_normal(12).astype(np.float32)
+        expected = logits - 0.7 * (counts > 0) - 0.4 * counts
+        expected[4] += 2.5
+        expected[9] -= 100
+        assert np.allclose(sampler._penalised(logits), expected, atol=1e-5)
+        token = sampler.choose(logits)
+        assert token == expected.argmax() != 9
+        counts[token] += 1
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     sampler = sampling.Sampler(sampling.Sampling(do_sample=True), 3, seed=3)
@@ -274,7 +290,7 @@ def test_pieces_join_to_the_text():
     raw = "aé文🙂".encode()
     tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
     for cut, expected in ((len(raw), "aé文🙂"), (len(raw) - 1, "aé文\ufffd")):
-        pieces = generate._Pieces(tokenizer)
+        pieces = generate.Pieces(tokenizer)
         found = [pieces.add(byte) for byte in raw[:cut]]
         assert "\ufffd" not in "".join(found) and "".join(found) + pieces.rest() == expected
         assert [piece for piece in found if piece] == list(expected.rstrip("\ufffd"))
@@ -323,3 +339,22 @@ def embedded(files):
     return SimpleNamespace(
         files=files, file=lambda name: json.dumps(files[name]).encode(), source=SimpleNamespace(name="a.bstk")
     )
+
+
+def test_what_was_read_is_not_read_again(native, monkeypatch):
+    """The next turn of a conversation reads what is new, with the logits of the whole, but for rounding."""
+    model, tokenizer = native
+    first = tokenizer.encode("the river and the house", special=True)
+    text = model.sequence()
+    generate.write_text(model, tokenizer, first, lambda _: None, max_new_tokens=5, text=text)
+    assert text.tokens[: len(first)] == first and len(text.tokens) == len(first) + 4
+    second = [*text.tokens, *tokenizer.encode(" then", special=False)]
+    lengths, read = [], model.read
+    monkeypatch.setattr(model, "read", lambda text, ids: lengths.append(len(ids)) or read(text, ids))
+    generate.write_text(model, tokenizer, second, lambda _: None, max_new_tokens=1, text=text)
+    assert lengths == [len(second) - len(first) - 4]
+    logits = read(model.sequence(), second)
+    text.keep(second)
+    assert np.allclose(read(text, second[-1:]), logits, atol=2e-2 * logits.std())
+    assert text.keep(first) == len(first) - 1 and text.tokens == first[:-1]
+    assert text.keep([first[0], -1, *first[2:]]) == 1 and text.keep([]) == 0

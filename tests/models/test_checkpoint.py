@@ -534,7 +534,9 @@ def test_quantised_weights_under_the_name_of_weights(model, dtype, columns, scal
 def test_a_quantisation_that_transformers_does_not_know(model):
     folder = model("llama")
     reconfigure(folder, quantization={"group_size": 64, "bits": 4})  # as MLX
-    assert "already quantised (no method named), as its config.json says (quantization)" in refusal(folder, UnsupportedModelError)
+    assert "already quantised (no method named), as its config.json says (quantization)" in refusal(
+        folder, UnsupportedModelError
+    )
 
 
 # Parameters of several pieces.

@@ -12,13 +12,23 @@ import numpy as np
 import bstk
 from bstack.engine.native.architecture import NotNativeError, read_json
 from bstack.engine.native.model import NativeModel
+from bstack.engine.native.model import Sequence as Text
 from bstack.engine.native.sampling import Sampler
-from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Written, check_prompt, check_room, understood
+from bstack.engine.text import (
+    EMPTY_PROMPT,
+    NO_TEMPLATE,
+    Prompt,
+    Written,
+    check_prompt,
+    check_room,
+    messages_of,
+    understood,
+)
 from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.tokenizer import check_ids, tokenizer_files
 from bstk.errors import UsageError
 
-__all__ = ["TextTokenizer", "encode_prompt", "write_text"]
+__all__ = ["Pieces", "TextTokenizer", "encode_prompt", "write_text"]
 
 
 class TextTokenizer:
@@ -78,6 +88,10 @@ class TextTokenizer:
         """Return the text of tokens, with `special` that of special ones."""
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
+    def json(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def convert_ids_to_tokens(self, token: int) -> str | None:
         """Return a token by its id, as the method of transformers' tokenizers."""
         return self._tokenizer.id_to_token(token)
@@ -86,23 +100,27 @@ class TextTokenizer:
 _CLEANED_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
-def encode_prompt(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int]:
-    """Return the tokens of a prompt; with `chat`, as a user's message in the chat template."""
+def encode_prompt(
+    tokenizer: TextTokenizer, prompt: Prompt, chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Return the tokens of a prompt; with `chat`, as a user's message in the chat template.
+
+    Messages of a conversation are always put into the template, which is given `tools`, too.
+    """
     check_prompt(prompt)
-    if chat:
+    if chat := chat or not isinstance(prompt, str):
         if not tokenizer.chat_template:
             raise UsageError(NO_TEMPLATE)
         from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
 
-        messages = [{"role": "user", "content": prompt}]
-        prompt = render_messages(tokenizer.chat_template, messages, tokenizer.special_tokens)
-    ids = tokenizer.encode(prompt, special=not chat)
+        prompt = render_messages(tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools)
+    ids = tokenizer.encode(str(prompt), special=not chat)
     if not ids:
         raise UsageError(EMPTY_PROMPT)
     return ids
 
 
-class _Pieces:
+class Pieces:
     """The text of tokens as they come, in pieces that no later token changes."""
 
     def __init__(self, tokenizer: TextTokenizer):
@@ -111,6 +129,7 @@ class _Pieces:
         self._start, self._done = 0, 0  # tokens that are decoded for their effect on the next, and those passed on
 
     def add(self, token: int) -> str:
+        """Take the next token; return the text that is certain now."""
         self._ids.append(token)
         return self._next(last=False)
 
@@ -136,6 +155,7 @@ def write_text(
     max_new_tokens: int,
     seed: int = 0,
     stop: Sequence[str] = (),
+    text: Text | None = None,
     **options: Any,
 ) -> Written:
     """Write text after a prompt, and pass on each piece as soon as it is certain.
@@ -151,6 +171,8 @@ def write_text(
     max_new_tokens, seed : int
     stop : sequence of str
         Strings that end the text, which then ends with one of them, beside those of the model.
+    text : Sequence, optional
+        Of an earlier call: what begins both its tokens and `ids` is not read again.
     options
         Fields of `bstack.engine.native.sampling.Sampling` that differ from the model's own.
 
@@ -166,7 +188,8 @@ def write_text(
     sampler = Sampler(replace(model.generation.sampling, **options), model.architecture.vocabulary, ids, seed)
     stops = (*model.generation.stop, *stop)
     tail = max((len(text.encode()) for text in stops), default=0) + 8  # tokens that may hold one
-    pieces, text = _Pieces(tokenizer), model.sequence()
+    pieces, text = Pieces(tokenizer), text or model.sequence()
+    known = text.keep(ids)
     new: list[int] = []
     times = [time.monotonic()]
     parts: list[str] = []
@@ -178,7 +201,7 @@ def write_text(
 
     interrupted = False
     try:
-        logits = model.read(text, ids)
+        logits = model.read(text, ids[known:])
         while True:
             new.append(sampler.choose(logits))
             times.append(time.monotonic())

@@ -16,7 +16,7 @@ from bstack.kernels.native import library
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 
-__all__ = ["NativeModel", "Sequence"]
+__all__ = ["PAGE", "NativeModel", "Sequence"]
 
 # Tokens of a page of the caches.
 PAGE = 64
@@ -33,17 +33,32 @@ class Sequence:
 
     Attributes
     ----------
-    length : int
-        Tokens read so far.
+    tokens : list of int
+        What was read so far.
     """
 
     def __init__(self, architecture: Architecture):
-        self.length = 0
+        self.tokens: list[int] = []
         self._of = architecture
         self._pages: list[np.ndarray] = []
         # Addresses of the pages as the kernels take them: keys and values, layers, pages.
         self._table = np.zeros((2, architecture.layers, 0), np.uint64)
         self._rows: tuple[np.ndarray, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens read so far."""
+        return len(self.tokens)
+
+    def keep(self, ids: Many[int]) -> int:
+        """Go back to the tokens that begin `ids` too, but not to all of them; return how many these are."""
+        count = 0
+        for mine, other in zip(self.tokens, ids[:-1], strict=False):
+            if mine != other:
+                break
+            count += 1
+        del self.tokens[count:]
+        return count
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens; ValueError beyond the model's context."""
@@ -53,12 +68,25 @@ class Sequence:
         while len(self._pages) * PAGE < needed:
             shape = (2, self._of.layers, self._of.key_heads, PAGE, self._of.head_width)
             page = np.empty(shape, CACHED)
-            at, width = len(self._pages), self._table.shape[2]
-            if at == width:
-                self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
-            offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
-            self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
-            self._pages.append(page)
+            self._add(page)
+
+    def _add(self, page: np.ndarray) -> None:
+        at, width = len(self._pages), self._table.shape[2]
+        if at == width:
+            self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
+        offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
+        self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
+        self._pages.append(page)
+
+    def share(self, start: int, stop: int) -> list[np.ndarray]:
+        """Return the pages of some tokens that were read, for another text; both are multiples of `PAGE`."""
+        return self._pages[start // PAGE : stop // PAGE]
+
+    def adopt(self, tokens: Many[int], pages: Many[np.ndarray]) -> None:
+        """Go on with whole pages of tokens that another text has read, after what this one has read itself."""
+        self.tokens += tokens
+        for page in pages:
+            self._add(page)
 
     def put(self, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write keys and values of the next tokens, (tokens, heads, width); `length` stays as it is."""
@@ -192,8 +220,8 @@ class NativeModel:
         )
         with self._lock.acquire():
             out = self._decoder.run(x, texts)
-        for sequence in sequences:
-            sequence.length += 1
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.tokens.append(token)
         return self._cap_logits(out) if self._decoder.has_head else self._logits(out)
 
     def _tokens(self, ids: Many[int]) -> np.ndarray:
@@ -277,7 +305,7 @@ class NativeModel:
             gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
             added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
             x = x + self._norm(added, layer.get("feed_norm"))
-        sequence.length += len(tokens)
+        sequence.tokens += tokens.tolist()
         return self._norm(x, self._final_norm)
 
     def _project(self, layer: dict[str, Any], x: np.ndarray, names: Many[str], shares: Many[int]) -> list[np.ndarray]:

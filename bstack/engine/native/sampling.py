@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,7 +16,11 @@ __all__ = ["Generation", "Sampler", "Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: the likeliest one, or drawn. The options below `do_sample` need it, but for the last."""
+    """How tokens are chosen: the likeliest one, or drawn. The options from `temperature` to `min_p` are for drawing.
+
+    `presence_penalty` lowers the logits of tokens that the new text has, `frequency_penalty` once for each time, and `bias` gives
+    what is added to logits, by the token.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -23,6 +28,9 @@ class Sampling:
     top_p: float | None = 1.0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class Sampler:
         self._random = np.random.default_rng(seed) if sampling.do_sample else None  # takes time to import
         self._occurred = np.zeros(vocabulary, bool)
         self._occurred[[token for token in prompt if token < vocabulary]] = True
+        self._written: Counter[int] = Counter()
 
     def choose(self, logits: np.ndarray) -> int:
         """Return the next token of a text with these logits, float32, shape (vocabulary,)."""
@@ -129,15 +138,21 @@ class Sampler:
         else:
             token = int(logits.argmax())
         self._occurred[token] = True
+        self._written[token] += 1
         return token
 
     def _penalised(self, logits: np.ndarray) -> np.ndarray:
-        penalty = np.float32(self._sampling.repetition_penalty)
-        if penalty == 1:
+        own = self._sampling
+        penalty = np.float32(own.repetition_penalty)
+        if penalty == 1 and not (own.presence_penalty or own.frequency_penalty or own.bias):
             return logits
         found = logits.copy()
         score = found[self._occurred]
         found[self._occurred] = np.where(score < 0, score * penalty, score / penalty)
+        for token, count in self._written.items():
+            found[token] -= own.presence_penalty + own.frequency_penalty * count
+        for token, added in own.bias.items():
+            found[token] += added
         return found
 
 

@@ -1,0 +1,1 @@
+"""Serve a model over HTTP, as OpenAI's API does: `server.serve`."""

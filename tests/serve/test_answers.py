@@ -1,0 +1,146 @@
+"""Thoughts and calls of tools in an answer, whole and in every way that it can come in pieces."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from bstack.engine.native.sampling import Sampling
+from bstack.serve.answers import Answer
+from bstack.serve.requests import ApiError, _messages, _tools
+from bstack.serve.scheduler import Piece
+
+CALL = '{"name": "weather", "arguments": {"city": "Köln"}}'
+ARGUMENTS = '{"city": "Köln"}'
+
+
+def joined(parts):
+    """Text by its field, and calls as (name, arguments)."""
+    found = {"reasoning_content": "", "content": "", "calls": []}
+    for part in parts:
+        for field in ("reasoning_content", "content"):
+            found[field] += part.get(field, "")
+        found["calls"] += [
+            (call["function"]["name"], call["function"]["arguments"]) for call in part.get("tool_calls", ())
+        ]
+    return tuple(found.values())
+
+
+ANSWERS = [
+    ("Hello <b>.", False, ("", "Hello <b>.", [])),
+    ("<think>\nfirst\n</think>\n\nHello", False, ("first\n", "Hello", [])),
+    ("first</think>\nHello", True, ("first", "Hello", [])),
+    ("<think>never ends", False, ("never ends", "", [])),
+    ("  \n<thin", False, ("", "  \n<thin", [])),
+    ("a <think>b</think>", False, ("", "a <think>b</think>", [])),
+    (f"<tool_call>\n{CALL}\n</tool_call>", False, ("", "", [("weather", ARGUMENTS)])),
+    (f"I look.\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", False,
+     ("", "I look.", [("weather", ARGUMENTS)] * 2)),
+    (f"<think>x</think><tool_call>{CALL}</tool_call>", False, ("x", "", [("weather", ARGUMENTS)])),
+    (CALL.replace("arguments", "parameters"), False, ("", "", [("weather", ARGUMENTS)])),
+    (f" [{CALL}, {CALL}]", False, ("", "", [("weather", ARGUMENTS)] * 2)),
+    (CALL.replace("weather", "other"), False, ("", CALL.replace("weather", "other"), [])),
+    ("{no json", False, ("", "{no json", [])),
+    ("[1, 2]", False, ("", "[1, 2]", [])),
+    ("[]", False, ("", "[]", [])),
+    ("<tool_call>{broken</tool_call> after", False, ("", "<tool_call>{broken</tool_call> after", [])),
+    (f"<tool_call>{CALL}", False, ("", "", [("weather", ARGUMENTS)])),
+    ("x <tool_cal", False, ("", "x <tool_cal", [])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "thinking", "expected"), ANSWERS)
+def test_an_answer_in_pieces(text, thinking, expected):
+    rng = random.Random(0)
+    for trial in range(40):
+        answer, parts, rest = Answer({"weather"}, thinking), [], text
+        while rest:
+            count = len(rest) if not trial else rng.randint(1, 1 if trial == 1 else 6)
+            parts += answer.add(rest[:count])
+            rest = rest[count:]
+        parts += answer.add("", last=True)
+        found = joined(parts)
+        assert found[0] == expected[0] and found[2] == expected[2] and answer.called == bool(expected[2])
+        assert found[1].strip() == expected[1].strip()
+
+
+def test_text_is_passed_on_at_once():
+    answer = Answer({"weather"})
+    assert joined(answer.add("Hello ")) == ("", "Hello ", [])
+    assert joined(answer.add("there <")) == ("", "there ", [])
+    assert joined(answer.add("b")) == ("", "<b", [])
+    assert joined(Answer().add(CALL)) == ("", CALL, [])  # nobody has named a tool
+
+
+def test_tools_and_calls_of_a_conversation():
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    assert _tools({"tools": [tool]}) == [tool]
+    assert _tools({"tools": [tool], "tool_choice": "none"}) is None is _tools({})
+    for wrong in ({"tools": "x"}, {"tools": [{"type": "x"}]}, {"tool_choice": "required"}, {"tool_choice": {}}):
+        with pytest.raises(ApiError):
+            _tools(wrong)
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+    said = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    said.append({"role": "tool", "content": "rain", "tool_call_id": "1"})
+    first, second = _messages({"messages": said})
+    assert first["tool_calls"][0]["function"]["arguments"] == json.loads(ARGUMENTS) and first["content"] == ""
+    assert second["tool_call_id"] == "1"
+    with pytest.raises(ApiError):
+        _messages({"messages": [{"role": "assistant", "content": None}]})
+
+
+class Scripted:
+    """A scheduler that writes what it is told to."""
+
+    def __init__(self, *pieces):
+        self.pieces = [Piece(piece) for piece in pieces] + [Piece("", end="stop")]
+        self.tokenizer = SimpleNamespace(
+            chat_template="{{ tools | tojson }}{{ messages | tojson }}",
+            special_tokens={},
+            encode=lambda text, special: self.seen.append(text) or [5, 6],
+            decode=lambda ids, special=False: "",
+        )
+        self.model = SimpleNamespace(
+            architecture=SimpleNamespace(vocabulary=10), generation=SimpleNamespace(sampling=Sampling())
+        )
+        self.longest, self.seen, self.stopping, self.idle = 100, [], False, 0.0
+
+    def job(self, ask, tell):
+        return SimpleNamespace(ask=ask, tell=tell, new=1, cached=0, first_token=None)
+
+    def submit(self, jobs):
+        for job in jobs:
+            for piece in self.pieces:
+                job.tell(piece)
+
+    def cancel(self, jobs):
+        pass
+
+    def stop(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_reaches_the_client(stream):
+    pytest.importorskip("prometheus_client", reason="the server needs it")
+    testclient = pytest.importorskip("starlette.testclient", reason="needs httpx", exc_type=Exception)
+    from bstack.serve.app import build
+    from bstack.serve.guard import Guard
+
+    scheduler = Scripted("<think>I", " see</think>", "Well. <tool", f"_call>{CALL}</tool_call>")
+    app = build(scheduler, SimpleNamespace(asleep=False), "m", Guard(None, ["testserver"], []))
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "stream": stream}
+    with testclient.TestClient(app) as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200 and '"weather"' in scheduler.seen[0]
+    if stream:
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [event["choices"][0]["delta"] for event in events]
+        end = events[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = answer.json()["choices"]
+        parts, end = [choice["message"]], choice["finish_reason"]
+    parts = [{name: value for name, value in part.items() if value} for part in parts]
+    assert joined(parts) == ("I see", "Well. ", [("weather", ARGUMENTS)]) and end == "tool_calls"

@@ -1,0 +1,138 @@
+"""The page, in Chromium."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="drives a browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
+WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    opened, faults = [], []
+
+    def begin(url=server.url, viewport=WIDE, scheme="light"):
+        page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+        page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else faults.append(asked.url))
+        page.goto(url)
+        opened.append(page)
+        return page
+
+    yield begin
+    for page in opened:
+        page.close()
+    assert not [fault for fault in faults if "401" not in fault], faults
+
+
+def ready(page, tokens="20"):
+    page.locator("#mb", has_text="MB").wait_for()
+    page.locator("#limit").evaluate(f"field => field.value = {tokens}")
+    return page
+
+
+def answered(page, count=1):
+    page.locator("#send", has_text="Send").wait_for()
+    answers = page.locator(".message.assistant")
+    sync_api.expect(answers).to_have_count(count)
+    return answers.nth(count - 1).locator(".text").inner_text()
+
+
+def test_a_conversation(open_page):
+    page = ready(open_page())
+    page.keyboard.type("the river")  # the field has the focus
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("the house")
+    page.keyboard.press("Enter")
+    assert answered(page)
+    assert page.locator(".message.user .text").inner_text() == "the river\nthe house"
+    assert re.search(r"[1-9]\d* of 1,024 tokens", page.inner_text("#context"))
+    page.click("text=Again")
+    assert answered(page)
+    page.fill("#prompt", "the town")
+    page.click("#send")
+    assert answered(page, 2)
+    page.locator("text=Edit").first.click()
+    page.locator(".edit").fill("the stone")
+    page.keyboard.press("Enter")
+    answered(page)
+    assert page.locator(".message.user .text").inner_text() == "the stone"
+    page.click("#new")
+    sync_api.expect(page.locator(".message")).to_have_count(0)
+
+
+def test_stopping_and_the_slider_while_a_text_runs(open_page):
+    page = ready(open_page(), "900")
+    full, cells = page.inner_text("#mb"), page.locator("#stack i.in").count()
+    page.fill("#prompt", "the river")
+    page.keyboard.press("Enter")
+    page.locator("#send", has_text="Stop").wait_for()
+    page.locator("#size").focus()
+    page.keyboard.press("Home")
+    sync_api.expect(page.locator("#stack i.in")).to_have_count(1)
+    page.keyboard.press("End")
+    sync_api.expect(page.locator("#stack i.in")).to_have_count(cells)
+    assert page.inner_text("#mb") == full
+    page.keyboard.press("Escape")
+    answered(page)
+
+
+def test_what_a_model_writes_is_text(open_page):
+    """Markdown becomes elements, and HTML stays text."""
+    page = ready(open_page())
+    raw = (
+        "# Head\n\nSome **bold** and `code` <img src=x onerror=alert(1)>\n\n- one\n- two\n\n```py\nprint('<b>')\n```\n"
+        "[good](https://example.org) [bad](javascript:alert(1))"
+    )
+    choice = {"index": 0, "delta": {"content": raw, "reasoning_content": "I <i>think</i>"}, "finish_reason": "stop"}
+    event = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(body=event, headers={"content-type": "text/event-stream"})
+    )
+    page.fill("#prompt", "x")
+    page.keyboard.press("Enter")
+    answered(page)
+    text = page.locator(".message.assistant .text")
+    for tag, count in (("h3", 1), ("strong", 1), ("li", 2), ("pre", 1), ("a", 1), ("img", 0), ("b", 0)):
+        sync_api.expect(text.locator(tag)).to_have_count(count)
+    text.locator("summary").click()
+    assert "I <i>think</i>" in text.inner_text()
+    assert "<img src=x" in text.inner_text() and "print('<b>')" in text.locator("pre").inner_text()
+
+
+def test_a_page_that_asks_for_a_key(open_page, start):
+    server = start("--api-key", "secret")
+    page = open_page(server.url)
+    page.fill("#key", "secret")
+    page.keyboard.press("Enter")
+    assert ready(page).inner_text("#name") == "tiny"
+    page.close()  # before its server ends
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_it_fits(open_page, viewport, scheme):
+    page = ready(open_page(viewport=viewport, scheme=scheme))
+    if viewport is NARROW:
+        page.click("#open")
+    for name in ("#size", "#stack", "#context", "#prompt", "#send", "#new"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"], name
+        assert box["y"] + box["height"] <= viewport["height"], name
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(re.search(r"\d+", ground)[0]) < 128) == (scheme == "dark")

@@ -1,0 +1,168 @@
+"""Several texts at a time: each as if it were alone."""
+
+import queue
+import random
+
+import pytest
+
+import bstack
+import bstk
+from bstack.engine.native.load import load
+from bstack.engine.native.sampling import Sampling
+from bstack.serve.prefixes import Prefixes
+from bstack.serve.scheduler import Ask, Busy, Scheduler, _Out
+
+
+@pytest.fixture(scope="module")
+def native(served_model):
+    return load(served_model)
+
+
+@pytest.fixture
+def scheduler(native):
+    made = []
+
+    def make(**options):
+        made.append(Scheduler(*native, **{"cache_bytes": 2**24, **options}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def submit(scheduler, *asks):
+    told = [queue.Queue() for _ in asks]
+    jobs = [scheduler.job(ask, one.put) for ask, one in zip(asks, told, strict=True)]
+    scheduler.submit(jobs)
+    return list(zip(jobs, told, strict=True))
+
+
+def text(told):
+    pieces = []
+    while not pieces or pieces[-1].end is None:
+        pieces.append(told.get(timeout=60))
+    return "".join(piece.text for piece in pieces), pieces[-1].end
+
+
+def asks(count, seed=0):
+    """Prompts of many lengths, some with the same beginning, greedy and drawn."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 200) for _ in range(300)]
+    for number in range(count):
+        own = [rng.randrange(3, 200) for _ in range(rng.choice([1, 7, 8, 9, 130]))]
+        ids = shared[: rng.choice([0, 128, 200, 300])] + own
+        draw = Sampling(do_sample=number % 3 == 0, temperature=1.5)
+        yield Ask(ids, rng.choice([1, 5, 40]), draw, seed=number)
+
+
+def test_a_text_is_the_same_whatever_else_runs(scheduler):
+    alone = scheduler(parallel=1)
+    wanted = [text(submit(alone, ask)[0][1]) for ask in asks(24)]
+    assert alone.found_tokens  # and whether its beginning was found
+    cold = [text(submit(scheduler(parallel=1), ask)[0][1]) for ask in list(asks(24))[::4]]
+    assert cold == wanted[::4]
+    busy = scheduler(parallel=6)
+    assert [text(told) for _, told in submit(busy, *asks(24))] == wanted
+    small = scheduler(parallel=6, cache_bytes=6 * busy.page_bytes * 8)
+    assert [text(told) for _, told in submit(small, *asks(24))] == wanted
+    assert small.prefixes.pages <= small.page_count
+
+
+def test_kept_prompts_are_those_of_the_size(scheduler, native, served_model):
+    model, _ = native
+    ask = Ask([(31 * number) % 190 + 5 for number in range(300)], 12, Sampling(), 0)
+    one = scheduler()
+    full = text(submit(one, ask)[0][1])
+    with bstk.open(served_model) as file:
+        model.bstack_store.resize(file.base.budget)
+    try:
+        ((job, told),) = submit(one, ask)
+        small = text(told)
+        assert job.cached == 0 and small == text(submit(scheduler(), ask)[0][1])
+    finally:
+        bstack.resize(model)
+    ((job, told),) = submit(one, ask)
+    assert text(told) == full and job.cached == 256
+
+
+def test_the_queue(scheduler):
+    one = scheduler(parallel=1, queue=2)
+    long = Ask([5] * 10, 800, Sampling(bias={2: -100.0}), 0)
+    jobs = submit(one, long, long, long)
+    with pytest.raises(Busy) as busy:
+        submit(one, long)
+    assert busy.value.seconds >= 1 and not busy.value.stopping
+    one.cancel([job for job, _ in jobs])
+    submit(one, Ask([5], 1, Sampling(), 0))[0][1].get(timeout=60)
+    assert one.ended["cancelled"] == 3
+    one.refuse()
+    with pytest.raises(Busy) as busy:
+        submit(one, long)
+    assert busy.value.stopping
+
+
+def test_room_for_keys_and_values(scheduler, native):
+    """No text begins without room for its longest, and one that could never begin is bounded."""
+    one = scheduler(parallel=8, cache_bytes=0)
+    assert one.longest == 64
+    one = scheduler(parallel=8)
+    one.page_count = 5
+    jobs = submit(one, *[Ask([5] * 60, 100, Sampling(bias={2: -100.0}), 0)] * 4)
+    for _, told in jobs:
+        assert sum(job.pages for job in one.running) <= 5
+        assert text(told)[1] == "length"
+
+
+def test_a_fault_ends_one_text(scheduler, native, monkeypatch):
+    model, _ = native
+    one = scheduler()
+    real = model.read
+    monkeypatch.setattr(model, "read", lambda text, ids: real(text, ids) if ids[0] != 99 else 1 / 0)
+    good, bad = submit(one, Ask([5, 6], 5, Sampling(), 0), Ask([99], 5, Sampling(), 0))
+    assert text(bad[1]) == ("division by zero", "error") and text(good[1])[1] in ("length", "stop")
+    assert not one.running and one.ended["error"] == 1
+
+
+def test_stopping_tells_every_text(scheduler):
+    one = scheduler(parallel=1)
+    jobs = submit(one, *[Ask([5] * 10, 900, Sampling(bias={2: -100.0}), 0)] * 3)
+    one.stop()
+    assert [text(told)[1] for _, told in jobs] == ["error"] * 3
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids, special=False):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [((), "abcabcd."), (("cab",), "ab"), (("abcd",), "abc"), (("abcd.x", "d."), "abcabc"), (("d.x",), "abcabcd.")],
+)
+def test_stop_strings_are_never_told(stops, expected):
+    out, found = _Out(Letters(), stops), ""
+    for letter in "abcabcd.":
+        piece, ended = out.add(ord(letter))
+        found += piece
+        assert expected.startswith(found)
+        if ended:
+            break
+    else:
+        found += out.rest()
+    assert found == expected
+
+
+def test_prefixes_that_were_used_last_stay():
+    kept, ids = Prefixes(), list(range(100))
+    keys = [Prefixes.first(1)]
+    for start in range(0, 90, 10):
+        keys.append(Prefixes.next(keys[-1], ids[start : start + 10]))
+        kept.keep(keys[-1], [start])
+    assert [pages[0] for pages in kept.find(1, ids, 10)] == list(range(0, 90, 10))
+    assert len(kept.find(1, ids[:90], 10)) == 8  # one token is left to read
+    assert kept.find(2, ids, 10) == [] and len(kept.find(1, [*ids[:35], 0, *ids[36:]], 10)) == 3
+    kept.shrink(4)
+    assert len(kept.find(1, ids, 10)) == 4 and kept.pages == 4

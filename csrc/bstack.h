@@ -64,7 +64,7 @@ void bstack_rotate(float *x, int tokens, int columns);
 void bstack_unrotate(float *x, int tokens, int columns);
 
 /* Exact chunks (SPEC.md), coded some rows at a time, from the first to the last. `stop` and `count` are those of decoding and of
- * counting; `low` and `escape` are followed by 3 bytes that may be read. */
+ * counting; `low` and `escape` are followed by 4 bytes of the caller's. */
 enum { BSTACK_CLASSES = 64 };
 struct bstack_exact {
     int32_t columns, trailing;

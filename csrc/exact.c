@@ -76,7 +76,7 @@ int bstack_exact_decode(struct bstack_exact *state, const float *p, const uint8_
                     out[start + j] = w;
                     continue;
                 }
-                uint32_t low; /* k is at most 22, and 4 bytes hold 25 bits from any bit of the first */
+                uint32_t low; /* 4 bytes hold 25 bits from any bit of the first, and k is at most 22 */
                 memcpy(&low, state->low + state->bits / 8, 4);
                 low = low >> state->bits % 8 & ((1u << k) - 1u);
                 state->bits += (size_t)k;

@@ -17,7 +17,7 @@ from bstk.kinds import EXACT_CLASSES, exact_head, exact_low_bits
 __all__ = ["Remainder", "code"]
 
 ESCAPE = -128
-PADDING = bytes(3)  # that the kernels may read after the low bits
+PADDING = bytes(4)  # that the kernels may read after the low bits
 _BYTES = np.array([0, 8, 16, 24], np.uint32)
 
 

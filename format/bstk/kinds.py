@@ -90,7 +90,7 @@ class Kind:
 
 def _file(shape: tuple[int, ...], dtype: str, rank: int) -> Length:
     if shape or dtype != "none" or rank:
-        raise ValueError(f"a file, or a part of one, has no shape, dtype or rank, found {shape}, {dtype}, {rank}")
+        raise ValueError(f"a file has no shape, dtype or rank, found {shape}, {dtype}, {rank}")
     return None
 
 

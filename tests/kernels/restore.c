@@ -15,7 +15,7 @@ static uint32_t word(void) {
 }
 
 static uint8_t *bytes(size_t length) {
-    uint8_t *data = calloc(length + 3, 1);
+    uint8_t *data = calloc(length + 4, 1);
     if (fread(data, 1, length, stdin) != length) exit(2);
     return data;
 }

@@ -118,6 +118,19 @@ def test_noise_and_constants_come_back(dtype):
         assert np.array_equal(restore(stack, b"".join(encode(stack, bits, dtype)), dtype), bits)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_right_prediction_leaves_symbols_alone(native, monkeypatch):
+    """No low bits and no escaped weights: nothing follows the symbols."""
+    if not native:
+        monkeypatch.setattr(exact, "library", lambda: None)
+    for shape in ((1, 1), (2, 1)):
+        stack = stack_of(*shape, STACKS[0])
+        bits = to_bits(predict(stack), "bf16")
+        parts = encode(stack, bits, "bf16")
+        assert not any(parts[-5:])
+        assert np.array_equal(restore(stack, b"".join(parts), "bf16"), bits)
+
+
 def test_blocks_of_zeros_and_infinite_scales():
     for scale in (0.0, np.inf, np.nan):
         raw = bytes(40 * 12) + np.full(36, scale, "<f2").tobytes()

@@ -59,7 +59,7 @@ def page(found: list[tuple[str, str, str]]) -> str:
     for outcome in outcomes[1:]:
         text += f"\n## {outcome.capitalize()}\n\n| model type | why |\n|---|---|\n"
         for kind, detail in of(outcome):
-            text += f"| `{kind}` | {detail.removeprefix('model ').replace('|', '/').replace('<', '&lt;').replace('`', '')} |\n"
+            text += f"| `{kind}` | {detail.replace('|', '/').replace('<', '&lt;').replace('`', '')} |\n"
     return text
 
 

@@ -130,7 +130,7 @@ def write_text(
             write(text)
 
     check_ids(ids, model.get_input_embeddings().weight.shape[0], tokenizer, "the prompt")
-    plain_outputs(model)  # only the text is asked for
+    restore = plain_outputs(model)  # only the text is asked for
     torch.manual_seed(seed)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     interrupted = False
@@ -153,6 +153,8 @@ def write_text(
         raise UnsupportedModelError(
             f"the model cannot be run as its files say: {type(error).__name__}: {one_line(error)}"
         ) from error
+    finally:
+        restore()
     new = max(0, len(times) - 1)
     return Written(
         "".join(pieces),

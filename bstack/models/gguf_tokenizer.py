@@ -52,7 +52,7 @@ def _split(tokenizer: Any, pre: Any, shown: str) -> None:
             ModelWarning,
             stacklevel=5,
         )
-        steps = [words]
+        steps: list[Any] = [words]
     elif pre in _GPT2:
         steps = [words]
     elif pre in _DIGITS:

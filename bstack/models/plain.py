@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["endless", "plain_generation", "plain_outputs"]
 
 
-def plain_outputs(model: Any) -> None:
+def plain_outputs(model: Any) -> Callable[[], None]:
     """Let a model's forward pass return logits in an object, whatever else its configuration asks for.
 
     Fields of the configuration that begin with ``output_`` add attentions, hidden states or losses of routers;
-    ``return_dict`` false turns the object into a tuple.
+    ``return_dict`` false turns the object into a tuple. Returns a function that gives the configurations back what they had.
     """
     from transformers import PreTrainedConfig
 
+    before: list[tuple[Any, str, bool]] = []
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     for config in configs.values():
         if not isinstance(config, PreTrainedConfig):
             continue
-        config.return_dict = True
-        for name in [name for name in vars(config) if name.lstrip("_").startswith("output_")]:
-            if isinstance(getattr(config, name), bool):
-                setattr(config, name, False)
+        names = [name for name in vars(config) if name.lstrip("_").startswith("output_")]
+        before += [(config, name, value) for name in names if isinstance(value := getattr(config, name), bool)]
+        before.append((config, "return_dict", config.return_dict))
+    for config, name, _ in before:
+        setattr(config, name, name == "return_dict")
+
+    def restore() -> None:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+    return restore
 
 
 def plain_generation(model: Any) -> None:

@@ -124,6 +124,19 @@ def test_options_that_transformers_refuses_are_the_callers(original, options):
         written(*original, {}, do_sample=True, **options)
 
 
+def test_what_the_caller_asks_of_outputs_stays(original):
+    model, _ = original
+    asked = {"output_hidden_states": True, "return_dict": False}
+    plain = written(*original, {}, do_sample=False)
+    try:
+        for name, value in asked.items():
+            setattr(model.config, name, value)
+        assert written(*original, {}, do_sample=False) == plain
+        assert {name: getattr(model.config, name) for name in asked} == asked
+    finally:
+        model.config.output_hidden_states, model.config.return_dict = False, True
+
+
 def test_an_id_beyond_the_embedding(original):
     model, tokenizer = original
     longer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)

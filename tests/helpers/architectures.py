@@ -153,9 +153,9 @@ def make(config: PreTrainedConfig, seed: int = 0) -> Any:
     return model.eval()
 
 
-# Tokens of a trial: enough for the cheapest calibration, and for logits of two texts.
+# Tokens of a trial: enough for the cheapest calibration, and for logits of two texts of more than two windows.
 SETTINGS = bstack.Settings(planes=3, samples=2, sequence_length=16)
-IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
 class Found(NamedTuple):
@@ -184,15 +184,15 @@ def try_out(kind: str, folder: Path) -> Found:
         return no_progress(stage, total)
 
     try:
-        make(tiny_config(kind)).save_pretrained(folder / "model")
-        original = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        make(tiny_config(kind)).save_pretrained(folder / kind)
+        original = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32)
         usable = bool(logits(original).isfinite().all())
     except Exception as error:
         return Found(kind, "not tried", _words(error))
     if not usable:
         return Found(kind, "not tried", "the tiny model computes NaN")
     try:
-        bstack.compress(folder / "model", folder / "out.bstk", settings=SETTINGS, progress=progress)
+        bstack.compress(folder / kind, folder / "out.bstk", settings=SETTINGS, progress=progress)
         dense, _ = bstack.load(folder / "out.bstk")
         packed, _ = bstack.load(folder / "out.bstk", mode="packed")
         with bstk.open(folder / "out.bstk") as file:
@@ -203,9 +203,9 @@ def try_out(kind: str, folder: Path) -> Found:
         lost = max(_error(weights[name], value) for name, value in original.state_dict().items())
         original.load_state_dict(weights)
         found = {  # and the maximum
-            "weights": (lost, 0.25),
+            "weights": (lost, 0.15),
             "dense": (_distance(expected, logits(original)), 1e-4),
-            "packed": (_distance(logits(packed), expected), 1e-2),
+            "packed": (_distance(logits(packed), expected, "expert" in " ".join(weights)), 1e-3),
             "exported": (_distance(logits(exported), expected), 1e-4),
         }
         wrong = [f"{name}: an error of {error:.2g}" for name, (error, limit) in found.items() if not error < limit]
@@ -213,7 +213,7 @@ def try_out(kind: str, folder: Path) -> Found:
         packed.generate(IDS[:1, :3], attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, **settings)
         store_of(packed).close()
     except bstk.BstkError as error:
-        return Found(kind, "refused" if stages == ["open"] else "fails", str(error))
+        return Found(kind, "refused" if stages == ["open"] else "fails", str(error.args[0]))
     except Exception as error:
         return Found(kind, "fails", f"after {stages[-1]}: {_words(error)}")
     if wrong:
@@ -226,10 +226,13 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.double()
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative error of logits, the median over the positions: a token between two experts may go to the other one."""
+def _distance(a: torch.Tensor, b: torch.Tensor, experts: bool = False) -> float:
+    """Relative error of logits, the largest of all positions; of models with experts that of most.
+
+    With rounded weights a token that is between two experts may go to the other one.
+    """
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten().quantile(0.7 if experts else 1.0))
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

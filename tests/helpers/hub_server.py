@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,11 +13,12 @@ COMMIT = "c" * 40
 
 
 class HubServer:
-    """Serve a folder as the model ``owner/name``; `fetched` has the names of the files that were read."""
+    """Serve a folder as the model ``owner/name``, ranges too; `fetched` has the names of the files that were read."""
 
     def __init__(self, folder: Path):
         hub = self
         self.fetched: list[str] = []
+        self.sent = 0  # bytes of them
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -44,11 +46,17 @@ class HubServer:
                 elif path.startswith("api/"):
                     found = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
                     self.answer(json.dumps(found).encode(), **{"Content-Type": "application/json"})
-                elif (name := path.removeprefix(f"owner/name/resolve/{COMMIT}/")) in files:
+                elif (name := re.sub(f"^owner/name/resolve/({COMMIT}|main)/", "", path)) in files:
                     body = (folder / name).read_bytes()
+                    headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
+                    if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(body))
+                        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+                        body = body[start:stop]
                     if self.command == "GET":
                         hub.fetched.append(name)
-                    self.answer(body, ETag=f'"{hashlib.sha256(body).hexdigest()}"')
+                        hub.sent += len(body)
+                    self.answer(body, 206 if asked else 200, **headers)
                 else:
                     self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
 

@@ -12,6 +12,7 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
+from bstack.cli._forecast import forecast
 from bstack.cli._text import megabytes
 from bstk.errors import Interrupted
 
@@ -105,9 +106,12 @@ def command(
     The weights stay packed in memory: a budget of 80 MB takes 80 MB, and a little more for activations. The text goes to
     standard output as it is written, everything else to standard error. Ctrl-C ends the text (exit code 75).
 
+    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models.
+
     \b
     Example:
       bstack run model.bstk --mb 80 --chat -p "What is a prime number?"
+      bstack run hf://owner/repository -p "What is a prime number?"
     """
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -184,8 +188,13 @@ def _load(
     allowed: dict[str, Any],
 ) -> tuple[Any, Any, bool]:
     """Load the model within the budget, or without one within what is free; return whether the native engine runs it."""
+    from bstack.packed.autosize import free_budget
+
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
+        first = budget if isinstance(budget, int) else free_budget()[0]
+        if bstk.is_url(file) and not quiet and (first is None or first > 0):
+            log(forecast(reader, first))
     settings: dict[str, Any] = {
         "strict": strict,
         "warn": False,

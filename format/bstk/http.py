@@ -236,7 +236,9 @@ class HttpSource:
             raise RemoteError(f"{self.name}: the repository has no .bstk file.", hint="Check the name.", missing=True)
         listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if names[MAX_LISTED:] else "")
         hint = f"Name one, such as {self.name.rstrip('/')}/{names[0]}."
-        raise RemoteError(f"{self.name}: the repository has {len(names)} .bstk files: {listed}.", hint=hint, missing=True)
+        raise RemoteError(
+            f"{self.name}: the repository has {len(names)} .bstk files: {listed}.", hint=hint, missing=True
+        )
 
     def _listing(self, place: HubPlace) -> Any:
         """Return what the hub says of a repository."""
@@ -252,7 +254,9 @@ class HttpSource:
         try:
             return json.loads(text)
         except ValueError:
-            raise RemoteError(f"{self.name}: the server's list of files cannot be read.", hint="Name the file.") from None
+            raise RemoteError(
+                f"{self.name}: the server's list of files cannot be read.", hint="Name the file."
+            ) from None
 
     def _piece(self, offset: int, stop: int) -> bytes:
         """Return at least one byte at `offset`, from a request that continues to `stop`; nothing of an empty file."""

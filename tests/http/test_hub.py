@@ -59,7 +59,7 @@ def test_no_such_repository_or_revision(hub):
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", json.dumps({"siblings": [{"rfilename": 1}, 2]}).encode()])
 def test_an_answer_that_is_no_list(serve, monkeypatch, answer):
     monkeypatch.setenv("HF_ENDPOINT", serve(answer).base)
-    with pytest.raises(bstk.RemoteError, match="cannot be read|has no"):
+    with pytest.raises(bstk.RemoteError, match=r"cannot be read|has no"):
         bstk.open("hf://owner/name")
 
 

@@ -6,7 +6,8 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table
+from bstack.cli._text import curve_table
+from bstack.hub.curve import curve
 from bstk.atomic import require_free
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes
 from bstack.errors import printable
@@ -14,13 +17,17 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of
 @click.command("export")
 @_common.place_argument
 @click.option(
-    "--to", "form", type=click.Choice(["safetensors"]), default="safetensors", help="What to write: safetensors."
+    "--to",
+    "form",
+    type=click.Choice(["safetensors", "transformers"]),
+    default="safetensors",
+    show_default=True,
+    help="safetensors: a folder with dense weights, for any program; transformers: one with packed weights, for programs that "
+    "import bstack.",
 )
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @_common.mb_option(required=False, help="Export the best model of at most N megabytes; by default all of FILE.")
-@click.option(
-    "--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Type of the weights."
-)
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Type of dense weights; bf16 by default.")
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -31,25 +38,29 @@ def command(
     form: str,
     folder: str,
     budget: int | None,
-    dtype: str,
+    dtype: str | None,
     trust_remote_code: bool,
     code: str | None,
     strict: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the model in FILE as a plain transformers folder, with dense weights, for programs that do not know bstack.
+    """Write the model in FILE for other programs.
 
-    DIR receives the configuration, the tokenizer and the weights as safetensors, large ones in several files. It must be
-    empty or not exist, and appears whole or not at all. The weights take the memory of the original with any budget: --mb
-    decides their quality. One layer at a time is in memory.
+    With --to safetensors, DIR receives the configuration, the tokenizer and dense weights, large ones in several files, for
+    programs that do not know bstack. The weights take the memory of the original with any budget: --mb decides their quality.
+    One layer at a time is in memory.
 
-    From a URL only the blocks within the budget are fetched.
+    With --to transformers, DIR receives a cut of FILE in place of dense weights. After "import bstack", transformers'
+    from_pretrained loads it with packed weights; docs/guide.md shows how.
+
+    DIR must be empty or not exist, and appears whole or not at all. From a URL only the blocks within the budget are fetched.
 
     \b
     Example:
       bstack export model.bstk --to safetensors model/
       bstack export model.bstk --to safetensors small/ --mb 3000 --dtype fp16
+      bstack export model.bstk --to transformers packed/ --mb 3000
     """
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
         cut = reader.fit(budget=budget)
@@ -57,39 +68,54 @@ def command(
         from bstack.folders import check_free
 
         check_free(folder)
-        import torch
-
-        from bstack.engine.export import export_safetensors
-
-        total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
-        with _progress.transferred(reader, total, "export", quiet) as advance, _common.model_warnings(quiet):
-            done = export_safetensors(
-                reader,
-                folder,
-                budget=budget,
-                dtype=getattr(torch, _DTYPES[dtype]),
-                trust_remote_code=trust_remote_code,
-                code=code,
-                progress=advance,
-            )
+        if form == "transformers":
+            if dtype is not None:
+                raise click.UsageError(
+                    "--dtype is the type of dense weights, and --to transformers writes packed ones."
+                )
+            result = _packed(reader, folder, budget, cut, quiet)
+        else:
+            allowed = {"trust_remote_code": trust_remote_code, "code": code}
+            result = _dense(reader, folder, budget, cut, dtype or "bf16", allowed, quiet)
         bits = reader.bits_per_weight(cut)
     if as_json:
-        _common.print_json(
-            "bstack.export/1",
-            {
-                "input": reader.source.name,
-                "output": folder,
-                "dtype": dtype,
-                "parameters": done.parameters,
-                "weight_bytes": done.weight_bytes,
-                "files": done.files,
-                "code": done.code,
-                "cut": {**cut._asdict(), "bits_per_weight": bits},
-            },
-        )
+        about = {"input": reader.source.name, "output": folder, "to": form}
+        _common.print_json("bstack.export/1", {**about, **result, "cut": {**cut._asdict(), "bits_per_weight": bits}})
         return
-    click.echo(f"{printable(folder)}: {len(done.files)} files, {megabytes(done.weight_bytes)} of weights as {dtype}")
+    weights = f"{megabytes(result['weight_bytes'])} of weights" if form == "safetensors" else "packed weights"
+    words = f" as {result['dtype']}" if form == "safetensors" else ""
+    click.echo(f"{printable(folder)}: {len(result['files'])} files, {weights}{words}")
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
     click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
-    if done.code:
-        click.echo(f"  copy its Python code there: {printable(', '.join(done.code))}")
+    if result.get("code"):
+        click.echo(f"  copy its Python code there: {printable(', '.join(result['code']))}")
+
+
+def _packed(reader: bstk.Reader, folder: str, budget: int | None, cut: bstk.Cut, quiet: bool) -> dict[str, Any]:
+    from bstack.engine.folder import export_packed
+
+    with _progress.transferred(reader, cut.file_bytes, "export", quiet) as advance:
+        _, files = export_packed(reader, folder, budget=budget, progress=advance)
+    return {"files": files}
+
+
+def _dense(
+    reader: bstk.Reader,
+    folder: str,
+    budget: int | None,
+    cut: bstk.Cut,
+    dtype: str,
+    allowed: dict[str, Any],
+    quiet: bool,
+) -> dict[str, Any]:
+    import torch
+
+    from bstack.engine.export import export_safetensors
+
+    total = sum(chunk.stored_length for chunk in reader.chunks[: cut.chunks] if chunk.is_weight)
+    with _progress.transferred(reader, total, "export", quiet) as advance, _common.model_warnings(quiet):
+        done = export_safetensors(
+            reader, folder, budget=budget, dtype=getattr(torch, _DTYPES[dtype]), progress=advance, **allowed
+        )
+    numbers = {"parameters": done.parameters, "weight_bytes": done.weight_bytes}
+    return {"dtype": dtype, **numbers, "files": done.files, "code": done.code}

@@ -97,8 +97,13 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def _is_tied(*_args: Any, **_kwargs: Any) -> None:
+    """Do nothing: packed weights are tied already."""
+
+
 def _tie(model: Any, shown: str) -> None:
-    """Tie parameters; then none may be missing."""
+    """Tie parameters, once and for all; then none may be missing."""
+    model.tie_weights = _is_tied  # transformers' own looks for parameters
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         target_owner, target_leaf = _owner(model, target, shown)
         source_owner, source_leaf = _owner(model, source, shown)

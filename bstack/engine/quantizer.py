@@ -113,7 +113,11 @@ class BstackQuantizer(HfQuantizer):
         del model._keys_to_ignore_on_load_missing, self._plain
         model.requires_grad_(False)
         with self._stack as stack:
-            settings: dict[str, Any] = {"budget": self._budget, "fetched": self._fetched, "fused": self.quantization_config.fused}
+            settings: dict[str, Any] = {
+                "budget": self._budget,
+                "fetched": self._fetched,
+                "fused": self.quantization_config.fused,
+            }
             attach(model, self._file, self._matrices, self._lock, self._backend, stack, **settings)
         return model
 

@@ -81,6 +81,17 @@ def test_a_repository_on_the_hub_gives_the_budget_alone(hub, folder, tiny):
     assert PLACEHOLDER in server.fetched and "tiny.bstk" in server.fetched
 
 
+def test_settings_in_the_configuration(folder, tiny, tmp_path):
+    copy, mb = shutil.copytree(folder, tmp_path / "copy"), budgets(tiny)[1]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bstack", "mb": mb}})
+    )
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    model.tie_weights()  # as lm-eval does
+    assert torch.equal(logits(model), logits(load(folder, mb=mb)))
+
+
 @pytest.mark.parametrize("first", ["bstack", "transformers.quantizers.auto"])
 def test_the_order_of_imports_does_not_matter(folder, first):
     code = (

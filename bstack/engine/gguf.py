@@ -115,12 +115,10 @@ def export_gguf(
         # Tensors wait in a file until the header, which names all of them, is written.
         writer = gguf.GGUFWriter(temporary, family, use_temp_file=True)
         try:
-            _add_configuration(
-                writer, config, model, kind, str((file.metadata.get("model") or {}).get("name") or "model")
-            )
+            _add_configuration(writer, model, kind, str((file.metadata.get("model") or {}).get("name") or "model"))
             if tokenizer is not None:
                 _add_tokenizer(writer, file, tokenizer, config, model.vocabulary)
-            _add_rotary_factors(writer, config, model, family, shown)
+            _add_rotary(writer, config, model, family, shown)
             names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), model.layers)
             missing = set(model.shapes())
             for name, tensor in dense_weights(file, chunks, skeleton, torch.float32):
@@ -159,7 +157,7 @@ def _check(config: dict[str, Any], model: Architecture) -> Architecture:
     return model
 
 
-def _add_configuration(writer: Any, config: dict[str, Any], model: Architecture, kind: str, name: str) -> None:
+def _add_configuration(writer: Any, model: Architecture, kind: str, name: str) -> None:
     import gguf
 
     writer.add_name(name)
@@ -176,23 +174,27 @@ def _add_configuration(writer: Any, config: dict[str, Any], model: Architecture,
     writer.add_value_length(model.head_width)
     writer.add_rope_dimension_count(model.head_width)
     writer.add_layer_norm_rms_eps(model.epsilon)
-    writer.add_rope_freq_base(float(config["rope_parameters"]["rope_theta"]))
 
 
-def _add_rotary_factors(writer: Any, config: dict[str, Any], model: Architecture, family: str, shown: str) -> None:
-    """Write by what the usual frequencies are divided, where a model's are others."""
-    (rope,) = model.rotary
-    base = float(config["rope_parameters"]["rope_theta"])
-    usual = 1 / base ** (np.arange(0, model.head_width, 2) / model.head_width)
-    divisors = (usual / rope.frequencies).astype(np.float32)
-    if rope.factor == 1 and np.allclose(divisors, 1, rtol=1e-6):
-        return
-    if rope.factor != 1 or family != "llama":
-        kind = config["rope_parameters"].get("rope_type")
+def _add_rotary(writer: Any, config: dict[str, Any], model: Architecture, family: str, shown: str) -> None:
+    """Write the scaling of rotary positions; beyond the usual and the linear one, by what frequencies are divided."""
+    import gguf
+
+    parameters = config["rope_parameters"]
+    kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    writer.add_rope_freq_base(base)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(parameters["factor"]))
+    elif kind == "llama3" and family == "llama":
+        (rope,) = model.rotary
+        usual = 1 / base ** (np.arange(0, model.head_width, 2) / model.head_width)
+        # Rounded, because frequencies that stay as they are must be divided by 1.
+        writer.add_tensor("rope_freqs.weight", np.round(usual / rope.frequencies, 5).astype(np.float32))
+    elif kind not in ("default", "dynamic"):  # of the latter only texts beyond the context differ
         raise UnsupportedModelError(
             f"{shown}: no GGUF file is made of it: its rotary positions are of kind {kind!r}.", hint=_ADVICE
         )
-    writer.add_tensor("rope_freqs.weight", divisors)
 
 
 def _add_tokenizer(
@@ -216,9 +218,8 @@ def _add_tokenizer(
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
         words.append((token["id"], token["content"], kind))
     for number, text, kind in words:
-        if not 0 <= number < vocabulary:
-            raise UnsupportedModelError(f"{shown}: its tokenizer has the token {number}, but the model {vocabulary}.")
-        tokens[number], types[number] = text, kind
+        if 0 <= number < vocabulary:  # others the model cannot read
+            tokens[number], types[number] = text, kind
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)

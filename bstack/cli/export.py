@@ -94,14 +94,14 @@ def command(
         about = {"input": reader.source.name, "output": output, "to": form}
         _common.print_json("bstack.export/1", {**about, **result, "cut": {**cut._asdict(), "bits_per_weight": bits}})
         return
-    words = {
+    forms = {
         "safetensors": "{} files, {} of weights as {}",
         "transformers": "{} files, with packed weights",
         "gguf": "{1} of weights as {2}",
-    }[form]
+    }
     size = megabytes(result.get("weight_bytes", 0))
-    about = words.format(len(result["files"]), size, result.get("dtype") or result.get("type"))
-    click.echo(f"{printable(output)}: {about}")
+    what = forms[form].format(len(result["files"]), size, result.get("dtype") or result.get("type"))
+    click.echo(f"{printable(output)}: {what}")
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
     click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
     if result.get("code"):

@@ -31,3 +31,12 @@ def __getattr__(name: str) -> Any:
         globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register() -> None:
+    from bstack.engine.registry import register
+
+    register()
+
+
+_register()

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
+from hub_client import hub  # noqa: F401 (fixture)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ FLOORS = [
     ["bstack.calibration", "bstack.packed"],
     ["bstack.eval"],
     ["bstack.compression", "bstack.engine"],
-    ["bstack.bench", "bstack.serve"],
+    ["bstack.bench", "bstack.hub", "bstack.serve"],
     ["bstack.cli"],
     ["bstack", "bstack.__main__"],
 ]

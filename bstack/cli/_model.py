@@ -13,6 +13,7 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
+from bstack.cli._forecast import forecast
 from bstack.cli._text import megabytes
 
 AUTO = "auto"
@@ -161,8 +162,14 @@ def load_model(
     allowed: dict[str, Any],
 ) -> Loaded:
     """Load a model that writes text, within the budget, or without one within what is free, for one of the engines."""
+    from bstack.packed.autosize import free_budget
+
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
+        if bstk.is_url(file) and not quiet:
+            first = budget if isinstance(budget, int) else free_budget()[0]
+            if first is None or first > 0:
+                log(forecast(reader, first))
     settings: dict[str, Any] = {
         "strict": strict,
         "warn": False,

@@ -84,15 +84,6 @@ def original_fields(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def curve(metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the measured points, smallest file first; points without a size are left out."""
-    points = metadata.get("quality")
-    if not isinstance(points, list):
-        return []
-    sized = [point for point in points if isinstance(point, dict) and isinstance(point.get("file_bytes"), int)]
-    return sorted(sized, key=lambda point: point["file_bytes"])
-
-
 def curve_table(points: list[dict[str, Any]], *, cut: int | None = None, here: int | None = None) -> str:
     """Return the curve as a table: > at the largest file of at most `cut` bytes, - at every file of more than `here`."""
     # The known columns in their order, then what else was measured.

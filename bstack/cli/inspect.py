@@ -10,8 +10,9 @@ import click
 
 import bstk
 from bstack.cli import _common
-from bstack.cli._text import curve, curve_table, fields, megabytes, number, original_fields, table
+from bstack.cli._text import curve_table, fields, megabytes, number, original_fields, table
 from bstack.errors import printable
+from bstack.hub.curve import curve
 from bstk.kinds import outlier_count, spqr_form, spqr_parts
 
 _SIZES = 8  # rows of the table of cuts

@@ -54,9 +54,12 @@ def command(
     The weights stay packed in memory: a budget of 80 MB takes 80 MB, and a little more for activations. The text goes to
     standard output as it is written, everything else to standard error. Ctrl-C ends the text (exit code 75).
 
+    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models.
+
     \b
     Example:
       bstack run model.bstk --mb 80 --chat -p "What is a prime number?"
+      bstack run hf://owner/repository -p "What is a prime number?"
     """
     log = _model.logger(quiet)
     options = {**_model.sampling(sampling), "max_new_tokens": max_new_tokens}

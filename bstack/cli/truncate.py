@@ -6,7 +6,8 @@ import click
 
 import bstk
 from bstack.cli import _common, _progress
-from bstack.cli._text import curve, curve_table
+from bstack.cli._text import curve_table
+from bstack.hub.curve import curve
 from bstk.atomic import require_free
 
 
@@ -38,7 +39,7 @@ def command(
     The cut is the first part of IN; nothing is computed. It is sealed: its length is written into it, which distinguishes
     a cut from a transfer that broke off. With --no-seal, an unsealed IN is cut as "head -c" does.
 
-    From a URL (https:// or hf://OWNER/REPO/FILE) only the cut is fetched. What has arrived is kept in OUT.part, and the
+    From a URL (https:// or hf://OWNER/REPO[/FILE]) only the cut is fetched. What has arrived is kept in OUT.part, and the
     same command continues there. A budget above the size of the file fetches all of it.
 
     An existing OUT is replaced only with --force. This is checked when the command starts and when all is written.

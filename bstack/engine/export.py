@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import torch
 import bstk
 from bstack.engine.container import DTYPES, build_model, dense_weights, embedded_files
 from bstack.engine.exact import write_originals
+from bstack.engine.folder import INDEX, WEIGHTS_KEY, copy_files, read_object, write_json
 from bstack.engine.parts import parse_name
 from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
-from bstack.models.files import MODEL_SUFFIXES, is_model_file
 from bstack.models.skeleton import find_layers, quiet_transformers
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
@@ -27,9 +26,6 @@ __all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Of these, the files that say where weights are.
-REFUSED = (INDEX, "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def export_safetensors(
     cut = file.fit(budget=budget)
     shown = file.source.name
     with embedded_files(file) as inside, new_folder(folder) as target:
-        _copy_files(file, inside, target)  # before code is staged, which is not written
+        copy_files(file, target)
         trusted = stage_code(file, inside, trust_remote_code, code)
         model = build_model(file, inside, trusted, torch.device("meta"))
         own_code = trusted and recorded_place(file) is None
@@ -169,7 +165,7 @@ class _Shards:
             self._temporary(number).rename(self._folder / final)
             places.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_parameters": self.parameters, "total_size": self.bytes}, "weight_map": places}
-        _write_json(self._folder / INDEX, index)
+        write_json(self._folder / INDEX, index)
 
     def _write(self) -> None:
         import safetensors.torch
@@ -224,35 +220,16 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
             )
 
 
-def _copy_files(file: bstk.Reader, inside: Path, target: Path) -> None:
-    """Copy embedded files; refuse names on which other programs act, such as `.git`, pickled weights or Python modules."""
-    for name in file.files:
-        if name.lower() in REFUSED or not is_model_file(name):
-            raise DamagedError(
-                f"{file.source.name}: its file {name!r} is none that a model has beside its weights; those end in "
-                f"{', '.join(MODEL_SUFFIXES)}, and do not begin with a dot."
-            )
-    for name in file.files:
-        copy = target / name
-        with os_errors(str(copy)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes((inside / name).read_bytes())
-
-
 def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
     """Add the class of the model, the type of the weights, and whether the head is tied to the configuration."""
     path = target / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path, str(path))
     config["architectures"] = [type(model).__name__]
     config.pop("torch_dtype", None)  # the old name of dtype
+    config.pop(WEIGHTS_KEY, None)  # the original's
     config["dtype"] = str(dtype).removeprefix("torch.")
     if hasattr(
         model.config, "tie_word_embeddings"
     ):  # programs that do not know the default of the class may drop a head
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
-    _write_json(path, config)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with os_errors(str(path)):
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, config)

@@ -16,13 +16,14 @@ from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import backend_of, device_of
+from bstack.packed.backends import Backend, backend_of, device_of
+from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
 from bstk.budget import budget_of
 from bstk.errors import UsageError
 
-__all__ = ["load"]
+__all__ = ["attach", "load"]
 
 # "stack" is the old name of "packed".
 MODES = {"dense": "dense", "packed": "packed", "stack": "packed"}
@@ -138,19 +139,35 @@ def load(
                     return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
                 backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
                 model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
-            opened = ExitStack()
-            store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
-            store.resize(budget)
-            model.bstack_unfused = install(model, lock) if fused else "fused=False"
-            opened.push(stack.pop_all())  # the file stays open, to grow from
-            model.bstack_store = store
-            model.save_pretrained = model.state_dict = _refuse_to_save
+            attach(model, file, matrices, lock, backend, stack, budget=budget, fetched=fetched, fused=fused)
             return model, tokenizer
 
     try:
         return load_once()
     except KeptCopyError:  # dropped from the cache, so it is fetched again
         return load_once()
+
+
+def attach(
+    model: Any,
+    file: bstk.Reader,
+    matrices: dict[str, Any],
+    lock: PriorityLock,
+    backend: Backend,
+    stack: ExitStack,
+    *,
+    budget: int | None,
+    fetched: int | None,
+    fused: bool,
+) -> None:
+    """Give a packed model its store, and read the blocks within a budget; what is open in `stack` stays so, to grow from."""
+    opened = ExitStack()
+    store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
+    store.resize(budget)
+    model.bstack_unfused = install(model, lock) if fused else "fused=False"
+    opened.push(stack.pop_all())
+    model.bstack_store = store
+    model.save_pretrained = model.state_dict = _refuse_to_save
 
 
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> Any:

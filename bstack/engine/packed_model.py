@@ -19,7 +19,7 @@ from bstack.packed.matrix import Table
 from bstack.packed.weight import PackedWeight
 from bstk.errors import DamagedError, error_prefix
 
-__all__ = ["packed_model"]
+__all__ = ["pack", "packed_model", "put"]
 
 # A plain matrix of at least this many elements keeps its type; a smaller one is converted.
 TABLE = 2**20
@@ -29,9 +29,19 @@ def packed_model(
     file: bstk.Reader, folder: Path, dtype: torch.dtype, backend: Backend, trusted: bool = False
 ) -> tuple[Any, dict[str, Any], PriorityLock]:
     """Build a model without blocks in memory; return it, its matrices by stack name, and their lock."""
-    shown = file.source.name
     # Eager code uses one expert's weights at a time, which packed weights allow.
     model = build_model(file, folder, trusted, parameters_on_meta(), dtype=dtype, experts_implementation="eager")
+    matrices, lock = pack(model, file, dtype, backend)
+    model.to(backend.device)  # buffers; everything else is there
+    return model.eval().requires_grad_(False), matrices, lock
+
+
+def pack(model: Any, file: bstk.Reader, dtype: torch.dtype, backend: Backend) -> tuple[dict[str, Any], PriorityLock]:
+    """Put a container's tensors into a model with parameters on the meta device, packed ones without blocks in memory.
+
+    Returns the matrices by stack name, and their lock.
+    """
+    shown = file.source.name
     with error_prefix(shown):
         parameters = parts_of(file.chunks, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     for parts in parameters.values():
@@ -43,7 +53,7 @@ def packed_model(
                 is_table = tensor.dim() == 2 and tensor.numel() >= TABLE
                 table = PackedWeight(Table(tensor), False, dtype, chunk.name, backend.device) if is_table else None
                 tensor = tensor.to(dtype) if table is None else table
-            _put(model, chunk.name, tensor, shown)
+            put(model, chunk.name, tensor, shown)
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
     for parameter, parts in parameters.items():
@@ -52,12 +62,11 @@ def packed_model(
         whole = parts[0][0].index is None
         packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]
         transposed = parts[0][1][0].transposed
-        _put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
+        put(model, parameter, PackedWeight(packed, transposed, dtype, parameter, backend.device), shown)
     _tie(model, shown)
     if next(model.parameters(), None) is None:  # transformers reads the type and the device from one
         model.register_parameter("bstack_type", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
-    model.to(backend.device)  # buffers; everything else is there
-    return model.eval().requires_grad_(False), matrices, lock
+    return matrices, lock
 
 
 def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
@@ -70,7 +79,7 @@ def _owner(model: nn.Module, name: str, shown: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
-def _put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
+def put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
     """Set a parameter or buffer. A packed one is a plain attribute of its module, since it cannot be moved."""
     owner, leaf = _owner(model, name, shown)
     expected = getattr(owner, leaf)
@@ -88,8 +97,13 @@ def _put(model: nn.Module, name: str, tensor: torch.Tensor, shown: str) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def _is_tied(*_args: Any, **_kwargs: Any) -> None:
+    """Do nothing: packed weights are tied already."""
+
+
 def _tie(model: Any, shown: str) -> None:
-    """Tie parameters; then none may be missing."""
+    """Tie parameters, once and for all; then none may be missing."""
+    model.tie_weights = _is_tied  # transformers' own looks for parameters
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         target_owner, target_leaf = _owner(model, target, shown)
         source_owner, source_leaf = _owner(model, source, shown)

@@ -43,7 +43,6 @@ def _split(tokenizer: Any, pre: Any, shown: str) -> None:
 
     if pre in GGUF_PRE_TOKENIZER_SPLITS:
         return
-    steps: list[Any]
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pre is None or pre == "default":

@@ -6,16 +6,17 @@ redirects that do not carry credentials to another host, proxies and certificate
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
 
 from . import preamble
 from .errors import BstkError, RemoteChangedError, RemoteError
@@ -27,7 +28,10 @@ RETRIES_IN_ALL = 1000  # attempts after broken connections over the life of a so
 FIRST_DELAY = 0.5  # seconds before the first of RETRIES; each wait is twice the one before
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
+MAX_LISTING = 2**24  # bytes that are read of a repository's description
+MAX_LISTED = 8  # names of files in a message
 
+T = TypeVar("T")
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
 _MAX_WAIT = 60.0  # seconds that Retry-After is obeyed for
 _OTHER_TOOL = "Download the file with another tool."
@@ -48,22 +52,45 @@ def shown(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def address(url: str) -> str:
-    """Return the address to request: on the hub's server for ``hf://OWNER/REPO[@REVISION]/FILE``, else `url` itself.
+@dataclass(frozen=True)
+class HubPlace:
+    """A place on the hub: a repository of models at a revision, and a file in it or, with an empty name, its only .bstk file."""
 
-    The server is the environment variable HF_ENDPOINT, or huggingface.co.
-    """
-    if not _is_hub(url):
-        return url
-    owner, _, rest = url[len("hf://") :].partition("/")
-    repository, _, file = rest.partition("/")
-    repository, _, revision = repository.partition("@")
-    if not (owner and repository and file):
-        raise RemoteError(
-            f"{url}: a file on the hub is named hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE.", missing=True
-        )
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    return f"{endpoint}/{quote(owner)}/{quote(repository)}/resolve/{quote(revision or 'main', safe='')}/{quote(file)}"
+    repository: str
+    revision: str
+    file: str
+
+    @classmethod
+    def parse(cls, url: str) -> HubPlace:
+        """Read ``hf://OWNER/REPO[@REVISION][/FILE]``; a slash in a revision is written %2F, except in ``refs/pr/1``."""
+        match = _HUB.fullmatch(url)
+        if match is None:
+            raise RemoteError(
+                f"{url}: a file in a model repository of the hub is named hf://OWNER/REPO[@REVISION]/FILE, and its only .bstk "
+                "file hf://OWNER/REPO[@REVISION].",
+                missing=True,
+            )
+        return cls(match["repository"], unquote(match["revision"] or "main"), match["file"] or "")
+
+    def address(self) -> str:
+        """Return the address of the file on the hub's server."""
+        return f"{_endpoint()}/{quote(self.repository)}/resolve/{quote(self.revision, safe='')}/{quote(self.file)}"
+
+    def listing(self) -> str:
+        """Return the address that answers with the names of all files."""
+        return f"{_endpoint()}/api/models/{quote(self.repository)}/revision/{quote(self.revision, safe='')}"
+
+
+# As huggingface_hub reads it.
+_HUB = re.compile(
+    r"hf://(?:models/)?(?!(?:datasets|spaces|kernels|buckets)/)(?P<repository>[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<file>.+)|/?)",
+    re.IGNORECASE,
+)
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
 def token(url: str) -> str | None:
@@ -111,7 +138,9 @@ class HttpSource:
     Parameters
     ----------
     url : str
-        ``https://``, ``http://`` or ``hf://``; redirects are followed for each request.
+        ``https://``, ``http://`` or ``hf://OWNER/REPO[@REVISION][/FILE]``, a file of a model repository on the hub (the
+        server of the variable HF_ENDPOINT, or huggingface.co), or its only .bstk file, which `name` then names; redirects are
+        followed for each request.
     notify : callable or None
         Called with one line about each retry, before its delay. May be set later.
 
@@ -125,7 +154,7 @@ class HttpSource:
         self.name = shown(url)  # without secrets
         self.notify = notify
         self.requests = 0  # so far, not counting redirects
-        self._address = address(url)
+        place = HubPlace.parse(url) if _is_hub(url) else None
         try:
             import requests
         except ImportError:
@@ -139,12 +168,17 @@ class HttpSource:
         self._lock = threading.Lock()
         self._body: _Body | None = None
         self._retries = 0
+        self._version: _Version | None = None
+        if place is not None and not place.file:
+            place = replace(place, file=self._only_file(place))
+            self.name = f"{self.name.rstrip('/')}/{place.file}"
+        self._address = url if place is None else place.address()
         self.restart()
 
     def restart(self) -> None:
         """Forget the version that was read, and use the current one."""
         self._disconnect()
-        self._version: _Version | None = None
+        self._version = None
         self._ranged = True
         self._furthest = 0
         self._head = b""
@@ -185,27 +219,74 @@ class HttpSource:
         self._disconnect()
         self._session.close()
 
+    def _only_file(self, place: HubPlace) -> str:
+        """Return the name of the only .bstk file of a repository."""
+        try:
+            answer = self._retried(lambda: self._listing(place))
+        except BaseException:
+            self.close()
+            raise
+        siblings = answer.get("siblings") if isinstance(answer, dict) else None
+        entries = [entry.get("rfilename") for entry in siblings or () if isinstance(entry, dict)]
+        names = sorted(name for name in entries if isinstance(name, str) and name.lower().endswith(".bstk"))
+        if len(names) == 1:
+            return names[0]
+        self.close()
+        if not names:
+            raise RemoteError(f"{self.name}: the repository has no .bstk file.", hint="Check the name.", missing=True)
+        listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if names[MAX_LISTED:] else "")
+        hint = f"Name one, such as {self.name.rstrip('/')}/{names[0]}."
+        raise RemoteError(
+            f"{self.name}: the repository has {len(names)} .bstk files: {listed}.", hint=hint, missing=True
+        )
+
+    def _listing(self, place: HubPlace) -> Any:
+        """Return what the hub says of a repository."""
+        from urllib3.exceptions import HTTPError
+
+        self.requests += 1
+        with closing(self._get(place.listing(), {})) as response:
+            _check_status(self.name, response.status_code, response.headers, "repository or revision")
+            try:
+                text = response.raw.read(MAX_LISTING, decode_content=True)
+            except (HTTPError, OSError) as error:
+                raise _TransientError(_innermost(error)) from None
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise RemoteError(
+                f"{self.name}: the server's list of files cannot be read.", hint="Name the file."
+            ) from None
+
     def _piece(self, offset: int, stop: int) -> bytes:
         """Return at least one byte at `offset`, from a request that continues to `stop`; nothing of an empty file."""
+
+        def attempt() -> bytes:
+            body = self._body_at(offset, stop)
+            if body is None:
+                return b""
+            data = body.read(min(PIECE, stop - offset))
+            if body.position == body.stop:
+                self._disconnect()
+            self._furthest = max(self._furthest, offset + len(data))
+            return data
+
         with self._lock:
-            failures = 0
-            while True:
-                try:
-                    body = self._body_at(offset, stop)
-                    if body is None:
-                        return b""
-                    data = body.read(min(PIECE, stop - offset))
-                    if body.position == body.stop:
-                        self._disconnect()
-                    self._furthest = max(self._furthest, offset + len(data))
-                    return data
-                except _TransientError as error:
-                    self._disconnect()
-                    failures += 1
-                    self._wait(error, failures)
-                except BaseException:
-                    self._disconnect()
-                    raise
+            return self._retried(attempt)
+
+    def _retried(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns, again and again after _TransientError."""
+        failures = 0
+        while True:
+            try:
+                return attempt()
+            except _TransientError as error:
+                self._disconnect()
+                failures += 1
+                self._wait(error, failures)
+            except BaseException:
+                self._disconnect()
+                raise
 
     def _body_at(self, offset: int, stop: int) -> _Body | None:
         """Return the body of an answer at `offset`: the open one, or that of a new request."""
@@ -225,7 +306,10 @@ class HttpSource:
                 hint="Fetch it with bstack truncate, and use the copy.",
             )
         self.requests += 1
-        response = self._get(offset, stop)
+        headers = {"Range": f"bytes={offset}-{stop - 1}"}
+        if self._version is not None and self._version.strong_etag:
+            headers["If-Range"] = self._version.strong_etag  # the version that was read before
+        response = self._get(self._address, headers)
         try:
             answer = check_answer(self.name, response.status_code, response.headers, offset, stop)
             if self._version is not None and not answer.version.is_same(self._version):
@@ -248,21 +332,14 @@ class HttpSource:
             return None
         return _Body(response, answer.start, answer.stop)
 
-    def _get(self, start: int, stop: int) -> Any:
-        """Request the bytes `start` to `stop` (exclusive), of the version that was read before if its tag is strong.
-
-        The body of the response is not read yet. _TransientError means that no answer came.
-        """
+    def _get(self, address: str, headers: Mapping[str, str]) -> Any:
+        """Return the response to a request, its body not read yet; _TransientError means that no answer came."""
         import requests
         from urllib3.exceptions import HTTPError, NewConnectionError
 
-        headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if self._version is not None and self._version.strong_etag:
-            headers["If-Range"] = self._version.strong_etag
+        settings: dict[str, Any] = {"auth": self._auth, "stream": True, "timeout": (CONNECT_TIMEOUT, READ_TIMEOUT)}
         try:
-            response = self._session.get(
-                self._address, headers=headers, auth=self._auth, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)
-            )
+            response = self._session.get(address, headers=headers, **settings)
         except requests.exceptions.SSLError as error:
             raise RemoteError(
                 f"{self.name}: no trusted TLS connection: {_innermost(error)}.",
@@ -399,7 +476,7 @@ def check_answer(name: str, status: int, headers: Mapping[str, str], start: int,
     return _Answer(version, start, stop, ranged=True)
 
 
-def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
+def _check_status(name: str, status: int, headers: Mapping[str, str], what: str = "file") -> None:
     if status in (200, 206, 416):
         return
     if status in (408, 425, 429) or status >= 500:
@@ -407,7 +484,7 @@ def _check_status(name: str, status: int, headers: Mapping[str, str]) -> None:
         wait = min(float(text), _MAX_WAIT) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0.0
         raise _TransientError(f"the server answers {status}", wait=wait, answered=True)
     if status in (404, 410):
-        message = f"{name}: the server has no such file (it answers {status})."
+        message = f"{name}: the server has no such {what} (it answers {status})."
         raise RemoteError(message, hint="Check the URL.", missing=True)
     if status in (401, 403, 407):
         raise RemoteError(

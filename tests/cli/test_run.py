@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import sysconfig
 import in_process
 import pytest
 import tiny_models
+from hub_server import HubServer
 
 import bstack as library
 import bstk
+from bstk.http import HEAD
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +57,30 @@ def test_text_and_summary(bstack, model):
     assert "Using" in done.stderr and "tokens/s" in done.stderr and "bits per weight" in done.stderr
     again = bstack("run", model, "-p", "the river", "--max-new-tokens", 12, "--mb", 100, "-q")
     assert again.stdout == done.stdout and again.stderr == ""
+
+
+def test_a_model_on_the_hub(bstack, model, tmp_path):
+    """What fits is said first: its size, its divergence between those of the measured sizes, what is left to fetch."""
+    (tmp_path / "repository").mkdir()
+    shutil.copy(model, tmp_path / "repository")
+    run = ("run", "hf://owner/name", "-p", "the river", "--max-new-tokens", 3)
+    with bstk.open(model) as file, HubServer(tmp_path / "repository") as hub:
+        sizes = [point["file_bytes"] for point in file.metadata["quality"]]
+        klds = [point["kld"] for point in file.metadata["quality"]]
+        budget = (sizes[2] + sizes[3]) / 2 / bstk.MB
+        environment = {"HF_ENDPOINT": hub.base, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = bstack(*run, "--mb", budget, **environment)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stderr.splitlines() if line.startswith("hf://owner/name/model.bstk: "))
+        assert f" of {file.length:,} bytes, " in line and "tokens/s" in line and "Fetching" in line
+        kld = float(re.search(r"KLD about ([\d.e-]+)", line)[1])
+        assert 0.99 * min(klds[2:4]) < kld < 1.01 * max(klds[2:4])
+        # More of it is fetched later, and nothing twice.
+        done = bstack(*run, **environment)
+        assert f"model.bstk: all {file.length:,} bytes, KLD about" in done.stderr and "Using" in done.stderr
+        assert "Nothing is left to fetch" in bstack(*run, "--mb", budget, **environment).stderr
+        assert hub.sent <= 6 * HEAD + file.length
+        assert bstack(*run, "--mb", mb(model, 0) / 2, **environment).returncode == 6
 
 
 def test_it_is_the_text_of_the_model(bstack, model):

@@ -167,8 +167,13 @@ def test_tokens_go_to_the_hub_alone(model, serve, monkeypatch):
     assert hub.asked[1].path == "/go/owner/repo/resolve/v1/file.bstk"
     opened(cdn.url)
     assert "Authorization" not in cdn.asked[-1].headers
-    for bad in ("hf://", "hf://owner", "hf://owner/repo", "hf://owner/repo/"):
-        with pytest.raises(bstk.RemoteError, check=lambda error: error.missing, match="hf://OWNER/REPO/FILE"):
+    opened("hf://models/owner/repo@refs/pr/7/file.bstk")
+    opened("hf://owner/repo@a%2Fb/file.bstk")
+    assert [asked.path for asked in hub.asked[2:]] == [
+        f"/go/owner/repo/resolve/{revision}/file.bstk" for revision in ("refs%2Fpr%2F7", "a%2Fb")
+    ]
+    for bad in ("hf://", "hf://owner", "hf://owner/", "hf:///repo/file", "hf://datasets/owner/repo/file.bstk"):
+        with pytest.raises(bstk.RemoteError, check=lambda error: error.missing, match="hf://OWNER/REPO"):
             opened(bad)
 
 

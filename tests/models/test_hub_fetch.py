@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from hub_server import COMMIT, HubServer
+from hub_server import COMMIT
 
 import bstk
 from bstack.errors import ModelWarning
@@ -30,27 +30,6 @@ MORE = [
     "README.md",
     "modeling_own.py",
 ]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Serve a folder: ``hub(folder)``."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    servers = []
-
-    def serve(folder):
-        server = HubServer(folder)
-        servers.append(server.__enter__())
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.base)
-        template = server.base + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        return server
-
-    yield serve
-    for server in servers:
-        server.__exit__()
 
 
 @pytest.fixture

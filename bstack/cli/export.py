@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -10,7 +11,6 @@ import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes
 from bstack.errors import printable
-from bstk.atomic import require_free
 
 # Those of bstack.engine.gguf, which imports torch.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -86,7 +86,8 @@ def command(
                 raise click.UsageError(f"{option} is for --to {its}.")
         # Before torch is imported, which takes seconds.
         if form == "gguf":
-            require_free(output)
+            if os.path.lexists(output):
+                raise bstk.UsageError(f"{output}: the output exists.", hint="Name another output.")
             result = _gguf(reader, output, budget, cut, kind or "q8_0", quiet)
         else:
             from bstack.folders import check_free

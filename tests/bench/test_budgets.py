@@ -95,6 +95,7 @@ class File:
     def __init__(self, lengths):
         self.lengths = lengths
         self.base = bstk.Cut(0, lengths[0], lengths[0])
+        self.model = self.fit()
 
     def fit_bytes(self, budget):
         chunks = max((i for i, length in enumerate(self.lengths) if length <= budget), default=0)

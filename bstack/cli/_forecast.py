@@ -13,8 +13,8 @@ def forecast(reader: bstk.Reader, budget: int | None) -> str:
     from bstack.engine.url_cache import kept_path
     from bstack.packed.speed import expected_speed
 
-    cut = reader.fit(budget=budget)
-    whole = cut.chunks == len(reader.chunks)
+    cut = min(reader.fit(budget=budget), reader.model)
+    whole = cut == reader.model
     words = [
         f"all {megabytes(cut.file_bytes)}" if whole else f"{megabytes(cut.file_bytes)} of {megabytes(reader.length)}"
     ]

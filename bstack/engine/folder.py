@@ -93,7 +93,7 @@ def export_packed(
     bstk.BstkError
         As `write_packed_files` and `bstk.truncate`; the folder cannot be written.
     """
-    cut = file.fit(budget=budget)
+    cut = min(file.fit(budget=budget), file.model)
     with new_folder(folder) as target:
         name = weights_name(file)
         write_packed_files(file, target, name)

@@ -1,5 +1,6 @@
 """What a compression says of its memory before it starts."""
 
+import architectures
 import pytest
 import tiny_models
 
@@ -44,12 +45,22 @@ def test_larger_models_take_what_is_held_at_once(tmp_path, changes, least):
     assert least <= more + 8 * MB and more < least + 64 * MB
 
 
+def test_layers_with_settings_of_their_own(tmp_path):
+    architectures.make(architectures.tiny_config("gemma4_text")).save_pretrained(tmp_path)
+    with Threads() as workers:
+        found = plan(Skeleton(open_checkpoint(tmp_path)), bstack.Settings(samples=2, sequence_length=16), workers)
+    assert found.memory_bytes > 0
+
+
 @pytest.mark.parametrize(
     ("free", "expected"),
     [
         (None, "Needs about 2.000 MB of memory at its peak."),
         (3 * MB, "Needs about 2.000 MB of memory at its peak; 3.000 MB are free."),
-        (1 * MB, "Warning: Needs about 2.000 MB of memory at its peak; 1.000 MB are free. The system may end the command."),
+        (
+            1 * MB,
+            "Warning: Needs about 2.000 MB of memory at its peak; 1.000 MB are free. The system may end the command.",
+        ),
     ],
 )
 def test_too_little_memory_is_a_warning(free, expected):

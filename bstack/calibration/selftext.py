@@ -89,10 +89,12 @@ def writing_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     texts = min(texts, TOGETHER)
     config = skeleton.model.config.get_text_config()
     width = skeleton.parameter(skeleton.input_name).shape[1]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * (
-        getattr(config, "head_dim", None) or width // heads
-    )
+
+    def setting(name: str) -> Any:  # getattr raises for what the layers may have of their own
+        return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+
+    heads = setting("num_attention_heads") or 1
+    keys = (setting("num_key_value_heads") or heads) * (setting("head_dim") or width // heads)
     kept = sum(p.numel() for p in skeleton.model.parameters()) + 2 * texts * text_length * keys * len(skeleton.layers)
     itemsize = 2 if _multiplies_bfloat16() else 4
     return itemsize * kept + 4 * _PROBABILITIES * texts * config.vocab_size

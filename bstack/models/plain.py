@@ -16,7 +16,7 @@ def plain_outputs(model: Any) -> Callable[[], None]:
     """
     from transformers import PreTrainedConfig
 
-    before: list[tuple[Any, str, bool]] = []
+    before: list[tuple[Any, str, Any]] = []
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     for config in configs.values():
         if not isinstance(config, PreTrainedConfig):

@@ -1,5 +1,6 @@
 """What a compression says of its memory before it starts."""
 
+import architectures
 import pytest
 import tiny_models
 
@@ -42,6 +43,13 @@ def test_larger_models_take_what_is_held_at_once(tmp_path, changes, least):
 
     more = memory("large", **changes) - memory("small")
     assert least <= more + 8 * MB and more < least + 64 * MB
+
+
+def test_layers_with_settings_of_their_own(tmp_path):
+    architectures.make(architectures.tiny_config("gemma4_text")).save_pretrained(tmp_path)
+    with Threads() as workers:
+        found = plan(Skeleton(open_checkpoint(tmp_path)), bstack.Settings(samples=2, sequence_length=16), workers)
+    assert found.memory_bytes > 0
 
 
 @pytest.mark.parametrize(

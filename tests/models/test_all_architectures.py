@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
-WORK = """bert camembert deepseek_v4 bigbird_pegasus cpmant git llama4_text mamba minimax mistral mixtral nanochat olmo3 openai-gpt qwen3_5_text xglm xlnet
+WORK = """bert camembert deepseek_v4 bigbird_pegasus cpmant gemma4_text git llama4_text mamba minimax mistral mixtral nanochat olmo3 openai-gpt qwen3_5_text xglm xlnet
 zamba2""".split()
 REFUSED = {"hrm_text": "runs layers more than once", "reformer": "does not run one layer at a time"}
 # Their configurations refuse small sizes: experts of layers by number, and a part for another model.

@@ -25,6 +25,7 @@ INTERNALS = {
     },
     "transformers.conversion_mapping": {"get_model_conversion_mapping": ("model",)},
     "transformers.core_model_loading": {
+        "Concatenate": (),
         "MergeModulelist": (),
         "WeightConverter": (),
         "WeightRenaming": (),
@@ -49,6 +50,9 @@ INTERNALS = {
     },
     "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING_NAMES": ()},
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ()},
+    "transformers.quantizers.auto": {"register_quantization_config": ("method",), "register_quantizer": ("name",)},
+    "transformers.quantizers.base": {"HfQuantizer": ()},
+    "transformers.utils.quantization_config": {"QuantizationConfigMixin": ("quant_method",)},
     "transformers.utils": {"CHAT_TEMPLATE_DIR": ()},
     "torch": {"Tensor._make_wrapper_subclass": (), "_C.DisableTorchFunctionSubclass": (), "_C": ()},
     "torch.nn.modules.module": {
@@ -62,7 +66,14 @@ INTERNALS = {
     },
 }
 # Modules below the top of a library that its documentation names.
-PUBLIC = {"huggingface_hub.errors", "safetensors.torch", "torch.nn", "torch.overrides", "transformers.utils.logging"}
+PUBLIC = {
+    "huggingface_hub.errors",
+    "huggingface_hub.utils",
+    "safetensors.torch",
+    "torch.nn",
+    "torch.overrides",
+    "transformers.utils.logging",
+}
 
 
 def used():

@@ -146,8 +146,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _check_pieces(self, name: str, count: int, converter: Any, keys: dict[str, list[str]]) -> None:
         """Refuse a parameter of which a piece is missing, and more or fewer experts than the `count` that it has."""
-        from transformers.core_model_loading import MergeModulelist
+        from transformers.core_model_loading import Concatenate, MergeModulelist
 
+        if not isinstance(converter.operations[0], Concatenate | MergeModulelist):
+            return  # made for one model, of which pieces may be left out, such as scales
         missing = [pattern.replace("\\", "") for pattern in converter.source_patterns if pattern not in keys]
         surplus: list[str] = []
         if isinstance(converter.operations[0], MergeModulelist):  # the number of an expert is the last one in its name

@@ -97,7 +97,7 @@ def _stdout_is_closed() -> bool:
 
 def _report_exception(error: Exception) -> int:
     if isinstance(error, BstkError) and (advice := OPTIONS.get(error.option or "")):
-        error.hint = f"{error.hint.removesuffix('.')}, or u{advice[1:]}" if error.hint else advice
+        error.hint = f"{error.hint} {advice}" if error.hint else advice
     message, code = user_message(error) or (
         f"unexpected {type(error).__name__}: {error}. This is a bug in bstack; set BSTACK_DEBUG=1 for the traceback.",
         1,

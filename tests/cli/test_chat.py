@@ -71,7 +71,7 @@ def test_commands_and_mistakes(model):
         "'x'",
         "/nothing is no command",
         "/system TEXT",
-        "at most 256. Shorten",
+        "at most 256. The message is left out",
         "left out",
     ):
         assert words in done.stderr, words

@@ -64,7 +64,7 @@ def test_dry_run_changes_nothing(bstack, whole, sizes, tmp_path):
 def test_existing_output(bstack, whole, sizes, tmp_path):
     (tmp_path / "out.bstk").write_bytes(b"mine")
     done = bstack("truncate", whole, "--mb", sizes[0], "-o", "out.bstk")
-    words = "the output exists. Name another output, or use --force to replace it."
+    words = "the output exists. Name another output. Use --force to replace it."
     assert (done.returncode, done.stderr) == (2, f"Error: out.bstk: {words}\n")
     assert (tmp_path / "out.bstk").read_bytes() == b"mine"
     assert bstack("truncate", whole, "--mb", sizes[0], "-o", "out.bstk", "--force").returncode == 0

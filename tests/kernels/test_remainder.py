@@ -213,8 +213,8 @@ def test_golden_file():
 DIGEST = """
 import hashlib, sys
 sys.path[:0] = sys.argv[1:]
-import test_exact
-print(test_exact.digest())
+import test_remainder
+print(test_remainder.digest())
 """
 
 

@@ -52,7 +52,7 @@ class BstackQuantizer(HfQuantizer):
         if not isinstance(name, str) or not name.endswith(".bstk") or Path(name).name != name:
             raise UsageError(
                 f"config.json names no .bstk file as {WEIGHTS_KEY}; found {name!r}.",
-                hint="Give a folder from bstack export --to transformers, or a repository from bstack push.",
+                hint="Give a folder that bstack exported for transformers, or a repository that it pushed to.",
             )
         self._name = name
         setattr(config, WEIGHTS_KEY, PLACEHOLDER)

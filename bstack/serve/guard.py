@@ -45,11 +45,15 @@ class Guard:
             raise ApiError(431, f"The headers have more than {HEADERS} bytes.")
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._knows(hosts[0]):
-            raise ApiError(403, "This Host is not known here. The server's --allow-host adds names.", code="host")
+            raise ApiError(
+                403, "This Host is not known here. Whoever runs the server can allow it (allow_host).", code="host"
+            )
         origin = headers.get("origin")
         if origin is not None and not self._same(origin.lower(), hosts[0].lower()):
             raise ApiError(
-                403, "Pages of other origins may not ask. The server's --allow-origin adds them.", code="origin"
+                403,
+                "Pages of other origins may not ask. Whoever runs the server can allow one (allow_origin).",
+                code="origin",
             )
         if self._key is None or path in _OPEN or method == "OPTIONS":
             return

@@ -98,13 +98,16 @@ def test_a_terminal(model):
     os.close(other)
     seen = ""
 
-    def until(words, start=0):
+    def until(words, start=0, again=b""):
+        """Read until the words; what is typed again reaches a line that was not waiting for it yet."""
         nonlocal seen
         end = time.monotonic() + 60
         while not (found := re.compile(words).search(seen, start)):
             assert time.monotonic() < end, seen
             if select.select([main], [], [], 1)[0]:
                 seen += os.read(main, 4096).decode(errors="replace")
+            else:
+                os.write(main, again)
         return found.end()
 
     try:
@@ -117,7 +120,7 @@ def test_a_terminal(model):
         os.write(main, b"half a line")
         at = until("half a line", at)  # Ctrl-C drops what was not read yet
         os.write(main, b"\x03")
-        at = until("> ", at)
+        at = until("> ", at, again=b"\x03")
         os.write(main, b"/mb\n")
         at = until("of weights", at)
         until("> ", at)

@@ -77,8 +77,9 @@ def test_the_rest_is_kept_and_what_is_left_out_is_named(tmp_path, change, left_o
     with pytest.warns(ModelWarning) as caught:
         found = read_generation(tmp_path, "m", 211)
     assert found == {name: value for name, value in {**ENDS, **change}.items() if name not in left_out}
-    for warning, name in zip(caught, sorted(left_out), strict=True):
-        assert str(warning.message).startswith(f"m: generation_config.json: its {name} is left out, the rest kept: ")
+    said = [str(warning.message) for warning in caught if warning.category is ModelWarning]
+    for message, name in zip(said, sorted(left_out), strict=True):
+        assert message.startswith(f"m: generation_config.json: its {name} is left out, the rest kept: ")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"[1]", b"null", b"\xff", b"[" * 100_000, b"{}{}"])

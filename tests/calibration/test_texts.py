@@ -31,6 +31,10 @@ def test_windows_are_spread_over_the_text():
     assert token_windows(text, Letters(), 4, 10, held_out=2).shape == (6, 10)
     with pytest.raises(BstkError, match="39 tokens, but 4 samples of 10 need 40"):
         token_windows(TextSource("t", "x" * 39), Letters(), 4, 10)
+    for length, advice in ((30, "Give a longer text, or at most 1 samples."), (20, "Give a longer text.")):
+        with pytest.raises(BstkError) as caught:
+            token_windows(TextSource("t", "x" * length), Letters(), 4, 10, held_out=2)
+        assert caught.value.hint == advice
 
 
 def test_files(tmp_path):

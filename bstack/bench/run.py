@@ -78,6 +78,11 @@ def run_bench(path: str | os.PathLike[str], options: Options, progress: Progress
             points.append(replace(done[cut], budget=budget))
         dense = run.dense(max(cuts)) if options.speed else []
         baselines, comparisons = run.baselines(done) if options.against else ([], [])
+        unfused = [p.measured.running.speed.unfused for p in points if p.measured.running and p.measured.running.speed]
+        if reasons := {reason for reason in unfused if reason}:
+            run.notes.append(
+                f"Tokens are decoded by the model's own code, without the fused step: {', '.join(reasons)}."
+            )
         if run.resume.found:
             run.notes.append(f"Results taken from a run of this command that was stopped: {run.resume.found}.")
         return Report(run.source(), points, dense, baselines, comparisons, run.notes), run.resume

@@ -1,4 +1,4 @@
-"""How long a model takes to load, what it holds in memory, and how fast transformers' ``generate()`` runs it."""
+"""How long a model takes to load, what it holds in memory, and how fast its engine runs it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bstack.engine.generate import decoding
-from bstack.kernels.native import instructions
+from bstack.engine.native.model import NativeModel
+from bstack.kernels.native import instructions, threads
 from bstack.memory.process import peak_bytes, resident_bytes
 from bstack.models.plain import endless
 from bstack.models.skeleton import longest_text
@@ -32,7 +34,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed at batch size 1; a model of a short context has fewer tokens than usual."""
+    """Speed at batch size 1; a model of a short context has fewer tokens than usual.
+
+    `engine` is ``native`` or ``transformers``; `unfused` says why that decodes without the fused step, None if it does not.
+    """
 
     prompt_tokens: int
     decoded_tokens: int
@@ -40,6 +45,8 @@ class Speed:
     decode: Rate
     threads: int
     kernels: str
+    engine: str
+    unfused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,32 @@ def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[
 
 
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
-    """Time greedy ``generate()``: a prompt of 512 random tokens up to its first new token, then 64 more."""
-    config = model.config.get_text_config()
-    prompt, decoded = _lengths(longest_text(config))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
+    """Time greedy decoding: a prompt of 512 random tokens up to its first new token, then 64 more.
+
+    `model` is a `NativeModel`, or one of transformers, which ``generate()`` runs.
+    """
+    native = isinstance(model, NativeModel)
+    if native:
+        context, vocabulary = model.architecture.context, model.architecture.vocabulary
+    else:
+        config = model.config.get_text_config()
+        context, vocabulary = longest_text(config), config.vocab_size
+    prompt, decoded = _lengths(context)
+    ids: list[int] = np.random.default_rng(0).integers(vocabulary, size=prompt).tolist()
     times = []
     for _ in range(REPETITIONS + 1):
-        times.append(_once(model, ids, decoded))
+        times.append((_once_native if native else _once)(model, ids, decoded))
         progress()
     reading, writing = zip(*times[1:], strict=True)
     return Speed(
-        prompt, decoded, _rate(prompt, reading), _rate(decoded, writing), torch.get_num_threads(), instructions()
+        prompt,
+        decoded,
+        _rate(prompt, reading),
+        _rate(decoded, writing),
+        threads() if native else torch.get_num_threads(),
+        instructions(),
+        "native" if native else "transformers",
+        None if native else getattr(model, "bstack_unfused", None),
     )
 
 
@@ -105,8 +126,19 @@ def _lengths(context: int | None) -> tuple[int, int]:
     return prompt, max(1, context - prompt - 1)
 
 
-def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
+def _once_native(model: NativeModel, ids: list[int], decoded: int) -> tuple[float, float]:
     """Return the seconds to the first new token, and those for the tokens after it."""
+    started = time.perf_counter()
+    text = model.sequence()
+    token = int(model.read(text, ids).argmax())
+    first = time.perf_counter()
+    for _ in range(decoded):
+        token = int(model.step([text], [token])[0].argmax())
+    return first - started, time.perf_counter() - first
+
+
+def _once(model: Any, prompt: list[int], decoded: int) -> tuple[float, float]:
+    """Return the same of transformers' ``generate()``."""
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -122,6 +154,7 @@ def _once(model: Any, ids: torch.Tensor, decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
+    ids = torch.tensor([prompt])
     settings = endless(model, decoded + 1)  # every size does the same work
     started = time.perf_counter()
     with torch.inference_mode(), decoding(model, settings):

@@ -73,7 +73,8 @@ def _head(report: Report) -> str:
         )
     if speed := _speed(report):
         lines.append(
-            f"  speed      greedy generate(), one sequence, {speed.threads} threads; packed weights, {speed.kernels} kernels"
+            f"  speed      greedy, one sequence, {speed.threads} threads; packed weights, {speed.kernels} kernels, "
+            f"{speed.engine} engine"
         )
     started = [p.measured.running.start_memory_bytes for p in report.points if p.measured.running]
     if started:

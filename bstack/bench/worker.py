@@ -84,6 +84,17 @@ def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _load_packed(cut: Cut) -> Any:
+    """Load the model for the engine that `bstack run` takes."""
+    from bstack.engine.native.architecture import NotNativeError
+    from bstack.engine.native.load import load
+
+    if not (cut.trust_remote_code or cut.code):
+        with suppress(NotNativeError):
+            return load(cut.file, budget=cut.budget)[0]
+    return _load(cut, mode="packed")[0]
+
+
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
     from bstack.models.open import open_checkpoint
     from bstack.models.skeleton import Skeleton
@@ -96,10 +107,11 @@ def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
                 skeleton = Skeleton(open_checkpoint(str(request.original), request.cut.trust_remote_code))
                 stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
                 return skeleton.model
-            model, _ = _load(request.cut, mode=what)
             if what == "packed":
+                model = _load_packed(request.cut)
                 stack.callback(store_of(model).close)
-            return model
+                return model
+            return _load(request.cut, mode=what)[0]
 
         running = measure_running(load, speed=request.speed, progress=step)
     # The original is not loaded as its user would load it.

@@ -16,7 +16,17 @@ from functools import cache
 from bstack.kernels import selftest
 from bstk.errors import UsageError
 
-__all__ = ["CHOICES", "THREADS", "VARIABLE", "describe", "instructions", "library", "processors", "set_threads"]
+__all__ = [
+    "CHOICES",
+    "THREADS",
+    "VARIABLE",
+    "describe",
+    "instructions",
+    "library",
+    "processors",
+    "set_threads",
+    "threads",
+]
 
 VARIABLE = "BSTACK_KERNELS"
 THREADS = "BSTACK_THREADS"
@@ -56,7 +66,7 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
         raise UsageError(
             f"{VARIABLE} is {wanted!r}; allowed are {', '.join(CHOICES)}.", hint="Unset it for the best there is."
         )
-    threads = _threads()
+    count = threads()
     if wanted == REFERENCE:
         return None, ""
     native = _load()
@@ -70,7 +80,7 @@ def _choose() -> tuple[ctypes.CDLL | None, str]:
     if wanted and native.bstack_use(wanted.encode()):
         offered = ", ".join(name for name in CHOICES if name == REFERENCE or native.bstack_offers(name.encode()) == 0)
         raise UsageError(f"{VARIABLE} is {wanted!r}, which this CPU does not have; it has {offered}.")
-    native.bstack_set_threads(threads)
+    native.bstack_set_threads(count)
     if failed := selftest.failure(native):
         return None, (
             f"The C kernels ({native.bstack_instructions().decode()}) failed their self-test: {failed} differs from the "
@@ -126,7 +136,8 @@ def _load() -> ctypes.CDLL | None:
     return loaded
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Return the number of threads of the kernels: what BSTACK_THREADS says, or every CPU."""
     given = os.environ.get(THREADS, "")
     if not given:
         return min(processors(), MAX_THREADS)

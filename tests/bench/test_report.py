@@ -23,7 +23,7 @@ def quality(perplexity, kld):
 
 
 def running(decode, held=80 * MB, load=0.5):
-    speed = Speed(512, 64, Rate(100.0, 1.0), Rate(decode, 2.0), 2, "avx2")
+    speed = Speed(512, 64, Rate(100.0, 1.0), Rate(decode, 2.0), 2, "avx2", "native")
     return Running(load, 350 * MB, held, held + 20 * MB, speed)
 
 
@@ -51,7 +51,7 @@ def test_ratios_are_to_the_original(report):
     assert cells[2] == ["40", "0.50", "40", "60", "100.0 ± 1.0", "1.00", "60.0 ± 2.0", "3.00"]
     assert cells[4] == ["file, float32", "0.50", "500", "520", "100.0 ± 1.0", "1.00", "21.0 ± 2.0", "1.05"]
     assert cells[5] == ["original, float32", "-", "400", "420", "100.0 ± 1.0", "1.00", "20.0 ± 2.0", "1.00"]
-    assert "over the 350 MB of a process" in as_tables(report) and "avx2 kernels" in as_tables(report)
+    assert "over the 350 MB of a process" in as_tables(report) and "avx2 kernels, native engine" in as_tables(report)
 
 
 @pytest.mark.parametrize("typed", ["80.1", "0.03", "62.3"])

@@ -105,6 +105,7 @@ def test_json_has_all_figures(everything, home, sizes):
             assert point[figure]["value"] >= 0 and point[figure]["standard_error"] >= 0
         speed = point["speed"]
         assert speed["prompt"]["value"] > 0 and speed["decode"]["value"] > 0
+        assert (speed["engine"], speed["unfused"]) == ("native", None)
         assert speed["prompt_tokens"] + 1 + speed["decoded_tokens"] <= 128 and speed["decoded_tokens"] > 8
         assert point["load_seconds"] > 0 and 0 <= point["held_memory_bytes"] <= point["peak_memory_bytes"]
         assert point["start_memory_bytes"] > 2**20
@@ -119,6 +120,19 @@ def test_float32_weights_run_beside_the_packed_ones(everything):
     assert file["load_seconds"] > 0 and original["load_seconds"] is None
     for dense in (file, original):
         assert dense["speed"]["decode"]["value"] > 0 and dense["peak_memory_bytes"] >= 0
+
+
+def test_another_engine_and_a_lost_fused_step_are_named(bench, sizes, monkeypatch):
+    from bstack.engine.native.architecture import NotNativeError
+
+    def refuse(config):
+        raise NotNativeError("it is not known")
+
+    monkeypatch.setattr("bstack.engine.native.load.describe", refuse)
+    monkeypatch.setattr("bstack.engine.load.install", lambda model, lock: "its modules have hooks")
+    done = bench("--budgets", sizes[0], "--no-quality")
+    assert done.returncode == 0 and "transformers engine" in done.stdout, done.stderr
+    assert "without the fused step: its modules have hooks." in done.stdout
 
 
 def test_figures_are_those_of_a_plain_computation(everything, home, tiny_llama, sizes):

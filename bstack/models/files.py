@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +38,58 @@ def default_model() -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
 
 
-def hub_snapshot(model: str, files: Sequence[str], hint: str) -> Path:
+def hub_snapshot(model: str, files: Sequence[str], hint: str, fetch: bool = True) -> Path:
     """Fetch files of ``owner/name`` or ``owner/name@revision``, or find them in the hub's cache; return their folder.
 
-    The folder is named after the commit. `files` are patterns of names; `hint` ends the UsageError.
+    The folder is named after the commit. `files` are patterns of names; `hint` ends the UsageError. Without `fetch` only the
+    cache is read.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, _, revision = model.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
-    except HFValidationError:
-        why = "It is no hub id (owner/name) either."
-    except LocalEntryNotFoundError:
-        why = "The hub cannot be reached, and its cache holds no copy."
-    except (HfHubHTTPError, OSError) as error:
-        why = f"The hub answers: {one_line(error).rstrip('.')}."
-    raise UsageError(f"No model {model!r}: there is no such folder or file. {why}", hint=hint)
+    with _hub_errors(model, hint, (HFValidationError, HfHubHTTPError, OSError)):
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(files), local_files_only=not fetch
+            )
+        )
 
 
-def hub_files(model: str) -> tuple[str, list[str]] | None:
-    """Return the commit of ``owner/name`` or ``owner/name@revision`` and its files; None where the hub gives no answer."""
+def hub_files(model: str, hint: str) -> tuple[str, list[str]] | None:
+    """Return the commit of ``owner/name`` or ``owner/name@revision`` and its files; None where the hub gives no answer.
+
+    Raises UsageError, which ends with `hint`, where it answers that there is none.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     repository, _, revision = model.partition("@")
     try:
-        found = HfApi().model_info(repository, revision=revision or None)
-    except (
-        Exception
-    ):  # whatever the hub's client and its own client raise; `hub_snapshot` says what is wrong, or finds a copy
+        with _hub_errors(model, hint, (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)):
+            found = HfApi().model_info(repository, revision=revision or None)
+    except UsageError:
+        raise
+    except Exception:  # of many kinds: no connection, offline by choice, too many requests
         return None
     return str(found.sha), [file.rfilename for file in found.siblings or ()]
+
+
+@contextmanager
+def _hub_errors(model: str, hint: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn these errors of the hub's client into a UsageError that says what it answered."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, HFValidationError):
+            why = "It is no hub id (owner/name) either."
+        elif isinstance(error, LocalEntryNotFoundError):
+            why = "The hub does not answer, and its cache holds no copy."
+        else:
+            why = f"The hub answers: {one_line(error).rstrip('.')}."
+        raise UsageError(f"No model {model!r}: there is no such folder or file. {why}", hint=hint) from None
 
 
 def file_record(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from bstack.errors import UnsupportedModelError
 from bstack.models.files import (
     DEFAULT_MODEL,
     DEFAULT_PACKAGE,
-    MODEL_SUFFIXES,
     NOT_FETCHED,
     POINTER,
     default_model,
@@ -85,15 +84,17 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _fetch(model: str, hint: str, python: bool) -> Path:
     """Fetch a model of the hub: the files beside the weights, then these in the one format that transformers takes."""
-    if (found := hub_files(model)) is None:  # then it comes from the cache, if at all
-        endings = (*MODEL_SUFFIXES, ".safetensors", *((".py",) if python else ()))
-        return hub_snapshot(model, [f"*{ending}" for ending in endings], hint)
+    if (found := hub_files(model, hint)) is None:
+        return hub_snapshot(model, ["config.json"], hint, fetch=False)
     commit, names = found
-    at_commit = f"{model.partition('@')[0]}@{commit}"
     beside = [name for name in names if is_model_file(name) or (python and name.endswith(".py"))]
     beside = [name for name in beside if name.rpartition("/")[0] in ("", CHAT_TEMPLATE_DIR)]
-    folder = hub_snapshot(at_commit, [escape(name) for name in beside or ["config.json"]], hint)
+    # By the name that was given, so that the hub's cache knows its commit when the hub does not answer.
+    folder = hub_snapshot(model, [escape(name) for name in beside or ["config.json"]], hint)
+    if folder.name != commit:  # it was changed just now
+        return _fetch(model, hint, python)
     if "config.json" not in names:
         raise no_model(folder, names, model, "has no config.json")
+    at_commit = f"{model.partition('@')[0]}@{commit}"
     hub_snapshot(at_commit, [escape(name) for name in weight_files(folder, names, model)], hint)
     return folder

@@ -51,6 +51,8 @@ class HubServer:
                 sizes = {name: (folder / name).stat().st_size for name in files}
                 if not path.removeprefix("api/models/").startswith("owner/name"):
                     self.answer(b"", 404, **{"X-Error-Code": "RepoNotFound"})
+                elif path.startswith("api/") and not re.search(f"/name(/|/.*/({COMMIT}|main)(/.*)?)?$", path):
+                    self.answer(b"", 404, **{"X-Error-Code": "RevisionNotFound"})
                 elif "/tree/" in path:
                     tree = [{"type": "file", "path": name, "size": sizes[name], "oid": name} for name in files]
                     self.answer_json(tree)

@@ -90,7 +90,36 @@ def test_an_adapter(hub, tmp_path):
         open_checkpoint("owner/name")
 
 
-def test_a_repository_that_is_not_there(hub, repository):
-    hub(repository)
-    with pytest.raises(bstk.UsageError, match="The hub answers"):
-        open_checkpoint("owner/other")
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("owner/other", "The hub answers: .*404"),
+        ("owner/name@gone", "The hub answers: .*404"),
+        ("a/b/c", "It is no hub id"),
+    ],
+)
+def test_a_repository_that_is_not_there(hub, repository, model, words):
+    server = hub(repository)
+    with pytest.raises(bstk.UsageError, match=words):
+        open_checkpoint(model)
+    assert server.fetched == []
+
+
+def test_without_a_list_of_files_nothing_is_fetched(hub, repository, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def too_many(*arguments, **options):
+        raise ConnectionError("429 Too Many Requests")
+
+    server = hub(repository)
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "model_info", too_many)
+        with pytest.raises(bstk.UsageError, match="does not answer, and its cache holds no copy"):
+            open_checkpoint("owner/name")
+        assert server.fetched == []
+    open_checkpoint("owner/name")
+    fetched = len(server.fetched)
+    monkeypatch.setattr(HfApi, "model_info", too_many)
+    checkpoint = open_checkpoint("owner/name")  # the copy
+    Skeleton(checkpoint)
+    assert checkpoint.folder.name == COMMIT and len(server.fetched) == fetched

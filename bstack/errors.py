@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = ["ForeignCodeError", "ForeignCodeWarning", "ModelWarning", "SlowerWarning", "UnsupportedModelError"]
-__all__ += ["holds_unknown", "lacks", "one_line", "printable", "user_message"]
+__all__ += ["holds_unknown", "lacks", "of_the_machine", "one_line", "printable", "user_message"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -29,13 +29,25 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
     code = getattr(error, "exit_code", None)
     if code is not None:
         return _on_one_line(str(error)), code
-    if isinstance(error, MemoryError):
+    if out_of_memory(error):
         return "not enough memory.", ResourceError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         message = _on_one_line(f"{place}{error.strerror or one_line(error)}.")
         return message, ResourceError.exit_code if error.errno in NO_ROOM else 1
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full; torch says it with a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return "Cannot allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Return whether an error says nothing of a model: memory is full, or a disk does not do its work."""
+    return isinstance(error, OSError) or out_of_memory(error)
 
 
 def _on_one_line(message: str) -> str:

@@ -14,15 +14,13 @@ import torch
 from bstack.calibration.selftext import rehearse_writing
 from bstack.calibration.sensitivity import output_sensitivity
 from bstack.calibration.stream import LayerStream
-from bstack.errors import UnsupportedModelError, one_line
+from bstack.errors import UnsupportedModelError, of_the_machine, one_line
 from bstack.models.skeleton import Skeleton, zeros_for_weights
 from bstk.errors import BstkError
 
 __all__ = ["rehearse"]
 
 SEQUENCES, LENGTH = 2, 8
-# Too little memory or a full disk say nothing of the model.
-_OF_THE_MACHINE = (MemoryError, OSError)
 
 
 def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
@@ -49,9 +47,9 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
         if writes_text:
             try:
                 rehearse_writing(skeleton)
-            except _OF_THE_MACHINE:
-                raise
             except Exception as error:
+                if of_the_machine(error):
+                    raise
                 raise BstkError(
                     f"{what} cannot write its own calibration text: {_words(error)}.",
                     hint="Give a calibration text.",
@@ -66,9 +64,11 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
                 for index, _ in stream.steps():
                     with skeleton.loaded(skeleton.layer_names(index)):
                         stream.run_all(index)
-        except (BstkError, *_OF_THE_MACHINE):
+        except BstkError:
             raise
         except Exception as error:
+            if of_the_machine(error):
+                raise
             raise UnsupportedModelError(
                 f"{what} cannot be compressed: it does not run one layer at a time: {_words(error)}.",
                 hint="If the model runs in transformers, please report it; docs/research/architectures.md lists those that work.",

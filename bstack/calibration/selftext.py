@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bstack.errors import of_the_machine
 from bstack.memory.free import too_little
 from bstack.models.plain import endless
 from bstack.models.skeleton import Skeleton, zeros_for_weights
@@ -181,9 +182,9 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
     try:
         with zeros_for_weights(skeleton):
             _write(skeleton, torch.bfloat16, *_TRIAL)
-    except MemoryError:  # float32 takes twice as much
-        raise
-    except Exception:  # whatever it is, float32 shows whether it has to do with the type
+    except Exception as error:  # whatever it is, float32 shows whether it has to do with the type
+        if of_the_machine(error):  # float32 takes twice as much
+            raise
         return torch.float32
     return torch.bfloat16
 

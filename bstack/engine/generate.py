@@ -12,7 +12,7 @@ import torch
 
 from bstack.engine.chat_template import render
 from bstack.engine.text import EMPTY_PROMPT, NO_TEMPLATE, Prompt, Written, check_prompt, check_room, understood
-from bstack.errors import ModelWarning, UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, of_the_machine, one_line
 from bstack.models.generation import KEPT, SAMPLING, refusal
 from bstack.models.plain import plain_outputs
 from bstack.models.skeleton import longest_text
@@ -145,9 +145,11 @@ def write_text(
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()
-    except (BstkError, MemoryError, OSError):
+    except BstkError:
         raise
     except Exception as error:  # such as token ids beyond the vocabulary: files that do not fit each other
+        if of_the_machine(error):
+            raise
         if (problem := refusal(options, model.config.get_text_config().vocab_size)) is not None:
             raise UsageError(f"transformers refuses these options: {problem}") from None
         raise UnsupportedModelError(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from bstack.errors import ModelWarning, UnsupportedModelError, one_line
+from bstack.errors import ModelWarning, UnsupportedModelError, of_the_machine, one_line
 from bstack.memory.process import give_back_freed_memory, no_large_blocks_in_heaps
 from bstack.models.code import Code
 from bstack.models.plain import plain_generation, plain_outputs
@@ -239,9 +239,9 @@ def _build(checkpoint: Checkpoint) -> Any:
                 trust_remote_code=checkpoint.code is not None,
                 experts_implementation="eager",
             )
-    except MemoryError:
-        raise
     except Exception as error:  # constructors raise anything for wrong sizes, division by zero too
+        if of_the_machine(error):
+            raise
         raise UnsupportedModelError(
             f"{checkpoint.name} ({config.model_type}) is not a causal language model that this transformers "
             f"can build: {one_line(error)}",

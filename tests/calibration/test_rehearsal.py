@@ -33,6 +33,10 @@ def test_zeros_take_the_place_of_weights_and_share_their_memory(skeletons):
         assert len({p.data_ptr() for p in found}) == len(found), "products tell weights apart by their address"
 
 
+# As torch's allocator says it.
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)")
+
+
 @pytest.mark.parametrize("error", [TypeError("odd"), RuntimeError("meta"), AttributeError("x"), KeyError("y")])
 def test_what_goes_wrong_is_a_refusal_by_name(skeletons, monkeypatch, error):
     def fail(*_, **__):
@@ -43,7 +47,7 @@ def test_what_goes_wrong_is_a_refusal_by_name(skeletons, monkeypatch, error):
         rehearse(skeletons("llama"), writes_text=False)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), NO_MEMORY])
 @pytest.mark.parametrize(
     "place", [(rehearsal, "output_sensitivity"), (rehearsal, "rehearse_writing"), (selftext, "_write")]
 )

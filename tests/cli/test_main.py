@@ -127,6 +127,7 @@ def failing(monkeypatch, capsys):
         (errors.Interrupted("stopped."), 75, "Error: stopped."),
         (KeyboardInterrupt(), 75, "Interrupted. Give the same command again"),
         (MemoryError(), 7, "Error: not enough memory."),
+        (RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"), 7, "Error: not enough memory."),
         (OSError(28, "No space left on device", "x.bstk"), 7, "Error: x.bstk: No space left on device."),
         (OSError(13, "Permission denied", "x.bstk"), 1, "Error: x.bstk: Permission denied."),
         (click.UsageError("wrong."), 2, "Error: wrong."),

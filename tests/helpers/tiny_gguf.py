@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import torch
+import transformers
 
 LLAMA_KEYS = {
     "context_length": "max_position_embeddings",
@@ -132,6 +134,23 @@ KEYS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "lfm2": ("lfm2", {**LLAMA_KEYS, RMS: "norm_eps", "shortconv.l_cache": "conv_L_cache"}),
 }
+
+
+BASE = tiny_models.ARCHITECTURES["llama"][1]
+
+
+def built(kind, **changes):
+    """Build a random model, without the biases and norms of its initialisation."""
+    config = getattr(transformers, kind)(**{**BASE, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("A_log", "dt_proj.bias")):
+                parameter.add_(
+                    torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+                )
+    return model.eval()
 
 
 def write(

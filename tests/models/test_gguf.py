@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,11 +11,9 @@ import tiny_gguf
 import tiny_models
 import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM
 
 import bstk
-from bstack.errors import ModelWarning, UnsupportedModelError
+from bstack.errors import UnsupportedModelError
 from bstack.models.gguf import GGUFCheckpoint
 from bstack.models.gguf_config import ARCHITECTURES
 from bstack.models.skeleton import Skeleton
@@ -24,7 +21,6 @@ from bstack.models.skeleton import Skeleton
 gguf = pytest.importorskip("gguf")
 
 IDS = torch.randint(3, tiny_models.VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
-BASE = tiny_models.ARCHITECTURES["llama"][1]
 THETA = {"rope_theta": 10000.0}
 DEFAULT = {"rope_type": "default", **THETA}
 LINEAR = {"rope_type": "linear", "factor": 4.0, **THETA}
@@ -41,20 +37,6 @@ GEMMA = {"head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12, "pad
 GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
 GPT_OSS |= {"rope_parameters": YARN | {"truncate": False}}
 LAYERS7 = {**GEMMA, "num_hidden_layers": 7}
-
-
-def built(kind, **changes):
-    """Build a random model, without the biases and norms of its initialisation."""
-    config = getattr(transformers, kind)(**{**BASE, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("A_log", "dt_proj.bias")):
-                parameter.add_(
-                    torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
-                )
-    return model.eval()
 
 
 def logits(model):
@@ -76,7 +58,7 @@ def check(tmp_path, model, **kwargs):
 
 def divisors(rope, dim):
     """Compute what is in the tensor rope_freqs.weight for transformers' llama3 scaling."""
-    config = transformers.LlamaConfig(**{**BASE, "hidden_size": 4 * dim, "rope_parameters": rope})
+    config = transformers.LlamaConfig(**{**tiny_gguf.BASE, "hidden_size": 4 * dim, "rope_parameters": rope})
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config)
     plain = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return np.round((plain / scaled).numpy(), 5)
@@ -175,7 +157,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_logits(tmp_path, case):
     kind, changes, keys = CASES[case]
-    check(tmp_path, built(kind, **changes), keys=keys)
+    check(tmp_path, tiny_gguf.built(kind, **changes), keys=keys)
 
 
 def test_every_architecture_has_a_case_and_is_in_the_guide():
@@ -188,7 +170,7 @@ def test_every_architecture_has_a_case_and_is_in_the_guide():
 
 def test_llama3_factors(tmp_path):
     tensors = {"rope_freqs.weight": divisors(LLAMA3, 12)}
-    check(tmp_path, built("LlamaConfig", rope_parameters=LLAMA3), tensors=tensors)
+    check(tmp_path, tiny_gguf.built("LlamaConfig", rope_parameters=LLAMA3), tensors=tensors)
     config = GGUFCheckpoint(tmp_path / "model.gguf").config
     assert {key: config.rope_parameters[key] for key in LLAMA3} == LLAMA3
 
@@ -198,7 +180,7 @@ def test_llama3_factors(tmp_path):
 )
 def test_llama3_settings_of_real_sizes_are_found(tmp_path, theta, factor, original, dim):
     rope = LLAMA3 | {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
-    model = built("LlamaConfig", head_dim=dim)
+    model = tiny_gguf.built("LlamaConfig", head_dim=dim)
     tensors = {"rope_freqs.weight": divisors(rope, dim)}
     path = tiny_gguf.write(tmp_path / "m.gguf", model, keys={"rope.freq_base": theta}, tensors=tensors)
     found = GGUFCheckpoint(path).config.rope_parameters
@@ -206,7 +188,7 @@ def test_llama3_settings_of_real_sizes_are_found(tmp_path, theta, factor, origin
 
 
 def test_factors_of_ones_change_nothing(tmp_path):
-    check(tmp_path, built("LlamaConfig"), tensors={"rope_freqs.weight": np.ones(6, np.float32)})
+    check(tmp_path, tiny_gguf.built("LlamaConfig"), tensors={"rope_freqs.weight": np.ones(6, np.float32)})
 
 
 @pytest.mark.parametrize("factors", [[2.0] * 6, [1, 2, 3, 4, 5, 6], [1, 1, 8, 1, 8, 8], [1, 1, 0.5, 2, 8, 8]])
@@ -220,7 +202,7 @@ def test_other_factors_are_refused(tmp_path, factors):
 def test_long_and_short_factors(tmp_path, original):
     """60 tokens are beyond the original context of 32 and within that of 128."""
     rope = LONGROPE | {"original_max_position_embeddings": original}
-    model = built(
+    model = tiny_gguf.built(
         "Phi3Config", rope_parameters=rope | {"attention_factor": 1.25}, original_max_position_embeddings=original
     )
     tensors = {"rope_factors_long.weight": np.float32(LONG), "rope_factors_short.weight": np.float32(SHORT)}
@@ -229,7 +211,7 @@ def test_long_and_short_factors(tmp_path, original):
 
 
 def test_a_head_of_its_own_and_a_tied_one(tmp_path):
-    model = built("LlamaConfig")
+    model = tiny_gguf.built("LlamaConfig")
     assert not GGUFCheckpoint(tiny_gguf.write(tmp_path / "own.gguf", model)).config.tie_word_embeddings
     path = tiny_gguf.write(tmp_path / "tied.gguf", model, without="output.weight")
     assert GGUFCheckpoint(path).config.tie_word_embeddings
@@ -296,7 +278,7 @@ def test_settings_that_do_not_go_together(tmp_path, keys, named):
 
 def test_keys_that_change_nothing(tmp_path):
     keys = {"vocab_size": 211, "attention.causal": True, "expert_count": 0, "rope.scaling.finetuned": True}
-    check(tmp_path, built("LlamaConfig"), keys=keys | {"general.tags": ["x"], "quantize.imatrix.file": "y"})
+    check(tmp_path, tiny_gguf.built("LlamaConfig"), keys=keys | {"general.tags": ["x"], "quantize.imatrix.file": "y"})
 
 
 @pytest.mark.parametrize(
@@ -309,7 +291,7 @@ def test_a_tensor_without_a_place_is_refused_by_its_name(tmp_path, name):
 
 
 def test_biases_of_some_projections_only(tmp_path):
-    model = built("LlamaConfig", attention_bias=True)
+    model = tiny_gguf.built("LlamaConfig", attention_bias=True)
     path = tiny_gguf.write(tmp_path / "m.gguf", model, without="attn_output.bias")
     with pytest.raises(UnsupportedModelError, match=r"lacks model\.layers\.0\.self_attn\.o_proj\.bias"):
         Skeleton(GGUFCheckpoint(path))
@@ -337,156 +319,13 @@ def test_other_architectures_are_refused_by_their_name(tmp_path, architecture):
         GGUFCheckpoint(tmp_path / "m.gguf")
 
 
-# The pieces of "a 12, 3456" by tokenizer.ggml.pre.
-BPE = [
-    "1",
-    "2",
-    "12",
-    "3",
-    "4",
-    "5",
-    "6",
-    "34",
-    "345",
-    "56",
-    "3456",
-    "a",
-    ",",
-    "\u0120",
-    "\u01201",
-    "\u012012",
-    "\u0120a",
-]
-BPE += [*(f"<{i}>" for i in range(211 - len(BPE)))]
-MERGES = ["\u0120 1", "\u01201 2", "1 2", "3 4", "5 6", "34 56", "34 5", "\u0120 a"]
-SPLITS = {
-    "gpt-2": ["a", "\u012012", ",", "\u0120", "3456"],
-    "smollm": ["a", "\u0120", "1", "2", ",", "\u0120", "3", "4", "5", "6"],
-    "starcoder": ["a", "\u0120", "1", "2", ",", "\u0120", "3", "4", "5", "6"],
-    "falcon": ["a", "\u0120", "12", ",", "\u0120", "345", "6"],
-    "stablelm2": ["a", "\u0120", "1", "2", ",", "\u0120", "3", "4", "5", "6"],
-    "bloom": ["a", "\u012012", ",", "\u0120", "3456"],
-    "llama-bpe": ["a", "\u0120", "12", ",", "\u0120", "345", "6"],
-}
-
-
-def exported(tmp_path, **keys):
-    """The tokenizer that a container carries of a GGUF file with these keys."""
-    keys = {f"tokenizer.{name}": value for name, value in keys.items()}
-    checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", keys=keys))
-    checkpoint.config.save_pretrained(tmp_path / "out")
-    checkpoint.export_tokenizer(tmp_path / "out")
-    return transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-
-
-def byte_level(**keys):
-    common = {"ggml.model": "gpt2", "ggml.tokens": BPE, "ggml.token_type": [1] * 211, "ggml.merges": MERGES}
-    return {**common, "ggml.eos_token_id": 30, **keys}
-
-
-@pytest.mark.parametrize("pre", SPLITS)
-def test_text_is_split_as_the_file_says(tmp_path, pre):
-    assert exported(tmp_path, **byte_level(**{"ggml.pre": pre})).tokenize("a 12, 3456") == SPLITS[pre]
-
-
-def test_a_split_that_is_not_known_is_refused_and_a_missing_one_named(tmp_path):
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'deepseek-coder'") as raised:
-        exported(tmp_path, **byte_level(**{"ggml.pre": "deepseek-coder"}))
-    assert raised.value.option == "tokenizer"
-    with pytest.warns(ModelWarning, match=r"does not say how .*tokenizer\.ggml\.pre.* GPT-2"):
-        assert exported(tmp_path, **byte_level()).tokenize("a 12, 3456") == SPLITS["gpt-2"]
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_a_space_before_the_text(tmp_path, prefix):
-    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a", *(f"<x{i}>" for i in range(205))]
-    keys = {"ggml.model": "llama", "ggml.tokens": tokens, "ggml.scores": [-float(i) for i in range(211)]}
-    keys |= {"ggml.token_type": [2, 3, 3] + [1] * 208, "ggml.add_space_prefix": prefix, "ggml.eos_token_id": 2}
-    if prefix:
-        assert exported(tmp_path, **keys).tokenize("a") == ["\u2581a"]
-    else:
-        with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.add_space_prefix is False"):
-            exported(tmp_path, **keys)
-
-
-def test_chat_templates_with_names(tmp_path):
-    keys = {"ggml.pre": "qwen2", "chat_template": "A", "chat_template.tool_use": "B", "chat_templates": ["tool_use"]}
-    assert exported(tmp_path, **byte_level(**keys)).chat_template == {"default": "A", "tool_use": "B"}
-
-
-@pytest.mark.parametrize(("model", "written"), [("gpt2", True), ("rwkv", False)])
-def test_a_tokenizer_is_read_or_refused(tmp_path, model, written):
-    tokens = [*"abc ", "ab", *(f"<{i}>" for i in range(206))]
-    keys = {
-        "model": model,
-        "pre": "gpt-2",
-        "tokens": tokens,
-        "token_type": [1] * 211,
-        "merges": ["a b"],
-        "eos_token_id": 3,
-    }
-    keys = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
-    checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", keys=keys))
-    out = tmp_path / "out"
-    checkpoint.config.save_pretrained(out)
-    if written:
-        checkpoint.export_tokenizer(out)
-        assert (out / "tokenizer.json").is_file()
-    else:
-        with pytest.raises(UnsupportedModelError, match=r"the tokenizer cannot be read: .*'rwkv'") as raised:
-            checkpoint.export_tokenizer(out)
-        assert raised.value.option == "tokenizer"
-
-
-@pytest.mark.parametrize("kind", ["LlamaConfig", "Starcoder2Config"])
-def test_words_are_cut_as_the_file_says(tmp_path, kind, recwarn):
-    """Against a tokenizer with the pre-tokenizer of the models that have the name; for others there is a refusal."""
-    folder = tiny_models.add_tokenizer(tiny_models.save("llama", tmp_path / "model"))
-    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vocabulary = sorted(reference.get_vocab(), key=reference.token_to_id)
-    merges = json.loads(reference.to_str())["model"]["merges"]
-    keys = {"model": "gpt2", "tokens": vocabulary, "token_type": [3] * 3 + [1] * (len(vocabulary) - 3)}
-    keys["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    apart = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-    model = built(kind, vocab_size=len(vocabulary))
-    # As transformers reads it, of any model.
-    named = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "pre": "llama-bpe"}.items()}
-    tiny_gguf.write(tmp_path / "m.gguf", model, keys=named)
-    read = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    llama3 = read.backend_tokenizer.pre_tokenizer
-    assert isinstance(llama3[0], pre_tokenizers.Split)
-    text = "the river's number  12345,\t6 DON'T   stop\n\n"
-    for name, expected, warned in (
-        ("gpt-2", words, False),
-        ("smollm", apart, False),
-        ("llama-bpe", llama3, False),
-        (None, words, True),
-    ):
-        named = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "pre": name}.items()}
-        checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", model, keys=named))
-        out = tmp_path / f"{name}"
-        checkpoint.config.save_pretrained(out)
-        recwarn.clear()
-        checkpoint.export_tokenizer(out)
-        said = [str(warning.message) for warning in recwarn if warning.category is ModelWarning]
-        assert len(said) == warned and all("tokenizer.ggml.pre" in message for message in said)
-        reference.pre_tokenizer = expected
-        found = transformers.AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"]
-        assert found == reference.encode(text, add_special_tokens=False).ids, name
-    named["tokenizer.ggml.pre"] = "of-tomorrow"
-    checkpoint = GGUFCheckpoint(tiny_gguf.write(tmp_path / "m.gguf", model, keys=named))
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'of-tomorrow'"):
-        checkpoint.export_tokenizer(out)
-
-
 # Files.
 
 
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16", "Q8_0", "MXFP4"])
 def test_types(tmp_path, stored):
     """The values are those that the package gguf makes of the tensor; norms stay float32."""
-    model = built("LlamaConfig", hidden_size=64, intermediate_size=96)
+    model = tiny_gguf.built("LlamaConfig", hidden_size=64, intermediate_size=96)
     kind = gguf.GGMLQuantizationType[stored]
     found = read(tiny_gguf.write(tmp_path / "m.gguf", model, stored=kind))
     with torch.no_grad():
@@ -529,7 +368,7 @@ def test_an_old_version(tmp_path):
 
 @pytest.fixture
 def parts(tmp_path):
-    model = built("LlamaConfig")
+    model = tiny_gguf.built("LlamaConfig")
     tiny_gguf.write(tmp_path / "big.gguf", model, split_max_tensors=8)
     return model, sorted(tmp_path.glob("big-*.gguf"))
 
@@ -555,6 +394,6 @@ def test_parts_that_are_missing_or_not_the_first(parts):
 
 def test_yarn_of_the_table_is_what_transformers_derives():
     """The amplitude that a file need not state."""
-    config = transformers.LlamaConfig(**{**BASE, "rope_parameters": YARN})
+    config = transformers.LlamaConfig(**{**tiny_gguf.BASE, "rope_parameters": YARN})
     _, amplitude = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
     assert math.isclose(amplitude, 1 + 0.1 * math.log(4))

@@ -11,7 +11,7 @@ from bstack.hub.curve import divergence_at
 def forecast(reader: bstk.Reader, budget: int | None) -> str:
     """Return a line on the cut of a file within a budget in bytes: its size, quality and speed, and what is to be fetched."""
     from bstack.engine.url_cache import kept_path
-    from bstack.packed.speed import expected_speed
+    from bstack.packed.speed import expected_speeds
 
     cut = min(reader.fit(budget=budget), reader.model)
     whole = cut == reader.model
@@ -20,7 +20,7 @@ def forecast(reader: bstk.Reader, budget: int | None) -> str:
     ]
     if (kld := divergence_at(reader.metadata, cut.file_bytes)) is not None:
         words.append(f"KLD about {number(kld, 2)}")
-    if speed := expected_speed(reader, cut):
+    if (speed := expected_speeds(reader, [cut])[0]) is not None:
         words.append(f"about {number(speed, 2)} tokens/s or less")
     kept = kept_path(reader.root)
     there = min(kept.stat().st_size, cut.file_bytes) if kept.is_file() else 0

@@ -63,7 +63,7 @@ def _page(reader: bstk.Reader) -> str:
         ("Made with", _provenance_fields(reader.metadata)),
     ]
     parts = [f"{title}\n{fields(pairs)}" for title, pairs in sections if pairs]
-    parts.insert(3, f"Cuts of this file (bstack truncate --mb N)\n{_cut_table(reader)}")
+    parts.insert(3, _cut_table(reader))
     spqr = _spqr_summary(reader)
     if spqr is not None:
         parts.insert(3, f"SpQR linears here\n{_spqr_table(spqr)}")
@@ -222,13 +222,21 @@ def _spqr_table(found: dict[str, Any]) -> str:
 
 
 def _cut_table(reader: bstk.Reader) -> str:
+    from bstack.kernels.native import instructions
+    from bstack.packed.speed import expected_speeds
+
+    cuts = list(reader.even_cuts(_SIZES))
+    speeds = expected_speeds(reader, cuts)
+    here = f"; tokens/s: what {instructions()} kernels allow here at most" if any(speeds) else ""
     rows = []
-    for cut in reader.even_cuts(_SIZES):
+    for cut, speed in zip(cuts, speeds, strict=True):
         blocks = sum(chunk.is_block for chunk in reader.all_chunks[: cut.chunks])
         bits = reader.bits_per_weight(cut)
         sizes = [f"{bstk.mb_ceil(cut.budget)}", megabytes(cut.file_bytes), megabytes(cut.memory_bytes)]
-        rows.append([*sizes, f"{blocks:,}", "-" if bits is None else f"{bits:.3f}"])
-    return table(["--mb", "file", "in memory", "blocks", "bits/weight"], rows)
+        row = [*sizes, f"{blocks:,}", "-" if bits is None else f"{bits:.3f}"]
+        rows.append([*row, "-" if speed is None else number(speed, 2)])
+    head = ["--mb", "file", "in memory", "blocks", "bits/weight", "tokens/s"]
+    return f"Cuts of this file (bstack truncate --mb N{here})\n{table(head, rows)}"
 
 
 def _block_table(reader: bstk.Reader) -> str:
@@ -245,7 +253,10 @@ def _block_table(reader: bstk.Reader) -> str:
 
 
 def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
+    from bstack.packed.speed import expected_speeds
+
     blocks = [chunk for chunk in reader.chunks if chunk.is_block]
+    cuts = list(reader.even_cuts(_SIZES))
     result = {
         "file": reader.source.name,
         "state": reader.state,
@@ -261,7 +272,10 @@ def _as_json(reader: bstk.Reader, with_blocks: bool) -> dict[str, Any]:
         "restores_original": reader.restores,
         "exact_bytes": _stored([chunk for chunk in reader.all_chunks if chunk.kind.restores]),
         "files": {name: chunk.raw_length for name, chunk in reader.files.items()},
-        "cuts": [{**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut)} for cut in reader.even_cuts(_SIZES)],
+        "cuts": [
+            {**cut._asdict(), "bits_per_weight": reader.bits_per_weight(cut), "tokens_per_second": speed}
+            for cut, speed in zip(cuts, expected_speeds(reader, cuts), strict=True)
+        ],
         "metadata": reader.metadata,
     }
     if (spqr := _spqr_summary(reader)) is not None:

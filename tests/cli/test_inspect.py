@@ -57,6 +57,29 @@ def test_json(bstack, vector, name, state):
     assert "stack" not in json.loads(bstack("inspect", "--json", path).stdout)
 
 
+def test_speeds_are_those_of_the_kernels_here(bstack, vector):
+    speeds = [
+        cut["tokens_per_second"] for cut in json.loads(bstack("inspect", "--json", vector("whole.bstk")).stdout)["cuts"]
+    ]
+    assert all(speed > 0 for speed in speeds) and speeds[0] > speeds[-1]
+    page = bstack("inspect", vector("whole.bstk")).stdout
+    assert re.search(r"tokens/s: what \w+ kernels allow here", page)
+    assert re.search(r"^ +--mb .* tokens/s\n.* [0-9.e+]+$", page, re.MULTILINE)
+
+
+def test_nothing_is_said_of_speed_without_kernels_and_of_experts(vector, monkeypatch):
+    from bstack.packed import speed
+
+    with bstk.open(vector("whole.bstk")) as file:
+        cuts = [file.base, file.complete]
+        with monkeypatch.context() as patch:
+            patch.setattr(speed, "library", lambda: None)
+            assert speed.expected_speeds(file, cuts) == [None, None]
+        patched = [chunk._replace(name="model.layers.0.mlp.experts.gate_up_proj[1]") for chunk in file.all_chunks]
+        monkeypatch.setattr(file, "all_chunks", patched)
+        assert speed.expected_speeds(file, cuts) == [None, None]
+
+
 def test_blocks(bstack, vector):
     out = bstack("inspect", "--blocks", vector("whole.bstk")).stdout
     table = out.split("Blocks (* in the base model)\n")[1].splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +44,11 @@ def measure_curve(
     with skeleton.loaded([skeleton.output_name]):
         original_head = skeleton.parameter(skeleton.output_name).data
     progress()
+    sizes: Counter[str] = Counter()
+    for name, blocks in collected.stacks.items():
+        sizes[MatrixName.parse(name).parameter] += math.prod(blocks[0].entry.shape)
+    # A large model's weights would be read from the disk once more for each size, only to be overwritten.
+    replaced = {name for name, size in sizes.items() if size == skeleton.parameter(name).numel()}
     points = []
     for count in _counts(entries, base_count):
         depths = {entry.name: entry.level + 1 for entry in entries[:count] if entry.kind.is_block}
@@ -65,7 +72,7 @@ def measure_curve(
 
         @contextmanager
         def rebuilt(names: list[str]) -> Iterator[None]:
-            with skeleton.loaded(names):
+            with skeleton.loaded(names, unread=replaced):
                 stacks = {n: b for n, b in collected.stacks.items() if MatrixName.parse(n).parameter in names}
                 load_blocks(skeleton, stacks, depths)  # noqa: B023
                 yield

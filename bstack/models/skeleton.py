@@ -135,14 +135,22 @@ class Skeleton:
         return getattr(*owner_of(self.model, name))
 
     @contextmanager
-    def loaded(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Hold the named parameters in memory for the length of a `with` block, as `dtype`; buffers stay as they are."""
+    def loaded(
+        self, names: Iterable[str], dtype: torch.dtype = torch.float32, *, unread: Container[str] = ()
+    ) -> Iterator[None]:
+        """Hold the named parameters in memory for the length of a `with` block, as `dtype`; buffers stay as they are.
+
+        Those in `unread` are not read: they are float32 memory that holds anything, for the caller to write.
+        """
         names = list(dict.fromkeys(self._tied.get(name, name) for name in names))
         try:
             if dtype != torch.float32:
                 self._empty(names, dtype)  # a weight that is read takes the type of the one it replaces
             with quiet_transformers():
-                self.checkpoint.load(self.model, names)
+                self.checkpoint.load(self.model, [name for name in names if name not in unread])
+            for name in (name for name in names if name in unread):
+                owner, leaf = owner_of(self.model, name)
+                owner._parameters[leaf] = nn.Parameter(torch.empty(self.parameter(name).shape), requires_grad=False)
             self.model.requires_grad_(False)
             self._tie()
             yield

@@ -1,14 +1,18 @@
 """The quality curve that travels in the file."""
 
 import math
+from collections import Counter
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bstack
+import bstack.compression.stages as stages
 import bstk
 from bstack.calibration.texts import HELD_OUT, open_text, token_windows
+from bstack.models.names import MatrixName
 
 
 def test_the_curve_is_that_of_a_plain_computation(tiny_llama, tmp_path):
@@ -34,3 +38,35 @@ def test_the_curve_is_that_of_a_plain_computation(tiny_llama, tmp_path):
         assert point["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
         loss = -q.gather(-1, windows[:, 1:, None]).mean()
         assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2"])
+def test_sizes_read_only_what_no_block_replaces(name, tmp_path, monkeypatch):
+    """From the checkpoint; the rest of each size comes from the blocks."""
+    folder, output = tiny_models.save(name, tmp_path / "model"), tmp_path / "model.bstk"
+    reads: list[str] = []
+    measure = stages.measure_curve
+
+    def watched(skeleton, *arguments):
+        load = skeleton.checkpoint.load
+
+        def noted(model, names):
+            reads.extend(names)
+            load(model, names)
+
+        monkeypatch.setattr(skeleton.checkpoint, "load", noted)
+        return measure(skeleton, *arguments)
+
+    monkeypatch.setattr(stages, "measure_curve", watched)
+    bstack.compress(folder, output, settings=bstack.Settings(codec="sign", planes=2, samples=2, sequence_length=16))
+    with bstk.open(output) as file:
+        replaced = {MatrixName.parse(chunk.name).parameter for chunk in file.chunks if chunk.is_block}
+        sizes = len(file.metadata["quality"])
+        klds = [point["kld"] for point in file.metadata["quality"]]
+    times = Counter(reads)
+    assert sizes > 2 and replaced and klds[0] > klds[-1]
+    # Once as the original's; the head, which may be the embedding, once more to compare with.
+    assert max(times[parameter] for parameter in replaced) <= 3
+    assert max(times[parameter] for parameter in replaced if "layers." in parameter or "h." in parameter) == 1
+    norms = [name for name in times if "norm" in name or ".ln_" in name]
+    assert norms and all(times[name] == 1 + sizes for name in norms)

@@ -7,19 +7,18 @@ redirects that do not carry credentials to another host, proxies and certificate
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from . import preamble
 from .errors import BstkError, RemoteChangedError, RemoteError
+from .hub import HubPlace, is_hub, only_file, token
 
 HEAD = 2**16  # bytes of the first request: the preamble, and all of the header of most small files
 PIECE = 2**18  # maximum bytes handed on at a time
@@ -29,7 +28,6 @@ FIRST_DELAY = 0.5  # seconds before the first of RETRIES; each wait is twice the
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
 MAX_LISTING = 2**24  # bytes that are read of a repository's description
-MAX_LISTED = 8  # names of files in a message
 
 T = TypeVar("T")
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
@@ -52,81 +50,12 @@ def shown(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-@dataclass(frozen=True)
-class HubPlace:
-    """A place on the hub: a repository of models at a revision, and a file in it or, with an empty name, its only .bstk file."""
-
-    repository: str
-    revision: str
-    file: str
-
-    @classmethod
-    def parse(cls, url: str) -> HubPlace:
-        """Read ``hf://OWNER/REPO[@REVISION][/FILE]``; a slash in a revision is written %2F, except in ``refs/pr/1``."""
-        match = _HUB.fullmatch(url)
-        if match is None:
-            raise RemoteError(
-                f"{url}: a file in a model repository of the hub is named hf://OWNER/REPO[@REVISION]/FILE, and its only .bstk "
-                "file hf://OWNER/REPO[@REVISION].",
-                missing=True,
-            )
-        return cls(match["repository"], unquote(match["revision"] or "main"), match["file"] or "")
-
-    def address(self) -> str:
-        """Return the address of the file on the hub's server."""
-        return f"{_endpoint()}/{quote(self.repository)}/resolve/{quote(self.revision, safe='')}/{quote(self.file)}"
-
-    def listing(self) -> str:
-        """Return the address that answers with the names of all files."""
-        return f"{_endpoint()}/api/models/{quote(self.repository)}/revision/{quote(self.revision, safe='')}"
-
-
-# As huggingface_hub reads it.
-_HUB = re.compile(
-    r"hf://(?:models/)?(?!(?:datasets|spaces|kernels|buckets)/)(?P<repository>[^/@]+/[^/@]+)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<file>.+)|/?)",
-    re.IGNORECASE,
-)
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-
-
-def token(url: str) -> str | None:
-    """Return the access token for an ``hf://`` URL, where huggingface_hub looks for it; None for other URLs."""
-    if not _is_hub(url):
-        return None
-    given = _clean(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or "")
-    if given:
-        return given
-    cache = os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
-    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
-    path = os.environ.get("HF_TOKEN_PATH", os.path.join(_expand(home), "token"))
-    try:
-        return _clean(Path(_expand(path)).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _expand(path: str) -> str:
-    return os.path.expandvars(os.path.expanduser(path))
-
-
-def _clean(text: str) -> str | None:
-    return text.replace("\r", "").replace("\n", "").strip() or None
-
-
 def _bearer(token: str) -> Callable[[Any], Any]:
     def add(request: Any) -> Any:
         request.headers["Authorization"] = f"Bearer {token}"
         return request
 
     return add
-
-
-def _is_hub(url: str) -> bool:
-    return url.lower().startswith("hf://")
 
 
 class HttpSource:
@@ -154,7 +83,7 @@ class HttpSource:
         self.name = shown(url)  # without secrets
         self.notify = notify
         self.requests = 0  # so far, not counting redirects
-        place = HubPlace.parse(url) if _is_hub(url) else None
+        place = HubPlace.parse(url) if is_hub(url) else None
         try:
             import requests
         except ImportError:
@@ -222,23 +151,10 @@ class HttpSource:
     def _only_file(self, place: HubPlace) -> str:
         """Return the name of the only .bstk file of a repository."""
         try:
-            answer = self._retried(lambda: self._listing(place))
+            return only_file(self._retried(lambda: self._listing(place)), self.name)
         except BaseException:
             self.close()
             raise
-        siblings = answer.get("siblings") if isinstance(answer, dict) else None
-        entries = [entry.get("rfilename") for entry in siblings or () if isinstance(entry, dict)]
-        names = sorted(name for name in entries if isinstance(name, str) and name.lower().endswith(".bstk"))
-        if len(names) == 1:
-            return names[0]
-        self.close()
-        if not names:
-            raise RemoteError(f"{self.name}: the repository has no .bstk file.", hint="Check the name.", missing=True)
-        listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if names[MAX_LISTED:] else "")
-        hint = f"Name one, such as {self.name.rstrip('/')}/{names[0]}."
-        raise RemoteError(
-            f"{self.name}: the repository has {len(names)} .bstk files: {listed}.", hint=hint, missing=True
-        )
 
     def _listing(self, place: HubPlace) -> Any:
         """Return what the hub says of a repository."""

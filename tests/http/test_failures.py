@@ -12,7 +12,7 @@ from range_server import CERTIFICATE
 from served_files import cut_sizes
 
 import bstk
-from bstk import http
+from bstk import http, hub
 
 
 def opened(url):
@@ -208,7 +208,7 @@ def test_the_token_is_that_of_huggingface_hub(variables, files, wanted, monkeypa
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert http.token("hf://owner/repo/file.bstk") == wanted and http.token("https://host/file.bstk") is None
+    assert hub.token("hf://owner/repo/file.bstk") == wanted and hub.token("https://host/file.bstk") is None
     # Another process, because huggingface_hub reads these variables when it is imported.
     done = subprocess.run([sys.executable, "-c", _HUB_TOKEN], capture_output=True, text=True, check=True)
     assert done.stdout == str(wanted)

@@ -34,13 +34,15 @@ class Block:
         The chunk kind of the container.
     rank : int
         The rank field of the chunk.
-    row_errors : torch.Tensor
-        Squared output error that remains after this block, per output row, float32, shape (outputs,).
+    errors_before, row_errors : torch.Tensor
+        Squared output error before and after this block, per output row, float32, shape (outputs,), by the codec's estimate of
+        the hessian.
     """
 
     payload: bytes
     kind: bstk.Kind
     rank: int
+    errors_before: torch.Tensor
     row_errors: torch.Tensor
 
 

@@ -67,11 +67,13 @@ class SignCodec(Codec):
         scale = channel_norms(hessian)
         residual = weight.clone()
         rank = min(self.rank, *weight.shape) if self.rank != "auto" else choose_rank(weight * scale)
+        errors = output_errors(residual, hessian)
         for _ in range(self.planes):
             signs = residual >= 0
             u, v = _magnitudes((residual * scale).abs(), scale, rank)
             residual -= _contribution(signs, u, v)
-            yield Block(_pack(signs, u, v), KIND, rank, output_errors(residual, hessian))
+            before, errors = errors, output_errors(residual, hessian)
+            yield Block(_pack(signs, u, v), KIND, rank, before, errors)
 
     @staticmethod
     def rebuild(

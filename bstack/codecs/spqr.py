@@ -149,11 +149,12 @@ class SpqrCodec(Codec):
         )
         residual = weight - values
         rank = rank_of(self.bits, self.group)
-        yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(residual, hessian))
+        errors = output_errors(residual, hessian)
+        yield Block(dense.pack(rank), bstk.SPQR, rank, output_errors(weight, hessian), errors)
         if len(added):
             residual[rows, columns] -= added.float()
             outliers = Outliers(_pointer(rows, shape[0]), columns.numpy(), added.numpy())
-            yield Block(outliers.pack(), bstk.OUTLIERS, 0, output_errors(residual, hessian))
+            yield Block(outliers.pack(), bstk.OUTLIERS, 0, errors, output_errors(residual, hessian))
         if self.planes:
             yield from TrellisCodec(self.planes).encode(residual, hessian, tokens, importance)
 

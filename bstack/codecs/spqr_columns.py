@@ -37,7 +37,7 @@ def damp(hessian: torch.Tensor, tokens: int) -> Damped:
     keep, ridge = shrinkage(hessian, tokens)
     order = hessian.diagonal().argsort(stable=True, descending=True)
     damping = ridge + DAMPING * float((keep * hessian.diagonal()[order]).mean())
-    return Damped(order, *factorise(lambda: keep * hessian[order][:, order], damping if damping > 0 else 1.0))
+    return Damped(order, *factorise(lambda: keep * hessian[order][:, order], damping if damping > 0 else 1.0)[:2])
 
 
 def code_columns(

@@ -19,7 +19,7 @@ every choice here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -50,6 +50,9 @@ HEADROOM = (1.03, 1.03, 1.06, 1.12)
 # The table's unit, in standard deviations of the source it was trained on.
 UNIT = 0.02228
 COLUMNS_TOGETHER = 64
+COLUMNS_MULTIPLIED = 1024
+# Of the damping: a square of the form below it is rounding.
+MIN_FORM = 1e-6
 ROWS_TOGETHER = 256
 
 
@@ -83,24 +86,27 @@ class TrellisCodec(Codec):
         spectrum = spectrum_sample(_damped(rotated, keep, ridge))
         importance = _bounded(importance)
         residual = rotate(weight)
-        # R H is carried along, since a product with H costs as much as all the rest.
-        product = residual @ rotated
-        factor: torch.Tensor | None = None
-        factor_later: float | None = None
+        form: _Form | None = None
+        form_later: float | None = None
+        errors: torch.Tensor | None = None
         for plane in range(self.planes):
             later = LATER if self.planes - plane > 2 else LATER_AT_THE_END
-            if later != factor_later:
-                factor, factor_later = None, later  # free the old factor before the new one is made
-                factor, _ = factorise(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
+            if later != form_later:
+                form, form_later = None, later  # free the old factor before the new one is made
+                form = _Form.of(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
+                product = form.product(residual)
+            form = cast(_Form, form)
+            before = form.errors(product, residual) if errors is None else errors
             headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
-            values, codes = _encode(residual, cast(torch.Tensor, factor), scale, importance)
-            values_product = values @ rotated
-            scale = _refit(residual, values, values_product, keep, ridge)
+            codes, values_product = _encode(product, form.factor, scale, importance)
+            values = _values(codes)
+            scale = form.refit(values_product, product, values, residual)
             residual -= values.mul_(scale.float()[:, None])
-            product -= values_product.mul_(scale.float()[:, None])
+            product -= values_product.mul_(scale.float())
             del values, values_product
-            yield Block(_pack(codes, scale), bstk.TRELLIS5, BITS, _row_sums(product, residual).clamp_min(0))
+            errors = form.errors(product, residual)
+            yield Block(_pack(codes, scale), bstk.TRELLIS5, BITS, before, errors)
 
     @staticmethod
     def rebuild(
@@ -113,6 +119,53 @@ class TrellisCodec(Codec):
             matrix = Matrix.of(*shape, list(blocks))
             total += torch.from_numpy(decode_rows(matrix, ROTATED, 0, matrix.rows))
         return unrotate(total)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The quadratic form of errors, a H b for rows a and b, from the factor that the feedback has anyway.
+
+    With H + d I = M D M^T and the products a M and b M it is sum_j D_j (a M)_j (b M)_j - d a.b, and the feedback finds the
+    products of the values as it goes: a product with H would cost as much as all the rest. Products lie as the columns
+    that are encoded, float32, shape (inputs, outputs). Sums are in float64, since d a.b may be most of the first.
+    """
+
+    factor: torch.Tensor
+    cost: torch.Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, hessian: Callable[[], torch.Tensor], damping: float) -> _Form:
+        return cls(*factorise(hessian, damping))
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows, shape (outputs, inputs), by M."""
+        found = torch.empty(rows.shape[1], rows.shape[0])
+        for start in range(0, len(found), COLUMNS_MULTIPLIED):
+            stop = min(start + COLUMNS_MULTIPLIED, len(found))
+            torch.mm(self.factor[:stop, start:stop].t(), rows[:, :stop].t(), out=found[start:stop])
+        return found
+
+    def errors(self, product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the form of each row with itself, float32, shape (outputs,); never negative."""
+        return self._of_each(product, product, rows, rows).clamp_min(0).float()
+
+    def refit(
+        self, values_product: torch.Tensor, product: torch.Tensor, values: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Fit the scale of each row to the smallest output error, v H r / v H v; half precision, shape (outputs,)."""
+        least = MIN_FORM * self.damping * _row_sums(values, values)
+        square = torch.maximum(self._of_each(values_product, values_product, values, values), least)
+        return to_half((self._of_each(values_product, product, values, residual) / square).float())
+
+    def _of_each(
+        self, a_product: torch.Tensor, b_product: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros(len(a), dtype=torch.float64)
+        for some in _parts(a_product):
+            weighted = a_product[some] * b_product[some] * self.cost[some, None]
+            total += weighted.sum(0, dtype=torch.float64)
+        return total - self.damping * _row_sums(a, b)
 
 
 def _damped(hessian: torch.Tensor, keep: float, ridge: float) -> torch.Tensor:
@@ -129,35 +182,38 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    residual: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Choose all codes of a block, uint8, shape (4 + m, n); return them after their table values, float32, shape (m, n).
+    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Choose all codes of a block, uint8, shape (4 + m, n); return them with the product of their values with M, shape (n, m).
 
-    Columns are encoded in groups: the kernel carries the feedback inside a group, a matrix product between groups.
+    Of the residual R its product P = R M is needed alone, shape (n, m): the feedback makes P_j - sum_{k<j} q_k M_kj of column j,
+    where q are the scaled values chosen before. Columns are encoded in groups: the kernel carries the feedback inside a group, a
+    matrix product between groups.
     """
-    m, n = residual.shape
+    n, m = product.shape
     table = np.array(TABLE5, np.float32)
     # Errors count in units of the output, hence the squared scale.
     squared = importance * scale.square()
     weight = (squared / squared.mean().clamp_min(1e-38)).numpy()
-    columns = residual.t().clone(memory_format=torch.contiguous_format)  # a copy also of a single row
     codes = np.empty((n, EARLIER5 + m), np.uint8)
+    chosen, values_product = torch.empty(n, m), torch.empty(n, m)  # the first is -q
+    nothing = np.zeros((COLUMNS_TOGETHER, m), np.float32)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
-        # To save memory, `columns` holds the errors of the columns up to `start`.
-        target = columns[start:stop] + factor[:start, start:stop].t() @ columns[:start]
-        codes[start:stop], errors = encode_columns(
+        target = torch.addmm(product[start:stop], factor[:start, start:stop].t(), chosen[:start])
+        codes[start:stop], negative = encode_columns(
             target.numpy(),
-            columns[start:stop].numpy(),
+            nothing[: stop - start],
             factor[start:stop, start:stop].contiguous().numpy(),
             table,
             scale.numpy(),
             weight,
         )
-        columns[start:stop] = torch.from_numpy(errors)
-    del columns
-    codes = np.ascontiguousarray(codes.T)
-    return _values(codes), codes
+        chosen[start:stop] = torch.from_numpy(negative)
+        # What the quantiser left of its target is what the block leaves of P.
+        left = target.add_(chosen[start:stop])
+        torch.sub(product[start:stop], left, out=values_product[start:stop])
+    return np.ascontiguousarray(codes.T), values_product.div_(scale)
 
 
 def encode_columns(
@@ -204,23 +260,9 @@ def _values(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def _refit(
-    residual: torch.Tensor, values: torch.Tensor, product: torch.Tensor, keep: float, ridge: float
-) -> torch.Tensor:
-    """Fit the scale of each row to the smallest output error, v H r / v H v; half precision, shape (m,).
-
-    `product` is v times the measured hessian; H is the better estimate of it (`_damped`).
-    """
-    scale = torch.empty(len(values))
-    for rows in _parts(values):
-        damped = keep * product[rows] + ridge * values[rows]
-        scale[rows] = (damped * residual[rows]).sum(1) / (damped * values[rows]).sum(1).clamp_min(1e-30)
-    return to_half(scale)
-
-
 def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a times b over each row, shape (m,)."""
-    return torch.cat([(a[rows] * b[rows]).sum(1) for rows in _parts(a)])
+    """Return the sum of a times b over each row, float64, shape (m,)."""
+    return torch.cat([(a[rows] * b[rows]).sum(1, dtype=torch.float64) for rows in _parts(a)])
 
 
 def _parts(matrix: torch.Tensor | np.ndarray) -> Iterator[slice]:

@@ -18,7 +18,6 @@ import bstk
 from bstack.codecs import Codec
 from bstack.codecs.contract import Task
 from bstack.kernels.native import processors
-from bstack.numerics.hessian import output_errors
 from bstack.workdir import Part
 
 __all__ = ["Matrix", "Threads", "Workers", "add_dense", "encode", "encode_arrays"]
@@ -137,12 +136,12 @@ def encode_arrays(
             )
     with torch.no_grad():  # grad mode belongs to the thread
         task = matrix.task
-        weight = task[0]
-        before = output_errors(weight, matrix.hessian)
-        whole = float(before.sum(dtype=torch.float64))
+        whole = 0.0
         chunks = []
         for level, block in enumerate(codec.encode(*task)):
-            gain = 0.5 * float(((before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
+            if level == 0:
+                whole = float(block.errors_before.sum(dtype=torch.float64))
+            gain = 0.5 * float(((block.errors_before - block.row_errors) * matrix.sensitivity).sum(dtype=torch.float64))
             left = float(block.row_errors.sum(dtype=torch.float64))
             fields = {
                 "name": matrix.name,
@@ -156,7 +155,6 @@ def encode_arrays(
                 "error": left / whole if whole > 0 else 0.0,
             }
             chunks.append((block.payload, fields))
-            before = block.row_errors
     return chunks
 
 

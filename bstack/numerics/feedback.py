@@ -22,7 +22,7 @@ LANCZOS_STEPS = 64
 NOT_FINITE = "The hessian holds NaN or infinite values, so it has no feedback factor."
 
 
-def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Compute M and D of hessian() + damping I = M D M^T.
 
     The factor overwrites the hessian: another matrix of its size would take 0.8 GB at a width of 14336.
@@ -41,6 +41,8 @@ def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torc
     cost : torch.Tensor
         The diagonal of D, float32, shape (inputs,): the cost of an error of 1 in a column after the later columns have made
         up for what they can of it. Its inverse is the diagonal of GPTQ's inverse factor, squared.
+    damping : float
+        d as it was used: larger where rounding spoiled the factor of the given one.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def factorise(hessian: Callable[[], torch.Tensor], damping: float) -> tuple[torc
     diagonal = upper.diagonal().clone()
     if not bool(diagonal.isfinite().all()):
         raise ValueError(NOT_FINITE)
-    return upper.div_(diagonal).float(), diagonal.square().float()
+    return upper.div_(diagonal).float(), diagonal.square().float(), damping
 
 
 def _cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
@@ -137,29 +139,30 @@ def spectrum_sample(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     n = hessian.shape[0]
     steps = min(LANCZOS_STEPS, n)
-    # Each vector averages over the whole width, and reads the whole hessian at every step.
+    # Each vector averages over the whole width.
     probes = 8 if n <= 4096 else 2
     generator = torch.Generator().manual_seed(0)
+    v = (torch.randint(0, 2, (probes, n), generator=generator) * 2.0 - 1.0) / math.sqrt(n)
+    basis = torch.zeros(probes, steps, n)
+    alpha, beta = torch.zeros(probes, steps, dtype=torch.float64), torch.zeros(probes, steps, dtype=torch.float64)
+    counts = torch.full((probes,), steps)
+    for k in range(steps):
+        basis[:, k] = v
+        w = v @ hessian  # all vectors at once, since each product reads the whole hessian
+        alpha[:, k] = (w * v).sum(1)
+        # Orthogonalise against all earlier vectors, twice: otherwise Lanczos finds the large values again and again.
+        known = basis[:, : k + 1]
+        for _ in range(2):
+            w = w - ((known @ w[:, :, None]).mT @ known)[:, 0]
+        norm = w.norm(dim=1)
+        ended = (norm <= 1e-6 * alpha[:, : k + 1].abs().amax(1)) & (counts == steps)
+        counts[ended] = k + 1  # what follows is rounding
+        beta[:, k] = norm
+        v = w / norm.clamp_min(1e-30)[:, None]
     values, weights = [], []
-    for _ in range(probes):
-        v = (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0) / math.sqrt(n)
-        basis = torch.zeros(steps, n)
-        alpha, beta = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-        count = steps
-        for k in range(steps):
-            basis[k] = v
-            w = hessian @ v
-            alpha[k] = float(w @ v)
-            # Orthogonalise against all earlier vectors, twice: otherwise Lanczos finds the large values again and again.
-            for _ in range(2):
-                w = w - basis[: k + 1].t() @ (basis[: k + 1] @ w)
-            norm = float(w.norm())
-            if k + 1 == steps or norm <= 1e-6 * float(alpha[: k + 1].abs().max()):
-                count = k + 1
-                break
-            beta[k] = norm
-            v = w / norm
-        inner = torch.diag(alpha[:count]) + torch.diag(beta[: count - 1], 1) + torch.diag(beta[: count - 1], -1)
+    for probe, count in enumerate(counts.tolist()):
+        off = beta[probe, : count - 1]
+        inner = torch.diag(alpha[probe, :count]) + torch.diag(off, 1) + torch.diag(off, -1)
         theta, vectors = torch.linalg.eigh(inner)
         values.append(theta)
         weights.append(vectors[0].square() / probes)

@@ -14,7 +14,7 @@ from bstack.numerics.groups import LEVELS, code_group, fit_groups, fit_levels, o
 
 def test_factorise_is_the_decomposition():
     h = hessian(30)
-    factor, cost = factorise(h.clone, 2.0)
+    factor, cost, _ = factorise(h.clone, 2.0)
     again = factor.double() @ torch.diag(cost.double()) @ factor.double().t()
     assert torch.allclose(again, h.double() + 2 * torch.eye(30).double(), rtol=1e-5, atol=1e-3)
     # GPTQ's form: the cost of a column is one over the square of the inverse's Cholesky diagonal.
@@ -27,7 +27,7 @@ def test_groups_are_coded_as_written_out():
     rng = np.random.default_rng(0)
     g, rows, candidates, max_code = 7, 5, 3, 7
     h = hessian(g, 1)
-    factor, cost = factorise(h.clone, 0.1)
+    factor, cost, _ = factorise(h.clone, 0.1)
     weight = torch.from_numpy(rng.standard_normal((g, rows))).float()
     kept = torch.where(torch.from_numpy(rng.random((g, rows))) < 0.2, 0.02, 1.0).float()
     scale = torch.from_numpy(rng.uniform(0.2, 0.6, (candidates, rows))).float()

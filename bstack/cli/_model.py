@@ -15,6 +15,7 @@ import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._forecast import forecast
 from bstack.cli._text import megabytes
+from bstack.errors import require
 
 AUTO = "auto"
 
@@ -164,6 +165,9 @@ def load_model(
     """Load a model that writes text, within the budget, or without one within what is free, for one of the engines."""
     from bstack.packed.autosize import free_budget
 
+    needs_transformers = engine == "transformers" or (engine == "auto" and any(allowed.values()))
+    if needs_transformers:
+        require("The transformers engine")
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
         if bstk.is_url(file) and not quiet:
@@ -195,7 +199,7 @@ def load_model(
             )
         return Loaded(file, model, tokenizer, native, log)
 
-    if engine == "transformers" or (engine == "auto" and any(allowed.values())):
+    if needs_transformers:
         return run(load_transformers, native=False)
     from bstack.engine.native.architecture import NotNativeError
 
@@ -204,6 +208,7 @@ def load_model(
     except NotNativeError as error:
         if engine == "native":
             raise
+        require(f"{file}: the native engine does not run it ({error.reason}), and the transformers engine")
         log(click.style(f"The transformers engine runs it: {error.reason}.", dim=True))
         return run(load_transformers, native=False)
     log(click.style("The native engine runs it.", dim=True))

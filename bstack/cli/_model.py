@@ -111,6 +111,12 @@ class Loaded:
         """The blocks in memory."""
         return self.model.bstack_store
 
+    @property
+    def coming(self) -> int:
+        """Bytes of weights that are still to be loaded."""
+        state = self.store.state
+        return state.target_bytes - state.weight_bytes
+
     def encode(self, prompt: Any, chat: bool) -> Any:
         """Return the tokens of a prompt, as `encode_prompt` of the engine does."""
         return self._engine().encode_prompt(self.tokenizer, prompt, chat)
@@ -184,7 +190,7 @@ def load_model(
     def load_native(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.native.load import load
 
-        return load(file, budget=budget, **settings)
+        return load(file, budget=budget, wait=False, **settings)
 
     def load_transformers(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.load import load
@@ -212,6 +218,10 @@ def load_model(
         log(click.style(f"The transformers engine runs it: {error.reason}.", dim=True))
         return run(load_transformers, native=False)
     log(click.style("The native engine runs it.", dim=True))
+    if coming := loaded.coming:
+        log(
+            f"It begins with {megabytes(loaded.store.state.weight_bytes)} of weights, while {megabytes(coming)} more arrive."
+        )
     return loaded
 
 
@@ -245,7 +255,7 @@ def _load_within(
         model, tokenizer = load(base)
         free, words = free_budget()
         store_of(model).resize(max(free or 0, 0) + base)
-    log(f"Using {megabytes(store_of(model).state.weight_bytes)} for weights: {words}.")
+    log(f"Using {megabytes(store_of(model).state.target_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

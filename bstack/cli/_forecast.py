@@ -21,7 +21,7 @@ def forecast(reader: bstk.Reader, budget: int | None) -> str:
     if (kld := divergence_at(reader.metadata, cut.file_bytes)) is not None:
         words.append(f"KLD about {number(kld, 2)}")
     if speed := expected_speed(reader, cut):
-        words.append(f"about {number(speed, 2)} tokens/s or less")
+        words.append(f"about {float(f'{speed:.2g}'):,g} tokens/s or less")
     kept = kept_path(reader.root)
     there = min(kept.stat().st_size, cut.file_bytes) if kept.is_file() else 0
     fetched = (

@@ -262,7 +262,7 @@ def test_another_model_on_the_server_meanwhile(data, serve, other):
 def test_the_commands_begin_with_what_is_there(path, data, held, kept):
     def start(*arguments):
         command = [sys.executable, "-m", "bstack", *arguments]
-        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
         return subprocess.Popen(
             command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -279,6 +279,7 @@ def test_the_commands_begin_with_what_is_there(path, data, held, kept):
     chat.stdin.flush()
     assert chat.stdout.readline().strip()
     assert any(" tokens, first after" in line for line in chat.stderr)
+    time.sleep(0.5)  # it waits for the next line
     chat.send_signal(signal.SIGINT)
     assert chat.communicate(timeout=60) and chat.returncode == 75
     held.asked.clear()

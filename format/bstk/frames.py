@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import zstandard
-
 from . import limits
 from .errors import DamagedError, ResourceError, UsageError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SHORT_BLOCK = 1024
@@ -55,12 +59,13 @@ def pack(raw: bytes | bytearray | memoryview, level: int = 3) -> Frame:
         raise UsageError(f"a chunk holds 1 to {limits.MAX_RAW_LENGTH} bytes, found {view.nbytes}.")
     if not 1 <= level <= 19:
         raise UsageError(f"a zstd level is 1 to 19 here, found {level}.")
-    compressor = zstandard.ZstdCompressor(
-        level=level, write_checksum=True, write_content_size=True, write_dict_id=False, threads=0
-    )
-    stored = compressor.compress(view)
+    settings = {zstd.CompressionParameter.compression_level: level}
+    stored = b"".join(_compress([view], settings))
     if view.nbytes > max_raw(len(stored)):
-        stored = _pack_short(compressor, view)
+        # Data that shrinks more than the format allows, such as a large matrix of zeros. zstd turns a block of equal bytes into
+        # four bytes, so the length of a block bounds the expansion.
+        short = [view[start : start + _SHORT_BLOCK] for start in range(0, view.nbytes, _SHORT_BLOCK)]
+        stored = b"".join(_compress(short, settings))
     return Frame(stored, view.nbytes, hashlib.sha256(stored).digest())
 
 
@@ -68,22 +73,15 @@ def pack_parts(parts: Sequence[bytes]) -> Frame:
     """Compress one chunk of parts whose bytes have different frequencies and no repetitions: each gets codes of its own."""
     length = sum(map(len, parts))
     # Long matches, and few of them: short ones are chance, and cost more than the codes that they replace.
-    few_matches = zstandard.ZstdCompressionParameters(
-        strategy=zstandard.STRATEGY_FAST,
-        min_match=7,
-        hash_log=6,
-        chain_log=6,
-        search_log=1,
-        window_log=17,
-        write_checksum=True,
-        write_content_size=True,
-        write_dict_id=False,
-    )
-    writer = zstandard.ZstdCompressor(compression_params=few_matches).compressobj(size=length)
-    pieces: list[bytes] = []
-    for part in filter(None, parts):
-        pieces += writer.compress(part), writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-    stored = b"".join([*pieces, writer.flush()])
+    few_matches = {
+        zstd.CompressionParameter.strategy: zstd.Strategy.fast,
+        zstd.CompressionParameter.min_match: 7,
+        zstd.CompressionParameter.hash_log: 6,
+        zstd.CompressionParameter.chain_log: 6,
+        zstd.CompressionParameter.search_log: 1,
+        zstd.CompressionParameter.window_log: 17,
+    }
+    stored = b"".join(_compress([memoryview(part) for part in parts if part], few_matches))
     if length > max_raw(len(stored)):
         return pack(b"".join(parts))
     return Frame(stored, length, hashlib.sha256(stored).digest())
@@ -94,47 +92,46 @@ def check(stored: bytes, raw_length: int) -> None:
     # Skippable frames and formats before zstd 1.0 have other magic numbers.
     if stored[:4] != _MAGIC:
         raise DamagedError("it does not start with a zstd frame.")
-    try:
-        head = zstandard.get_frame_parameters(stored)
-    except zstandard.ZstdError as error:
-        raise DamagedError(f"its zstd frame cannot be read: {error}.") from error
-    if head.content_size != raw_length:
-        raise DamagedError(f"its zstd frame declares {head.content_size} raw bytes, the index {raw_length}.")
-    if not head.has_checksum:
+    window, content, dictionary, has_checksum = _head(stored)
+    if content != raw_length:
+        raise DamagedError(f"its zstd frame declares {content} raw bytes, the index {raw_length}.")
+    if not has_checksum:
         raise DamagedError("its zstd frame has no checksum.")
-    if head.dict_id:
-        raise DamagedError(f"its zstd frame needs dictionary {head.dict_id}; dictionaries are not allowed.")
-    if head.window_size > limits.MAX_WINDOW_LENGTH:
-        raise DamagedError(
-            f"its zstd window has {head.window_size} bytes; at most {limits.MAX_WINDOW_LENGTH} are allowed."
-        )
+    if dictionary:
+        raise DamagedError(f"its zstd frame needs dictionary {dictionary}; dictionaries are not allowed.")
+    if window > limits.MAX_WINDOW_LENGTH:
+        raise DamagedError(f"its zstd window has {window} bytes; at most {limits.MAX_WINDOW_LENGTH} are allowed.")
 
 
 def unpack(stored: bytes, raw_length: int) -> bytes:
     """Decode one chunk; raise DamagedError unless it is exactly one valid frame of `raw_length` raw bytes."""
     check(stored, raw_length)
+    decoder = zstd.ZstdDecompressor()
     try:
-        raw = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        # A byte more than there may be: zstd compares the declared size only where the frame ends.
+        raw: bytes = decoder.decompress(stored, raw_length + 1)
+    except zstd.ZstdError as error:
         raise DamagedError(f"its zstd frame does not decode: {error}.") from error
     except MemoryError as error:
         raise ResourceError(f"no memory for the {raw_length} bytes of one chunk.") from error
-    if len(raw) != raw_length:
-        raise DamagedError(f"its zstd frame decodes to {len(raw)} bytes, the index says {raw_length}.")
+    if len(raw) != raw_length or not decoder.eof:
+        raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
+    if decoder.unused_data:
+        raise DamagedError("its zstd frame is followed by other bytes.")
     return raw
 
 
 def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
     """Decode one chunk as `unpack` does, in pieces that need little memory; if it raises, no piece may be used."""
     check(stored, raw_length)
-    decoder = zstandard.ZstdDecompressor().decompressobj()
+    decoder = zstd.ZstdDecompressor()
     length = 0
     for start in range(0, len(stored), _FED):
         if decoder.eof:
             raise DamagedError("its zstd frame is followed by other bytes.")
         try:
             piece = decoder.decompress(stored[start : start + _FED])
-        except zstandard.ZstdError as error:
+        except zstd.ZstdError as error:
             raise DamagedError(f"its zstd frame does not decode: {error}.") from error
         length += len(piece)
         # If the declared size is larger than the window, zstd compares it only where the frame ends.
@@ -146,15 +143,34 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
         raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
 
 
-def _pack_short(compressor: zstandard.ZstdCompressor, view: memoryview) -> bytes:
-    """Compress data that shrinks more than the format allows (a large matrix of zeros) in short blocks.
+def _compress(parts: Sequence[memoryview], settings: dict[int, int]) -> Iterator[bytes]:
+    """Compress parts into one frame, each in blocks of its own."""
+    own = zstd.CompressionParameter
+    head = {own.content_size_flag: 1, own.checksum_flag: 1, own.dict_id_flag: 0}
+    compressor = zstd.ZstdCompressor(options={**settings, **head})
+    compressor.set_pledged_input_size(sum(part.nbytes for part in parts))
+    if len(parts) == 1:
+        yield compressor.compress(parts[0], compressor.FLUSH_FRAME)
+        return
+    for part in parts:
+        yield compressor.compress(part, compressor.FLUSH_BLOCK)
+    yield compressor.flush(compressor.FLUSH_FRAME)
 
-    zstd turns a block of equal bytes into four bytes, so the length of a block bounds the expansion.
-    """
-    writer = compressor.compressobj(size=view.nbytes)
-    parts = []
-    for start in range(0, view.nbytes, _SHORT_BLOCK):
-        parts.append(writer.compress(view[start : start + _SHORT_BLOCK]))
-        parts.append(writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-    parts.append(writer.flush())
-    return b"".join(parts)
+
+def _head(stored: bytes) -> tuple[int, int | None, int, bool]:
+    """Read the head of a frame: window, content size, dictionary, and whether a checksum follows the blocks (RFC 8878, 3.1.1.1)."""
+    flags = stored[4] if len(stored) > 4 else 0
+    single = bool(flags & 0x20)
+    sizes = (0 if single else 1, (0, 1, 2, 4)[flags & 3], (1 if single else 0, 2, 4, 8)[flags >> 6])
+    if len(stored) < 5 + sum(sizes) or flags & 0x08:
+        raise DamagedError("the head of its zstd frame cannot be read.")
+    at = 5
+    numbers = []
+    for size in sizes:
+        numbers.append(int.from_bytes(stored[at : at + size], "little"))
+        at += size
+    window, dictionary, content = numbers
+    if sizes[2] == 2:
+        content += 256
+    window = content if single else (1 << (10 + (window >> 3))) // 8 * (8 + (window & 7))
+    return window, content if sizes[2] else None, dictionary, bool(flags & 0x04)

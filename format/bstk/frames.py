@@ -59,13 +59,12 @@ def pack(raw: bytes | bytearray | memoryview, level: int = 3) -> Frame:
         raise UsageError(f"a chunk holds 1 to {limits.MAX_RAW_LENGTH} bytes, found {view.nbytes}.")
     if not 1 <= level <= 19:
         raise UsageError(f"a zstd level is 1 to 19 here, found {level}.")
-    settings = {zstd.CompressionParameter.compression_level: level}
-    stored = b"".join(_compress([view], settings))
+    stored = b"".join(_compress([view], compression_level=level))
     if view.nbytes > max_raw(len(stored)):
         # Data that shrinks more than the format allows, such as a large matrix of zeros. zstd turns a block of equal bytes into
         # four bytes, so the length of a block bounds the expansion.
         short = [view[start : start + _SHORT_BLOCK] for start in range(0, view.nbytes, _SHORT_BLOCK)]
-        stored = b"".join(_compress(short, settings))
+        stored = b"".join(_compress(short, compression_level=level))
     return Frame(stored, view.nbytes, hashlib.sha256(stored).digest())
 
 
@@ -73,15 +72,9 @@ def pack_parts(parts: Sequence[bytes]) -> Frame:
     """Compress one chunk of parts whose bytes have different frequencies and no repetitions: each gets codes of its own."""
     length = sum(map(len, parts))
     # Long matches, and few of them: short ones are chance, and cost more than the codes that they replace.
-    few_matches = {
-        zstd.CompressionParameter.strategy: zstd.Strategy.fast,
-        zstd.CompressionParameter.min_match: 7,
-        zstd.CompressionParameter.hash_log: 6,
-        zstd.CompressionParameter.chain_log: 6,
-        zstd.CompressionParameter.search_log: 1,
-        zstd.CompressionParameter.window_log: 17,
-    }
-    stored = b"".join(_compress([memoryview(part) for part in parts if part], few_matches))
+    few_matches = {"min_match": 7, "hash_log": 6, "chain_log": 6, "search_log": 1, "window_log": 17}
+    views = [memoryview(part) for part in parts if part]
+    stored = b"".join(_compress(views, strategy=zstd.Strategy.fast, **few_matches))
     if length > max_raw(len(stored)):
         return pack(b"".join(parts))
     return Frame(stored, length, hashlib.sha256(stored).digest())
@@ -143,11 +136,11 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
         raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
 
 
-def _compress(parts: Sequence[memoryview], settings: dict[int, int]) -> Iterator[bytes]:
-    """Compress parts into one frame, each in blocks of its own."""
-    own = zstd.CompressionParameter
-    head = {own.content_size_flag: 1, own.checksum_flag: 1, own.dict_id_flag: 0}
-    compressor = zstd.ZstdCompressor(options={**settings, **head})
+def _compress(parts: Sequence[memoryview], **settings: int) -> Iterator[bytes]:
+    """Compress parts into one frame, each in blocks of its own; `settings` are zstd's parameters."""
+    settings |= {"content_size_flag": 1, "checksum_flag": 1, "dict_id_flag": 0}
+    options: dict[int, int] = {zstd.CompressionParameter[name]: value for name, value in settings.items()}
+    compressor = zstd.ZstdCompressor(options=options)
     compressor.set_pledged_input_size(sum(part.nbytes for part in parts))
     if len(parts) == 1:
         yield compressor.compress(parts[0], compressor.FLUSH_FRAME)

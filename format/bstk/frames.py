@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ else:
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SHORT_BLOCK = 1024
-_FED = 256  # a block of 128 KiB may take 4 bytes, so this becomes at most 8 MiB
+_FED, _PIECE = 2**16, 2**15  # bytes that the decoder takes and gives at a time
 
 
 class Frame(NamedTuple):
@@ -98,32 +99,26 @@ def check(stored: bytes, raw_length: int) -> None:
 
 def unpack(stored: bytes, raw_length: int) -> bytes:
     """Decode one chunk; raise DamagedError unless it is exactly one valid frame of `raw_length` raw bytes."""
-    check(stored, raw_length)
-    decoder = zstd.ZstdDecompressor()
     try:
-        # A byte more than there may be: zstd compares the declared size only where the frame ends.
-        raw: bytes = decoder.decompress(stored, raw_length + 1)
-    except zstd.ZstdError as error:
-        raise DamagedError(f"its zstd frame does not decode: {error}.") from error
+        # Its memory becomes that of the result; joined pieces would take it twice.
+        raw = io.BytesIO(bytes(raw_length))
+        for piece in unpack_pieces(stored, raw_length):
+            raw.write(piece)
+        return raw.getvalue()
     except MemoryError as error:
         raise ResourceError(f"no memory for the {raw_length} bytes of one chunk.") from error
-    if len(raw) != raw_length or not decoder.eof:
-        raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
-    if decoder.unused_data:
-        raise DamagedError("its zstd frame is followed by other bytes.")
-    return raw
 
 
 def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
     """Decode one chunk as `unpack` does, in pieces that need little memory; if it raises, no piece may be used."""
     check(stored, raw_length)
     decoder = zstd.ZstdDecompressor()
-    length = 0
-    for start in range(0, len(stored), _FED):
-        if decoder.eof:
-            raise DamagedError("its zstd frame is followed by other bytes.")
+    view, length = memoryview(stored), 0
+    while not decoder.eof:
+        fed = view[:_FED] if decoder.needs_input else view[:0]
+        view = view[len(fed) :]
         try:
-            piece = decoder.decompress(stored[start : start + _FED])
+            piece = decoder.decompress(fed, _PIECE)
         except zstd.ZstdError as error:
             raise DamagedError(f"its zstd frame does not decode: {error}.") from error
         length += len(piece)
@@ -132,7 +127,11 @@ def unpack_pieces(stored: bytes, raw_length: int) -> Iterator[bytes]:
             raise DamagedError(f"its zstd frame decodes to more than {raw_length} bytes.")
         if piece:
             yield piece
-    if not decoder.eof or decoder.unused_data or length != raw_length:
+        elif decoder.needs_input and not view:
+            break
+    if view or decoder.unused_data:
+        raise DamagedError("its zstd frame is followed by other bytes.")
+    if not decoder.eof or length != raw_length:
         raise DamagedError(f"its zstd frame does not decode to {raw_length} bytes and end there.")
 
 

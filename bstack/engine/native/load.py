@@ -14,6 +14,7 @@ from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Generation
 from bstack.engine.native.weights import read_weights
 from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.memory.process import no_large_blocks_in_heaps
 from bstack.packed.arena import Arena
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -74,7 +75,8 @@ def load(
             opened.push(stack.pop_all())  # the file stays open, to grow from
             return model, tokenizer
 
-    try:
-        return load_once()
-    except KeptCopyError:  # dropped from the cache, so it is fetched again
-        return load_once()
+    with no_large_blocks_in_heaps():  # the reading threads' heaps would keep megabytes
+        try:
+            return load_once()
+        except KeptCopyError:  # dropped from the cache, so it is fetched again
+            return load_once()

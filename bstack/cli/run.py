@@ -55,7 +55,8 @@ def command(
     The weights stay packed in memory: a budget of 80 MB takes 80 MB, and a little more for activations. The text goes to
     standard output as it is written, everything else to standard error. Ctrl-C ends the text (exit code 75).
 
-    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models.
+    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models. The text begins when the smallest model has arrived,
+    and the model grows while the rest does.
 
     \b
     Example:

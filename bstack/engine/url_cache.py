@@ -166,7 +166,9 @@ class _Arriving(bstk.FileSource):
         except Exception as error:  # for the caller of `arrived`
             self._error = error
             if self._notify is not None and not self._stop.is_set():
-                self._notify(f"The rest is not fetched: {one_line(error)}")
+                why = one_line(error).removeprefix(f"{self._remote.name}: ")
+                with suppress(Exception):  # standard error may be closed
+                    self._notify(f"the model keeps its size, because the rest is not fetched: {why}")
                 self._notify = None
         if self._stop.is_set():
             self._remote.close()

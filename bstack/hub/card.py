@@ -37,7 +37,7 @@ $ bstack verify small.bstk --root {root}
 ```
 
 ```python
-import bstack  # before from_pretrained
+import bstack  # before from_pretrained; pip install bstack[compress,http]
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

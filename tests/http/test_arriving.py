@@ -206,6 +206,14 @@ def test_the_second_waits_for_the_base_model_alone(held, kept):
     until(lambda: is_whole(found[0][0]))
 
 
+def test_a_server_without_ranges(path, data, serve):
+    server = serve(data, ranges=False)
+    model, tokenizer = load(server.url, wait=False)
+    until(lambda: is_whole(model))
+    assert len(server.asked) == 1 and server.sent == len(data)
+    assert write(model, tokenizer) == local(path)
+
+
 def test_a_broken_connection_is_taken_up_again(path, data, serve):
     server, lines = serve(data, then={1: {"drop_after": 10_000}, 3: {"drop_after": None}}), []
     model, tokenizer = load(server.url, wait=False, notify=lines.append)
@@ -223,7 +231,7 @@ def test_one_that_stays_broken_leaves_the_size_and_is_said_once(path, data, serv
     assert write(model, tokenizer)
     with pytest.raises(bstk.RemoteError, check=lambda error: error.resumable):
         bstack.resize(model)
-    assert len(lines) == 1 and "The rest is not fetched" in lines[0] and "broke off" in lines[0]
+    assert len(lines) == 1 and "the rest is not fetched: the transfer" in lines[0] and "broke off" in lines[0]
     server.statuses.clear()
     bstack.resize(model)
     assert is_whole(model) and write(model, tokenizer) == local(path)

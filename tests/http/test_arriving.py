@@ -1,6 +1,7 @@
 """A model behind a URL that runs when its base model has arrived, and grows while the rest does."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,5 +298,6 @@ def test_the_commands_begin_with_what_is_there(path, data, held, kept):
     until(lambda: kept.stat().st_size == len(data))
     out, err = chat.communicate("the river\n/mb\n", timeout=60)
     assert chat.returncode == 0 and out.strip() and "Error" not in err
+    assert re.search(r": all .*, KLD about [\d.]+, about [\d,.]+ tokens/s or less", err)
     assert (length, len(data) - 1) in held.ranges_asked() and kept.read_bytes() == data
     assert "Nothing is left to fetch." in start("run", held.url, "-p", "the river").communicate(timeout=60)[1]

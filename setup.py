@@ -33,8 +33,9 @@ setup(
             "bstack.kernels._native",
             sources=sorted(glob("csrc/*.c")),
             depends=glob("csrc/*.h"),
-            # No -march: each file that needs an instruction set asks for it. No contraction: the same bits everywhere.
-            extra_compile_args=["-O3", "-ffp-contract=off"],
+            # No -march: each file that needs an instruction set asks for it. No symbols for debuggers, which are most of the
+            # library. No contraction: the same bits everywhere.
+            extra_compile_args=["-O3", "-g0", "-ffp-contract=off"],
             optional=True,
         )
     ],

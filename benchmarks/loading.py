@@ -18,11 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
 
-import zstandard
-
 import bstack
 import bstk
 from bstack.memory.process import resident_bytes
+from bstk.frames import unpack
 
 THREADS = 2
 PARTS = 64
@@ -58,7 +57,7 @@ def main() -> None:
 
         steps = {
             "read": spread(lambda i: os.pread(plain.fileno(), blocks[i].stored_length, blocks[i].offset)),
-            "decode": spread(lambda i: zstandard.ZstdDecompressor().decompress(frames[i], blocks[i].raw_length)),
+            "decode": spread(lambda i: unpack(frames[i], blocks[i].raw_length)),
             "digest": spread(lambda i: sha256(frames[i]).digest()),
             "read, digest and decode": spread(lambda i: file.read(blocks[i])),
         }

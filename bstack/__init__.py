@@ -27,6 +27,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import importlib
 
+        if name == "load":
+            from bstack.errors import require
+
+            require("bstack.load")
         # Kept: the next access finds it without this function.
         globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return globals()[name]

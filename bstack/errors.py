@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 from collections.abc import Iterable
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = ["ForeignCodeError", "ForeignCodeWarning", "ModelWarning", "SlowerWarning", "UnsupportedModelError"]
-__all__ += ["holds_unknown", "lacks", "of_the_machine", "one_line", "printable", "user_message"]
+__all__ += ["COMPRESS", "holds_unknown", "lacks", "of_the_machine", "one_line", "printable", "require", "user_message"]
+
+# What the extra `compress` brings: everything but reading, cutting and running files needs all of it.
+COMPRESS = ("torch", "transformers", "safetensors")
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -53,6 +57,13 @@ def of_the_machine(error: BaseException) -> bool:
 def _on_one_line(message: str) -> str:
     """Escape line breaks too: those of a message are part of a name in it."""
     return printable(message).replace("\n", "\\x0a")
+
+
+def require(what: str, extra: str = "compress", packages: Iterable[str] = COMPRESS) -> None:
+    """Raise BstkError, before any work, if a package of an extra is missing; `what` begins the message."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise BstkError(f"{what} needs the package {package}: pip install 'bstack[{extra}]'")
 
 
 class UnsupportedModelError(BstkError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,16 @@ def test_every_module_is_in_it_and_nothing_else(wheel):
     # The kernels, where there is a compiler.
     assert all(name.startswith("bstack/kernels/_native.") for name in others), others
     assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_what_it_brings_along(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        needed = message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
+    base = {re.split(r"[<>=;\s]", line)[0] for line in needed if "extra ==" not in line}
+    assert base == {"backports.zstd", "click", "jinja2", "numpy", "psutil", "tokenizers", "tqdm"}
+    extras = [line for line in needed if re.search(r"extra == .compress", line)]
+    assert {"safetensors", "torch", "transformers"} < {re.split(r"[<>=;\s]", line)[0] for line in extras}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 import bstk
 from bstack.bench.results import Report, frontier
+from bstack.errors import require
 from bstk import MB
 from bstk.atomic import replacing
 
@@ -32,8 +32,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         raise bstk.UsageError(
             f"{os.fspath(path)}: the name of a plot must end in {', '.join('.' + f for f in FORMATS)}."
         )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise bstk.BstkError("A plot needs the package matplotlib: pip install 'bstack[bench]'")
+    require("A plot", "bench", ["matplotlib"])
 
 
 def save_plot(report: Report, path: str | os.PathLike[str]) -> None:

@@ -38,7 +38,7 @@ def _print_versions(context: click.Context, _parameter: click.Parameter, wanted:
 
     parts = f"reads and writes format {SPECIFICATION}, Python {platform.python_version()}, kernels: {describe()}"
     click.echo(f"bstack {version('bstack')} ({parts})")
-    for package in ("torch", "transformers", "zstandard", "numpy"):
+    for package in ("torch", "transformers", "tokenizers", "numpy"):
         try:
             click.echo(f"  {package} {version(package)}")
         except PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bstk
-from bstack.cli._text import megabytes, number
+from bstack.cli._text import megabytes, number, rounded
 from bstack.errors import printable
 from bstack.hub.curve import divergence_at
 
@@ -21,7 +21,7 @@ def forecast(reader: bstk.Reader, budget: int | None) -> str:
     if (kld := divergence_at(reader.metadata, cut.file_bytes)) is not None:
         words.append(f"KLD about {number(kld, 2)}")
     if (speed := expected_speeds(reader, [cut])[0]) is not None:
-        words.append(f"about {number(speed, 2)} tokens/s or less")
+        words.append(f"about {rounded(speed)} tokens/s or less")
     kept = kept_path(reader.root)
     there = min(kept.stat().st_size, cut.file_bytes) if kept.is_file() else 0
     fetched = (

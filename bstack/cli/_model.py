@@ -15,6 +15,7 @@ import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._forecast import forecast
 from bstack.cli._text import megabytes
+from bstack.errors import require
 
 AUTO = "auto"
 
@@ -110,6 +111,12 @@ class Loaded:
         """The blocks in memory."""
         return self.model.bstack_store
 
+    @property
+    def coming(self) -> int:
+        """Bytes of weights that are still to be loaded."""
+        state = self.store.state
+        return state.target_bytes - state.weight_bytes
+
     def encode(self, prompt: Any, chat: bool) -> Any:
         """Return the tokens of a prompt, as `encode_prompt` of the engine does."""
         return self._engine().encode_prompt(self.tokenizer, prompt, chat)
@@ -164,6 +171,9 @@ def load_model(
     """Load a model that writes text, within the budget, or without one within what is free, for one of the engines."""
     from bstack.packed.autosize import free_budget
 
+    needs_transformers = engine == "transformers" or (engine == "auto" and any(allowed.values()))
+    if needs_transformers:
+        require("The transformers engine")
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
         if bstk.is_url(file) and not quiet:
@@ -180,7 +190,7 @@ def load_model(
     def load_native(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.native.load import load
 
-        return load(file, budget=budget, **settings)
+        return load(file, budget=budget, wait=False, **settings)
 
     def load_transformers(budget: int | None) -> tuple[Any, Any]:
         from bstack.engine.load import load
@@ -195,7 +205,7 @@ def load_model(
             )
         return Loaded(file, model, tokenizer, native, log)
 
-    if engine == "transformers" or (engine == "auto" and any(allowed.values())):
+    if needs_transformers:
         return run(load_transformers, native=False)
     from bstack.engine.native.architecture import NotNativeError
 
@@ -204,9 +214,14 @@ def load_model(
     except NotNativeError as error:
         if engine == "native":
             raise
+        require(f"{file}: the native engine does not run it ({error.reason}), and the transformers engine")
         log(click.style(f"The transformers engine runs it: {error.reason}.", dim=True))
         return run(load_transformers, native=False)
     log(click.style("The native engine runs it.", dim=True))
+    if coming := loaded.coming:
+        log(
+            f"It begins with {megabytes(loaded.store.state.weight_bytes)} of weights, while {megabytes(coming)} more arrive."
+        )
     return loaded
 
 
@@ -240,7 +255,7 @@ def _load_within(
         model, tokenizer = load(base)
         free, words = free_budget()
         store_of(model).resize(max(free or 0, 0) + base)
-    log(f"Using {megabytes(store_of(model).state.weight_bytes)} for weights: {words}.")
+    log(f"Using {megabytes(store_of(model).state.target_bytes)} for weights: {words}.")
     return model, tokenizer
 
 

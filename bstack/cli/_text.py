@@ -44,6 +44,15 @@ def number(value: object, digits: int = 4) -> str:
     return printable(value)
 
 
+def rounded(value: float) -> str:
+    """Return a number to two digits, without an exponent.
+
+    >>> rounded(112.3), rounded(7.68), rounded(45678)
+    ('110', '7.7', '46,000')
+    """
+    return f"{float(f'{value:.2g}'):,.10g}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (), indent: str = "  ") -> str:
     """Return aligned columns under a head; those in `left` are aligned to the left, the others to the right."""
     lines = [list(head), *[list(row) for row in rows]]

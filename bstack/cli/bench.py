@@ -12,7 +12,7 @@ import bstk
 from bstack.bench.options import CALIBRATED, Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
 from bstack.cli._progress import stage
-from bstack.errors import printable
+from bstack.errors import printable, require
 from bstk.atomic import replacing
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def command(
         trust_remote_code=trust_remote_code,
         code=code or original,
     )
+    require("Measuring")
     _check_outputs(file, plot, csv_path)
     with _common.open_file(file, quiet=quiet):  # its warning or error comes before the heavy imports
         pass

@@ -10,7 +10,7 @@ import click
 import bstk
 from bstack.cli import _common, _progress
 from bstack.cli._text import megabytes
-from bstack.errors import printable
+from bstack.errors import printable, require
 
 # Those of bstack.engine.gguf, which imports torch.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -79,6 +79,7 @@ def command(
       bstack export model.bstk --to transformers packed/ --mb 3000
       bstack export model.bstk --to gguf model.gguf --mb 3000 --type q8_0
     """
+    require("Exporting")
     with _common.open_file(file, strict=strict, quiet=quiet) as reader:
         cut = reader.fit(budget=budget)
         for option, value, its in (("--dtype", dtype, "safetensors"), ("--type", kind, "gguf")):

@@ -10,7 +10,7 @@ import click
 
 import bstk
 from bstack.cli import _common
-from bstack.cli._text import curve_table, fields, megabytes, number, original_fields, table
+from bstack.cli._text import curve_table, fields, megabytes, number, original_fields, rounded, table
 from bstack.errors import printable
 from bstack.hub.curve import curve
 from bstk.kinds import outlier_count, spqr_form, spqr_parts
@@ -234,7 +234,7 @@ def _cut_table(reader: bstk.Reader) -> str:
         bits = reader.bits_per_weight(cut)
         sizes = [f"{bstk.mb_ceil(cut.budget)}", megabytes(cut.file_bytes), megabytes(cut.memory_bytes)]
         row = [*sizes, f"{blocks:,}", "-" if bits is None else f"{bits:.3f}"]
-        rows.append([*row, "-" if speed is None else number(speed, 2)])
+        rows.append([*row, "-" if speed is None else rounded(speed)])
     head = ["--mb", "file", "in memory", "blocks", "bits/weight", "tokens/s"]
     return f"Cuts of this file (bstack truncate --mb N{here})\n{table(head, rows)}"
 

@@ -6,7 +6,7 @@ import click
 
 from bstack.cli import _common, _progress
 from bstack.cli._text import fields, megabytes
-from bstack.errors import printable
+from bstack.errors import printable, require
 
 
 @click.command("push")
@@ -50,6 +50,7 @@ def command(
       bstack push model.bstk owner/name
       bstack push model.bstk owner/name --license apache-2.0 --dry-run card/
     """
+    require("Publishing", "hub", ("huggingface_hub", "matplotlib", "safetensors"))
     from bstack.hub.push import push, write_repository
 
     about = {"base_model": base_model, "licence": licence}

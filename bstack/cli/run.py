@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from bstack.cli import _common, _model
+from bstack.cli._text import megabytes
 from bstk.errors import Interrupted
 
 _WRITTEN = ("text", "prompt_tokens", "new_tokens", "prompt_seconds", "tokens_per_second")
@@ -54,7 +55,8 @@ def command(
     The weights stay packed in memory: a budget of 80 MB takes 80 MB, and a little more for activations. The text goes to
     standard output as it is written, everything else to standard error. Ctrl-C ends the text (exit code 75).
 
-    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models.
+    Of a URL only what fits is fetched, and kept in ~/.cache/bstack/models. The text begins when the smallest model has arrived,
+    and the model grows while the rest does.
 
     \b
     Example:
@@ -86,6 +88,7 @@ def command(
             show = (lambda _text: None) if as_json else _model.write
             written = loaded.write(ids, show, **{**options, "max_new_tokens": max_new_tokens or 128})
     finally:
+        coming = loaded.coming
         store.close()
     state = store.state
     if as_json:
@@ -103,5 +106,7 @@ def command(
     else:
         click.echo()
     log(f"{_model.speed(written)}; {_model.size(store)}")
+    if coming:
+        log(f"{megabytes(coming)} of weights had not arrived. The next run fetches on.")
     if written.interrupted:
         raise Interrupted("Interrupted: the text ends here.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bstk
+from bstack.errors import require
 from bstack.memory.process import peak_bytes
 from bstack.progress import Plan, Progress, no_progress
 from bstack.settings import PRESETS, Settings
@@ -106,6 +107,7 @@ def compress(
     bstk.BstkError
         One of its subclasses for everything that a user can correct; see `bstack.errors`.
     """
+    require("Compressing")
     started = time.monotonic()
     output = Path(output)
     _check_output(output, overwrite)

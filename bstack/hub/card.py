@@ -37,7 +37,7 @@ $ bstack verify small.bstk --root {root}
 ```
 
 ```python
-import bstack  # before from_pretrained
+import bstack  # before from_pretrained; pip install bstack[compress,http]
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,10 +113,8 @@ def draw_curve(file: bstk.Reader) -> bytes | None:
     ]
     if not points:
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise bstk.BstkError("The card's picture needs the package matplotlib: pip install 'bstack[hub]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     sizes, divergences, errors = zip(*points, strict=True)

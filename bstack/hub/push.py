@@ -62,8 +62,6 @@ def push(
         The repository's name is invalid, the file is partial or has no config.json, or another .bstk file is there.
     bstk.RemoteError
         The hub cannot be reached, or refuses.
-    bstk.BstkError
-        matplotlib is missing.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -23,6 +23,8 @@ __all__ = ["BlockStore", "Resident", "resident", "resize", "store_of"]
 
 # Threads that read and decompress blocks.
 READERS = 2
+# Seconds between two looks at whether a block that is being fetched has arrived.
+POLL = 0.05
 # Bytes of blocks that one of them reads at a time, at least one block.
 RUN = 2**20
 
@@ -84,6 +86,8 @@ class BlockStore:
         fetched: int | None = None,
     ):
         self.file = file
+        # Of a file that is still being fetched, whether its first bytes are there.
+        self._arrived: Callable[[int], bool] = getattr(file.source, "arrived", lambda end: True)
         self._close, self._fetched = close, fetched
         self._matrices = matrices
         self._lock = lock
@@ -233,12 +237,15 @@ class BlockStore:
                         kept += 1
             except Exception as error:  # for `failure`, and for a caller that waits
                 growth.error = error
+                growth.stop.set()  # other runs may wait for what does not come
             for _, _, filled in pending:
                 filled.cancel()
         self._arena.pop(len(self._arena) - kept)
 
     def _fill(self, run: _Run, allocations: list[Allocation], stop: threading.Event) -> None:
         for (_, chunk), allocation in zip(run, allocations, strict=True):
+            while not stop.is_set() and not self._arrived(chunk.end):
+                stop.wait(POLL)
             if stop.is_set():
                 return
             allocation.write(self.file.read(chunk))

@@ -6,12 +6,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from bstack.engine.native.generate import TextTokenizer
 from bstack.engine.native.model import NativeModel
-from bstk.errors import BstkError, UsageError
+from bstack.errors import require
+from bstk.errors import UsageError
 
 __all__ = ["check", "listen", "serve"]
 
@@ -23,9 +23,7 @@ CONNECTIONS = 128
 
 def check(host: str, key: str | None) -> None:
     """Raise an error, before any work, where the server cannot run: packages are missing, or all the network could use it."""
-    for package in ("starlette", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise BstkError(f"Serving needs the package {package}: pip install 'bstack[serve]'")
+    require("Serving", "serve", ("starlette", "uvicorn", "prometheus_client"))
     from bstack.serve.guard import is_loopback
 
     if key is None and not is_loopback(host):

@@ -1,4 +1,4 @@
-"""Read, write and cut ``.bstk`` files, with only zstandard beside the standard library.
+"""Read, write and cut ``.bstk`` files, with the standard library, and before Python 3.14 with backports.zstd.
 
 >>> import bstk
 >>> with bstk.open("model.bstk") as f:             # doctest: +SKIP

@@ -40,6 +40,8 @@ class RangeServer:
     overwrite: dict[str, str] = field(default_factory=dict)  # header fields of the answers with a body
     chunked: bool = False
     pause: float = 0.0  # seconds before each 4 KiB of body
+    hold_from: int | None = None  # offset in `data` from which bytes wait for `released`
+    released: threading.Event = field(default_factory=threading.Event)
     redirect: str | None = None  # prefix of the address that paths under /go/ lead to, with status 307
     then: dict[int, dict[str, object]] = field(default_factory=dict)  # number of a request -> attributes from then on
     tls: bool = False
@@ -60,6 +62,7 @@ class RangeServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -108,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(server, asked)
 
     def _serve(self, server: RangeServer, asked: Asked) -> None:
-        data, status, fields = server.data, 200, {}
+        data, status, fields, first = server.data, 200, {}, 0
         if server.etag:
             fields["ETag"] = server.etag
         if server.modified:
@@ -128,9 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         fields |= {"Transfer-Encoding": "chunked"} if server.chunked else {"Content-Length": str(len(data))}
         fields |= server.overwrite
         self._head(status, {name: value for name, value in fields.items() if value}, asked)
-        self._body(server, asked, data)
+        self._body(server, asked, data, first)
 
-    def _body(self, server: RangeServer, asked: Asked, data: bytes) -> None:
+    def _body(self, server: RangeServer, asked: Asked, data: bytes, first: int) -> None:
         stop, pause = len(data), server.pause
         if server.drop_after is not None and server.drops and stop > server.drop_after:
             server.drops -= 1
@@ -140,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, stop, 4096):
                 piece = data[start : min(start + 4096, stop)]
                 time.sleep(pause)
+                if server.hold_from is not None and first + start + len(piece) > server.hold_from:
+                    server.released.wait()
                 asked.sent += len(piece)  # first: the client, and the test, may go on before this thread does
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if server.chunked else piece)
             if server.chunked and stop == len(data):

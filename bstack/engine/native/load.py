@@ -14,6 +14,7 @@ from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Generation
 from bstack.engine.native.weights import read_weights
 from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.memory.process import no_large_blocks_in_heaps
 from bstack.packed.arena import Arena
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -31,11 +32,13 @@ def load(
     notify: Callable[[str], None] | None = None,
     progress: ByteProgress = no_progress,
     budget: int | None = None,
+    wait: bool = True,
 ) -> tuple[NativeModel, TextTokenizer | None]:
     """Load a .bstk file without torch and transformers; its weights stay packed.
 
-    Parameters are those of `bstack.load`; `bstack.resize` and `bstack.following` take the model. Returns it with its tokenizer,
-    None if the file has none.
+    Parameters are those of `bstack.load`; `bstack.resize` and `bstack.following` take the model. Without `wait`, a model behind
+    a URL is returned with what is there when its base model has arrived, and grows while the rest does; `notify` then receives a
+    line if the rest cannot be fetched. Returns the model with its tokenizer, None if the file has none.
 
     Raises
     ------
@@ -49,10 +52,12 @@ def load(
 
     def load_once() -> tuple[NativeModel, TextTokenizer | None]:
         with ExitStack() as stack:
-            fetched = None
+            fetched = here = None
             if isinstance(path, str) and bstk.is_url(path):
                 fetched = budget
-                file, _ = stack.enter_context(cached(path, budget, strict, warn, notify, progress, model_only=True))
+                settings = {"model_only": True, "ahead": not wait}
+                file, chunks = stack.enter_context(cached(path, budget, strict, warn, notify, progress, **settings))
+                here = file.cut(len(chunks)).budget
             else:
                 file = stack.enter_context(bstk.open(path, strict=strict, warn=warn))
                 file.fit(budget=budget)
@@ -63,12 +68,15 @@ def load(
             weights, matrices, lock = read_weights(file, architecture.shapes())
             opened = ExitStack()
             store = BlockStore(file, matrices, lock, Arena(), close=opened.close, fetched=fetched)
-            store.resize(budget)
+            if here is not None:
+                store.resize(here)  # a damaged kept block is found here
+            store.resize(budget, wait=wait or here is None)
             model = NativeModel(architecture, weights, lock, store, generation)
             opened.push(stack.pop_all())  # the file stays open, to grow from
             return model, tokenizer
 
-    try:
-        return load_once()
-    except KeptCopyError:  # dropped from the cache, so it is fetched again
-        return load_once()
+    with no_large_blocks_in_heaps():  # the reading threads' heaps would keep megabytes
+        try:
+            return load_once()
+        except KeptCopyError:  # dropped from the cache, so it is fetched again
+            return load_once()

@@ -64,7 +64,7 @@ def test_speeds_are_those_of_the_kernels_here(bstack, vector):
     assert all(speed > 0 for speed in speeds) and speeds[0] > speeds[-1]
     page = bstack("inspect", vector("whole.bstk")).stdout
     assert re.search(r"tokens/s: what \w+ kernels allow here", page)
-    assert re.search(r"^ +--mb .* tokens/s\n.* [0-9.e+]+$", page, re.MULTILINE)
+    assert re.search(r"^ +--mb .* tokens/s\n.* [0-9.,]+$", page, re.MULTILINE)
 
 
 def test_nothing_is_said_of_speed_without_kernels_and_of_experts(vector, monkeypatch):

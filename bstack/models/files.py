@@ -6,7 +6,8 @@ import errno
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,19 @@ def hub_snapshot(model: str, files: Sequence[str], hint: str, fetch: bool = True
     cache is read.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = model.partition("@")
-    with _hub_errors(model, hint, (HFValidationError, HfHubHTTPError, OSError)):
-        return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(files), local_files_only=not fetch
-            )
-        )
+    find = partial(snapshot_download, repository, revision=revision or None, allow_patterns=list(files))
+    with _hub_errors(model, hint, (Exception,)):
+        if fetch:
+            try:
+                return Path(find())
+            except Exception:  # the client before 2.1 looks for a commit on the network alone
+                with suppress(LocalEntryNotFoundError):
+                    return Path(find(local_files_only=True))
+                raise
+        return Path(find(local_files_only=True))
 
 
 def hub_files(model: str, hint: str) -> tuple[str, list[str]] | None:
@@ -86,7 +91,7 @@ def _hub_errors(model: str, hint: str, kinds: tuple[type[Exception], ...]) -> It
         if isinstance(error, HFValidationError):
             why = "It is no hub id (owner/name) either."
         elif isinstance(error, LocalEntryNotFoundError):
-            why = "The hub does not answer, and its cache holds no copy."
+            why = "The hub cannot be reached, and its cache holds no copy."
         else:
             why = f"The hub answers: {one_line(error).rstrip('.')}."
         raise UsageError(f"No model {model!r}: there is no such folder or file. {why}", hint=hint) from None

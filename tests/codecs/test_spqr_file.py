@@ -107,7 +107,7 @@ def test_inspect_counts_every_part(made):
     assert found["outliers"] == outliers and found["outlier_fraction"] == outliers / weights
     assert found["bits_per_weight"] == pytest.approx(8 * total / weights)
     # Every layer has the same matrices, so the bits of the whole come as near as those of a layer.
-    assert 5.45 < found["level_bits_per_weight"] <= 5.5
+    assert 5.4 < found["level_bits_per_weight"] <= 5.5
     page = command("inspect", made).stdout
     for word in (
         "SpQR linears here",

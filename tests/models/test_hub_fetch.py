@@ -114,7 +114,7 @@ def test_without_a_list_of_files_nothing_is_fetched(hub, repository, monkeypatch
     server = hub(repository)
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "model_info", too_many)
-        with pytest.raises(bstk.UsageError, match="does not answer, and its cache holds no copy"):
+        with pytest.raises(bstk.UsageError, match="cannot be reached, and its cache holds no copy"):
             open_checkpoint("owner/name")
         assert server.fetched == []
     open_checkpoint("owner/name")

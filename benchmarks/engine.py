@@ -104,12 +104,7 @@ def main() -> None:
     parser.add_argument("--llama-bench", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", help="the same model for llama.cpp")
     arguments = parser.parse_args()
-    rows = {
-        "native": native,
-        "float32": transformers("dense"),
-        "packed": transformers("packed"),
-        "parallel": several,
-    }
+    rows = {"native": native, "float32": transformers("dense"), "packed": transformers("packed"), "parallel": several}
     if arguments.llama_bench:
         rows["llama.cpp"] = llama_cpp
     rows = {name: row for name, row in rows.items() if name in ("native", *(arguments.only or rows))}

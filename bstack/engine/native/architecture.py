@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,20 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Layers whose feed-forward is a row of experts: how many, how many of them a token takes, and the width of one.
+
+    `normalised` says that what a token's experts count adds up to 1.
+    """
+
+    layers: frozenset[int]
+    count: int
+    chosen: int
+    inner: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder in plain values.
 
@@ -76,6 +90,7 @@ class Architecture:
         Of attention scores and of logits; 0 for none.
     context : int
         Most tokens of a text.
+    experts : Experts, optional
     """
 
     names: Mapping[str, str]
@@ -100,9 +115,19 @@ class Architecture:
     whole_norms: bool = False
     cap: float = 0.0
     final_cap: float = 0.0
+    experts: Experts | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter by its name in the file."""
+        found = {EMBEDDING: (self.vocabulary, self.width), FINAL_NORM: (self.width,)}
+        if not self.tied:
+            found[HEAD] = (self.vocabulary, self.width)
+        for layer in range(self.layers):
+            found |= self.layer(layer).values()
+        return found
+
+    def layer(self, number: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return a layer's parameters: the name in `bstack.kernels.decoder.Layer` -> the name in the file, and the shape."""
         queries, keys = self.heads * self.head_width, self.key_heads * self.head_width
         split, twice = "key" in self.names, "up" not in self.names
         of = {
@@ -116,20 +141,20 @@ class Architecture:
             "query_norm": (queries if self.whole_norms else self.head_width,),
             "key_norm": (keys if self.whole_norms else self.head_width,),
         }
-        found = {EMBEDDING: (self.vocabulary, self.width), FINAL_NORM: (self.width,)}
-        if not self.tied:
-            found[HEAD] = (self.vocabulary, self.width)
-        for layer in range(self.layers):
-            for name in self.names:
-                shape = of.get(name, (self.width,))
-                found[self.parameter(layer, name)] = shape
-                if name in self.biases:
-                    found[self.parameter(layer, name, "bias")] = shape[:1]
+        prefix = f"model.layers.{number}."
+        own, found = self.experts, {}
+        for name, place in self.names.items():
+            if own and number in own.layers and name in _FEED:
+                continue
+            shape = of.get(name, (self.width,))
+            found[name] = f"{prefix}{place}.weight", shape
+            if name in self.biases:
+                found[f"{name}_bias"] = f"{prefix}{place}.bias", shape[:1]
+        if own and number in own.layers:
+            found["router"] = f"{prefix}mlp.gate.weight", (own.count, self.width)
+            found["expert_gate"] = f"{prefix}mlp.experts.gate_up_proj", (own.count, 2 * own.inner, self.width)
+            found["expert_down"] = f"{prefix}mlp.experts.down_proj", (own.count, self.width, own.inner)
         return found
-
-    def parameter(self, layer: int, name: str, what: str = "weight") -> str:
-        """Return the name in the file of a layer's parameter."""
-        return f"model.layers.{layer}.{self.names[name]}.{what}"
 
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -174,6 +199,8 @@ _PHI = {
     "post_norm": "post_attention_layernorm",
 }
 
+_MIXTURE = {"num_experts_per_tok", "num_local_experts"}
+
 # Fields that every family reads, and fields that change no result.
 _COMMON = {
     "hidden_act",
@@ -202,6 +229,9 @@ _INERT = {
     "embd_pdrop",
     "eos_token_id",
     "initializer_range",
+    "output_router_logits",  # gives the caller more, and
+    "router_aux_loss_coef",  # what training adds
+    "router_jitter_noise",
     "is_causal",
     "is_llama_config",
     "pad_token_id",
@@ -351,6 +381,27 @@ def _read_phi3(config: Config) -> dict[str, Any]:
     return {"rotary": (_rope(config["rope_parameters"], head_width, config["max_position_embeddings"], partial=True),)}
 
 
+def _experts(config: Config, layers: Iterable[int], inner: int, normalised: bool) -> dict[str, Any]:
+    """Read a mixture of experts; layers without one have the usual feed-forward."""
+    count, chosen = config["num_local_experts"], config["num_experts_per_tok"]
+    if not all(isinstance(number, int) and 0 < number < 2**20 for number in (count, chosen, inner)) or chosen > count:
+        raise ValueError(f"each token takes {chosen!r} of {count!r} experts of width {inner!r}")
+    return {"experts": Experts(frozenset(layers), count, chosen, inner, normalised)}
+
+
+def _read_mixtral(config: Config) -> dict[str, Any]:
+    return _experts(config, range(config["num_hidden_layers"]), config["intermediate_size"], normalised=True)
+
+
+def _read_qwen3_moe(config: Config) -> dict[str, Any]:
+    plain, step = set(config.get("mlp_only_layers") or ()), config["decoder_sparse_step"]
+    layers = [layer for layer in range(config["num_hidden_layers"]) if layer not in plain and (layer + 1) % step == 0]
+    return {
+        **_read_llama(config),
+        **_experts(config, layers, config["moe_intermediate_size"], bool(config["norm_topk_prob"])),
+    }
+
+
 _WINDOWS = {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
 _GEMMA_FIELDS = {
     "attention_bias",
@@ -366,9 +417,19 @@ _GEMMA_FIELDS = {
 }
 _FAMILIES = {
     "llama": Family(_LLAMA, frozenset(("attention_bias", "mlp_bias", "head_dim")), _read_llama),
+    "mixtral": Family(_LLAMA, frozenset({"sliding_window", "head_dim"} | _MIXTURE), _read_mixtral),
     "mistral": Family(_LLAMA, frozenset(("sliding_window", "head_dim")), _read_llama),
     "qwen2": Family(_LLAMA, frozenset(_WINDOWS), _read_qwen2),
     "qwen3": Family(_LLAMA | _HEAD_NORMS, frozenset(_WINDOWS | {"attention_bias", "head_dim"}), _read_llama),
+    "qwen3_moe": Family(
+        _LLAMA | _HEAD_NORMS,
+        frozenset(
+            _MIXTURE
+            | {"attention_bias", "decoder_sparse_step", "head_dim", "mlp_only_layers", "moe_intermediate_size"}
+            | {"norm_topk_prob", "sliding_window", "use_sliding_window"}
+        ),
+        _read_qwen3_moe,
+    ),
     "smollm3": Family(
         _LLAMA,
         frozenset(_WINDOWS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}),

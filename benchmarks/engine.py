@@ -3,10 +3,11 @@
     python benchmarks/engine.py FILE --mb 92 [--prompt 512] [--tokens 64] [--rounds 5] [--parallel 4]
     python benchmarks/engine.py FILE --mb 92 --llama-bench build/bin/llama-bench --gguf model-q4_1.gguf
 
-A prompt of random tokens is read, then further tokens are written greedily, one at a time. Beside the native engine run transformers
+A prompt of random tokens is read; then a text is written greedily from its first eight, one token at a time. Beside the native engine run transformers
 with the file's weights as float32, transformers with packed weights, `--parallel` texts in one step of the native engine, and
 llama.cpp's llama-bench if its path and a GGUF file are given. All take turns, `--rounds` times. Where other programs use the
-machine only the ratios count: those of the fastest rounds, and the median of those within each round.
+machine only the ratios count, of the fastest rounds and the median of those within each round; with `--threads 1` they are the
+steadiest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 import bstack
 from bstack.engine.native.load import load
-from bstack.kernels.native import instructions
+from bstack.kernels.native import instructions, set_threads
 
 Speeds = tuple[float, float]  # tokens a second of the prompt, and of writing
 
@@ -35,13 +36,14 @@ def native(arguments: argparse.Namespace, ids: list[int]) -> Callable[[], Speeds
     model, _ = load(arguments.file, mb=arguments.mb)
 
     def run() -> Speeds:
-        text = model.sequence()
         started = time.perf_counter()
-        logits = model.read(text, ids)
-        read = time.perf_counter()
+        model.read(model.sequence(), ids)
+        reading, text = time.perf_counter() - started, model.sequence()
+        logits = model.read(text, ids[:8])
+        started = time.perf_counter()
         for _ in range(arguments.tokens):
             logits = model.step([text], [int(logits.argmax())])[0]
-        return len(ids) / (read - started), arguments.tokens / (time.perf_counter() - read)
+        return len(ids) / reading, arguments.tokens / (time.perf_counter() - started)
 
     return run
 
@@ -52,7 +54,7 @@ def several(arguments: argparse.Namespace, ids: list[int]) -> Callable[[], Speed
 
     def run() -> Speeds:
         texts = [model.sequence() for _ in range(arguments.parallel)]
-        tokens = np.array([model.read(text, ids[: 32 + number]).argmax() for number, text in enumerate(texts)])
+        tokens = np.array([model.read(text, ids[: 8 + number]).argmax() for number, text in enumerate(texts)])
         started = time.perf_counter()
         for _ in range(arguments.tokens):
             tokens = model.step(texts, tokens).argmax(1)
@@ -68,12 +70,14 @@ def transformers(mode: str) -> Callable[[argparse.Namespace, list[int]], Callabl
         @torch.inference_mode()
         def run() -> Speeds:
             started = time.perf_counter()
-            out = model(torch.tensor([ids]), logits_to_keep=1)
-            read = time.perf_counter()
+            model(torch.tensor([ids]), logits_to_keep=1)
+            reading = time.perf_counter() - started
+            out = model(torch.tensor([ids[:8]]), logits_to_keep=1)
+            started = time.perf_counter()
             for _ in range(arguments.tokens):
                 token = out.logits[:, -1:].argmax(-1)
                 out = model(token, past_key_values=out.past_key_values, logits_to_keep=1)
-            return len(ids) / (read - started), arguments.tokens / (time.perf_counter() - read)
+            return len(ids) / reading, arguments.tokens / (time.perf_counter() - started)
 
         return run
 
@@ -82,7 +86,7 @@ def transformers(mode: str) -> Callable[[argparse.Namespace, list[int]], Callabl
 
 def llama_cpp(arguments: argparse.Namespace, ids: list[int]) -> Callable[[], Speeds]:
     command = [arguments.llama_bench, "-m", arguments.gguf, "-p", str(len(ids)), "-n", str(arguments.tokens), "-r", "1"]
-    command += ["-t", str(len(os.sched_getaffinity(0))), "-o", "json"]
+    command += ["-t", str(arguments.threads), "-o", "json"]
 
     def run() -> Speeds:
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -99,11 +103,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--parallel", type=int, default=4, help="texts in one step")
     parser.add_argument("--only", nargs="+", help="names of the rows to measure beside the first")
     parser.add_argument("--llama-bench", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", help="the same model for llama.cpp")
     arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     rows = {"native": native, "float32": transformers("dense"), "packed": transformers("packed"), "parallel": several}
     if arguments.llama_bench:
         rows["llama.cpp"] = llama_cpp
@@ -113,7 +120,9 @@ def main() -> None:
     for call in calls.values():
         call()
     rounds = [{name: call() for name, call in calls.items()} for _ in range(arguments.rounds)]
-    print(f"{instructions()}, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}; native relative to each row\n")
+    print(
+        f"{instructions()}, {arguments.threads} thread(s), {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}; native relative to each row\n"
+    )
     print("| | prompt t/s | native: best, median | write t/s | native: best, median |\n|---|---|---|---|---|")
     for name in calls:
         shown = []

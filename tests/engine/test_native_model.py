@@ -7,7 +7,7 @@ import torch
 
 import bstack
 import bstk
-from bstack.engine.native import architecture, generate, load, weights
+from bstack.engine.native import architecture, families, generate, load, weights
 from bstack.engine.native import model as native_model
 from bstack.kernels.native import library
 
@@ -106,7 +106,10 @@ def test_logits_are_those_of_transformers(name, file_of, monkeypatch):
     assert close(np.concatenate(found), wanted[69:], 2e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral", "qwen3-moe"])
+BATCHED = {"llama", "gemma2", "phi3", "qwen3-moe"}
+
+
+@pytest.mark.parametrize("name", [n if n in BATCHED else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_a_text_is_the_same_whatever_else_runs(name, file_of):
     """Bit for bit: alone, in steps with others, while prompts are read in between, and beside texts that begin and end."""
     model, *_ = load.load(file_of(name))
@@ -241,14 +244,14 @@ CONFIG = {
     ],
 )
 def test_what_the_engine_does_not_know_is_named(changes, reason):
-    assert architecture.describe(CONFIG).head_width == 12
+    assert families.describe(CONFIG).head_width == 12
     with pytest.raises(architecture.NotNativeError, match=reason):
-        architecture.describe({**CONFIG, **changes})
+        families.describe({**CONFIG, **changes})
 
 
 def test_parameters_must_be_those_of_the_description(file_of):
     with bstk.open(file_of("llama")) as file:
-        shapes = architecture.describe(generate.read_json(file, "config.json")).shapes()
+        shapes = families.describe(generate.read_json(file, "config.json")).shapes()
         for changed, reason in (
             (
                 {**shapes, "model.layers.0.self_attn.q_proj.bias": (48,)},

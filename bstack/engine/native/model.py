@@ -357,7 +357,7 @@ class NativeModel:
         if of.normalised:
             share /= share.sum(1, keepdims=True)
         added = np.zeros_like(x)
-        for number in np.unique(chosen):
+        for number in sorted(set(chosen.ravel().tolist())):
             rows, which = np.nonzero(chosen == number)
             gate, up = np.split(layer["expert_gate"][number].multiply(x[rows]), 2, 1)
             y = layer["expert_down"][number].multiply(_ACTIVATIONS[self.architecture.activation](gate) * up)

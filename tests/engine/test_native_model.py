@@ -36,8 +36,8 @@ MODELS = {
     ),
     "qwen3": ("qwen3", {"attention_bias": True, "rope_parameters": _YARN}),
     "mixtral": ("mixtral", {"sliding_window": 9}),
-    # Its routers have 20 rows and are packed, those of Mixtral have 4 and stay plain.
-    "qwen3-moe": ("qwen3-moe", {}),
+    # Routers of 20 rows are packed; those of 4 and 6 rows stay plain.
+    "qwen3-moe": ("qwen3-moe", {"num_experts": 20}),
     "qwen3-moe-2": ("qwen3-moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
     "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
     "olmo2": ("olmo2", {}),

@@ -90,7 +90,7 @@ ARCHITECTURES = {
             **_LLAMA,
             "num_hidden_layers": 3,
             "head_dim": 10,
-            "num_experts": 20,
+            "num_experts": 6,
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 36,
             "mlp_only_layers": [1],

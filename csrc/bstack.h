@@ -113,6 +113,9 @@ struct bstack_layer {
     const float *input_norm, *post_norm, *query_norm, *key_norm; /* post_norm: before the feed-forward */
     const float *attention_norm, *feed_norm;                     /* of what attention and feed-forward add */
     const float *query_bias, *key_bias, *value_bias, *out_bias, *gate_bias, *up_bias, *down_bias;
+    /* Experts, where `gate` is null: of each the matrix for gate and up and that for down; the router is floats or packed. */
+    const float *router;
+    const struct bstack_matrix *packed_router, *const *expert_gate, *const *expert_down;
     int32_t window; /* attention sees so many tokens, the current one among them; 0: all */
     int32_t rope;   /* which of a token's rotary rows; -1: none */
 };
@@ -122,31 +125,38 @@ struct bstack_decoder {
     int32_t rotary;      /* values of a head that positions rotate, from its first */
     int32_t activation;  /* BSTACK_SILU or BSTACK_GELU */
     int32_t whole_norms; /* query_norm and key_norm are of all heads at once */
-    int32_t half;        /* the caches are of half precision, else single */
+    int32_t experts, chosen, expert_inner; /* of a layer of experts, of a token, and width of one; all 0 without any */
+    int32_t normalised;  /* what a token's experts count adds up to 1 */
+    int32_t half;        /* the caches are of half precision, keys with tokens side by side; else single */
     int32_t page;        /* tokens of a page of the caches */
     float epsilon, scale; /* of the norms; of attention scores */
     float cap;            /* scores s become cap * tanh(s / cap); 0: they stay */
     const struct bstack_layer *layer;
     const float *final_norm;
     const struct bstack_matrix *const *head; /* row ranges, in order */
-    float *scratch;                          /* as many floats as bstack_decoder_scratch says */
 };
 
 /* A text: its next token's position and rotary rows (each `rotary` floats), and its caches. The page p of layer l begins at
- * keys[l * pages + p]: key_heads x page x head_width. */
+ * keys[l * pages + p]: key_heads x page x head_width, keys of half precision key_heads x head_width x page. */
 struct bstack_text {
     int32_t position, pages;
     const float *cosine, *sine;
     void *const *keys, *const *values;
 };
 
-/* Floats that a step of `count` texts needs whose positions are below `tokens`. */
-size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int count, int tokens);
+/* Floats of scratch memory for `count` tokens. */
+size_t bstack_decoder_scratch(const struct bstack_decoder *decoder, int count);
 
 /* Run one token of each text: x, their embeddings, count x width floats, is overwritten. Keys and values are written to the
  * caches at `position`, those before it are read. out: for each part of the head its logits, count x rows; without a head
  * the normalised x. A text's results are the same bits whatever other texts are in the call. Returns 0, or 1 when there is
  * no memory. */
-int bstack_decoder_step(const struct bstack_decoder *decoder, const struct bstack_text *texts, int count, float *x, float *out);
+int bstack_decoder_step(const struct bstack_decoder *decoder, const struct bstack_text *texts, int count, float *x, float *scratch,
+                        float *out);
+
+/* Run tokens of one text through one layer: x, count x width floats, in place. The texts differ by their positions alone, which
+ * follow one another, and the rotary rows of these; the caches are of half precision. Returns as bstack_decoder_step. */
+int bstack_decoder_read(const struct bstack_decoder *decoder, int layer, const struct bstack_text *texts, int count, float *x,
+                        float *scratch);
 
 #endif

@@ -6,6 +6,7 @@
  */
 #include "kernels.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #ifdef BSTACK_X86
@@ -13,75 +14,73 @@
 #endif
 
 enum {
-    LANES = 16,
-    ROWS = 4, TOKENS = 6, /* of a tile, whose sums stay in registers */
-    MOST_ROWS = 32,       /* rows that are decoded together, fewer where they are long */
-    FLOATS = 1 << 16,     /* of these rows: what the second-level cache holds */
-    SHARE = 4,            /* parts for each thread */
-    ALIGNMENT = 64,
+    PANEL = DENSE_PANEL, TOKENS = 12, /* of a tile, whose sums stay in registers */
+    DEPTH = 512,                      /* columns that are summed before the sums are stored */
+    LINES = 16,                       /* rows that are decoded together */
 };
 
-/* sums[t * ROWS + r] = x_t w_r: rows of both are `n` floats apart, a multiple of LANES, all of which count. */
-typedef void tile_function(const float *w, const float *x, size_t n, float *sums);
+/* y[t * y_step + l] = sum of x[t * x_step + j] w[j * w_step + l] over j below n, in this order, for TOKENS t and PANEL l; with `add`
+ * added to what is there. */
+typedef void tile_function(const float *w, size_t w_step, const float *x, size_t x_step, int n, float *y, size_t y_step, int add);
 
-static void tile_portable(const float *w, const float *x, size_t n, float *sums) {
-    for (int t = 0; t < TOKENS; t++)
-        for (int r = 0; r < ROWS; r++) {
-            const float *a = x + (size_t)t * n, *b = w + (size_t)r * n;
-            float lane[LANES] = {0};
-            for (size_t j = 0; j < n; j += LANES)
-                for (int l = 0; l < LANES; l++) lane[l] += a[j + (size_t)l] * b[j + (size_t)l];
-            for (int half = LANES / 2; half; half /= 2)
-                for (int l = 0; l < half; l++) lane[l] += lane[l + half];
-            sums[t * ROWS + r] = lane[0];
-        }
+EACH_CPU static void tile_portable(const float *w, size_t w_step, const float *x, size_t x_step, int n, float *y, size_t y_step,
+                                   int add) {
+    for (int t = 0; t < TOKENS; t++, x += x_step, y += y_step) {
+        float sum[PANEL] = {0};
+        for (int j = 0; j < n; j++)
+            for (int l = 0; l < PANEL; l++) sum[l] += x[j] * w[(size_t)j * w_step + (size_t)l];
+        for (int l = 0; l < PANEL; l++) y[l] = add ? y[l] + sum[l] : sum[l];
+    }
 }
 
 #ifdef BSTACK_X86
-#define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED _Pragma("GCC unroll 16")
 
-/* Sums of the lanes of four registers. */
-__attribute__((target("avx2,fma"), always_inline)) static inline __m128 sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d) {
-    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
-__attribute__((target("avx2,fma"))) static void tile_avx2(const float *w, const float *x, size_t n, float *sums) {
-    for (int first = 0; first < TOKENS; first += TOKENS / 2) {
-        __m256 sum[TOKENS / 2][ROWS];
-        UNROLLED for (int t = 0; t < TOKENS / 2; t++)
-            UNROLLED for (int r = 0; r < ROWS; r++) sum[t][r] = _mm256_setzero_ps();
-        for (size_t j = 0; j < n; j += 8) {
-            __m256 row[ROWS];
-            UNROLLED for (int r = 0; r < ROWS; r++) row[r] = _mm256_loadu_ps(w + (size_t)r * n + j);
-            UNROLLED for (int t = 0; t < TOKENS / 2; t++) {
-                const __m256 token = _mm256_loadu_ps(x + (size_t)(first + t) * n + j);
-                UNROLLED for (int r = 0; r < ROWS; r++) sum[t][r] = _mm256_fmadd_ps(token, row[r], sum[t][r]);
+/* Three rows from each pointer, so that all addresses fit the registers. */
+__attribute__((target("avx2,fma"))) static void tile_avx2(const float *w, size_t w_step, const float *x, size_t x_step, int n,
+                                                          float *y, size_t y_step, int add) {
+    enum { SOME = 6, LANES = 8 };
+    for (int first = 0; first < TOKENS; first += SOME)
+        for (int lane = 0; lane < PANEL; lane += 2 * LANES) {
+            const float *row[2] = {x + (size_t)first * x_step, x + ((size_t)first + 3) * x_step}, *at = w + lane;
+            __m256 sum[SOME][2];
+            UNROLLED for (int t = 0; t < SOME; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+            for (int j = 0; j < n; j++, at += w_step, row[0]++, row[1]++) {
+                const __m256 low = _mm256_loadu_ps(at), high = _mm256_loadu_ps(at + LANES);
+                UNROLLED for (int t = 0; t < SOME; t++) {
+                    const __m256 token = _mm256_broadcast_ss(row[t / 3] + (size_t)(t % 3) * x_step);
+                    sum[t][0] = _mm256_fmadd_ps(token, low, sum[t][0]);
+                    sum[t][1] = _mm256_fmadd_ps(token, high, sum[t][1]);
+                }
             }
+            UNROLLED for (int t = 0; t < SOME; t++)
+                UNROLLED for (int half = 0; half < 2; half++) {
+                    float *to = y + (size_t)(first + t) * y_step + lane + half * LANES;
+                    _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), sum[t][half]) : sum[t][half]);
+                }
         }
-        UNROLLED for (int t = 0; t < TOKENS / 2; t++)
-            _mm_storeu_ps(sums + (first + t) * ROWS, sum_lanes(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
-    }
 }
 
-__attribute__((target("avx512f,avx2,fma"), always_inline)) static inline __m256 halved(__m512 a) {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
-}
-
-__attribute__((target("avx512f,avx2,fma"))) static void tile_avx512(const float *w, const float *x, size_t n, float *sums) {
-    __m512 sum[TOKENS][ROWS];
-    UNROLLED for (int t = 0; t < TOKENS; t++)
-        UNROLLED for (int r = 0; r < ROWS; r++) sum[t][r] = _mm512_setzero_ps();
-    for (size_t j = 0; j < n; j += LANES) {
-        __m512 row[ROWS];
-        UNROLLED for (int r = 0; r < ROWS; r++) row[r] = _mm512_loadu_ps(w + (size_t)r * n + j);
+__attribute__((target("avx512f"))) static void tile_avx512(const float *w, size_t w_step, const float *x, size_t x_step, int n,
+                                                           float *y, size_t y_step, int add) {
+    enum { LANES = 16 };
+    const float *row[4] = {x, x + 3 * x_step, x + 6 * x_step, x + 9 * x_step};
+    __m512 sum[TOKENS][2];
+    UNROLLED for (int t = 0; t < TOKENS; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    for (int j = 0; j < n; j++, w += w_step) {
+        const __m512 low = _mm512_loadu_ps(w), high = _mm512_loadu_ps(w + LANES);
         UNROLLED for (int t = 0; t < TOKENS; t++) {
-            const __m512 token = _mm512_loadu_ps(x + (size_t)t * n + j);
-            UNROLLED for (int r = 0; r < ROWS; r++) sum[t][r] = _mm512_fmadd_ps(token, row[r], sum[t][r]);
+            const __m512 token = _mm512_set1_ps(row[t / 3][(size_t)(t % 3) * x_step]);
+            sum[t][0] = _mm512_fmadd_ps(token, low, sum[t][0]);
+            sum[t][1] = _mm512_fmadd_ps(token, high, sum[t][1]);
         }
+        UNROLLED for (int k = 0; k < 4; k++) row[k]++;
     }
     UNROLLED for (int t = 0; t < TOKENS; t++)
-        _mm_storeu_ps(sums + t * ROWS, sum_lanes(halved(sum[t][0]), halved(sum[t][1]), halved(sum[t][2]), halved(sum[t][3])));
+        UNROLLED for (int half = 0; half < 2; half++) {
+            float *to = y + (size_t)t * y_step + half * LANES;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[t][half]) : sum[t][half]);
+        }
 }
 #endif
 
@@ -93,73 +92,98 @@ static tile_function *tile_of_cpu(void) {
     return tile_portable;
 }
 
+/* Run a tile of which only some tokens and columns are there, on a copy. */
+static void multiply_edge(tile_function *tile, const float *w, size_t w_step, int columns, const float *x, size_t x_step, int tokens,
+                          int n, float *y, size_t y_step, int add) {
+    ALIGNED float given[TOKENS * DEPTH], sums[TOKENS * PANEL];
+    for (int t = 0; t < TOKENS; t++) memcpy(given + t * DEPTH, x + (size_t)(t < tokens ? t : 0) * x_step, sizeof *x * (size_t)n);
+    tile(w, w_step, given, DEPTH, n, sums, PANEL, 0);
+    for (int t = 0; t < tokens; t++)
+        for (int l = 0; l < columns; l++) {
+            float *to = y + (size_t)t * y_step + l;
+            *to = add ? *to + sums[t * PANEL + l] : sums[t * PANEL + l];
+        }
+}
+
+void bstack_multiply_panels(const float *w, size_t w_step, int columns, const float *x, size_t x_step, int tokens, int n, float *y,
+                            size_t y_step, int add) {
+    tile_function *const tile = tile_of_cpu();
+    for (int lane = 0; lane < columns; lane += PANEL)
+        for (int j = 0; j < n; j += DEPTH)
+            for (int t = 0; t < tokens; t += TOKENS) {
+                const float *const panel = w + (size_t)j * w_step + lane, *const rows = x + (size_t)t * x_step + j;
+                float *const to = y + (size_t)t * y_step + lane;
+                const int depth = n - j < DEPTH ? n - j : DEPTH, sum = add || j;
+                if (tokens - t >= TOKENS && columns - lane >= PANEL)
+                    tile(panel, w_step, rows, x_step, depth, to, y_step, sum);
+                else
+                    multiply_edge(tile, panel, w_step, columns - lane < PANEL ? columns - lane : PANEL, rows, x_step,
+                                  tokens - t < TOKENS ? tokens - t : TOKENS, depth, to, y_step, sum);
+            }
+}
+
 struct job {
     const struct bstack_matrix *matrix; /* or null: then rows are at w */
     unsigned kinds;
-    const float *w, *x; /* x: `tokens` rows of `width` floats, whole tiles, zeros after the last column */
-    size_t w_step, width, y_step;
-    int rows, columns, tokens, block, parts, add;
+    const float *w, *x;
+    size_t w_step, x_step, y_step, room; /* room: floats of a part's buffer */
+    int rows, columns, tokens, add;
+    atomic_int next; /* the next panel to take */
     float *buffer, *y;
-    tile_function *tile;
 };
 
-static void fill(const struct job *job, int start, int rows, float *to) {
-    const size_t n = (size_t)job->columns;
-    if (job->matrix) { /* decoded without gaps, then moved apart from the last on */
-        bstack_decode_rows(job->matrix, job->kinds, start, start + rows, to);
-        for (size_t r = (size_t)rows; job->width > n && r-- > 0;) memmove(to + r * job->width, to + r * n, sizeof *to * n);
-    } else {
-        for (size_t r = 0; r < (size_t)rows; r++)
-            memcpy(to + r * job->width, job->w + ((size_t)start + r) * job->w_step, sizeof *to * n);
+/* Put some rows side by side into columns `from` on of a panel: column j of the rows becomes a line of it. */
+static void turn(float *panel, const float *rows, size_t step, int from, int count, int columns) {
+    int r = 0;
+#ifdef BSTACK_X86
+    for (; r + 4 <= count; r += 4) {
+        const float *at = rows + (size_t)r * step;
+        float *to = panel + from + r;
+        int j = 0;
+        for (; j + 4 <= columns; j += 4, at += 4, to += 4 * PANEL) {
+            __m128 a = _mm_loadu_ps(at), b = _mm_loadu_ps(at + step), c = _mm_loadu_ps(at + 2 * step), d = _mm_loadu_ps(at + 3 * step);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(to, a);
+            _mm_storeu_ps(to + PANEL, b);
+            _mm_storeu_ps(to + 2 * PANEL, c);
+            _mm_storeu_ps(to + 3 * PANEL, d);
+        }
+        for (; j < columns; j++, at++, to += PANEL)
+            for (size_t k = 0; k < 4; k++) to[k] = at[k * step];
     }
-    for (size_t r = 0; r < (size_t)rows; r++) memset(to + r * job->width + n, 0, sizeof *to * (job->width - n));
-    memset(to + (size_t)rows * job->width, 0, sizeof *to * (size_t)(job->block - rows) * job->width);
+#endif
+    for (; r < count; r++)
+        for (int j = 0; j < columns; j++) panel[j * PANEL + from + r] = rows[(size_t)r * step + (size_t)j];
 }
 
-INLINE void put(const struct job *job, const float *sums, int rows, float *y) {
-    if (rows >= ROWS && !job->add)
-        memcpy(y, sums, sizeof *y * ROWS);
-    else
-        for (int i = 0; i < ROWS && i < rows; i++) y[i] = job->add ? y[i] + sums[i] : sums[i];
+static void fill(const struct job *job, int start, int count, float *panel, float *lines) {
+    if (count < PANEL) memset(panel, 0, sizeof *panel * PANEL * (size_t)job->columns);
+    for (int r = 0; r < count; r += LINES) {
+        const int some = count - r < LINES ? count - r : LINES;
+        if (job->matrix) bstack_decode_rows(job->matrix, job->kinds, start + r, start + r + some, lines);
+        const float *rows = job->matrix ? lines : job->w + (size_t)(start + r) * job->w_step;
+        turn(panel, rows, job->matrix ? (size_t)job->columns : job->w_step, r, some, job->columns);
+    }
 }
 
 static void multiply_part(void *argument, int part) {
-    const struct job *job = argument;
-    float *own = job->buffer + (size_t)part * (size_t)job->block * job->width;
-    for (int start = part * job->block; start < job->rows; start += job->parts * job->block) {
-        const int rows = job->rows - start < job->block ? job->rows - start : job->block;
-        fill(job, start, rows, own);
-        for (int t = 0; t < job->tokens; t += TOKENS)
-            for (int r = 0; r < rows; r += ROWS) {
-                float sums[TOKENS * ROWS];
-                job->tile(own + (size_t)r * job->width, job->x + (size_t)t * job->width, job->width, sums);
-                for (int k = 0; k < TOKENS && t + k < job->tokens; k++)
-                    put(job, sums + k * ROWS, rows - r, job->y + (size_t)(t + k) * job->y_step + start + r);
-            }
+    struct job *job = argument;
+    float *panel = job->buffer + (size_t)part * job->room, *lines = panel + (size_t)job->columns * PANEL;
+    for (int start; (start = PANEL * atomic_fetch_add(&job->next, 1)) < job->rows;) {
+        const int count = job->rows - start < PANEL ? job->rows - start : PANEL;
+        fill(job, start, count, panel, lines);
+        bstack_multiply_panels(panel, PANEL, count, job->x, job->x_step, job->tokens, job->columns, job->y + start, job->y_step, job->add);
     }
 }
 
-static int run(struct job *job, const float *x, size_t x_step) {
+static int run(struct job *job) {
     if (job->rows < 1 || job->tokens < 1) return 0;
-    const size_t n = (size_t)job->columns, tokens = round_up((size_t)job->tokens, TOKENS);
-    job->width = round_up(n, LANES);
-    job->block = FLOATS / (int)job->width / ROWS * ROWS;
-    job->block = job->block < ROWS ? ROWS : job->block > MOST_ROWS ? MOST_ROWS : job->block;
-    const int blocks = (job->rows + job->block - 1) / job->block, parts = SHARE * bstack_threads();
-    job->parts = blocks < parts ? blocks : parts;
-    job->tile = tile_of_cpu();
-    void *const whole = malloc(sizeof(float) * (tokens + (size_t)(job->parts * job->block)) * job->width + ALIGNMENT);
+    const int panels = (job->rows + PANEL - 1) / PANEL, threads = bstack_threads(), parts = panels < threads ? panels : threads;
+    job->room = round_up((size_t)job->columns * (PANEL + LINES), GROUP);
+    void *const whole = malloc(sizeof(float) * job->room * (size_t)parts + GROUP);
     if (!whole) return 1;
-    float *memory = (float *)round_up((uintptr_t)whole, ALIGNMENT);
-    job->buffer = memory + tokens * job->width;
-    for (size_t t = 0; t < tokens; t++) {
-        float *to = memory + t * job->width;
-        const size_t count = t < (size_t)job->tokens ? n : 0;
-        memcpy(to, x + (count ? t : 0) * x_step, sizeof *to * count);
-        memset(to + count, 0, sizeof *to * (job->width - count));
-    }
-    job->x = memory;
-    bstack_parallel(multiply_part, job, job->parts);
+    job->buffer = (float *)round_up((uintptr_t)whole, GROUP);
+    bstack_parallel(multiply_part, job, parts);
     free(whole);
     return 0;
 }
@@ -168,13 +192,14 @@ int bstack_multiply_decoded(const struct bstack_matrix *matrix, unsigned kinds, 
                             int add) {
     struct bstack_matrix taken;
     bstack_copy_matrix(&taken, matrix);
-    struct job job = {.matrix = &taken, .kinds = kinds, .rows = taken.rows, .columns = taken.columns, .tokens = tokens, .add = add,
-                      .y = y, .y_step = y_step};
-    return run(&job, x, (size_t)taken.columns);
+    struct job job = {.matrix = &taken, .kinds = kinds, .rows = taken.rows, .columns = taken.columns, .x = x,
+                      .x_step = (size_t)taken.columns, .tokens = tokens, .add = add, .y = y, .y_step = y_step};
+    return run(&job);
 }
 
 int bstack_multiply_dense(const float *w, size_t w_step, int rows, int columns, const float *x, size_t x_step, int tokens, float *y,
                           size_t y_step) {
-    struct job job = {.w = w, .w_step = w_step, .rows = rows, .columns = columns, .tokens = tokens, .y = y, .y_step = y_step};
-    return run(&job, x, x_step);
+    struct job job = {.w = w, .w_step = w_step, .rows = rows, .columns = columns, .x = x, .x_step = x_step, .tokens = tokens, .y = y,
+                      .y_step = y_step};
+    return run(&job);
 }

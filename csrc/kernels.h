@@ -116,6 +116,12 @@ static inline float half_to_float(const uint8_t *at) {
 /* Rows of codes above the first; 0 for kinds that are not of trellis blocks. */
 static inline int earlier_rows(int kind) { return kind == BSTACK_TRELLIS ? EARLIER : kind == BSTACK_TRELLIS5 ? EARLIER5 : 0; }
 
+/* Compute y = x w, or add it to y, in the calling thread: x is tokens x n, and w n x columns, its rows filled up to whole panels
+ * with any numbers that can be read; steps are the floats from one row to the next. */
+enum { DENSE_PANEL = 32 };
+void bstack_multiply_panels(const float *w, size_t w_step, int columns, const float *x, size_t x_step, int tokens, int n, float *y,
+                            size_t y_step, int add);
+
 static inline size_t quarter_of(int columns) { return ((size_t)columns + 3) / 4; }
 static inline size_t sign_stride(int columns) { return ((size_t)columns + 7) / 8; }
 static inline size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }

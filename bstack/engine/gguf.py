@@ -13,7 +13,8 @@ import torch
 
 import bstk
 from bstack.engine.container import build_model, dense_weights, embedded_files
-from bstack.engine.native.architecture import EMBEDDING, HEAD, Architecture, NotNativeError, describe, read_json
+from bstack.engine.native.architecture import EMBEDDING, HEAD, Architecture, NotNativeError, read_json
+from bstack.engine.native.families import describe
 from bstack.engine.native.generate import TextTokenizer
 from bstack.errors import UnsupportedModelError, lacks
 from bstk.atomic import replacing

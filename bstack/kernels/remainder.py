@@ -185,7 +185,7 @@ class _Rows:
             symbol = d >> shift
             escaped = (a <= 0) | (symbol <= ESCAPE) | (symbol > 127)
             symbol[escaped] = ESCAPE
-            for c in np.unique(number):
+            for c in set(number.tolist()):
                 self.symbols[c].append(symbol[number == c].astype(np.int8))
             self.escaped += bits[escaped].tolist()
             for low, k in zip(d[~escaped], shift[~escaped], strict=True):
@@ -203,7 +203,7 @@ class _Rows:
         for p, scale, bits in zip(predicted, scales, out, strict=True):
             number, floor, m, row_scale = self._classify(p, scale)
             symbol = np.empty(len(p), np.int32)
-            for c in np.unique(number):
+            for c in set(number.tolist()):
                 own = number == c
                 taken, self._left[c] = np.split(self._left[c], [np.count_nonzero(own)])
                 if len(taken) < np.count_nonzero(own):

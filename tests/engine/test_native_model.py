@@ -7,7 +7,7 @@ import torch
 
 import bstack
 import bstk
-from bstack.engine.native import architecture, generate, load, weights
+from bstack.engine.native import architecture, families, generate, load, weights
 from bstack.engine.native import model as native_model
 from bstack.kernels.native import library
 
@@ -35,6 +35,10 @@ MODELS = {
         },
     ),
     "qwen3": ("qwen3", {"attention_bias": True, "rope_parameters": _YARN}),
+    "mixtral": ("mixtral", {"sliding_window": 9}),
+    # Routers of 20 rows are packed; those of 4 and 6 rows stay plain.
+    "qwen3-moe": ("qwen3-moe", {"num_experts": 20}),
+    "qwen3-moe-2": ("qwen3-moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
     "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
     "olmo2": ("olmo2", {}),
     "gemma2": ("gemma2", {}),
@@ -80,7 +84,7 @@ def close(found, wanted, tolerance):
 
 
 # The fast tests have one of each kind: plain, a scaled rope with biases, windows, norms after the layers, fused projections.
-FAST = {"llama", "qwen3", "smollm3", "olmo2", "gemma3", "phi3"}
+FAST = {"llama", "qwen3", "mixtral", "qwen3-moe", "smollm3", "olmo2", "gemma3", "phi3"}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
@@ -93,7 +97,7 @@ def test_logits_are_those_of_transformers(name, file_of, monkeypatch):
     model.piece = 40
     text = model.sequence()
     found = [model.read(text, IDS[:70], every=True), *(model.step([text], [token]) for token in IDS[70:])]
-    assert text.length == 90 and close(np.concatenate(found), wanted, 2e-2)
+    assert text.length == 90 and close(np.concatenate(found), wanted, 3e-2)
     # The same arithmetic in numpy, and in single precision: no more than the rounding of inputs is left.
     monkeypatch.setattr(native_model, "CACHED", np.float32)
     model._decoder = None
@@ -102,7 +106,10 @@ def test_logits_are_those_of_transformers(name, file_of, monkeypatch):
     assert close(np.concatenate(found), wanted[69:], 2e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+BATCHED = {"llama", "gemma2", "phi3", "qwen3-moe"}
+
+
+@pytest.mark.parametrize("name", [n if n in BATCHED else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_a_text_is_the_same_whatever_else_runs(name, file_of):
     """Bit for bit: alone, in steps with others, while prompts are read in between, and beside texts that begin and end."""
     model, *_ = load.load(file_of(name))
@@ -128,8 +135,9 @@ def test_a_text_is_the_same_whatever_else_runs(name, file_of):
         assert len(ours) > 10
 
 
-def test_a_model_changes_its_size_while_it_runs(file_of):
-    path = file_of("llama")
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_model_changes_its_size_while_it_runs(name, file_of):
+    path = file_of(name)
     with bstk.open(path) as file:
         small = (file.base.budget + 1) / bstk.MB
     model, *_ = load.load(path)
@@ -227,18 +235,23 @@ CONFIG = {
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "number of layers"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, "5 of 4 experts"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "shared_experts": 1},
+            "shared_experts",
+        ),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 12, "use_bidirectional_attention": True}, "forward"),
     ],
 )
 def test_what_the_engine_does_not_know_is_named(changes, reason):
-    assert architecture.describe(CONFIG).head_width == 12
+    assert families.describe(CONFIG).head_width == 12
     with pytest.raises(architecture.NotNativeError, match=reason):
-        architecture.describe({**CONFIG, **changes})
+        families.describe({**CONFIG, **changes})
 
 
 def test_parameters_must_be_those_of_the_description(file_of):
     with bstk.open(file_of("llama")) as file:
-        shapes = architecture.describe(generate.read_json(file, "config.json")).shapes()
+        shapes = families.describe(generate.read_json(file, "config.json")).shapes()
         for changed, reason in (
             (
                 {**shapes, "model.layers.0.self_attn.q_proj.bias": (48,)},

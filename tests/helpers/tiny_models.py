@@ -84,6 +84,19 @@ ARCHITECTURES = {
         },
     ),
     "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 3,
+            "head_dim": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 36,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
     # Not in anybody's list: they show that none is needed.
     "stablelm": ("StableLmConfig", {**_LLAMA, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     "cohere": ("CohereConfig", _LLAMA),

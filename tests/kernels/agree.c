@@ -172,11 +172,17 @@ static const struct bstack_matrix *trellis_matrix(int m, int n) {
     return matrix;
 }
 
-/* A decoder of two layers, the second with all that is optional, in half precision: each instruction set, and two texts at once,
- * must give the same logits. Pages hold two tokens. */
+/* A decoder of three layers, the second with all that is optional, the third of experts, in half precision: each instruction set, and
+ * two texts at once, must give the same logits. Pages hold two tokens. */
 static void compare_decoders(const char *const *names, int count) {
-    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, TOKENS = 3, PAGES = 2, TEXTS = 2 };
+    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, TOKENS = 3, PAGES = 2, TEXTS = 2, LAYERS = 3,
+           EXPERTS = 3, EXPERT_INNER = 10 };
     const int queries = HEADS * HEAD_WIDTH, keys = KEY_HEADS * HEAD_WIDTH;
+    const struct bstack_matrix *expert_gate[EXPERTS], *expert_down[EXPERTS];
+    for (int e = 0; e < EXPERTS; e++) {
+        expert_gate[e] = trellis_matrix(2 * EXPERT_INNER, WIDTH);
+        expert_down[e] = trellis_matrix(WIDTH, EXPERT_INNER);
+    }
     struct bstack_layer layers[] = {
         {
             .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
@@ -190,22 +196,27 @@ static void compare_decoders(const char *const *names, int count) {
             .gate = trellis_matrix(2 * INNER, WIDTH), .down = trellis_matrix(WIDTH, INNER),
             .attention_norm = random_floats(WIDTH, 1.0f), .feed_norm = random_floats(WIDTH, 1.0f), .window = 2, .rope = -1,
         },
+        {
+            .query = trellis_matrix(queries + 2 * keys, WIDTH), .out = trellis_matrix(WIDTH, queries),
+            .router = random_floats(EXPERTS * WIDTH, 1.0f), .expert_gate = expert_gate, .expert_down = expert_down,
+        },
     };
     const struct bstack_matrix *head[] = {trellis_matrix(WORDS - 8, WIDTH), trellis_matrix(8, WIDTH)};
     struct bstack_decoder decoder = {
-        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = 2,
+        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = LAYERS,
         .head_parts = 2, .rotary = 4, .activation = BSTACK_GELU, .half = 1, .page = 2, .epsilon = 1e-5f, .scale = 0.4f, .cap = 5.0f,
+        .experts = EXPERTS, .chosen = 2, .expert_inner = EXPERT_INNER, .normalised = 1,
         .layer = layers, .final_norm = random_floats(WIDTH, 1.0f), .head = head,
     };
-    decoder.scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, TEXTS, TOKENS));
+    float *scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, TEXTS));
     float *embedding = random_floats(TEXTS * WIDTH, 1.0f), *cosine = random_floats(2 * 4, 1.0f), *sine = random_floats(2 * 4, 1.0f);
     float x[TEXTS * WIDTH], logits[TEXTS * WORDS], expected[TEXTS * WORDS];
     for (int k = 0; k < count; k++) {
-        void *place[TEXTS][4 * PAGES];
+        void *place[TEXTS][2 * LAYERS * PAGES];
         struct bstack_text texts[TEXTS];
         for (int i = 0; i < TEXTS; i++) {
-            for (int p = 0; p < 4 * PAGES; p++) place[i][p] = calloc((size_t)(keys * decoder.page), 2);
-            texts[i] = (struct bstack_text){.pages = PAGES, .cosine = cosine, .sine = sine, .keys = place[i], .values = place[i] + 2 * PAGES};
+            for (int p = 0; p < 2 * LAYERS * PAGES; p++) place[i][p] = calloc((size_t)(keys * decoder.page), 2);
+            texts[i] = (struct bstack_text){.pages = PAGES, .cosine = cosine, .sine = sine, .keys = place[i], .values = place[i] + LAYERS * PAGES};
         }
         bstack_use(names[k]);
         for (int t = 0; t < TOKENS; t++) {
@@ -214,20 +225,70 @@ static void compare_decoders(const char *const *names, int count) {
             if (!k) /* one after the other; the parts of the head are apart where there are two */
                 for (int i = 0; i < TEXTS; i++) {
                     float own[WORDS];
-                    if (bstack_decoder_step(&decoder, texts + i, 1, x + i * WIDTH, own)) exit(3);
+                    if (bstack_decoder_step(&decoder, texts + i, 1, x + i * WIDTH, scratch, own)) exit(3);
                     memcpy(expected + i * (WORDS - 8), own, sizeof *own * (WORDS - 8));
                     memcpy(expected + TEXTS * (WORDS - 8) + i * 8, own + WORDS - 8, sizeof *own * 8);
                 }
             memcpy(x, embedding, sizeof x);
-            if (bstack_decoder_step(&decoder, texts, TEXTS, x, logits)) exit(3);
+            if (bstack_decoder_step(&decoder, texts, TEXTS, x, scratch, logits)) exit(3);
         }
         for (int i = 0; i < TEXTS * WORDS; i++)
             if (!isfinite(expected[i]) || logits[i] != expected[i]) {
                 fprintf(stderr, "%s: the decoder's logits differ\n", names[k]);
                 exit(1);
             }
-        for (int i = 0; i < TEXTS * 4 * PAGES; i++) free(place[i / (4 * PAGES)][i % (4 * PAGES)]);
+        for (int i = 0; i < TEXTS * 2 * LAYERS * PAGES; i++) free(place[i / (2 * LAYERS * PAGES)][i % (2 * LAYERS * PAGES)]);
     }
+}
+
+/* Read tokens in a row through a layer, as many as are decoded rows' and as few as are not, and one after the other by steps. */
+static void compare_reading(const char *const *names, int count) {
+    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, PAGE = 4, PAGES = 6, MANY = 21 };
+    const int queries = HEADS * HEAD_WIDTH, keys = KEY_HEADS * HEAD_WIDTH;
+    struct bstack_layer layer = {
+        .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
+        .out = trellis_matrix(WIDTH, queries), .gate = trellis_matrix(INNER, WIDTH), .up = trellis_matrix(INNER, WIDTH),
+        .down = trellis_matrix(WIDTH, INNER), .input_norm = random_floats(WIDTH, 1.0f), .post_norm = random_floats(WIDTH, 1.0f),
+        .window = 7,
+    };
+    struct bstack_decoder decoder = {
+        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = 1,
+        .rotary = HEAD_WIDTH, .half = 1, .page = PAGE, .epsilon = 1e-5f, .scale = 0.4f, .layer = &layer,
+        .final_norm = random_floats(WIDTH, 1.0f),
+    };
+    float *scratch = malloc(sizeof(float) * bstack_decoder_scratch(&decoder, MANY)), *unit = random_floats(WIDTH, 0.0f);
+    float *embedding = random_floats(MANY * WIDTH, 1.0f), *angles = random_floats(MANY * HEAD_WIDTH, 1.0f), found[2][MANY * WIDTH];
+    for (int j = 0; j < WIDTH; j++) unit[j] = 1.0f;
+    decoder.final_norm = unit;
+    for (int k = 0; k < count; k++)
+        for (int few = 0; few < 2; few++) {
+            bstack_use(names[k]);
+            for (int way = 0; way < 2; way++) { /* by steps, then in a row: 21 at once, or 5, 8 and 8 */
+                void *place[2 * PAGES];
+                struct bstack_text texts[MANY];
+                float x[MANY * WIDTH];
+                for (int p = 0; p < 2 * PAGES; p++) place[p] = calloc((size_t)(keys * PAGE), 2);
+                memcpy(x, embedding, sizeof x);
+                for (int t = 0; t < MANY; t++)
+                    texts[t] = (struct bstack_text){.position = t, .pages = PAGES, .cosine = angles + t * HEAD_WIDTH,
+                                                    .sine = angles + t * HEAD_WIDTH, .keys = place, .values = place + PAGES};
+                for (int t = 0, some; t < MANY; t += some) {
+                    some = !way ? 1 : !few ? MANY : t ? 8 : 5;
+                    if (way ? bstack_decoder_read(&decoder, 0, texts + t, some, x + t * WIDTH, scratch)
+                            : bstack_decoder_step(&decoder, texts + t, 1, x + t * WIDTH, scratch, found[0]))
+                        exit(3);
+                }
+                memcpy(found[way], x, sizeof x);
+                for (int p = 0; p < 2 * PAGES; p++) free(place[p]);
+            }
+            float largest = 0.0f;
+            for (int j = 0; j < MANY * WIDTH; j++) largest = fmaxf(largest, fabsf(found[0][j]));
+            for (int j = 0; j < MANY * WIDTH; j++)
+                if (!(fabsf(found[0][j] - found[1][j]) <= 1e-2f * largest)) {
+                    fprintf(stderr, "%s: a prompt that is read differs from its steps\n", names[k]);
+                    exit(1);
+                }
+        }
 }
 
 /* Products for many tokens, on arrays of exactly their size: with every instruction set near those for few. */
@@ -270,6 +331,7 @@ int main(int argc, char **argv) {
     compare_matrices(names, count);
     compare_encoders(names, count);
     compare_decoders(names, count);
+    compare_reading(names, count);
     compare_many_tokens(names, count);
     bstack_set_threads(1);
     bstack_rotate(NULL, 0, 1); /* ends the threads */

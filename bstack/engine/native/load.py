@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from decimal import Decimal
 
 import bstk
-from bstack.engine.native.architecture import NotNativeError, describe, read_json
+from bstack.engine.native.architecture import NotNativeError, read_json
+from bstack.engine.native.families import describe
 from bstack.engine.native.generate import TextTokenizer
 from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Generation

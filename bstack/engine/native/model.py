@@ -9,8 +9,9 @@ import numpy as np
 
 from bstack.engine.native.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
 from bstack.engine.native.sampling import Generation
-from bstack.engine.native.weights import Packed, Weight, products
+from bstack.engine.native.weights import Packed, Plain, Weight, products
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes, Text
+from bstack.kernels.matrix import Matrix
 from bstack.kernels.multiply import multiply_dense
 from bstack.kernels.native import library
 from bstack.packed.lock import PriorityLock
@@ -43,7 +44,6 @@ class Sequence:
         self._pages: list[np.ndarray] = []
         # Addresses of the pages as the kernels take them: keys and values, layers, pages.
         self._table = np.zeros((2, architecture.layers, 0), np.uint64)
-        self._rows: tuple[np.ndarray, ...] = ()
 
     @property
     def length(self) -> int:
@@ -66,8 +66,8 @@ class Sequence:
         if needed > self._of.context:
             raise ValueError(f"a text of {needed} tokens; the model reads at most {self._of.context}.")
         while len(self._pages) * PAGE < needed:
-            shape = (2, self._of.layers, self._of.key_heads, PAGE, self._of.head_width)
-            page = np.empty(shape, CACHED)
+            # Of keys and of values; a head's keys lie as (width, tokens) there, as the kernels read them.
+            page = np.empty((2, self._of.layers, self._of.key_heads, PAGE * self._of.head_width), CACHED)
             self._add(page)
 
     def _add(self, page: np.ndarray) -> None:
@@ -96,7 +96,7 @@ class Sequence:
             while done < len(given):
                 at = self.length + done
                 start, count = at % PAGE, min(PAGE - at % PAGE, len(given) - done)
-                self._pages[at // PAGE][kind, layer, :, start : start + count] = stored[:, done : done + count]
+                self._rows(at // PAGE, kind, layer)[:, start : start + count] = stored[:, done : done + count]
                 done += count
 
     def get(self, layer: int, first: int, stop: int) -> np.ndarray:
@@ -104,15 +104,28 @@ class Sequence:
         found = np.empty((2, self._of.key_heads, stop - first, self._of.head_width), np.float32)
         for number in range(first // PAGE, -(-stop // PAGE)):
             low, high = max(first, number * PAGE), min(stop, (number + 1) * PAGE)
-            page = self._pages[number][:, layer, :, low - number * PAGE : high - number * PAGE]
-            found[:, :, low - first : high - first] = page
+            for kind in (0, 1):
+                rows = self._rows(number, kind, layer)[:, low - number * PAGE : high - number * PAGE]
+                found[kind, :, low - first : high - first] = rows
         return found
 
-    def text(self, rows: tuple[np.ndarray, ...]) -> Text:
-        """Return the text as the kernels take it, with cosine and sine of its next position; valid until it grows."""
-        self._rows = rows  # kept alive
+    def _rows(self, page: int, kind: int, layer: int) -> np.ndarray:
+        """Return a page's keys (0) or values (1), (heads, tokens, width)."""
+        stored, width = self._pages[page][kind, layer], self._of.head_width
+        return stored.reshape(-1, PAGE, width) if kind else stored.reshape(-1, width, PAGE).swapaxes(1, 2)
+
+    def texts(self, cosine: np.ndarray, sine: np.ndarray) -> list[Text]:
+        """Return the text as the kernels take it, at its next tokens, with their rotary rows (tokens, kinds, values).
+
+        Valid until the text grows, and as long as the caller keeps the rows.
+        """
         keys, values = (self._table[kind].ctypes.data for kind in (0, 1))
-        return Text(self.length, self._table.shape[2], *(row.ctypes.data for row in rows), keys, values)
+        step, pages = cosine.strides[0], self._table.shape[2]
+        rows = cosine.ctypes.data, sine.ctypes.data
+        return [
+            Text(self.length + number, pages, *(row + number * step for row in rows), keys, values)
+            for number in range(len(cosine))
+        ]
 
 
 class NativeModel:
@@ -211,12 +224,9 @@ class NativeModel:
                 [self._logits(self._run_piece(*pair))[0] for pair in zip(sequences, tokens[:, None], strict=True)]
             )
         x = self._embed(tokens)
-        positions = np.array([sequence.length for sequence in sequences])
-        rows = [
-            np.stack(pair, 1) for pair in zip(*(rope.rows(positions) for rope in self.architecture.rotary), strict=True)
-        ]
+        cosine, sine = self._rotary_rows(np.array([sequence.length for sequence in sequences]))
         texts = (Text * len(sequences))(
-            *(sequence.text((rows[0][k], rows[1][k])) for k, sequence in enumerate(sequences))
+            *(sequence.texts(cosine[k : k + 1], sine[k : k + 1])[0] for k, sequence in enumerate(sequences))
         )
         with self._lock.acquire():
             out = self._decoder.run(x, texts)
@@ -229,6 +239,11 @@ class NativeModel:
         if tokens.ndim != 1 or not len(tokens) or tokens.min() < 0 or tokens.max() >= self._embedding.rows:
             raise ValueError(f"tokens are from 0 to {self._embedding.rows - 1}, at least one.")
         return tokens
+
+    def _rotary_rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return cosine and sine, (positions, kinds of rotary positions, values), each position's side by side."""
+        pairs = [rope.rows(positions) for rope in self.architecture.rotary]
+        return np.stack([cosine for cosine, _ in pairs], 1), np.stack([sine for _, sine in pairs], 1)
 
     def _embed(self, tokens: np.ndarray) -> np.ndarray:
         return self._embedding.lookup(tokens) * np.float32(self.architecture.embedding_scale)
@@ -246,23 +261,28 @@ class NativeModel:
     def _layer(self, weights: dict[str, Any], number: int) -> dict[str, Any]:
         """Return a layer's parameters by the names of `bstack.kernels.decoder.Layer`."""
         of = self.architecture
-        layer = {name: weights[of.parameter(number, name)] for name in of.names}
-        layer |= {f"{name}_bias": weights[of.parameter(number, name, "bias")] for name in of.biases}
+        layer = {name: weights[place] for name, (place, _) in of.layer(number).items()}
         return {name: self._norm_weight(value) if name.endswith("_norm") else value for name, value in layer.items()}
 
     def _make_decoder(self) -> Decoder | None:
         """Describe the model to the kernels; None where they are missing or a matrix is not packed."""
         kernels, of = library(), self.architecture
-        matrices = [value for layer in self._layers for value in layer.values() if not isinstance(value, np.ndarray)]
-        if kernels is None or not all(isinstance(weight, Packed) and len(weight.parts) == 1 for weight in matrices):
+        if kernels is None:
             return None
-        absent: dict[str, Any] = dict.fromkeys({"key", "value", "up"} - set(of.names))
         layers = []
         for number, layer in enumerate(self._layers):
-            given: dict[str, Any] = {
-                name: value.parts[0] if isinstance(value, Packed) else value for name, value in layer.items()
-            }
-            layers.append(Layer(**absent, **given, window=of.windows[number], rope=of.ropes[number]))
+            given: dict[str, Any] = dict.fromkeys(("key", "value", "gate", "up", "down"))
+            for name, value in layer.items():
+                if isinstance(value, list):
+                    given[name] = [_only_part(weight) for weight in value]
+                elif name == "router" and isinstance(value, Plain):
+                    given[name] = value.dense()
+                else:
+                    given[name] = value if isinstance(value, np.ndarray) else _only_part(value)
+                if given[name] is None or (isinstance(value, list) and None in given[name]):
+                    return None
+            layers.append(Layer(**given, window=of.windows[number], rope=of.ropes[number]))
+        own = of.experts
         sizes = Sizes(
             of.width,
             of.inner,
@@ -275,18 +295,33 @@ class NativeModel:
             activation=of.activation,
             whole_norms=of.whole_norms,
             cap=of.cap,
+            **({} if own is None else {"experts": own.count, "chosen": own.chosen, "expert_inner": own.inner}),
+            normalised=own is not None and own.normalised,
         )
         head = self._head.parts if isinstance(self._head, Packed) and len(self._head.parts) <= MAX_PARTS else []
         return Decoder(kernels, sizes, layers, self._final_norm, head, PAGE)
 
-    # What follows computes what csrc/decoder.c does, for the tokens of one text.
-
     def _run_piece(self, sequence: Sequence, tokens: np.ndarray) -> np.ndarray:
         """Read some tokens of a text; return their normalised hidden states."""
-        of = self.architecture
         sequence.reserve(len(tokens))
         x = self._embed(tokens)
-        positions = np.arange(sequence.length, sequence.length + len(tokens))
+        if self._decoder is None:
+            x = self._run_in_numpy(sequence, x)
+        else:
+            cosine, sine = self._rotary_rows(np.arange(sequence.length, sequence.length + len(tokens)))
+            texts = (Text * len(tokens))(*sequence.texts(cosine, sine))
+            scratch = self._decoder.scratch(len(tokens))
+            for number in range(self.architecture.layers):
+                with self._lock.acquire():
+                    self._decoder.read(number, x, texts, scratch)
+        sequence.tokens += tokens.tolist()
+        return self._norm(x, self._final_norm)
+
+    # What follows computes what csrc/decoder.c does, for the tokens of one text.
+
+    def _run_in_numpy(self, sequence: Sequence, x: np.ndarray) -> np.ndarray:
+        of = self.architecture
+        positions = np.arange(sequence.length, sequence.length + len(x))
         rows = [rope.rows(positions) for rope in of.rotary]
         for number, layer in enumerate(self._layers):
             normal = self._norm(x, layer.get("input_norm"))
@@ -302,11 +337,32 @@ class NativeModel:
             added = self._multiply(layer, "out", self._attend(sequence, number, query))
             x = x + self._norm(added, layer.get("attention_norm"))
             normal = self._norm(x, layer.get("post_norm"))
-            gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
-            added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
+            if "router" in layer:
+                added = self._run_experts(layer, normal)
+            else:
+                gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
+                added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
             x = x + self._norm(added, layer.get("feed_norm"))
-        sequence.tokens += tokens.tolist()
-        return self._norm(x, self._final_norm)
+        return x
+
+    def _run_experts(self, layer: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        """Return what the experts that each token chose give, added up by how much each counts."""
+        of = self.architecture.experts
+        assert of is not None
+        chances = layer["router"].multiply(x)
+        chances = np.exp(chances - chances.max(1, keepdims=True))
+        chances /= chances.sum(1, keepdims=True)
+        chosen = np.argsort(-chances, 1, kind="stable")[:, : of.chosen]
+        share = np.take_along_axis(chances, chosen, 1)
+        if of.normalised:
+            share /= share.sum(1, keepdims=True)
+        added = np.zeros_like(x)
+        for number in sorted(set(chosen.ravel().tolist())):
+            rows, which = np.nonzero(chosen == number)
+            gate, up = np.split(layer["expert_gate"][number].multiply(x[rows]), 2, 1)
+            y = layer["expert_down"][number].multiply(_ACTIVATIONS[self.architecture.activation](gate) * up)
+            added[rows] += share[rows, which][:, None] * y
+        return added
 
     def _project(self, layer: dict[str, Any], x: np.ndarray, names: Many[str], shares: Many[int]) -> list[np.ndarray]:
         """Return the products of several matrices with x, or the pieces of one that holds them all."""
@@ -363,6 +419,11 @@ class NativeModel:
                 read = multiply_dense(columns[head, :, : len(seen)], scores.reshape(len(own) * group, -1))
                 out[begin : begin + step, head] = read.reshape(part.shape)
         return out.reshape(tokens, -1)
+
+
+def _only_part(weight: Weight) -> Matrix | None:
+    """Return a packed matrix as the kernels take it, None for one that is plain or in parts."""
+    return weight.parts[0] if isinstance(weight, Packed) and len(weight.parts) == 1 else None
 
 
 def _biased(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

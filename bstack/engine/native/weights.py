@@ -84,12 +84,20 @@ class Plain:
     def lookup(self, index: np.ndarray) -> np.ndarray:
         return floats(self._stored[index])
 
+    def dense(self) -> np.ndarray:
+        """Return the whole matrix as float32."""
+        return floats(self._stored)
+
 
 def floats(stored: np.ndarray) -> np.ndarray:
     """Return an array as float32; one of uint16 holds bfloat16."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
+
+
+def _slices(stored: np.ndarray) -> list[Weight]:
+    return [Plain(matrix) for matrix in stored]
 
 
 def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
@@ -111,10 +119,11 @@ def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
 
 def read_weights(
     file: bstk.Reader, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Weight | np.ndarray], dict[str, Matrix], PriorityLock]:
+) -> tuple[dict[str, Weight | list[Weight] | np.ndarray], dict[str, Matrix], PriorityLock]:
     """Read a model without its blocks: parameters by name, the empty matrices of its stacks by name, and their lock.
 
-    `shapes` are those of all parameters; a file with others raises NotNativeError or bstk.DamagedError. Vectors are float32.
+    `shapes` are those of all parameters; a file with others raises NotNativeError or bstk.DamagedError. Vectors are float32,
+    and a parameter of three dimensions is a list of matrices.
     """
     shown = file.source.name
     plain = {chunk.name: chunk for chunk in file.chunks if chunk.is_weight and not chunk.is_block}
@@ -124,21 +133,21 @@ def read_weights(
         raise NotNativeError("it has transposed matrices")
     with error_prefix(shown):
         parameters = parts_of(blocks, shapes)
-    found: dict[str, Weight | np.ndarray] = {}
+    found: dict[str, Weight | list[Weight] | np.ndarray] = {}
     for name, chunk in plain.items():
         if tuple(chunk.shape) != shapes[name]:
             raise DamagedError(f"{shown}: {name} has the shape {chunk.shape}, but its model needs {shapes[name]}.")
         if chunk.dtype not in _TYPES:
             raise NotNativeError(f"{name} is of type {chunk.dtype}")
         stored = np.frombuffer(file.read(chunk), _TYPES[chunk.dtype]).reshape(chunk.shape)
-        found[name] = floats(stored) if len(chunk.shape) == 1 else Plain(stored)
+        found[name] = (floats, Plain, _slices)[len(chunk.shape) - 1](stored)
     matrices: dict[str, Matrix] = {}
     lock = PriorityLock()
     for name, parts in parameters.items():
         check_depth(parts, shown)
         made = [Matrix(*stack[0].shape) for _, stack in parts]
         matrices.update({stack[0].name: matrix for (_, stack), matrix in zip(parts, made, strict=True)})
-        found[name] = Packed(made, lock)
+        found[name] = [Packed([matrix], lock) for matrix in made] if len(shapes[name]) == 3 else Packed(made, lock)
     return found, matrices, lock
 
 

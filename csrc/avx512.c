@@ -174,20 +174,27 @@ INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
     value[3] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(odd, 4), _mm512_srli_epi16(third, 2)), table);
 }
 
+/* Take OFFSET away by turning the top bit of each byte. */
+INLINE __m512i without_offset(__m512i values) { return _mm512_xor_si512(values, _mm512_set1_epi8((char)OFFSET)); }
+
+INLINE __mmask16 first_lanes(int count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xFFFF; }
+
+INLINE __m512 add_codes(__m512 sum, const int8_t *codes, __m512 factor) {
+    const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)codes));
+    return _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor));
+}
+
 /* Add scale * T to a row's columns: `values` are those of a register of code bytes from b on, quarter by quarter. */
 INLINE void add_values(const __m512i *values, int b, int q, int columns, __m512 factor, float *out) {
-    const __m512i offset = _mm512_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         ALIGNED int8_t value[WIDE];
-        _mm512_store_si512(value, _mm512_xor_si512(values[quarter], offset));
+        _mm512_store_si512(value, without_offset(values[quarter]));
         const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
         const int length = own < WIDE ? own : WIDE;
         for (int j = 0; j < length; j += 16) {
-            const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
-            const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)(value + j)));
-            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor);
-            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
+            const __mmask16 there = first_lanes(length - j);
+            const __m512 sum = add_codes(_mm512_maskz_loadu_ps(there, out + from + j), value + j, factor);
             _mm512_mask_storeu_ps(out + from + j, there, sum);
         }
     }
@@ -221,17 +228,49 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
-static void decode5(const uint8_t *codes, int columns, float scale, float *out) {
+/* Rows of `blocks` blocks, added in registers: a column is read and written once. */
+INLINE void decode5_blocks(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out) {
     const __m512i table = _mm512_load_si512(bstack_table5);
     const int q = (int)quarter_of(columns);
+    __m512 factor[STACKED];
+    UNROLL
+    for (int k = 0; k < blocks; k++) factor[k] = _mm512_set1_ps(scale[k]);
     for (int b = 0; b < q; b += WIDE) {
-        __m512i row[EARLIER5 + 1], value[QUARTERS];
+        ALIGNED int8_t kept[STACKED][QUARTERS][WIDE];
         UNROLL
-        for (int e = 0; e <= EARLIER5; e++) row[e] = load(codes + (size_t)e * (size_t)q + b, q - b);
-        values5(row, table, value);
-        add_values(value, b, q, columns, _mm512_set1_ps(scale), out);
+        for (int k = 0; k < blocks; k++) {
+            __m512i row[EARLIER5 + 1], value[QUARTERS];
+            UNROLL
+            for (int e = 0; e <= EARLIER5; e++) row[e] = load(codes[k] + (size_t)e * (size_t)q + b, q - b);
+            values5(row, table, value);
+            UNROLL
+            for (int quarter = 0; quarter < QUARTERS; quarter++) _mm512_store_si512(kept[k][quarter], without_offset(value[quarter]));
+        }
+        for (int quarter = 0; quarter < QUARTERS; quarter++) {
+            const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
+            const int length = own < WIDE ? own : WIDE;
+            if (length == WIDE) {
+                UNROLL
+                for (int j = 0; j < WIDE; j += 16) {
+                    __m512 sum = zeros ? _mm512_setzero_ps() : _mm512_loadu_ps(out + from + j);
+                    UNROLL
+                    for (int k = 0; k < blocks; k++) sum = add_codes(sum, kept[k][quarter] + j, factor[k]);
+                    _mm512_storeu_ps(out + from + j, sum);
+                }
+                continue;
+            }
+            for (int j = 0; j < length; j += 16) {
+                const __mmask16 there = first_lanes(length - j);
+                __m512 sum = zeros ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there, out + from + j);
+                UNROLL
+                for (int k = 0; k < blocks; k++) sum = add_codes(sum, kept[k][quarter] + j, factor[k]);
+                _mm512_mask_storeu_ps(out + from + j, there, sum);
+            }
+        }
     }
 }
+
+DECODE5
 
 /* Values of a register of code bytes of `tile_rows` rows, multiplied by all operands. */
 INLINE void trellis5_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,

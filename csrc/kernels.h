@@ -23,6 +23,7 @@ enum {
     NARROW = 512,      /* code bytes for five operands and more, whose inputs then fit the nearest cache */
     X_LIMIT = 32639,   /* largest code of a trellis block's input: as 256 high + low, both are signed bytes */
     SIGN_LIMIT = 8159, /* of a sign block's input: a sum of four is below X_LIMIT */
+    STACKED = 4,      /* blocks of a row that are decoded together, at most */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
 
@@ -48,7 +49,8 @@ struct kernels {
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null: decode.c uses its
      * plain loop. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
-    void (*decode5)(const uint8_t *codes, int columns, float scale, float *out);
+    /* The same for up to STACKED trellis5 blocks, added in their order; to zeros, whatever out holds, if so asked. */
+    void (*decode5)(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
     const struct encoder *encoder;   /* encode.h */
 };
@@ -60,7 +62,11 @@ extern const struct spqr_kernels bstack_spqr_portable;
 extern const struct encoder bstack_encoder;
 #if defined(__x86_64__)
 #define BSTACK_X86 1
-extern const struct kernels bstack_avx2, bstack_avx512;
+extern const struct kernels bstack_avx2, bstack_avx512bw, bstack_avx512;
+#if defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 11 /* older ones do not know it */
+#define BSTACK_AVXVNNI 1
+extern const struct kernels bstack_avxvnni;
+#endif
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
 extern const struct encoder bstack_encoder_avx512;
 #elif defined(__aarch64__)

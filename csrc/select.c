@@ -1,16 +1,28 @@
 /* Choose the instruction set. */
 #include "kernels.h"
 
+#ifdef BSTACK_X86
+#include <cpuid.h>
+#endif
+
 static const struct kernels *chosen;
 
 static int has(const struct kernels *kernels) {
 #ifdef BSTACK_X86
     __builtin_cpu_init(); /* also asks the operating system whether it saves the registers */
-    if (kernels == &bstack_avx2) return __builtin_cpu_supports("avx2");
+    const int avx2 = __builtin_cpu_supports("avx2");
+    const int avx512bw = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl");
+    if (kernels == &bstack_avx2) return avx2;
+    if (kernels == &bstack_avx512bw) return avx512bw;
     if (kernels == &bstack_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-               __builtin_cpu_supports("avx512vnni");
+        return avx512bw && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+#ifdef BSTACK_AVXVNNI
+    if (kernels == &bstack_avxvnni) {
+        unsigned a, b, c, d; /* compilers learned its name later than the instructions */
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
+#endif
 #endif
 #ifdef BSTACK_NEON
     if (kernels == &bstack_neon) return 1; /* part of the architecture */
@@ -22,6 +34,10 @@ static int has(const struct kernels *kernels) {
 static const struct kernels *const all[] = {
 #ifdef BSTACK_X86
     &bstack_avx512,
+#ifdef BSTACK_AVXVNNI
+    &bstack_avxvnni,
+#endif
+    &bstack_avx512bw,
     &bstack_avx2,
 #endif
 #ifdef BSTACK_NEON

@@ -5,17 +5,7 @@
 #ifndef TARGET
 #define TARGET "avx2"
 #endif
-#define AS_TEXT(words) #words
-#define PRAGMA(words) _Pragma(AS_TEXT(words))
-
-/* Before all other headers, so that their inline functions are compiled for it too. */
-#if defined(__x86_64__) && defined(__clang__)
-PRAGMA(clang attribute push(__attribute__((target(TARGET))), apply_to = function))
-#define END_OF_TARGET _Pragma("clang attribute pop")
-#elif defined(__x86_64__) && defined(__GNUC__)
-PRAGMA(GCC target(TARGET))
-#define END_OF_TARGET
-#endif
+#include "target.h"
 
 #include "tiles.h"
 

@@ -6,7 +6,6 @@
 
 #ifdef BSTACK_X86
 enum {
-    WIDE = 64,    /* bytes of a register */
     SHORT = 16,   /* code bytes whose windows fill one */
     AHEAD = 2048, /* bytes that the prefetch is ahead of the sums */
 };
@@ -20,19 +19,11 @@ static void arrange(int16_t *x, size_t groups) {
     }
 }
 
-/* Load the first `left` bytes of a register, at most all of it. */
-INLINE __m512i load(const uint8_t *at, int left) {
-    return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
-}
-
 /* Fetch the bytes of the next tiles, in order. The hardware does not predict the rows of a tile, several streams in one page.
  * Addresses past the block do no harm. */
 INLINE void prefetch(const uint8_t *at, int bytes) {
     for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
-
-/* Take the bits of a where the mask is set, of b elsewhere. */
-INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
 
 /* Sum the lanes of each of four registers. */
 INLINE __m128i sum_lanes(const __m512i *a) {
@@ -159,19 +150,6 @@ INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, in
         value[i] = look_up(table, window, _mm512_movepi8_mask(window));
     }
     multiply_add_short(value, tile_rows, x, step, depth, high, low);
-}
-
-/* Values of a register of code bytes of a row of a trellis5 block, quarter by quarter; its code rows are rows 0 to 4. A
- * permutation looks at the low six bits of each byte, so what stands above them does not matter. */
-INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
-    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), third = row[1];
-    const __m512i mixed = _mm512_ternarylogic_epi64(row[4], row[2], row[0], 0x96);
-    const __m512i even = select_bits(crumbs, row[3], _mm512_slli_epi16(mixed, 2)); /* quarters 0 and 2 */
-    const __m512i odd = select_bits(crumbs, _mm512_srli_epi16(row[3], 2), mixed);  /* quarters 1 and 3 */
-    value[0] = _mm512_permutexvar_epi8(select_bits(nibble, even, _mm512_slli_epi16(third, 4)), table);
-    value[1] = _mm512_permutexvar_epi8(select_bits(nibble, odd, _mm512_slli_epi16(third, 2)), table);
-    value[2] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(even, 4), third), table);
-    value[3] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(odd, 4), _mm512_srli_epi16(third, 2)), table);
 }
 
 /* Take OFFSET away by turning the top bit of each byte. */
@@ -380,18 +358,14 @@ static void trellis5(SUM_ARGUMENTS) {
                   trellis5_4x1, trellis5_4x2, trellis5_2x4, trellis5_1x1);
 }
 
-const struct kernels bstack_avx512 = {
-    .name = "avx512",
-    .whole = 1,
-    .arrange = arrange,
-    .trellis = trellis,
-    .trellis5 = trellis5,
-    .sign = sign,
-    .spqr = &bstack_spqr_avx512,
-    .encoder = &bstack_encoder_avx512,
-    .decode = decode,
-    .decode5 = decode5,
-};
+#define ALL                                                                                                              \
+    .whole = 1, .floats = 16, .arrange = arrange, .trellis = trellis, .trellis5 = trellis5, .sign = sign, .spqr = &bstack_spqr_avx512, \
+    .encoder = &bstack_encoder_avx512, .decode = decode, .decode5 = decode5
+
+const struct kernels bstack_avx512 = {.name = "avx512", ALL};
+#ifdef BSTACK_AMX
+const struct kernels bstack_amx = {.name = "amx", ALL, .trellis5_tiles = bstack_amx_trellis5, .place = bstack_amx_place};
+#endif
 
 END_OF_TARGET
 #endif

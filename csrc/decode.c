@@ -11,8 +11,8 @@ static float scale_of(const struct bstack_matrix *matrix, int level, int row) {
     return half_to_float(matrix->block[level] + codes + 2 * (size_t)row);
 }
 
-/* Add a row of a trellis or trellis5 block to `out`, or to zeros: a_i T[w_ij], for the rotated inputs. Returns the number of blocks added: more where
- * trellis5 blocks follow each other. */
+/* Add a row of a trellis or trellis5 block to `out`, or to zeros: a_i T[w_ij], for the rotated inputs. Returns the number of
+ * blocks added: more where trellis5 blocks follow each other. */
 static int add_trellis(const struct bstack_matrix *matrix, int level, int row, int zeros, float *out) {
     const int n = matrix->columns, kind = matrix->kind[level];
     const size_t q = quarter_of(n);

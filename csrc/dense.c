@@ -87,9 +87,8 @@ __attribute__((target("avx512f,avx2,fma"))) static void tile_avx512(const float 
 
 static tile_function *tile_of_cpu(void) {
 #ifdef BSTACK_X86
-    const struct kernels *kernels = bstack_kernels();
-    if (kernels == &bstack_avx512 || kernels == &bstack_avx512bw) return tile_avx512;
-    if (kernels != &bstack_portable && __builtin_cpu_supports("fma")) return tile_avx2;
+    if (bstack_kernels()->floats == 16) return tile_avx512;
+    if (bstack_kernels()->floats == 8 && __builtin_cpu_supports("fma")) return tile_avx2;
 #endif
     return tile_portable;
 }

@@ -4,6 +4,17 @@
 #ifdef BSTACK_X86
 #include <cpuid.h>
 #endif
+#ifdef BSTACK_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Ask the processor, and Linux for the state of tiles, which it saves only for programs that asked. */
+static int has_amx(void) {
+    enum { TILE = 1 << 24, INT8 = 1 << 25, REQUEST = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & INT8) && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+#endif
 
 static const struct kernels *chosen;
 
@@ -15,8 +26,11 @@ static int has(const struct kernels *kernels) {
                          __builtin_cpu_supports("avx512vl");
     if (kernels == &bstack_avx2) return avx2;
     if (kernels == &bstack_avx512bw) return avx512bw;
-    if (kernels == &bstack_avx512)
-        return avx512bw && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    const int avx512 = avx512bw && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    if (kernels == &bstack_avx512) return avx512;
+#ifdef BSTACK_AMX
+    if (kernels == &bstack_amx) return avx512 && has_amx();
+#endif
 #ifdef BSTACK_AVXVNNI
     if (kernels == &bstack_avxvnni) {
         unsigned a, b, c, d; /* compilers learned its name later than the instructions */
@@ -33,6 +47,9 @@ static int has(const struct kernels *kernels) {
 /* Best first. */
 static const struct kernels *const all[] = {
 #ifdef BSTACK_X86
+#ifdef BSTACK_AMX
+    &bstack_amx,
+#endif
     &bstack_avx512,
 #ifdef BSTACK_AVXVNNI
     &bstack_avxvnni,

@@ -347,6 +347,7 @@ ROW_BY_ROW(sign)
 const struct kernels KERNELS = {
     .name = NAME,
     .whole = WIDE,
+    .floats = MASKS ? 16 : 8,
     .arrange = arrange,
     .trellis = trellis,
     .trellis5 = trellis5,

@@ -78,22 +78,36 @@ INLINE void multiply_add(__m256i *sum, __m256i value, const uint8_t *x) {
 #endif
 }
 
-INLINE int64_t sum_lanes(__m256i a) {
-    const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(a));
-    const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(a, 1));
-    int64_t lane[4];
-    _mm256_storeu_si256((__m256i *)lane, _mm256_add_epi64(low, high));
-    return lane[0] + lane[1] + lane[2] + lane[3];
+/* Sum the lanes of an operand, two and two, in 64 bits. */
+INLINE __m256i wide_sum(const __m256i *sum) {
+    __m256i of[2];
+    UNROLL
+    for (int k = 0; k < PLANES; k++) {
+        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum[k]));
+        of[k] = _mm256_add_epi64(low, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum[k], 1)));
+    }
+    return PLANES == 1 ? of[0] : _mm256_add_epi64(_mm256_slli_epi64(of[0], 8), of[PLANES - 1]);
 }
 
-INLINE int64_t sum_of(const __m256i *sum) {
-    return PLANES == 2 ? 256 * sum_lanes(sum[0]) + sum_lanes(sum[PLANES - 1]) : sum_lanes(sum[0]);
+/* Add the sums of 1, 2, 4 or 8 operands, which are `rows` apart. */
+INLINE void add_sums(const __m256i *sum, int depth, int64_t *sums, int rows) {
+    UNROLL
+    for (int o = 0; o < depth; o += 4) {
+        __m256i of[4];
+        UNROLL
+        for (int e = 0; e < 4; e++) of[e] = o + e < depth ? wide_sum(sum + (o + e) * PLANES) : _mm256_setzero_si256();
+        const __m256i ab = _mm256_add_epi64(_mm256_unpacklo_epi64(of[0], of[1]), _mm256_unpackhi_epi64(of[0], of[1]));
+        const __m256i cd = _mm256_add_epi64(_mm256_unpacklo_epi64(of[2], of[3]), _mm256_unpackhi_epi64(of[2], of[3]));
+        int64_t total[4];
+        _mm256_storeu_si256((__m256i *)total, _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20),
+                                                               _mm256_permute2x128_si256(ab, cd, 0x31)));
+        UNROLL
+        for (int e = 0; e < 4 && o + e < depth; e++) sums[(size_t)(o + e) * (size_t)rows] += total[e];
+    }
 }
 
 /* Add a register of code bytes of one row: 128 columns, 32 of each quarter. */
-INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, const __m256i *table,
-                         __m256i *sum) {
-    (void)table;
+INLINE void trellis_register(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, __m256i *sum) {
     const __m256i crumbs = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(0x0F);
     __m256i row[EARLIER + 1], even[2], odd[2];
     UNROLL
@@ -116,6 +130,13 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, const uint8_t *x, 
         for (int o = 0; o < depth; o++)
             multiply_add(sum + o * PLANES, value, x + (size_t)o * step + (size_t)quarter * OPERAND);
     }
+}
+
+INLINE void trellis_step(const uint8_t *codes, size_t stride, int registers, const uint8_t *x, size_t step, int depth,
+                         const __m256i *table, __m256i *sum) {
+    (void)table;
+    UNROLL
+    for (int k = 0; k < registers; k++) trellis_register(codes + k * WIDE, stride, x + k * 2 * WIDE, step, depth, sum);
 }
 
 /* A register of code bytes of a row of a trellis5 block gives an index for each quarter, and each index 32 values. With y = c0 ^ c2 ^
@@ -198,24 +219,32 @@ INLINE __m256i value5(const __m256i *table, struct index index, int quarter) {
 }
 #endif
 
-/* A register of code bytes of one row: 128 columns, 32 of each quarter. */
-INLINE void trellis5_step(const uint8_t *codes, size_t stride, const uint8_t *x, size_t step, int depth, const __m256i *table,
-                          __m256i *sum) {
+INLINE void index_of_row(const uint8_t *codes, size_t stride, struct index *index) {
     __m256i row[EARLIER5 + 1];
-    struct index index[QUARTERS];
     UNROLL
     for (int e = 0; e <= EARLIER5; e++) row[e] = _mm256_loadu_si256((const __m256i *)(codes + (size_t)e * stride));
     index5(row, index);
-    UNROLL
-    for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        const __m256i value = value5(table, index[quarter], quarter);
-        UNROLL
-        for (int o = 0; o < depth; o++)
-            multiply_add(sum + o * PLANES, value, x + (size_t)o * step + (size_t)quarter * OPERAND);
-    }
 }
 
-typedef void step_of_row(const uint8_t *, size_t, const uint8_t *, size_t, int, const __m256i *, __m256i *);
+/* One or two registers of code bytes of one row, 128 columns each. The indices of both come first, so that the processor finds more
+ * that it can do at once. */
+INLINE void trellis5_step(const uint8_t *codes, size_t stride, int registers, const uint8_t *x, size_t step, int depth,
+                          const __m256i *table, __m256i *sum) {
+    struct index index[2][QUARTERS];
+    UNROLL
+    for (int k = 0; k < registers; k++) index_of_row(codes + k * WIDE, stride, index[k]);
+    UNROLL
+    for (int k = 0; k < registers; k++)
+        UNROLL
+        for (int quarter = 0; quarter < QUARTERS; quarter++) {
+            const __m256i value = value5(table, index[k][quarter], quarter);
+            UNROLL
+            for (int o = 0; o < depth; o++)
+                multiply_add(sum + o * PLANES, value, x + (size_t)o * step + (size_t)(quarter * OPERAND + k * 2 * WIDE));
+        }
+}
+
+typedef void step_of_row(const uint8_t *, size_t, int, const uint8_t *, size_t, int, const __m256i *, __m256i *);
 
 /* One row, by steps of either kind, which has `earlier` rows above. */
 INLINE void sum_row(const uint8_t *codes, size_t stride, int width, const uint8_t *x, size_t step, int depth, int64_t *sums,
@@ -228,14 +257,14 @@ INLINE void sum_row(const uint8_t *codes, size_t stride, int width, const uint8_
         UNROLL
         for (int o = 0; o < depth * PLANES; o++) sum[o] = _mm256_setzero_si256();
         int b = start;
-        for (; b + WIDE <= stop; b += WIDE) by(codes + b, stride, inputs_of(x, b), step, depth, table, sum);
+        for (; depth <= 4 && b + 2 * WIDE <= stop; b += 2 * WIDE) by(codes + b, stride, 2, inputs_of(x, b), step, depth, table, sum);
+        for (; b + WIDE <= stop; b += WIDE) by(codes + b, stride, 1, inputs_of(x, b), step, depth, table, sum);
         if (b < stop) {
             uint8_t rest[(EARLIER5 + 1) * WIDE];
             copy_rest(rest, WIDE, codes + b, stride, stop - b, earlier + 1);
-            by(rest, WIDE, inputs_of(x, b), step, depth, table, sum);
+            by(rest, WIDE, 1, inputs_of(x, b), step, depth, table, sum);
         }
-        UNROLL
-        for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += sum_of(sum + o * PLANES);
+        add_sums(sum, depth, sums, rows);
     }
 }
 
@@ -281,11 +310,8 @@ INLINE void decode5_blocks(const uint8_t *const *codes, const float *scale, int 
                 copy_rest(rest, WIDE, at, stride, q - b, EARLIER5 + 1);
                 at = rest, stride = WIDE;
             }
-            __m256i row[EARLIER5 + 1];
             struct index index[QUARTERS];
-            UNROLL
-            for (int e = 0; e <= EARLIER5; e++) row[e] = _mm256_loadu_si256((const __m256i *)(at + (size_t)e * stride));
-            index5(row, index);
+            index_of_row(at, stride, index);
             UNROLL
             for (int quarter = 0; quarter < QUARTERS; quarter++)
                 _mm256_store_si256((__m256i *)value[k][quarter], _mm256_xor_si256(value5(table, index[quarter], quarter), offset));
@@ -336,8 +362,7 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
         memcpy(&word, bits + b, (size_t)(width - b));
         sign_step(word, x, step, depth, sum);
     }
-    UNROLL
-    for (int o = 0; o < depth; o++) sums[(size_t)o * (size_t)rows] += sum_of(sum + o * PLANES);
+    add_sums(sum, depth, sums, rows);
 }
 
 ROW_BY_ROW(trellis)

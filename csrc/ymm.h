@@ -102,7 +102,8 @@ INLINE void add_sums(const __m256i *sum, int depth, int64_t *sums, int rows) {
         _mm256_storeu_si256((__m256i *)total, _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20),
                                                                _mm256_permute2x128_si256(ab, cd, 0x31)));
         UNROLL
-        for (int e = 0; e < 4 && o + e < depth; e++) sums[(size_t)(o + e) * (size_t)rows] += total[e];
+        for (int e = 0; e < 4; e++)
+            if (o + e < depth) sums[(size_t)(o + e) * (size_t)rows] += total[e];
     }
 }
 

@@ -24,22 +24,17 @@ void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, uint8_t 
 #define MEMORY __asm__ volatile("" ::: "memory")
 
 /* Tiles 0 and 1 are sums, 2 operands, 3 and 4 values; all have 16 rows of 64 bytes. */
-static void configure(void) {
-    ALIGNED uint8_t config[64] = {1};
-    for (int tile = 0; tile < 5; tile++) {
-        config[16 + 2 * tile] = WIDE;
-        config[48 + tile] = TALL;
-    }
-    MEMORY;
-    _tile_loadconfig(config);
-}
+ALIGNED static const uint8_t config[64] = {
+    [0] = 1, [16] = WIDE, [18] = WIDE, [20] = WIDE, [22] = WIDE, [24] = WIDE,
+    [48] = TALL, [49] = TALL, [50] = TALL, [51] = TALL, [52] = TALL,
+};
 
 void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands,
                          int64_t *sums) {
     const __m512i table = _mm512_load_si512(bstack_table5);
     ALIGNED uint8_t value[AT_ONCE][QUARTERS][TALL][WIDE];
-    ALIGNED int32_t sum[AT_ONCE][TALL][WIDE / 4];
-    configure();
+    ALIGNED int64_t sum[AT_ONCE * TALL][WIDE / 8];
+    _tile_loadconfig(config);
     for (int start = 0; start < rows; start += AT_ONCE * TALL) {
         const int count = rows - start < AT_ONCE * TALL ? rows - start : AT_ONCE * TALL;
         const uint8_t *in = tiles;
@@ -71,13 +66,14 @@ void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int row
             MEMORY;
         }
         _tile_stored(0, sum[0], WIDE);
-        _tile_stored(1, sum[1], WIDE);
+        _tile_stored(1, sum[TALL], WIDE);
         MEMORY;
+        for (int i = 0; i < count; i++) { /* of each operand the sum with high bytes, then that with low bytes, in 32 bits each */
+            const __m512i both = _mm512_load_si512(sum[i]), high = _mm512_srai_epi64(_mm512_slli_epi64(both, 32), 32 - 8);
+            _mm512_store_si512(sum[i], _mm512_add_epi64(high, _mm512_srai_epi64(both, 32)));
+        }
         for (int o = 0; o < operands; o++)
-            for (int i = 0; i < count; i++) {
-                const int32_t *of = sum[i / TALL][i % TALL] + 2 * o;
-                sums[o * rows + start + i] += 256 * (int64_t)of[0] + of[1];
-            }
+            for (int i = 0; i < count; i++) sums[o * rows + start + i] += sum[i][o];
     }
     _tile_release();
 }

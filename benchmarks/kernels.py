@@ -57,7 +57,7 @@ def roofline(arguments: argparse.Namespace, threads: list[int]) -> None:
         print(f"plain read, {count} thread(s): {found / 1e9:.1f} GB/s")
     print("\n| kernel | matrix | tokens | " + " | ".join(f"{n} thread(s), GB/s | of the read" for n in threads) + " |")
     print("|---|---|---|" + "---|---|" * len(threads))
-    shapes = [(4096, 4096, 1), (4096, 4096, 8), (4096, 14336, 1), (576, 576, 1), (576, 1536, 1)]
+    shapes = [(4096, 4096, 1), (4096, 4096, 4), (4096, 4096, 8), (4096, 14336, 1), (576, 576, 1), (576, 1536, 1)]
     # Those of the old kind alternate with those that files have now, as a measure of both.
     cases = [(kind, 2, *shape) for shape in shapes for kind in (TRELLIS, TRELLIS5)]
     cases += [(SIGN, 1, 576, 576, 1)]

@@ -1,15 +1,11 @@
-/* Compile the functions from here to END_OF_TARGET for AVX2. Include this first. */
+/* Compile the functions from here to END_OF_TARGET for AVX2, or for what TARGET names. Include this first. */
 #ifndef BSTACK_AVX2_H
 #define BSTACK_AVX2_H
 
-/* Before all other headers, so that their inline functions are compiled for AVX2 too. */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#define END_OF_TARGET _Pragma("clang attribute pop")
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx2")
-#define END_OF_TARGET
+#ifndef TARGET
+#define TARGET "avx2"
 #endif
+#include "target.h"
 
 #include "tiles.h"
 

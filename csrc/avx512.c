@@ -6,7 +6,6 @@
 
 #ifdef BSTACK_X86
 enum {
-    WIDE = 64,    /* bytes of a register */
     SHORT = 16,   /* code bytes whose windows fill one */
     AHEAD = 2048, /* bytes that the prefetch is ahead of the sums */
 };
@@ -20,19 +19,11 @@ static void arrange(int16_t *x, size_t groups) {
     }
 }
 
-/* Load the first `left` bytes of a register, at most all of it. */
-INLINE __m512i load(const uint8_t *at, int left) {
-    return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
-}
-
 /* Fetch the bytes of the next tiles, in order. The hardware does not predict the rows of a tile, several streams in one page.
  * Addresses past the block do no harm. */
 INLINE void prefetch(const uint8_t *at, int bytes) {
     for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
-
-/* Take the bits of a where the mask is set, of b elsewhere. */
-INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
 
 /* Sum the lanes of each of four registers. */
 INLINE __m128i sum_lanes(const __m512i *a) {
@@ -75,13 +66,58 @@ INLINE __m512i look_up(const __m512i *table, __m512i window, __mmask64 upper) {
     return _mm512_mask2_permutex2var_epi8(table[0], found, _knot_mask64(upper), table[1]);
 }
 
+/* Multiply the values of a register of code bytes of `tile_rows` rows, quarter by quarter, by all operands. */
+INLINE void multiply_add(const __m512i (*value)[QUARTERS], int tile_rows, const uint8_t *x, size_t step, int depth, __m512i *high,
+                         __m512i *low) {
+    UNROLL
+    for (int quarter = 0; quarter < QUARTERS; quarter++)
+        UNROLL
+        for (int o = 0; o < depth; o++) {
+            const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
+            const __m512i x_high = _mm512_loadu_si512(at), x_low = _mm512_loadu_si512(at + WIDE);
+            UNROLL
+            for (int i = 0; i < tile_rows; i++) {
+                high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i][quarter], x_high);
+                low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i][quarter], x_low);
+            }
+        }
+}
+
+/* The same for values of 64 columns, a quarter in each 128 bits. */
+INLINE void multiply_add_short(const __m512i *value, int tile_rows, const uint8_t *x, size_t step, int depth, __m512i *high,
+                               __m512i *low) {
+    UNROLL
+    for (int o = 0; o < depth; o++) {
+        const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
+        const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
+        UNROLL
+        for (int i = 0; i < tile_rows; i++) {
+            high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
+            low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
+        }
+    }
+}
+
+/* Load up to 16 code bytes of some rows four times over, the code of each 128 bits' quarter in the low bits. */
+INLINE void load_short(const uint8_t *codes, size_t stride, int left, int count, __m512i *row) {
+    const int64_t by_2 = 0x0002000200020002; /* four words */
+    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
+    UNROLL
+    for (int e = 0; e < count; e++) {
+        const uint8_t *at = codes + (size_t)e * stride;
+        const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
+                                            : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
+        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
+    }
+}
+
 /* Add one register of code bytes of `tile_rows` rows: 256 columns, 64 of each quarter. */
 INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,
                          const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F);
-    __m512i row[8], even[8], odd[8];
+    __m512i row[8], even[8], odd[8], value[4][QUARTERS];
     UNROLL
-    for (int e = 0; e < tile_rows + 3; e++) row[e] = load(codes + (size_t)e * stride, left);
+    for (int e = 0; e < tile_rows + EARLIER; e++) row[e] = load(codes + (size_t)e * stride, left);
     UNROLL
     for (int e = 0; e < tile_rows + 2; e++) { /* two rows' codes of quarters 0, 2 and of 1, 3; the older row's higher */
         even[e] = select_bits(crumbs, row[e + 1], _mm512_slli_epi16(row[e], 2));
@@ -95,99 +131,48 @@ INLINE void trellis_step(const uint8_t *codes, size_t stride, int left, int tile
             const __m512i window = quarter & 2 ? select_bits(nibble, _mm512_srli_epi16(pair[i + 2], 4), pair[i])
                                                : select_bits(nibble, pair[i + 2], _mm512_slli_epi16(pair[i], 4));
             /* The top bit is the oldest code's, so it is known before the window is complete. */
-            const __m512i value = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
-            UNROLL
-            for (int o = 0; o < depth; o++) {
-                const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
-                high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value, _mm512_loadu_si512(at));
-                low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value, _mm512_loadu_si512(at + WIDE));
-            }
+            value[i][quarter] = look_up(table, window, _mm512_test_epi8_mask(row[i], top));
         }
     }
+    multiply_add(value, tile_rows, x, step, depth, high, low);
 }
 
-/* Add up to 16 code bytes of `tile_rows` rows: 64 columns, a quarter in each 128 bits of a register. */
+/* Add up to 16 code bytes of `tile_rows` rows. */
 INLINE void trellis_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
                                int depth, const __m512i *table, __m512i *high, __m512i *low) {
-    const int64_t by_2 = 0x0002000200020002; /* four words */
-    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
-    __m512i row[8], pair[8]; /* codes in the low bits; of rows e and e + 1, the older row's higher */
-    UNROLL
-    for (int e = 0; e < tile_rows + 3; e++) {
-        const uint8_t *at = codes + (size_t)e * stride;
-        const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
-                                            : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
-        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
-    }
+    __m512i row[8], pair[8], value[4]; /* pair: of rows e and e + 1, the older row's code higher */
+    load_short(codes, stride, left, tile_rows + EARLIER, row);
     UNROLL
     for (int e = 0; e < tile_rows + 2; e++) pair[e] = select_bits(_mm512_set1_epi8(0x03), row[e + 1], _mm512_slli_epi16(row[e], 2));
-    __m512i value[4];
     UNROLL
     for (int i = 0; i < tile_rows; i++) {
         const __m512i window = select_bits(_mm512_set1_epi8(0x0F), pair[i + 2], _mm512_slli_epi16(pair[i], 4));
         value[i] = look_up(table, window, _mm512_movepi8_mask(window));
     }
-    UNROLL
-    for (int o = 0; o < depth; o++) {
-        const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
-        const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
-        UNROLL
-        for (int i = 0; i < tile_rows; i++) {
-            high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
-            low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
-        }
-    }
+    multiply_add_short(value, tile_rows, x, step, depth, high, low);
 }
 
-INLINE void trellis_tile(const uint8_t *codes, size_t stride, int width, int tile_rows, const uint8_t *x, size_t step, int depth,
-                         int64_t *sums, int rows) {
-    __m512i high[8], low[8], table[4];
-    UNROLL
-    for (int k = 0; k < tile_rows * depth; k++) high[k] = low[k] = _mm512_setzero_si512();
-    UNROLL
-    for (int k = 0; k < 4; k++) table[k] = _mm512_loadu_si512(bstack_table + k * WIDE);
-    int b = 0;
-    const uint8_t *ahead = codes + (size_t)(tile_rows + EARLIER) * stride + AHEAD;
-    for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND) {
-        prefetch(ahead + tile_rows * b, tile_rows * WIDE);
-        trellis_step(codes + b, stride, WIDE, tile_rows, x, step, depth, table, high, low);
-    }
-    prefetch(ahead + tile_rows * b, tile_rows * (width - b));
-    if (width - b > 2 * SHORT)
-        trellis_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
-    else
-        for (; b < width; b += SHORT, x += SHORT)
-            trellis_short_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
-    add_sums(high, low, tile_rows, depth, sums, rows);
-}
+/* Take OFFSET away by turning the top bit of each byte. */
+INLINE __m512i without_offset(__m512i values) { return _mm512_xor_si512(values, _mm512_set1_epi8((char)OFFSET)); }
 
-/* Values of a register of code bytes of a row of a trellis5 block, quarter by quarter; its code rows are rows 0 to 4. A
- * permutation looks at the low six bits of each byte, so what stands above them does not matter. */
-INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
-    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), third = row[1];
-    const __m512i mixed = _mm512_ternarylogic_epi64(row[4], row[2], row[0], 0x96);
-    const __m512i even = select_bits(crumbs, row[3], _mm512_slli_epi16(mixed, 2)); /* quarters 0 and 2 */
-    const __m512i odd = select_bits(crumbs, _mm512_srli_epi16(row[3], 2), mixed);  /* quarters 1 and 3 */
-    value[0] = _mm512_permutexvar_epi8(select_bits(nibble, even, _mm512_slli_epi16(third, 4)), table);
-    value[1] = _mm512_permutexvar_epi8(select_bits(nibble, odd, _mm512_slli_epi16(third, 2)), table);
-    value[2] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(even, 4), third), table);
-    value[3] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(odd, 4), _mm512_srli_epi16(third, 2)), table);
+INLINE __mmask16 first_lanes(int count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xFFFF; }
+
+INLINE __m512 add_codes(__m512 sum, const int8_t *codes, __m512 factor) {
+    const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)codes));
+    return _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor));
 }
 
 /* Add scale * T to a row's columns: `values` are those of a register of code bytes from b on, quarter by quarter. */
 INLINE void add_values(const __m512i *values, int b, int q, int columns, __m512 factor, float *out) {
-    const __m512i offset = _mm512_set1_epi8((char)OFFSET); /* taken away by turning the top bit of each byte */
     UNROLL
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         ALIGNED int8_t value[WIDE];
-        _mm512_store_si512(value, _mm512_xor_si512(values[quarter], offset));
+        _mm512_store_si512(value, without_offset(values[quarter]));
         const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
         const int length = own < WIDE ? own : WIDE;
         for (int j = 0; j < length; j += 16) {
-            const __mmask16 there = length - j < 16 ? (__mmask16)((1u << (length - j)) - 1) : (__mmask16)0xFFFF;
-            const __m512i codes32 = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)(value + j)));
-            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(codes32), factor);
-            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out + from + j), weight);
+            const __mmask16 there = first_lanes(length - j);
+            const __m512 sum = add_codes(_mm512_maskz_loadu_ps(there, out + from + j), value + j, factor);
             _mm512_mask_storeu_ps(out + from + j, there, sum);
         }
     }
@@ -221,90 +206,97 @@ static void decode(const uint8_t *codes, int columns, float scale, float *out) {
     }
 }
 
-static void decode5(const uint8_t *codes, int columns, float scale, float *out) {
+/* Rows of `blocks` blocks, added in registers: a column is read and written once. */
+INLINE void decode5_blocks(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out) {
     const __m512i table = _mm512_load_si512(bstack_table5);
     const int q = (int)quarter_of(columns);
+    __m512 factor[STACKED];
+    UNROLL
+    for (int k = 0; k < blocks; k++) factor[k] = _mm512_set1_ps(scale[k]);
     for (int b = 0; b < q; b += WIDE) {
-        __m512i row[EARLIER5 + 1], value[QUARTERS];
+        ALIGNED int8_t kept[STACKED][QUARTERS][WIDE];
         UNROLL
-        for (int e = 0; e <= EARLIER5; e++) row[e] = load(codes + (size_t)e * (size_t)q + b, q - b);
-        values5(row, table, value);
-        add_values(value, b, q, columns, _mm512_set1_ps(scale), out);
+        for (int k = 0; k < blocks; k++) {
+            __m512i row[EARLIER5 + 1], value[QUARTERS];
+            UNROLL
+            for (int e = 0; e <= EARLIER5; e++) row[e] = load(codes[k] + (size_t)e * (size_t)q + b, q - b);
+            values5(row, table, value);
+            UNROLL
+            for (int quarter = 0; quarter < QUARTERS; quarter++) _mm512_store_si512(kept[k][quarter], without_offset(value[quarter]));
+        }
+        for (int quarter = 0; quarter < QUARTERS; quarter++) {
+            const int from = quarter * q + b, own = q - b < columns - from ? q - b : columns - from;
+            const int length = own < WIDE ? own : WIDE;
+            if (length == WIDE) {
+                UNROLL
+                for (int j = 0; j < WIDE; j += 16) {
+                    __m512 sum = zeros ? _mm512_setzero_ps() : _mm512_loadu_ps(out + from + j);
+                    UNROLL
+                    for (int k = 0; k < blocks; k++) sum = add_codes(sum, kept[k][quarter] + j, factor[k]);
+                    _mm512_storeu_ps(out + from + j, sum);
+                }
+                continue;
+            }
+            for (int j = 0; j < length; j += 16) {
+                const __mmask16 there = first_lanes(length - j);
+                __m512 sum = zeros ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there, out + from + j);
+                UNROLL
+                for (int k = 0; k < blocks; k++) sum = add_codes(sum, kept[k][quarter] + j, factor[k]);
+                _mm512_mask_storeu_ps(out + from + j, there, sum);
+            }
+        }
     }
 }
 
-/* Values of a register of code bytes of `tile_rows` rows, multiplied by all operands. */
+DECODE5
+
 INLINE void trellis5_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step, int depth,
-                          __m512i table, __m512i *high, __m512i *low) {
+                          const __m512i *table, __m512i *high, __m512i *low) {
     __m512i row[8], value[4][QUARTERS];
     UNROLL
     for (int e = 0; e < tile_rows + EARLIER5; e++) row[e] = load(codes + (size_t)e * stride, left);
     UNROLL
-    for (int i = 0; i < tile_rows; i++) values5(row + i, table, value[i]);
-    UNROLL
-    for (int quarter = 0; quarter < QUARTERS; quarter++)
-        UNROLL
-        for (int o = 0; o < depth; o++) {
-            const uint8_t *at = x + (size_t)o * step + (size_t)quarter * OPERAND;
-            const __m512i x_high = _mm512_loadu_si512(at), x_low = _mm512_loadu_si512(at + WIDE);
-            UNROLL
-            for (int i = 0; i < tile_rows; i++) {
-                high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i][quarter], x_high);
-                low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i][quarter], x_low);
-            }
-        }
+    for (int i = 0; i < tile_rows; i++) values5(row + i, *table, value[i]);
+    multiply_add(value, tile_rows, x, step, depth, high, low);
 }
 
-/* 16 code bytes of `tile_rows` rows, or fewer: 64 columns, a quarter in each 128 bits of a register. */
 INLINE void trellis5_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
-                                int depth, __m512i table, __m512i *high, __m512i *low) {
-    const int64_t by_2 = 0x0002000200020002; /* four words */
-    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
+                                int depth, const __m512i *table, __m512i *high, __m512i *low) {
     const __m512i crumb = _mm512_set1_epi8(0x03), nibble = _mm512_set1_epi8(0x0F);
-    __m512i row[8], value[4]; /* the code of the lane's quarter in the low bits */
-    UNROLL
-    for (int e = 0; e < tile_rows + EARLIER5; e++) {
-        const uint8_t *at = codes + (size_t)e * stride;
-        const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
-                                            : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
-        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
-    }
+    __m512i row[8], value[4];
+    load_short(codes, stride, left, tile_rows + EARLIER5, row);
     UNROLL
     for (int i = 0; i < tile_rows; i++) {
         const __m512i mixed = _mm512_ternarylogic_epi64(row[i + 4], row[i + 2], row[i], 0x96);
         const __m512i pair = select_bits(crumb, row[i + 3], _mm512_slli_epi16(mixed, 2));
-        value[i] = _mm512_permutexvar_epi8(select_bits(nibble, pair, _mm512_slli_epi16(row[i + 1], 4)), table);
+        value[i] = _mm512_permutexvar_epi8(select_bits(nibble, pair, _mm512_slli_epi16(row[i + 1], 4)), *table);
     }
-    UNROLL
-    for (int o = 0; o < depth; o++) {
-        const uint8_t *at = x + (size_t)o * step; /* 16 bytes from each quarter's inputs */
-        const __m512i x_high = from_four(at, OPERAND), x_low = from_four(at + WIDE, OPERAND);
-        UNROLL
-        for (int i = 0; i < tile_rows; i++) {
-            high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
-            low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
-        }
-    }
+    multiply_add_short(value, tile_rows, x, step, depth, high, low);
 }
 
-INLINE void trellis5_tile(const uint8_t *codes, size_t stride, int width, int tile_rows, const uint8_t *x, size_t step, int depth,
-                          int64_t *sums, int rows) {
-    const __m512i table = _mm512_load_si512(bstack_table5);
-    __m512i high[8], low[8];
+typedef void step_of_tile(const uint8_t *, size_t, int, int, const uint8_t *, size_t, int, const __m512i *, __m512i *, __m512i *);
+
+/* Sum a tile by the steps of either kind, which has `earlier` rows above and `tables` registers of values at `values`. */
+INLINE void sum_tile(const uint8_t *codes, size_t stride, int width, int tile_rows, const uint8_t *x, size_t step, int depth,
+                     int64_t *sums, int rows, step_of_tile *by, step_of_tile *by_short, int earlier, const uint8_t *values,
+                     int tables) {
+    __m512i high[8], low[8], table[4];
     UNROLL
     for (int k = 0; k < tile_rows * depth; k++) high[k] = low[k] = _mm512_setzero_si512();
+    UNROLL
+    for (int k = 0; k < tables; k++) table[k] = _mm512_load_si512(values + k * WIDE);
     int b = 0;
-    const uint8_t *ahead = codes + (size_t)(tile_rows + EARLIER5) * stride + AHEAD;
+    const uint8_t *ahead = codes + (size_t)(tile_rows + earlier) * stride + AHEAD;
     for (; b + WIDE <= width; b += WIDE, x += QUARTERS * OPERAND) {
         prefetch(ahead + tile_rows * b, tile_rows * WIDE);
-        trellis5_step(codes + b, stride, WIDE, tile_rows, x, step, depth, table, high, low);
+        by(codes + b, stride, WIDE, tile_rows, x, step, depth, table, high, low);
     }
     prefetch(ahead + tile_rows * b, tile_rows * (width - b));
     if (width - b > 2 * SHORT)
-        trellis5_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
+        by(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
     else
         for (; b < width; b += SHORT, x += SHORT)
-            trellis5_short_step(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
+            by_short(codes + b, stride, width - b, tile_rows, x, step, depth, table, high, low);
     add_sums(high, low, tile_rows, depth, sums, rows);
 }
 
@@ -331,9 +323,10 @@ INLINE void sign_row(const uint8_t *bits, size_t stride, int width, const uint8_
 
 ROW_BY_ROW(sign)
 
-#define TILE(TALL, DEEP)                                                                  \
-    static void trellis_##TALL##x##DEEP(TILE_ARGUMENTS) {                                 \
-        trellis_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);             \
+#define TILE(TALL, DEEP)                                                                                                     \
+    static void trellis_##TALL##x##DEEP(TILE_ARGUMENTS) {                                                                    \
+        sum_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows, trellis_step, trellis_short_step, EARLIER,          \
+                 bstack_table, 4);                                                                                           \
     }
 TILE(4, 1)
 TILE(4, 2)
@@ -344,9 +337,10 @@ static void trellis(SUM_ARGUMENTS) {
     for_each_tile(packed, stride, width, rows, x, step, operands, sums, trellis_4x1, trellis_4x2, trellis_2x4, trellis_1x1);
 }
 
-#define TILE5(TALL, DEEP)                                                                 \
-    static void trellis5_##TALL##x##DEEP(TILE_ARGUMENTS) {                                \
-        trellis5_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows);            \
+#define TILE5(TALL, DEEP)                                                                                                    \
+    static void trellis5_##TALL##x##DEEP(TILE_ARGUMENTS) {                                                                   \
+        sum_tile(packed, stride, width, TALL, x, step, DEEP, sums, rows, trellis5_step, trellis5_short_step, EARLIER5,       \
+                 bstack_table5, 1);                                                                                          \
     }
 TILE5(4, 1)
 TILE5(4, 2)
@@ -364,18 +358,14 @@ static void trellis5(SUM_ARGUMENTS) {
                   trellis5_4x1, trellis5_4x2, trellis5_2x4, trellis5_1x1);
 }
 
-const struct kernels bstack_avx512 = {
-    .name = "avx512",
-    .whole = 1,
-    .arrange = arrange,
-    .trellis = trellis,
-    .trellis5 = trellis5,
-    .sign = sign,
-    .spqr = &bstack_spqr_avx512,
-    .encoder = &bstack_encoder_avx512,
-    .decode = decode,
-    .decode5 = decode5,
-};
+#define ALL                                                                                                              \
+    .whole = 1, .floats = 16, .arrange = arrange, .trellis = trellis, .trellis5 = trellis5, .sign = sign, .spqr = &bstack_spqr_avx512, \
+    .encoder = &bstack_encoder_avx512, .decode = decode, .decode5 = decode5
+
+const struct kernels bstack_avx512 = {.name = "avx512", ALL};
+#ifdef BSTACK_AMX
+const struct kernels bstack_amx = {.name = "amx", ALL, .trellis5_tiles = bstack_amx_trellis5, .place = bstack_amx_place};
+#endif
 
 END_OF_TARGET
 #endif

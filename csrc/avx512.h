@@ -1,15 +1,11 @@
-/* Compile the functions from here to END_OF_TARGET for AVX-512 with VBMI and VNNI. Include this first. */
+/* Compile the functions from here to END_OF_TARGET for AVX-512 with VBMI and VNNI, and what else TARGET names. Include this first. */
 #ifndef BSTACK_AVX512_H
 #define BSTACK_AVX512_H
 
-/* Before all other headers, so that their inline functions are compiled for AVX-512 too. */
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#define END_OF_TARGET _Pragma("clang attribute pop")
-#elif defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")
-#define END_OF_TARGET
+#ifndef TARGET
+#define TARGET "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni"
 #endif
+#include "target.h"
 
 #include "tiles.h"
 
@@ -25,6 +21,29 @@ INLINE __m512i from_four(const uint8_t *at, size_t apart) {
     all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + apart)), 1);
     all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 2 * apart)), 2);
     return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(at + 3 * apart)), 3);
+}
+
+enum { WIDE = 64 }; /* bytes of a register */
+
+/* Load the first `left` bytes of a register, at most all of it. */
+INLINE __m512i load(const uint8_t *at, int left) {
+    return left >= WIDE ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(_cvtu64_mask64((1ull << left) - 1), at);
+}
+
+/* Take the bits of a where the mask is set, of b elsewhere. */
+INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
+
+/* Values of a register of code bytes of a row of a trellis5 block, quarter by quarter; its code rows are rows 0 to 4. A
+ * permutation looks at the low six bits of each byte, so what stands above them does not matter. */
+INLINE void values5(const __m512i *row, __m512i table, __m512i *value) {
+    const __m512i crumbs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0F), third = row[1];
+    const __m512i mixed = _mm512_ternarylogic_epi64(row[4], row[2], row[0], 0x96);
+    const __m512i even = select_bits(crumbs, row[3], _mm512_slli_epi16(mixed, 2)); /* quarters 0 and 2 */
+    const __m512i odd = select_bits(crumbs, _mm512_srli_epi16(row[3], 2), mixed);  /* quarters 1 and 3 */
+    value[0] = _mm512_permutexvar_epi8(select_bits(nibble, even, _mm512_slli_epi16(third, 4)), table);
+    value[1] = _mm512_permutexvar_epi8(select_bits(nibble, odd, _mm512_slli_epi16(third, 2)), table);
+    value[2] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(even, 4), third), table);
+    value[3] = _mm512_permutexvar_epi8(select_bits(nibble, _mm512_srli_epi16(odd, 4), _mm512_srli_epi16(third, 2)), table);
 }
 
 /* Write 32 words as 256 high + low, both signed bytes. */

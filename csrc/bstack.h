@@ -92,7 +92,7 @@ void bstack_parallel(void (*work)(void *argument, int part), void *argument, int
 void bstack_set_threads(int threads);
 int bstack_threads(void);
 
-/* Name the instruction set in use: "portable", "neon", "avx2", "avx512"; the best of the CPU, until another is chosen.
+/* Name the instruction set in use: "portable", "neon", "avx2", "avx512bw", "avxvnni", "avx512", "amx"; the best of the CPU, until another is chosen.
  * bstack_use returns 0, 1 for an unknown name, 2 for a known one that this CPU or build does not have.
  * bstack_offers says the same without choosing it. */
 const char *bstack_instructions(void);

@@ -4,17 +4,36 @@
 
 enum { PART = 16, RUN = 256 }; /* rows of a part; columns taken together, in loops that vectorise */
 
-/* Add a row of one trellis or trellis5 block: a_i T[w_ij], for the rotated inputs. */
-static void add_trellis(const struct bstack_matrix *matrix, int level, int row, float *out) {
+static void clear(float *rows, int count, size_t columns) { memset(rows, 0, sizeof *rows * (size_t)count * columns); }
+
+static float scale_of(const struct bstack_matrix *matrix, int level, int row) {
+    const size_t codes = (size_t)(matrix->rows + earlier_rows(matrix->kind[level])) * quarter_of(matrix->columns);
+    return half_to_float(matrix->block[level] + codes + 2 * (size_t)row);
+}
+
+/* Add a row of a trellis or trellis5 block to `out`, or to zeros: a_i T[w_ij], for the rotated inputs. Returns the number of
+ * blocks added: more where trellis5 blocks follow each other. */
+static int add_trellis(const struct bstack_matrix *matrix, int level, int row, int zeros, float *out) {
     const int n = matrix->columns, kind = matrix->kind[level];
     const size_t q = quarter_of(n);
     const uint8_t *codes = matrix->block[level] + (size_t)row * q;
-    const float a = half_to_float(matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)row);
-    void (*const decode)(const uint8_t *, int, float, float *) =
-        kind == BSTACK_TRELLIS ? bstack_kernels()->decode : bstack_kernels()->decode5;
-    if (decode) {
-        decode(codes, n, a, out);
-        return;
+    const float a = scale_of(matrix, level, row);
+    const struct kernels *kernels = bstack_kernels();
+    if (kind == BSTACK_TRELLIS5 && kernels->decode5) {
+        const uint8_t *block[STACKED];
+        float scale[STACKED];
+        int blocks = 0;
+        for (; blocks < STACKED && level + blocks < matrix->count && matrix->kind[level + blocks] == kind; blocks++) {
+            block[blocks] = matrix->block[level + blocks] + (size_t)row * q;
+            scale[blocks] = scale_of(matrix, level + blocks, row);
+        }
+        kernels->decode5(block, scale, blocks, n, zeros, out);
+        return blocks;
+    }
+    if (zeros) clear(out, 1, (size_t)n);
+    if (kind == BSTACK_TRELLIS && kernels->decode) {
+        kernels->decode(codes, n, a, out);
+        return 1;
     }
     const uint8_t *table = kind == BSTACK_TRELLIS ? bstack_table : bstack_table5;
     float value[256];
@@ -35,6 +54,7 @@ static void add_trellis(const struct bstack_matrix *matrix, int level, int row, 
             for (int b = 0; b < run; b++) out[from + start + b] += value[window[b]];
         }
     }
+    return 1;
 }
 
 /* Add the row of one sign block: S_ij (U V^T)_ij. */
@@ -66,27 +86,33 @@ static void add_sign(const struct bstack_matrix *matrix, int level, int row, flo
 
 static const unsigned ROTATED = 1u << BSTACK_TRELLIS | 1u << BSTACK_TRELLIS5;
 
-/* Add some rows of the blocks of some kinds: row by row, for the cache, unless an SpQR block has its rows in tiles. */
-static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, float *out) {
+/* Add some rows of the blocks of some kinds to `out`, or to zeros: row by row, for the cache, unless an SpQR block has its rows
+ * in tiles. */
+static void add_kinds(const struct bstack_matrix *matrix, unsigned kinds, int row, int rows, int zeros, float *out) {
+    const size_t n = (size_t)matrix->columns;
     int step = 1;
     for (int level = 0; level < matrix->count; level++)
         if (matrix->kind[level] == BSTACK_SPQR && kinds >> BSTACK_SPQR & 1) step = rows;
-    for (int done = 0; done < rows; done += step)
-        for (int level = 0; level < matrix->count; level++) {
+    for (int done = 0; done < rows; done += step) {
+        float *to = out + (size_t)done * n;
+        int fresh = zeros; /* these rows hold nothing yet */
+        for (int level = 0, blocks; level < matrix->count; level += blocks) {
             const int kind = matrix->kind[level];
+            blocks = 1;
             if (!(kinds >> kind & 1)) continue;
-            for (int i = done; i < done + step; i++) {
-                float *to = out + (size_t)i * (size_t)matrix->columns;
+            if (fresh && !earlier_rows(kind)) clear(to, step, n);
+            if (kind == BSTACK_SPQR) bstack_dense_add_rows(matrix, level, row, rows, to);
+            for (int i = 0; i < step; i++)
                 if (earlier_rows(kind))
-                    add_trellis(matrix, level, row + i, to);
+                    blocks = add_trellis(matrix, level, row + done + i, fresh, to + (size_t)i * n);
                 else if (kind == BSTACK_SIGN)
-                    add_sign(matrix, level, row + i, to);
+                    add_sign(matrix, level, row + done + i, to + (size_t)i * n);
                 else if (kind == BSTACK_OUTLIERS)
-                    bstack_outliers_add_row(matrix, level, row + i, to);
-                else if (i == done)
-                    bstack_dense_add_rows(matrix, level, row, rows, to);
-            }
+                    bstack_outliers_add_row(matrix, level, row + done + i, to + (size_t)i * n);
+            fresh = 0;
         }
+        if (fresh) clear(to, step, n);
+    }
 }
 
 struct job {
@@ -101,9 +127,7 @@ static void decode_part(void *argument, int part) {
     const struct job *job = argument;
     const size_t n = (size_t)job->matrix->columns;
     const int first = part * PART, count = job->count - first < PART ? job->count - first : PART;
-    float *out = job->out + (size_t)first * n;
-    memset(out, 0, sizeof *out * n * (size_t)count);
-    add_kinds(job->matrix, job->kinds, job->start + first, count, out);
+    add_kinds(job->matrix, job->kinds, job->start + first, count, 1, job->out + (size_t)first * n);
 }
 
 void bstack_decode_rows(const struct bstack_matrix *matrix, unsigned kinds, int start, int stop, float *out) {
@@ -119,10 +143,9 @@ static void look_up_part(void *argument, int part) {
     for (int k = part * PART; k < job->count && k < (part + 1) * PART; k++) {
         float *out = job->out + (size_t)k * (size_t)n;
         const int row = (int)job->index[k];
-        memset(out, 0, sizeof *out * (size_t)n);
-        add_kinds(job->matrix, ROTATED, row, 1, out);
+        add_kinds(job->matrix, ROTATED, row, 1, 1, out);
         bstack_unrotate(out, 1, n);
-        add_kinds(job->matrix, ~ROTATED, row, 1, out);
+        add_kinds(job->matrix, ~ROTATED, row, 1, 0, out);
     }
 }
 

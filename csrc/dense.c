@@ -86,8 +86,8 @@ __attribute__((target("avx512f"))) static void tile_avx512(const float *w, size_
 
 static tile_function *tile_of_cpu(void) {
 #ifdef BSTACK_X86
-    if (bstack_kernels() == &bstack_avx512) return tile_avx512;
-    if (bstack_kernels() == &bstack_avx2 && __builtin_cpu_supports("fma")) return tile_avx2;
+    if (bstack_kernels()->floats == 16) return tile_avx512;
+    if (bstack_kernels()->floats == 8 && __builtin_cpu_supports("fma")) return tile_avx2;
 #endif
     return tile_portable;
 }

@@ -23,6 +23,8 @@ enum {
     NARROW = 512,      /* code bytes for five operands and more, whose inputs then fit the nearest cache */
     X_LIMIT = 32639,   /* largest code of a trellis block's input: as 256 high + low, both are signed bytes */
     SIGN_LIMIT = 8159, /* of a sign block's input: a sum of four is below X_LIMIT */
+    TILE_BYTES = 1024, /* of the operands of a group, in tiles */
+    STACKED = 4,      /* blocks of a row that are decoded together, at most */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
 
@@ -34,6 +36,8 @@ struct kernels {
     int whole;
     /* Bring `groups` groups of 64 codes, at x, into order, in place. */
     void (*arrange)(int16_t *x, size_t groups);
+    /* Floats of a register, for dense.c; 0 where it has plain loops. */
+    int floats;
     /* Sum over columns j of (OFFSET + T[w_ij]) x_kj. Code row i - 3 + e starts at codes + (i + e) * stride, of which
      * `width` bytes are used; groups of operands follow the order of the code bytes, four quarters in turn. */
     void (*trellis)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
@@ -41,6 +45,10 @@ struct kernels {
     /* The same for trellis5 blocks: code row i - 4 + e starts at codes + (i + e) * stride. */
     void (*trellis5)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                      int64_t *sums);
+    /* Null, or the same for operands that stand in tiles, for rows of any number; `place` puts operand number k, arranged, there. */
+    void (*trellis5_tiles)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands,
+                           int64_t *sums);
+    void (*place)(const uint8_t *codes, size_t groups, int k, uint8_t *tiles);
     /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands follow the
      * order of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
@@ -48,7 +56,8 @@ struct kernels {
     /* Add scale * T[w_j] to out[j] for the columns j of one row, whose code rows start at codes; null: decode.c uses its
      * plain loop. */
     void (*decode)(const uint8_t *codes, int columns, float scale, float *out);
-    void (*decode5)(const uint8_t *codes, int columns, float scale, float *out);
+    /* The same for up to STACKED trellis5 blocks, added in their order; to zeros, whatever out holds, if so asked. */
+    void (*decode5)(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
     const struct encoder *encoder;   /* encode.h */
 };
@@ -60,7 +69,17 @@ extern const struct spqr_kernels bstack_spqr_portable;
 extern const struct encoder bstack_encoder;
 #if defined(__x86_64__)
 #define BSTACK_X86 1
-extern const struct kernels bstack_avx2, bstack_avx512;
+extern const struct kernels bstack_avx2, bstack_avx512bw, bstack_avx512;
+#if defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 11 /* older ones do not know it */
+#define BSTACK_AVXVNNI 1
+extern const struct kernels bstack_avxvnni;
+#ifdef __linux__ /* which must be asked before tiles are used */
+#define BSTACK_AMX 1
+extern const struct kernels bstack_amx;
+void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, uint8_t *tiles);
+void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands, int64_t *sums);
+#endif
+#endif
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
 extern const struct encoder bstack_encoder_avx512;
 #elif defined(__aarch64__)

@@ -12,6 +12,7 @@
 enum {
     ROWS = 32,           /* rows summed at once */
     TOKENS = SPQR_TOKENS,
+    TILED = 3,           /* tokens from which on tiles are faster */
     PART = 1 << 13,      /* packed bytes of a part, at least */
     SHARE = 8,           /* parts for each thread, at least, where there is enough for it */
     PREPARED = 1 << 23,  /* bytes of operands, beyond which fewer tokens are taken at once */
@@ -23,6 +24,7 @@ struct operands {
     size_t step;
     float *scale;   /* of each operand: token by token, ranks within */
     int64_t *total; /* sum of the codes of each */
+    uint8_t *tiles; /* the same for kernels that take several operands in tiles; else null */
     int count;
 };
 
@@ -71,6 +73,7 @@ static void store_operand(const struct job *job, struct operands *operands, int 
         memset(plain + n, 0, 2 * (groups * GROUP - (size_t)n));
     }
     job->kernels->arrange(codes, groups);
+    if (operands->tiles) job->kernels->place((const uint8_t *)codes, groups, k, operands->tiles);
 }
 
 /* Prepare a token: part 0 for all SpQR blocks and all trellis blocks, part 1 + i for the sign blocks of matrix i, if any. */
@@ -107,13 +110,19 @@ EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matr
     const struct kernels *kernels = job->kernels;
     const int kind = matrix->kind[level];
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
-    const size_t segment = in->count > 4 ? NARROW : SEGMENT, whole = (size_t)kernels->whole;
+    const int tiled = in->tiles && kind == BSTACK_TRELLIS5;
+    const size_t segment = in->count > 4 && !tiled ? NARROW : SEGMENT, whole = (size_t)kernels->whole;
     /* What a row is filled up with is the next row's, or scales, and meets operands that are 0. */
     const size_t width = 2 * (size_t)matrix->rows >= whole ? round_up(q, whole) : q;
-    for (size_t b = 0; b < q; b += segment)
-        (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(
-            matrix->block[level] + (size_t)start * q + b, q, (int)(width - b < segment ? width - b : segment), rows,
-            in->codes + b * QUARTERS * 2, in->step, in->count, sums);
+    for (size_t b = 0; b < q; b += segment) {
+        const uint8_t *codes = matrix->block[level] + (size_t)start * q + b;
+        const int length = (int)(width - b < segment ? width - b : segment);
+        if (tiled)
+            kernels->trellis5_tiles(codes, q, length, rows, in->tiles + b / GROUP * QUARTERS * TILE_BYTES, in->count, sums);
+        else
+            (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(codes, q, length, rows, in->codes + b * QUARTERS * 2,
+                                                                           in->step, in->count, sums);
+    }
     const uint8_t *scale = matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)start;
     float a[ROWS];
     for (int i = 0; i < rows; i++) a[i] = half_to_float(scale + 2 * (size_t)i);
@@ -198,6 +207,8 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             TAKE(found.codes, found.step * (size_t)found.count);
             TAKE(found.scale, sizeof(float) * (size_t)found.count);
             TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
+            if (earlier_rows(kind) && job->kernels->place && job->tokens >= TILED)
+                TAKE(found.tiles, found.step / OPERAND * TILE_BYTES);
             if (earlier_rows(kind))
                 job->trellis = found;
             else if (memory)

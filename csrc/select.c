@@ -1,16 +1,42 @@
 /* Choose the instruction set. */
 #include "kernels.h"
 
+#ifdef BSTACK_X86
+#include <cpuid.h>
+#endif
+#ifdef BSTACK_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Ask the processor, and Linux for the state of tiles, which it saves only for programs that asked. */
+static int has_amx(void) {
+    enum { TILE = 1 << 24, INT8 = 1 << 25, REQUEST = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & INT8) && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+#endif
+
 static const struct kernels *chosen;
 
 static int has(const struct kernels *kernels) {
 #ifdef BSTACK_X86
     __builtin_cpu_init(); /* also asks the operating system whether it saves the registers */
-    if (kernels == &bstack_avx2) return __builtin_cpu_supports("avx2");
-    if (kernels == &bstack_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-               __builtin_cpu_supports("avx512vnni");
+    const int avx2 = __builtin_cpu_supports("avx2");
+    const int avx512bw = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl");
+    if (kernels == &bstack_avx2) return avx2;
+    if (kernels == &bstack_avx512bw) return avx512bw;
+    const int avx512 = avx512bw && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    if (kernels == &bstack_avx512) return avx512;
+#ifdef BSTACK_AMX
+    if (kernels == &bstack_amx) return avx512 && has_amx();
+#endif
+#ifdef BSTACK_AVXVNNI
+    if (kernels == &bstack_avxvnni) {
+        unsigned a, b, c, d; /* compilers learned its name later than the instructions */
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
+#endif
 #endif
 #ifdef BSTACK_NEON
     if (kernels == &bstack_neon) return 1; /* part of the architecture */
@@ -21,7 +47,14 @@ static int has(const struct kernels *kernels) {
 /* Best first. */
 static const struct kernels *const all[] = {
 #ifdef BSTACK_X86
+#ifdef BSTACK_AMX
+    &bstack_amx,
+#endif
     &bstack_avx512,
+#ifdef BSTACK_AVXVNNI
+    &bstack_avxvnni,
+#endif
+    &bstack_avx512bw,
     &bstack_avx2,
 #endif
 #ifdef BSTACK_NEON

@@ -36,7 +36,7 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
     }
 }
 
-/* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1, 4 or 8 operands. */
+/* Define the sums NAME of an instruction set from NAME_row, which takes one row and 1, 2, 4 or 8 operands. */
 #define ROW_BY_ROW(NAME)                                                                  \
     static void NAME(SUM_ARGUMENTS) {                                                     \
         for (int i = 0; i < rows; i++, packed += stride, sums++) {                        \
@@ -47,10 +47,24 @@ static inline void for_each_tile(const uint8_t *packed, size_t stride, int width
             for (; o + 4 <= operands; o += 4)                                             \
                 NAME##_row(packed, stride, width, x + (size_t)o * step, step, 4,          \
                            sums + (size_t)o * (size_t)rows, rows);                        \
+            for (; o + 2 <= operands; o += 2)                                             \
+                NAME##_row(packed, stride, width, x + (size_t)o * step, step, 2,          \
+                           sums + (size_t)o * (size_t)rows, rows);                        \
             for (; o < operands; o++)                                                     \
                 NAME##_row(packed, stride, width, x + (size_t)o * step, step, 1,          \
                            sums + (size_t)o * (size_t)rows, rows);                        \
         }                                                                                 \
+    }
+
+/* Define the function decode5 of an instruction set from decode5_blocks, which takes a constant number of blocks. */
+#define DECODE5                                                                                                            \
+    static void decode5(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out) { \
+        switch (blocks) {                                                                                                  \
+        case 1: decode5_blocks(codes, scale, 1, columns, zeros, out); break;                                               \
+        case 2: decode5_blocks(codes, scale, 2, columns, zeros, out); break;                                               \
+        case 3: decode5_blocks(codes, scale, 3, columns, zeros, out); break;                                               \
+        default: decode5_blocks(codes, scale, STACKED, columns, zeros, out);                                               \
+        }                                                                                                                  \
     }
 
 /* Copy the last `left` bytes of `count` code rows to rows of `wide` bytes that end in zeros. */

@@ -1,8 +1,8 @@
 """Loads the C kernels with ctypes and tests them.
 
 ``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
-``avx512``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of threads; by default one for each
-CPU that the process may use. Results do not depend on either.
+``avx512bw``, ``avxvnni``, ``avx512``, ``amx``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of
+threads; by default one for each CPU that the process may use. Results do not depend on either.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 VARIABLE = "BSTACK_KERNELS"
 THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
-CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512")
+CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512bw", "avxvnni", "avx512", "amx")
 MAX_THREADS = 256
 INTERFACE = 6
 

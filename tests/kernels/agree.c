@@ -321,10 +321,10 @@ static void compare_many_tokens(const char *const *names, int count) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const all[] = {"portable", "neon", "avx2", "avx512"};
-    const char *names[4];
+    static const char *const all[] = {"portable", "neon", "avx2", "avx512bw", "avxvnni", "avx512", "amx"};
+    const char *names[7];
     int count = 0;
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < 7; k++)
         if (!bstack_offers(all[k])) names[count++] = all[k];
     if (argc > 1 && bstack_offers(argv[1])) return fprintf(stderr, "no %s kernels\n", argv[1]), 2;
     bstack_set_threads(2);

@@ -125,7 +125,9 @@ def test_extreme_codes_do_not_overflow(instructions):
         x = np.where(rotation.signs(columns).numpy() > 0, 1, -1).astype(np.float32)[None] * np.float32(
             rng.choice([-1, 1])
         )
-        assert same(multiply(matrix, x), reference.multiply(matrix, x))
+        for tokens in (1, 2, 8):
+            many = np.repeat(x, tokens, 0)
+            assert same(multiply(matrix, many), reference.multiply(matrix, many)), tokens
     bits = np.full((rows, -(-columns * 2 // 8)), 255, np.uint8)
     payload = bits.tobytes() + np.ones(rows + columns * 2, "<f2").tobytes()
     matrix = Matrix.of(rows, columns * 2, [(SIGN, 1, payload)])

@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 )
 def test_a_parameter(codec):
     """Blocks in the device's arena, products of few and many tokens, an embedding, a shallower stack."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", "3.6")
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
     backend = CudaBackend(DEVICE, 1)
@@ -49,7 +49,7 @@ def test_a_parameter(codec):
 
 def test_a_parameter_in_parts():
     """As an embedding or a head: products and rows of both parts, and the dense weights."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", "3.6")
     codec, backend = TrellisCodec(1), CudaBackend(DEVICE, 2)
     arena, matrices, dense = backend.arena(), [], []
     for rows in (12, 7):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", "3.6")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import numpy as np

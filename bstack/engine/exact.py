@@ -56,8 +56,11 @@ def write_originals(file: bstk.Reader, folder: Path, progress: Callable[[int], N
     """
     restorer = _Restorer(file, progress)
     if not restorer.files:
-        raise DamagedError(f"{file.source.name}: it has exact chunks, but says of no file of weights how to put it together.")
-    lengths = {kind: sum(c.raw_length for c in file.chunks if c.kind is kind) for kind in (bstk.ORIGINAL, bstk.EXACT, bstk.TENSOR)}
+        raise DamagedError(f"{file.source.name}: no chunk says how its files of weights are put together.")
+    lengths = {
+        kind: sum(c.raw_length for c in file.chunks if c.kind is kind)
+        for kind in (bstk.ORIGINAL, bstk.EXACT, bstk.TENSOR)
+    }
     left = lengths[bstk.ORIGINAL] + EXPANSION * (lengths[bstk.EXACT] + lengths[bstk.TENSOR])
     for chunk in restorer.files:
         name = chunk.name

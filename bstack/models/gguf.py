@@ -187,7 +187,9 @@ class GGUFCheckpoint(Checkpoint):
 
         def original(file: str, places: Sequence[tuple[str, str, View]]) -> OriginalFile:
             sizes = [4 * math.prod(view.shape) for *_, view in places]
-            tensors = [StoredTensor(key, "f32", n, name, view) for (key, name, view), n in zip(places, sizes, strict=True)]
+            tensors = [
+                StoredTensor(key, "f32", n, name, view) for (key, name, view), n in zip(places, sizes, strict=True)
+            ]
 
             def read(number: int) -> np.ndarray:
                 _, name, view = places[number]

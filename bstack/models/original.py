@@ -15,7 +15,17 @@ import bstk
 from bstack.models.weight_files import INDEX
 from bstk.index import check_name
 
-__all__ = ["PARTS", "OriginalFile", "StoredTensor", "View", "all_of", "check_original_name", "elements", "file_head", "views"]
+__all__ = [
+    "PARTS",
+    "OriginalFile",
+    "StoredTensor",
+    "View",
+    "all_of",
+    "check_original_name",
+    "elements",
+    "file_head",
+    "views",
+]
 
 # Folder of the names of original chunks that are bytes of a file.
 PARTS = ".parts/"

@@ -11,6 +11,7 @@ import safetensors.torch
 import tiny_gguf
 import tiny_models
 import torch
+from rewriting import rewritten
 from transformers import AutoModelForCausalLM
 
 import bstack
@@ -19,8 +20,8 @@ from bstack.codecs import make_codec
 from bstack.compression.exact import check_exact
 from bstack.engine.exact import write_originals
 from bstack.engine.export import export_safetensors
-from bstack.models.open import open_checkpoint
 from bstack.errors import UnsupportedModelError
+from bstack.models.open import open_checkpoint
 from bstack.models.original import OriginalFile, StoredTensor, View
 from bstack.models.skeleton import Skeleton
 from bstack.settings import Settings
@@ -331,21 +332,6 @@ def test_the_commands_say_so(sharded, tmp_path):
     assert not json.loads(run("inspect", "cut.bstk", "--json"))["restores_original"]
 
 
-def rewritten(file, out, change):
-    """Write a copy of a file in which `change` has altered the fields and raw bytes of chunks; it leaves out those that give None."""
-    with bstk.open(file) as reader:
-        entries = []
-        for chunk in reader.chunks:
-            kept = ("name", "kind", "level", "shape", "dtype", "rank", "transposed", "importance", "error")
-            fields = {key: getattr(chunk, key) for key in kept}
-            if (raw := change(fields, reader.read(chunk))) is None:
-                continue
-            frame = bstk.pack(raw)
-            lengths = {"raw_length": len(raw), "stored_length": frame.stored_length}
-            entries.append(bstk.Entry(**fields, **lengths, digest=frame.digest, stored=frame.stored))
-        bstk.write(out, reader.metadata, entries, reader.base_count)
-
-
 def changed(file, out, change, name="model-00001-of-00003.safetensors"):
     """Write a copy of an exact file in which `change` has altered what the original chunk of one file says."""
 
@@ -378,7 +364,10 @@ HOSTILE = {
     "a view past the end": (lambda d: parameter(d).extend([1, [10**9], [1]]), "it reaches element"),
     "a view before the start": (lambda d: parameter(d).extend([-1, [1], [1]]), "offsets of 0 and more"),
     "a view that is none": (lambda d: parameter(d).extend([0, [2, 2], [1]]), "offsets of 0 and more"),
-    "a view that repeats": (lambda d: parameter(d).extend([0, [10**9, 10**9], [0, 0]]), "elements, but the parameter has"),
+    "a view that repeats": (
+        lambda d: parameter(d).extend([0, [10**9, 10**9], [0, 0]]),
+        "elements, but the parameter has",
+    ),
     "a stride past 64 bits": (lambda d: parameter(d).extend([0, [1], [2**70]]), "numbers that no array needs"),
     "a dimension past 64 bits": (lambda d: parameter(d).extend([0, [0, 2**70], [1, 1]]), "numbers that no array"),
     "a view of many dimensions": (lambda d: parameter(d).extend([0, [1] * 70, [1] * 70]), "more than 8 dimensions"),
@@ -414,7 +403,7 @@ def other_names(old, new):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields, raw: None if fields["kind"] is bstk.ORIGINAL else raw, "no file of weights"),
+        (lambda fields, raw: None if fields["kind"] is bstk.ORIGINAL else raw, "no chunk says how"),
         (other_names("model.safetensors", ".model.safetensors"), "is no file of weights in safetensors"),
         (other_names("model.safetensors", "model.py"), "is no file of weights in safetensors"),
         (other_names("even", "even[00]"), "is not the name of a matrix"),
@@ -433,18 +422,8 @@ def test_all_files_together_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("bstack.engine.exact.EXPANSION", 1)
     with bstk.open(VECTORS / "exact.bstk") as file:
         text = next(file.read(chunk) for chunk in file.chunks if chunk.name == "model.safetensors")
-        entries = []
-        for chunk in file.chunks:
-            frame = bstk.pack(file.read(chunk))
-            kept = ("name", "kind", "level", "shape", "dtype", "rank", "transposed", "importance", "error", "raw_length")
-            fields = {key: getattr(chunk, key) for key in kept} | {"stored_length": frame.stored_length}
-            entries.append(bstk.Entry(**fields, digest=frame.digest, stored=frame.stored))
-        frame = bstk.pack(text)
-        for number in range(100):
-            of_file = {"name": f"{number}.safetensors", "kind": bstk.ORIGINAL, "raw_length": len(text)}
-            of_file |= {"stored_length": frame.stored_length, "digest": frame.digest, "stored": frame.stored}
-            entries.append(bstk.Entry(**of_file))
-        bstk.write(tmp_path / "bad.bstk", file.metadata, entries, file.base_count)
+    more = [({"name": f"{number}.safetensors", "kind": bstk.ORIGINAL}, text) for number in range(100)]
+    rewritten(VECTORS / "exact.bstk", tmp_path / "bad.bstk", lambda fields, raw: raw, more)
     with bstk.open(tmp_path / "bad.bstk") as file, pytest.raises(DamagedError, match="so small a file"):
         write_originals(file, tmp_path / "out", lambda done: None)
 

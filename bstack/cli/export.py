@@ -162,5 +162,6 @@ def _dense(
             **allowed,
         )
     numbers = {"parameters": done.parameters, "weight_bytes": done.weight_bytes}
-    short = next(short for short, long in _DTYPES.items() if done.dtype == getattr(torch, long))
+    shorts = {getattr(torch, long): short for short, long in _DTYPES.items()}
+    short = shorts.get(done.dtype, "fp64")  # of an original
     return {"dtype": short, "exact": done.exact, **numbers, "files": done.files, "code": done.code}

@@ -76,7 +76,8 @@ def test_the_files_of_weights_come_back(sharded, tmp_path):
     assert done.dtype == torch.bfloat16
     assert digests(tmp_path / "out") == digests(sharded)
     assert len(digests(sharded)) == 4
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", sharded)]
+    assert configs[0].get("dtype") == configs[1].get("dtype"), "what the original says, whatever its weights are"
     with bstk.open(sharded.parent / "model.bstk") as file:
         assert file.restores
         assert not [chunk.name for chunk in file.chunks if chunk.name.startswith(".parts")], (
@@ -275,7 +276,23 @@ def test_what_is_stored_as_it_is_may_be_larger_than_a_chunk(tmp_path, monkeypatc
     with bstk.open(tmp_path / "model.bstk") as file:
         pieces = [chunk.raw_length for chunk in file.chunks if chunk.name.startswith(".parts/")]
     assert len(pieces) > 1 and max(pieces) == 100
-    exported(tmp_path / "model.bstk", tmp_path / "out")
+    assert exported(tmp_path / "model.bstk", tmp_path / "out").dtype == torch.float32
+    assert digests(tmp_path / "out") == digests(tmp_path / "model")
+
+
+@pytest.mark.parametrize("most", [torch.float64, torch.bfloat16])
+def test_the_type_of_most_weights_is_named(most, tmp_path):
+    """Not that of the embedding, which comes first in a file, nor of those that exact chunks hold."""
+    tiny_models.save("llama", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights |= {name: tensor.to(most) for name, tensor in weights.items() if ".layers." in name}
+    safetensors.torch.save_file(weights, path)
+    compress(tmp_path / "model", tmp_path / "model.bstk", planes=1)
+    assert exported(tmp_path / "model.bstk", tmp_path / "out").dtype == most
+    arguments = ("export", tmp_path / "model.bstk", "again", "--json", "-q")
+    report = json.loads(in_process.bstack(*arguments, cwd=tmp_path).stdout)
+    assert report["dtype"] == {torch.float64: "fp64", torch.bfloat16: "bf16"}[most]
     assert digests(tmp_path / "out") == digests(tmp_path / "model")
 
 

@@ -16,20 +16,20 @@ import torch
 import bstk
 from bstack.engine.container import build_model, dense_weights, embedded_files
 from bstack.engine.exact import write_originals
-from bstack.engine.folder import INDEX, WEIGHTS_KEY, copy_files, read_object, write_json
+from bstack.engine.folder import WEIGHTS_KEY, copy_files, read_object, write_json
 from bstack.engine.parts import parse_name
 from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
 from bstack.models.safetensors import DTYPES as STORED_DTYPES
 from bstack.models.skeleton import find_layers, quiet_transformers
+from bstack.models.weight_files import INDEX, SINGLE
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
 __all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Shards:
         self._write()
         count = len(self._shards)
         if count == 1:
-            self._temporary(0).rename(self._folder / WEIGHTS)
+            self._temporary(0).rename(self._folder / SINGLE)
             return
         places = {}
         for number, names in enumerate(self._shards):

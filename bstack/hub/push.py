@@ -20,14 +20,8 @@ from bstk.errors import BstkError, RemoteError, UsageError, os_errors
 __all__ = ["Pushed", "push", "write_repository"]
 
 # Beside the files of tokenizers.
-_OURS = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-_OURS += (PICTURE,)
+_OURS: tuple[str, ...] = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+_OURS += ("generation_config.json", PICTURE)
 TEMPLATES = "additional_chat_templates/"
 # Seconds that the hub has to name the original's licence.
 LICENCE_TIMEOUT = 10.0
@@ -77,7 +71,7 @@ def push(
     bstk.BstkError
         matplotlib is missing.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
@@ -99,7 +93,7 @@ def push(
                     hint="Push to a repository of its own, or give the file that name.",
                 )
             paths = {name: file.source.name if name == weights else folder / name for name in found.files}
-            changes = [
+            changes: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
                 *(CommitOperationDelete(name) for name in _earlier(there) if name not in paths),
                 *(CommitOperationAdd(name, path) for name, path in paths.items()),
             ]

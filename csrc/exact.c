@@ -20,7 +20,8 @@ EACH_CPU static void classify(struct run *restrict run, const float *restrict p,
                               int t) {
     const uint32_t half = t ? 1u << (t - 1) : 0u;
     for (int j = 0; j < count; j++) {
-        const uint32_t v = bits_of(scale * profile[j]), b = bits_of(p[j]);
+        const uint32_t v = bits_of(scale * profile[j]), x = bits_of(p[j]);
+        const uint32_t b = (x & 0x7fffffffu) > 0x7f800000u ? 0u : x; /* processors choose different signs for a NaN */
         const int32_t low = (int32_t)(v >> 23) - 4, own = (int32_t)(b >> 23 & 255u);
         const int32_t f = (low << (23 - t)) - 1, a = (int32_t)(((b & 0x7fffffffu) + half) >> t);
         const int32_t at = (int32_t)(v >> 22) - 2 * ((own > low ? own : low) + t - 23) + 8, m = (a > f ? a : f) - f;

@@ -70,7 +70,8 @@ def command(
     With --to gguf, OUT.gguf is a GGUF file for llama.cpp, of Llama, Mistral, Qwen2 and Qwen3 with byte-level tokenizers. Other
     models go there by way of safetensors and llama.cpp's own converter.
 
-    DIR must be empty or not exist, OUT.gguf must not exist; both appear whole or not at all. From a URL only the blocks within the budget are fetched.
+    DIR must be empty or not exist, OUT.gguf must not exist; both appear whole or not at all. From a URL only the blocks within
+    the budget are fetched.
 
     \b
     Example:
@@ -163,5 +164,6 @@ def _dense(
             **allowed,
         )
     numbers = {"parameters": done.parameters, "weight_bytes": done.weight_bytes}
-    short = next(short for short, long in _DTYPES.items() if done.dtype == getattr(torch, long))
+    shorts = {getattr(torch, long): short for short, long in _DTYPES.items()}
+    short = shorts.get(done.dtype, "fp64")  # of an original
     return {"dtype": short, "exact": done.exact, **numbers, "files": done.files, "code": done.code}

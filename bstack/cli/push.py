@@ -18,7 +18,11 @@ from bstack.errors import printable, require
 @click.option(
     "--license", "licence", metavar="ID", help="The original's licence; by default what the hub says of the original."
 )
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--private",
+    is_flag=True,
+    help="Make a new repository private; refuse one that is public. By default the owner's settings decide.",
+)
 @click.option(
     "--dry-run",
     type=click.Path(),

@@ -15,18 +15,19 @@ from bstack.errors import UnsupportedModelError
 from bstack.kernels import exact
 from bstack.kernels.matrix import BLOCKS, RANK, Matrix
 from bstack.models.names import MatrixName
-from bstack.models.original import OriginalFile, StoredTensor, View, elements
+from bstack.models.original import PARTS, OriginalFile, StoredTensor, View, check_original_name, elements
 from bstack.models.skeleton import Skeleton
+from bstack.models.weight_files import SINGLE
 from bstack.workdir import Part, Record, WorkDirectory
 from bstk import metadata
 from bstk.errors import UsageError
 from bstk.frames import unpack
 
-__all__ = ["ORIGINALS_PART", "PARTS", "check_exact", "exact_part", "make_exact"]
+__all__ = ["ORIGINALS_PART", "check_exact", "exact_part", "make_exact"]
 
 ORIGINALS_PART = "originals"
-# Folder of the names of original chunks that are bytes of a file.
-PARTS = ".parts"
+# Bytes of a chunk with a part of a tensor that no other chunk gives.
+PIECE_BYTES = 2**28
 _BITS = {"bf16": np.uint16, "f16": np.uint16, "f32": np.uint32}
 
 
@@ -36,20 +37,29 @@ def exact_part(place: str) -> str:
 
 
 def check_exact(codec: Codec, files: Sequence[OriginalFile]) -> None:
-    """Refuse blocks that no exact chunk stands on, and tensors that no chunk holds, before any work."""
+    """Refuse blocks that no exact chunk stands on, and files that no chunk describes, before any work."""
     for setting, most in (("planes", BLOCKS), ("rank", RANK)):
         value = getattr(codec, setting, 0)
         if isinstance(value, int) and value > most:
             raise UsageError(f"{setting} is {value}; an exact file has at most {most}.")
     for file in files:
-        for tensor in file.tensors:
-            if tensor.parameter is None and tensor.length > bstk.limits.MAX_RAW_LENGTH:
-                raise UnsupportedModelError(
-                    f"{file.name}: {tensor.name} takes {tensor.length / 2**30:.2f} GiB and is no parameter of the model by its "
-                    "values alone, so an exact file would hold it as it is, in a chunk of at most "
-                    f"{bstk.limits.MAX_RAW_LENGTH / 2**30:.0f} GiB.",
-                    option="exact",
-                )
+        if file.name == SINGLE and len(files) > 1:
+            raise UnsupportedModelError(
+                f"{file.name} is one of several files of weights; programs that find it take it for all of them.",
+                hint="Give the other files other names.",
+            )
+        try:
+            check_original_name(file.name)
+            pieces = [_parameter_piece(tensor) for tensor in file.tensors]
+            metadata.dump(_described(2**48, "0" * 64, {str(piece[1]): (2**31,) * 3 for piece in pieces}, pieces))
+        except ValueError as problem:
+            raise UnsupportedModelError(f"{problem}, so no exact file holds it.", option="exact") from None
+        except UsageError:
+            raise UnsupportedModelError(
+                f"{file.name} has {len(file.tensors)} tensors, which are too many for an exact file to describe as one file.",
+                hint="Load the model with transformers, call save_pretrained with a smaller max_shard_size, and give that folder.",
+                option="exact",
+            ) from None
 
 
 def make_exact(
@@ -155,39 +165,50 @@ def _add_original(
         length += tensor.length
         if not tensor.length:
             continue
-        piece = _piece(tensor, data, sources, restored, plain)
-        if piece is None:
-            piece = ["chunk", f"{PARTS}/{file.name}/{number}"]
-            part.add(data.tobytes(), name=str(piece[1]), kind=bstk.ORIGINAL)
-        pieces.append(piece)
+        if _is_given(tensor, data, sources, restored, plain):
+            pieces.append(_parameter_piece(tensor))
+            continue
+        for start in range(0, tensor.length, PIECE_BYTES):
+            name = _part_name(file, number, start)
+            part.add(data[start : start + PIECE_BYTES].tobytes(), name=name, kind=bstk.ORIGINAL)
+            pieces.append(["chunk", name])
     used = {str(piece[1]) for piece in pieces if piece[0] == "parameter"}
-    described = {
-        "length": length,
-        "sha256": digest.hexdigest(),
-        "shapes": {name: list(shapes[name]) for name in sorted(used)},
-        "pieces": pieces,
-    }
+    described = _described(length, digest.hexdigest(), {name: shapes[name] for name in sorted(used)}, pieces)
     part.add(metadata.dump(described) + b"\0" + file.head, name=file.name, kind=bstk.ORIGINAL)
 
 
-def _piece(
+def _described(
+    length: int, digest: str, shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[list[object]]
+) -> dict[str, object]:
+    """Return what an original chunk says of a file."""
+    return {"length": length, "sha256": digest, "shapes": {n: list(s) for n, s in shapes.items()}, "pieces": pieces}
+
+
+def _part_name(file: OriginalFile, number: int, start: int) -> str:
+    """Return the name of the chunk with the bytes of a tensor from `start` on."""
+    return f"{PARTS}{file.name}/{number}" + (f"/{start}" if start else "")
+
+
+def _parameter_piece(tensor: StoredTensor) -> list[object]:
+    """Return the piece that names the elements of a parameter."""
+    view = [] if tensor.view is None else [tensor.view.offset, list(tensor.view.shape), list(tensor.view.strides)]
+    return ["parameter", tensor.parameter or "", *view]
+
+
+def _is_given(
     tensor: StoredTensor,
     data: np.ndarray,
     sources: Mapping[str, Sequence[tuple[OriginalFile, int]]],
     restored: set[str],
     plain: Mapping[str, Record],
-) -> list[object] | None:
-    """Return the piece that names a tensor's parameter, if other chunks give it with these bytes."""
+) -> bool:
+    """Return whether other chunks give a tensor with these bytes."""
     name = tensor.parameter
     if (record := plain.get(name or "")) is not None:
-        same = data.tobytes() == unpack(record.read(), record.entry.raw_length)
-        return ["parameter", name] if same else None
+        return data.tobytes() == unpack(record.read(), record.entry.raw_length)
     if name not in restored or not tensor.dtype:
-        return None
+        return False
     # The first with this view is what the parameter was assembled from; the others are copies of it.
     first, number = next((f, n) for f, n in sources[name] if f.tensors[n].view == tensor.view)
     source = first.tensors[number]
-    if source.dtype != tensor.dtype or not (source is tensor or np.array_equal(first.read(number), data)):
-        return None
-    view = [] if tensor.view is None else [tensor.view.offset, list(tensor.view.shape), list(tensor.view.strides)]
-    return ["parameter", name, *view]
+    return source.dtype == tensor.dtype and (source is tensor or np.array_equal(first.read(number), data))

@@ -16,8 +16,7 @@ from bstack.engine.parts import parse_name, part_of
 from bstack.kernels.exact import ROWS_TOGETHER, Decoder
 from bstack.kernels.matrix import Matrix
 from bstack.models.names import MatrixName
-from bstack.models.original import View, elements
-from bstack.models.weight_files import INDEX
+from bstack.models.original import PARTS, View, check_original_name, elements
 from bstk import metadata
 from bstk.errors import DamagedError, error_prefix, os_errors
 
@@ -25,8 +24,8 @@ __all__ = ["restored_rows", "write_originals"]
 
 # Experts of a layer lie in a file one after the other, each with its part of two or three parameters.
 KEPT = 3
-# What a byte of a file of weights takes at least, in raw bytes of its chunks; a byte of an exact chunk gives at most 4, and a
-# parameter may stand in several places.
+# Bytes of the files of weights that a raw byte of the chunks they are made of may become: an exact chunk has at least one for
+# each weight, which has at most 4, and a tied parameter may be stored several times.
 EXPANSION = 16
 
 
@@ -53,19 +52,26 @@ def write_originals(file: bstk.Reader, folder: Path, progress: Callable[[int], N
     Raises
     ------
     bstk.DamagedError
-        A chunk is damaged or does not say how a file of weights is put together, or the result is not the original.
+        A chunk is damaged or does not say how a file of weights is put together, there is none, or the result is not the original.
     """
     restorer = _Restorer(file, progress)
-    raw = sum(chunk.raw_length for chunk in file.chunks)
+    if not restorer.files:
+        raise DamagedError(f"{file.source.name}: no chunk says how its files of weights are put together.")
+    lengths = {
+        kind: sum(c.raw_length for c in file.chunks if c.kind is kind)
+        for kind in (bstk.ORIGINAL, bstk.EXACT, bstk.TENSOR)
+    }
+    left = lengths[bstk.ORIGINAL] + EXPANSION * (lengths[bstk.EXACT] + lengths[bstk.TENSOR])
     for chunk in restorer.files:
         name = chunk.name
-        if (not name.endswith(".safetensors") and name != INDEX) or any(
-            part.startswith(".") for part in name.split("/")
-        ):
-            raise DamagedError(f"{file.source.name}: its original {name!r} is no file of weights in safetensors.")
+        try:
+            check_original_name(name)
+        except ValueError as problem:
+            raise DamagedError(f"{file.source.name}: its original {problem}.") from None
         with error_prefix(f"{file.source.name}: the original {name!r}"):
             described, rest = _parse(file.read(chunk))
-            if described["length"] > EXPANSION * raw:
+            left -= described["length"]
+            if left < 0:
                 raise DamagedError(f"it has {described['length']} bytes, which so small a file does not give.")
             target = folder / name
             digest, length = hashlib.sha256(), 0
@@ -89,18 +95,17 @@ class _Restorer:
     def __init__(self, file: bstk.Reader, progress: Callable[[int], None]):
         self._file, self._progress = file, progress
         originals = [chunk for chunk in file.chunks if chunk.kind is bstk.ORIGINAL]
-        self.files = [chunk for chunk in originals if not chunk.name.startswith(".")]
-        self._bytes = {chunk.name: chunk for chunk in originals if chunk.name.startswith(".")}
+        self.files = [chunk for chunk in originals if not chunk.name.startswith(PARTS)]
+        self._bytes = {chunk.name: chunk for chunk in originals if chunk.name.startswith(PARTS)}
         self._plain = {chunk.name: chunk for chunk in file.chunks if chunk.kind is bstk.TENSOR}
-        self._exact = {chunk.name: chunk for chunk in file.chunks if chunk.kind is bstk.EXACT}
         self._blocks: dict[str, list[bstk.Chunk]] = defaultdict(list)
-        self._matrices: dict[str, list[MatrixName]] = defaultdict(list)
+        self._matrices: dict[str, list[tuple[MatrixName, bstk.Chunk]]] = defaultdict(list)
         for chunk in file.chunks:
             if chunk.is_block:
                 self._blocks[chunk.name].append(chunk)
-        for name in self._exact:
-            matrix = parse_name(name)
-            self._matrices[matrix.parameter].append(matrix)
+            elif chunk.kind is bstk.EXACT:
+                matrix = parse_name(chunk.name)
+                self._matrices[matrix.parameter].append((matrix, chunk))
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self.bytes = 0
 
@@ -116,7 +121,7 @@ class _Restorer:
                     self.bytes += len(data)
                     yield memoryview(data)
                 case ["parameter", str(name), *view] if _is_view(view):
-                    values = self._parameter(name, described["shapes"])
+                    values = self._parameter(name, described["shapes"], bool(view))
                     try:
                         part = elements(values, View(view[0], tuple(view[1]), tuple(view[2])) if view else None)
                     except ValueError as problem:
@@ -128,8 +133,8 @@ class _Restorer:
                 case _:
                     raise DamagedError(f"{str(piece)[:80]} is no piece of a file.")
 
-    def _parameter(self, name: str, shapes: dict[str, Any]) -> np.ndarray:
-        """Return a parameter as the bits of its type."""
+    def _parameter(self, name: str, shapes: dict[str, Any], keep: bool) -> np.ndarray:
+        """Return a parameter as the bits of its type; `keep` one of which the file asks for other parts later."""
         if (chunk := self._plain.get(name)) is not None:
             return np.frombuffer(self._file.read(chunk), np.uint8).view(
                 f"u{bstk.kinds.DTYPE_BY_NAME[chunk.dtype].size}"
@@ -138,22 +143,22 @@ class _Restorer:
             self._kept.move_to_end(name)
             return self._kept[name]
         matrices, shape = self._matrices.get(name), shapes.get(name)
-        if not matrices or not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
+        if not matrices or not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
             raise DamagedError(f"no exact chunk and no tensor gives {name}.")
-        chunks = [self._exact[str(matrix)] for matrix in matrices]
-        dtypes = {chunk.dtype for chunk in chunks}
-        if len(dtypes) > 1 or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
-            raise DamagedError(f"the exact chunks of {name} do not make up a parameter of shape {shape}.")
+        dtypes, weights = {chunk.dtype for _, chunk in matrices}, sum(math.prod(chunk.shape) for _, chunk in matrices)
+        if len(dtypes) > 1 or len(shape) > bstk.limits.MAX_NDIM or weights != math.prod(shape):
+            raise DamagedError(f"the exact chunks of {name} do not make up a parameter of shape {shape[:9]}.")
         values = np.zeros(shape, f"u{bstk.kinds.DTYPE_BY_NAME[dtypes.pop()].size}")
-        for matrix, chunk in zip(matrices, chunks, strict=True):
+        for matrix, chunk in matrices:
             blocks = self._blocks[chunk.name]
             view = part_of(matrix, values, blocks[0])
             for start, rows in restored_rows(self._file, blocks, chunk):
                 view[start : start + len(rows)] = rows
             self._progress(sum(block.stored_length for block in (*blocks, chunk)))
-        self._kept[name] = values
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        if keep:
+            self._kept[name] = values
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return values
 
 
@@ -173,6 +178,6 @@ def _is_view(view: list[Any]) -> bool:
         case []:
             return True
         case [int(_), [*shape], [*strides]]:
-            return all(isinstance(number, int) for number in (*shape, *strides))
+            return all(type(number) is int for number in (*shape, *strides))
         case _:
             return False

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 import bstk
-from bstack.engine.container import DTYPES, build_model, dense_weights, embedded_files
+from bstack.engine.container import build_model, dense_weights, embedded_files
 from bstack.engine.exact import write_originals
-from bstack.engine.folder import INDEX, WEIGHTS_KEY, copy_files, read_object, write_json
+from bstack.engine.folder import WEIGHTS_KEY, copy_files, read_object, write_json
 from bstack.engine.parts import parse_name
 from bstack.errors import holds_unknown, lacks, one_line
 from bstack.folders import new_folder
 from bstack.models.code import check_trust, recorded_place, stage_code
+from bstack.models.safetensors import DTYPES as STORED_DTYPES
 from bstack.models.skeleton import find_layers, quiet_transformers
+from bstack.models.weight_files import INDEX, SINGLE
 from bstk.errors import DamagedError, ResourceError, UsageError, os_errors
 
 __all__ = ["SHARD_BYTES", "Exported", "export_safetensors"]
 
 # A shard stays in memory until it is written, beside one layer.
 SHARD_BYTES = 2**31
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Exported:
     """What `export_safetensors` wrote: numbers and bytes of all weights, all files sorted, and the cut that was used.
 
     `code` names Python modules that the configuration needs beside it; the folder works when they are copied there. `exact` says
-    that the files of weights are those of the original, checked by their SHA-256; `dtype` is the type of most weights.
+    that the files of weights are those of the original, checked by their SHA-256, and its configuration keeps the type that it
+    names; `dtype` is the type of most weights.
     """
 
     parameters: int
@@ -102,11 +107,10 @@ def export_safetensors(
         own_code = trusted and recorded_place(file) is None
         beside = sorted(module.name for module in inside.glob("*.py")) if own_code else []
         if dtype is None and file.restores and cut.chunks == len(file.chunks):
-            dtype = DTYPES[next((chunk.dtype for chunk in file.chunks if chunk.kind is bstk.EXACT), "bf16")]
-            _write_config(target, model, dtype)
+            _write_config(target, model, None)
             size = write_originals(file, target, progress)
             parameters = sum(tensor.numel() for tensor in model.parameters())
-            return Exported(parameters, size, _files(target), cut, beside, True, dtype)
+            return Exported(parameters, size, _files(target), cut, beside, True, _stored_dtype(target, shown))
         dtype = dtype or torch.bfloat16
         shards = _Shards(target, shard_bytes)
         _write_config(target, model, dtype)
@@ -157,7 +161,7 @@ class _Shards:
         self._write()
         count = len(self._shards)
         if count == 1:
-            self._temporary(0).rename(self._folder / WEIGHTS)
+            self._temporary(0).rename(self._folder / SINGLE)
             return
         places = {}
         for number, names in enumerate(self._shards):
@@ -220,14 +224,31 @@ def _check(weights: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, sho
             )
 
 
-def _write_config(target: Path, model: Any, dtype: torch.dtype) -> None:
-    """Add the class of the model, the type of the weights, and whether the head is tied to the configuration."""
+def _stored_dtype(folder: Path, shown: str) -> torch.dtype:
+    """Return the type of most weights in a folder's files; DamagedError for a file that is not in safetensors."""
+    counts: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
+                    part = shard.get_slice(key)
+                    counts[part.get_dtype()] += math.prod(part.get_shape())
+        except safetensors.SafetensorError as error:
+            raise DamagedError(
+                f"{shown}: its original {path.relative_to(folder)} is no safetensors file: {one_line(error)}."
+            ) from None
+    return STORED_DTYPES[max(STORED_DTYPES, key=lambda name: counts[name])]
+
+
+def _write_config(target: Path, model: Any, dtype: torch.dtype | None) -> None:
+    """Add the class of the model, whether the head is tied, and the type of the weights, unless it is None, to the configuration."""
     path = target / "config.json"
     config = read_object(path, str(path))
     config["architectures"] = [type(model).__name__]
-    config.pop("torch_dtype", None)  # the old name of dtype
     config.pop(WEIGHTS_KEY, None)  # the original's
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None:
+        config.pop("torch_dtype", None)  # the old name of dtype
+        config["dtype"] = str(dtype).removeprefix("torch.")
     if hasattr(
         model.config, "tie_word_embeddings"
     ):  # programs that do not know the default of the class may drop a head

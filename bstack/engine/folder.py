@@ -13,13 +13,13 @@ import safetensors.numpy
 import bstk
 from bstack.folders import new_folder
 from bstack.models.files import MODEL_SUFFIXES, is_model_file, put_files
+from bstack.models.weight_files import INDEX
 from bstk.errors import DamagedError, UsageError, os_errors
 from bstk.transfer import write_cut
 
-__all__ = ["INDEX", "PLACEHOLDER", "WEIGHTS_KEY", "copy_files", "export_packed", "read_object", "weights_name"]
+__all__ = ["PLACEHOLDER", "WEIGHTS_KEY", "copy_files", "export_packed", "read_object", "weights_name"]
 __all__ += ["write_json", "write_packed_files"]
 
-INDEX = "model.safetensors.index.json"
 # Of these, the files that say where weights are.
 REFUSED = (INDEX, "adapter_config.json")
 

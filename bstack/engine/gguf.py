@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,9 @@ from bstack.engine.container import build_model, dense_weights, embedded_files
 from bstack.engine.native.architecture import EMBEDDING, HEAD, Architecture, NotNativeError, read_json
 from bstack.engine.native.families import describe
 from bstack.engine.native.generate import TextTokenizer
-from bstack.errors import UnsupportedModelError, lacks
+from bstack.errors import ModelWarning, UnsupportedModelError, lacks
 from bstk.atomic import replacing
-from bstk.errors import BstkError
+from bstk.errors import BstkError, UsageError
 
 __all__ = ["TYPES", "ExportedGGUF", "export_gguf"]
 
@@ -33,6 +36,7 @@ TYPES = {
     "q4_1": ("Q4_1", "MOSTLY_Q4_1"),
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
+HALF_MAX = 65504
 # Model types of transformers -> architectures of llama.cpp.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
@@ -85,7 +89,9 @@ def export_gguf(
     Raises
     ------
     bstack.errors.UnsupportedModelError
-        llama.cpp does not compute what this model's configuration asks for, or its tokenizer has no name there.
+        llama.cpp does not compute what this model's configuration asks for, its tokenizer has no name there, or it has none.
+    bstk.UsageError
+        A weight is too large for `kind`.
     bstk.BudgetError
         The base model is larger than `budget`.
     bstk.BstkError
@@ -105,20 +111,31 @@ def export_gguf(
         tokenizer = TextTokenizer.read(file)
     except NotNativeError as error:
         raise UnsupportedModelError(f"{shown}: no GGUF file is made of it: {error.reason}.", hint=_ADVICE) from None
+    if tokenizer is None:
+        raise UnsupportedModelError(
+            f"{shown} has no tokenizer, without which llama.cpp reads no file.",
+            hint="Compress the model with its tokenizer.",
+        )
     family = FAMILIES[config["model_type"]]
     stored: dict[str, int] = {}
     for chunk in chunks:
-        name = chunk.name.partition("[")[0]
-        stored[name] = stored.get(name, 0) + chunk.stored_length
+        if chunk.is_weight:
+            name = chunk.name.partition("[")[0]
+            stored[name] = stored.get(name, 0) + chunk.stored_length
     parameters = 0
-    with replacing(path, overwrite=False) as (_, temporary), embedded_files(file) as inside:
+    with (
+        replacing(path, overwrite=False) as (_, temporary),
+        embedded_files(file) as inside,
+        tempfile.TemporaryFile(dir=Path(temporary).parent) as waiting,
+    ):
         skeleton = build_model(file, inside, False, torch.device("meta"))
-        # Tensors wait in a file until the header, which names all of them, is written.
-        writer = gguf.GGUFWriter(temporary, family, use_temp_file=True)
+        # Tensors wait in a file until the header, which names all of them, is written; on the disk of the output, because the
+        # system's folder for such files is often in memory.
+        writer: Any = gguf.GGUFWriter(temporary, family, use_temp_file=True)
         try:
+            writer.temp_file = waiting
             _add_configuration(writer, model, kind, str((file.metadata.get("model") or {}).get("name") or "model"))
-            if tokenizer is not None:
-                _add_tokenizer(writer, file, tokenizer, config, model.vocabulary)
+            _add_tokenizer(writer, file, tokenizer, config, model.vocabulary)
             _add_rotary(writer, config, model, family, shown)
             names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), model.layers)
             missing = set(model.shapes())
@@ -129,7 +146,7 @@ def export_gguf(
                 missing.remove(name)
                 parameters += tensor.numel()
                 values = _llama_order(name, tensor.numpy(), model) if family == "llama" else tensor.numpy()
-                data, form = _encoded(name, values, kind)
+                data, form = _encoded(name, values, kind, shown)
                 writer.add_tensor(target, data, raw_dtype=form)
                 progress(stored.get(name, 0))
             if missing:
@@ -229,22 +246,35 @@ def _add_tokenizer(
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ids = {text: number for number, text in enumerate(tokens)}
     special = {name: ids[text] for name, text in tokenizer.special_tokens.items() if text in ids}
-    ends = (read_json(file, "generation_config.json") or config).get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [special.get("eos_token")] if ends is None else [ends]
+    ends, begin = (
+        next(filter(None, (_ids(value, vocabulary) for value in found)), [])
+        for found in (
+            (
+                read_json(file, "generation_config.json").get("eos_token_id"),
+                config.get("eos_token_id"),
+                special.get("eos_token"),
+            ),
+            (config.get("bos_token_id"), special.get("bos_token")),
+        )
+    )
     # The model's generation ends at each of them.
-    for add, end in zip(
-        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
+    adds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, end in zip(adds, ends, strict=False):
+        add(end)
+    if more := ends[len(adds) :]:
+        warnings.warn(
+            f"{shown}: a text of it ends at {len(ends)} tokens, but a GGUF file names {len(adds)}; left out: "
+            f"{', '.join(repr(tokens[number]) for number in more)}.",
+            ModelWarning,
+            stacklevel=3,
+        )
+    for add, numbers in (
+        (writer.add_bos_token_id, begin),
+        (writer.add_unk_token_id, _ids(special.get("unk_token"), vocabulary)),
+        (writer.add_pad_token_id, _ids(special.get("pad_token"), vocabulary)),
     ):
-        if end is not None:
-            add(end)
-    begin = config.get("bos_token_id")
-    for add, number in (
-        (writer.add_bos_token_id, special.get("bos_token") if begin is None else begin),
-        (writer.add_unk_token_id, special.get("unk_token")),
-        (writer.add_pad_token_id, special.get("pad_token")),
-    ):
-        if number is not None:
-            add(number)
+        if numbers:
+            add(numbers[0])
     plain, around = tokenizer.encode("a", special=False), tokenizer.encode("a", special=True)
     start = around.index(plain[0]) if plain and plain[0] in around else 0
     writer.add_add_bos_token(start > 0)
@@ -253,15 +283,24 @@ def _add_tokenizer(
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def _ids(value: object, vocabulary: int) -> list[int]:
+    """Return the tokens of a setting that is one, a list of them, or none; without those that the model never writes, such as -1."""
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if type(number) is int and 0 <= number < vocabulary]
+
+
 def _split_name(content: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for the way in which a tokenizer.json splits a text; None for one that is not known."""
     model, pre = content["model"], content.get("pre_tokenizer") or {}
     normalizer = content.get("normalizer")
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     if (
-        model.get("type") != "BPE"
+        not steps
+        or model.get("type") != "BPE"
         or model.get("byte_fallback")
         or model.get("dropout")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
         or (normalizer is not None and normalizer.get("type") != "NFC")  # which llama.cpp leaves out
         or steps[-1].get("type") != "ByteLevel"
         or steps[-1].get("add_prefix_space")
@@ -269,9 +308,14 @@ def _split_name(content: dict[str, Any]) -> str | None:
         return None
     split, digits = None, False
     for step in steps[:-1]:
-        if step.get("type") == "Digits" and step.get("individual_digits"):
+        if split is None and step.get("type") == "Digits" and step.get("individual_digits"):
             digits = True
-        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        elif (
+            split is None
+            and step.get("type") == "Split"
+            and step.get("behavior") == "Isolated"
+            and not step.get("invert")
+        ):
             split = (step.get("pattern") or {}).get("Regex", "")
         else:
             return None
@@ -289,8 +333,11 @@ def _llama_order(name: str, values: np.ndarray, model: Architecture) -> np.ndarr
     return values
 
 
-def _encoded(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, Any]:
-    """Return the bytes of a tensor and their type in gguf: float32 for vectors, half precision where rows do not divide into blocks."""
+def _encoded(name: str, values: np.ndarray, kind: str, shown: str) -> tuple[np.ndarray, Any]:
+    """Return the bytes of a tensor and their type in gguf: float32 for vectors, half precision where rows do not divide into blocks.
+
+    UsageError for weights that half precision does not hold, in which all types but float32 and bfloat16 keep numbers.
+    """
     import gguf
 
     form = gguf.GGMLQuantizationType[TYPES[kind][0]]
@@ -301,4 +348,8 @@ def _encoded(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, Any]
     block, _ = gguf.GGML_QUANT_SIZES[form]
     if values.shape[-1] % block:
         form = gguf.GGMLQuantizationType.F16
+    if form.name not in ("F32", "BF16") and max(values.max(), -values.min()) > HALF_MAX:
+        raise UsageError(
+            f"{shown}: {name} has weights beyond {HALF_MAX}, which {form.name} cannot hold.", option="kind"
+        )
     return gguf.quants.quantize(np.ascontiguousarray(values), form), form

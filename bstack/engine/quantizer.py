@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -66,9 +67,11 @@ class BstackQuantizer(HfQuantizer):
         if device_map == "auto":
             device_map = {"": "cuda" if torch.cuda.is_available() else "cpu"}
         devices = set((device_map or {"": "cpu"}).values()) if not isinstance(device_map, str) else {device_map}
-        if len(devices) != 1:
-            raise UsageError(f"packed weights are on one device; found the device map {device_map!r}.")
-        self._device = device_of(torch.device(next(iter(devices))), True)
+        try:
+            (device,) = map(torch.device, devices)
+        except (ValueError, TypeError, RuntimeError):  # "balanced" and "disk" are none of torch
+            raise UsageError(f"packed weights are on one device; found the device map {device_map!r}.") from None
+        self._device = device_of(device, True)
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -79,12 +82,12 @@ class BstackQuantizer(HfQuantizer):
 
         mb = self.quantization_config.mb
         self._budget = None if mb is None else budget_of(mb, None)
-        place = self._place(model.config, kwargs["checkpoint_files"])
+        place = self._place(kwargs["checkpoint_files"])
         with ExitStack() as stack:
             self._fetched = None
             if bstk.is_url(place):
                 self._fetched = self._budget
-                file, _ = stack.enter_context(cached(place, self._budget, False))
+                file, _ = stack.enter_context(cached(place, self._budget, False, model_only=True))
             else:
                 file = stack.enter_context(bstk.open(place))
                 file.fit(budget=self._budget)
@@ -121,13 +124,23 @@ class BstackQuantizer(HfQuantizer):
             attach(model, self._file, self._matrices, self._lock, self._backend, stack, **settings)
         return model
 
-    def _place(self, config: Any, files: list[str]) -> str:
+    def _place(self, files: list[str]) -> str:
         """Return where the container is: beside the placeholder, or in the repository that it comes from, at that commit."""
         folder = Path(files[0]).parent
         if (folder / self._name).is_file():
             return str(folder / self._name)
-        if folder.parent.name == "snapshots":  # of the hub's cache
-            return f"hf://{config.name_or_path}@{folder.name}/{self._name}"
+        # The hub's cache has models--owner--name/snapshots/commit/.
+        for commit in (folder, *folder.parents):
+            kind, *repository = commit.parent.parent.name.split("--")
+            if commit.parent.name == "snapshots" and kind == "models" and len(repository) == 2:
+                inside = "".join(f"{part}/" for part in folder.relative_to(commit).parts)
+                place = f"hf://{'/'.join(repository)}@{commit.name}/{inside}{self._name}"
+                if constants.HF_HUB_OFFLINE:
+                    raise UsageError(
+                        f"{place} is not read, since HF_HUB_OFFLINE is set.",
+                        hint="Unset it, or put the file there into the folder that is loaded.",
+                    )
+                return place
         raise UsageError(f"{folder / self._name}: no such file, but config.json names it as {WEIGHTS_KEY}.")
 
     def is_serializable(self) -> bool:

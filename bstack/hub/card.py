@@ -6,6 +6,7 @@ import io
 import math
 import re
 from typing import Any
+from urllib.parse import quote
 
 import bstk
 from bstack.errors import printable
@@ -19,22 +20,19 @@ CARD, PICTURE = "README.md", "curve.png"
 _CARD = """\
 # {title}
 
-A language model compressed with bstack into one file, [`{file}`](./{file}), that can be cut to any size from {smallest} to {largest} MB \
+A language model compressed with bstack into one file, [{file}](./{link}), that can be cut to any size from {smallest} to {largest} MB \
 (1 MB is 2^20 bytes). Its blocks are sorted by how much each of them helps, so every first part of it is a working model, and a larger \
 part is closer to the original. Fetch what fits.
-
+{exact}
 {quality}
 ## Use
 
-`pip install bstack[http]` from bstack's repository, then:
+Install bstack with its extra `http` (in its source folder `pip install '.[http]'`), then:
 
 ```console
 $ bstack run hf://{repository} {chat}-p "What is a prime number?"    # as much of it as fits into free memory
 $ bstack run hf://{repository} --mb {mb} {chat}-p "Hello"
-$ bstack truncate hf://{repository} --mb {mb} -o small.bstk    # fetches {mb} MB
-$ bstack grow small.bstk --mb {more} --from hf://{repository}    # fetches the next {step} MB
-$ bstack verify small.bstk --root {root}
-```
+{cut}```
 
 ```python
 import bstack  # before from_pretrained; pip install bstack[compress,http]
@@ -58,10 +56,30 @@ The root digest authenticates the file and every cut of it:
 """
 
 
-def model_card(file: bstk.Reader, name: str, repository: str, base_model: str | None, licence: str | None) -> str:
-    """Return the card of a container that is called `name` in a hub's repository, with its header in YAML.
+_EXACT = """
+The complete file, {whole} MB, holds the original's files of weights too, bit for bit: `bstack export hf://{repository} original/` writes \
+them and checks their SHA-256.
+"""
 
-    `base_model` is a hub id, and `licence` one of the hub's identifiers; both are the original's.
+_CUT = """\
+$ bstack truncate hf://{repository} --mb {mb} -o small.bstk    # fetches {mb} MB
+$ bstack grow small.bstk --mb {more} --from hf://{repository}    # fetches the next {step} MB
+$ bstack verify small.bstk --root {root}
+"""
+
+
+def model_card(file: bstk.Reader, name: str, repository: str, base_model: str | None, licence: str | None) -> str:
+    """Return the card of a container in a hub's repository, with its header in YAML.
+
+    Parameters
+    ----------
+    file : bstk.Reader
+    name : str
+        What the file is called there.
+    repository : str
+        ``owner/name``.
+    base_model, licence : str or None
+        The original's hub id, and its licence by the hub's identifier.
     """
     from huggingface_hub import ModelCardData
 
@@ -75,22 +93,25 @@ def model_card(file: bstk.Reader, name: str, repository: str, base_model: str | 
         pipeline_tag="text-generation",
         tags=["bstack", "compressed"],
     )
-    smallest, largest = (bstk.mb_ceil(size) for size in (file.base.budget, file.fit().budget))
-    mb = max(math.ceil((file.base.budget + file.fit().budget) / 2 / MB), math.ceil(file.base.budget / MB))
-    more = math.ceil((mb + math.ceil(file.fit().budget / MB)) / 2)
+    # Of blocks: what restores the original makes no model of blocks a better one.
+    least, most = file.base.budget, file.model.budget
+    mb = max(math.ceil((least + most) / 2 / MB), math.ceil(least / MB))
+    more = math.ceil((mb + math.ceil(most / MB)) / 2)
+    sizes = {"mb": mb, "more": more, "step": more - mb}
+    known = {"repository": repository, "root": file.root.hex()}
     original = str(base_model or model.get("name") or "the original")
     text = _CARD.format(
         title=f"{_plain(original.rpartition('/')[2])}, cut to any size",
-        file=name,
-        smallest=smallest,
-        largest=largest,
+        file=_code(name),
+        link=quote(name),
+        smallest=bstk.mb_ceil(least),
+        largest=bstk.mb_ceil(most),
+        exact=_EXACT.format(whole=bstk.mb_ceil(file.length), repository=repository) if file.restores else "",
         quality=_quality(file),
-        repository=repository,
         chat="--chat " if "chat_template.jinja" in file.files else "",
         mb=mb,
-        more=more,
-        step=more - mb,
-        root=file.root.hex(),
+        cut=_CUT.format(**sizes, **known) if more > mb else "",
+        **known,
         original=_original(model, base_model, licence),
     )
     return f"---\n{data.to_yaml().strip()}\n---\n\n{text}"
@@ -119,7 +140,7 @@ def draw_curve(file: bstk.Reader) -> bytes | None:
     axes = figure.subplots()
     sizes, divergences, errors = zip(*points, strict=True)
     # Downwards at most half of the value, because a logarithmic axis has no zero.
-    upper = [error if isinstance(error, (int, float)) else 0 for error in errors]
+    upper = [max(error, 0) if isinstance(error, (int, float)) else 0 for error in errors]
     lower = [min(error, value / 2) for error, value in zip(upper, divergences, strict=True)]
     axes.errorbar(sizes, divergences, yerr=[lower, upper], color="#0072B2", marker="o", capsize=2)
     axes.set_yscale("log")
@@ -180,7 +201,7 @@ def _original(model: dict[str, Any], base_model: str | None, licence: str | None
     files = source.get("files") if isinstance(source, dict) else None
     for entry in files if isinstance(files, list) else []:
         if isinstance(entry, dict) and "sha256" in entry:
-            lines.append(f"- Source file {_plain(entry.get('name'))}, SHA-256 `{_plain(entry['sha256'])}`.")
+            lines.append(f"- Source file {_plain(entry.get('name'))}, SHA-256 {_code(entry['sha256'])}.")
     return "\n".join(lines)
 
 
@@ -188,6 +209,13 @@ def _number(value: object, digits: int) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, (int, float)) else "-"
 
 
+def _code(value: object) -> str:
+    """Return text as code in Markdown, which has no escapes: between more backticks than it has in a row."""
+    text = printable(value).replace("\n", " ")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
 def _plain(value: object) -> str:
-    """Return text of the metadata without what Markdown acts on."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(value).replace("\n", " "))
+    """Return text of the metadata without what Markdown acts on, addresses too."""
+    return re.sub(r"([\\`*_\[\]<>|#:])", r"\\\1", printable(value).replace("\n", " "))

@@ -14,10 +14,15 @@ from bstack.engine.folder import weights_name, write_packed_files
 from bstack.errors import one_line, printable
 from bstack.folders import new_folder
 from bstack.hub.card import CARD, PICTURE, base_model_of, draw_curve, model_card
+from bstack.models.tokenizer import tokenizer_files
 from bstk.errors import BstkError, RemoteError, UsageError, os_errors
 
 __all__ = ["Pushed", "push", "write_repository"]
 
+# Beside the files of tokenizers.
+_OURS: tuple[str, ...] = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+_OURS += ("generation_config.json", PICTURE)
+TEMPLATES = "additional_chat_templates/"
 # Seconds that the hub has to name the original's licence.
 LICENCE_TIMEOUT = 10.0
 
@@ -52,18 +57,19 @@ def push(
     repository : str
         ``owner/name``.
     private : bool
-        Whether a new repository is private.
+        Make a new repository private; refuse one that is public. Without it the owner's default holds.
     base_model, licence : str, optional
         The original's hub id and licence, for the card. By default the hub id that the file records, and what the hub says of it.
 
     Raises
     ------
     bstk.UsageError
-        The repository's name is invalid, the file is partial or has no config.json, or another .bstk file is there.
+        The repository's name is invalid, or it is public and must not be; the file is partial or has no config.json, or another
+        .bstk file is there.
     bstk.RemoteError
         The hub cannot be reached, or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="bstack-") as name:
@@ -71,16 +77,25 @@ def push(
         found = _fill(file, folder, repository, base_model, licence)
         weights = weights_name(file)
         with _hub_errors(repository):
-            api.create_repo(repository, private=private, exist_ok=True)
-            others = [name for name in api.list_repo_files(repository) if name.endswith(".bstk") and name != weights]
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            if private and not api.repo_info(repository).private:  # it was there before
+                raise UsageError(
+                    f"{repository} is there already, and public.",
+                    hint="Make it private on the hub first, or push to another one.",
+                )
+            there = api.list_repo_files(repository)
+            others = [name for name in there if name.lower().endswith(".bstk") and name != weights]
             if others:
                 raise UsageError(
                     f"{repository} has another .bstk file, {others[0]}, and hf://{repository} would name none of them.",
                     hint="Push to a repository of its own, or give the file that name.",
                 )
-            added = [CommitOperationAdd(name, folder / name) for name in found.files if name != weights]
-            added.append(CommitOperationAdd(weights, file.source.name))
-            commit = api.create_commit(repository, added, commit_message=f"Upload {weights} with bstack")
+            paths = {name: file.source.name if name == weights else folder / name for name in found.files}
+            changes: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationDelete(name) for name in _earlier(there) if name not in paths),
+                *(CommitOperationAdd(name, path) for name, path in paths.items()),
+            ]
+            commit = api.create_commit(repository, changes, commit_message=f"Upload {weights} with bstack")
     return Pushed(found.files, found.base_model, found.licence, str(commit.commit_url))
 
 
@@ -92,9 +107,28 @@ def write_repository(
     base_model: str | None = None,
     licence: str | None = None,
 ) -> Pushed:
-    """Write what `push` would upload beside the container itself into a folder, which must be empty or not exist."""
+    """Write what `push` would upload beside the container itself into a folder.
+
+    Parameters
+    ----------
+    file, repository, base_model, licence
+        As for `push`.
+    folder : path
+        Must be empty or not exist. It appears whole or not at all.
+
+    Raises
+    ------
+    bstk.BstkError
+        As `push` does; the folder cannot be written.
+    """
     with new_folder(folder) as target:
         return _fill(file, target, repository, base_model, licence)
+
+
+def _earlier(names: list[str]) -> list[str]:
+    """Return the files of a repository that a push of another model leaves there, and that would change what this one does."""
+    top = [name for name in names if "/" not in name]
+    return [name for name in names if name in _OURS or name.startswith(TEMPLATES)] + tokenizer_files(top)
 
 
 def _fill(file: bstk.Reader, folder: Path, repository: str, base_model: str | None, licence: str | None) -> Pushed:

@@ -159,7 +159,7 @@ class _Rows:
         """Return class, f and M(p) of each weight of a row, and the row's scale."""
         t = self.trailing
         row_scale = np.uint32((134 + int(scale)) << 22).view(np.float32)
-        v, b = (row_scale * self.profile).view(np.int32), p.view(np.uint32)
+        v, b = (row_scale * self.profile).view(np.int32), np.where(np.isnan(p), np.float32(0), p).view(np.uint32)
         low = (v >> 23) - 4
         floor = (low << 23 - t) - 1
         own = (b >> 23 & 255).astype(np.int32)

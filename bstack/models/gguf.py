@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import math
 import re
 import threading
@@ -20,10 +21,10 @@ from bstack.errors import UnsupportedModelError, one_line
 from bstack.models.files import file_record
 from bstack.models.gguf_config import ROPE_TENSORS, Metadata, read_config
 from bstack.models.gguf_tokenizer import complete
-from bstack.models.original import OriginalFile, StoredTensor, all_of, elements, file_head, views
+from bstack.models.original import OriginalFile, StoredTensor, View, all_of, elements, file_head, views
 from bstack.models.skeleton import Checkpoint, check_complete, check_finite, owner_of
 from bstack.models.tokenizer import export_tokenizer
-from bstack.models.weight_files import SINGLE
+from bstack.models.weight_files import INDEX, SINGLE
 from bstk.errors import BstkError, DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["GGUFCheckpoint"]
 
 _PATCHING = threading.Lock()
+# Tensors of a file of original values, which one chunk must describe.
+_TENSORS_TOGETHER = 8192
 TOKENIZER = "tokenizer."
 # Keys with a value for each word, which take seconds to read.
 _LONG = {f"{TOKENIZER}ggml.{name}" for name in ("tokens", "token_type", "scores", "merges")}
@@ -171,21 +174,40 @@ class GGUFCheckpoint(Checkpoint):
         check_finite(model, wanted, str(self.path))
 
     def originals(self, model: PreTrainedModel) -> list[OriginalFile]:
-        """Describe a file of all values in float32, under the names that transformers gives them in checkpoints."""
+        """Describe files of all values in float32, under the names that transformers gives them in checkpoints."""
         state = model.state_dict()
         shapes = {name: tuple(state[name].shape) for name in self._tensors}
         places = list(views(model, shapes))
         split = {parameter for _, parameter, _ in places}
         places += [(name, name, all_of(shape)) for name, shape in shapes.items() if name not in split]
-        tensors = [StoredTensor(key, "f32", 4 * math.prod(view.shape), name, view) for key, name, view in places]
-        head = file_head((key, "F32", view.shape, 4 * math.prod(view.shape)) for key, _, view in places)
 
-        def read(number: int) -> np.ndarray:
-            _, name, view = places[number]
-            value = self._value(name, shapes[name]).contiguous().numpy()
-            return np.ascontiguousarray(elements(value, view)).reshape(-1).view(np.uint8)
+        @functools.lru_cache(1)  # one parameter holds all experts of a layer
+        def parameter(name: str) -> np.ndarray:
+            return self._value(name, shapes[name]).contiguous().numpy()
 
-        return [OriginalFile(SINGLE, head, tensors, read)]
+        def original(file: str, places: Sequence[tuple[str, str, View]]) -> OriginalFile:
+            sizes = [4 * math.prod(view.shape) for *_, view in places]
+            tensors = [
+                StoredTensor(key, "f32", n, name, view) for (key, name, view), n in zip(places, sizes, strict=True)
+            ]
+
+            def read(number: int) -> np.ndarray:
+                _, name, view = places[number]
+                return np.ascontiguousarray(elements(parameter(name), view)).reshape(-1).view(np.uint8)
+
+            head = file_head((key, "F32", view.shape, n) for (key, _, view), n in zip(places, sizes, strict=True))
+            return OriginalFile(file, head, tensors, read)
+
+        if len(places) <= _TENSORS_TOGETHER:
+            return [original(SINGLE, places)]
+        parts = [places[start : start + _TENSORS_TOGETHER] for start in range(0, len(places), _TENSORS_TOGETHER)]
+        names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+        index = {
+            "metadata": {"total_size": sum(4 * math.prod(view.shape) for *_, view in places)},
+            "weight_map": {key: name for name, part in zip(names, parts, strict=True) for key, *_ in part},
+        }
+        files = [original(name, part) for name, part in zip(names, parts, strict=True)]
+        return [*files, OriginalFile(INDEX, json.dumps(index).encode())]
 
     def _value(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Return a parameter in float32, in the shape that the model has."""

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 __all__ = ["MatrixName", "row_ranges"]
 
-_PATTERN = re.compile(r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>\d+)\]|\[(?P<start>\d+):(?P<stop>\d+)\])?")
+_PATTERN = re.compile(
+    r"(?P<parameter>[^\[\]]+)(?:\[(?P<index>N)\]|\[(?P<start>N):(?P<stop>N)\])?".replace("N", "(?:0|[1-9][0-9]*)")
+)
 
 # Rows of embeddings are coded in ranges, each a stack of its own: frequent tokens have small ids, and the first few
 # thousand matter far more than the rest (docs/research/notebook.md). So ranges start small and double, up to a size at which

@@ -96,5 +96,6 @@ def _fetch(model: str, hint: str, python: bool) -> Path:
     if "config.json" not in names:
         raise no_model(folder, names, model, "has no config.json")
     at_commit = f"{model.partition('@')[0]}@{commit}"
-    hub_snapshot(at_commit, [escape(name) for name in weight_files(folder, names, model)], hint)
+    files, _ = weight_files(folder, names, model)
+    hub_snapshot(at_commit, [escape(name) for name in files], hint)
     return folder

@@ -11,8 +11,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["OriginalFile", "StoredTensor", "View", "all_of", "elements", "file_head", "views"]
+import bstk
+from bstack.models.weight_files import INDEX
+from bstk.index import check_name
 
+__all__ = [
+    "PARTS",
+    "OriginalFile",
+    "StoredTensor",
+    "View",
+    "all_of",
+    "check_original_name",
+    "elements",
+    "file_head",
+    "views",
+]
+
+# Folder of the names of original chunks that are bytes of a file.
+PARTS = ".parts/"
+
+# Of a parameter whose elements are numbered, in int32.
+MOST_ELEMENTS = 2**31 - 1
+# Dimensions of a tensor in a file of weights.
+_MAX_NDIM = 8
 DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # of safetensors -> of the container
 
 
@@ -51,6 +72,13 @@ class OriginalFile:
     read: Callable[[int], np.ndarray] = field(default=lambda number: np.empty(0, np.uint8), repr=False)
 
 
+def check_original_name(name: str) -> None:
+    """Raise ValueError unless an original of that name is a file of weights or its index, and can be written into a folder."""
+    check_name(name, file=True)
+    if (not name.endswith(".safetensors") and name != INDEX) or any(part.startswith(".") for part in name.split("/")):
+        raise ValueError(f"{name!r} is no file of weights in safetensors")
+
+
 def file_head(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """Return the head of a safetensors file of tensors: name, type of safetensors, shape and bytes of each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -63,15 +91,19 @@ def file_head(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes
 
 
 def elements(array: np.ndarray, view: View | None) -> np.ndarray:
-    """Return a view's elements of a C-contiguous array, as a view of numpy; ValueError if it leaves the array."""
+    """Return a view's elements of a C-contiguous array, as a view of numpy; ValueError if it leaves the array or repeats it."""
     if view is None:
         return array
     offset, shape, strides = view
     if len(shape) != len(strides) or min((offset, *shape, *strides), default=0) < 0:
         raise ValueError("it is not one of elements at offsets of 0 and more")
+    if len(shape) > _MAX_NDIM or max((offset, *shape, *strides)) >= bstk.limits.MAX_FILE_LENGTH:
+        raise ValueError(f"it has more than {_MAX_NDIM} dimensions, or numbers that no array needs")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) and last >= array.size:
+    if (count := math.prod(shape)) and last >= array.size:
         raise ValueError(f"it reaches element {last} of {array.size}")
+    if count > array.size:
+        raise ValueError(f"it has {count} elements, but the parameter has {array.size}")
     flat = array.reshape(-1)[offset:]
     return np.lib.stride_tricks.as_strided(flat, shape, [array.itemsize * stride for stride in strides])
 
@@ -90,11 +122,13 @@ def views(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
     from transformers.core_model_loading import revert_weight_conversion
 
     for parameter, shape in shapes.items():
-        if (count := math.prod(shape)) >= 2**31:
+        if (count := math.prod(shape)) > MOST_ELEMENTS:
             continue
         numbers = torch.arange(count, dtype=torch.int32).reshape(shape)
         try:
             found = revert_weight_conversion(model, {parameter: numbers})
+        except MemoryError:
+            raise
         except Exception:  # operations raise anything where they need another parameter, or floats
             continue
         parts = [(name, all_of(shape) if tensor is numbers else _view_of(tensor)) for name, tensor in found.items()]

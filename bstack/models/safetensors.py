@@ -69,10 +69,11 @@ class SafetensorsCheckpoint(Checkpoint):
             self.beside = stage_model(folder, self.code)
             weakref.finalize(self, shutil.rmtree, self.beside.parent, ignore_errors=True)
         self.config = _read_config(self.beside, self.code is not None, folder)
-        self.files = [folder / name for name in weight_files(folder, names, str(folder))]
-        if self.files[0].name == SINGLE and INDEX in names:
+        files, self._index = weight_files(folder, names, str(folder))
+        self.files = [folder / name for name in files]
+        if self._index is None and INDEX in names:
             warnings.warn(
-                f"{self.name} has {SINGLE} and {INDEX}. As transformers does, bstack takes {SINGLE} and leaves the shards out.",
+                f"{self.name} has {files[0]} and {INDEX}. As transformers does, bstack takes {files[0]} and leaves the shards out.",
                 ModelWarning,
                 stacklevel=2,
             )
@@ -297,12 +298,18 @@ class SafetensorsCheckpoint(Checkpoint):
         state = model.state_dict()
         shapes = {name: tuple(state[name].shape) for name in self._converted if name in self._keys}
         places |= {key: (name, view) for key, name, view in views(model, shapes) if key in self._keys[name]}
-        if (
-            not (self.folder / INDEX).is_file() or self.files[0].name == SINGLE
-        ):  # or a name that only this config.json knows
+        if whole := [key for name in shapes for key in self._keys[name] if key not in places]:
+            warnings.warn(
+                f"{self.name}: transformers makes weights of {listed(whole)} in a way that an exact file does not undo, or of more "
+                "than 2,147,483,647 values, so it holds them as they are beside their blocks and gets much larger.",
+                ModelWarning,
+                stacklevel=4,
+            )
+        # Under the usual names, since other ones are known to this config.json alone, and an export leaves them out of it.
+        if self._index is None:
             return [_original(self.files[0], SINGLE, places)]
         files = [_original(file, file.relative_to(self.folder).as_posix(), places) for file in self.files]
-        return [*files, OriginalFile(INDEX, (self.folder / INDEX).read_bytes())]
+        return [*files, OriginalFile(INDEX, (self.folder / self._index).read_bytes())]
 
     def stored_dtype(self, name: str) -> torch.dtype:
         dtype = DTYPES.get(self._headers[self._keys[name][0]].dtype, torch.float32)

@@ -19,8 +19,8 @@ _RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def weight_files(folder: Path, names: Collection[str], shown: str) -> list[str]:
-    """Return the names of the files with the weights, as transformers chooses them.
+def weight_files(folder: Path, names: Collection[str], shown: str) -> tuple[list[str], str | None]:
+    """Return the names of the files with the weights, as transformers chooses them, and of the index that lists them, if one does.
 
     Parameters
     ----------
@@ -55,11 +55,11 @@ def weight_files(folder: Path, names: Collection[str], shown: str) -> list[str]:
     if chosen not in names:
         raise no_model(folder, names, shown, f"has no {chosen}" + (f" and no {INDEX}" if chosen == SINGLE else ""))
     if chosen.endswith(".safetensors"):
-        return [chosen]
+        return [chosen], None
     shards = _shards(folder / chosen, shown)
     if absent := [name for name in shards if name not in names]:
         raise DamagedError(f"{shown} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}.")
-    return shards
+    return shards, chosen
 
 
 def no_model(folder: Path, names: Collection[str], shown: str, lacking: str) -> BstkError:

@@ -11,6 +11,7 @@ import safetensors.torch
 import tiny_gguf
 import tiny_models
 import torch
+from rewriting import rewritten
 from transformers import AutoModelForCausalLM
 
 import bstack
@@ -19,13 +20,15 @@ from bstack.codecs import make_codec
 from bstack.compression.exact import check_exact
 from bstack.engine.exact import write_originals
 from bstack.engine.export import export_safetensors
+from bstack.errors import UnsupportedModelError
 from bstack.models.open import open_checkpoint
-from bstack.models.original import OriginalFile, StoredTensor
+from bstack.models.original import OriginalFile, StoredTensor, View
 from bstack.models.skeleton import Skeleton
 from bstack.settings import Settings
 from bstk import metadata
 from bstk.errors import DamagedError, UsageError
 
+VECTORS = Path(__file__).parents[2] / "format" / "vectors"
 SETTINGS = {"exact": True, "samples": 2, "sequence_length": 16, "tokenizer": False, "planes": 2}
 
 
@@ -73,7 +76,8 @@ def test_the_files_of_weights_come_back(sharded, tmp_path):
     assert done.dtype == torch.bfloat16
     assert digests(tmp_path / "out") == digests(sharded)
     assert len(digests(sharded)) == 4
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", sharded)]
+    assert configs[0].get("dtype") == configs[1].get("dtype"), "what the original says, whatever its weights are"
     with bstk.open(sharded.parent / "model.bstk") as file:
         assert file.restores
         assert not [chunk.name for chunk in file.chunks if chunk.name.startswith(".parts")], (
@@ -220,9 +224,108 @@ def test_depths_that_no_exact_chunk_takes_are_refused():
         check_exact(make_codec(Settings(codec="sign", planes=20)), [])
     with pytest.raises(UsageError, match="rank is 40"):
         check_exact(make_codec(Settings(codec="sign", rank=40)), [])
-    huge = OriginalFile("model.safetensors", b"", [StoredTensor("extra", "f32", 2**31 + 4)])
-    with pytest.raises(bstack.errors.UnsupportedModelError, match=r"extra takes 2\.00 GiB"):
-        check_exact(make_codec(Settings()), [huge])
+
+
+def test_files_that_no_chunk_describes_are_refused():
+    def refused(message, *files):
+        with pytest.raises(UnsupportedModelError, match=message):
+            check_exact(make_codec(Settings()), files)
+
+    for name in (".hidden/a.safetensors", "weights.bin", "a\\b.safetensors", "a:b.safetensors", "a\x07.safetensors"):
+        refused("so no exact file holds it", OriginalFile(name, b""))
+    many = [StoredTensor(f"expert.{i}", "f32", 8, "experts", View(2 * i, (2, 1), (1, 1))) for i in range(30_000)]
+    refused("30000 tensors.*max_shard_size", OriginalFile("model.safetensors", b"", many))
+    check_exact(make_codec(Settings()), [OriginalFile("model.safetensors", b"", many[:20_000])])
+    refused("one of several files", OriginalFile("model.safetensors", b""), OriginalFile("more.safetensors", b""))
+
+
+@pytest.mark.parametrize(
+    ("index", "shards"),
+    [
+        ("other.safetensors.index.json", ["one.safetensors", "two.safetensors"]),
+        ("model.safetensors.index.json", ["a/model.safetensors", "b/model.safetensors"]),
+    ],
+)
+def test_shards_of_other_names_and_places_are_all_originals(index, shards, tmp_path):
+    folder = tiny_models.save("llama", tmp_path / "model")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: shards[number % 2] for number, name in enumerate(sorted(weights))}
+    for shard in shards:
+        (folder / shard).parent.mkdir(exist_ok=True)
+        safetensors.torch.save_file({n: w for n, w in weights.items() if places[n] == shard}, folder / shard)
+    text = json.dumps({"weight_map": places})
+    (folder / index).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": index}))
+    checkpoint = open_checkpoint(str(folder))
+    files = checkpoint.originals(Skeleton(checkpoint).model)
+    assert [file.name for file in files] == [*shards, "model.safetensors.index.json"]
+    assert files[-1].head == text.encode()
+    assert sorted(tensor.name for file in files for tensor in file.tensors) == sorted(weights)
+
+
+def test_what_is_stored_as_it_is_may_be_larger_than_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("bstack.compression.exact.PIECE_BYTES", 100)
+    tiny_models.save("llama", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"].double() + 1e-12
+    safetensors.torch.save_file(weights, path)
+    compress(tmp_path / "model", tmp_path / "model.bstk")
+    with bstk.open(tmp_path / "model.bstk") as file:
+        pieces = [chunk.raw_length for chunk in file.chunks if chunk.name.startswith(".parts/")]
+    assert len(pieces) > 1 and max(pieces) == 100
+    assert exported(tmp_path / "model.bstk", tmp_path / "out").dtype == torch.float32
+    assert digests(tmp_path / "out") == digests(tmp_path / "model")
+
+
+@pytest.mark.parametrize("most", [torch.float64, torch.bfloat16])
+def test_the_type_of_most_weights_is_named(most, tmp_path):
+    """Not that of the embedding, which comes first in a file, nor of those that exact chunks hold."""
+    tiny_models.save("llama", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights |= {name: tensor.to(most) for name, tensor in weights.items() if ".layers." in name}
+    safetensors.torch.save_file(weights, path)
+    compress(tmp_path / "model", tmp_path / "model.bstk", planes=1)
+    assert exported(tmp_path / "model.bstk", tmp_path / "out").dtype == most
+    arguments = ("export", tmp_path / "model.bstk", "again", "--json", "-q")
+    report = json.loads(in_process.bstack(*arguments, cwd=tmp_path).stdout)
+    assert report["dtype"] == {torch.float64: "fp64", torch.bfloat16: "bf16"}[most]
+    assert digests(tmp_path / "out") == digests(tmp_path / "model")
+
+
+def test_conversions_that_cannot_be_followed_are_named(tmp_path, monkeypatch):
+    tiny_models.save("mixtral", tmp_path / "model")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    skeleton = Skeleton(checkpoint)
+    monkeypatch.setattr("bstack.models.original.MOST_ELEMENTS", 8)
+    with pytest.warns(bstack.errors.ModelWarning, match="beside their blocks"):
+        checkpoint.originals(skeleton.model)
+
+
+def test_the_values_of_a_large_gguf_file_are_several_files(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from bstack.models import gguf
+
+    monkeypatch.setattr(gguf, "_TENSORS_TOGETHER", 40)
+    experts = {"num_experts": 24, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    source = tiny_gguf.write(tmp_path / "tiny.gguf", tiny_gguf.built("Qwen3MoeConfig", **experts, head_dim=16))
+    skeleton = Skeleton(checkpoint := open_checkpoint(str(source)))
+    reads = []
+    value = gguf.GGUFCheckpoint._value
+    monkeypatch.setattr(gguf.GGUFCheckpoint, "_value", lambda *a: reads.append(a[1]) or value(*a))
+    files = checkpoint.originals(skeleton.model)
+    for file in files:
+        data = b"".join(file.read(number).tobytes() for number in range(len(file.tensors)))
+        (tmp_path / file.name).write_bytes(file.head + data)
+    assert len(files) > 2 and len(reads) <= len(set(reads)) + len(files), "no parameter is read for each of its experts"
+    (tmp_path / "config.json").write_text(skeleton.model.config.to_json_string())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with skeleton.loaded(skeleton.model.state_dict()):
+        for name, tensor in skeleton.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_the_commands_say_so(sharded, tmp_path):
@@ -246,25 +349,18 @@ def test_the_commands_say_so(sharded, tmp_path):
     assert not json.loads(run("inspect", "cut.bstk", "--json"))["restores_original"]
 
 
-def changed(file, out, change):
-    """Write a copy of an exact file in which `change` has altered what the original chunk of the first file says."""
-    with bstk.open(file) as reader:
-        chunks = list(reader.chunks)
-        name = "model-00001-of-00003.safetensors"
-        entries = []
-        for chunk in chunks:
-            raw = reader.read(chunk)
-            if chunk.name == name:
-                text, _, rest = raw.partition(b"\0")
-                described = json.loads(text)
-                text = change(described)
-                raw = (text if isinstance(text, bytes) else metadata.dump(described)) + b"\0" + rest
-            frame = bstk.pack(raw)
-            kept = ("name", "kind", "level", "shape", "dtype", "rank", "transposed", "importance", "error")
-            lengths = {"raw_length": len(raw), "stored_length": frame.stored_length}
-            fields = {key: getattr(chunk, key) for key in kept} | lengths
-            entries.append(bstk.Entry(**fields, digest=frame.digest, stored=frame.stored))
-        bstk.write(out, reader.metadata, entries, reader.base_count)
+def changed(file, out, change, name="model-00001-of-00003.safetensors"):
+    """Write a copy of an exact file in which `change` has altered what the original chunk of one file says."""
+
+    def of_chunk(fields, raw):
+        if fields["name"] != name:
+            return raw
+        text, _, rest = raw.partition(b"\0")
+        described = json.loads(text)
+        text = change(described)
+        return (text if isinstance(text, bytes) else metadata.dump(described)) + b"\0" + rest
+
+    rewritten(file, out, of_chunk)
 
 
 def parameter(described):
@@ -285,7 +381,18 @@ HOSTILE = {
     "a view past the end": (lambda d: parameter(d).extend([1, [10**9], [1]]), "it reaches element"),
     "a view before the start": (lambda d: parameter(d).extend([-1, [1], [1]]), "offsets of 0 and more"),
     "a view that is none": (lambda d: parameter(d).extend([0, [2, 2], [1]]), "offsets of 0 and more"),
-    "a view that repeats": (lambda d: parameter(d).extend([0, [10**9, 10**9], [0, 0]]), "longer than the file"),
+    "a view that repeats": (
+        lambda d: parameter(d).extend([0, [10**9, 10**9], [0, 0]]),
+        "elements, but the parameter has",
+    ),
+    "a stride past 64 bits": (lambda d: parameter(d).extend([0, [1], [2**70]]), "numbers that no array needs"),
+    "a dimension past 64 bits": (lambda d: parameter(d).extend([0, [0, 2**70], [1, 1]]), "numbers that no array"),
+    "a view of many dimensions": (lambda d: parameter(d).extend([0, [1] * 70, [1] * 70]), "more than 8 dimensions"),
+    "true for a number": (lambda d: parameter(d).extend([0, [True], [1]]), "is no piece of a file"),
+    "a shape of many dimensions": (
+        lambda d: d["shapes"].update({name: [*shape, *[1] * 70] for name, shape in d["shapes"].items()}),
+        "do not make up a parameter",
+    ),
     "another shape": (
         lambda d: d["shapes"].update({name: [7, 7] for name in d["shapes"]}),
         "do not make up a parameter|no exact chunk",
@@ -302,8 +409,44 @@ def test_files_that_say_other_things_are_refused(what, sharded, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def other_names(old, new):
+    def change(fields, raw):
+        fields["name"] = fields["name"].replace(old, new)
+        return raw
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields, raw: None if fields["kind"] is bstk.ORIGINAL else raw, "no chunk says how"),
+        (other_names("model.safetensors", ".model.safetensors"), "is no file of weights in safetensors"),
+        (other_names("model.safetensors", "model.py"), "is no file of weights in safetensors"),
+        (other_names("even", "even[00]"), "is not the name of a matrix"),
+        (other_names("even", "even[\u0663]"), "is not the name of a matrix"),
+        (other_names("even", "even[7]"), "what it should fill"),
+    ],
+)
+def test_names_of_hostile_chunks(change, message, tmp_path):
+    rewritten(VECTORS / "exact.bstk", tmp_path / "bad.bstk", change)
+    with bstk.open(tmp_path / "bad.bstk") as file, pytest.raises(DamagedError, match=message):
+        write_originals(file, tmp_path / "out", lambda done: None)
+
+
+def test_all_files_together_are_bounded(tmp_path, monkeypatch):
+    """Many files of the same parameters would fill a disk."""
+    monkeypatch.setattr("bstack.engine.exact.EXPANSION", 1)
+    with bstk.open(VECTORS / "exact.bstk") as file:
+        text = next(file.read(chunk) for chunk in file.chunks if chunk.name == "model.safetensors")
+    more = [({"name": f"{number}.safetensors", "kind": bstk.ORIGINAL}, text) for number in range(100)]
+    rewritten(VECTORS / "exact.bstk", tmp_path / "bad.bstk", lambda fields, raw: raw, more)
+    with bstk.open(tmp_path / "bad.bstk") as file, pytest.raises(DamagedError, match="so small a file"):
+        write_originals(file, tmp_path / "out", lambda done: None)
+
+
 def test_the_golden_file_is_put_together(tmp_path):
-    vectors = Path(__file__).parents[2] / "format" / "vectors"
+    vectors = VECTORS
     expected = json.loads((vectors / "expected-exact.json").read_text())["model.safetensors"]
     with bstk.open(vectors / "exact.bstk") as file:
         write_originals(file, tmp_path, lambda done: None)

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from packed_models import IDS, logits
+from rewriting import rewritten
 from tokenizers import Tokenizer
 
 import bstack
@@ -18,7 +19,7 @@ gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.slow
 
 from bstack.cli.export import TYPES as OFFERED  # noqa: E402
-from bstack.engine.gguf import _WORDS, TYPES, _split_name, export_gguf  # noqa: E402
+from bstack.engine.gguf import _WORDS, TYPES, _encoded, _split_name, export_gguf  # noqa: E402
 from bstack.errors import UnsupportedModelError  # noqa: E402
 from bstack.models.open import open_checkpoint  # noqa: E402
 from bstack.models.skeleton import Skeleton  # noqa: E402
@@ -136,6 +137,12 @@ def _pattern(text):
         (_split(_pattern(_WORDS % "{1,3}"), _ALONE), "smaug-bpe"),
         (_split(_pattern(_WORDS % "{1,3}"), _BYTES), None),
         (_split(_pattern(r"\w+"), _ALONE), None),
+        (_split(_pattern(r"\d{1,3}(?=(?:\d{3})*\b)"), _pattern(_WORDS % ""), _ALONE), None),
+        (_split({**_pattern(""), "pattern": {"String": "x"}}, _pattern(_WORDS % ""), _ALONE), None),
+        (_split(_pattern(_WORDS % ""), {"type": "Digits", "individual_digits": True}, _ALONE), None),
+        (_split(), None),
+        (_split(_BYTES, model={"continuing_subword_prefix": "##"}), None),
+        (_split(_BYTES, model={"end_of_word_suffix": "</w>"}), None),
         (_split(_BYTES, model={"byte_fallback": True}), None),
         (_split({**_BYTES, "add_prefix_space": True}), None),
         (_split({"type": "Whitespace"}, _BYTES), None),
@@ -162,6 +169,54 @@ def test_what_has_no_gguf_form_is_refused_before_anything_is_written(tmp_path):
             export_gguf(file, tmp_path / "out.gguf")
         assert "safetensors" in str(refused.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+def of_changed(tiny, tmp_path, **files):
+    """Export a copy of a file in which JSON files have other values (None: the file is left out)."""
+
+    def change(about, raw):
+        if (key := about["name"].removesuffix(".json")) not in files:
+            return raw
+        return None if files[key] is None else json.dumps({**json.loads(raw), **files[key]}).encode()
+
+    rewritten(tiny, tmp_path / "changed.bstk", change)
+    with bstk.open(tmp_path / "changed.bstk") as file:
+        export_gguf(file, tmp_path / "changed.gguf", kind="f16")
+    return fields(tmp_path / "changed.gguf")
+
+
+def test_tokens_that_end_and_begin_a_text(tiny, tmp_path):
+    found = of_changed(tiny, tmp_path, config={"eos_token_id": [-1, 5], "bos_token_id": -1}, generation_config=None)
+    assert found["tokenizer.ggml.eos_token_id"] == 5 and "tokenizer.ggml.eot_token_id" not in found
+    assert found["tokenizer.ggml.bos_token_id"] == 1, "that of the tokenizer"
+    (tmp_path / "changed.gguf").unlink()
+    with pytest.warns(bstack.errors.ModelWarning, match=r"ends at 4 tokens.*left out: '.+'\.$"):
+        of_changed(tiny, tmp_path, config={"eos_token_id": [3, 4, 5, 6]}, generation_config=None)
+
+
+def test_a_file_without_a_tokenizer_is_refused(tmp_path):
+    settings = bstack.Settings(codec="sign", planes=1, samples=2, sequence_length=16, tokenizer=False)
+    bstack.compress(tiny_models.save("llama", tmp_path / "model"), tmp_path / "tiny.bstk", settings=settings)
+    with bstk.open(tmp_path / "tiny.bstk") as file, pytest.raises(UnsupportedModelError, match="no tokenizer"):
+        export_gguf(file, tmp_path / "out.gguf")
+
+
+def test_weights_that_half_precision_does_not_hold():
+    values = np.full((2, 64), 65520, np.float32)
+    for sign in (1, -1):
+        for kind in ("f16", "q8_0", "q4_1"):
+            with pytest.raises(bstk.UsageError, match="beyond 65504"):
+                _encoded("w", sign * values, kind, "file")
+        _encoded("w", sign * values, "bf16", "file")
+        with pytest.raises(bstk.UsageError, match="beyond 65504, which F16"):
+            _encoded("w", sign * values[:, :33], "q8_0", "file")
+
+
+def test_progress_adds_up_to_the_weights(tiny, tmp_path):
+    done = []
+    with bstk.open(tiny) as file:
+        export_gguf(file, tmp_path / "out.gguf", progress=done.append)
+        assert sum(done) == sum(chunk.stored_length for chunk in file.chunks if chunk.is_weight)
 
 
 def test_the_command(tiny, tmp_path):

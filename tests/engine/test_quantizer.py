@@ -81,6 +81,32 @@ def test_a_repository_on_the_hub_gives_the_budget_alone(hub, folder, tiny):
     assert PLACEHOLDER in server.fetched and "tiny.bstk" in server.fetched
 
 
+def test_the_exact_top_is_not_fetched(hub, tmp_path):
+    model = tiny_models.add_tokenizer(tiny_models.save("llama", tmp_path / "model"))
+    settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16, exact=True)
+    path = tmp_path / "tiny.bstk"
+    bstack.compress(model, path, settings=settings)
+    with bstk.open(path) as file:
+        export_packed(file, tmp_path / "packed")
+        wanted, whole = file.model.file_bytes, file.length
+    shutil.copy(path, tmp_path / "packed" / "tiny.bstk")
+    server = hub(tmp_path / "packed")
+    AutoTokenizer.from_pretrained("owner/name")
+    beside = server.sent
+    load("owner/name")
+    assert server.sent - beside < wanted + 2**17 < whole
+
+
+def test_a_folder_of_the_hubs_cache_and_no_network(hub, folder, tmp_path, monkeypatch):
+    hub(folder)
+    load("owner/name", mb=1)
+    (found,) = tmp_path.glob("cache/models--owner--name/snapshots/*")
+    assert bstack.resident(load(found)).blocks
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(bstk.UsageError, match="HF_HUB_OFFLINE is set"):
+        load(found)
+
+
 def test_settings_in_the_configuration(folder, tiny, tmp_path):
     copy, mb = shutil.copytree(folder, tmp_path / "copy"), budgets(tiny)[1]
     config = json.loads((copy / "config.json").read_text())
@@ -130,8 +156,9 @@ def test_one_device():
         if device_map != "auto" or not torch.cuda.is_available():
             quantizer.update_device_map(device_map)
             assert quantizer._device == torch.device("cpu")
-    with pytest.raises(bstk.UsageError, match="one device"):
-        quantizer.update_device_map({"model": "cpu", "lm_head": "disk"})
+    for device_map in ({"model": "cpu", "lm_head": "disk"}, "balanced", "sequential", {"": "disk"}, {"": None}):
+        with pytest.raises(bstk.UsageError, match="one device"):
+            quantizer.update_device_map(device_map)
 
 
 def test_the_command(tiny, tmp_path):

@@ -2,7 +2,7 @@
 
 It answers what huggingface_hub asks for to read files (model info, tree, resolve with ranges), and to upload some with its
 plain transfer (create, validate-yaml, preupload, LFS batch with one PUT for each file, commit). It does not answer Xet, uploads
-in parts, deletions, pull requests, branches, or a second repository.
+in parts, pull requests, branches, or a second repository.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class HubServer:
         self.commits: list[str] = []
         self.fetched: list[str] = []
         self.sent = 0  # bytes of them
+        self.private = False
+        self.asked: list[dict[str, object]] = []  # of repositories to make
+        self.puts: list[int] = []  # bytes of uploads that arrived
+        self.most = 2**60  # bytes of an upload that it takes
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -57,7 +61,12 @@ class HubServer:
                     tree = [{"type": "file", "path": name, "size": sizes[name], "oid": name} for name in files]
                     self.answer_json(tree)
                 elif path.startswith("api/"):
-                    found = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                    found = {
+                        "id": "owner/name",
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": name} for name in files],
+                        "private": hub.private,
+                    }
                     self.answer_json(found | ({"cardData": {"license": licence}} if licence else {}))
                 elif (name := re.sub(f"^owner/name/resolve/({COMMIT}|main)/", "", path)) in files:
                     body = (folder / name).read_bytes()
@@ -79,7 +88,11 @@ class HubServer:
                 self.answer(json.dumps(value).encode(), status, **{"Content-Type": "application/json"})
 
             def do_PUT(self):
-                stored[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(body) > hub.most:
+                    return self.answer(b"", 400)
+                hub.puts.append(len(body))
+                stored[self.path.rpartition("/")[2]] = body
                 self.answer(b"")
 
             def do_POST(self):
@@ -94,6 +107,7 @@ class HubServer:
                 elif token is None or self.headers.get("Authorization") != f"Bearer {token}":
                     self.answer_json({"error": "You may not write here."}, 401)
                 elif path == "/api/repos/create":
+                    hub.asked.append(json.loads(body))
                     self.answer_json({"url": f"{hub.base}/owner/name"}, 409 if any(folder.iterdir()) else 200)
                 elif path == "/api/models/owner/name/preupload/main":
                     modes = [
@@ -107,7 +121,9 @@ class HubServer:
                     self.answer_json({"files": modes})
                 elif path == "/owner/name.git/info/lfs/objects/batch":
                     objects = [
-                        {**wanted, "actions": {"upload": {"href": f"{hub.base}/lfs/{wanted['oid']}"}}}
+                        wanted
+                        if wanted["oid"] in stored
+                        else {**wanted, "actions": {"upload": {"href": f"{hub.base}/lfs/{wanted['oid']}"}}}
                         for wanted in json.loads(body)["objects"]
                     ]
                     self.answer_json({"transfer": "basic", "objects": objects})
@@ -116,6 +132,9 @@ class HubServer:
                         value = line["value"]
                         if line["key"] == "header":
                             hub.commits.append(value["summary"])
+                            continue
+                        if line["key"] == "deletedFile":
+                            (folder / value["path"]).unlink()
                             continue
                         lfs = line["key"] == "lfsFile"
                         content = stored[value["oid"]] if lfs else base64.b64decode(value["content"])

@@ -10,7 +10,7 @@ import tiny_models
 
 import bstack
 import bstk
-from bstack.hub.card import base_model_of, model_card
+from bstack.hub.card import base_model_of, draw_curve, model_card
 from bstack.hub.push import push
 
 pytest.importorskip("matplotlib")
@@ -55,7 +55,6 @@ def test_what_lies_there_afterwards(repository, model, tmp_path):
     card = (repository.folder / "README.md").read_text(encoding="utf-8")
     with bstk.open("hf://owner/name") as file, bstk.open(model) as same:
         assert file.root == same.root and same.root.hex() in card
-        assert card.count(same.root.hex()) == 2
         rows = re.findall(r"^\| [\d.,]+ \| ([\d.]+) \|", card, re.MULTILINE)
         assert rows == [f"{point['bits_per_weight']:.2f}" for point in same.metadata["quality"]]
     for line in re.findall(r"^\$ (bstack .*?)(?:    #.*)?$", card, re.MULTILINE):
@@ -120,12 +119,83 @@ def test_refusals(repository, model, tmp_path, monkeypatch):
     (tmp_path / "damaged.bstk").write_bytes(damaged)
     assert command("damaged.bstk", "owner/name", cwd=tmp_path, HF_TOKEN=TOKEN).returncode == 5
     assert not any(repository.folder.iterdir()) and not (tmp_path / "no").exists()
-    shutil.copy(model, repository.folder / "other.bstk")
+    shutil.copy(model, repository.folder / "OTHER.BSTK")
     done = command(model, "owner/name", cwd=tmp_path, HF_TOKEN=TOKEN)
-    assert done.returncode == 2 and "another .bstk file, other.bstk" in done.stderr
+    assert done.returncode == 2 and "another .bstk file, OTHER.BSTK" in done.stderr
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with bstk.open(model) as file, pytest.raises(bstk.RemoteError, match="owner/name"):
         push(file, "owner/name")
+
+
+def test_private_repositories(repository, model, tmp_path):
+    with_token = {"cwd": tmp_path, "HF_TOKEN": TOKEN}
+    assert command(model, "owner/name", "-q", **with_token).returncode == 0
+    assert not {"private", "visibility"} & repository.asked[-1].keys(), "the owner's default"
+    before = len(repository.commits)
+    done = command(model, "owner/name", "--private", **with_token)
+    assert done.returncode == 2 and "there already, and public" in done.stderr and len(repository.commits) == before
+    repository.private = True
+    assert command(model, "owner/name", "--private", "-q", **with_token).returncode == 0
+    asked = repository.asked[-1]  # of either version of the hub's client
+    assert asked.get("private") is True or asked.get("visibility") == "private"
+
+
+def test_files_of_an_earlier_model_go(repository, model, tmp_path):
+    for name in (
+        "chat_template.jinja",
+        "added_tokens.json",
+        "vocab.txt",
+        "tokenizer.model",
+        "notes.txt",
+        "results.json",
+    ):
+        (repository.folder / name).write_text("{}")
+    (repository.folder / "additional_chat_templates").mkdir()
+    (repository.folder / "additional_chat_templates" / "rag.jinja").write_text("")
+    assert command(model, "owner/name", "-q", cwd=tmp_path, HF_TOKEN=TOKEN).returncode == 0
+    names = {path.relative_to(repository.folder).as_posix() for path in repository.folder.rglob("*") if path.is_file()}
+    report = json.loads(command(model, "owner/name", "--dry-run", "out", "--json", cwd=tmp_path).stdout)
+    assert names == {*report["files"], "notes.txt", "results.json"}
+
+
+def test_an_upload_that_stops_goes_on(repository, model, tmp_path):
+    repository.most = model.stat().st_size - 1
+    done = command(model, "owner/name", cwd=tmp_path, HF_TOKEN=TOKEN)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "owner/name" in done.stderr
+    assert not any(repository.folder.iterdir()), "nothing of a commit that is not whole"
+    repository.most, first = 2**60, list(repository.puts)
+    assert command(model, "owner/name", "-q", cwd=tmp_path, HF_TOKEN=TOKEN).returncode == 0
+    assert sorted(repository.puts) == sorted({*first, model.stat().st_size}), "each file arrives once"
+
+
+def test_the_card_of_an_exact_file(tmp_path):
+    source = tiny_models.save("llama", tmp_path / "model", hidden_size=96, intermediate_size=1000, num_hidden_layers=4)
+    settings = bstack.Settings(samples=2, sequence_length=16, exact=True, tokenizer=False)
+    bstack.compress(source, tmp_path / "tiny.bstk", settings=settings)
+    with bstk.open(tmp_path / "tiny.bstk") as file:
+        card = model_card(file, "x.bstk", "owner/name", None, None)
+        assert f"to {bstk.mb_ceil(file.model.budget)} MB" in card and file.length > file.model.budget
+        assert f"The complete file, {bstk.mb_ceil(file.length)} MB" in card
+        assert "bstack export hf://owner/name original/" in card
+        grown = re.search(r"bstack grow small.bstk --mb (\d+)", card)
+        assert grown and int(grown[1]) <= -(-file.model.budget // 2**20)
+        bstk.truncate(file, tmp_path / "base.bstk", budget=file.base.budget)
+    with bstk.open(tmp_path / "base.bstk") as file:
+        card = model_card(file, "x.bstk", "owner/name", None, None)
+        assert "bstack grow" not in card and "complete file" not in card
+
+
+def test_names_and_digests_are_text_in_code(model):
+    with bstk.open(model) as file:
+        file.metadata["model"] |= {
+            "name": "see https://x.org",
+            "source": {"files": [{"name": "a", "sha256": "``[x](y)"}]},
+        }
+        file.metadata["quality"][0]["kld_se"] = -1.0
+        card = model_card(file, "my `model`.bstk", "owner/name", None, None)
+        assert draw_curve(file)
+    assert "[`` my `model`.bstk ``](./my%20%60model%60.bstk)" in card
+    assert "SHA-256 ``` ``[x](y) ```." in card and "https://x.org" not in card
 
 
 def test_a_file_without_a_curve(model):

@@ -140,6 +140,25 @@ def test_blocks_of_zeros_and_infinite_scales():
             assert np.array_equal(restore(stack, b"".join(encode(stack, bits, "bf16")), "bf16"), bits)
 
 
+@pytest.mark.parametrize("use_native", [True, False])
+def test_a_prediction_that_is_no_number_has_no_sign(use_native, monkeypatch):
+    """Infinity minus infinity is a NaN of another sign on another processor."""
+    if not use_native:
+        monkeypatch.setattr(exact, "library", lambda: None)
+    rng = np.random.default_rng(5)
+    bits = original(rng.standard_normal((9, 40)).astype(np.float32), "bf16", 2)
+    stack = Matrix.of(9, 40, [(TRELLIS5, 2, bytes(13 * 10) + np.ones(9, "<f2").tobytes())])
+    made = []
+    for nan in (0x7FC00000, 0xFFC00000, 0x7F800001):
+        predicted = np.full((9, 40), nan, np.uint32)
+        predicted[::2] = np.float32(0.5).view(np.uint32)
+        monkeypatch.setattr(exact, "predict", lambda _, p=predicted: p.view(np.float32))
+        monkeypatch.setattr(exact, "lookup", lambda _, rows, p=predicted: p[rows].view(np.float32))
+        made.append(b"".join(encode(stack, bits, "bf16")))
+        assert np.array_equal(restore(stack, made[0], "bf16"), bits)
+    assert made[0] == made[1] == made[2]
+
+
 def test_all_halves_widen_and_narrow():
     halves = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
     for dtype in ("f16", "bf16"):

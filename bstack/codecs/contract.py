@@ -35,8 +35,7 @@ class Block:
     rank : int
         The rank field of the chunk.
     errors_before, row_errors : torch.Tensor
-        Squared output error before and after this block, per output row, float32, shape (outputs,), by the codec's estimate of
-        the hessian.
+        Squared output error before and after this block, per output row, float32, shape (outputs,).
     """
 
     payload: bytes

@@ -36,7 +36,7 @@ from bstack.kernels.native import library
 from bstack.kernels.reference import EARLIER5, TABLE5, places
 from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
 from bstack.numerics.groups import to_half
-from bstack.numerics.hessian import shrinkage
+from bstack.numerics.hessian import output_errors, shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 
 __all__ = ["TrellisCodec", "encode_columns"]
@@ -53,6 +53,8 @@ COLUMNS_TOGETHER = 64
 COLUMNS_MULTIPLIED = 1024
 # Of the damping: a square of the form below it is rounding.
 MIN_FORM = 1e-6
+# Fraction of the sample in the better hessian, below which the sample's errors are multiplied out.
+LEAST_KEPT = 0.02
 ROWS_TOGETHER = 256
 
 
@@ -86,6 +88,14 @@ class TrellisCodec(Codec):
         spectrum = spectrum_sample(_damped(rotated, keep, ridge))
         importance = _bounded(importance)
         residual = rotate(weight)
+
+        def sample_errors(form: _Form, product: torch.Tensor) -> torch.Tensor:
+            """Return r H r for each row of the residual, H the sample's hessian: the order of blocks is better with it."""
+            if keep < LEAST_KEPT:
+                return output_errors(residual, rotated)
+            better = form.square(product, residual)
+            return ((better - ridge * _row_sums(residual, residual)) / keep).clamp_min(0).float()
+
         form: _Form | None = None
         form_later: float | None = None
         errors: torch.Tensor | None = None
@@ -96,7 +106,7 @@ class TrellisCodec(Codec):
                 form = _Form.of(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
                 product = form.product(residual)
             form = cast(_Form, form)
-            before = form.errors(product, residual) if errors is None else errors
+            before = sample_errors(form, product) if errors is None else errors
             headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
             codes, values_product = _encode(product, form.factor, scale, importance)
@@ -105,7 +115,7 @@ class TrellisCodec(Codec):
             residual -= values.mul_(scale.float()[:, None])
             product -= values_product.mul_(scale.float())
             del values, values_product
-            errors = form.errors(product, residual)
+            errors = sample_errors(form, product)
             yield Block(_pack(codes, scale), bstk.TRELLIS5, BITS, before, errors)
 
     @staticmethod
@@ -146,9 +156,9 @@ class _Form:
             torch.mm(self.factor[:stop, start:stop].t(), rows[:, :stop].t(), out=found[start:stop])
         return found
 
-    def errors(self, product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the form of each row with itself, float32, shape (outputs,); never negative."""
-        return self._of_each(product, product, rows, rows).clamp_min(0).float()
+    def square(self, product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the form of each row with itself, float64, shape (outputs,)."""
+        return self._of_each(product, product, rows, rows)
 
     def refit(
         self, values_product: torch.Tensor, product: torch.Tensor, values: torch.Tensor, residual: torch.Tensor

@@ -236,7 +236,8 @@ def _tokenizer(skeleton: Skeleton, files: Mapping[str, bytes], work: WorkDirecto
 def _sensitivity(
     skeleton: Skeleton, windows: torch.Tensor, seed: int, work: WorkDirectory, progress: Progress
 ) -> Sensitivity:
-    count = max(1, min(windows.shape[0], SENSITIVITY_TOKENS // windows.shape[1]))
+    # Half of the windows: weights gather on few tokens, and a hessian of weighted tokens alone says too little.
+    count = max(1, min(windows.shape[0] // 2, SENSITIVITY_TOKENS // windows.shape[1]))
     together = max(1, 1024 // windows.shape[1])
 
     def compute() -> dict[str, torch.Tensor]:

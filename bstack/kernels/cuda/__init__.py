@@ -71,8 +71,9 @@ class Kernels:
             Where y goes, float32, shape (t, m), the last axis contiguous.
         """
         tokens, used, add = x.shape[0], {*matrix.kind[: matrix.count]}, 0
-        if not used:
+        if not used or not tokens:
             out.zero_()
+            return
         for kinds, inputs, name, rows in ((ROTATED, rotated, "rotated", 8), (PLAIN, x, "plain", 16)):
             if used.isdisjoint(kinds):
                 continue

@@ -1,7 +1,7 @@
 /* Gives the words of CUDA that bstack's kernels use a meaning in C++, so that they run on a CPU.
  *
- * Thread blocks run one after the other, in one thread of the system; their threads are contexts that take turns. A thread runs
- * until it waits for its block or its warp. Shared memory is filled with NaN before each block. Reads through __ldg and __ldcs
+ * Thread blocks run one after the other, in one thread of the system; their threads are contexts that take turns. A warp runs
+ * as far as it can before another does, so that a missing barrier has its worst effect. Shared memory is filled with NaN before each block. Reads through __ldg and __ldcs
  * must be aligned and must not touch a fence, which tests put around arrays.
  */
 #include <cstddef>
@@ -61,17 +61,25 @@ static void run_thread() {
     threads[current].state = ENDED;
 }
 
-/* Let threads that wait for each other go on, if all of them do; returns whether any may. */
-static bool release() {
-    bool any = false, block = true;
-    for (const Thread &thread : threads) block = block && (thread.state == AT_BLOCK || thread.state == ENDED);
-    for (size_t first = 0; first < threads.size(); first += 32) {
-        bool warp = true;
-        for (size_t i = first; i < first + 32; i++) warp = warp && threads[i].state == AT_WARP;
-        for (size_t i = first; i < first + 32; i++)
-            if (warp || (block && threads[i].state == AT_BLOCK)) threads[i].state = RUNS, any = true;
+/* Run the threads of a warp until all of them wait for the block or have ended, or never will. */
+static void run_warp(unsigned first) {
+    for (;;) {
+        for (unsigned i = 0; i < 32; i++) {
+            current = threadIdx.x = first + (backwards ? 31 - i : i);
+            if (threads[current].state == RUNS) swapcontext(&scheduler, &threads[current].context);
+        }
+        for (unsigned i = first; i < first + 32; i++)
+            if (threads[i].state != AT_WARP) return;
+        for (unsigned i = first; i < first + 32; i++) threads[i].state = RUNS;
     }
-    return any;
+}
+
+/* Let the threads go on if all of them wait for the block. */
+static bool release() {
+    for (const Thread &thread : threads)
+        if (thread.state != AT_BLOCK) return false;
+    for (Thread &thread : threads) thread.state = RUNS;
+    return true;
 }
 
 static void run_block() {
@@ -85,12 +93,9 @@ static void run_block() {
         thread.state = RUNS, thread.shuffles = 0;
         makecontext(&thread.context, run_thread, 0);
     }
+    const unsigned size = threads.size();
     do
-        for (size_t i = 0; i < threads.size(); i++) {
-            current = backwards ? threads.size() - 1 - i : i;
-            threadIdx.x = current;
-            if (threads[current].state == RUNS) swapcontext(&scheduler, &threads[current].context);
-        }
+        for (unsigned first = 0; first < size; first += 32) run_warp(backwards ? size - 32 - first : first);
     while (release());
     for (const Thread &thread : threads)
         if (thread.state != ENDED) fault = "threads of a block wait for others that never come";

@@ -130,9 +130,13 @@ template <typename... A, size_t... I> void call(void (*kernel)(A...), void **giv
 template <auto KERNEL> void unpack(void **given) {
     [&]<typename... A>(void (*kernel)(A...)) { call(kernel, given, std::index_sequence_for<A...>{}); }(KERNEL);
 }
+template <auto KERNEL> std::vector<size_t> sizes_of() {
+    return []<typename... A>(void (*)(A...)) { return std::vector<size_t>{sizeof(A)...}; }(KERNEL);
+}
 struct Kernel {
     const char *name;
     void (*body)(void **);
+    std::vector<size_t> sizes; /* of its arguments */
 };
 } // namespace cpu
 
@@ -179,12 +183,14 @@ void fence(const void *at, size_t length) { cpu::fences.push_back({(size_t)at, (
 void remove_fences() { cpu::fences.clear(); }
 const char *last_fault() { return cpu::fault.c_str(); }
 }
-/* `KERNELS(K)` lists the kernels, K(name) each. Returns 1 for an unknown name. */
+/* `KERNELS(K)` lists the kernels, K(name) each. `launch` returns 1 for an unknown name or arguments of other sizes. */
 #define EXPORT_KERNELS(KERNELS)                                                                                            \
     static const cpu::Kernel kernels[] = {KERNELS(CPU_KERNEL)};                                                            \
-    extern "C" int launch(const char *name, unsigned x, unsigned y, unsigned size, void **given, int backwards) {          \
+    extern "C" int launch(const char *name, unsigned x, unsigned y, unsigned size, void **given, const size_t *sizes,      \
+                          size_t count, int backwards) {                                                                   \
         for (const cpu::Kernel &kernel : kernels)                                                                          \
             if (!strcmp(kernel.name, name)) {                                                                              \
+                if (kernel.sizes != std::vector<size_t>(sizes, sizes + count)) return 1;                                   \
                 cpu::fault.clear(), cpu::body = kernel.body, cpu::arguments = given, cpu::backwards = backwards;           \
                 cpu::threads.resize(size), blockDim = {size, 1, 1}, gridDim = {x, y, 1};                                   \
                 for (unsigned b = 0; b < x * y; b++) blockIdx = {b % x, b / x, 0}, cpu::run_block();                       \
@@ -192,4 +198,4 @@ const char *last_fault() { return cpu::fault.c_str(); }
             }                                                                                                              \
         return 1;                                                                                                          \
     }
-#define CPU_KERNEL(NAME) {#NAME, cpu::unpack<NAME>},
+#define CPU_KERNEL(NAME) {#NAME, cpu::unpack<NAME>, cpu::sizes_of<NAME>()},

@@ -50,8 +50,10 @@ class Launcher:
     def __call__(self, name, grid, *arguments):
         values = [ctypes.c_longlong(value) if isinstance(value, int) else value for value in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        sizes = (ctypes.c_size_t * len(values))(*map(ctypes.sizeof, values))
         self.launched.add(name)
-        assert self.library.launch(name.encode(), *grid, THREADS, addresses, int(self.backwards)) == 0, name
+        given = addresses, sizes, ctypes.c_size_t(len(values))
+        assert self.library.launch(name.encode(), *grid, THREADS, *given, int(self.backwards)) == 0, name
         if fault := self.library.last_fault().decode():
             raise AssertionError(f"{name}: {fault}")
 

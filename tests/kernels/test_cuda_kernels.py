@@ -68,6 +68,7 @@ def test_more_than_a_thread_block_takes_at_once(launcher):
         (FORMS[7], 300, 700, 8),
         (FORMS[0], 20, 4200, 1),
         (SIGN, 140, 70, 2),
+        (KINDS[4], 300, 50, 1),
     ):
         kind = (SIGN, 3) if kind == SIGN else kind
         assert not difference(launcher, rows, columns, [kind], tokens, 0), (kind, rows, columns)

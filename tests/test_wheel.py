@@ -22,7 +22,7 @@ pytestmark = [
 
 
 # Imported only where their package is installed.
-NEEDS_AN_EXTRA = {"bstack.kernels.device", "bstack.serve.app", "bstack.serve.metrics"}
+NEEDS_AN_EXTRA = {"bstack.kernels.cuda.driver", "bstack.kernels.device", "bstack.serve.app", "bstack.serve.metrics"}
 
 
 def packages() -> dict[str, Path]:
@@ -58,7 +58,7 @@ def test_every_module_is_in_it_and_nothing_else(wheel):
         names = set(archive.namelist())
     expected = set()
     for package, folder in packages().items():
-        shipped = [file for pattern in ("*.py", "py.typed", "*.html") for file in folder.glob(pattern)]
+        shipped = [file for pattern in ("*.py", "py.typed", "*.html", "*.cu") for file in folder.glob(pattern)]
         expected |= {f"{package.replace('.', '/')}/{file.name}" for file in shipped}
     assert len(expected) > 40 and expected <= names, sorted(expected - names)
     others = {name for name in names - expected if ".dist-info/" not in name}

@@ -61,7 +61,7 @@ def load(
     dtype : torch.dtype or str
         Of activations, and of dense weights.
     device : str or torch.device
-        ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with triton.
+        ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with the extra ``cuda`` or ``gpu``.
     fused : bool
         Let packed models of the Llama family decode a token in one call of the C kernels. Modules that are changed or
         hooked after loading do not count then; give False to change them.

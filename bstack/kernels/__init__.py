@@ -1,1 +1,1 @@
-"""Arithmetic on packed matrices: a plain numpy reference, and C or Triton kernels where they are available."""
+"""Arithmetic on packed matrices: a plain numpy reference, and kernels in C, CUDA or Triton where they are available."""

@@ -1,8 +1,6 @@
 """Products with packed matrices on a GPU, in Triton. Import it only where triton is installed.
 
-A matrix is a row of a table in device memory: the number of its blocks, then address and form of each. Kernels read the
-table when they run, so adding or removing blocks needs no compilation and no new launch parameters. Blocks may lie at any
-address, so they are read byte by byte.
+Matrices are those of bstack.kernels.table. Blocks are read byte by byte, because their rows begin at any address.
 
 These kernels compute in single precision where the CPU kernels use integers: results agree to rounding, not to the bit.
 """
@@ -15,15 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from bstack.kernels.matrix import BLOCKS, OUTLIERS, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, check_put
-from bstack.kernels.reference import TABLE, TABLE5
+from bstack.kernels.matrix import OUTLIERS, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5
+from bstack.kernels.table import DeviceMatrix
 
-__all__ = ["DeviceMatrix", "MatrixTable", "decode", "multiply"]
+__all__ = ["decode", "multiply"]
 
 # Rows of a program, and the columns or packed bytes that it takes at a time.
 ROWS, BYTES = 16, 64
-# A row of the table holds the count, and for each block its address and its form (kind * 256 + rank).
-FIELDS = 1 + 2 * BLOCKS
 _TRELLIS: tl.constexpr = tl.constexpr(TRELLIS)
 _TRELLIS5: tl.constexpr = tl.constexpr(TRELLIS5)
 _SIGN: tl.constexpr = tl.constexpr(SIGN)
@@ -34,40 +30,6 @@ _STATISTICS: tl.constexpr = tl.constexpr(20)
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _BYTES: tl.constexpr = tl.constexpr(BYTES)
 _SUBTILES: tl.constexpr = tl.constexpr(BYTES // 16)
-
-
-class MatrixTable:
-    """A table with a row for each of `matrices` matrices, in device memory."""
-
-    def __init__(self, matrices: int, device: torch.device):
-        self.rows = torch.zeros(matrices, FIELDS, dtype=torch.int64, device=device)
-        self.values = torch.tensor(TABLE + TABLE5, dtype=torch.float32, device=device)
-
-
-class DeviceMatrix:
-    """A `bstack.kernels.matrix.Matrix` whose blocks lie in device memory, described by row `place` of a table."""
-
-    def __init__(self, rows: int, columns: int, table: MatrixTable, place: int):
-        self.rows, self.columns, self.table = rows, columns, table
-        self.entry = table.rows[place]
-        self.kind, self.rank = [0] * BLOCKS, [0] * BLOCKS
-        self._count = 0
-
-    @property
-    def count(self) -> int:
-        """Return the number of blocks in use."""
-        return self._count
-
-    @count.setter
-    def count(self, count: int) -> None:
-        self.entry[0] = count
-        self._count = count
-
-    def put(self, level: int, kind: int, rank: int, address: int, *, checked: bool = False) -> None:
-        """Set where the block of a level lies, as `Matrix.put` does."""
-        check_put(self.rows, self.columns, level, kind, rank, checked)
-        self.entry[1 + 2 * level : 3 + 2 * level] = torch.tensor([address, 256 * kind + rank])
-        self.kind[level], self.rank[level] = kind, rank
 
 
 def multiply(matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:

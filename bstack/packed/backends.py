@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
 from bstack.errors import one_line
+from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
+from bstack.kernels.table import DeviceMatrix, MatrixTable
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.lock import PriorityLock
@@ -36,17 +41,20 @@ class CpuBackend:
 
 
 class CudaBackend:
-    """Makes them on a GPU, or under triton's interpreter on any device of torch."""
+    """Makes them on a GPU, or on any device of torch where its kernels run on the CPU.
 
-    def __init__(self, device: torch.device, matrices: int):
+    `kernels` are those of the device: `bstack.kernels.cuda.Kernels`, or the module `bstack.kernels.device`.
+    """
+
+    def __init__(self, device: torch.device, matrices: int, kernels: Any):
         self.device = device
-        self._kernels = _device_kernels()
-        self._table = self._kernels.MatrixTable(matrices, device)
+        self._kernels = kernels
+        self._table = MatrixTable(matrices, device)
         self._made = 0
 
     def matrix(self, rows: int, columns: int) -> Any:
         self._made += 1
-        return self._kernels.DeviceMatrix(rows, columns, self._table, self._made - 1)
+        return DeviceMatrix(rows, columns, self._table, self._made - 1)
 
     def packed(self, parts: Sequence[Any], lock: PriorityLock) -> Packed:
         return DeviceBlocks(parts, lock, self._kernels)
@@ -74,24 +82,36 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
         torch.empty(0, device=found)
     except Exception as error:  # of many classes, for a device that this torch was not built for
         raise UsageError(f"torch cannot use {found} here: {one_line(error)}") from None
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
-        _device_kernels()
+        _device_kernels(found.index)
     return found
 
 
 def backend_of(device: torch.device, matrices: int) -> Backend:
     """Return the backend for that many packed matrices on a device from `device_of`."""
-    return CpuBackend() if device.type == "cpu" else CudaBackend(device, matrices)
+    return CpuBackend() if device.type == "cpu" else CudaBackend(device, matrices, _device_kernels(device.index))
 
 
-def _device_kernels() -> Any:
+@cache
+def _device_kernels(index: int) -> Any:
+    """Return the kernels of a GPU: in CUDA where NVIDIA's packages are installed, otherwise in Triton."""
+    if torch.version.hip is None and importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core"):
+        try:
+            driver = importlib.import_module("bstack.kernels.cuda.driver")
+        except ImportError as error:
+            raise BstkError(
+                f"the package cuda-core cannot be imported: {one_line(error)}", hint="Run pip install 'bstack[cuda]'"
+            ) from None
+        return driver.load(index, cache_folder("cuda"))
     try:
-        from bstack.kernels import device
+        return importlib.import_module("bstack.kernels.device")
     except ImportError:
         raise BstkError(
-            "packed weights on a GPU need the package triton.", hint="Install it: pip install 'bstack[gpu]'"
+            "packed weights on a GPU need kernels in CUDA or in Triton, and the packages of neither are installed.",
+            hint="Install those for NVIDIA's GPUs: pip install 'bstack[cuda]'",
         ) from None
-    return device
 
 
 class DeviceMemory:
@@ -118,24 +138,25 @@ class DeviceMemory:
 
 
 class DeviceBlocks(Parts):
-    """Parts of `bstack.kernels.device.DeviceMatrix`; `kernels` is that module."""
+    """Parts in a device's memory, and the device's kernels."""
 
-    def __init__(self, parts: Sequence[Any], lock: PriorityLock, kernels: Any):
+    def __init__(self, parts: Sequence[DeviceMatrix], lock: PriorityLock, kernels: Any):
         super().__init__(parts, lock)
         self._kernels = kernels
+        self._rotate = getattr(kernels, "rotate", None) or _rotate_by_products
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, self.columns)
         if flat.shape[0] <= FEW:
             y = torch.empty(flat.shape[0], self.rows, device=x.device)
             plain = flat.float().contiguous()
-            rotated = rotate(plain).contiguous()
+            rotated = self._rotate(plain, torch.float32)
             for part, start in zip(self.parts, self.starts, strict=True):
                 with self.lock.acquire():
                     self._kernels.multiply(part, plain, rotated, y[:, start : start + part.rows])
         else:
             y = x.new_empty(flat.shape[0], self.rows)
-            rotated = rotate(flat.float()).to(x.dtype)
+            rotated = self._rotate(flat, x.dtype)
             for part, start in zip(self.parts, self.starts, strict=True):
                 with self.lock.acquire():
                     self._decode_and_multiply(part, flat, rotated, y[:, start : start + part.rows])
@@ -154,3 +175,8 @@ class DeviceBlocks(Parts):
         index = index.to(part.entry.device)
         rotated, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in (ROTATED, PLAIN))
         return unrotate(rotated) + plain
+
+
+def _rotate_by_products(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rotate rows with torch: the kernels in Triton cannot."""
+    return rotate(x.float()).to(dtype).contiguous()

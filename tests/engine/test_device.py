@@ -1,5 +1,10 @@
-"""Packed weights on a GPU, or under triton's interpreter, which is too slow for a whole model."""
+"""Packed weights on a GPU, or with its kernels run on the CPU, which is too slow for a whole model."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import cuda_on_cpu
 import pytest
 import torch
 from torch.nn import functional
@@ -8,6 +13,8 @@ import bstack
 import bstk
 from bstack.codecs.spqr import SpqrCodec
 from bstack.codecs.trellis import TrellisCodec
+from bstack.folders import cache_folder
+from bstack.packed import backends
 from bstack.packed.backends import CudaBackend, device_of
 from bstack.packed.lock import PriorityLock
 from bstack.packed.weight import PackedWeight
@@ -15,17 +22,30 @@ from bstack.packed.weight import PackedWeight
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request):
+    """Those in CUDA on a card, or compiled for the CPU; those in Triton on a card, or interpreted."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        return importlib.import_module("bstack.kernels.device")
+    if DEVICE.type == "cuda":
+        pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+        return importlib.import_module("bstack.kernels.cuda.driver").load(0, cache_folder("cuda"))
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("there is no g++")
+    return cuda_on_cpu.launcher().kernels
+
+
 @pytest.mark.parametrize(
     "codec",
     [TrellisCodec(2), SpqrCodec(3, outliers=0.05, planes=1), SpqrCodec(3, outliers=0, planes=1)],
     ids=["trellis", "spqr", "spqr, no outliers"],
 )
-def test_a_parameter(codec):
+def test_a_parameter(codec, kernels):
     """Blocks in the device's arena, products of few and many tokens, an embedding, a shallower stack."""
-    pytest.importorskip("triton", "3.6")
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     blocks = list(codec.encode(weight, torch.eye(32) * 100, 100, torch.ones(20)))
-    backend = CudaBackend(DEVICE, 1)
+    backend = CudaBackend(DEVICE, 1, kernels)
     matrix, arena = backend.matrix(20, 32), backend.arena()
     for level, block in enumerate(blocks):
         allocation = arena.reserve(len(block.payload))
@@ -47,10 +67,9 @@ def test_a_parameter(codec):
     assert not arena._slabs
 
 
-def test_a_parameter_in_parts():
+def test_a_parameter_in_parts(kernels):
     """As an embedding or a head: products and rows of both parts, and the dense weights."""
-    pytest.importorskip("triton", "3.6")
-    codec, backend = TrellisCodec(1), CudaBackend(DEVICE, 2)
+    codec, backend = TrellisCodec(1), CudaBackend(DEVICE, 2, kernels)
     arena, matrices, dense = backend.arena(), [], []
     for rows in (12, 7):
         weight = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
@@ -89,3 +108,24 @@ def test_devices_that_are_not(device, words):
 def test_a_device_is_looked_at_before_the_file_is(device, words, mode, tmp_path):
     with pytest.raises(bstk.UsageError, match=words):
         bstack.load(tmp_path / "none.bstk", device=device, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("packages", "words"),
+    [([], "the packages of neither are installed"), (["cuda", "cuda.core"], "cuda-core cannot be imported")],
+)
+def test_packages_that_are_not(packages, words, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    for module in ("bstack.kernels.device", "bstack.kernels.cuda.driver"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(bstk.BstkError, match=rf"{words}.* 'bstack\[cuda\]'"):
+        backends._device_kernels.__wrapped__(0)
+
+
+def test_cuda_is_taken_before_triton(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    fake = SimpleNamespace(load=lambda index, cache: loaded.append((index, cache.name)) or "kernels")
+    monkeypatch.setitem(sys.modules, "bstack.kernels.cuda.driver", fake)
+    assert backends._device_kernels.__wrapped__(1) == "kernels"
+    assert loaded == [(1, "cuda")]

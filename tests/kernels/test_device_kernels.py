@@ -15,6 +15,7 @@ from bstack.kernels import device, reference
 from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
+from bstack.kernels.table import DeviceMatrix, MatrixTable
 
 
 def pair(rows, columns, kinds, seed):
@@ -25,9 +26,9 @@ def pair(rows, columns, kinds, seed):
         rank = min(rank, rows, columns) if kind == SIGN else rank
         count = int(rows * columns * random.choice([0, 0.05, 1]))
         payloads.append((kind, rank, random_payload(random, rows, columns, kind, rank, count)))
-    table = device.MatrixTable(3, torch.device(DEVICE))
-    matrix = device.DeviceMatrix(rows, columns, table, 1)
-    offset = seed % 3
+    table = MatrixTable(3, torch.device(DEVICE))
+    matrix = DeviceMatrix(rows, columns, table, 1)
+    offset = seed % 3 * 4
     # The matrix knows addresses alone: what is there must live as long.
     matrix.tensors = [
         torch.frombuffer(bytearray(offset) + payload, dtype=torch.uint8).to(DEVICE) for _, _, payload in payloads
@@ -87,3 +88,5 @@ def test_levels_that_are_not():
     for level, kind, rank in ((16, TRELLIS, 2), (-1, TRELLIS, 2), (0, 9, 2), (0, SIGN, 17)):
         with pytest.raises(ValueError):
             matrix.put(level, kind, rank, 0)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        matrix.put(0, TRELLIS, 2, 6)

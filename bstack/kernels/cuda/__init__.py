@@ -1,0 +1,160 @@
+"""Products with packed matrices on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
+
+The sources are package data, because NVRTC compiles them at first use, for the card at hand (`bstack.kernels.cuda.driver`).
+They use few words of CUDA, which tests/helpers/cuda_on_cpu.h gives a meaning in C++: the same sources and the code here are
+tested on a CPU.
+
+Sums are made in single precision where the CPU's kernels use integers: results agree to rounding, not to the bit. Rotations to
+float32 have the CPU's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from ctypes import c_float, c_int
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bstack.kernels.matrix import PLAIN, ROTATED
+from bstack.kernels.table import DeviceMatrix
+
+__all__ = ["KERNELS", "THREADS", "Kernels", "source"]
+
+SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu")
+KERNELS = (
+    *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
+    *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
+)
+# Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
+THREADS, CHUNK = 128, 8192
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Thread blocks of a launch, for each multiprocessor: each fills its table once and then takes strip after strip of rows.
+RESIDENT = 8
+
+
+def source() -> str:
+    """Return the kernels as one program."""
+    folder = Path(__file__).parent
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+
+
+class Kernels:
+    """The kernels of one device.
+
+    Parameters
+    ----------
+    launch : callable
+        Called with the name of a kernel, a grid of thread blocks (x, y), and arguments: an int has 64 bits, others are of
+        ctypes. It runs the kernel on the current stream.
+    multiprocessors : int
+        Of the device.
+    """
+
+    def __init__(self, launch: Callable[..., None], multiprocessors: int):
+        self._launch = launch
+        self._blocks = multiprocessors * RESIDENT
+
+    def multiply(self, matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
+        """Compute y = x W^T for few tokens, without building W.
+
+        y differs from the product in real numbers by at most ``1e-5 * sum_j |x_j| |W_ij|``, for up to some thousand
+        columns, summed over the blocks of W (rotated, for kinds ROTATED).
+
+        Parameters
+        ----------
+        matrix : DeviceMatrix
+        x, rotated : torch.Tensor
+            Inputs and rotated inputs, float32, contiguous, shape (t, n); fast for t of 1 to 8.
+        out : torch.Tensor
+            Where y goes, float32, shape (t, m), the last axis contiguous.
+        """
+        tokens, used, add = x.shape[0], {*matrix.kind[: matrix.count]}, 0
+        if not used or not tokens:
+            out.zero_()
+            return
+        for kinds, inputs, name, rows in ((ROTATED, rotated, "rotated", 8), (PLAIN, x, "plain", 16)):
+            if used.isdisjoint(kinds):
+                continue
+            together = next((size for size in (1, 2, 4) if tokens <= size), 8)
+            suffix = str(together)
+            if kinds is ROTATED:
+                if matrix.columns % 16 or inputs.data_ptr() % 16:
+                    together, suffix = 1, "any"
+                rows = 4 if together == 8 else 8
+            grid = min(-(-matrix.rows // rows), self._blocks), -(-tokens // together)
+            addresses = matrix.entry.data_ptr(), matrix.table.values.data_ptr(), inputs.data_ptr(), out.data_ptr()
+            sizes = c_int(matrix.rows), c_int(matrix.columns), c_int(tokens)
+            self._launch(f"multiply_{name}_{suffix}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+            add = 1
+
+    def decode(
+        self, matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Add up rows of a matrix's blocks of some kinds; see `bstack.kernels.multiply.decode_rows`.
+
+        Parameters
+        ----------
+        matrix : DeviceMatrix
+        kinds : collection of int
+            ROTATED (of the matrix that multiplies rotated inputs), or PLAIN.
+        index : torch.Tensor
+            Which rows, int64, contiguous, shape (k,).
+        dtype : torch.dtype
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (k, n).
+        """
+        rotated, wanted = not {*ROTATED}.isdisjoint(kinds), index.numel()
+        direct = dtype if rotated and dtype in TYPES else torch.float32
+        out = torch.empty(wanted, matrix.columns, dtype=direct, device=index.device)
+        sizes = c_int(wanted), c_int(matrix.rows), c_int(matrix.columns)
+        if not wanted:
+            return out.to(dtype)
+        if rotated:
+            name = "decode_rotated_any" if matrix.columns % 16 else "decode_rotated_words"
+            words = wanted * -(-matrix.columns // 16)
+            grid = min(-(-words // THREADS), self._blocks), 1
+            values = matrix.table.values.data_ptr()
+            self._launch(
+                name,
+                grid,
+                matrix.entry.data_ptr(),
+                values,
+                index.data_ptr(),
+                out.data_ptr(),
+                *sizes,
+                c_int(TYPES[direct]),
+            )
+        else:
+            grid = min(wanted, self._blocks), 1
+            self._launch("decode_plain", grid, matrix.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
+        return out.to(dtype)
+
+    def rotate(self, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, undo: bool = False) -> torch.Tensor:
+        """Rotate rows x, (t, n), as `bstack.numerics.rotation.rotate`, or undo it; the result is of a given type."""
+        given = x if x.dtype in TYPES else x.float()
+        given = given.contiguous()
+        tokens, columns = given.shape
+        bits = (columns & -columns).bit_length() - 1
+        inside = min(bits, CHUNK.bit_length() - 1)
+        direct = dtype if inside == bits and dtype in TYPES else torch.float32
+        out = torch.empty(given.shape, dtype=direct, device=given.device)
+        if not tokens:
+            return out.to(dtype)
+
+        def last(step: int) -> tuple[Any, Any]:
+            return c_float((1 << bits) ** -0.5 if step == bits else 1.0), c_int(undo and step == bits)
+
+        scale, after = last(inside)
+        arguments = given.data_ptr(), c_int(TYPES[given.dtype]), out.data_ptr(), c_int(TYPES[direct])
+        grid = tokens, -(-columns // CHUNK)
+        self._launch("rotate", grid, *arguments, c_int(columns), c_int(inside), scale, c_int(not undo), after)
+        for step in range(inside, bits):
+            scale, after = last(step + 1)
+            grid = tokens, -(-columns // (2 * THREADS))
+            self._launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
+        return out.to(dtype)

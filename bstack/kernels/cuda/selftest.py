@@ -1,0 +1,88 @@
+"""Tests the CUDA kernels before their first use on a device: each must agree with the reference on small inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from bstack.kernels import reference
+from bstack.kernels.cuda import CHUNK, Kernels
+from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
+from bstack.kernels.selftest import BLOCKS, ROWS, random_payload
+from bstack.kernels.table import DeviceMatrix, MatrixTable
+
+__all__ = ["difference", "failure", "rotations_agree"]
+
+Place = Callable[[np.ndarray], torch.Tensor]
+# Relative to the sum of absolute products, or to the largest weight.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def failure(kernels: Kernels, device: torch.device) -> str:
+    """Return which result of the kernels is wrong, in a few words; an empty string if none is."""
+    rng = np.random.default_rng(0)
+
+    def place(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.copy()).to(device)
+
+    for columns in (320, 299):  # whole words in a row of codes, and not
+        for name, forms in BLOCKS.items():
+            for tokens in (1, 2, 3, 8):
+                blocks = [(kind, rank, random_payload(rng, ROWS, columns, kind, rank, columns)) for kind, rank in forms]
+                x = rng.standard_normal((tokens, columns)).astype(np.float32)
+                if wrong := difference(kernels, Matrix.of(ROWS, columns, blocks), x, place):
+                    return f"{wrong} with {name} blocks"
+    for columns in (640, 3 * 2 * CHUNK):
+        if not rotations_agree(kernels, rng.standard_normal((2, columns)).astype(np.float32), place):
+            return "a rotation"
+    return ""
+
+
+def rotations_agree(kernels: Kernels, x: np.ndarray, place: Place) -> bool:
+    """Return whether rows x, float32, are rotated and rotated back to the reference's bits; `place` puts arrays on the device."""
+    found = kernels.rotate(place(x)), kernels.rotate(place(x), undo=True)
+    expected = reference.rotate(x), reference.unrotate(x)
+    return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
+
+
+def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place) -> str:
+    """Return which result for a matrix differs from the reference's, decoded rows or a product; an empty string if none does.
+
+    Parameters
+    ----------
+    kernels : Kernels
+    expected : Matrix
+        In the CPU's memory.
+    x : np.ndarray
+        Inputs, float32, shape (t, n).
+    place : callable
+        Puts an array on the device.
+    """
+    levels, rotated = range(expected.count), reference.rotate(x)
+    payloads: Sequence[torch.Tensor] = [place(expected.payload(level)) for level in levels]
+    device = place(x[:0]).device
+    table = MatrixTable(2, device)
+    matrix = DeviceMatrix(expected.rows, expected.columns, table, 1)
+    for level, payload in zip(levels, payloads, strict=True):
+        matrix.put(level, expected.kind[level], expected.rank[level], payload.data_ptr(), checked=True)
+    matrix.count = expected.count
+    rows = [matrix.rows - 1, *range(matrix.rows)]
+    product, size = np.zeros((2, len(x), matrix.rows))
+    for kinds, inputs in ((ROTATED, rotated), (PLAIN, x)):
+        weights = reference.decode_rows(expected, kinds, 0, matrix.rows)
+        for dtype, tolerance in TOLERANCE.items():
+            decoded = kernels.decode(matrix, kinds, torch.tensor(rows, device=device), dtype)
+            if decoded.dtype != dtype or not _near(decoded, weights[rows], tolerance * np.abs(weights).max()):
+                return f"decoded rows ({dtype})"
+        product += inputs.astype(np.float64) @ weights.T
+        size += np.abs(inputs).astype(np.float64) @ np.abs(weights.T)
+    out = torch.full((len(x), matrix.rows + 2), torch.nan, device=device)
+    kernels.multiply(matrix, place(x), place(rotated), out[:, 1:-1])
+    right = _near(out[:, 1:-1], product, TOLERANCE[torch.float32] * size) and out[:, [0, -1]].isnan().all()
+    return "" if right else f"a product for {len(x)} tokens"
+
+
+def _near(found: torch.Tensor, expected: np.ndarray, most: np.ndarray | float) -> bool:
+    return bool((np.abs(found.float().cpu().numpy() - expected) <= most).all())  # False for NaN

@@ -1,0 +1,132 @@
+"""The CUDA kernels, compiled for the CPU by tests/helpers/cuda_on_cpu.h, against the reference."""
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+import torch
+
+from bstack.kernels import cuda, reference
+from bstack.kernels.cuda import selftest
+from bstack.kernels.matrix import OUTLIERS, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
+from bstack.kernels.selftest import random_payload
+from bstack.kernels.spqr import rank_of
+
+pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
+
+
+@pytest.fixture
+def launcher():
+    launcher = cuda_on_cpu.launcher()
+    yield launcher
+    launcher.remove_fences()
+
+
+def difference(launcher, rows, columns, kinds, tokens, seed):
+    """Return `selftest.difference` of a matrix of random blocks, all arrays between fences."""
+    rng = np.random.default_rng(seed)
+    launcher.backwards = bool(seed % 2)
+    blocks = []
+    for kind, rank in kinds:
+        rank = min(rank, rows, columns) if kind == SIGN else rank
+        count = int(rows * columns * rng.choice([0, 0.05, 1]))
+        blocks.append((kind, rank, random_payload(rng, rows, columns, kind, rank, count)))
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    offset = 4 * (seed % 3)  # inputs are then not aligned for loads of four
+    matrix = Matrix.of(rows, columns, blocks)
+    return selftest.difference(launcher.kernels, matrix, x, lambda array: launcher.fenced(array, offset))
+
+
+FORMS = [(SPQR, rank_of(bits, group)) for bits in (3, 4) for group in (16, 32, 64, 128)]
+KINDS = [(TRELLIS, 2), (TRELLIS5, 2), (SIGN, 1), (SIGN, 16), (OUTLIERS, 0), *FORMS]
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("kind", KINDS[:5] + FORMS[2:8:3], ids=str)
+def test_each_kind(launcher, kind, tokens):
+    for seed in range(4):
+        rng = np.random.default_rng(100 * tokens + seed)
+        rows, columns = (int(n) for n in rng.integers(1, (60, 200)))
+        if seed % 2:
+            columns = -(-columns // 16) * 16
+        assert not difference(launcher, rows, columns, [kind], tokens, seed), (rows, columns, seed)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_stacks_of_several_kinds(launcher, seed):
+    rng = np.random.default_rng(seed)
+    kinds = [KINDS[k] for k in rng.integers(0, len(KINDS), rng.integers(0, 4))]
+    rows, columns, tokens = (int(n) for n in rng.integers(1, (40, 150, 12)))
+    columns = columns if seed % 3 else -(-columns // 16) * 16
+    assert not difference(launcher, rows, columns, kinds, tokens, seed), (rows, columns, kinds, tokens)
+
+
+def test_more_than_a_thread_block_takes_at_once(launcher):
+    """More rows than a grid, more words in a row than threads, more inputs than fit shared memory."""
+    for kind, rows, columns, tokens in (
+        (KINDS[1], 130, 2112, 1),
+        (KINDS[0], 70, 2064, 8),
+        (FORMS[7], 300, 700, 8),
+        (FORMS[0], 20, 4200, 1),
+        (SIGN, 140, 70, 2),
+        (KINDS[4], 300, 50, 1),
+    ):
+        kind = (SIGN, 3) if kind == SIGN else kind
+        assert not difference(launcher, rows, columns, [kind], tokens, 0), (kind, rows, columns)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 6, 48, 80, 96, 1024, 3 * 4096, 2 * 8192, 4 * 8192])
+def test_rotations(launcher, columns):
+    kernels = launcher.kernels
+    x = np.random.default_rng(columns).standard_normal((3, columns)).astype(np.float32)
+    assert selftest.rotations_agree(kernels, x, lambda array: launcher.fenced(array, 4))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        given = torch.from_numpy(x).to(dtype)
+        expected = torch.from_numpy(reference.rotate(given.float().numpy()))
+        assert torch.equal(kernels.rotate(given), expected)
+        assert torch.equal(kernels.rotate(given, dtype), expected.to(dtype))
+
+
+def test_numbers_are_rounded_as_torch_does(launcher):
+    values = torch.tensor(
+        [1e38, -3e-8, torch.inf, -torch.inf, 65519, 65520, 1 + 2**-8, 1 + 3 * 2**-8, 2**-25, 2**-24, 0]
+    )
+    kernels = launcher.kernels
+    for dtype in (torch.float16, torch.bfloat16):
+        signed = torch.from_numpy(reference.rotate(values[:, None].numpy()))  # one column has a sign alone
+        assert torch.equal(kernels.rotate(values[:, None], dtype), signed.to(dtype))
+    assert kernels.rotate(torch.full((1, 1), torch.nan), torch.bfloat16).isnan().all()
+
+
+def test_the_self_test_passes_and_runs_every_kernel(launcher):
+    launcher.launched.clear()
+    assert selftest.failure(launcher.kernels, torch.device("cpu")) == ""
+    assert launcher.launched == set(cuda.KERNELS)
+
+
+# What a kernel may get wrong, and the matrix that shows it: rows, columns, kind, tokens, seed.
+MUTANTS = {
+    "no barrier after the table": (
+        "table->at[window][1][lane] = four;\n    }\n    __syncthreads();",
+        "table->at[window][1][lane] = four;\n    }",
+        (9, 48, 1, 1, 0),
+    ),
+    "no barrier after the sums": (
+        "shared->sums, row, token);\n        __syncthreads();\n    }\n}\n\n/* RESIDENT",
+        "shared->sums, row, token);\n    }\n}\n\n/* RESIDENT",
+        (70, 2048, 1, 1, 1),
+    ),
+    "a code row too low": ("codes[4] ^ codes[2] ^ codes[0]", "codes[4] ^ codes[2] ^ codes[1]", (9, 48, 1, 1, 0)),
+    "a word behind the last row": ("codes[r] = r < below ?", "codes[r] = r <= below ?", (5, 160, 1, 1, 0)),
+    "a wrong lane of the fold": ("lane * all / 32] = sum", "(lane * all / 32 ^ 1)] = sum", (9, 48, 0, 1, 0)),
+    "zeros of a tile's other half": ("five[1] >> 16 | five[2] << 16", "five[2] >> 8", (20, 40, 5, 1, 0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found(name):
+    right, wrong, (rows, columns, kind, tokens, seed) = MUTANTS[name]
+    assert cuda.source().count(right) == 1
+    mutant = cuda_on_cpu.Launcher(cuda_on_cpu.build(cuda.source().replace(right, wrong)))
+    with pytest.raises(AssertionError):
+        assert not difference(mutant, rows, columns, [KINDS[kind]], tokens, seed)

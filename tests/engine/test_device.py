@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def kernels(request):
     """Those in CUDA on a card, or compiled for the CPU; those in Triton on a card, or interpreted."""
     if request.param == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
+        pytest.importorskip("triton", "3.6")
         return importlib.import_module("bstack.kernels.device")
     if DEVICE.type == "cuda":
         pytest.importorskip("cuda.core", reason="cuda-core is not installed")

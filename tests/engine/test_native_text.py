@@ -288,12 +288,15 @@ def test_a_tokenizer_that_refuses_a_word():
 def test_pieces_join_to_the_text():
     """Letters of several tokens come whole, and what never becomes one comes at the end."""
     raw = "aé文🙂".encode()
-    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    tokenizer = SimpleNamespace(decode=lambda ids, kept: bytes(ids).decode(errors="replace"))
     for cut, expected in ((len(raw), "aé文🙂"), (len(raw) - 1, "aé文\ufffd")):
         pieces = generate.Pieces(tokenizer)
         found = [pieces.add(byte) for byte in raw[:cut]]
         assert "\ufffd" not in "".join(found) and "".join(found) + pieces.rest() == expected
         assert [piece for piece in found if piece] == list(expected.rstrip("\ufffd"))
+    pieces = generate.Pieces(tokenizer)
+    found = [pieces.add(0x80) for _ in range(100)]
+    assert len("".join(found)) > 90, "what is no letter is not held back for ever"
 
 
 @pytest.mark.parametrize(

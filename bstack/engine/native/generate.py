@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,12 @@ class TextTokenizer:
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         if isinstance(own := config.get("model_specific_special_tokens"), dict):
             named |= own
+        #: Special tokens, which `decode` leaves out, by their text.
+        self.marks = {
+            token.content: number
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         self.special_tokens = {name: token for name, token in texts.items() if isinstance(token, str)}
 
@@ -84,8 +90,11 @@ class TextTokenizer:
         with understood("the model", "its tokenizer cannot read the prompt"):
             return self._tokenizer.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Return the text of tokens, with `special` that of special ones."""
+    def decode(self, ids: Sequence[int], special: bool = False, kept: Collection[int] = ()) -> str:
+        """Return the text of tokens, with `special` that of special ones, or only of those in `kept`."""
+        if kept and not special:
+            dropped = set(self.marks.values()).difference(kept)
+            ids, special = [token for token in ids if token not in dropped], True
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     def json(self) -> str:
@@ -120,11 +129,15 @@ def encode_prompt(
     return ids
 
 
-class Pieces:
-    """The text of tokens as they come, in pieces that no later token changes."""
+# Tokens that may wait for the rest of a letter; a letter has at most 4 bytes.
+HELD = 8
 
-    def __init__(self, tokenizer: TextTokenizer):
-        self._tokenizer = tokenizer
+
+class Pieces:
+    """The text of tokens as they come, in pieces that no later token changes; special tokens only if they are `kept`."""
+
+    def __init__(self, tokenizer: TextTokenizer, kept: Collection[int] = ()):
+        self._tokenizer, self._kept = tokenizer, kept
         self._ids: list[int] = []
         self._start, self._done = 0, 0  # tokens that are decoded for their effect on the next, and those passed on
 
@@ -138,9 +151,9 @@ class Pieces:
         return self._next(last=True)
 
     def _next(self, last: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._done])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if not last and text.endswith("\ufffd"):
+        before = self._tokenizer.decode(self._ids[self._start : self._done], kept=self._kept)
+        text = self._tokenizer.decode(self._ids[self._start :], kept=self._kept)
+        if not last and text.endswith("\ufffd") and len(self._ids) - self._done < HELD:
             return ""
         self._start, self._done = self._done, len(self._ids)
         return text[len(before) :]

@@ -8,7 +8,7 @@ import pytest
 
 from bstack.engine.native.sampling import Sampling
 from bstack.serve.answers import Answer
-from bstack.serve.requests import ApiError, _messages, _tools
+from bstack.serve.requests import ApiError, _forced, _messages, _tools
 from bstack.serve.scheduler import Piece
 
 CALL = '{"name": "weather", "arguments": {"city": "Köln"}}'
@@ -47,6 +47,18 @@ ANSWERS = [
     ("<tool_call>{broken</tool_call> after", False, ("", "<tool_call>{broken</tool_call> after", [])),
     (f"<tool_call>{CALL}", False, ("", "", [("weather", ARGUMENTS)])),
     ("x <tool_cal", False, ("", "x <tool_cal", [])),
+    (f"[TOOL_CALLS] [{CALL}, {CALL}]", False, ("", "", [("weather", ARGUMENTS)] * 2)),
+    (f"I look.[TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{ARGUMENTS}", False,
+     ("", "I look.", [("weather", ARGUMENTS)] * 2)),
+    ("[TOOL_CALLS]other[ARGS]{}", False, ("", "[TOOL_CALLS]other[ARGS]{}", [])),
+    (f"{CALL}; {CALL}", False, ("", "", [("weather", ARGUMENTS)] * 2)),
+    (f"{CALL}; and", False, ("", f"{CALL}; and", [])),
+    (f"See: {CALL}", False, ("", f"See: {CALL}", [])),
+    ('{"name": "weather", "parameters": null}', False, ("", "", [("weather", "{}")])),
+    ('{"name": "weather", "arguments": [1]}', False, ("", '{"name": "weather", "arguments": [1]}', [])),
+    ('{"name": "weather", "arguments": {"a": NaN}}', False, ("", '{"name": "weather", "arguments": {"a": NaN}}', [])),
+    ('{"name": ["weather"]}', False, ("", '{"name": ["weather"]}', [])),
+    ('{"name": "weather", "arguments": {"a": "\\ud83d"}}', False, ("", "", [("weather", '{"a": "\\ud83d"}')])),
 ]  # fmt: skip
 
 
@@ -71,13 +83,15 @@ def test_text_is_passed_on_at_once():
     assert joined(answer.add("there <")) == ("", "there ", [])
     assert joined(answer.add("b")) == ("", "<b", [])
     assert joined(Answer().add(CALL)) == ("", CALL, [])  # nobody has named a tool
+    for text in ("[a link](x", "[1, 2", '{"city": "Köln"', "{% if"):
+        assert joined(Answer({"weather"}).add(text)) == ("", text, [])
 
 
 def test_tools_and_calls_of_a_conversation():
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     assert _tools({"tools": [tool]}) == [tool]
     assert _tools({"tools": [tool], "tool_choice": "none"}) is None is _tools({})
-    for wrong in ({"tools": "x"}, {"tools": [{"type": "x"}]}, {"tool_choice": "required"}, {"tool_choice": {}}):
+    for wrong in ({"tools": "x"}, {"tools": [{"type": "x"}]}):
         with pytest.raises(ApiError):
             _tools(wrong)
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
@@ -90,6 +104,24 @@ def test_tools_and_calls_of_a_conversation():
         _messages({"messages": [{"role": "assistant", "content": None}]})
 
 
+def test_a_call_that_is_demanded():
+    city = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "$defs": {"City": {"type": "string"}}}
+    tools = [{"function": {"name": "weather", "parameters": city}}, {"function": {"name": "time"}}]
+    assert _forced({}, tools) is None is _forced({"tool_choice": "auto"}, tools)
+    every, one = _forced({"tool_choice": "required"}, tools), {"type": "function", "function": {"name": "weather"}}
+    assert [call["properties"]["name"]["const"] for call in every["anyOf"]] == ["weather", "time"]
+    named = _forced({"tool_choice": one}, tools)
+    assert len(named["anyOf"]) == 1 and named["$defs"] == city["$defs"] and "$defs" in city
+    other = {"type": "function", "function": {"name": "other"}}
+    for choice in ("any", {}, other, {"type": "function"}, 5):
+        with pytest.raises(ApiError):
+            _forced({"tool_choice": choice}, tools)
+    with pytest.raises(ApiError):
+        _forced({"tool_choice": "required"}, [])
+    with pytest.raises(ApiError):
+        _forced({"tool_choice": "required"}, [{"function": {"name": "x", "parameters": {"items": {"$ref": "#"}}}}])
+
+
 class Scripted:
     """A scheduler that writes what it is told to."""
 
@@ -100,11 +132,15 @@ class Scripted:
             special_tokens={},
             encode=lambda text, special: self.seen.append(text) or [5, 6],
             decode=lambda ids, special=False: "",
+            marks={},
         )
         self.model = SimpleNamespace(
-            architecture=SimpleNamespace(vocabulary=10), generation=SimpleNamespace(sampling=Sampling())
+            architecture=SimpleNamespace(vocabulary=10, context=100),
+            generation=SimpleNamespace(sampling=Sampling(), said=frozenset()),
         )
         self.longest, self.seen, self.stopping, self.idle = 100, [], False, 0.0
+        self.parallel, self.queue = 8, 64
+        self.tokenizer.token_bytes = None
 
     def job(self, ask, tell):
         return SimpleNamespace(ask=ask, tell=tell, new=1, cached=0, first_token=None)
@@ -118,6 +154,9 @@ class Scripted:
         pass
 
     def stop(self):
+        pass
+
+    def touch(self):
         pass
 
 

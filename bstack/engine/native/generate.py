@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -50,12 +51,10 @@ class TextTokenizer:
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         if isinstance(own := config.get("model_specific_special_tokens"), dict):
             named |= own
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {number: token.content for number, token in added.items()}
         #: Special tokens, which `decode` leaves out, by their text.
-        self.marks = {
-            token.content: number
-            for number, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
+        self.marks = {token.content: number for number, token in added.items() if token.special}
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         self.special_tokens = {name: token for name, token in texts.items() if isinstance(token, str)}
 
@@ -97,6 +96,18 @@ class TextTokenizer:
             ids, special = [token for token in ids if token not in dropped], True
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; those of several may make one letter."""
+        name, decoder = self._tokenizer.id_to_token(token) or "", self._tokenizer.decoder
+        kind = b"" if decoder is None else decoder.__getstate__()
+        if token in self._added:
+            return self._added[token].encode()
+        if b'"ByteLevel"' in kind:
+            return bytes(_BYTES[letter] for letter in name if letter in _BYTES)
+        if b'"ByteFallback"' in kind and re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes.fromhex(name[3:5])
+        return (name.replace("\u2581", " ") if "\u2581" in kind.decode() else self.decode([token])).encode()
+
     def json(self) -> str:
         """Return the tokenizer as the text of a tokenizer.json."""
         return self._tokenizer.to_str()
@@ -106,15 +117,23 @@ class TextTokenizer:
         return self._tokenizer.id_to_token(token)
 
 
+# How byte-level tokenizers write bytes: printable ones as themselves, the others from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)).difference(_PRINTABLE)))}
 _CLEANED_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer, prompt: Prompt, chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    tokenizer: TextTokenizer,
+    prompt: Prompt,
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the tokens of a prompt; with `chat`, as a user's message in the chat template.
 
-    Messages of a conversation are always put into the template, which is given `tools`, too.
+    Messages of a conversation are always put into the template, which is given `tools` and its own `options`, too.
     """
     check_prompt(prompt)
     if chat := chat or not isinstance(prompt, str):
@@ -122,7 +141,9 @@ def encode_prompt(
             raise UsageError(NO_TEMPLATE)
         from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
 
-        prompt = render_messages(tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools)
+        prompt = render_messages(
+            tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools, options=options or {}
+        )
     ids = tokenizer.encode(str(prompt), special=not chat)
     if not ids:
         raise UsageError(EMPTY_PROMPT)

@@ -115,13 +115,14 @@ class Size:
         them: the smallest that gives the target, and one more block, and those of the base and of the whole model.
         """
         now, file, budget = self._store.state, self._store.file, self._store.budget
-        count = file.fit_bytes(budget).chunks
-        more = next((n + 1 for n in range(count, file.model.chunks) if file.chunks[n].is_block), count)
+        shown, whole = float(bstk.mb_ceil(budget)), file.model
+        ends = (n + 1 for n in range(file.fit_bytes(budget).chunks, whole.chunks) if file.chunks[n].is_block)
+        budgets = (float(bstk.mb_ceil(file.cut(end).budget)) for end in ends)
         return {
             "mb": round(now.weight_bytes / bstk.MB, 2),
             "target_mb": round(now.target_bytes / bstk.MB, 2),
-            "budget_mb": float(bstk.mb_ceil(budget)),
-            "next_mb": float(bstk.mb_ceil(file.cut(more).budget)),
+            "budget_mb": shown,
+            "next_mb": next((more for more in budgets if more > shown), shown),
             "auto": self._wanted == AUTO,
             "idle": self._asleep,
             "blocks": now.blocks,

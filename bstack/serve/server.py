@@ -143,6 +143,8 @@ def serve(
             self._abort()
             if tasks := list(self.server_state.tasks):  # they end with their connections
                 await asyncio.wait(tasks, timeout=1)
+            if self.force_exit:  # uvicorn leaves it out
+                await self.lifespan.shutdown()
 
         def _abort(self) -> None:
             for connection in list(self.server_state.connections):

@@ -166,8 +166,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
     parser.add_argument("--minutes", type=int, default=5)
+    parser.add_argument("--cache-mb", default="4")
     given = parser.parse_args()
-    server = Server(given.file, "--queue", "40", "--cache-mb", "4")
+    server = Server(given.file, "--queue", "40", "--cache-mb", given.cache_mb)
     process = psutil.Process(server.process.pid)
     load = Load(server.url)
     memory = []

@@ -1,5 +1,6 @@
 """Thoughts and calls of tools in an answer, whole and in every way that it can come in pieces."""
 
+import asyncio
 import json
 import random
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 
 from bstack.engine.native.sampling import Sampling
 from bstack.serve.answers import Answer
-from bstack.serve.requests import ApiError, _forced, _messages, _tools
+from bstack.serve.requests import ApiError, Request, _forced, _messages, _sampling, _tools, read_chat
 from bstack.serve.scheduler import Piece
 
 CALL = '{"name": "weather", "arguments": {"city": "Köln"}}'
@@ -158,6 +159,72 @@ class Scripted:
 
     def touch(self):
         pass
+
+
+def test_tools_that_the_template_does_not_take():
+    scheduler = Scripted()
+    scheduler.tokenizer.chat_template = "{{ messages | tojson }}"
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    assert read_chat(body, "m", scheduler).tools == ()
+    body["tools"] = [{"type": "function", "function": {"name": "weather"}}]
+    with pytest.raises(ApiError, match="takes no tools"):
+        read_chat(body, "m", scheduler)
+
+
+def test_drawing_is_from_all_tokens_unless_somebody_says_otherwise():
+    def read(said=(), **body):
+        own = Sampling(top_k=20 if "top_k" in said else 50)
+        found = _sampling(body, SimpleNamespace(sampling=own, said=frozenset(said)), 10)
+        return found.do_sample, found.top_k
+
+    assert read(temperature=1) == read(top_p=0.9) == (True, 0) and read(temperature=1, top_k=5) == (True, 5)
+    assert read({"top_k"}, temperature=1) == (True, 20)
+    assert not read()[0] and not read(top_p=1)[0] and not read(top_k=-1)[0] and not read(temperature=0, top_p=0.5)[0]
+
+
+def test_pings_while_an_answer_is_held_back(monkeypatch):
+    app = pytest.importorskip("bstack.serve.app", reason="the server needs its packages", exc_type=ImportError)
+    from bstack.serve.forms import Chat
+
+    monkeypatch.setattr(app, "PING", 0.05)
+    scheduler = Scripted()
+
+    async def run():
+        scheduler.submit = lambda jobs: None
+        texts = app._Texts(scheduler, [None])
+
+        async def write():
+            for letter in CALL:
+                texts.jobs[0].tell(Piece(letter))
+                await asyncio.sleep(0.01)
+            texts.jobs[0].tell(Piece("", end="stop"))
+
+        writing = asyncio.ensure_future(write())
+        asked = Request([None], True, False, tools=("weather",))
+        events = [event async for event in app._events(texts, Chat(None, asked), {}, asked)]
+        await writing
+        return events
+
+    events = asyncio.run(run())
+    assert events.count(": ping\n\n") >= 3 and "weather" in events[-2] and "DONE" in events[-1]
+
+
+def test_a_text_that_nobody_reads_ends(monkeypatch):
+    app = pytest.importorskip("bstack.serve.app", reason="the server needs its packages", exc_type=ImportError)
+    monkeypatch.setattr(app, "UNREAD", 10)
+    scheduler, cancelled = Scripted(), []
+    scheduler.submit, scheduler.cancel = (lambda jobs: None), cancelled.extend
+
+    async def run():
+        texts = app._Texts(scheduler, [None])
+        for _ in range(12):
+            if not cancelled:
+                texts.jobs[0].tell(Piece("x"))
+                await asyncio.sleep(0)
+        assert cancelled == texts.jobs
+        return [found[1].end async for found in texts.pieces()]
+
+    assert asyncio.run(run()) == [None] * 10 + ["error"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

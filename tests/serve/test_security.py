@@ -194,7 +194,7 @@ def test_limits(server):
         connection.sendall(head + b" " * (4 * 2**20 + 1))
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     assert ask(server, "GET", "/v1/models", X_Large="x" * 20000).status == 431
-    assert ask(server, "GET", "/v1/models", X_Large="x" * 60000).status == 400
+    assert ask(server, "GET", "/v1/models", X_Large="x" * 60000).status in (400, 431)
     address = urlsplit(server.url)
     for garbage in (
         b"\x16\x03\x01\x02\x00\x01",

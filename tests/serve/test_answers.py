@@ -140,7 +140,7 @@ class Scripted:
             generation=SimpleNamespace(sampling=Sampling(), said=frozenset()),
         )
         self.longest, self.seen, self.stopping, self.idle = 100, [], False, 0.0
-        self.parallel, self.queue = 8, 64
+        self.parallel, self.queue, self.failed = 8, 64, False
         self.tokenizer.token_bytes = None
 
     def job(self, ask, tell):
@@ -180,6 +180,25 @@ def test_drawing_is_from_all_tokens_unless_somebody_says_otherwise():
     assert read(temperature=1) == read(top_p=0.9) == (True, 0) and read(temperature=1, top_k=5) == (True, 5)
     assert read({"top_k"}, temperature=1) == (True, 20)
     assert not read()[0] and not read(top_p=1)[0] and not read(top_k=-1)[0] and not read(temperature=0, top_p=0.5)[0]
+
+
+def test_health():
+    pytest.importorskip("prometheus_client", reason="the server needs it")
+    testclient = pytest.importorskip("starlette.testclient", reason="needs httpx", exc_type=Exception)
+    from bstack.serve.app import build
+    from bstack.serve.guard import Guard
+
+    scheduler = Scripted()
+    app = build(scheduler, SimpleNamespace(asleep=False), "m", Guard(None, ["testserver"], []))
+    with testclient.TestClient(app) as client:
+        assert client.get("/health").status_code == 200
+        scheduler.failed = True
+        answer = client.get("/health")
+        assert answer.status_code == 503 and answer.json()["status"] == "failed"
+        scheduler.pieces = [Piece("", end="stopping")]
+        answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "stopping"
+        assert answer.headers["retry-after"]
 
 
 def test_pings_while_an_answer_is_held_back(monkeypatch):

@@ -76,9 +76,9 @@ def command(
     """
     from bstack.serve import server
 
-    server.check(host, api_key)
+    server.check(host, api_key, allow_host, allow_origin)
     log = _model.logger(quiet)
-    with server.listen(host, port) as sock, _common.model_warnings(quiet):
+    with server.bind(host, port) as sock, _common.model_warnings(quiet):
         from bstack.engine.native.architecture import NotNativeError
 
         try:
@@ -86,6 +86,7 @@ def command(
         except NotNativeError as error:
             error.option, error.hint = None, "bstack run and bstack chat take transformers for it."
             raise
+        server.listen(sock)
         address, shown = sock.getsockname()[:2], f"[{host}]" if ":" in host else host
         click.echo(f"Listening at http://{shown}:{address[1]} ({_model.size(loaded.store)})", err=True)
         server.serve(

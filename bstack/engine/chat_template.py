@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_format
@@ -62,8 +63,9 @@ def render_messages(
     *,
     prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Render messages with a template's text; needs no transformers."""
+    """Render messages with a template's text; needs no transformers. `options` are the template's own, such as `enable_thinking`."""
     if len(template) > MAX_TEMPLATE:
         raise _failure(f"it has {len(template)} characters, and at most {MAX_TEMPLATE} are allowed.")
     allowed = MAX_LENGTH + sum(len(str(message)) for message in (*messages, *(tools or ())))
@@ -72,7 +74,7 @@ def render_messages(
     length = 0
     try:
         with _deadline(MAX_SECONDS):
-            for piece in _environment().from_string(template).generate({**special_tokens, **values}):
+            for piece in _compiled(template).generate({**options, **special_tokens, **values}):
                 length += len(piece)
                 if length > allowed:
                     raise SecurityError(f"it makes more than {allowed} characters.")
@@ -182,6 +184,11 @@ class _Namespace(Namespace):
         if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_LENGTH:
             raise SecurityError(f"a {type(value).__name__} of length {len(value)} is too large.")
         super().__setitem__(name, value)
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
 
 
 def _environment() -> _Sandbox:

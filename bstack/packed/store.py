@@ -94,6 +94,8 @@ class BlockStore:
         self._arena = arena
         self._blocks = [(number, chunk) for number, chunk in enumerate(file.chunks) if chunk.is_block]
         self._count = 0  # chunks in memory; the plain ones count as loaded
+        #: Raised before and after each change of what is in memory: odd while one is under way.
+        self.changes = 0
         self._resizing = threading.Lock()
         self._growth: _Growth | None = None  # the last one, also when it has ended
         self._closed = False
@@ -205,10 +207,12 @@ class BlockStore:
         """Drop all blocks but those of the first `count` chunks."""
         gone = [chunk for number, chunk in self._blocks if count <= number < self._count]
         with self._lock.acquire_urgent():
+            self.changes += 1
             for chunk in reversed(gone):
                 self._matrices[chunk.name].count = chunk.level
+            self._count = count
+            self.changes += 1
         self._arena.pop(len(gone))
-        self._count = count
 
     def _grow(self, growth: _Growth) -> None:
         runs = _runs([(number, chunk) for number, chunk in self._blocks if self._count <= number < growth.count])
@@ -232,8 +236,10 @@ class BlockStore:
                         # Without the lock: no product reads a level at or past the count, which it takes once, at its start.
                         # The reader has checked the offsets in the block.
                         matrix.put(chunk.level, chunk.kind.code, chunk.rank, allocation.address, checked=True)
+                        self.changes += 1
                         matrix.count = chunk.level + 1
                         self._count = number + 1
+                        self.changes += 1
                         kept += 1
             except Exception as error:  # for `failure`, and for a caller that waits
                 growth.error = error

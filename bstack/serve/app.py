@@ -9,7 +9,6 @@ import json
 import re
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,6 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -28,7 +26,7 @@ from starlette.routing import Route
 
 import bstk
 from bstack.serve import requests
-from bstack.serve.answers import Answer
+from bstack.serve.forms import Chat, Completion
 from bstack.serve.guard import Guard
 from bstack.serve.metrics import Metrics
 from bstack.serve.requests import ApiError
@@ -38,8 +36,10 @@ from bstk.errors import BstkError
 
 __all__ = ["build"]
 
-# Bytes of a body, and seconds: until it is there, between two pings of a quiet stream, and until a reader takes what is sent.
-BODY, BODY_SECONDS, PING, SEND_SECONDS = 4 * 2**20, 30.0, 15.0, 60.0
+# Bytes of a body, and seconds: until it is there, and between two pings of a quiet stream.
+BODY, BODY_SECONDS, PING = 4 * 2**20, 30.0, 15.0
+# Pieces of text that a client has not taken.
+UNREAD = 4096
 # Threads that read prompts and change the size; each keeps memory of its own.
 THREADS = 8
 # Seconds between two looks at the size, for the page, and at whether nobody asks.
@@ -47,20 +47,16 @@ LOOK, IDLE_LOOK = 0.25, 1.0
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events. When the client goes, or takes nothing for long, the texts end."""
+    """Server-sent events; the texts end with the connection."""
 
     def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._ended = ended
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def patient(message: Any) -> None:
-            with anyio.fail_after(SEND_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, patient)
-        except (ClientDisconnect, TimeoutError):
+            await super().__call__(scope, receive, send)
+        except ClientDisconnect:
             pass
         finally:
             self._ended()
@@ -72,10 +68,14 @@ class _Texts:
     def __init__(self, scheduler: Scheduler, asks: Sequence[requests.Ask]):
         self._scheduler = scheduler
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.sent = time.monotonic()  # when something was
         loop = asyncio.get_running_loop()
 
         def teller(index: int) -> Callable[[Piece], None]:
             def tell(piece: Piece) -> None:
+                if self._queue.qsize() >= UNREAD:  # each keeps memory
+                    piece = Piece("it is not read", end="error")
+                    scheduler.cancel(self.jobs)
                 with suppress(RuntimeError):  # the loop has ended
                     loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
@@ -85,21 +85,21 @@ class _Texts:
         try:
             scheduler.submit(self.jobs)
         except Busy as busy:
+            if busy.stopping:
+                raise _stopping() from None
             raise ApiError(
-                503 if busy.stopping else 429,
-                "The server stops." if busy.stopping else "Too many requests wait. Try again later.",
-                kind="server_error" if busy.stopping else "rate_limit_error",
-                code="stopping" if busy.stopping else "queue_full",
+                429, "Too many requests wait. Try again later.", kind="rate_limit_error", code="queue_full",
                 headers={"Retry-After": str(busy.seconds)},
-            ) from None
+            ) from None  # fmt: skip
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece] | None]:
-        """Yield the pieces of all texts as they come, and None where none comes for long."""
+        """Yield the pieces of all texts as they come, and None when nothing was sent for long."""
         left = len(self.jobs)
         while left:
             try:
-                index, piece = await asyncio.wait_for(self._queue.get(), PING)
+                index, piece = await asyncio.wait_for(self._queue.get(), max(0.01, self.sent + PING - time.monotonic()))
             except TimeoutError:
+                self.sent = time.monotonic()
                 yield None
                 continue
             left -= piece.end is not None
@@ -109,8 +109,8 @@ class _Texts:
         self._scheduler.cancel(self.jobs)
 
     def usage(self) -> dict[str, Any]:
-        # Texts of one prompt read it once.
-        prompts = {id(job.ask.ids): job for job in self.jobs}.values()
+        # Texts of one prompt read it once; the first of them knows what was there before.
+        prompts = {id(job.ask.ids): job for job in reversed(self.jobs)}.values()
         prompt, new = sum(len(job.ask.ids) for job in prompts), sum(job.new for job in self.jobs)
         return {
             "prompt_tokens": prompt,
@@ -120,107 +120,7 @@ class _Texts:
         }
 
 
-class _Chat:
-    """The form of /v1/chat/completions."""
-
-    id, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, token: Callable[[int], str], asked: requests.Request):
-        self._token = token
-        self._answers = [Answer(asked.tools, asked.thinking) for _ in asked.asks]
-
-    def first(self, index: int) -> dict[str, Any]:
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-
-    def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        answer = self._answers[index]
-        deltas: list[dict[str, Any]] = answer.add(piece.text, last=piece.end is not None)
-        if not deltas and (piece.end or piece.chosen):
-            deltas = [{}]
-        found: list[dict[str, Any]] = [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
-        ]
-        if found:
-            found[0]["logprobs"] = self._chances(piece.chosen)
-            found[-1]["finish_reason"] = self._end(answer, piece.end)
-        return found
-
-    def whole(self, index: int, text: str, chosen: Sequence[Chosen], end: str | None) -> dict[str, Any]:
-        answer = self._answers[index]
-        parts = answer.add(text, last=True)
-        message: dict[str, Any] = {"role": "assistant", "content": _joined(parts, "content"), "refusal": None}
-        if thoughts := _joined(parts, "reasoning_content"):
-            message["reasoning_content"] = thoughts
-        if answer.called:
-            message["content"] = message["content"] or None
-            calls = [call for part in parts for call in part.get("tool_calls", ())]
-            message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
-        end = self._end(answer, end)
-        return {"index": index, "message": message, "logprobs": self._chances(chosen), "finish_reason": end}
-
-    def _end(self, answer: Answer, end: str | None) -> str | None:
-        return "tool_calls" if end == "stop" and answer.called else end
-
-    def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
-        if not chosen:
-            return None
-
-        def entry(token: int, chance: float) -> dict[str, Any]:
-            text = self._token(token)
-            return {"token": text, "logprob": chance, "bytes": list(text.encode())}
-
-        return {
-            "content": [
-                {**entry(one.token, one.chance), "top_logprobs": [entry(*other) for other in one.likeliest]}
-                for one in chosen
-            ],
-            "refusal": None,
-        }
-
-
-class _Completion:
-    """The form of /v1/completions."""
-
-    id, whole_object, part_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, token: Callable[[int], str], _asked: requests.Request):
-        self._token = token
-        self._lengths: Counter[int] = Counter()
-
-    def first(self, _index: int) -> dict[str, Any] | None:
-        return None
-
-    def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        return [self.whole(index, piece.text, piece.chosen, piece.end)]
-
-    def whole(self, index: int, text: str, chosen: Sequence[Chosen], end: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._chances(index, chosen), "finish_reason": end}
-
-    def _chances(self, index: int, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
-        if not chosen:
-            return None
-        tokens = [self._token(one.token) for one in chosen]
-        offsets = []
-        for text in tokens:
-            offsets.append(self._lengths[index])
-            self._lengths[index] += len(text)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [one.chance for one in chosen],
-            "top_logprobs": [{self._token(token): chance for token, chance in one.likeliest} for one in chosen],
-            "text_offset": offsets,
-        }
-
-
-def build(
-    scheduler: Scheduler,
-    size: Size,
-    name: str,
-    guard: Guard,
-    *,
-    origins: Sequence[str] = (),
-    idle_after: float | None = None,
-) -> Any:
+def build(scheduler: Scheduler, size: Size, name: str, guard: Guard, *, idle_after: float | None = None) -> Any:
     """Return the application for the model `name`; without requests for `idle_after` seconds the model becomes small."""
     created = int(time.time())
     metrics = Metrics(scheduler, size)
@@ -233,18 +133,16 @@ def build(
         "context_length": scheduler.longest,
     }
 
-    def token(number: int) -> str:
-        return scheduler.tokenizer.decode([number], special=True)
-
     async def texts(
-        request: Request, read: Callable[..., requests.Request], kind: type[_Chat] | type[_Completion]
+        request: Request, read: Callable[..., requests.Request], kind: type[Chat] | type[Completion]
     ) -> Response:
-        body = requests.parse(await _body(request))
-        asked = await anyio.to_thread.run_sync(read, body, name, scheduler)
-        if size.asleep:
-            await anyio.to_thread.run_sync(size.wake)
+        raw = await _body(request)
+        scheduler.touch()
+        asked = await anyio.to_thread.run_sync(lambda: read(requests.parse(raw), name, scheduler))
         running = _Texts(scheduler, asked.asks)
-        form = kind(token, asked)
+        if idle_after is not None:  # after the texts are there, so that the model does not shrink again
+            await anyio.to_thread.run_sync(size.wake)
+        form = kind(scheduler.tokenizer.token_bytes, asked)
         head = {
             "id": f"{form.id}-{secrets.token_hex(12)}",
             "object": form.part_object if asked.stream else form.whole_object,
@@ -268,10 +166,10 @@ def build(
             ended()
 
     async def chat_completions(request: Request) -> Response:
-        return await texts(request, requests.read_chat, _Chat)
+        return await texts(request, requests.read_chat, Chat)
 
     async def completions(request: Request) -> Response:
-        return await texts(request, requests.read_completion, _Completion)
+        return await texts(request, requests.read_completion, Completion)
 
     async def models(_request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -282,7 +180,8 @@ def build(
         return JSONResponse(model)
 
     async def health(_request: Request) -> Response:
-        return JSONResponse({"status": "stopping" if scheduler.stopping else "ok"}, 503 if scheduler.stopping else 200)
+        status = "failed" if scheduler.failed else "stopping" if scheduler.stopping else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def show_metrics(_request: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -290,6 +189,7 @@ def build(
     async def budget(request: Request) -> Response:
         if request.method == "POST":
             wanted = requests.parse(await _body(request)).get("mb")
+            scheduler.touch()  # it stays until nobody asks for long again
             try:
                 if isinstance(wanted, bool) or not isinstance(wanted, (int, float, str)):
                     raise bstk.UsageError("mb has to be a number of megabytes, or auto.")
@@ -345,12 +245,14 @@ def build(
         Route("/v1/budget/events", budget_events),
     ]
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
-    middleware = []
-    if origins:
-        middleware.append(
-            Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
-        )
-    app = Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=lifespan)
+    app: Any = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+    def shared(answer: Any) -> Any:
+        """Let pages of other origins read an answer, also one that refuses."""
+        options: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+        return CORSMiddleware(answer, allow_origins=guard.origins, **options) if guard.origins else answer
+
+    app = shared(app)
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -367,7 +269,8 @@ def build(
         try:
             guard.check(scope["method"], scope["path"], Headers(scope=scope))
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, counted)
+            answer = JSONResponse(error.body, error.status, error.headers)
+            await (answer if scope["method"] == "OPTIONS" else shared(answer))(scope, receive, counted)
         else:
             await app(scope, receive, counted)
         finally:
@@ -386,12 +289,13 @@ async def _events(running: _Texts, form: Any, head: dict[str, Any], asked: reque
     async for found in running.pieces():
         if found is None:
             yield ": ping\n\n"
-        elif found[1].end == "error":
-            yield _event(_failed(found[1].text).body)
+            continue
+        if found[1].end in _FAILED:
+            yield _event(_failed(found[1]).body)
             return
-        else:
-            for choice in form.parts(*found):
-                yield _event({**head, "choices": [choice], **usage})
+        for choice in form.parts(*found):
+            running.sent = time.monotonic()
+            yield _event({**head, "choices": [choice], **usage})
     if asked.usage:
         yield _event({**head, "choices": [], "usage": running.usage()})
     yield "data: [DONE]\n\n"
@@ -418,20 +322,25 @@ async def _all(request: Request, running: _Texts) -> list[tuple[str, list[Chosen
     if gone:
         return None
     for pieces in parts:
-        if pieces[-1].end == "error":
-            raise _failed(pieces[-1].text)
+        if pieces[-1].end in _FAILED:
+            raise _failed(pieces[-1])
     return [
         ("".join(piece.text for piece in pieces), [one for piece in pieces for one in piece.chosen], pieces[-1].end)
         for pieces in parts
     ]
 
 
-def _joined(parts: Sequence[dict[str, Any]], field: str) -> str:
-    return "".join(part.get(field, "") for part in parts)
+_FAILED = ("error", "stopping")
 
 
-def _failed(message: str) -> ApiError:
-    return ApiError(500, f"The text could not be written: {message}.", kind="server_error", code="failed")
+def _failed(piece: Piece) -> ApiError:
+    if piece.end == "stopping":
+        return _stopping()
+    return ApiError(500, f"The text could not be written: {piece.text}.", kind="server_error", code="failed")
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "The server stops.", kind="server_error", code="stopping", headers={"Retry-After": "5"})
 
 
 def _event(value: Any) -> str:
@@ -464,7 +373,7 @@ async def _sleep_when_idle(scheduler: Scheduler, size: Size, after: float | None
     while after is not None:
         await asyncio.sleep(min(IDLE_LOOK, after))
         if scheduler.idle >= after and not size.asleep:
-            await anyio.to_thread.run_sync(size.sleep)
+            await anyio.to_thread.run_sync(size.sleep, lambda: scheduler.idle >= after)
 
 
 def _page() -> tuple[str, str]:

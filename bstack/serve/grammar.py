@@ -19,30 +19,41 @@ _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 
 
 class Grammar:
-    """Where a text stands in its grammar."""
+    """Where a text stands in its grammar, which begins after the token `after` (None: at once)."""
 
-    def __init__(self, matcher: Any, vocabulary: int):
-        self._matcher = matcher
+    def __init__(self, matcher: Any, vocabulary: int, after: int | None = None):
+        self._matcher, self._after = matcher, after
         self._bits = np.zeros((1, -(-vocabulary // 32)), np.int32)
 
-    def copy(self) -> Grammar:
+    def copy(self, after: int | None = None) -> Grammar:
         """Return another at the same place, for another text."""
-        return Grammar(self._matcher.deep_copy(), self._bits.size * 32)
+        return Grammar(self._matcher.deep_copy(), self._bits.size * 32, self._after if after is None else after)
 
     def allow(self, logits: np.ndarray) -> np.ndarray:
         """Return logits that are minus infinity for tokens that may not come."""
         from llguidance.numpy import fill_next_token_bitmask
 
+        if self._after is not None:
+            return logits
         fill_next_token_bitmask(self._matcher, self._bits)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
-        if not allowed.any():
-            raise ValueError(f"no token fits the schema: {self._matcher.get_error()}")
+        if self._matcher.is_error() or not allowed.any():
+            raise ValueError(f"no token fits the schema: {_problem(self._matcher)}")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def take(self, token: int) -> bool:
         """Go on by a token; return whether the text is whole."""
-        self._matcher.consume_token(token)
+        if self._after is not None:
+            self._after = None if token == self._after else self._after
+            return False
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"the schema cannot be held: {_problem(self._matcher)}")
         return bool(self._matcher.is_stopped())
+
+
+def _problem(matcher: Any) -> str:
+    """Return what is wrong with a matcher."""
+    return one_line(ValueError(matcher.get_error()))
 
 
 class Grammars:
@@ -55,10 +66,8 @@ class Grammars:
 
     def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """Return the grammar of a JSON schema; ValueError, with the reason, for one that cannot be held."""
-        try:
-            import llguidance
-        except ImportError:
-            raise ValueError("the server lacks the package llguidance") from None
+        import llguidance
+
         with self._lock:
             if self._tokens is None:
                 ends = sorted(self._ends) or None
@@ -66,5 +75,5 @@ class Grammars:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_STYLE)
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(one_line(ValueError(matcher.get_error())))
+            raise ValueError(_problem(matcher))
         return Grammar(matcher, self._vocabulary)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 from bstack.serve.requests import ApiError
+from bstk.errors import UsageError
 
-__all__ = ["HEADERS", "Guard", "is_loopback"]
+__all__ = ["HEADERS", "Guard", "check_names", "is_loopback"]
 
 # Bytes of the headers of a request.
 HEADERS = 16 * 1024
@@ -27,6 +29,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_names(hosts: Iterable[str], origins: Iterable[str]) -> None:
+    """Raise UsageError for a name or an origin that no request can have."""
+    for host in hosts:
+        if not re.fullmatch(r"[\w.-]+|[0-9a-fA-F:.]+", host, re.ASCII):
+            raise UsageError(f"{host!r} is no name of a machine. Write it without a port and a path.")
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[\w.-]+(:\d+)?/?", origin, re.ASCII | re.IGNORECASE):
+            raise UsageError(
+                f"{origin!r} is no origin of pages. Write it as https://example.org, with a port where it has one."
+            )
+
+
 class Guard:
     """Checks the headers of a request.
 
@@ -37,7 +51,8 @@ class Guard:
     def __init__(self, key: str | None, hosts: Iterable[str], origins: Iterable[str]):
         self._key = None if key is None else key.encode()
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._origins = {origin.lower().rstrip("/") for origin in origins}
+        #: Origins as browsers write them.
+        self.origins = [origin.lower().rstrip("/") for origin in origins]
 
     def check(self, method: str, path: str, headers: Any) -> None:
         """Raise ApiError for a request that is refused."""
@@ -81,4 +96,4 @@ class Guard:
         return True
 
     def _same(self, origin: str, host: str) -> bool:
-        return origin in self._origins or origin.partition("://")[2] == host
+        return origin in self.origins or origin.partition("://")[2] == host

@@ -24,26 +24,33 @@ class Prefixes:
         self._kept: OrderedDict[bytes, Pages] = OrderedDict()
         self.pages = 0
 
-    def find(self, size: int, ids: Sequence[int], piece: int) -> list[Pages]:
-        """Return the pages of the pieces of `piece` tokens that begin a prompt; at least one token is left to read."""
-        keys, found = [], []
-        key = self.first(size)
+    def find(self, keys: list[bytes], ids: Sequence[int], piece: int) -> list[Pages]:
+        """Return the pages of the pieces of `piece` tokens that follow, and add their keys to those of the pieces before them.
+
+        At least one of the tokens `ids`, which follow too, is left to read.
+        """
+        found = []
         for start in range(0, (len(ids) - 1) // piece * piece, piece):
-            key = self.next(key, ids[start : start + piece])
+            key = self.next(keys[-1], ids[start : start + piece])
             if key not in self._kept:
                 break
             keys.append(key)
             found.append(self._kept[key])
-        for used in reversed(keys):  # the end of a prompt goes before its beginning
-            self._kept.move_to_end(used)
+        if found:
+            self._use(keys)
         return found
 
-    def keep(self, key: bytes, pages: Pages) -> None:
-        """Keep a piece."""
-        if key not in self._kept:
-            self._kept[key] = pages
+    def keep(self, keys: Sequence[bytes], pages: Pages) -> None:
+        """Keep the last piece of a prompt that has these keys."""
+        if keys[-1] not in self._kept:
+            self._kept[keys[-1]] = pages
             self.pages += len(pages)
-        self._kept.move_to_end(key, last=True)
+        self._use(keys)
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):  # the end of a prompt goes before its beginning
+            if key in self._kept:
+                self._kept.move_to_end(key)
 
     def shrink(self, pages: int) -> None:
         """Let go of pieces until there are at most so many pages."""

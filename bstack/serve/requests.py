@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bstack.engine.native.generate import encode_prompt
-from bstack.engine.native.sampling import Sampling
+from bstack.engine.native.sampling import Generation, Sampling
 from bstack.engine.text import Message
 from bstack.errors import one_line
-from bstack.serve.answers import THINK
+from bstack.serve.answers import CALL_MARKS, THINK, THOUGHT, THOUGHT_MARKS
 from bstack.serve.grammar import Grammar
 from bstack.serve.scheduler import Ask, Scheduler
 from bstk.errors import BstkError
@@ -23,6 +24,7 @@ __all__ = ["ApiError", "Request", "parse", "read_chat", "read_completion"]
 
 # New tokens of a text that names no number, and texts of a request.
 USUAL, TEXTS = 2048, 8
+_WHY = " (whoever runs it can give it more memory for keys and values)"
 _REFUSED_CHAT = {"functions": "functions; it has tools", "audio": "audio"}
 
 
@@ -79,12 +81,31 @@ def read_chat(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Reque
     messages = _messages(body)
     top = _integer(body, "top_logprobs", 0, 20, 0) if _flag(body, "logprobs") else None
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    tokenizer = scheduler.tokenizer
     tools = _tools(body)
+    # Its name is in every template that takes tools.
+    if tools and "tools" not in (tokenizer.chat_template or ""):
+        raise ApiError(400, "This model's template takes no tools.", param="tools", code="unsupported_parameter")
+    forced, schema = _forced(body, tools or []), _schema(body)
+    if forced and schema:
+        raise ApiError(400, "An answer is a call or has a response_format, not both.", param="tool_choice")
+    options = body.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise _wrong("chat_template_kwargs", "an object")
     with _prompt_errors("messages"):
-        ids = encode_prompt(scheduler.tokenizer, messages, chat=True, tools=tools)
-    found = _request(body, [ids], top, field, USUAL, "messages", scheduler)
-    thinking = scheduler.tokenizer.decode(ids[-8:], special=True).rstrip().endswith(THINK)
-    return replace(found, tools=tuple(tool["function"]["name"] for tool in tools or ()), thinking=thinking)
+        ids = encode_prompt(tokenizer, messages, chat=True, tools=tools, options=options)
+    thinking = tokenizer.decode(ids[-8:], special=True).rstrip().endswith(THINK)
+    grammar = None
+    if wanted := forced or schema:
+        grammar = _grammar(wanted, "tool_choice" if forced else "response_format", scheduler)
+        end = tokenizer.encode(THOUGHT, special=False) if thinking else []
+        grammar = grammar.copy(after=end[0] if len(end) == 1 else None)  # what is held comes after the thoughts
+        thinking = len(end) == 1
+    names = () if schema else tuple(tool["function"]["name"] for tool in tools or ())
+    marks = (*THOUGHT_MARKS, *(CALL_MARKS if names else ()))
+    kept = frozenset(tokenizer.marks[mark] for mark in marks if mark in tokenizer.marks)
+    found = _request(body, [ids], top, field, USUAL, "messages", scheduler, grammar, kept)
+    return replace(found, tools=names, thinking=thinking)
 
 
 def read_completion(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Request:
@@ -93,9 +114,16 @@ def read_completion(body: Mapping[str, Any], name: str, scheduler: Scheduler) ->
     for field in ("suffix", "echo"):
         if body.get(field):
             raise ApiError(400, f"This server does not know {field}.", param=field, code="unsupported_parameter")
+    count = _integer(body, "n", 1, TEXTS, 1)
+    if _integer(body, "best_of", 1, TEXTS, count) != count:
+        raise ApiError(400, "This server does not know best_of.", param="best_of", code="unsupported_parameter")
     top = None if body.get("logprobs") in (None, False) else _integer(body, "logprobs", 0, 20, 0)
-    prompts = [_prompt_ids(prompt, scheduler) for prompt in _prompts(body)]
-    return _request(body, prompts, top, "max_tokens", 16, "prompt", scheduler)
+    given = _prompts(body)
+    _check_count(len(given) * count, scheduler)
+    schema = _schema(body)
+    grammar = _grammar(schema, "response_format", scheduler) if schema else None
+    prompts = [_prompt_ids(prompt, scheduler) for prompt in given]
+    return _request(body, prompts, top, "max_tokens", 16, "prompt", scheduler, grammar)
 
 
 def _request(
@@ -106,15 +134,15 @@ def _request(
     usual: int,
     param: str,
     scheduler: Scheduler,
+    grammar: Grammar | None = None,
+    marks: frozenset[int] = frozenset(),
 ) -> Request:
     count = _integer(body, "n", 1, TEXTS, 1)
-    if len(prompts) * count > TEXTS:
-        raise ApiError(400, f"A request may ask for {TEXTS} texts at most.", param="n")
+    _check_count(len(prompts) * count, scheduler)
     vocabulary = scheduler.model.architecture.vocabulary
     wanted = _integer(body, limit, 1, 2**31, usual)
-    sampling = _sampling(body, scheduler.model.generation.sampling, vocabulary)
+    sampling = _sampling(body, scheduler.model.generation, vocabulary)
     seed = _integer(body, "seed", -(2**63), 2**64, None)
-    grammar = _grammar(body, scheduler)
     seed = secrets.randbits(63) if seed is None else seed % 2**64
     stop = _stop(body)
     options = body.get("stream_options")
@@ -126,7 +154,8 @@ def _request(
         if room < 1:
             raise ApiError(
                 400,
-                f"The text has {len(ids)} tokens, and this server reads at most {scheduler.longest - 1}. Shorten it.",
+                f"The text has {len(ids)} tokens, and this server reads at most {scheduler.longest - 1}"
+                f"{_WHY if scheduler.longest < scheduler.model.architecture.context else ''}. Shorten it.",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -134,8 +163,13 @@ def _request(
             raise ApiError(400, f"Tokens are from 0 to {vocabulary - 1}.", param=param)
         for number in range(count):
             own = grammar.copy() if grammar else None
-            asks.append(Ask(ids, min(wanted, room), sampling, seed + number, stop, top, own))
+            asks.append(Ask(ids, min(wanted, room), sampling, seed + number, stop, top, own, marks))
     return Request(asks, _flag(body, "stream"), bool((options or {}).get("include_usage")))
+
+
+def _check_count(texts: int, scheduler: Scheduler) -> None:
+    if texts > (most := min(TEXTS, scheduler.parallel + scheduler.queue)):
+        raise ApiError(400, f"A request may ask for {most} texts at most.", param="n")
 
 
 def _check_model(body: Mapping[str, Any], name: str) -> None:
@@ -147,8 +181,8 @@ def _check_model(body: Mapping[str, Any], name: str) -> None:
         )  # fmt: skip
 
 
-def _grammar(body: Mapping[str, Any], scheduler: Scheduler) -> Grammar | None:
-    """Return what the answer has to be, besides text."""
+def _schema(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the answer has to be; None for any text."""
     given = body.get("response_format")
     kind = given.get("type") if isinstance(given, dict) else None
     if given is None or kind == "text":
@@ -159,11 +193,17 @@ def _grammar(body: Mapping[str, Any], scheduler: Scheduler) -> Grammar | None:
         schema = schema.get("schema") if isinstance(schema, dict) else None
     if kind not in ("json_object", "json_schema") or not isinstance(schema, dict):
         raise _wrong("response_format", "of type text, json_object, or json_schema with a schema")
+    return schema
+
+
+def _grammar(schema: Mapping[str, Any], param: str, scheduler: Scheduler) -> Grammar:
     try:
         return scheduler.grammars.of_schema(schema)
+    except ImportError:
+        raise ApiError(501, "The server lacks the package llguidance.", kind="server_error", param=param) from None
     except (ValueError, RecursionError) as error:
         raise ApiError(
-            400, f"The schema cannot be held: {one_line(error)}.", param="response_format", code="invalid_value"
+            400, f"The schema cannot be held: {one_line(error)}.", param=param, code="invalid_value"
         ) from None
 
 
@@ -189,25 +229,57 @@ def _messages(body: Mapping[str, Any]) -> list[Message]:
             content = ""
         if not isinstance(content, str):
             raise _wrong(f"{where}.content", "a text")
-        kept = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)} | calls
+        kept = {
+            key: message[key]
+            for key in ("name", "tool_call_id", "reasoning_content")
+            if isinstance(message.get(key), str)
+        } | calls
         found.append({"role": "system" if role == "developer" else role, "content": content, **kept})
     return found
 
 
 def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the tools as templates take them; None for none."""
-    given, choice = body.get("tools"), body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise ApiError(
-            400, "This server cannot make a model call a tool.", param="tool_choice", code="unsupported_parameter"
-        )
-    if not given or choice == "none":
+    given = body.get("tools")
+    if not given or body.get("tool_choice") == "none":
         return None
     for tool in given if isinstance(given, list) else [{}]:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _wrong("tools", "a list of functions with names")
     return given
+
+
+def _forced(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the schema of a call that tool_choice demands; None where it demands none."""
+    choice = body.get("tool_choice")
+    if choice in (None, "auto", "none"):
+        return None
+    functions = [tool["function"] for tool in tools]
+    if choice != "required":
+        named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = named.get("name") if isinstance(named, dict) else None
+        functions = [function for function in functions if function["name"] == name]
+    if not functions:
+        raise _wrong("tool_choice", "auto, none, required, or one of the tools")
+    calls: list[Any] = []
+    shared: dict[str, dict[str, Any]] = {}
+    for function in functions:
+        given = function.get("parameters") or {}
+        if not isinstance(given, dict):
+            raise _wrong("tools", "a list of functions with schemas")
+        arguments = {"type": "object", **given}
+        for field in ("$defs", "definitions"):  # references to them begin at the root
+            own = arguments.pop(field, {})
+            known = shared.setdefault(field, {})
+            if not isinstance(own, dict) or any(known.get(name, own[name]) != own[name] for name in own):
+                raise ApiError(400, f"These tools differ in their {field}. Demand one of them.", param="tool_choice")
+            known.update(own)
+        if re.search(r'"\$ref": "(?!#/(\$defs|definitions)/)', json.dumps(arguments)):
+            raise ApiError(400, "A tool's schema refers to a part that is not in its $defs.", param="tools")
+        fields = {"name": {"const": function["name"]}, "arguments": arguments}
+        calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
+    return {"anyOf": calls, **{field: known for field, known in shared.items() if known}}
 
 
 def _calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -257,8 +329,12 @@ def _prompt_errors(param: str) -> Iterator[None]:
         raise ApiError(400, words[:1].upper() + words[1:], param=param) from None
 
 
-def _sampling(body: Mapping[str, Any], own: Sampling, vocabulary: int) -> Sampling:
-    """Return how tokens are chosen: what is not given is the model's own; a temperature or top_p draws, temperature 0 does not."""
+def _sampling(body: Mapping[str, Any], generation: Generation, vocabulary: int) -> Sampling:
+    """Return how tokens are chosen: what is not given is the model's own; a temperature or top_p draws, temperature 0 does not.
+
+    Drawing is from all tokens where neither the request nor the model's files say how many.
+    """
+    own = generation.sampling
     temperature = _number(body, "temperature", 0, 2, None)
     given: dict[str, Any] = {
         "top_p": _number(body, "top_p", 0, 1, None),
@@ -270,7 +346,11 @@ def _sampling(body: Mapping[str, Any], own: Sampling, vocabulary: int) -> Sampli
         found["top_k"] = 0
     if found.get("top_p") == 0:
         found["top_p"] = 1e-9
-    draw = own.do_sample if temperature is None and not found else temperature != 0
+    # Clients send values that change nothing without meaning anything.
+    asks = any(value != {"top_p": 1}.get(name, 0) for name, value in found.items())
+    draw = temperature != 0 if temperature is not None or asks else own.do_sample
+    if "top_k" not in generation.said and (temperature or asks):
+        found.setdefault("top_k", 0)
     penalties: dict[str, Any] = {
         name: _number(body, name, -2, 2, 0.0) or 0.0 for name in ("presence_penalty", "frequency_penalty")
     }

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class Busy(Exception):
 class Ask:
     """A text to write: tokens of the prompt, limits, and how many likely tokens beside each chosen one are told (None: none).
 
-    `grammar` belongs to this text alone.
+    `grammar` belongs to this text alone. `marks` are special tokens that stay in the text.
     """
 
     ids: Sequence[int]
@@ -52,6 +51,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     top: int | None = None
     grammar: Grammar | None = None
+    marks: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a text. The last one says why it ends: "stop", "length", or "error" with a message as its text."""
+    """The next part of a text. The last one says why it ends: "stop", "length", "stopping", or "error" with a message as its text."""
 
     text: str
     chosen: tuple[Chosen, ...] = ()
@@ -87,20 +87,26 @@ class Job:
     cancelled: bool = False
 
     def begin(self, model: NativeModel, tokenizer: TextTokenizer) -> None:
-        """Make what writing needs; `size` is that of the model, and `key` that of the pieces read so far (`Prefixes`)."""
+        """Make what writing needs."""
         self.text = model.sequence()
         self.sampler = Sampler(self.ask.sampling, model.architecture.vocabulary, self.ask.ids, self.ask.seed)
-        self.out = _Out(tokenizer, self.ask.stop)
+        self.out = _Out(tokenizer, self.ask.stop, self.ask.marks)
         self.last = -1  # the token that the next step reads; none yet
-        self.size, self.key = -1, b""
+        self.changes = -1  # of the model
+        self.keys: list[bytes] = []  # of the pieces read so far (`Prefixes`)
         self.tail: list[int] = []
+
+    def free(self) -> None:
+        """Let go of all that takes memory; who reads the text may hold the job for long."""
+        for name in ("text", "sampler", "out", "tail"):
+            self.__dict__.pop(name, None)
 
 
 class _Out:
     """The text of tokens up to the first stop string; what may be the beginning of one is held back."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]):
-        self._pieces, self._stops = Pieces(tokenizer), stops
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], marks: frozenset[int] = frozenset()):
+        self._pieces, self._stops = Pieces(tokenizer, marks), stops
         self._held = ""
 
     def add(self, token: int) -> tuple[str, bool]:
@@ -187,6 +193,10 @@ class Scheduler:
                     self.ended["cancelled"] += 1
             self._changed.notify()
 
+    def touch(self) -> None:
+        """Count as used from now on, as a text that runs does."""
+        self.active = time.monotonic()
+
     @property
     def idle(self) -> float:
         """Seconds since a text last ran; 0 while one runs."""
@@ -196,6 +206,11 @@ class Scheduler:
     def stopping(self) -> bool:
         """Whether texts are no longer taken."""
         return self._stopping
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has ended by itself."""
+        return not (self._ending or self._thread.is_alive())
 
     def refuse(self) -> None:
         """Take no more texts; those that are there go on. Safe in a signal handler."""
@@ -209,21 +224,33 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._next():
+                pass
+        finally:  # also when it fails: clients do not wait for nothing
             with self._changed:
-                self._changed.wait_for(lambda: self.waiting or self.running or self._ending)
-                if self._ending:
-                    for job in (*self.waiting, *self.running):
-                        self._tell(job, Piece("the server stops", end="error"))
-                    self.waiting.clear()
-                    self.running.clear()
-                    return
-                for job in [job for job in self.running if job.cancelled]:
-                    self.running.remove(job)
-                    self.ended["cancelled"] += 1
-                self._admit()
-            if self.running:
-                self._work()
+                self._stopping = True
+                left = [*self.waiting, *self.running]
+                self.waiting.clear()
+                self.running.clear()
+            for job in left:
+                job.free()
+                self._tell(job, Piece("", end="stopping"))
+
+    def _next(self) -> bool:
+        """Wait for something to do and do the next of it; return False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting or self.running or self._ending)
+            if self._ending:
+                return False
+            for job in [job for job in self.running if job.cancelled]:
+                self.running.remove(job)
+                self.ended["cancelled"] += 1
+                job.free()
+            self._admit()
+        if self.running:
+            self._work()
+        return True
 
     def _admit(self) -> None:
         """Begin texts in their order, while there is room."""
@@ -232,19 +259,24 @@ class Scheduler:
             room = self.page_count - job.pages - sum(other.pages for other in self.running)
             if room < 0:
                 return
-            self.waiting.popleft()
-            job.begin(self.model, self.tokenizer)
-            size, ids = self._store.state.weight_bytes, job.ask.ids
-            found = self.prefixes.find(size, ids, self._piece)
-            job.size, job.key = size, self.prefixes.first(size)
-            for pages in found:
-                piece = ids[job.text.length : job.text.length + self._piece]
-                job.text.adopt(piece, pages)
-                job.key = self.prefixes.next(job.key, piece)
-            job.cached = job.text.length
-            self.found_tokens += job.cached
+            self.running.append(self.waiting.popleft())
+            self._guarded([job], self._begin)
             self.prefixes.shrink(room)
-            self.running.append(job)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        (job,) = jobs
+        job.begin(self.model, self.tokenizer)
+        job.changes = self._store.changes
+        job.keys = [self.prefixes.first(self._store.state.weight_bytes)]
+        self._adopt(job)
+        job.cached = job.text.length
+
+    def _adopt(self, job: Job) -> None:
+        """Go on with the pieces of the prompt that this text or another has read."""
+        start = job.text.length
+        for pages in self.prefixes.find(job.keys, job.ask.ids[start:], self._piece):
+            job.text.adopt(job.ask.ids[job.text.length : job.text.length + self._piece], pages)
+        self.found_tokens += job.text.length - start
 
     def _work(self) -> None:
         """Read a piece of one prompt, and one token of each text that is being written."""
@@ -254,28 +286,32 @@ class Scheduler:
             self._guarded([reading[self._turn % len(reading)]], self._read)
         if writing := [job for job in self.running if job.last >= 0]:
             self._guarded(writing, self._step)
-        self.active = time.monotonic()
+        self.touch()
 
     def _guarded(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
+        """Do work for some texts; when it fails they end, and the other texts and the thread go on."""
         try:
             work(jobs)
-        except Exception as error:  # such as MemoryError: the other texts and the thread go on
+        except BaseException as error:  # panics of the tokenizers library are no Exceptions
             for job in jobs:
                 if job in self.running:
                     self._end(job, Piece(one_line(error), end="error"))
 
     def _read(self, jobs: list[Job]) -> None:
         (job,) = jobs
-        ids, start = job.ask.ids, job.text.length
+        ids, store = job.ask.ids, self._store
+        # What was read at several sizes, or while the size changed, is of no use to others.
+        if shared := job.changes == store.changes and not job.changes % 2:
+            self._adopt(job)
+        start = job.text.length
         stop = min(start + self._piece, len(ids))
-        before = self._store.state.weight_bytes
         logits = self.model.read(job.text, ids[start:stop])
         self.read_tokens += stop - start
-        if not job.size == before == self._store.state.weight_bytes:
-            job.size = -1  # the model has changed its size, so what was read is of no use to others
+        if not shared or job.changes != store.changes:
+            job.changes = -1
         elif stop - start == self._piece:
-            job.key = self.prefixes.next(job.key, ids[start:stop])
-            self.prefixes.keep(job.key, job.text.share(start, stop))
+            job.keys.append(self.prefixes.next(job.keys[-1], ids[start:stop]))
+            self.prefixes.keep(job.keys, job.text.share(start, stop))
             self.prefixes.shrink(self.page_count - sum(other.pages for other in self.running))
         if stop == len(ids):
             self._choose(job, logits)
@@ -283,7 +319,7 @@ class Scheduler:
     def _step(self, jobs: list[Job]) -> None:
         logits = self.model.step([job.text for job in jobs], [job.last for job in jobs])
         for job, row in zip(jobs, logits, strict=True):
-            self._choose(job, row)
+            self._guarded([job], lambda _, job=job, row=row: self._choose(job, row))  # type: ignore[misc]
 
     def _choose(self, job: Job, logits: np.ndarray) -> None:
         """Take the next token of a text, and tell what is certain of it."""
@@ -303,8 +339,10 @@ class Scheduler:
             text, end, chosen = job.out.rest(), "stop", ()
         else:
             text, stopped = job.out.add(token)
-            if stopped or self._own_stop(job, token):
+            if stopped:
                 end = "stop"
+            elif self._own_stop(job, token):
+                text, end = text + job.out.rest(), "stop"
             elif whole or job.new == job.ask.max_new_tokens:
                 text, end = text + job.out.rest(), "stop" if whole else "length"
         piece = Piece(text, chosen, end)
@@ -323,6 +361,7 @@ class Scheduler:
         with self._changed:
             self.running.remove(job)
             self.ended[piece.end or "stop"] += 1
+        job.free()
         self._tell(job, piece)
 
     def _tell(self, job: Job, piece: Piece) -> None:
@@ -334,5 +373,7 @@ def _chances(logits: np.ndarray, token: int, top: int) -> Chosen:
     """Return the log probabilities of the model: of the chosen token and of the likeliest."""
     shifted = logits - logits.max()
     chances = shifted - np.log(np.exp(shifted).sum())
-    likeliest: Any = np.argsort(-chances, kind="stable")[:top] if top else []
+    top = min(top, len(chances))
+    likeliest = np.argpartition(-chances, top - 1)[:top] if top else np.zeros(0, int)
+    likeliest = likeliest[np.argsort(-chances[likeliest], kind="stable")]
     return Chosen(token, float(chances[token]), [(int(other), float(chances[other])) for other in likeliest])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -9,36 +10,48 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bstack.engine.native.generate import TextTokenizer
-from bstack.engine.native.model import NativeModel
+from bstack.engine.native.model import PAGE, NativeModel
 from bstack.errors import require
 from bstk.errors import UsageError
 
-__all__ = ["check", "listen", "serve"]
+__all__ = ["bind", "check", "listen", "serve"]
 
-# Seconds that running texts have after the first signal, and connections after that.
+# Seconds that running texts have after the first signal, and after that readers of what is left.
 GRACE, CLOSING = 10, 5
 # Connections beside those of texts that run or wait: of pages, of what asks for metrics, and of those that are told to wait.
 CONNECTIONS = 128
 
 
-def check(host: str, key: str | None) -> None:
+def check(host: str, key: str | None, hosts: Sequence[str], origins: Sequence[str]) -> None:
     """Raise an error, before any work, where the server cannot run: packages are missing, or all the network could use it."""
     require("Serving", "serve", ("starlette", "uvicorn", "prometheus_client"))
-    from bstack.serve.guard import is_loopback
+    from bstack.serve.guard import check_names, is_loopback
 
     if key is None and not is_loopback(host):
         raise UsageError(f"others can reach {host}, and without a key they could use the model.", option="api_key")
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise UsageError("the API key has to be printable ASCII without spaces.")
+    check_names(hosts, origins)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; UsageError for an address that cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket with an address, where `listen` listens; UsageError for an address that cannot be had."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
     except (OSError, OverflowError) as error:
+        sock.close()
         raise UsageError(f"{host} port {port} cannot be used: {error}.", option="port") from None
+    return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Take connections from now on; until then clients are refused."""
+    try:
+        sock.listen(CONNECTIONS)
+    except OSError as error:
+        raise UsageError(f"port {sock.getsockname()[1]} cannot be used: {error}.", option="port") from None
 
 
 def serve(
@@ -67,7 +80,7 @@ def serve(
     model, tokenizer
         From `bstack.engine.native.load.load`.
     sock : socket.socket
-        From `listen`.
+        From `bind`, listening.
     name : str
         The model's name for clients.
     wanted, idle_bytes
@@ -86,16 +99,21 @@ def serve(
     import uvicorn
 
     from bstack.serve.app import build
+    from bstack.serve.connection import Connection
     from bstack.serve.guard import HEADERS, Guard
     from bstack.serve.scheduler import Scheduler
     from bstack.serve.size import Size
 
     size = Size(model, wanted, idle_bytes, log)
     scheduler = Scheduler(model, tokenizer, parallel=parallel, queue=queue, cache_bytes=cache_bytes)
-    app = build(scheduler, size, name, Guard(key, hosts, origins), origins=origins, idle_after=idle_after)
+    log(
+        f"Keys and values of {scheduler.page_count * PAGE:,} tokens fit into memory (cache_mb); a text takes its prompt and its "
+        f"most new tokens of that, {scheduler.longest:,} at most."
+    )
+    app = build(scheduler, size, name, Guard(key, hosts, origins), idle_after=idle_after)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_level="error",
@@ -103,8 +121,8 @@ def serve(
         server_header=False,
         proxy_headers=False,
         limit_concurrency=parallel + queue + CONNECTIONS,
-        timeout_graceful_shutdown=GRACE + CLOSING,
-        h11_max_incomplete_event_size=HEADERS,
+        timeout_graceful_shutdown=GRACE + 2 * CLOSING,
+        h11_max_incomplete_event_size=2 * HEADERS,  # so that most clients read why
     )
 
     class Server(uvicorn.Server):
@@ -115,6 +133,20 @@ def serve(
                 timer.daemon = True
                 timer.start()
             super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            timer = asyncio.get_running_loop().call_later(GRACE + CLOSING, self._abort)
+            await super().shutdown(sockets)
+            timer.cancel()
+            self._abort()
+            if tasks := list(self.server_state.tasks):  # they end with their connections
+                await asyncio.wait(tasks, timeout=1)
+            if self.force_exit:  # uvicorn leaves it out
+                await self.lifespan.shutdown()
+
+        def _abort(self) -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     # uvicorn raises the signals once more when it has ended, for the handlers that were there before.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -285,15 +285,36 @@ def test_a_tokenizer_that_refuses_a_word():
         generate.TextTokenizer(made.to_str().encode(), {}, None).encode("b", special=True)
 
 
+def test_bytes_of_tokens():
+    """Those of a letter of several tokens join to it, in both ways of writing bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<é>"])
+    read = generate.TextTokenizer(made.to_str().encode(), {}, None)
+    text = "aé 文🙂\n\0"
+    assert [read.token_bytes(token) for token in read.encode(text, special=False)] == [
+        bytes([byte]) for byte in text.encode()
+    ]
+    assert read.token_bytes(256) == "<é>".encode()
+    made = Tokenizer(models.BPE({"\u2581a": 0, "<0xC3>": 1, "<0xA9>": 2, "<0x>": 3}, []))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    read = generate.TextTokenizer(made.to_str().encode(), {}, None)
+    assert [read.token_bytes(token) for token in range(4)] == [b" a", b"\xc3", b"\xa9", b"<0x>"]
+
+
 def test_pieces_join_to_the_text():
     """Letters of several tokens come whole, and what never becomes one comes at the end."""
     raw = "aé文🙂".encode()
-    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    tokenizer = SimpleNamespace(decode=lambda ids, kept: bytes(ids).decode(errors="replace"))
     for cut, expected in ((len(raw), "aé文🙂"), (len(raw) - 1, "aé文\ufffd")):
         pieces = generate.Pieces(tokenizer)
         found = [pieces.add(byte) for byte in raw[:cut]]
         assert "\ufffd" not in "".join(found) and "".join(found) + pieces.rest() == expected
         assert [piece for piece in found if piece] == list(expected.rstrip("\ufffd"))
+    pieces = generate.Pieces(tokenizer)
+    found = [pieces.add(0x80) for _ in range(100)]
+    assert len("".join(found)) > 90, "what is no letter is not held back for ever"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,13 @@ import tiny_models
 
 import bstack
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[bot] {% endif %}"
-)
+TEMPLATE = """
+{%- if tools %}[tools] {{ tools | tojson }} {% endif %}
+{%- for m in messages %}[{{ m.role }}] {{ m.content }} {% for call in m.tool_calls or [] %}
+{%- if call.id | length != 9 %}{{ raise_exception("ids have 9 letters") }}{% endif %}[call] {{ call.function | tojson }} {% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}[bot] {% endif %}
+{%- if enable_thinking %}<think>{% endif %}"""
 
 
 @pytest.fixture(scope="session")

@@ -166,13 +166,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
     parser.add_argument("--minutes", type=int, default=5)
+    parser.add_argument("--cache-mb", default="4")
+    parser.add_argument("--every", type=float, default=3.0, help="seconds between two changes of the size")
     given = parser.parse_args()
-    server = Server(given.file, "--queue", "40", "--cache-mb", "4")
+    server = Server(given.file, "--queue", "40", "--cache-mb", given.cache_mb)
     process = psutil.Process(server.process.pid)
     load = Load(server.url)
     memory = []
     for _ in range(2 + given.minutes):  # two minutes of warm-up
-        load.run(60)
+        load.run(60, every=given.every)
         time.sleep(2)
         memory.append(process.memory_info().rss / 2**20)
         kept = load.request("GET", "/metrics")[1].decode().partition("\nbstack_prompt_cache_bytes ")[2].split()[0]

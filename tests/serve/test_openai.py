@@ -34,6 +34,8 @@ def written(loaded, messages, **options):
 
 
 def ask(client, **options):
+    if "chat_template_kwargs" in options:
+        options["extra_body"] = {"chat_template_kwargs": options.pop("chat_template_kwargs")}
     given = {"model": "tiny", "messages": SAID, "max_tokens": 20, "temperature": 0, **options}
     return client.chat.completions.create(**given)
 
@@ -131,6 +133,71 @@ def test_a_schema(client):
     assert greedy.startswith("{")
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": fields,
+     "required": [*fields], "additionalProperties": False}}}
+    for name, fields in (("weather", {"city": {"enum": ["Rome", "Oslo"]}}), ("time", {"zone": {"enum": [1, 2]}}))
+]  # fmt: skip
+
+
+def called(client, stream, **options):
+    """The calls of an answer, its text, and how it ends."""
+    answer = ask(client, tools=TOOLS, stream=stream, **{"max_tokens": 60, **options})
+    if not stream:
+        (choice,) = answer.choices
+        calls = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+        return calls, choice.message.content, choice.finish_reason
+    calls, text, end = {}, "", None
+    for chunk in answer:
+        (choice,) = chunk.choices
+        text, end = text + (choice.delta.content or ""), choice.finish_reason or end
+        for call in choice.delta.tool_calls or ():
+            known = calls.get(call.index, ("", "", ""))
+            new = (call.id, call.function.name, call.function.arguments)
+            calls[call.index] = tuple(old + (part or "") for old, part in zip(known, new, strict=True))
+    return [calls[index] for index in sorted(calls)], text or None, end
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools(client, stream):
+    """A model of random weights calls what it has to, and its call and the tool's answer are read again."""
+    ((name, function, arguments),), text, end = called(client, stream, tool_choice="required")
+    assert function in ("weather", "time") and end == "tool_calls" and text is None
+    for tool, field, values in (("weather", "city", ("Rome", "Oslo")), ("time", "zone", (1, 2))):
+        choice = {"type": "function", "function": {"name": tool}}
+        ((name, function, arguments),), _, _ = called(client, stream, tool_choice=choice, temperature=1.5, seed=1)
+        assert function == tool and json.loads(arguments).keys() == {field} and json.loads(arguments)[field] in values
+    call = {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
+    said = [*SAID, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    said.append({"role": "tool", "tool_call_id": name, "content": "12:00"})
+    calls, text, end = called(client, stream, messages=said, logit_bias={"2": -100})
+    assert text and not calls and end == "length"
+    with pytest.raises(openai.BadRequestError, match="9 letters"):
+        call["id"] = "call_0"
+        called(client, stream, messages=said)
+
+
+def test_bytes_of_tokens(client):
+    """They join to the text, also where a letter has several tokens."""
+    bias = {"0": -100, "1": -100, "2": -100}  # special tokens are not in the text
+    for seed in range(3):
+        options = {"temperature": 1.9, "seed": seed, "logit_bias": bias, "max_tokens": 40, "logprobs": True}
+        (choice,) = ask(client, **options).choices
+        raw = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        assert raw.decode(errors="replace").strip() == choice.message.content.strip()
+
+
+def test_settings_of_the_template(client):
+    """A prompt that begins the thoughts: all is thought, and a schema is held to after them alone."""
+    options = {"chat_template_kwargs": {"enable_thinking": True}}
+    (choice,) = ask(client, extra_body=options, logit_bias={"2": -100}).choices
+    assert choice.message.reasoning_content and not choice.message.content
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
+    (choice,) = ask(client, extra_body=options, response_format=form, max_tokens=200).choices
+    if not getattr(choice.message, "reasoning_content", None):  # the tokenizer has no token that ends thoughts
+        assert json.loads(choice.message.content)
+
+
 def test_log_probabilities(client):
     content = ask(client, logprobs=True, top_logprobs=4, max_tokens=5).choices[0].logprobs.content
     assert len(content) == 5
@@ -170,6 +237,7 @@ def test_log_probabilities(client):
         ),
         ({"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"chat_template_kwargs": 5}, 400, "chat_template_kwargs"),
     ],
 )
 def test_mistakes(client, options, status, param):

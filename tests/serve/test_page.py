@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -46,6 +47,14 @@ def ready(page, tokens="20"):
     return page
 
 
+def until(page, condition):
+    """Wait; the page's policy forbids Playwright's own way."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(50)
+
+
 def answered(page, count=1):
     page.locator("#send", has_text="Send").wait_for()
     answers = page.locator(".message.assistant")
@@ -72,8 +81,24 @@ def test_a_conversation(open_page):
     page.keyboard.press("Enter")
     answered(page)
     assert page.locator(".message.user .text").inner_text() == "the stone"
-    page.click("#new")
+    page.locator("text=Edit").first.click()
+    page.locator(".edit").fill("  ")
+    page.keyboard.press("Enter")  # nothing to send: all stays
+    page.keyboard.press("Escape")
+    assert page.locator(".message.user .text").inner_text() == "the stone" and answered(page)
+    # What was said before keeps its elements, and only the last answer can be made anew.
+    page.locator(".message").first.evaluate("element => element.dataset.kept = 1")
+    page.fill("#prompt", "the town")
+    page.keyboard.press("Enter")
+    answered(page, 2)
+    assert page.locator("[data-kept]").count() == 1 == page.locator("text=Again").count()
+    page.locator("#limit").evaluate("field => field.value = 900")
+    page.fill("#prompt", "the house")
+    page.keyboard.press("Enter")
+    page.locator("#send", has_text="Stop").wait_for()
+    page.click("#new")  # while an answer runs
     sync_api.expect(page.locator(".message")).to_have_count(0)
+    page.locator("#send", has_text="Send").wait_for()
 
 
 def test_stopping_and_the_slider_while_a_text_runs(open_page):
@@ -92,12 +117,42 @@ def test_stopping_and_the_slider_while_a_text_runs(open_page):
     answered(page)
 
 
+def test_steps_of_the_slider(open_page):
+    """Each key goes on to another size, and following no more keeps the size."""
+    page = ready(open_page())
+    page.locator("#size").focus()
+
+    def press(key, wanted):
+        before = page.input_value("#size")
+        with page.expect_response("**/v1/budget"):
+            page.keyboard.press(key)
+        until(page, f"!pending && Number(document.getElementById('size').value) {wanted} {before}")
+
+    press("ArrowLeft", "<")
+    press("ArrowLeft", "<")
+    press("ArrowRight", ">")
+    page.keyboard.press("Home")
+    sync_api.expect(page.locator("#stack i.in")).to_have_count(1)
+    sync_api.expect(page.locator("#size")).to_have_attribute("aria-valuetext", re.compile("megabytes"))
+    press("ArrowRight", ">")
+    page.keyboard.press("Home")
+    sync_api.expect(page.locator("#stack i.in")).to_have_count(1)
+    small = page.inner_text("#mb")
+    with page.expect_response("**/v1/budget"):
+        page.evaluate("resize(size.min_mb)")
+    with page.expect_response("**/v1/budget") as answer:
+        page.evaluate("resize(size.budget_mb)")  # as unticking does
+    assert answer.value.status == 200 and page.inner_text("#mb") == small
+    page.keyboard.press("End")
+    until(page, "size.mb === size.target_mb && size.budget_mb === size.max_mb")
+
+
 def test_what_a_model_writes_is_text(open_page):
     """Markdown becomes elements, and HTML stays text."""
     page = ready(open_page())
     raw = (
         "# Head\n\nSome **bold** and `code` <img src=x onerror=alert(1)>\n\n- one\n- two\n\n```py\nprint('<b>')\n```\n"
-        "[good](https://example.org) [bad](javascript:alert(1))"
+        "[good](https://example.org) [bad](javascript:alert(1))\n\n  # a comment\n > quoted\n- a\n  > b\n#no head\n>"
     )
     choice = {"index": 0, "delta": {"content": raw, "reasoning_content": "I <i>think</i>"}, "finish_reason": "stop"}
     event = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
@@ -108,7 +163,16 @@ def test_what_a_model_writes_is_text(open_page):
     page.keyboard.press("Enter")
     answered(page)
     text = page.locator(".message.assistant .text")
-    for tag, count in (("h3", 1), ("strong", 1), ("li", 2), ("pre", 1), ("a", 1), ("img", 0), ("b", 0)):
+    for tag, count in (
+        ("h3", 2),
+        ("blockquote", 3),
+        ("strong", 1),
+        ("li", 3),
+        ("pre", 1),
+        ("a", 1),
+        ("img", 0),
+        ("b", 0),
+    ):
         sync_api.expect(text.locator(tag)).to_have_count(count)
     text.locator("summary").click()
     assert "I <i>think</i>" in text.inner_text()

@@ -2,6 +2,7 @@
 
 import queue
 import random
+import threading
 
 import pytest
 
@@ -124,17 +125,109 @@ def test_a_fault_ends_one_text(scheduler, native, monkeypatch):
     assert not one.running and one.ended["error"] == 1
 
 
+class Panic(BaseException):
+    """As those of the tokenizers library."""
+
+
+class Broken:
+    """A grammar that fails at its third token."""
+
+    def __init__(self, error):
+        self.left, self.error = 3, error
+
+    def allow(self, logits):
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return logits
+
+    def take(self, token):
+        return False
+
+
+@pytest.mark.parametrize("error", [ValueError("no token fits"), Panic("no token fits"), MemoryError("no token fits")])
+def test_a_fault_of_one_text_in_a_step(scheduler, error):
+    one = scheduler()
+    draw = Sampling(bias={2: -100.0})
+    wanted = text(submit(one, Ask([5, 6], 20, draw, 0))[0][1])
+    good, bad = submit(one, Ask([5, 6], 20, draw, 0), Ask([7], 20, draw, 0, grammar=Broken(error)))
+    assert text(bad[1])[1] == "error" and text(good[1]) == wanted and not one.failed
+
+
+def test_a_fault_at_the_beginning(scheduler, monkeypatch):
+    one = scheduler()
+    monkeypatch.setattr(one.model, "sequence", lambda: 1 / 0)
+    assert text(submit(one, Ask([5], 5, Sampling(), 0))[0][1]) == ("division by zero", "error")
+    monkeypatch.undo()
+    assert text(submit(one, Ask([5], 5, Sampling(), 0))[0][1])[1] != "error"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_end_of_the_thread_is_told(scheduler, monkeypatch):
+    one = scheduler(parallel=1)
+    monkeypatch.setattr(one, "_work", lambda: 1 / 0)
+    jobs = submit(one, *[Ask([5], 5, Sampling(), 0)] * 3)
+    assert [text(told)[1] for _, told in jobs] == ["stopping"] * 3
+    one._thread.join()
+    assert one.failed and one.stopping
+    with pytest.raises(Busy):
+        submit(one, Ask([5], 5, Sampling(), 0))
+
+
+def test_texts_that_have_ended_hold_nothing(scheduler):
+    one = scheduler(parallel=1)
+    long = Ask([5] * 10, 900, Sampling(bias={2: -100.0}), 0)
+    jobs = submit(one, Ask([5], 3, Sampling(), 0), long, long)
+    text(jobs[0][1])
+    jobs[1][1].get(timeout=60)
+    one.cancel([jobs[1][0]])
+    jobs[2][1].get(timeout=60)
+    one.stop()
+    assert not [name for job, _ in jobs for name in ("text", "sampler", "out") if hasattr(job, name)]
+
+
+def test_texts_of_one_prompt_read_it_once(scheduler):
+    one = scheduler()
+    ask = Ask([(31 * number) % 190 + 5 for number in range(600)], 3, Sampling(), 0)
+    jobs = submit(one, *[ask] * 4)
+    assert len({text(told) for _, told in jobs}) == 1
+    assert one.read_tokens == 512 + 4 * 88 and one.found_tokens == 3 * 512 and jobs[0][0].cached == 0
+    assert text(submit(scheduler(), ask)[0][1]) == text(submit(one, ask)[0][1])
+
+
+def test_a_prompt_that_is_read_while_blocks_are_dropped_is_not_kept(scheduler, native, served_model, monkeypatch):
+    """Not even where the memory of what was dropped goes back late."""
+    store, ask = native[0].bstack_store, Ask([(31 * number) % 190 + 5 for number in range(300)], 3, Sampling(), 0)
+    dropping, done, pop = threading.Event(), threading.Event(), store._arena.pop
+    monkeypatch.setattr(store._arena, "pop", lambda count: (dropping.set(), done.wait(60), pop(count)))
+    with bstk.open(served_model) as file:
+        resize = threading.Thread(target=store.resize, args=(file.base.budget,))
+    one = scheduler()
+    resize.start()
+    try:
+        dropping.wait(60)
+        text(submit(one, ask)[0][1])
+    finally:
+        done.set()
+        resize.join()
+        monkeypatch.undo()
+        bstack.resize(native[0])
+    wanted = text(submit(scheduler(), ask)[0][1])
+    ((job, told),) = submit(one, ask)
+    assert text(told) == wanted and job.cached == 0
+
+
 def test_stopping_tells_every_text(scheduler):
     one = scheduler(parallel=1)
     jobs = submit(one, *[Ask([5] * 10, 900, Sampling(bias={2: -100.0}), 0)] * 3)
     one.stop()
-    assert [text(told)[1] for _, told in jobs] == ["error"] * 3
+    assert [text(told)[1] for _, told in jobs] == ["stopping"] * 3 and not one.failed
 
 
 class Letters:
     """A tokenizer whose tokens are letters."""
 
-    def decode(self, ids, special=False):
+    def decode(self, ids, special=False, kept=()):
         return "".join(map(chr, ids))
 
 
@@ -160,9 +253,14 @@ def test_prefixes_that_were_used_last_stay():
     keys = [Prefixes.first(1)]
     for start in range(0, 90, 10):
         keys.append(Prefixes.next(keys[-1], ids[start : start + 10]))
-        kept.keep(keys[-1], [start])
-    assert [pages[0] for pages in kept.find(1, ids, 10)] == list(range(0, 90, 10))
-    assert len(kept.find(1, ids[:90], 10)) == 8  # one token is left to read
-    assert kept.find(2, ids, 10) == [] and len(kept.find(1, [*ids[:35], 0, *ids[36:]], 10)) == 3
+        kept.keep(keys, [start])
+
+    def find(ids, size=1, known=0):
+        begun = [Prefixes.first(size), *keys[1 : 1 + known]]
+        return [pages[0] for pages in kept.find(begun, ids[10 * known :], 10)]
+
+    assert find(ids) == list(range(0, 90, 10)) and len(find(ids[:90])) == 8  # one token is left to read
+    assert find(ids, size=2) == [] and len(find([*ids[:35], 0, *ids[36:]])) == 3
+    assert find(ids, known=2) == list(range(20, 90, 10))
     kept.shrink(4)
-    assert len(kept.find(1, ids, 10)) == 4 and kept.pages == 4
+    assert find(ids) == list(range(0, 40, 10)) and kept.pages == 4

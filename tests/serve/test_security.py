@@ -1,5 +1,6 @@
 """What the server refuses, and how it ends."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -8,13 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
-from bstack.serve.guard import Guard, is_loopback
+import bstk
+from bstack.serve.guard import Guard, check_names, is_loopback
 from bstack.serve.requests import ApiError
 
 pytestmark = pytest.mark.slow
@@ -185,9 +188,12 @@ def test_prompts_that_are_none(server, prompt):
 
 
 def test_limits(server):
-    large = b" " * (5 * 2**20)
-    with contextlib.suppress(ConnectionError):  # the answer came before the whole body was sent
-        assert ask(server, "POST", "/v1/chat/completions", large).status == 413
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
+        connection.sendall(head + b" " * (4 * 2**20 + 1))
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+    assert ask(server, "GET", "/v1/models", X_Large="x" * 20000).status == 431
     assert ask(server, "GET", "/v1/models", X_Large="x" * 60000).status in (400, 431)
     address = urlsplit(server.url)
     for garbage in (
@@ -207,31 +213,103 @@ def test_limits(server):
     assert ask(server).status == 200
 
 
-def test_clients_that_wait(monkeypatch):
-    """A reader that takes nothing ends its text, and a body that does not come is refused."""
+def test_a_body_that_does_not_come(monkeypatch):
     anyio = pytest.importorskip("anyio")
     app = pytest.importorskip("bstack.serve.app", reason="the server needs its packages", exc_type=ImportError)
-    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
     monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
-    ended = []
 
-    async def events():
-        while True:
-            yield "data: x\n\n"
-
-    async def never(_message=None):
+    async def never():
         await anyio.sleep(60)
 
-    async def run(version):
-        scope = {"type": "http", "asgi": {"spec_version": version}, "method": "POST", "headers": []}
-        await app._Stream(events(), lambda: ended.append(version))(scope, never, never)
+    async def run():
         with pytest.raises(ApiError) as caught:
-            await app._body(app.Request(scope, never))
+            await app._body(app.Request({"type": "http", "method": "POST", "headers": []}, never))
         assert caught.value.status == 408
 
-    for version in ("2.3", "2.4"):
-        anyio.run(run, version)
-    assert ended == ["2.3", "2.4"]
+    anyio.run(run)
+
+
+def test_connections_on_which_nothing_moves(monkeypatch):
+    """Without a request, with half of one, also after an answer, and where nobody takes what is sent."""
+    uvicorn = pytest.importorskip("uvicorn", reason="the server needs it")
+    from starlette.responses import PlainTextResponse
+
+    from bstack.serve import app, connection
+
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(connection, "SEND_SECONDS", 0.4)
+    monkeypatch.setattr(connection, "LAST_SECONDS", 0.4)
+    ended = []
+
+    async def endless():
+        while True:
+            yield "data: " + "x" * 10000 + "\n\n"
+            await asyncio.sleep(0)
+
+    async def application(scope, receive, send):
+        if scope["path"] == "/endless":
+            answer = app._Stream(endless(), lambda: ended.append(1))
+        else:
+            answer = PlainTextResponse("x" * (2**20 if scope["path"] == "/large" else 1))
+        await answer(scope, receive, send)
+
+    config = uvicorn.Config(application, http=connection.Connection, ws="none", lifespan="off", log_level="critical")
+    server = uvicorn.Server(config)
+    monkeypatch.setattr(server, "capture_signals", contextlib.nullcontext)
+    sock = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([sock],))
+    thread.start()
+    get = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+    try:
+        opened = []
+        for sent in (b"", b"GET / HTTP/1.1\r\nHo", get % b"/" + b"GET / HT", get % b"/endless", get % b"/large"):
+            opened.append(socket.socket())
+            opened[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            opened[-1].connect(sock.getsockname())
+            opened[-1].sendall(sent)
+        deadline = time.monotonic() + 30
+        while len(ended) < 1 or server.server_state.connections or server.server_state.total_requests < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for one in opened:
+            one.close()
+        with socket.create_connection(sock.getsockname(), timeout=30) as one:  # who reads slowly, but reads, gets all
+            one.sendall(get % b"/large")
+            found = 0
+            while found < 2**20:
+                found += len(one.recv(2**17))
+                time.sleep(0.05)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_pages_elsewhere_read_what_is_refused(start):
+    server = start("--api-key", "secret", "--allow-origin", "https://Mine.example/")
+    mine = {"Origin": "https://mine.example"}
+    for key, status in (("secret", 200), ("wrong", 401)):
+        answer = ask(server, Authorization=f"Bearer {key}", **mine)
+        assert answer.status == status and answer.headers["access-control-allow-origin"] == mine["Origin"]
+    assert "access-control-allow-origin" not in ask(server, Origin="https://evil.example").headers
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("hosts", "origins"),
+    [
+        (["box.lan:80"], []),
+        (["http://box"], []),
+        ([""], []),
+        ([], ["*"]),
+        ([], ["mine.example"]),
+        ([], ["https://a/b"]),
+    ],
+)
+def test_names_that_no_request_has(hosts, origins):
+    pytest.importorskip("starlette")
+    check_names(["box.lan", "10.0.0.1", "::1"], ["http://localhost:3000", "https://Mine.example/"])
+    with pytest.raises(bstk.UsageError):
+        check_names(hosts, origins)
 
 
 def test_a_full_queue(start):
@@ -246,6 +324,7 @@ def test_a_full_queue(start):
     answer = ask(server, "POST", "/v1/chat/completions", SAID)
     for connection in held:
         connection.close()
+    assert ask(server, "POST", "/v1/chat/completions", {**SAID, "n": 3}).status == 400, "that many never fit"
     assert (
         answer.status == 429
         and int(answer.headers["retry-after"]) >= 1
@@ -275,6 +354,20 @@ def test_a_signal_lets_texts_end(start, number):
     assert server.stop() == 0 and "Stopped." in server.log and "Traceback" not in server.log
 
 
+def test_a_second_signal_does_not_wait(start):
+    server = start()
+    address = urlsplit(server.url)
+    body = json.dumps({**SAID, "max_tokens": 900, "n": 8, "stream": True, "logit_bias": {"2": -100}}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(head + body)
+        connection.recv(100)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        assert server.stop(signal.SIGINT) == 0 and "Traceback" not in server.log, server.log
+
+
 @pytest.mark.parametrize("size", ["100", "auto"])
 def test_nobody_asks(start, size):
     """The model becomes small, and grows back with the first request."""
@@ -287,7 +380,13 @@ def test_nobody_asks(start, size):
     deadline = time.monotonic() + 60
     while not now()["idle"] or now()["blocks"] == full:
         assert time.monotonic() < deadline
-    # It may shrink again before anybody looks.
-    while ask(server, "POST", "/v1/chat/completions", SAID).status != 200 or now()["blocks"] < full:
+    assert ask(server, "POST", "/v1/chat/completions", SAID).status == 200
+    while now()["blocks"] < full:
         assert time.monotonic() < deadline
+    while not now()["idle"]:
+        assert time.monotonic() < deadline
+    assert ask(server, "POST", "/v1/budget", {"mb": now()["max_mb"]}).status == 200
+    asked = time.monotonic()
+    while now()["blocks"] < full or time.monotonic() < asked + 1.2:  # longer than between two looks
+        assert not now()["idle"] or time.monotonic() > asked + 2
     assert server.stop() == 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,10 @@ class TextTokenizer:
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         if isinstance(own := config.get("model_specific_special_tokens"), dict):
             named |= own
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {number: token.content for number, token in added.items()}
+        #: Special tokens, which `decode` leaves out, by their text.
+        self.marks = {token.content: number for number, token in added.items() if token.special}
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         self.special_tokens = {name: token for name, token in texts.items() if isinstance(token, str)}
 
@@ -84,9 +89,24 @@ class TextTokenizer:
         with understood("the model", "its tokenizer cannot read the prompt"):
             return self._tokenizer.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Return the text of tokens, with `special` that of special ones."""
+    def decode(self, ids: Sequence[int], special: bool = False, kept: Collection[int] = ()) -> str:
+        """Return the text of tokens, with `special` that of special ones, or only of those in `kept`."""
+        if kept and not special:
+            dropped = set(self.marks.values()).difference(kept)
+            ids, special = [token for token in ids if token not in dropped], True
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; those of several may make one letter."""
+        name, decoder = self._tokenizer.id_to_token(token) or "", self._tokenizer.decoder
+        kind = b"" if decoder is None else decoder.__getstate__()
+        if token in self._added:
+            return self._added[token].encode()
+        if b'"ByteLevel"' in kind:
+            return bytes(_BYTES[letter] for letter in name if letter in _BYTES)
+        if b'"ByteFallback"' in kind and re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes.fromhex(name[3:5])
+        return (name.replace("\u2581", " ") if "\u2581" in kind.decode() else self.decode([token])).encode()
 
     def json(self) -> str:
         """Return the tokenizer as the text of a tokenizer.json."""
@@ -97,15 +117,23 @@ class TextTokenizer:
         return self._tokenizer.id_to_token(token)
 
 
+# How byte-level tokenizers write bytes: printable ones as themselves, the others from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)).difference(_PRINTABLE)))}
 _CLEANED_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer, prompt: Prompt, chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    tokenizer: TextTokenizer,
+    prompt: Prompt,
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the tokens of a prompt; with `chat`, as a user's message in the chat template.
 
-    Messages of a conversation are always put into the template, which is given `tools`, too.
+    Messages of a conversation are always put into the template, which is given `tools` and its own `options`, too.
     """
     check_prompt(prompt)
     if chat := chat or not isinstance(prompt, str):
@@ -113,18 +141,24 @@ def encode_prompt(
             raise UsageError(NO_TEMPLATE)
         from bstack.engine.chat_template import render_messages  # jinja2 takes time to import
 
-        prompt = render_messages(tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools)
+        prompt = render_messages(
+            tokenizer.chat_template, messages_of(prompt), tokenizer.special_tokens, tools=tools, options=options or {}
+        )
     ids = tokenizer.encode(str(prompt), special=not chat)
     if not ids:
         raise UsageError(EMPTY_PROMPT)
     return ids
 
 
-class Pieces:
-    """The text of tokens as they come, in pieces that no later token changes."""
+# Tokens that may wait for the rest of a letter; a letter has at most 4 bytes.
+HELD = 8
 
-    def __init__(self, tokenizer: TextTokenizer):
-        self._tokenizer = tokenizer
+
+class Pieces:
+    """The text of tokens as they come, in pieces that no later token changes; special tokens only if they are `kept`."""
+
+    def __init__(self, tokenizer: TextTokenizer, kept: Collection[int] = ()):
+        self._tokenizer, self._kept = tokenizer, kept
         self._ids: list[int] = []
         self._start, self._done = 0, 0  # tokens that are decoded for their effect on the next, and those passed on
 
@@ -138,9 +172,9 @@ class Pieces:
         return self._next(last=True)
 
     def _next(self, last: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._done])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if not last and text.endswith("\ufffd"):
+        before = self._tokenizer.decode(self._ids[self._start : self._done], kept=self._kept)
+        text = self._tokenizer.decode(self._ids[self._start :], kept=self._kept)
+        if not last and text.endswith("\ufffd") and len(self._ids) - self._done < HELD:
             return ""
         self._start, self._done = self._done, len(self._ids)
         return text[len(before) :]

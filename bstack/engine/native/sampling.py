@@ -35,11 +35,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """A model's own settings: tokens and strings that end a text, and how tokens are chosen."""
+    """A model's own settings: tokens and strings that end a text, how tokens are chosen, and which of that its files say."""
 
     ends: frozenset[int]
     stop: tuple[str, ...]
     sampling: Sampling
+    said: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, file: bstk.Reader) -> Generation:
@@ -65,7 +66,7 @@ class Generation:
                 or (not value and name in ("temperature", "repetition_penalty"))
             ):
                 raise NotNativeError(f"generation_config.json sets {name} to {value!r}")
-        return cls(frozenset(ends), tuple(stop), replace(Sampling(), **own))
+        return cls(frozenset(ends), tuple(stop), replace(Sampling(), **own), frozenset(own))
 
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}

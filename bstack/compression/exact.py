@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 import bstk
 from bstack.codecs import Codec
 from bstack.compression.assemble import Collected
-from bstack.errors import UnsupportedModelError
+from bstack.errors import ModelWarning, UnsupportedModelError
 from bstack.kernels import exact
 from bstack.kernels.matrix import BLOCKS, RANK, Matrix
 from bstack.models.names import MatrixName
@@ -42,6 +43,13 @@ def check_exact(codec: Codec, files: Sequence[OriginalFile]) -> None:
         value = getattr(codec, setting, 0)
         if isinstance(value, int) and value > most:
             raise UsageError(f"{setting} is {value}; an exact file has at most {most}.")
+    if wide := [tensor.name for file in files for tensor in file.tensors if tensor.parameter and not tensor.dtype]:
+        warnings.warn(
+            f"{wide[0]} ({len(wide)} tensors) has a type that no exact chunk holds, such as F64: only export to files of the "
+            "original gives it back; bstack.load has what its blocks say.",
+            ModelWarning,
+            stacklevel=2,
+        )
     for file in files:
         if file.name == SINGLE and len(files) > 1:
             raise UnsupportedModelError(

@@ -39,15 +39,16 @@ _MODE = ("do_sample", "num_beams")
 def read_generation(folder: Path, name: str, vocabulary: int) -> dict[str, Any] | None:
     """Return what transformers accepts of a folder's generation settings, with a warning about the rest.
 
-    `name` is the model's, for the warning; `vocabulary` how many token ids it has. None without such a file, or where nothing of it can be used: transformers then
-    takes the settings in config.json.
+    `name` is the model's, for the warning; `vocabulary` how many token ids it has. Without such a file the settings in config.json count, as
+    in transformers. None where there are none either, or the file cannot be read.
     """
     try:
         found = json.loads((folder / GENERATION).read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        if (found := _of_the_model(folder)) is None:
+            return None
     except (OSError, ValueError, RecursionError) as error:
         _warn(
             name, f"cannot be read and is left out, so config.json decides which tokens end a text: {one_line(error)}"
@@ -62,6 +63,19 @@ def read_generation(folder: Path, name: str, vocabulary: int) -> dict[str, Any] 
         else:
             _warn(name, f"its {key} is left out, the rest kept: {problem}")
     return kept
+
+
+def _of_the_model(folder: Path) -> dict[str, Any] | None:
+    """Return the generation settings that config.json holds in the absence of a file for them; None without any."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(folder, "config.json", local_files_only=True, _from_model_config=True)
+        settings = found.to_diff_dict()
+    except Exception:  # no such file, or values that nothing can be made of
+        return None
+    settings = {key: settings[key] for key in (*KEPT, *SAMPLING, *_MODE) if key in settings}
+    return settings if settings.keys() - _TOKENS else None
 
 
 def _problem(settings: dict[str, Any], vocabulary: int) -> str | None:

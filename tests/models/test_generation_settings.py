@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import tiny_models
+from compressing import reconfigure
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import bstack
@@ -107,3 +108,18 @@ def test_end_tokens_of_a_container_are_those_of_transformers(tmp_path):
     path.write_text("{")  # here transformers takes the token of config.json
     with pytest.warns(ModelWarning, match="cannot be read"):
         assert ends() == 2 == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+
+
+def test_settings_of_config_json_count_as_in_transformers(tmp_path):
+    folder = tiny_models.save("llama", tmp_path / "model")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert read_generation(folder, "m", 211) is None
+    reconfigure(folder, suppress_tokens=[5], repetition_penalty=1.8, num_beams=2)
+    bstack.compress(folder, tmp_path / "a.bstk", settings=SETTINGS)
+    wanted = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    found = bstack.load(tmp_path / "a.bstk")[0].generation_config
+    for name in ("suppress_tokens", "repetition_penalty", "num_beams", "eos_token_id"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    reconfigure(folder, suppress_tokens="none")
+    with pytest.warns(ModelWarning, match="its suppress_tokens is left out"):
+        assert read_generation(folder, "m", 211)["repetition_penalty"] == 1.8

@@ -117,7 +117,9 @@ def describe(reader: bstk.Reader, cut: bstk.Cut) -> dict[str, Any]:
     """Return what a cut holds, as ``truncate`` and ``grow`` print it."""
     blocks = [chunk.is_block for chunk in reader.all_chunks]
     sizes = {"file_bytes": cut.file_bytes, "memory_bytes": cut.memory_bytes, "chunks": cut.chunks}
+    exact = [chunk.kind.restores for chunk in reader.all_chunks]
     found = {"blocks": sum(blocks[: cut.chunks]), "blocks_total": sum(blocks)}
+    found |= {"exact_chunks": sum(exact[: cut.chunks]), "exact_chunks_total": sum(exact)}
     return {**sizes, **found, "bits_per_weight": reader.bits_per_weight(cut)}
 
 
@@ -127,6 +129,11 @@ def report(result: dict[str, Any], begin: str, kept: str) -> str:
     blocks = f"{result['blocks']:,} of {result['blocks_total']:,} blocks of the complete file"
     bits = result["bits_per_weight"]
     last = "" if bits is None else f"\n  {bits:.3f} bits per weight of the linears"
+    here, total = result["exact_chunks"], result["exact_chunks_total"]
+    if 0 < here < total:
+        last += f"\n  {here:,} of {total:,} chunks of the exact top, of no use without the rest"
+    elif total:
+        last += "\n  the exact top: gives back the original" if here else "\n  without the exact top"
     return f"{printable(begin)} {sizes}\n  {kept} {blocks}{last}"
 
 

@@ -101,6 +101,8 @@ def command(
                 allowed = {"trust_remote_code": trust_remote_code, "code": code}
                 result = _dense(reader, output, budget, cut, dtype, allowed, quiet)
         bits = reader.bits_per_weight(cut)
+        has_top = any(chunk.kind.restores for chunk in reader.all_chunks)
+        exact = reader.restores and cut.chunks == len(reader.chunks) and form != "transformers"
     if as_json:
         about = {"input": reader.source.name, "output": output, "to": form}
         _common.print_json("bstack.export/1", {**about, **result, "cut": {**cut._asdict(), "bits_per_weight": bits}})
@@ -116,7 +118,12 @@ def command(
     if result.get("exact"):
         click.echo("  bit for bit those of the original: the SHA-256 of every file of weights matches")
     words = f"  from {megabytes(cut.file_bytes)} of {printable(reader.source.name)}"
-    click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
+    if exact:
+        click.echo(f"{words}, with its exact top: the original's weights")
+    else:
+        click.echo(words if bits is None else f"{words}, {bits:.3f} bits per weight of the linears")
+        if has_top:
+            click.echo("  without the exact top, so not the original's weights")
     if result.get("code"):
         click.echo(f"  copy its Python code there: {printable(', '.join(result['code']))}")
 

@@ -190,7 +190,7 @@ class SafetensorsCheckpoint(Checkpoint):
             )
         if unused:
             warnings.warn(
-                f"{self.name}: transformers does not use {listed(unused.values())} for {kind}, so bstack leaves that out.",
+                f"{self.name}: transformers does not use {listed(unused.values())} for {kind}, so it is no part of the model.",
                 ModelWarning,
                 stacklevel=5,
             )

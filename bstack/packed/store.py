@@ -187,7 +187,7 @@ class BlockStore:
         if budget > self._fetched and budget >= needed:
             raise UsageError(
                 f"{bstk.mb_text(budget)} MB is more than was fetched ({bstk.mb_ceil(self.file.length)} MB).",
-                hint="Load the URL again with that budget; what is here is not fetched twice.",
+                hint="Start again with that budget; what is here is not fetched twice.",
             )
 
     def _target(self) -> int:

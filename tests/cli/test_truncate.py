@@ -111,3 +111,14 @@ def test_file_that_may_not_be_rewritten(bstack, vector):
     assert bstack("verify", path).returncode == 0
     done = bstack("truncate", path, "--mb", "0.0018", "--in-place")
     assert done.returncode == 4 and "not rewrite" in done.stderr
+
+
+def test_the_exact_top_is_told(bstack, vector):
+    path = vector("exact.bstk")
+    with bstk.open(path) as file:
+        cuts = [file.cut(count) for count in range(file.base_count, len(file.chunks))]
+        first = file.model.chunks
+    for cut in cuts:
+        out = bstack("truncate", path, "--mb", f"{cut.budget / bstk.MB:.20f}", "--dry-run").stdout
+        assert ("without the exact top" if cut.chunks <= first else "of no use without the rest") in out, out
+    assert any(cut.chunks > first for cut in cuts)

@@ -61,8 +61,19 @@ def read_generation(folder: Path, name: str, vocabulary: int) -> dict[str, Any] 
         if (problem := _problem({**kept, key: found[key]}, vocabulary)) is None:
             kept[key] = found[key]
         else:
-            _warn(name, f"its {key} is left out, the rest kept: {problem}")
+            ends = [token for token in found[key] if _is_token(token)] if _is_list_of_ends(key, found[key]) else []
+            if ends:
+                kept[key] = ends
+            _warn(name, f"its {key} is {f'cut to {ends}' if ends else 'left out'}, the rest kept: {problem}")
     return kept
+
+
+def _is_list_of_ends(key: str, value: Any) -> bool:
+    return key == "eos_token_id" and isinstance(value, list)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _of_the_model(folder: Path) -> dict[str, Any] | None:
@@ -82,10 +93,8 @@ def _problem(settings: dict[str, Any], vocabulary: int) -> str | None:
     """Return why transformers does not accept settings; None if it does."""
     for key in _TOKENS:
         value = settings.get(key)
-        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not (
-            listed and all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
-        ):
+        listed = value if _is_list_of_ends(key, value) else [value]
+        if value is not None and not (listed and all(map(_is_token, listed))):
             return f"{json.dumps(value)} is no token id"
     stops = settings.get("stop_strings")
     if not all(isinstance(text, str) for text in (stops if isinstance(stops, list) else [stops or ""])):

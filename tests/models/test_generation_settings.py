@@ -43,7 +43,6 @@ BAD = [
     ({"pad_token_id": True}, ["pad_token_id"]),
     ({"bos_token_id": [1]}, ["bos_token_id"]),
     ({"eos_token_id": "</s>"}, ["eos_token_id"]),
-    ({"eos_token_id": [2, None]}, ["eos_token_id"]),
     # Checked by transformers only when text is written.
     ({"repetition_penalty": 0.0}, ["repetition_penalty"]),
     ({"bad_words_ids": []}, ["bad_words_ids"]),
@@ -123,3 +122,9 @@ def test_settings_of_config_json_count_as_in_transformers(tmp_path):
     reconfigure(folder, suppress_tokens="none")
     with pytest.warns(ModelWarning, match="its suppress_tokens is left out"):
         assert read_generation(folder, "m", 211)["repetition_penalty"] == 1.8
+
+
+def test_end_tokens_beside_one_that_is_none_are_kept(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ["x", 7, None, True, 9], "top_k": 4}))
+    with pytest.warns(ModelWarning, match=r"its eos_token_id is cut to \[7, 9\], the rest kept: .* is no token id"):
+        assert read_generation(tmp_path, "m", 211) == {"eos_token_id": [7, 9], "top_k": 4}

@@ -75,6 +75,7 @@ def file_of(tmp_path_factory):
 def expected(path, ids, **options):
     """Logits of transformers' own code, float32."""
     dense, _ = bstack.load(path, **options)
+    dense.set_attn_implementation("eager")  # the default of some versions leaves out Gemma 2's cap of attention
     with torch.no_grad():
         return dense(torch.tensor([ids])).logits[0].numpy()
 
@@ -97,7 +98,7 @@ def test_logits_are_those_of_transformers(name, file_of, monkeypatch):
     model.piece = 40
     text = model.sequence()
     found = [model.read(text, IDS[:70], every=True), *(model.step([text], [token]) for token in IDS[70:])]
-    assert text.length == 90 and close(np.concatenate(found), wanted, 3e-2)
+    assert text.length == 90 and close(np.concatenate(found), wanted, 2e-2)
     # The same arithmetic in numpy, and in single precision: no more than the rounding of inputs is left.
     monkeypatch.setattr(native_model, "CACHED", np.float32)
     model._decoder = None

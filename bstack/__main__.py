@@ -14,6 +14,8 @@ def main() -> None:
     # torch's OpenMP reads it when it is loaded: waiting threads release the CPU. By default they spin and take the cores from
     # the packed kernels; beside another busy process everything then runs 5 to 12 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # numpy's OpenBLAS as well: its threads spin for 2^26 cycles after they start, a tenth of all that a short answer takes.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     try:
         from bstack.cli import main as command
 

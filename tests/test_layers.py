@@ -185,16 +185,19 @@ def test_the_floors_stand_in_the_docs():
         assert f"`{place}`" in text, place
 
 
-def test_threads_that_wait_let_go_of_the_processor():
-    """In the command line, before torch is imported: torch's OpenMP reads the variable when it is loaded."""
+@pytest.mark.parametrize(
+    ("name", "own", "users"), [("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("OPENBLAS_THREAD_TIMEOUT", "4", "20")]
+)
+def test_threads_that_wait_let_go_of_the_processor(name, own, users):
+    """In the command line, before torch and numpy are imported: their libraries read the variable when they are loaded."""
     code = (
         "import os, sys, atexit\n"
-        "def show(): print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)\n"
+        f"def show(): print(os.environ['{name}'], file=sys.stderr)\n"
         "atexit.register(show); sys.argv[1:] = ['--help']\n"
-        "from bstack.__main__ import main; assert 'torch' not in sys.modules; main()"
+        "from bstack.__main__ import main; assert not {'torch', 'numpy'} & sys.modules.keys(); main()"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    for given, expected in (({}, own), ({name: users}, users)):
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
         )

@@ -107,11 +107,11 @@ __attribute__((target("avx,f16c"))) static void widen_avx(float *y, const uint16
 /* Half precision to single, exactly. */
 static void widen(float *y, const uint16_t *x, int n) {
 #ifdef BSTACK_X86
-    if (bstack_kernels() == &bstack_avx512) {
+    if (bstack_kernels()->floats == 16) {
         widen_avx512(y, x, n);
         return;
     }
-    if (bstack_kernels() == &bstack_avx2 && __builtin_cpu_supports("f16c")) {
+    if (bstack_kernels()->floats == 8 && __builtin_cpu_supports("f16c")) {
         widen_avx(y, x, n);
         return;
     }

@@ -103,12 +103,24 @@ EACH_CPU static void prepare_part(void *argument, int part) {
     }
 }
 
+/* Convert an integer below 2^51 in magnitude, rounding once, by operations that have vectors before AVX-512DQ: added to the bits
+ * of 1.5 * 2^52 it is that double's last digits. */
+INLINE float float_of(int64_t x) {
+    x += 0x4338000000000000;
+    double shifted;
+    memcpy(&shifted, &x, 8);
+    return (float)(shifted - 0x1.8p52);
+}
+
 EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matrix *matrix, int level, int start, int rows,
-                        float *y, int64_t *sums) {
+                        float *restrict y, int64_t *restrict sums) {
     const size_t q = quarter_of(matrix->columns);
     const struct operands *in = &job->trellis;
     const struct kernels *kernels = job->kernels;
     const int kind = matrix->kind[level];
+    const uint8_t *scale = matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)start;
+    __builtin_prefetch(scale); /* far from the codes, and needed after them */
+    __builtin_prefetch(scale + 2 * rows - 1);
     memset(sums, 0, sizeof *sums * (size_t)(rows * in->count));
     const int tiled = in->tiles && kind == BSTACK_TRELLIS5;
     const size_t segment = in->count > 4 && !tiled ? NARROW : SEGMENT, whole = (size_t)kernels->whole;
@@ -123,13 +135,13 @@ EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matr
             (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(codes, q, length, rows, in->codes + b * QUARTERS * 2,
                                                                            in->step, in->count, sums);
     }
-    const uint8_t *scale = matrix->block[level] + (size_t)(matrix->rows + earlier_rows(kind)) * q + 2 * (size_t)start;
     float a[ROWS];
     for (int i = 0; i < rows; i++) a[i] = half_to_float(scale + 2 * (size_t)i);
     for (int t = 0; t < job->tokens; t++) {
         float *to = y + (size_t)t * matrix->rows + start;
-        const int64_t offset = OFFSET * in->total[t];
-        for (int i = 0; i < rows; i++) to[i] += (float)(sums[t * rows + i] - offset) * in->scale[t] * a[i];
+        const int64_t offset = OFFSET * in->total[t], *sum = sums + t * rows;
+        const float factor = in->scale[t];
+        for (int i = 0; i < rows; i++) to[i] += float_of(sum[i] - offset) * factor * a[i];
     }
 }
 
@@ -150,7 +162,7 @@ EACH_CPU static void add_sign(const struct job *job, const struct bstack_matrix 
         for (int r = 0; r < rank; r++) {
             const int k = t * rank + r;
             const int64_t *sum = sums + k * rows;
-            for (int i = 0; i < rows; i++) total[i] += (float)(2 * sum[i] - in->total[k]) * in->scale[k] * u[i * rank + r];
+            for (int i = 0; i < rows; i++) total[i] += float_of(2 * sum[i] - in->total[k]) * in->scale[k] * u[i * rank + r];
         }
         float *to = y + (size_t)t * matrix->rows + start;
         for (int i = 0; i < rows; i++) to[i] += total[i];

@@ -61,7 +61,9 @@ _SAMPLING = [
         help="Sample tokens instead of taking the likeliest; the next four options turn this on, too.",
     ),
     click.option(
-        "--temperature", type=Finite(0, min_open=True), help="Above 1: flatten the distribution; below 1: sharpen it."
+        "--temperature",
+        type=Finite(0),
+        help="Above 1: flatten the distribution; below 1: sharpen it; 0: take the likeliest.",
     ),
     click.option("--top-k", type=click.IntRange(1), help="Sample only from the k likeliest tokens."),
     click.option(
@@ -93,6 +95,8 @@ def sampling(given: dict[str, Any]) -> dict[str, Any]:
     seed = given.pop("seed")
     drawing = given.pop("do_sample")
     options = {name: value for name, value in given.items() if value is not None}
+    if options.get("temperature") == 0:  # what is for drawing has no use then
+        return {"seed": seed, "do_sample": False, **{k: v for k, v in options.items() if k == "repetition_penalty"}}
     return {"seed": seed, "do_sample": drawing or bool(options.keys() - {"repetition_penalty"}), **options}
 
 

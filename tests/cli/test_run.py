@@ -137,6 +137,7 @@ def test_drawing(bstack, model):
     assert draw("--temperature", 2, "--seed", 1) == draw("--do-sample", "--temperature", 2, "--seed", 1)
     assert draw("--temperature", 2, "--seed", 1) != draw("--temperature", 2, "--seed", 2)
     assert draw("--top-k", 1, "--seed", 1) == draw()
+    assert draw("--temperature", 0, "--top-k", 50, "--do-sample", "--seed", 1) == draw()
 
 
 def test_a_prompt_from_standard_input_as_installed(bstack, model):
@@ -164,7 +165,7 @@ def test_following_the_machine(bstack, model):
         (["--mb", "-5"], 2, "-5"),
         (["--mb", "abc"], 2, "abc"),
         (["--mb", "0.001"], 6, "smallest"),
-        (["--temperature", "0"], 2, "temperature"),
+        (["--temperature", "-1"], 2, "temperature"),
         (["--temperature", "nan"], 2, "finite"),
         (["--mb", "most"], 2, "auto"),
         (["--top-p", "1.5"], 2, "top-p"),

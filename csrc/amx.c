@@ -29,42 +29,79 @@ ALIGNED static const uint8_t config[64] = {
     [48] = TALL, [49] = TALL, [50] = TALL, [51] = TALL, [52] = TALL,
 };
 
+enum {
+    ROWS = 4,                     /* that are looked up together */
+    SHORTS = 2,                   /* short pieces that are faster than a whole one */
+    PART = TILE_BYTES / QUARTERS, /* bytes of the operands of 16 columns */
+};
+typedef uint8_t values[QUARTERS][AT_ONCE][TALL][WIDE];
+
+/* Look up the values of `count` rows, from row i on: of up to 64 code bytes, or of up to 16 in one register. */
+INLINE void look_up(const uint8_t *codes, size_t stride, int left, int count, int is_short, __m512i table, values value, int i) {
+    __m512i row[ROWS + EARLIER5], found[QUARTERS];
+    codes += (size_t)i * stride;
+    if (is_short) {
+        load_short(codes, stride, left, count + EARLIER5, row);
+    } else {
+        UNROLL
+        for (int e = 0; e < count + EARLIER5; e++) row[e] = load(codes + (size_t)e * stride, left);
+    }
+    UNROLL
+    for (int e = 0; e < count; e++) {
+        const int tile = (i + e) / TALL, line = (i + e) % TALL;
+        if (is_short) {
+            _mm512_store_si512(value[0][tile][line], values5_short(row + e, table));
+            continue;
+        }
+        values5(row + e, table, found);
+        UNROLL
+        for (int quarter = 0; quarter < QUARTERS; quarter++) _mm512_store_si512(value[quarter][tile][line], found[quarter]);
+    }
+}
+
+/* Look up a piece of `count` rows, and add its products. What other rows of the tiles hold does not matter. */
+INLINE void add_piece(const uint8_t *codes, size_t stride, int left, int count, int is_short, __m512i table, values value,
+                      const uint8_t *tiles) {
+    int i = 0;
+    for (; i + ROWS <= count; i += ROWS) look_up(codes, stride, left, ROWS, is_short, table, value, i);
+    for (; i < count; i++) look_up(codes, stride, left, 1, is_short, table, value, i);
+    MEMORY;
+    for (int quarter = 0; quarter < (is_short ? 1 : QUARTERS); quarter++, tiles += TILE_BYTES) {
+        _tile_loadd(2, tiles, WIDE);
+        _tile_loadd(3, value[quarter][0], WIDE);
+        _tile_dpbusd(0, 3, 2);
+        _tile_loadd(4, value[quarter][1], WIDE);
+        _tile_dpbusd(1, 4, 2);
+    }
+    MEMORY;
+}
+
 void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands,
                          int64_t *sums) {
     const __m512i table = _mm512_load_si512(bstack_table5);
-    ALIGNED uint8_t value[AT_ONCE][QUARTERS][TALL][WIDE];
+    ALIGNED values value;
+    ALIGNED uint8_t rest[SHORTS][TILE_BYTES]; /* the operands of short pieces */
     ALIGNED int64_t sum[AT_ONCE * TALL][WIDE / 8];
+    const int whole = width - width % WIDE, shorts = width - whole <= SHORTS * SHORT ? (width - whole + SHORT - 1) / SHORT : 0;
+    const uint8_t *const last = tiles + (size_t)(whole * QUARTERS * (TILE_BYTES / WIDE));
+    for (int k = 0; k < shorts; k++)
+        for (int quarter = 0; quarter < QUARTERS; quarter++)
+            memcpy(rest[k] + quarter * PART, last + quarter * TILE_BYTES + k * PART, PART);
     _tile_loadconfig(config);
     for (int start = 0; start < rows; start += AT_ONCE * TALL) {
         const int count = rows - start < AT_ONCE * TALL ? rows - start : AT_ONCE * TALL;
-        const uint8_t *in = tiles;
+        const uint8_t *at = codes + (size_t)start * stride, *in = tiles;
+        const uint8_t *ahead = at + (size_t)(count + EARLIER5) * stride + AHEAD;
+        int left = width;
         _tile_zero(0);
         _tile_zero(1);
-        for (int b = 0; b < width; b += WIDE) {
-            const uint8_t *at = codes + (size_t)start * stride + b;
-            __m512i row[EARLIER5 + 1];
-            UNROLL
-            for (int e = 0; e < EARLIER5; e++) row[e + 1] = load(at + (size_t)e * stride, width - b);
-            for (int i = 0; i < count; i++) { /* what other rows of the tiles hold does not matter */
-                __m512i found[QUARTERS];
-                UNROLL
-                for (int e = 0; e < EARLIER5; e++) row[e] = row[e + 1];
-                row[EARLIER5] = load(at + (size_t)(i + EARLIER5) * stride, width - b);
-                values5(row, table, found);
-                UNROLL
-                for (int quarter = 0; quarter < QUARTERS; quarter++)
-                    _mm512_store_si512(value[i / TALL][quarter][i % TALL], found[quarter]);
-            }
-            MEMORY;
-            for (int quarter = 0; quarter < QUARTERS; quarter++, in += TILE_BYTES) {
-                _tile_loadd(2, in, WIDE);
-                _tile_loadd(3, value[0][quarter], WIDE);
-                _tile_dpbusd(0, 3, 2);
-                _tile_loadd(4, value[1][quarter], WIDE);
-                _tile_dpbusd(1, 4, 2);
-            }
-            MEMORY;
+        for (; left >= WIDE; left -= WIDE, at += WIDE, ahead += count * WIDE, in += QUARTERS * TILE_BYTES) {
+            prefetch(ahead, count * WIDE);
+            add_piece(at, stride, WIDE, count, 0, table, value, in);
         }
+        prefetch(ahead, count * left);
+        if (!shorts && left) add_piece(at, stride, left, count, 0, table, value, in);
+        for (int k = 0; k < shorts; k++) add_piece(at + k * SHORT, stride, left - k * SHORT, count, 1, table, value, rest[k]);
         _tile_stored(0, sum[0], WIDE);
         _tile_stored(1, sum[TALL], WIDE);
         MEMORY;

@@ -5,11 +5,6 @@
 #include "avx512.h"
 
 #ifdef BSTACK_X86
-enum {
-    SHORT = 16,   /* code bytes whose windows fill one */
-    AHEAD = 2048, /* bytes that the prefetch is ahead of the sums */
-};
-
 static void arrange(int16_t *x, size_t groups) {
     for (size_t g = 0; g < groups; g++, x += GROUP) {
         const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + GROUP / 2);
@@ -17,12 +12,6 @@ static void arrange(int16_t *x, size_t groups) {
         write_bytes(first, out, out + WIDE);
         write_bytes(second, out + WIDE / 2, out + WIDE + WIDE / 2);
     }
-}
-
-/* Fetch the bytes of the next tiles, in order. The hardware does not predict the rows of a tile, several streams in one page.
- * Addresses past the block do no harm. */
-INLINE void prefetch(const uint8_t *at, int bytes) {
-    for (int b = 0; b < bytes; b += WIDE) _mm_prefetch((const char *)at + b, _MM_HINT_T0);
 }
 
 /* Sum the lanes of each of four registers. */
@@ -95,19 +84,6 @@ INLINE void multiply_add_short(const __m512i *value, int tile_rows, const uint8_
             high[o * tile_rows + i] = _mm512_dpbusd_epi32(high[o * tile_rows + i], value[i], x_high);
             low[o * tile_rows + i] = _mm512_dpbusd_epi32(low[o * tile_rows + i], value[i], x_low);
         }
-    }
-}
-
-/* Load up to 16 code bytes of some rows four times over, the code of each 128 bits' quarter in the low bits. */
-INLINE void load_short(const uint8_t *codes, size_t stride, int left, int count, __m512i *row) {
-    const int64_t by_2 = 0x0002000200020002; /* four words */
-    const __m512i shift = _mm512_set_epi64(3 * by_2, 3 * by_2, 2 * by_2, 2 * by_2, by_2, by_2, 0, 0);
-    UNROLL
-    for (int e = 0; e < count; e++) {
-        const uint8_t *at = codes + (size_t)e * stride;
-        const __m128i bytes = left >= SHORT ? _mm_loadu_si128((const __m128i *)at)
-                                            : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), at);
-        row[e] = _mm512_srlv_epi16(_mm512_broadcast_i32x4(bytes), shift);
     }
 }
 
@@ -262,15 +238,10 @@ INLINE void trellis5_step(const uint8_t *codes, size_t stride, int left, int til
 
 INLINE void trellis5_short_step(const uint8_t *codes, size_t stride, int left, int tile_rows, const uint8_t *x, size_t step,
                                 int depth, const __m512i *table, __m512i *high, __m512i *low) {
-    const __m512i crumb = _mm512_set1_epi8(0x03), nibble = _mm512_set1_epi8(0x0F);
     __m512i row[8], value[4];
     load_short(codes, stride, left, tile_rows + EARLIER5, row);
     UNROLL
-    for (int i = 0; i < tile_rows; i++) {
-        const __m512i mixed = _mm512_ternarylogic_epi64(row[i + 4], row[i + 2], row[i], 0x96);
-        const __m512i pair = select_bits(crumb, row[i + 3], _mm512_slli_epi16(mixed, 2));
-        value[i] = _mm512_permutexvar_epi8(select_bits(nibble, pair, _mm512_slli_epi16(row[i + 1], 4)), *table);
-    }
+    for (int i = 0; i < tile_rows; i++) value[i] = values5_short(row + i, *table);
     multiply_add_short(value, tile_rows, x, step, depth, high, low);
 }
 

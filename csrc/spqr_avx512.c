@@ -4,7 +4,7 @@
 
 #ifdef BSTACK_X86
 enum {
-    AHEAD = 3072, /* bytes that the prefetch is ahead of the sums */
+    FETCHED = 3072, /* bytes that the prefetch is ahead of the sums */
 };
 
 /* Unpack the codes of 16 rows, four inputs to a register. */
@@ -73,7 +73,7 @@ INLINE void row_tiles(const struct dense *dense, int bits, int subtiles, int tal
         UNROLL
         for (int i = 0; i < tall; i++)
             for (int b = 0; b < tile_bytes; b += 64)
-                _mm_prefetch((const char *)tile + (size_t)i * stride + AHEAD + b, _MM_HINT_T0);
+                _mm_prefetch((const char *)tile + (size_t)i * stride + FETCHED + b, _MM_HINT_T0);
         for (int s = 0; s < subtiles; s++, tile += bits * 32, planes += PLANES) {
             __m512i code[2][QUADS];
             UNROLL

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from . import preamble
 from .errors import BstkError, RemoteChangedError, RemoteError
+from .http_answer import BAD_RANGES, TransientError, Version, check_answer, check_status
 from .hub import HubPlace, is_hub, only_file, token
 
 HEAD = 2**16  # bytes of the first request: the preamble, and all of the header of most small files
@@ -30,10 +31,6 @@ READ_TIMEOUT = 60.0  # seconds without a byte
 MAX_LISTING = 2**24  # bytes that are read of a repository's description
 
 T = TypeVar("T")
-_CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
-_MAX_WAIT = 60.0  # seconds that Retry-After is obeyed for
-_OTHER_TOOL = "Download the file with another tool."
-_BAD_RANGES = f"The server does not serve ranges correctly. {_OTHER_TOOL}"
 
 
 def is_url(what: object) -> bool:
@@ -97,7 +94,7 @@ class HttpSource:
         self._lock = threading.Lock()
         self._body: _Body | None = None
         self._retries = 0
-        self._version: _Version | None = None
+        self._version: Version | None = None
         if place is not None and not place.file:
             place = replace(place, file=self._only_file(place))
             self.name = f"{self.name.rstrip('/')}/{place.file}"
@@ -162,11 +159,11 @@ class HttpSource:
 
         self.requests += 1
         with closing(self._get(place.listing(), {})) as response:
-            _check_status(self.name, response.status_code, response.headers, "repository or revision")
+            check_status(self.name, response.status_code, response.headers, "repository or revision")
             try:
                 text = response.raw.read(MAX_LISTING, decode_content=True)
             except (HTTPError, OSError) as error:
-                raise _TransientError(_innermost(error)) from None
+                raise TransientError(_innermost(error)) from None
         try:
             return json.loads(text)
         except ValueError:
@@ -191,12 +188,12 @@ class HttpSource:
             return self._retried(attempt)
 
     def _retried(self, attempt: Callable[[], T]) -> T:
-        """Return what `attempt` returns, again and again after _TransientError."""
+        """Return what `attempt` returns, again and again after TransientError."""
         failures = 0
         while True:
             try:
                 return attempt()
-            except _TransientError as error:
+            except TransientError as error:
                 self._disconnect()
                 failures += 1
                 self._wait(error, failures)
@@ -236,7 +233,7 @@ class HttpSource:
             if answer.start == answer.stop and answer.version.length > offset:
                 raise RemoteError(
                     f"{self.name}: the server says the file has {answer.version.length} bytes, and none from byte {offset} on.",
-                    hint=_BAD_RANGES,
+                    hint=BAD_RANGES,
                 )
         except BaseException:
             response.close()
@@ -249,7 +246,7 @@ class HttpSource:
         return _Body(response, answer.start, answer.stop)
 
     def _get(self, address: str, headers: Mapping[str, str]) -> Any:
-        """Return the response to a request, its body not read yet; _TransientError means that no answer came."""
+        """Return the response to a request, its body not read yet; TransientError means that no answer came."""
         import requests
         from urllib3.exceptions import HTTPError, NewConnectionError
 
@@ -265,10 +262,10 @@ class HttpSource:
         except requests.exceptions.TooManyRedirects:
             raise RemoteError(f"{self.name}: the server redirects in circles.", hint="Check the URL.") from None
         except requests.exceptions.Timeout:
-            raise _TransientError("no answer in time") from None
+            raise TransientError("no answer in time") from None
         except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             lasting = isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
-            raise _TransientError(_innermost(error), lasting=lasting) from None
+            raise TransientError(_innermost(error), lasting=lasting) from None
         except (requests.exceptions.RequestException, HTTPError, UnicodeError) as error:
             message = f"{self.name}: not a URL that can be read: {_innermost(error)}."
             raise RemoteError(message, hint="Check it.", missing=True) from None
@@ -281,7 +278,7 @@ class HttpSource:
             )
         return response
 
-    def _wait(self, error: _TransientError, failures: int) -> None:
+    def _wait(self, error: TransientError, failures: int) -> None:
         """Wait before another attempt, or raise RemoteError after the last one."""
         self._retries += 1
         opened = self._version is not None
@@ -307,115 +304,6 @@ class HttpSource:
             self._body = None
 
 
-class _TransientError(Exception):
-    """A failure that may be gone in a moment; callers retry, and raise another error after the last attempt.
-
-    `wait`: seconds that the server asks for. `lasting`: retrying is pointless for a server that never answered, because the
-    host does not exist, or refuses connections. `answered`: the server itself reported the failure.
-    """
-
-    def __init__(self, reason: str, wait: float = 0.0, lasting: bool = False, answered: bool = False):
-        super().__init__(reason)
-        self.wait = wait
-        self.lasting = lasting
-        self.answered = answered
-
-
-@dataclass(frozen=True)
-class _Version:
-    """The length, entity tag and date of a file on a server, which tell its versions apart."""
-
-    length: int
-    etag: str | None = None
-    modified: str | None = None
-
-    def is_same(self, other: _Version) -> bool:
-        """Return whether nothing says that the two differ. Dates count only where a tag is missing."""
-        if self.length != other.length:
-            return False
-        if self.etag and other.etag:
-            return self.etag == other.etag
-        return not (self.modified and other.modified) or self.modified == other.modified
-
-    @property
-    def strong_etag(self) -> str | None:
-        """The tag, if equal tags guarantee equal bytes."""
-        return self.etag if self.etag and self.etag.startswith('"') else None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """The head of an answer: bytes `start` to `stop` (exclusive) of a version follow, all of them without `ranged`."""
-
-    version: _Version
-    start: int
-    stop: int
-    ranged: bool
-
-
-def check_answer(name: str, status: int, headers: Mapping[str, str], start: int, stop: int) -> _Answer:
-    """Read the head of an answer to a request for the bytes `start` to `stop` (exclusive) of the file `name`."""
-    _check_status(name, status, headers)
-    coding = headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise RemoteError(
-            f"{name}: the server compresses the file ({coding}), although it was asked not to, so offsets do not count in the "
-            "file.",
-            hint="Switch off compression for .bstk files on the server, or download the file with another tool.",
-        )
-    stated = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
-    marks = headers.get("ETag") or None, headers.get("Last-Modified") or None
-    if status == 200:
-        length = _content_length(headers)
-        if length is None:
-            message = f"{name}: the server serves no ranges and does not say how long the file is."
-            raise RemoteError(message, hint=_OTHER_TOOL)
-        return _Answer(_Version(length, *marks), 0, length, ranged=False)
-    if stated is None or stated[3] == "*":
-        raise RemoteError(
-            f"{name}: the server answers {status} with Content-Range {headers.get('Content-Range')!r}, which does not say "
-            "how long the file is.",
-            hint=_OTHER_TOOL,
-        )
-    length = int(stated[3])
-    version = _Version(length, *marks)
-    if status == 416:
-        return _Answer(version, start, start, ranged=True)
-    stop = min(stop, length)
-    wanted = f"asked for bytes {start}-{stop - 1}"
-    if stated[1] is None or (int(stated[1]), int(stated[2]) + 1) != (start, stop):
-        raise RemoteError(f"{name}: {wanted}, and the server answers with {stated[0]!r}.", hint=_BAD_RANGES)
-    announced = _content_length(headers)
-    if announced is not None and announced != stop - start:
-        message = f"{name}: {wanted}, and the server announces {announced} bytes instead of {stop - start}."
-        raise RemoteError(message, hint=_BAD_RANGES)
-    return _Answer(version, start, stop, ranged=True)
-
-
-def _check_status(name: str, status: int, headers: Mapping[str, str], what: str = "file") -> None:
-    if status in (200, 206, 416):
-        return
-    if status in (408, 425, 429) or status >= 500:
-        text = headers.get("Retry-After", "").strip()
-        wait = min(float(text), _MAX_WAIT) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0.0
-        raise _TransientError(f"the server answers {status}", wait=wait, answered=True)
-    if status in (404, 410):
-        message = f"{name}: the server has no such {what} (it answers {status})."
-        raise RemoteError(message, hint="Check the URL.", missing=True)
-    if status in (401, 403, 407):
-        raise RemoteError(
-            f"{name}: the server refuses access (it answers {status}).",
-            hint="Check that you may read the file. Credentials come from ~/.netrc, and for hf:// from HF_TOKEN or the login of "
-            "huggingface_hub; signed URLs expire.",
-        )
-    raise RemoteError(f"{name}: the server answers {status}, which is not the file.", hint="Check the URL.")
-
-
-def _content_length(headers: Mapping[str, str]) -> int | None:
-    text = headers.get("Content-Length", "").strip()
-    return int(text) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else None
-
-
 class _Body:
     """The body of an answer: `position` is the offset in the file of its next byte, `stop` the one after its last."""
 
@@ -425,7 +313,7 @@ class _Body:
         self.stop = stop
 
     def read(self, max_length: int) -> bytes:
-        """Return 1 to `max_length` bytes; raise _TransientError if the connection broke off."""
+        """Return 1 to `max_length` bytes; raise TransientError if the connection broke off."""
         from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         left = self.stop - self.position
@@ -433,11 +321,11 @@ class _Body:
             # read1 returns the bytes that are there; read would wait for all, and lose them if the connection broke off.
             data: bytes = self._response.raw.read1(min(max_length, left), decode_content=False)
         except ReadTimeoutError:
-            raise _TransientError(f"no data for {READ_TIMEOUT:g} s") from None
+            raise TransientError(f"no data for {READ_TIMEOUT:g} s") from None
         except (HTTPError, OSError):
             data = b""
         if not data:
-            raise _TransientError(f"the connection broke off, {left} bytes early")
+            raise TransientError(f"the connection broke off, {left} bytes early")
         self.position += len(data)
         return data
 

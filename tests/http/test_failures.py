@@ -12,7 +12,7 @@ from range_server import CERTIFICATE
 from served_files import cut_sizes
 
 import bstk
-from bstk import http, hub
+from bstk import http_answer, hub
 
 
 def opened(url):
@@ -380,4 +380,4 @@ def test_without_the_package(model, serve, monkeypatch):
     ],
 )
 def test_versions(one, two, same):
-    assert http._Version(*one).is_same(http._Version(*two)) == same
+    assert http_answer.Version(*one).is_same(http_answer.Version(*two)) == same

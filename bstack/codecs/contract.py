@@ -54,6 +54,8 @@ class Codec(ABC):
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[bstk.Kind, ...]]
+    # Blocks of the layers before it with which a layer is calibrated; None: with their original weights.
+    calibrated_with: ClassVar[int | None] = None
 
     def _check_number(self, setting: str, kind: type, allowed: str, fits: Callable[[Any], bool]) -> None:
         """Make a setting a plain number (numpy has its own), or raise UsageError with what is allowed."""

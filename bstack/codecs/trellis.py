@@ -74,6 +74,7 @@ class TrellisCodec(Codec):
 
     name = "trellis"
     kinds = (bstk.TRELLIS5, bstk.TRELLIS)
+    calibrated_with = 2  # the depth of most cuts that people make
 
     planes: int = 4
 

@@ -18,6 +18,7 @@ from bstack.calibration.sensitivity import Sensitivity
 from bstack.calibration.statistics import HessianTable, Operand, gather
 from bstack.calibration.stream import LayerStream
 from bstack.codecs import Codec
+from bstack.compression.assemble import collect, load_blocks
 from bstack.compression.encode import Matrix, Workers, add_dense, encode
 from bstack.errors import ModelWarning, UnsupportedModelError
 from bstack.models.code import write_references
@@ -77,12 +78,16 @@ def compress_layers(
     ):
         for index, _ in stream.steps():
             with skeleton.loaded(skeleton.layer_names(index)):
-                if work.has(layer_part(index)):
-                    stream.run_all(index)
-                else:
+                finished = work.has(layer_part(index))
+                if not finished:
                     parameters = layer_parameters(skeleton, index)
                     table = gather(stream, index, parameters, sensitivity.tokens)
                     _compress_layer(skeleton, index, table, sensitivity, codec, work, workers)
+                if codec.calibrated_with is not None:
+                    stacks = collect(work, [layer_part(index)]).stacks
+                    load_blocks(skeleton, stacks, {n: min(codec.calibrated_with, len(b)) for n, b in stacks.items()})
+                if finished or codec.calibrated_with is not None:
+                    stream.run_all(index)
             progress()
         hidden = [result.reshape(-1, result.shape[-1]) for result in stream.results]
     hessian = sum(rows.t() @ rows for rows in hidden)

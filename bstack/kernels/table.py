@@ -6,6 +6,8 @@ table when they run, so adding or removing blocks needs no compilation and no ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from bstack.kernels.matrix import BLOCKS, check_put
@@ -26,10 +28,15 @@ class MatrixTable:
 
 
 class DeviceMatrix:
-    """A `bstack.kernels.matrix.Matrix` whose blocks lie in device memory, described by row `place` of a table."""
+    """A `bstack.kernels.matrix.Matrix` whose blocks lie in device memory, described by row `place` of a table.
 
-    def __init__(self, rows: int, columns: int, table: MatrixTable, place: int):
+    `kinds` are those of its whole stack, whatever part of it is in memory: the kernels that a product launches follow from them,
+    so that launches which were recorded stay right when the number of blocks changes.
+    """
+
+    def __init__(self, rows: int, columns: int, table: MatrixTable, place: int, kinds: Iterable[int] = ()):
         self.rows, self.columns, self.table = rows, columns, table
+        self.kinds = {*kinds}
         self.entry = table.rows[place]
         self.kind, self.rank = [0] * BLOCKS, [0] * BLOCKS
         self._count = 0
@@ -51,3 +58,4 @@ class DeviceMatrix:
             raise ValueError(f"a block at {address:#x}; a GPU's kernels read words at multiples of 4.")
         self.entry[1 + 2 * level : 3 + 2 * level] = torch.tensor([address, 256 * kind + rank])
         self.kind[level], self.rank[level] = kind, rank
+        self.kinds.add(kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,8 +28,8 @@ class CpuBackend:
 
     device = torch.device("cpu")
 
-    def matrix(self, rows: int, columns: int) -> Matrix:
-        """Make a matrix without blocks."""
+    def matrix(self, rows: int, columns: int, kinds: Iterable[int] = ()) -> Matrix:
+        """Make a matrix without blocks, given the kinds of all that its stack has in the file."""
         return Matrix(rows, columns)
 
     def packed(self, parts: Sequence[Matrix], lock: PriorityLock) -> Packed:
@@ -52,9 +52,9 @@ class CudaBackend:
         self._table = MatrixTable(matrices, device)
         self._made = 0
 
-    def matrix(self, rows: int, columns: int) -> Any:
+    def matrix(self, rows: int, columns: int, kinds: Iterable[int] = ()) -> Any:
         self._made += 1
-        return DeviceMatrix(rows, columns, self._table, self._made - 1)
+        return DeviceMatrix(rows, columns, self._table, self._made - 1, kinds)
 
     def packed(self, parts: Sequence[Any], lock: PriorityLock) -> Packed:
         return DeviceBlocks(parts, lock, self._kernels)
@@ -151,9 +151,8 @@ class DeviceBlocks(Parts):
             y = torch.empty(flat.shape[0], self.rows, device=x.device)
             plain = flat.float().contiguous()
             rotated = self._rotate(plain, torch.float32)
-            for part, start in zip(self.parts, self.starts, strict=True):
-                with self.lock.acquire():
-                    self._kernels.multiply(part, plain, rotated, y[:, start : start + part.rows])
+            with self.lock.acquire():
+                self.multiply_into(plain, rotated, y)
         else:
             y = x.new_empty(flat.shape[0], self.rows)
             rotated = self._rotate(flat, x.dtype)
@@ -163,20 +162,32 @@ class DeviceBlocks(Parts):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
 
     def _decode_and_multiply(self, part: Any, x: torch.Tensor, rotated: torch.Tensor, y: torch.Tensor) -> None:
-        y.zero_()
         step = max(1, 16 * DECODED // self.columns)
         for start in range(0, part.rows, step):
             index = torch.arange(start, min(start + step, part.rows), device=x.device)
+            out, written = y[:, start : start + step], 0
             for kinds, inputs in ((ROTATED, rotated), (PLAIN, x)):
-                if set(kinds) & set(part.kind[: part.count]):
-                    y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
+                if not part.kinds.isdisjoint(kinds):
+                    out.addmm_(inputs, self._kernels.decode(part, kinds, index, x.dtype).t(), beta=written)
+                    written = 1
+            if not written:
+                out.zero_()
+
+    def multiply_into(self, plain: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
+        """Write x W^T for a few tokens, float32, given x and rotate(x); the caller holds the lock."""
+        for part, start in zip(self.parts, self.starts, strict=True):
+            self._kernels.multiply(part, plain, rotated, out[:, start : start + part.rows])
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
-        index = index.to(part.entry.device)
-        rotated, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in (ROTATED, PLAIN))
-        return unrotate(rotated) + plain
+        index, found = index.to(part.entry.device), None
+        if not part.kinds.isdisjoint(ROTATED):
+            found = self._rotate(self._kernels.decode(part, ROTATED, index, torch.float32), torch.float32, undo=True)
+        if found is None or not part.kinds.isdisjoint(PLAIN):
+            plain = self._kernels.decode(part, PLAIN, index, torch.float32)
+            found = plain if found is None else found + plain
+        return found
 
 
-def _rotate_by_products(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rotate rows with torch: the kernels in Triton cannot."""
-    return rotate(x.float()).to(dtype).contiguous()
+def _rotate_by_products(x: torch.Tensor, dtype: torch.dtype, *, undo: bool = False) -> torch.Tensor:
+    """Rotate rows with torch, or undo it: the kernels in Triton cannot."""
+    return (unrotate if undo else rotate)(x.float()).to(dtype).contiguous()

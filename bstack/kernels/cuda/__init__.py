@@ -22,10 +22,11 @@ from bstack.kernels.table import DeviceMatrix
 
 __all__ = ["KERNELS", "THREADS", "Kernels", "source"]
 
-SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu")
+SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "step.cu")
 KERNELS = (
     *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
     *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
+    *("prepare", "heads", "attend_1", "attend_4", "attended", "activated"),
 )
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
@@ -53,7 +54,7 @@ class Kernels:
     """
 
     def __init__(self, launch: Callable[..., None], multiprocessors: int):
-        self._launch = launch
+        self.launch = launch
         self._blocks = multiprocessors * RESIDENT
 
     def multiply(self, matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,7 +71,7 @@ class Kernels:
         out : torch.Tensor
             Where y goes, float32, shape (t, m), the last axis contiguous.
         """
-        tokens, used, add = x.shape[0], {*matrix.kind[: matrix.count]}, 0
+        tokens, used, add = x.shape[0], matrix.kinds, 0
         if not used or not tokens:
             out.zero_()
             return
@@ -86,7 +87,7 @@ class Kernels:
             grid = min(-(-matrix.rows // rows), self._blocks), -(-tokens // together)
             addresses = matrix.entry.data_ptr(), matrix.table.values.data_ptr(), inputs.data_ptr(), out.data_ptr()
             sizes = c_int(matrix.rows), c_int(matrix.columns), c_int(tokens)
-            self._launch(f"multiply_{name}_{suffix}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+            self.launch(f"multiply_{name}_{suffix}", grid, *addresses, out.stride(0), *sizes, c_int(add))
             add = 1
 
     def decode(
@@ -119,7 +120,7 @@ class Kernels:
             words = wanted * -(-matrix.columns // 16)
             grid = min(-(-words // THREADS), self._blocks), 1
             values = matrix.table.values.data_ptr()
-            self._launch(
+            self.launch(
                 name,
                 grid,
                 matrix.entry.data_ptr(),
@@ -131,7 +132,7 @@ class Kernels:
             )
         else:
             grid = min(wanted, self._blocks), 1
-            self._launch("decode_plain", grid, matrix.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
+            self.launch("decode_plain", grid, matrix.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
         return out.to(dtype)
 
     def rotate(self, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, undo: bool = False) -> torch.Tensor:
@@ -152,9 +153,9 @@ class Kernels:
         scale, after = last(inside)
         arguments = given.data_ptr(), c_int(TYPES[given.dtype]), out.data_ptr(), c_int(TYPES[direct])
         grid = tokens, -(-columns // CHUNK)
-        self._launch("rotate", grid, *arguments, c_int(columns), c_int(inside), scale, c_int(not undo), after)
+        self.launch("rotate", grid, *arguments, c_int(columns), c_int(inside), scale, c_int(not undo), after)
         for step in range(inside, bits):
             scale, after = last(step + 1)
             grid = tokens, -(-columns // (2 * THREADS))
-            self._launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
+            self.launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
         return out.to(dtype)

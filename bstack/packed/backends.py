@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
+import bstk
 from bstack.errors import one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.table import DeviceMatrix, MatrixTable
+from bstack.memory.free import Memory, free_memory
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
+from bstack.packed.autosize import default_margin
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "device_of"]
+__all__ = [
+    "Backend",
+    "CpuBackend",
+    "CudaBackend",
+    "DeviceError",
+    "backend_of",
+    "check_room",
+    "device_memory",
+    "device_of",
+]
+__all__ += ["on_device"]
 
 
 class CpuBackend:
@@ -39,6 +53,10 @@ class CpuBackend:
     def arena(self) -> Arena:
         return Arena()
 
+    def free_memory(self) -> Memory | None:
+        """Return what memory there is for blocks."""
+        return free_memory()
+
 
 class CudaBackend:
     """Makes them on a GPU, or on any device of torch where its kernels run on the CPU.
@@ -47,8 +65,7 @@ class CudaBackend:
     """
 
     def __init__(self, device: torch.device, matrices: int, kernels: Any):
-        self.device = device
-        self._kernels = kernels
+        self.device, self.kernels = device, kernels
         self._table = MatrixTable(matrices, device)
         self._made = 0
 
@@ -57,10 +74,13 @@ class CudaBackend:
         return DeviceMatrix(rows, columns, self._table, self._made - 1, kinds)
 
     def packed(self, parts: Sequence[Any], lock: PriorityLock) -> Packed:
-        return DeviceBlocks(parts, lock, self._kernels)
+        return DeviceBlocks(parts, lock, self.kernels)
 
     def arena(self) -> Arena:
         return Arena(memory=lambda size: DeviceMemory(size, self.device))
+
+    def free_memory(self) -> Memory | None:
+        return device_memory(self.device)
 
 
 Backend = CpuBackend | CudaBackend
@@ -114,6 +134,52 @@ def _device_kernels(index: int) -> Any:
         ) from None
 
 
+class DeviceError(ResourceError):
+    """A GPU does not answer any more; the process cannot use it again."""
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{device} has no memory left for this text: {one_line(error)}",
+            hint="Give the weights less, or write a shorter text.",
+            option="mb",
+        ) from None
+    except Exception as error:  # of several classes, some of them private
+        if type(error).__module__.partition(".")[0] == "cuda" or "CUDA error" in str(error):
+            raise DeviceError(
+                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether the card is there."
+            ) from error
+        raise
+
+
+def device_memory(device: torch.device) -> Memory | None:
+    """Return what is free of a GPU's memory; None for another device."""
+    if device.type != "cuda":
+        return free_memory()
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(free, total, f"the memory of {device}")
+
+
+def check_room(device: torch.device, cut: bstk.Cut) -> None:
+    """Raise ResourceError, before weights are read, if those of a cut do not fit what is free of a GPU's memory."""
+    memory = device_memory(device)
+    if device.type == "cpu" or memory is None:
+        return
+    fits = memory.free - default_margin(memory)
+    if cut.memory_bytes > fits:
+        most = f"at most {max(fits, 0) / bstk.MB:,.0f} MB of weights fit"
+        raise ResourceError(
+            f"{bstk.mb_text(cut.memory_bytes)} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
+            f"{memory.total / bstk.MB:,.0f} MB are free, and {most}.",
+            option="mb",
+        )
+
+
 class DeviceMemory:
     """A slab in a device's memory. Raise ResourceError if the device is full."""
 
@@ -122,7 +188,11 @@ class DeviceMemory:
         try:
             self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{device} has no memory for {size} bytes of blocks: {error}".splitlines()[0]) from None
+            raise ResourceError(
+                f"{device} has no memory for {size} bytes of blocks: {one_line(error)}",
+                hint="Give the weights less.",
+                option="mb",
+            ) from None
         self.address = self._bytes.data_ptr()
 
     def write(self, start: int, block: bytes) -> None:
@@ -142,6 +212,7 @@ class DeviceBlocks(Parts):
 
     def __init__(self, parts: Sequence[DeviceMatrix], lock: PriorityLock, kernels: Any):
         super().__init__(parts, lock)
+        self.device = parts[0].entry.device
         self._kernels = kernels
         self._rotate = getattr(kernels, "rotate", None) or _rotate_by_products
 

@@ -25,9 +25,6 @@ from bstack.serve.prefixes import Prefixes
 
 __all__ = ["Ask", "Busy", "Chosen", "Job", "Piece", "Scheduler"]
 
-# Tokens of a prompt that are read between two steps. Longer pieces are hardly faster, and other texts wait for them.
-READ = 128
-
 
 class Busy(Exception):
     """The queue is full, or the server stops; `seconds` until another try is worth it."""
@@ -162,7 +159,7 @@ class Scheduler:
         self.ended: dict[str, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         #: When a text last ran, in seconds of a monotonic clock.
         self.active = time.monotonic()
-        self._piece = min(READ, model.piece // PAGE * PAGE)
+        self._piece = min(model.turn, model.piece // PAGE * PAGE)
         self._store = store_of(model)
         self._turn = 0
         self._stopping = self._ending = False

@@ -83,7 +83,9 @@ def test_attention(launcher, shape, options, backwards):
     pages, lists = [], []
     history = []
     for length in lengths:
-        own = [torch.full((2, of.layers, of.keys, PAGE * of.width), torch.nan).half() for _ in range(-(-length // PAGE))]
+        own = [
+            torch.full((2, of.layers, of.keys, PAGE * of.width), torch.nan).half() for _ in range(-(-length // PAGE))
+        ]
         past = random(rng, 2, of.keys, length - 1, of.width).half()
         for t in range(length - 1):
             page = own[t // PAGE]
@@ -113,7 +115,8 @@ def test_attention(launcher, shape, options, backwards):
         assert near(page[0, layer].view(of.keys, of.width, PAGE)[:, :, at], key, 1e-3)
         assert near(page[1, layer].view(of.keys, PAGE, of.width)[:, at], value.double(), 1e-3)
         keys, values = (
-            torch.cat([past, new[:, None].half()], 1).double() for past, new in zip(history[k], (key, value), strict=True)
+            torch.cat([past, new[:, None].half()], 1).double()
+            for past, new in zip(history[k], (key, value), strict=True)
         )
         scores = torch.einsum("hgw,htw->hgt", query.view(of.keys, -1, of.width), keys) * of.scale
         scores = of.cap * torch.tanh(scores / of.cap) if of.cap else scores
@@ -136,4 +139,6 @@ def test_every_kernel_is_launched_here(launcher):
         test_attention(launcher, *case, False)
     test_norms_and_what_is_added(launcher, 48)
     test_activations(launcher, "silu")
-    assert {"prepare", "heads", "attend_1", "attend_4", "attended", "activated"} <= launcher.launched <= set(cuda.KERNELS)
+    assert (
+        {"prepare", "heads", "attend_1", "attend_4", "attended", "activated"} <= launcher.launched <= set(cuda.KERNELS)
+    )

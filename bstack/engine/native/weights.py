@@ -130,14 +130,13 @@ def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
 
 
 def read_weights(
-    file: bstk.Reader, shapes: Mapping[str, tuple[int, ...]], make: Any = None
+    file: bstk.Reader, shapes: Mapping[str, tuple[int, ...]], make: Any
 ) -> tuple[dict[str, Any], dict[str, Matrix], PriorityLock]:
     """Read a model without its blocks: parameters by name, the empty matrices of its stacks by name, and their lock.
 
     `shapes` are those of all parameters; a file with others raises NotNativeError or bstk.DamagedError. `make` makes the weights,
-    as `Host` does, which is the default. A parameter of three dimensions is a list of weights.
+    as `Host` does. A parameter of three dimensions is a list of weights.
     """
-    make = make or Host()
     shown = file.source.name
     plain = {chunk.name: chunk for chunk in file.chunks if chunk.is_weight and not chunk.is_block}
     blocks = [chunk for chunk in file.chunks if chunk.is_block]

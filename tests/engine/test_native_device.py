@@ -76,3 +76,64 @@ def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     places = [[1, 63, 20], [2, 64, 21], [65]]
     assert all(close(ours, wanted[place], 2e-2) for ours, place in zip(found, places, strict=True))
     assert model.step(texts[:1], [5]).shape == (1, 211) and [text.length for text in texts] == [4, 66, 22]
+
+
+@needs_compiler
+@pytest.mark.parametrize("codec", ["trellis", "spqr"])
+def test_a_step_launches_the_same_whatever_the_size_of_the_model(codec, on, tmp_path, native_file):
+    """So a recorded one stays right."""
+    path = native_file("llama")
+    if codec == "spqr":
+        settings = bstack.Settings(codec="spqr", outliers=0.05, planes=1, samples=2, sequence_length=16)
+        bstack.compress(tiny_models.save("qwen3", tmp_path / "model"), tmp_path / "m.bstk", settings=settings)
+        path = tmp_path / "m.bstk"
+    with bstk.open(path) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    model, launches = on(path, "cuda", mb=small), []
+    kernels = model._kernels
+    launch = kernels.launch
+    model.piece = 16
+
+    def noted(name, grid, *arguments):
+        launches.append((name, grid, [getattr(a, "value", None) for a in arguments]))  # numbers, not addresses
+        launch(name, grid, *arguments)
+
+    for mb in (small, None, small):
+        bstack.resize(model, mb)
+        matrices = model.bstack_store._matrices.values()
+        lacking = any(matrix.kinds.difference(matrix.kind[: matrix.count]) for matrix in matrices)
+        assert lacking == (codec == "spqr" and mb is not None)
+        text = model.sequence()
+        model.read(text, IDS[:20])
+        kernels.launch, before = noted, len(launches)
+        found = model.step([text], IDS[20:21])
+        kernels.launch = launch
+        assert launches[before:] == launches[: len(launches) - before]
+        assert close(found, expected(path, IDS[:21], **({"mb": mb} if mb else {}))[20:], 2e-2)
+
+
+def test_texts_share_pages_and_go_back(on, native_file):
+    path = native_file("gemma3")
+    model = on(path, "cpu")
+    first, second = model.sequence(), model.sequence()
+    model.read(first, IDS[:70])
+    second.adopt(IDS[:64], first.share(0, 64))
+    assert close(model.read(second, IDS[64:80])[None], expected(path, IDS[:80])[79:], 2e-2)
+    assert first.keep(IDS[:30] + [7, 8]) == 30
+    assert close(model.read(first, IDS[30:40])[None], expected(path, IDS[:40])[39:], 2e-2)
+    with pytest.raises(ValueError, match="at most 128"):
+        model.read(first, IDS)
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+def test_matrices_that_stay_plain(changes, on, tmp_path):
+    source = tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16, **changes)
+    kept = {"embeddings": "dense"} if "tie_word_embeddings" in changes else {}
+    settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16, **kept)
+    bstack.compress(source, tmp_path / "m.bstk", settings=settings)
+    wanted = expected(tmp_path / "m.bstk", IDS[:21])
+    for kernels in ("cpu", *(["cuda"] if cuda_on_cpu.COMPILER else [])):
+        model = on(tmp_path / "m.bstk", kernels)
+        text = model.sequence()
+        model.read(text, IDS[:20])
+        assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)

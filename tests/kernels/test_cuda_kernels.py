@@ -21,8 +21,8 @@ def launcher():
     launcher.remove_fences()
 
 
-def difference(launcher, rows, columns, kinds, tokens, seed):
-    """Return `selftest.difference` of a matrix of random blocks, all arrays between fences."""
+def difference(launcher, rows, columns, kinds, tokens, seed, absent=()):
+    """Return `selftest.difference` of a matrix of random blocks, all arrays between fences; `absent` are kinds of blocks to come."""
     rng = np.random.default_rng(seed)
     launcher.backwards = bool(seed % 2)
     blocks = []
@@ -33,7 +33,7 @@ def difference(launcher, rows, columns, kinds, tokens, seed):
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
     offset = 4 * (seed % 3)  # inputs are then not aligned for loads of four
     matrix = Matrix.of(rows, columns, blocks)
-    return selftest.difference(launcher.kernels, matrix, x, lambda array: launcher.fenced(array, offset))
+    return selftest.difference(launcher.kernels, matrix, x, lambda array: launcher.fenced(array, offset), absent)
 
 
 FORMS = [(SPQR, rank_of(bits, group)) for bits in (3, 4) for group in (16, 32, 64, 128)]
@@ -58,6 +58,14 @@ def test_stacks_of_several_kinds(launcher, seed):
     rows, columns, tokens = (int(n) for n in rng.integers(1, (40, 150, 12)))
     columns = columns if seed % 3 else -(-columns // 16) * 16
     assert not difference(launcher, rows, columns, kinds, tokens, seed), (rows, columns, kinds, tokens)
+
+
+@pytest.mark.parametrize("kinds", [[], [KINDS[1]], [KINDS[2]], [FORMS[2], KINDS[4]], [FORMS[5], KINDS[0]]], ids=str)
+@pytest.mark.parametrize("absent", [[TRELLIS5], [OUTLIERS], [SIGN, TRELLIS, SPQR]], ids=str)
+def test_kinds_that_are_not_in_memory(launcher, kinds, absent):
+    """What is launched follows from the whole stack; kernels whose kinds have no block add nothing, and the first one writes."""
+    for columns, tokens in ((48, 1), (37, 3)):
+        assert not difference(launcher, 21, columns, kinds, tokens, 0, absent), (columns, tokens)
 
 
 def test_more_than_a_thread_block_takes_at_once(launcher):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def rotations_agree(kernels: Kernels, x: np.ndarray, place: Place) -> bool:
     return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 
-def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place) -> str:
+def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place, kinds: Iterable[int] = ()) -> str:
     """Return which result for a matrix differs from the reference's, decoded rows or a product; an empty string if none does.
 
     Parameters
@@ -107,12 +107,14 @@ def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place) 
         Inputs, float32, shape (t, n).
     place : callable
         Puts an array on the device.
+    kinds : iterable of int
+        Of blocks that the stack has beside those in memory.
     """
     levels, rotated = range(expected.count), reference.rotate(x)
     payloads: Sequence[torch.Tensor] = [place(expected.payload(level)) for level in levels]
     device = place(x[:0]).device
     table = MatrixTable(2, device)
-    matrix = DeviceMatrix(expected.rows, expected.columns, table, 1)
+    matrix = DeviceMatrix(expected.rows, expected.columns, table, 1, kinds)
     for level, payload in zip(levels, payloads, strict=True):
         matrix.put(level, expected.kind[level], expected.rank[level], payload.data_ptr(), checked=True)
     matrix.count = expected.count

@@ -163,8 +163,8 @@ def attach(
     """Give a packed model its store, and read the blocks within a budget; what is open in `stack` stays so, to grow from."""
     opened = ExitStack()
     check_room(backend.device, min(file.fit(budget=budget), file.model))
-    settings = {"close": opened.close, "fetched": fetched, "free_memory": backend.free_memory}
-    store = BlockStore(file, matrices, lock, backend.arena(), **settings)
+    free, arena = backend.free_memory, backend.arena()
+    store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
     store.resize(budget)
     model.bstack_unfused = install(model, lock) if fused else "fused=False"
     opened.push(stack.pop_all())

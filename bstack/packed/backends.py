@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.errors import one_line
+from bstack.errors import DeviceError, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.table import DeviceMatrix, MatrixTable
@@ -24,16 +24,7 @@ from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = [
-    "Backend",
-    "CpuBackend",
-    "CudaBackend",
-    "DeviceError",
-    "backend_of",
-    "check_room",
-    "device_memory",
-    "device_of",
-]
+__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
 __all__ += ["on_device"]
 
 
@@ -91,22 +82,38 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UsageError(f"the device is {device!r}; allowed are cpu, cuda and cuda:N.") from None
+        raise UsageError(f"the device is {device!r}; allowed are cpu, cuda and cuda:N.", option="device") from None
     if packed and found.type not in ("cpu", "cuda"):
         raise UsageError(
             f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there."
         )
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"torch finds no {found} here; it finds {torch.cuda.device_count()} CUDA devices.")
+    if found.type == "cuda":
+        _check_cards(found)
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of many classes, for a device that this torch was not built for
-        raise UsageError(f"torch cannot use {found} here: {one_line(error)}") from None
+        raise UsageError(f"torch cannot use {found} here: {one_line(error)}", option="device") from None
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
         _device_kernels(found.index)
     return found
+
+
+def _check_cards(device: torch.device) -> None:
+    """Raise UsageError where there is no such GPU, with the reason that torch gives."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise UsageError(
+            f"torch finds no {device} here: torch {torch.__version__} is built for the CPU alone.",
+            hint="Install a build of torch for CUDA.",
+            option="device",
+        )
+    try:
+        torch.cuda.init()  # names an old driver, where counting finds none
+    except Exception as error:
+        raise UsageError(f"torch finds no {device} here: {one_line(error)}", option="device") from None
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"torch finds no {device} here; it finds {count} CUDA devices.", option="device")
 
 
 def backend_of(device: torch.device, matrices: int) -> Backend:
@@ -132,10 +139,6 @@ def _device_kernels(index: int) -> Any:
             "packed weights on a GPU need kernels in CUDA or in Triton, and the packages of neither are installed.",
             hint="Install those for NVIDIA's GPUs: pip install 'bstack[cuda]'",
         ) from None
-
-
-class DeviceError(ResourceError):
-    """A GPU does not answer any more; the process cannot use it again."""
 
 
 @contextmanager
@@ -172,9 +175,9 @@ def check_room(device: torch.device, cut: bstk.Cut) -> None:
         return
     fits = memory.free - default_margin(memory)
     if cut.memory_bytes > fits:
-        most = f"at most {max(fits, 0) / bstk.MB:,.0f} MB of weights fit"
+        most = f"at most {max(fits, 0) * 100 // bstk.MB / 100:,.2f} MB of weights fit"
         raise ResourceError(
-            f"{bstk.mb_text(cut.memory_bytes)} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
+            f"{cut.memory_bytes / bstk.MB:,.2f} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
             f"{memory.total / bstk.MB:,.0f} MB are free, and {most}.",
             option="mb",
         )
@@ -196,7 +199,8 @@ class DeviceMemory:
         self.address = self._bytes.data_ptr()
 
     def write(self, start: int, block: bytes) -> None:
-        self._bytes[start : start + len(block)].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
+        with on_device(self._bytes.device):
+            self._bytes[start : start + len(block)].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
 
     def give_back(self, start: int, stop: int) -> None:
         """Do nothing: part of a slab cannot be returned; the slab is, with its last block."""

@@ -119,7 +119,7 @@ def test_texts_share_pages_and_go_back(on, native_file):
     model.read(first, IDS[:70])
     second.adopt(IDS[:64], first.share(0, 64))
     assert close(model.read(second, IDS[64:80])[None], expected(path, IDS[:80])[79:], 2e-2)
-    assert first.keep(IDS[:30] + [7, 8]) == 30
+    assert first.keep([*IDS[:30], 7, 8]) == 30
     assert close(model.read(first, IDS[30:40])[None], expected(path, IDS[:40])[39:], 2e-2)
     with pytest.raises(ValueError, match="at most 128"):
         model.read(first, IDS)
@@ -137,3 +137,120 @@ def test_matrices_that_stay_plain(changes, on, tmp_path):
         text = model.sequence()
         model.read(text, IDS[:20])
         assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: keeps what was launched between its begin and end, and launches it again."""
+
+    def __init__(self, kernels):
+        self.kernels, self.launches, self.replays = kernels, [], 0
+
+    def __enter__(self):
+        self.launch = self.kernels.launch
+        self.kernels.launch = lambda *arguments: self.launches.append(arguments)
+
+    def __exit__(self, *_):
+        self.kernels.launch = self.launch
+
+    def replay(self):
+        self.replays += 1
+        for arguments in self.launches:
+            self.kernels.launch(*arguments)
+
+
+@needs_compiler
+def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_file, monkeypatch):
+    """Recorded once for each number of texts; only launches count then, so what else a step did would be missing."""
+    path = native_file("phi3")
+    model, graphs, kept = on(path, "cuda"), [], []
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def record(forward, device):
+        graphs.append(Graph(model._kernels))
+        # The memory of a graph is its own.
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(empty(*a, **k)) or kept[-1])
+        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: kept.append(empty_like(*a, **k)) or kept[-1])
+        with graphs[-1]:
+            result = forward()
+        monkeypatch.undo()
+        return graphs[-1], result
+
+    monkeypatch.setattr(native_device, "record", record)
+    first = native_device._Inputs.__init__
+
+    def as_on_a_card(self, *arguments):
+        first(self, *arguments)
+        self._recorded = False
+
+    monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_card)
+    with bstk.open(path) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    texts = [model.sequence() for _ in range(2)]
+    for text in texts:
+        model.read(text, IDS[:62])
+    model.step(texts, IDS[62:63] * 2)
+    found = model.step(texts, IDS[63:64] * 2)
+    assert close(found, expected(path, IDS[:64])[[63, 63]], 2e-2)
+    bstack.resize(model, small)
+    fresh = [model.sequence() for _ in range(2)]
+    model.read(fresh[0], IDS[:30])
+    model.read(fresh[1], IDS[:3])
+    found = model.step(fresh, [IDS[30], IDS[3]])
+    assert close(found, expected(path, IDS[:31], mb=small)[[30, 3]], 2e-2)
+    assert len(graphs) == 1 and graphs[0].replays == 3
+
+
+def test_a_step_that_cannot_be_recorded_runs_launch_by_launch(monkeypatch):
+    rows = [np.zeros((1, 1, 4), np.float32)] * 2
+    inputs = native_device._Inputs(torch.zeros(1, 8), rows, CPU)
+    inputs._recorded = False
+    monkeypatch.setattr(native_device, "record", lambda *_: raise_(RuntimeError("operation not permitted")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.warns(bstack.errors.SlowerWarning, match="cannot be recorded .operation not permitted"):
+        assert inputs.run(lambda: torch.ones(1)) == 1
+    assert inputs.run(lambda: torch.ones(1) * 2) == 2
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+            bstk.ResourceError,
+            "no memory left",
+        ),
+        (
+            RuntimeError("CUDA error: unspecified launch failure\nmore"),
+            bstack.errors.DeviceError,
+            "cpu failed: CUDA error",
+        ),
+        (type("CUDAError", (Exception,), {"__module__": "cuda.core"})("ILLEGAL"), bstack.errors.DeviceError, "ILLEGAL"),
+        (RuntimeError("something else"), RuntimeError, "something else"),
+    ],
+)
+def test_a_device_that_fails_midway(error, kind, words, on, native_file, monkeypatch):
+    model = on(native_file("llama"), "cpu")
+    text = model.sequence()
+    model.read(text, IDS[:4])
+    monkeypatch.setattr(model, "_attend", lambda *_: raise_(error))
+    for call in (lambda: model.step([text], [5]), lambda: model.read(text, [5, 6])):
+        with pytest.raises(kind, match=words) as found:
+            call()
+        assert getattr(found.value, "exit_code", 7) == 7
+
+
+def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
+    """Before anything is read; the margin stays free."""
+    path, free = native_file("llama"), 64 * bstk.MB + 20_000
+    monkeypatch.setattr(native_device, "device_of", lambda *_, **__: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**30))
+    monkeypatch.setattr(native_device, "backend_of", lambda *_: raise_(AssertionError))
+    with pytest.raises(bstk.ResourceError, match=r"too much for cuda:0: 64 MB of 1,024 MB are free.*at most 0.01 MB"):
+        load.load(path, device="cuda")
+    monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory for 100 bytes of blocks: CUDA out of memory"):
+        backends.DeviceMemory(100, torch.device("cuda", 0))

@@ -97,6 +97,8 @@ class DeviceModel(NativeModel):
     """
 
     turn = TURN
+    _embedding: Any
+    _head: Any
 
     def __init__(self, backend: Backend, architecture: Architecture, *rest: Any):
         self.device = backend.device
@@ -104,7 +106,7 @@ class DeviceModel(NativeModel):
         half = torch.bfloat16 if self._on_card and torch.cuda.is_bf16_supported(False) else torch.float16
         #: Type of the activations of prompts.
         self.dtype = half if self._on_card else torch.float32
-        self._kernels = getattr(backend, "kernels", None)
+        self._kernels: Any = getattr(backend, "kernels", None)
         super().__init__(architecture, *rest)
         self.piece = PIECE
         self._step_kernels = self._make_step()
@@ -136,7 +138,8 @@ class DeviceModel(NativeModel):
 
     # Prompts.
 
-    _joined = staticmethod(torch.cat)
+    def _joined(self, found: list[Any]) -> Any:
+        return torch.cat(found)
 
     def _embed(self, tokens: np.ndarray) -> Any:
         index = torch.from_numpy(tokens)
@@ -210,7 +213,7 @@ class DeviceModel(NativeModel):
             part = query[:, :, begin : begin + step]
             own = torch.arange(start + begin, start + begin + part.shape[2], device=self.device)[:, None]
             seen = torch.arange(first, stop, device=self.device)
-            mask = None if plain else (seen <= own) & (seen > own - window) if window else seen <= own
+            mask: Any = None if plain else (seen <= own) & (seen > own - window) if window else seen <= own
             if of.cap:
                 scores = of.cap * torch.tanh(part @ keys.mT * (of.scale / of.cap))
                 read = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
@@ -377,4 +380,4 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": _gelu_tanh}
+_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"silu": functional.silu, "gelu_tanh": _gelu_tanh}

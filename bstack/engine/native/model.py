@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -254,7 +253,8 @@ class NativeModel:
             raise ValueError(f"tokens are from 0 to {self._embedding.rows - 1}, at least one.")
         return tokens
 
-    _joined: Callable[[Many[Any]], Any] = staticmethod(np.concatenate)
+    def _joined(self, found: list[Any]) -> Any:
+        return np.concatenate(found)
 
     def _rotary_rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return cosine and sine, (positions, kinds of rotary positions, values), each position's side by side."""

@@ -1,5 +1,9 @@
 """What a step computes between its products, compiled for the CPU, against torch in double precision."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import cuda_on_cpu
 import pytest
 import torch
@@ -142,3 +146,15 @@ def test_every_kernel_is_launched_here(launcher):
     assert (
         {"prepare", "heads", "attend_1", "attend_4", "attended", "activated"} <= launcher.launched <= set(cuda.KERNELS)
     )
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_card():
+    """Its figures need a card; that it runs does not."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    run = [sys.executable, script, "--rehearse", "--only", "step", "models"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n| ") == 9, done.stderr
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("Nothing is measured: torch finds no cuda:0 here")

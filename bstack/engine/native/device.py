@@ -23,7 +23,7 @@ from bstack.engine.native.model import LARGEST, PAGE, SCORES, NativeModel, Seque
 from bstack.errors import SlowerWarning, one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.packed.backends import Backend, backend_of, check_room, device_of, on_device
-from bstack.packed.matrix import Table
+from bstack.packed.matrix import FEW, Table
 
 __all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "place"]
 
@@ -149,8 +149,11 @@ class DeviceModel(NativeModel):
         return found.to(self.device) * self.architecture.embedding_scale
 
     def _logits(self, hidden: Any) -> np.ndarray:
-        rows = hidden if len(hidden) <= SIZES[-1] else hidden.to(self.dtype)
-        return self._capped(self._head.multiply(rows)).float().cpu().numpy()
+        return self._capped(self._head.multiply(self._typed(hidden)).float()).cpu().numpy()
+
+    def _typed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return inputs of products in the type for prompts; those of few tokens stay as they are."""
+        return x if len(x) <= FEW else x.to(self.dtype)
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         cap = self.architecture.final_cap
@@ -189,7 +192,7 @@ class DeviceModel(NativeModel):
         return list(whole.split([whole.shape[1] * share // sum(shares) for share in shares], 1))
 
     def _multiply(self, layer: dict[str, Any], name: str, x: Any) -> Any:
-        y = layer[name].multiply(x.to(self.dtype)).float()
+        y = layer[name].multiply(self._typed(x)).float()
         bias = layer.get(f"{name}_bias")
         return y if bias is None else y + bias
 
@@ -233,8 +236,8 @@ class DeviceModel(NativeModel):
         added = torch.zeros_like(x)
         for number in sorted(set(chosen.ravel().tolist())):
             rows, which = (chosen == number).nonzero(as_tuple=True)
-            gate, up = layer["expert_gate"][number].multiply(x[rows].to(self.dtype)).float().chunk(2, 1)
-            inner = (_ACTIVATIONS[self.architecture.activation](gate) * up).to(self.dtype)
+            gate, up = layer["expert_gate"][number].multiply(self._typed(x[rows])).float().chunk(2, 1)
+            inner = self._typed(_ACTIVATIONS[self.architecture.activation](gate) * up)
             added[rows] += share[rows, which][:, None] * layer["expert_down"][number].multiply(inner).float()
         return added
 
@@ -357,15 +360,16 @@ class _Inputs:
 
 def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[Any, torch.Tensor]:
     """Record what `forward` launches as a CUDA graph; return it and its result, which each replay overwrites."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # once without, so that libraries have what they need
-        forward()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may load blocks meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = forward()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once without, so that libraries have what they need
+            forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may load blocks meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = forward()
     return graph, result
 
 

@@ -30,7 +30,7 @@ __all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "place"]
 # Texts of a step: a call with another number fills up with a text of no meaning, one with more takes several steps.
 SIZES = (1, 2, 4, 8)
 # Tokens of a prompt that are read at a time, all in all and between two steps of a server: rows are decoded once for each piece.
-PIECE, TURN = 2048, 512
+PIECE, TURN = 1024, 512
 
 
 def place(device: str | torch.device) -> Callable[[bstk.Reader, int | None], tuple[Any, ...]]:

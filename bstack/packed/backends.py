@@ -15,7 +15,7 @@ import bstk
 from bstack.errors import DeviceError, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
-from bstack.kernels.table import DeviceMatrix, MatrixTable
+from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
 from bstack.memory.free import Memory, free_memory
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
@@ -218,6 +218,7 @@ class DeviceBlocks(Parts):
         super().__init__(parts, lock)
         self.device = parts[0].entry.device
         self._kernels = kernels
+        self.stacked = Stacked(parts) if hasattr(kernels, "launch") else None
         self._rotate = getattr(kernels, "rotate", None) or _rotate_by_products
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -250,6 +251,9 @@ class DeviceBlocks(Parts):
 
     def multiply_into(self, plain: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
         """Write x W^T for a few tokens, float32, given x and rotate(x); the caller holds the lock."""
+        if self.stacked is not None:
+            self._kernels.multiply(self.stacked, plain, rotated, out)
+            return
         for part, start in zip(self.parts, self.starts, strict=True):
             self._kernels.multiply(part, plain, rotated, out[:, start : start + part.rows])
 

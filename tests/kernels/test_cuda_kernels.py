@@ -7,9 +7,10 @@ import torch
 
 from bstack.kernels import cuda, reference
 from bstack.kernels.cuda import selftest
-from bstack.kernels.matrix import OUTLIERS, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
+from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 
@@ -58,6 +59,41 @@ def test_stacks_of_several_kinds(launcher, seed):
     rows, columns, tokens = (int(n) for n in rng.integers(1, (40, 150, 12)))
     columns = columns if seed % 3 else -(-columns // 16) * 16
     assert not difference(launcher, rows, columns, kinds, tokens, seed), (rows, columns, kinds, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("columns", [48, 37])
+def test_matrices_one_under_the_other(launcher, columns, tokens):
+    """One launch for all of them; each has blocks of its own kinds, or none, and others write nothing of it."""
+    rng = np.random.default_rng(columns + tokens)
+    table, together, expected, size = MatrixTable(9, torch.device("cpu")), [], [], []
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    rotated = reference.rotate(x)
+    cases = [
+        (7, [KINDS[1]]),
+        (1, []),
+        (90, [KINDS[0], KINDS[1]]),
+        (20, [FORMS[2], KINDS[4]]),
+        (8, [KINDS[2], KINDS[1]]),
+    ]
+    for place, (rows, kinds) in enumerate(cases):
+        blocks = [(kind, rank, random_payload(rng, rows, columns, kind, rank, 9)) for kind, rank in kinds]
+        matrix = Matrix.of(rows, columns, blocks)
+        together.append(DeviceMatrix(rows, columns, table, place))
+        for level, (kind, rank) in enumerate(kinds):
+            address = launcher.fenced(matrix.payload(level)).data_ptr()
+            together[-1].put(level, kind, rank, address, checked=True)
+        together[-1].count = len(kinds)
+        weights = [reference.decode_rows(matrix, own, 0, rows) for own in (ROTATED, PLAIN)]
+        expected.append(sum(given.astype(np.float64) @ w.T for given, w in zip((rotated, x), weights, strict=True)))
+        size.append(sum(np.abs(given) @ np.abs(w.T) for given, w in zip((rotated, x), weights, strict=True)))
+    stacked = Stacked(together)
+    out = torch.full((tokens, stacked.rows + 2), torch.nan)
+    launcher.launched.clear()
+    launcher.kernels.multiply(stacked, torch.from_numpy(x), torch.from_numpy(rotated), out[:, 1:-1])
+    assert sum(name.startswith("multiply_rotated") for name in launcher.launched) == 1
+    assert (np.abs(out[:, 1:-1].numpy() - np.concatenate(expected, 1)) <= 1e-5 * np.concatenate(size, 1)).all()
+    assert out[:, [0, -1]].isnan().all()
 
 
 @pytest.mark.parametrize("kinds", [[], [KINDS[1]], [KINDS[2]], [FORMS[2], KINDS[4]], [FORMS[5], KINDS[0]]], ids=str)

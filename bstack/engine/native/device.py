@@ -22,6 +22,7 @@ from bstack.engine.native.architecture import Architecture
 from bstack.engine.native.model import LARGEST, PAGE, SCORES, NativeModel, Sequence
 from bstack.errors import SlowerWarning, one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
+from bstack.kernels.table import Stacked
 from bstack.packed.backends import Backend, backend_of, check_room, device_of, on_device
 from bstack.packed.matrix import FEW, Table
 
@@ -110,6 +111,10 @@ class DeviceModel(NativeModel):
         super().__init__(architecture, *rest)
         self.piece = PIECE
         self._step_kernels = self._make_step()
+        if self._step_kernels is not None:
+            for layer in self._layers:
+                for names in (_ATTENTION, _FEED):
+                    layer[_stack_name(names)] = _stacked([layer[name] for name in names if name in layer])
         self._inputs: dict[int, _Inputs] = {}
         self._spare = self.sequence()
 
@@ -274,7 +279,7 @@ class DeviceModel(NativeModel):
         added = added_norm = None
         for number, layer in enumerate(self._layers):
             x, plain, rotated = kernels.prepare(x, added, added_norm, layer.get("input_norm"))
-            given = self._products(layer, ("query", "key", "value"), plain, rotated)
+            given = self._products(layer, _ATTENTION, plain, rotated)
             norms = {name: layer.get(name) for name in ("query_norm", "key_norm")}
             if of.whole_norms:
                 given, norms = self._norm_whole(given, norms), {}
@@ -282,7 +287,7 @@ class DeviceModel(NativeModel):
             read = kernels.attend(given, inputs.texts, number, window=window, rope=rope, **norms)
             added = self._products(layer, ("out",), *read)
             x, plain, rotated = kernels.prepare(x, added, layer.get("attention_norm"), layer.get("post_norm"))
-            inner = kernels.activated(self._products(layer, ("gate", "up"), plain, rotated), of.activation)
+            inner = kernels.activated(self._products(layer, _FEED, plain, rotated), of.activation)
             added, added_norm = self._products(layer, ("down",), *inner), layer.get("feed_norm")
         _, plain, rotated = kernels.prepare(x, added, added_norm, self._final_norm)
         return self._capped(self._products({"head": self._head}, ("head",), plain, rotated))
@@ -291,19 +296,20 @@ class DeviceModel(NativeModel):
         self, layer: dict[str, Any], names: Many[str], plain: torch.Tensor, rotated: torch.Tensor
     ) -> torch.Tensor:
         """Return the products of some matrices side by side, float32; a layer may have them as one."""
-        weights = [layer[name] for name in names if name in layer]
-        y = torch.empty(len(plain), sum(weight.rows for weight in weights), device=plain.device)
-        start = 0
-        for weight in weights:
-            part = y[:, start : start + weight.rows]
-            if isinstance(weight, Table):
-                part.copy_(weight.multiply(plain))
-            else:
-                weight.multiply_into(plain, rotated, part)
-            start += weight.rows
-        biases = [layer.get(f"{name}_bias") for name in names if name in layer]
-        for bias, part in zip(biases, y.split([weight.rows for weight in weights], 1), strict=True):
-            if bias is not None:
+        own = [name for name in names if name in layer]
+        rows = [layer[name].rows for name in own]
+        y = torch.empty(len(plain), sum(rows), device=plain.device)
+        parts = y.split(rows, 1)
+        if (stack := layer.get(_stack_name(names))) is not None:
+            self._kernels.multiply(stack, plain, rotated, y)
+        else:
+            for name, part in zip(own, parts, strict=True):
+                if isinstance(layer[name], Table):
+                    part.copy_(layer[name].multiply(plain))
+                else:
+                    layer[name].multiply_into(plain, rotated, part)
+        for name, part in zip(own, parts, strict=True):
+            if (bias := layer.get(f"{name}_bias")) is not None:
                 part += bias
         return y
 
@@ -314,6 +320,20 @@ class DeviceModel(NativeModel):
         return torch.cat(
             [self._norm(parts[0], norms["query_norm"]), self._norm(parts[1], norms["key_norm"]), parts[2]], 1
         )
+
+
+# Matrices of one input, whose products are one launch where all of them are packed.
+_ATTENTION, _FEED = ("query", "key", "value"), ("gate", "up")
+
+
+def _stack_name(names: Many[str]) -> str:
+    return f"{'_'.join(names)}_stack"
+
+
+def _stacked(weights: Many[Any]) -> Stacked | None:
+    if any(isinstance(weight, Table) for weight in weights):
+        return None
+    return Stacked([part for weight in weights for part in weight.parts])
 
 
 class _Inputs:

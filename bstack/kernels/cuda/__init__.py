@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bstack.kernels.matrix import PLAIN, ROTATED
-from bstack.kernels.table import DeviceMatrix
+from bstack.kernels.table import DeviceMatrix, Stacked
 
 __all__ = ["KERNELS", "THREADS", "Kernels", "source"]
 
@@ -57,7 +57,9 @@ class Kernels:
         self.launch = launch
         self._blocks = multiprocessors * RESIDENT
 
-    def multiply(self, matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
+    def multiply(
+        self, matrix: DeviceMatrix | Stacked, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor
+    ) -> None:
         """Compute y = x W^T for few tokens, without building W.
 
         y differs from the product in real numbers by at most ``1e-5 * sum_j |x_j| |W_ij|``, for up to some thousand
@@ -65,30 +67,36 @@ class Kernels:
 
         Parameters
         ----------
-        matrix : DeviceMatrix
+        matrix : DeviceMatrix or Stacked
         x, rotated : torch.Tensor
             Inputs and rotated inputs, float32, contiguous, shape (t, n); fast for t of 1 to 8.
         out : torch.Tensor
             Where y goes, float32, shape (t, m), the last axis contiguous.
         """
-        tokens, used, add = x.shape[0], matrix.kinds, 0
-        if not used or not tokens:
-            out.zero_()
+        stacked = matrix if isinstance(matrix, Stacked) else matrix.alone
+        tokens, add = x.shape[0], 0
+        if not tokens:
             return
-        for kinds, inputs, name, rows in ((ROTATED, rotated, "rotated", 8), (PLAIN, x, "plain", 16)):
-            if used.isdisjoint(kinds):
-                continue
-            together = next((size for size in (1, 2, 4) if tokens <= size), 8)
-            suffix = str(together)
-            if kinds is ROTATED:
-                if matrix.columns % 16 or inputs.data_ptr() % 16:
-                    together, suffix = 1, "any"
-                rows = 4 if together == 8 else 8
-            grid = min(-(-matrix.rows // rows), self._blocks), -(-tokens // together)
-            addresses = matrix.entry.data_ptr(), matrix.table.values.data_ptr(), inputs.data_ptr(), out.data_ptr()
-            sizes = c_int(matrix.rows), c_int(matrix.columns), c_int(tokens)
-            self.launch(f"multiply_{name}_{suffix}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+        together = next((size for size in (1, 2, 4) if tokens <= size), 8)
+
+        def run(name: str, first: torch.Tensor, x: torch.Tensor, y: torch.Tensor, strips: int, rows: int) -> None:
+            grid = min(strips, self._blocks), -(-tokens // (1 if name.endswith("any") else together))
+            addresses = first.data_ptr(), stacked.table.values.data_ptr(), x.data_ptr(), y.data_ptr()
+            sizes = c_int(rows), c_int(stacked.columns), c_int(tokens)
+            self.launch(f"multiply_{name}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+
+        if not stacked.kinds.isdisjoint(ROTATED):
+            whole = stacked.columns % 16 == 0 and rotated.data_ptr() % 16 == 0
+            rows = 4 if whole and together == 8 else 8
+            strips = sum(-(-part.rows // rows) for part in stacked.matrices)
+            run(f"rotated_{together if whole else 'any'}", stacked.parts, rotated, out, strips, strips)
             add = 1
+        for part, start in zip(stacked.matrices, stacked.starts, strict=True):
+            own = out[:, start : start + part.rows]
+            if not part.kinds.isdisjoint(PLAIN):
+                run(f"plain_{together}", part.entry, x, own, -(-part.rows // 16), part.rows)
+            elif not add:
+                own.zero_()
 
     def decode(
         self, matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype

@@ -137,12 +137,23 @@ struct TrellisShared {
     float sums[WARPS * 32];
 };
 
+/* Multiply matrices that lie one under the other. `parts` holds, of each, the address of its row of the table, its rows, and those
+ * of the matrices above it. A thread block takes strip after strip of ROWS rows, each of one matrix. */
 template <bool WHOLE, int ROWS, int TOKENS>
-__device__ __forceinline__ void multiply_rotated(const Product &product, const float *values, TrellisShared *shared) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = (int)__ldg(product.entry);
-    const int token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
+__device__ __forceinline__ void multiply_rotated(const long long *parts, int strips, Product product, const float *values,
+                                                 TrellisShared *shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
+    float *const y = product.y;
+    int first = 0, after = 0; /* strips of the matrix */
     fill(&shared->table, values);
-    for (int row = blockIdx.x * ROWS; row < product.rows; row += gridDim.x * ROWS) {
+    for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+        for (; strip >= after; parts += 3) {
+            product.entry = (const long long *)(size_t)__ldg(parts);
+            product.rows = (int)__ldg(parts + 1);
+            product.y = y + __ldg(parts + 2);
+            first = after, after += (product.rows + ROWS - 1) / ROWS;
+        }
+        const int row = (strip - first) * ROWS, count = (int)__ldg(product.entry);
         float sum = 0.0f;
         for (int level = 0; level < count; level++) {
             const int kind = (int)__ldg(product.entry + 2 + 2 * level) / 256;
@@ -162,11 +173,11 @@ __device__ __forceinline__ void multiply_rotated(const Product &product, const f
 /* RESIDENT: thread blocks of a multiprocessor, which bound the registers of a thread. */
 #define MULTIPLY_ROTATED(NAME, WHOLE, ROWS, TOKENS, RESIDENT)                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)                                                        \
-        NAME(const long long *entry, const float *values, const float *x, float *y, long long stride, int rows,            \
+        NAME(const long long *parts, const float *values, const float *x, float *y, long long stride, int strips,          \
              int columns, int tokens, int add) {                                                                           \
         __shared__ TrellisShared shared;                                                                                   \
-        const Product product = {entry, x, y, (size_t)stride, rows, columns, tokens, add};                                 \
-        multiply_rotated<WHOLE, ROWS, TOKENS>(product, values, &shared);                                                   \
+        const Product product = {0, x, y, (size_t)stride, 0, columns, tokens, add};                                        \
+        multiply_rotated<WHOLE, ROWS, TOKENS>(parts, strips, product, values, &shared);                                    \
     }
 MULTIPLY_ROTATED(multiply_rotated_1, true, 8, 1, 5)
 MULTIPLY_ROTATED(multiply_rotated_2, true, 8, 2, 4)

@@ -160,9 +160,10 @@ def step(card: Card, width: int, inner: int, length: int) -> None:
         run = partial(card.backend.kernels.decode, matrix, ROTATED, index, dtype)
         size = inner * width * dtype.itemsize + 2 * block_bytes(inner, width, TRELLIS5, 2)
         card.line(f"rows to {dtype}, 2 blocks", card.seconds(run), size, 4 * inner * width)
-    rows = torch.randn(512, width, device=card.device).bfloat16()
+    many = 512 if card.device.type == "cuda" else 4
+    rows = torch.randn(many, width, device=card.device).bfloat16()
     run = partial(card.backend.kernels.rotate, rows, torch.bfloat16)
-    card.line("rotation of 512 rows", card.seconds(run), 4 * rows.numel(), rows.numel() * np.log2(width))
+    card.line(f"rotation of {many} rows", card.seconds(run), 4 * rows.numel(), rows.numel() * np.log2(width))
 
 
 def random_model(card: Card, config: dict, levels: int):

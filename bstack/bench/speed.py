@@ -85,7 +85,6 @@ def measure_running(
     """
     held, peak = resident_bytes, peak_bytes
     if device != "cpu":
-        torch.empty(0, device=device)
         held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
     before = held()
     started = time.perf_counter()

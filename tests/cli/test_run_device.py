@@ -14,8 +14,8 @@ import torch
 import bstack as library
 import bstk
 from bstack.bench import speed
+from bstack.bench.child import Cut, Measure
 from bstack.engine.native import device
-from bstack.engine.native.load import load
 from bstack.packed import backends
 from bstack.packed.backends import CpuBackend, CudaBackend
 
@@ -108,8 +108,17 @@ def test_a_card_that_is_lost_ends_a_conversation(bstack, card, monkeypatch):
     assert done.returncode == 7 and done.stderr.count("cpu failed: CUDA error: unspecified launch failure.") == 1
 
 
-def test_speed_is_measured_on_the_device(models, card):
-    model, _ = load(models / "llama.bstk", device="cuda")
-    assert isinstance(model, device.DeviceModel)
-    found = speed.measure_speed(model)
-    assert found.engine == "native" and found.decode.value > 0
+def test_speed_is_measured_on_the_device(models, card, monkeypatch):
+    """By the process of bench that measures a size."""
+    monkeypatch.setattr(speed, "REPETITIONS", 2)
+    monkeypatch.setattr(speed, "_lengths", lambda context: (20, 3))
+    loaded = []
+    monkeypatch.setattr(
+        device.DeviceModel, "sequence", lambda self, own=device.DeviceModel.sequence: loaded.append(1) or own(self)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 if loaded else 300)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1500)
+    request = Measure(Cut(str(models / "llama.bstk"), 2**20, None, False), run="packed", speed=True, device="cuda")
+    running = in_process.measure(request).running
+    assert running.speed.engine == "native" and running.speed.decode.value > 0
+    assert (running.held_memory_bytes, running.peak_memory_bytes) == (700, 1200) and loaded

@@ -249,6 +249,7 @@ def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
     monkeypatch.setattr(native_device, "device_of", lambda *_, **__: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**30))
     monkeypatch.setattr(native_device, "backend_of", lambda *_: raise_(AssertionError))
+    assert backends.device_memory(torch.device("cuda", 0)).free == free
     with pytest.raises(bstk.ResourceError, match=r"too much for cuda:0: 64 MB of 1,024 MB are free.*at most 0.01 MB"):
         load.load(path, device="cuda")
     monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))

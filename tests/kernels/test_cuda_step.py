@@ -70,6 +70,9 @@ CASES = [
     ({"queries": 3, "keys": 3, "width": 130, "rotary": 130, "cap": 2.0}, {"window": 140}),
     ({"queries": 2, "keys": 1, "width": 256, "rotary": 128}, {"norms": True, "rope": -1}),
     ({"queries": 2, "keys": 2, "width": 80, "rotary": 80}, {"window": 1}),
+    # So long that a part of a text has several stretches of 128 tokens.
+    ({"queries": 2, "keys": 1, "width": 8, "rotary": 8, "scale": 3.0}, {"lengths": [2100, 4500]}),
+    ({"queries": 1, "keys": 1, "width": 70, "rotary": 70}, {"lengths": [4500], "window": 4200}),
 ]
 
 
@@ -80,7 +83,7 @@ def test_attention(launcher, shape, options, backwards):
     launcher.backwards = backwards
     step = step_of(launcher, **shape)
     of, rng = step._heads, torch.Generator().manual_seed(1)
-    lengths, layer, norms = [1, PAGE, 130, 300], 1, [None, None]
+    lengths, layer, norms = options.get("lengths", [1, PAGE, 130, 300]), 1, [None, None]
     window, rope = options.get("window", 0), options.get("rope", 1)
     if options.get("norms"):
         norms = [random(rng, of.width) for _ in range(2)]
@@ -146,6 +149,26 @@ def test_every_kernel_is_launched_here(launcher):
     assert (
         {"prepare", "heads", "attend_1", "attend_4", "attended", "activated"} <= launcher.launched <= set(cuda.KERNELS)
     )
+
+
+# What a kernel may get wrong, and the case of attention that shows it.
+MUTANTS = {
+    "no barrier after the weights": ("*= kept;\n        }\n        __syncthreads();", "*= kept;\n        }\n", 3),
+    "weights of another largest score": ("total[g] = total[g] * kept + ", "total[g] = total[g] + ", 6),
+    "a window that is one too wide": ("position - window + 1) : 0", "position - window) : 0", 5),
+    "a page of a token before": ("min(page + 1, position / PAGE)", "page", 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found(name):
+    right, wrong, case = MUTANTS[name]
+    assert cuda.source().count(right) == 1
+    mutant = cuda_on_cpu.Launcher(cuda_on_cpu.build(cuda.source().replace(right, wrong)))
+    with pytest.raises(AssertionError):
+        for backwards in (False, True):
+            test_attention(mutant, *CASES[case], backwards)
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ class DeviceModel(NativeModel):
         query = query.clamp(-LARGEST, LARGEST).to(kind).transpose(0, 1)[None]
         plain = start == 0 and not (window and window < stop) and not of.cap
         out = query.new_empty(query.shape)
-        step = tokens if plain else max(1, 16 * SCORES // (of.heads * (stop - first)))
+        step = max(1, 4 * SCORES // (of.heads * (stop - first))) if of.cap else tokens
         for begin in range(0, tokens, step):
             part = query[:, :, begin : begin + step]
             own = torch.arange(start + begin, start + begin + part.shape[2], device=self.device)[:, None]

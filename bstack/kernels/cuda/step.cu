@@ -209,7 +209,6 @@ __device__ __forceinline__ void attend(const float *query, const long long *text
             for (int g = 0; g < GROUP; g++)
                 for (int other = 0; other < rows; other++)
                     shared->value[g][threadIdx.x] += shared->query[g][WIDEST - THREADS + other * width + threadIdx.x];
-        __syncthreads();
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {

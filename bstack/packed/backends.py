@@ -257,6 +257,22 @@ class DeviceBlocks(Parts):
         for part, start in zip(self.parts, self.starts, strict=True):
             self._kernels.multiply(part, plain, rotated, out[:, start : start + part.rows])
 
+    def rows_at(self, index: torch.Tensor) -> torch.Tensor:
+        """Return rows of W, int64 (k,) of the device -> float32 (k, n), without a wait; the caller holds the lock."""
+        assert self.stacked is not None
+        found = torch.zeros(len(index), self.columns, device=index.device)
+        if not self.stacked.kinds.isdisjoint(ROTATED):
+            found = self._rotate(
+                self._kernels.decode(self.stacked, ROTATED, index, torch.float32), torch.float32, undo=True
+            )
+        for part, start in zip(self.parts, self.starts, strict=True):
+            if not part.kinds.isdisjoint(PLAIN):
+                own = index - start
+                inside = (own >= 0) & (own < part.rows)
+                plain = self._kernels.decode(part, PLAIN, own.clamp(0, part.rows - 1), torch.float32)
+                found += torch.where(inside[:, None], plain, 0)
+        return found
+
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
         index, found = index.to(part.entry.device), None
         if not part.kinds.isdisjoint(ROTATED):

@@ -202,7 +202,7 @@ def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_fil
 
 def test_a_step_that_cannot_be_recorded_runs_launch_by_launch(monkeypatch):
     rows = [np.zeros((1, 1, 4), np.float32)] * 2
-    inputs = native_device._Inputs(torch.zeros(1, 8), rows, CPU)
+    inputs = native_device._Inputs(rows, CPU)
     inputs._recorded = False
     monkeypatch.setattr(native_device, "record", lambda *_: raise_(RuntimeError("operation not permitted")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

@@ -155,8 +155,8 @@ MUTANTS = {
         (9, 48, 1, 1, 0),
     ),
     "no barrier after the sums": (
-        "shared->sums, row, token);\n        __syncthreads();\n    }\n}\n\n/* RESIDENT",
-        "shared->sums, row, token);\n    }\n}\n\n/* RESIDENT",
+        "(own, shared->sums, row, token);\n        __syncthreads();\n",
+        "(own, shared->sums, row, token);\n",
         (70, 2048, 1, 1, 1),
     ),
     "a code row too low": ("codes[4] ^ codes[2] ^ codes[0]", "codes[4] ^ codes[2] ^ codes[1]", (9, 48, 1, 1, 0)),

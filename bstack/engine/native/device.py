@@ -263,19 +263,20 @@ class DeviceModel(NativeModel):
         count = next(size for size in SIZES if len(tokens) <= size)
         self._spare.reserve(1)
         texts = [*sequences, *[self._spare] * (count - len(tokens))]
-        x = self._embed(np.resize(tokens, count))
         rows = self._rotary_rows(np.array([text.length for text in texts]))
+        if count not in self._inputs:
+            self._inputs[count] = _Inputs(rows, self.device)
+        inputs = self._inputs[count]
+        inputs.fill(np.resize(tokens, count), [(text.length, text.listed.data_ptr()) for text in texts], rows)
         with self._lock.acquire():
-            if count not in self._inputs:
-                self._inputs[count] = _Inputs(x, rows, self.device)
-            inputs = self._inputs[count]
-            inputs.fill(x, [(text.length, text.listed.data_ptr()) for text in texts], rows)
             logits = inputs.run(lambda: self._forward(kernels, inputs))
             return logits[: len(tokens)].cpu().numpy()  # waits for the device, with the lock held
 
     def _forward(self, kernels: Step, inputs: _Inputs) -> torch.Tensor:
         """Launch a step; nothing in here may depend on what is in the device's memory."""
-        of, x = self.architecture, inputs.x
+        of, table = self.architecture, self._embedding
+        x = table.tensor[inputs.ids].float() if isinstance(table, Table) else table.rows_at(inputs.ids)
+        x = x if of.embedding_scale == 1 else x * of.embedding_scale
         added = added_norm = None
         for number, layer in enumerate(self._layers):
             x, plain, rotated = kernels.prepare(x, added, added_norm, layer.get("input_norm"))
@@ -339,25 +340,31 @@ def _stacked(weights: Many[Any]) -> Stacked | None:
 class _Inputs:
     """What a step of so many texts reads, in device memory, and the recorded step."""
 
-    def __init__(self, x: torch.Tensor, rows: Many[np.ndarray], device: torch.device):
-        self.x = torch.empty_like(x)
-        table, *angles = torch.zeros(len(x), 2, dtype=torch.int64), *map(torch.from_numpy, rows)
-        self._host = [tensor.clone() for tensor in (table, *angles)]
+    def __init__(self, rows: Many[np.ndarray], device: torch.device):
+        count, angles = len(rows[0]), rows[0].size
+        self._host = torch.zeros(24 * count + 8 * angles, dtype=torch.uint8)
         if device.type == "cuda":
-            self._host = [tensor.pin_memory() for tensor in self._host]
-        self.texts = Texts(*(tensor.to(device) for tensor in self._host))
+            self._host = self._host.pin_memory()
+        self._bytes = self._host.to(device)
+        self._views, given = (self._parts(memory, rows[0].shape) for memory in (self._host, self._bytes))
+        self.ids, self.texts = given[0], Texts(*given[1:])
         self._device = device
         self._graph: Any = None
         self._logits: Any = None
         self._recorded = device.type != "cuda"  # or cannot be
 
-    def fill(self, x: torch.Tensor, texts: Many[tuple[int, int]], rows: Many[np.ndarray]) -> None:
-        """Set the hidden states, each text's position and the address of its list of pages, and their rotary rows."""
-        self.x.copy_(x)
-        targets = self.texts.table, self.texts.cosine, self.texts.sine
-        for given, host, target in zip((np.array(texts), *rows), self._host, targets, strict=True):
-            host.numpy()[:] = given
-            target.copy_(host, non_blocking=True)
+    @staticmethod
+    def _parts(memory: torch.Tensor, shape: tuple[int, ...]) -> list[torch.Tensor]:
+        """Return tokens, the table of texts, cosine and sine in one memory, so that one copy brings all."""
+        count = shape[0]
+        numbers, angles = memory[: 24 * count].view(torch.int64), memory[24 * count :].view(torch.float32)
+        return [numbers[:count], numbers[count:].view(count, 2), *(part.view(shape) for part in angles.chunk(2))]
+
+    def fill(self, ids: np.ndarray, texts: Many[tuple[int, int]], rows: Many[np.ndarray]) -> None:
+        """Set the tokens, each text's position and the address of its list of pages, and their rotary rows."""
+        for view, given in zip(self._views, (ids, np.array(texts), *rows), strict=True):
+            view.numpy()[:] = given
+        self._bytes.copy_(self._host, non_blocking=True)
 
     def run(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the step, recorded at its first run on a GPU."""

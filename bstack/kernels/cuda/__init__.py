@@ -99,13 +99,14 @@ class Kernels:
                 own.zero_()
 
     def decode(
-        self, matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype
+        self, matrix: DeviceMatrix | Stacked, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Add up rows of a matrix's blocks of some kinds; see `bstack.kernels.multiply.decode_rows`.
 
         Parameters
         ----------
-        matrix : DeviceMatrix
+        matrix : DeviceMatrix or Stacked
+            One matrix for kinds PLAIN.
         kinds : collection of int
             ROTATED (of the matrix that multiplies rotated inputs), or PLAIN.
         index : torch.Tensor
@@ -120,7 +121,7 @@ class Kernels:
         rotated, wanted = not {*ROTATED}.isdisjoint(kinds), index.numel()
         direct = dtype if rotated and dtype in TYPES else torch.float32
         out = torch.empty(wanted, matrix.columns, dtype=direct, device=index.device)
-        sizes = c_int(wanted), c_int(matrix.rows), c_int(matrix.columns)
+        stacked = matrix if isinstance(matrix, Stacked) else matrix.alone
         if not wanted:
             return out.to(dtype)
         if rotated:
@@ -131,16 +132,17 @@ class Kernels:
             self.launch(
                 name,
                 grid,
-                matrix.entry.data_ptr(),
+                stacked.parts.data_ptr(),
                 values,
                 index.data_ptr(),
                 out.data_ptr(),
-                *sizes,
-                c_int(TYPES[direct]),
+                *map(c_int, (wanted, matrix.columns, TYPES[direct])),
             )
         else:
             grid = min(wanted, self._blocks), 1
-            self.launch("decode_plain", grid, matrix.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
+            (one,) = stacked.matrices
+            sizes = map(c_int, (wanted, matrix.rows, matrix.columns))
+            self.launch("decode_plain", grid, one.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
         return out.to(dtype)
 
     def rotate(self, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, undo: bool = False) -> torch.Tensor:

@@ -143,17 +143,15 @@ template <bool WHOLE, int ROWS, int TOKENS>
 __device__ __forceinline__ void multiply_rotated(const long long *parts, int strips, Product product, const float *values,
                                                  TrellisShared *shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
-    float *const y = product.y;
-    int first = 0, after = 0; /* strips of the matrix */
+    int after = 0; /* strips of the matrices up to this one */
     fill(&shared->table, values);
     for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
         for (; strip >= after; parts += 3) {
             product.entry = (const long long *)(size_t)__ldg(parts);
             product.rows = (int)__ldg(parts + 1);
-            product.y = y + __ldg(parts + 2);
-            first = after, after += (product.rows + ROWS - 1) / ROWS;
+            after += (product.rows + ROWS - 1) / ROWS;
         }
-        const int row = (strip - first) * ROWS, count = (int)__ldg(product.entry);
+        const int row = (strip - after + (product.rows + ROWS - 1) / ROWS) * ROWS, count = (int)__ldg(product.entry);
         float sum = 0.0f;
         for (int level = 0; level < count; level++) {
             const int kind = (int)__ldg(product.entry + 2 + 2 * level) / 256;
@@ -165,7 +163,9 @@ __device__ __forceinline__ void multiply_rotated(const long long *parts, int str
         }
         if (lane * all % 32 == 0) shared->sums[warp * all + lane * all / 32] = sum;
         __syncthreads();
-        write_sums<ROWS, TOKENS>(product, shared->sums, row, token);
+        Product own = product;
+        own.y += __ldg(parts - 1); /* rows of the matrices above */
+        write_sums<ROWS, TOKENS>(own, shared->sums, row, token);
         __syncthreads();
     }
 }
@@ -204,14 +204,17 @@ __device__ __forceinline__ void add_weights(const TrellisTable *table, const byt
 }
 
 template <bool WHOLE>
-__device__ __forceinline__ void decode_rotated(const long long *entry, const long long *index, void *out, int wanted, int rows,
+__device__ __forceinline__ void decode_rotated(const long long *parts, const long long *index, void *out, int wanted,
                                                int columns, int type, const TrellisTable *table) {
     const Place<WHOLE> place(columns);
-    const int count = (int)__ldg(entry);
     const long long all = (long long)wanted * place.words, step = (long long)gridDim.x * THREADS;
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < all; i += step) {
         const long long which = i / place.words;
-        const int w = (int)(i % place.words), row = (int)__ldg(index + which);
+        const int w = (int)(i % place.words);
+        const long long *part = parts, wanted_row = __ldg(index + which);
+        while (wanted_row >= __ldg(part + 1) + __ldg(part + 2)) part += 3;
+        const long long *entry = (const long long *)(size_t)__ldg(part);
+        const int rows = (int)__ldg(part + 1), row = (int)(wanted_row - __ldg(part + 2)), count = (int)__ldg(entry);
         float weight[4][4] = {};
         for (int level = 0; level < count; level++) {
             const int kind = (int)__ldg(entry + 2 + 2 * level) / 256;
@@ -233,14 +236,15 @@ __device__ __forceinline__ void decode_rotated(const long long *entry, const lon
     }
 }
 
-/* Decode rows index[0] to index[wanted - 1] to numbers of some type, (wanted, columns). */
+/* Decode rows index[0] to index[wanted - 1] of matrices that lie one under the other (`multiply_rotated`) to numbers of some
+ * type, (wanted, columns). */
 #define DECODE_ROTATED(NAME, WHOLE)                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
-        NAME(const long long *entry, const float *values, const long long *index, void *out, int wanted, int rows,         \
-             int columns, int type) {                                                                                      \
+        NAME(const long long *parts, const float *values, const long long *index, void *out, int wanted, int columns,      \
+             int type) {                                                                                                   \
         __shared__ TrellisTable table;                                                                                     \
         fill(&table, values);                                                                                              \
-        decode_rotated<WHOLE>(entry, index, out, wanted, rows, columns, type, &table);                                     \
+        decode_rotated<WHOLE>(parts, index, out, wanted, columns, type, &table);                                           \
     }
 DECODE_ROTATED(decode_rotated_words, true)
 DECODE_ROTATED(decode_rotated_any, false)

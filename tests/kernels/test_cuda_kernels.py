@@ -155,9 +155,9 @@ MUTANTS = {
         (9, 48, 1, 1, 0),
     ),
     "no barrier after the sums": (
-        "(own, shared->sums, row, token);\n        __syncthreads();\n",
-        "(own, shared->sums, row, token);\n",
-        (70, 2048, 1, 1, 1),
+        "lane * all / 32] = sum;\n        __syncthreads();\n",
+        "lane * all / 32] = sum;\n",
+        (70, 2048, 1, 1, 0),
     ),
     "a code row too low": ("codes[4] ^ codes[2] ^ codes[0]", "codes[4] ^ codes[2] ^ codes[1]", (9, 48, 1, 1, 0)),
     "a word behind the last row": ("codes[r] = r < below ?", "codes[r] = r <= below ?", (5, 160, 1, 1, 0)),

@@ -90,12 +90,25 @@ template <bool WHOLE> struct Place {
     }
 };
 
+struct TrellisShared {
+    TrellisTable table;
+    float sums[WARPS * 32];
+    const long long *part; /* the matrix at hand */
+    int after;             /* strips of the matrices up to it */
+};
+
+/* Return the matrix at hand; read again at each use, because registers are scarce in the loops between. */
+__device__ __forceinline__ const long long *part_of(const TrellisShared *shared) {
+    return *(const long long *const volatile *)&shared->part;
+}
+
 /* Multiply ROWS rows of one block with TOKENS tokens, over the columns of this warp. Of the products, ROWS of each token in turn,
  * lane l returns number l * ROWS * TOKENS / 32. */
 template <bool FIVE, bool WHOLE, int ROWS, int TOKENS>
-__device__ __forceinline__ float products(const Product &product, const TrellisTable *table, const byte *block, int row,
+__device__ __forceinline__ float products(const Product &product, const TrellisShared *shared, const byte *block, int row,
                                           int token) {
-    const int earlier = FIVE ? 4 : 3, below = product.rows + earlier - row;
+    const int earlier = FIVE ? 4 : 3, below = (int)__ldg(part_of(shared) + 1) + earlier - row;
+    const TrellisTable *table = &shared->table;
     const Place<WHOLE> place(product.columns);
     const word offset = threadIdx.x % 32 * 4;
     float sum[TOKENS * ROWS];
@@ -126,45 +139,41 @@ __device__ __forceinline__ float products(const Product &product, const TrellisT
             }
         }
     }
-    const int lane = threadIdx.x % 32, own = row + lane * ROWS * TOKENS / 32 % ROWS;
-    const byte *scales = block + (size_t)(product.rows + earlier) * place.quarter_bytes;
-    const float scale = own < product.rows ? load_half(scales + 2 * (size_t)own) : 0.0f;
+    const int lane = threadIdx.x % 32, own = row + lane * ROWS * TOKENS / 32 % ROWS, rows = (int)__ldg(part_of(shared) + 1);
+    const byte *scales = block + (size_t)(rows + earlier) * place.quarter_bytes;
+    const float scale = own < rows ? load_half(scales + 2 * (size_t)own) : 0.0f;
     return scale * fold<ROWS * TOKENS>(sum, lane);
 }
-
-struct TrellisShared {
-    TrellisTable table;
-    float sums[WARPS * 32];
-};
 
 /* Multiply matrices that lie one under the other. `parts` holds, of each, the address of its row of the table, its rows, and those
  * of the matrices above it. A thread block takes strip after strip of ROWS rows, each of one matrix. */
 template <bool WHOLE, int ROWS, int TOKENS>
-__device__ __forceinline__ void multiply_rotated(const long long *parts, int strips, Product product, const float *values,
-                                                 TrellisShared *shared) {
+__device__ __forceinline__ void multiply_rotated(const long long *parts, int strips, const Product &product,
+                                                 const float *values, TrellisShared *shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
-    int after = 0; /* strips of the matrices up to this one */
+    if (threadIdx.x == 0) shared->part = parts - 3, shared->after = 0;
     fill(&shared->table, values);
     for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
-        for (; strip >= after; parts += 3) {
-            product.entry = (const long long *)(size_t)__ldg(parts);
-            product.rows = (int)__ldg(parts + 1);
-            after += (product.rows + ROWS - 1) / ROWS;
-        }
-        const int row = (strip - after + (product.rows + ROWS - 1) / ROWS) * ROWS, count = (int)__ldg(product.entry);
+        if (threadIdx.x == 0)
+            while (strip >= shared->after) shared->part += 3, shared->after += ((int)__ldg(shared->part + 1) + ROWS - 1) / ROWS;
+        __syncthreads();
+        const int last = ((int)__ldg(part_of(shared) + 1) + ROWS - 1) / ROWS;
+        const int row = (strip - shared->after + last) * ROWS;
         float sum = 0.0f;
-        for (int level = 0; level < count; level++) {
-            const int kind = (int)__ldg(product.entry + 2 + 2 * level) / 256;
-            const byte *block = block_of(product.entry, level);
+        for (int level = 0;; level++) {
+            const long long *entry = (const long long *)(size_t)__ldg(part_of(shared));
+            if (level >= (int)__ldg(entry)) break;
+            const int kind = (int)__ldg(entry + 2 + 2 * level) / 256;
+            const byte *block = block_of(entry, level);
             if (kind == TRELLIS5)
-                sum += products<true, WHOLE, ROWS, TOKENS>(product, &shared->table, block, row, token);
+                sum += products<true, WHOLE, ROWS, TOKENS>(product, shared, block, row, token);
             else if (kind == TRELLIS)
-                sum += products<false, WHOLE, ROWS, TOKENS>(product, &shared->table, block, row, token);
+                sum += products<false, WHOLE, ROWS, TOKENS>(product, shared, block, row, token);
         }
         if (lane * all % 32 == 0) shared->sums[warp * all + lane * all / 32] = sum;
         __syncthreads();
         Product own = product;
-        own.y += __ldg(parts - 1); /* rows of the matrices above */
+        own.rows = (int)__ldg(part_of(shared) + 1), own.y += __ldg(part_of(shared) + 2);
         write_sums<ROWS, TOKENS>(own, shared->sums, row, token);
         __syncthreads();
     }
@@ -179,7 +188,11 @@ __device__ __forceinline__ void multiply_rotated(const long long *parts, int str
         const Product product = {0, x, y, (size_t)stride, 0, columns, tokens, add};                                        \
         multiply_rotated<WHOLE, ROWS, TOKENS>(parts, strips, product, values, &shared);                                    \
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+MULTIPLY_ROTATED(multiply_rotated_1, true, 8, 1, 4) /* for 5 it keeps registers in memory */
+#else
 MULTIPLY_ROTATED(multiply_rotated_1, true, 8, 1, 5)
+#endif
 MULTIPLY_ROTATED(multiply_rotated_2, true, 8, 2, 4)
 MULTIPLY_ROTATED(multiply_rotated_4, true, 8, 4, 3)
 MULTIPLY_ROTATED(multiply_rotated_8, true, 4, 8, 3)

@@ -106,6 +106,7 @@ def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Sp
     else:
         config = model.config.get_text_config()
         context, vocabulary = longest_text(config), config.vocab_size
+    place = getattr(model, "device", torch.device("cpu"))
     prompt, decoded = _lengths(context)
     ids: list[int] = np.random.default_rng(0).integers(vocabulary, size=prompt).tolist()
     times = []
@@ -119,9 +120,7 @@ def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Sp
         _rate(prompt, reading),
         _rate(decoded, writing),
         threads() if native else torch.get_num_threads(),
-        instructions()
-        if model.device.type == "cpu"
-        else f"{model.device} ({torch.cuda.get_device_name(model.device)})",
+        f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else instructions(),
         "native" if native else "transformers",
         None if native else getattr(model, "bstack_unfused", None),
     )

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import sys
+from dataclasses import replace
 
 import cuda_on_cpu
 import in_process
@@ -16,6 +17,7 @@ import bstk
 from bstack.bench import speed
 from bstack.bench.child import Cut, Measure
 from bstack.engine.native import device
+from bstack.kernels.native import instructions
 from bstack.packed import backends
 from bstack.packed.backends import CpuBackend, CudaBackend
 
@@ -119,6 +121,8 @@ def test_speed_is_measured_on_the_device(models, card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 if loaded else 300)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1500)
     request = Measure(Cut(str(models / "llama.bstk"), 2**20, None, False), run="packed", speed=True, device="cuda")
+    on_cpu = in_process.measure(replace(request, device="cpu")).running
+    assert on_cpu.speed.kernels == instructions() and not loaded
     running = in_process.measure(request).running
     assert running.speed.engine == "native" and running.speed.decode.value > 0
     assert (running.held_memory_bytes, running.peak_memory_bytes) == (700, 1200) and loaded

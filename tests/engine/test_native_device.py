@@ -1,5 +1,7 @@
 """The native engine for a GPU: in torch on the CPU, and with the kernels in CUDA run on the CPU."""
 
+import warnings
+
 import cuda_on_cpu
 import numpy as np
 import pytest
@@ -255,3 +257,26 @@ def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
     monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory for 100 bytes of blocks: CUDA out of memory"):
         backends.DeviceMemory(100, torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral"])
+def test_on_a_card(name, native_file):
+    """Prompts in bfloat16 move logits by some hundredths; steps are recorded, and right after a change of the size."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    path = native_file(name)
+    with bstk.open(path) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    with warnings.catch_warnings(action="error", category=bstack.errors.SlowerWarning):
+        model, _ = load.load(path, device="cuda")
+        for mb in (None, small, None):
+            bstack.resize(model, mb)
+            texts = [model.sequence() for _ in range(3)]
+            for text, length in zip(texts, (1, 63, 20), strict=True):
+                model.read(text, IDS[:length])
+            found = [model.step(texts, [IDS[1 + turn], IDS[63 + turn], IDS[20 + turn]]) for turn in range(3)]
+            wanted = expected(path, IDS[:66], **({"mb": mb} if mb else {}))
+            for turn, logits in enumerate(found):
+                assert close(logits, wanted[[1 + turn, 63 + turn, 20 + turn]], 0.2)
+    graphs = [inputs._graph for inputs in model._inputs.values()]
+    assert (model._step_kernels is None) == (name == "mixtral") == (not graphs) and None not in graphs

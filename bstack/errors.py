@@ -8,7 +8,14 @@ from collections.abc import Iterable
 
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["ForeignCodeError", "ForeignCodeWarning", "ModelWarning", "SlowerWarning", "UnsupportedModelError"]
+__all__ = [
+    "DeviceError",
+    "ForeignCodeError",
+    "ForeignCodeWarning",
+    "ModelWarning",
+    "SlowerWarning",
+    "UnsupportedModelError",
+]
 __all__ += ["COMPRESS", "holds_unknown", "lacks", "of_the_machine", "one_line", "printable", "require", "user_message"]
 
 # What the extra `compress` brings: everything but reading, cutting and running files needs all of it.
@@ -79,6 +86,10 @@ def lacks(shown: str, missing: Iterable[str]) -> UnsupportedModelError:
 def holds_unknown(shown: str, name: str) -> UnsupportedModelError:
     """Return the error of a file with a weight that its model does not have."""
     return UnsupportedModelError(f"{shown} holds {name}, which this transformers' model does not have.")
+
+
+class DeviceError(ResourceError):
+    """A GPU does not answer any more; the process cannot use it again."""
 
 
 class ForeignCodeError(UnsupportedModelError, UsageError):

@@ -41,12 +41,13 @@ class Measure:
     """Measure load time, memory and speed, then quality, then tasks.
 
     `run` names the model to run for load time and memory: the file with ``packed`` or ``dense`` float32 weights, or the
-    ``original``, which `open_checkpoint` opens. `windows` is an .npy file of token ids, `reference` a file to compare with.
+    ``original``, which `open_checkpoint` opens; it runs on `device`. `windows` is an .npy file of token ids, `reference` a file to compare with.
     """
 
     cut: Cut
     run: str | None = None
     speed: bool = False
+    device: str = "cpu"
     original: str | None = None
     windows: str | None = None
     reference: str | None = None

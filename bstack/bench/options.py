@@ -50,7 +50,7 @@ class Options:
     `budgets` are bytes; None means ten sizes from the base model to the whole file. None as `text` means the default of
     `bstack.bench.text`, as `sequence_length` 512 or what the model reads, as `calibration` what the file's metadata names.
     `force` accepts another model as the `original`, which the baselines in `against` need. `code` is the folder or hub id
-    of the Python code that `trust_remote_code` allows.
+    of the Python code that `trust_remote_code` allows. Speed is measured on `device`.
     """
 
     budgets: Sequence[int] | None = None
@@ -66,6 +66,7 @@ class Options:
     tasks: Sequence[str] = ()
     trust_remote_code: bool = False
     code: str | None = None
+    device: str = "cpu"
 
 
 def parse_budgets(text: str) -> list[int]:

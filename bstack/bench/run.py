@@ -182,6 +182,7 @@ class _Run:
             "full": self.file.model.chunks,
             "versions": {package: version(package) for package in ("bstack", "torch", "transformers")},
             "kernels": instructions(),
+            "device": self.options.device,
             "threads": [processors(), *(os.environ.get(name) for name in THREADS)],
             "tasks": file_digests(self.options.tasks),
             "code": self._code(),
@@ -219,6 +220,7 @@ class _Run:
                 self._cut(budget),
                 run="packed" if run else None,
                 speed=speed,
+                device=self.options.device,
                 windows=None if text is None else str(text.path),
                 reference=None if text is None else text.reference.path,
                 tasks=tasks,
@@ -239,10 +241,11 @@ class _Run:
                 f"{memory.free / bstk.MB:,.0f} MB are free of {memory.source}."
             )
             return []
-        original = self.options.original
+        device = self.options.device
+        original = self.options.original if device == "cpu" else None  # it is kept on the CPU
         found = []
         for name, run in [("file", "dense"), *([] if original is None else [("original", "original")])]:
-            request = Measure(self._cut(cut.budget), run=run, speed=True, original=original)
+            request = Measure(self._cut(cut.budget), run=run, speed=True, device=device, original=original)
 
             def measure(request: Measure = request, name: str = name) -> dict[str, Any]:
                 with self.progress(f"{name} in float32", REPETITIONS + 1) as step:

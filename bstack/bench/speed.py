@@ -76,15 +76,23 @@ class Running:
         return cls(**{**values, "speed": speed})
 
 
-def measure_running(load: Callable[[], Any], *, speed: bool, progress: Callable[[], None] = lambda: None) -> Running:
-    """Load a model and run it, in a process that has imported everything and held no model before."""
-    before = resident_bytes()
+def measure_running(
+    load: Callable[[], Any], *, speed: bool, progress: Callable[[], None] = lambda: None, device: str = "cpu"
+) -> Running:
+    """Load a model and run it, in a process that has imported everything and held no model before.
+
+    Memory is that of the process, or what torch holds of a GPU's.
+    """
+    held, peak = resident_bytes, peak_bytes
+    if device != "cpu":
+        held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+    before = held()
     started = time.perf_counter()
     model = load()
     seconds = time.perf_counter() - started
-    after = resident_bytes()
+    after = held()
     found = measure_speed(model, progress) if speed else None
-    return Running(seconds, before, max(0, after - before), max(0, peak_bytes() - before), found)
+    return Running(seconds, before, max(0, after - before), max(0, peak() - before), found)
 
 
 def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Speed:
@@ -98,6 +106,7 @@ def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Sp
     else:
         config = model.config.get_text_config()
         context, vocabulary = longest_text(config), config.vocab_size
+    place = getattr(model, "device", torch.device("cpu"))
     prompt, decoded = _lengths(context)
     ids: list[int] = np.random.default_rng(0).integers(vocabulary, size=prompt).tolist()
     times = []
@@ -111,7 +120,7 @@ def measure_speed(model: Any, progress: Callable[[], None] = lambda: None) -> Sp
         _rate(prompt, reading),
         _rate(decoded, writing),
         threads() if native else torch.get_num_threads(),
-        instructions(),
+        f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else instructions(),
         "native" if native else "transformers",
         None if native else getattr(model, "bstack_unfused", None),
     )
@@ -154,7 +163,7 @@ def _once(model: Any, prompt: list[int], decoded: int) -> tuple[float, float]:
             pass
 
     clock = Clock()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     settings = endless(model, decoded + 1)  # every size does the same work
     started = time.perf_counter()
     with torch.inference_mode(), decoding(model, settings):

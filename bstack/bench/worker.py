@@ -84,15 +84,15 @@ def _load(cut: Cut, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_packed(cut: Cut) -> Any:
+def _load_packed(cut: Cut, device: str) -> Any:
     """Load the model for the engine that `bstack run` takes."""
     from bstack.engine.native.architecture import NotNativeError
     from bstack.engine.native.load import load
 
     if not (cut.trust_remote_code or cut.code):
         with suppress(NotNativeError):
-            return load(cut.file, budget=cut.budget)[0]
-    return _load(cut, mode="packed")[0]
+            return load(cut.file, budget=cut.budget, device=device)[0]
+    return _load(cut, mode="packed", device=device)[0]
 
 
 def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
@@ -108,12 +108,12 @@ def _run(request: Measure, what: str, step: Callable[[], None]) -> Running:
                 stack.enter_context(skeleton.loaded(skeleton.model.state_dict()))
                 return skeleton.model
             if what == "packed":
-                model = _load_packed(request.cut)
+                model = _load_packed(request.cut, request.device)
                 stack.callback(store_of(model).close)
                 return model
-            return _load(request.cut, mode=what)[0]
+            return _load(request.cut, mode=what, device=request.device)[0]
 
-        running = measure_running(load, speed=request.speed, progress=step)
+        running = measure_running(load, speed=request.speed, progress=step, device=request.device)
     # The original is not loaded as its user would load it.
     return replace(running, load_seconds=None) if what == "original" else running
 

@@ -8,8 +8,8 @@ from bstack.errors import printable
 from bstack.hub.curve import divergence_at
 
 
-def forecast(reader: bstk.Reader, budget: int | None) -> str:
-    """Return a line on the cut of a file within a budget in bytes: its size, quality and speed, and what is to be fetched."""
+def forecast(reader: bstk.Reader, budget: int | None, speed: bool) -> str:
+    """Return a line on the cut of a file within a budget in bytes: its size, quality and speed on the CPU, and what is to be fetched."""
     from bstack.engine.url_cache import kept_path
     from bstack.packed.speed import expected_speeds
 
@@ -20,8 +20,8 @@ def forecast(reader: bstk.Reader, budget: int | None) -> str:
     ]
     if (kld := divergence_at(reader.metadata, cut.file_bytes)) is not None:
         words.append(f"KLD about {number(kld, 2)}")
-    if (speed := expected_speeds(reader, [cut])[0]) is not None:
-        words.append(f"about {rounded(speed)} tokens/s or less")
+    if speed and (rate := expected_speeds(reader, [cut])[0]) is not None:
+        words.append(f"about {rounded(rate)} tokens/s or less")
     kept = kept_path(reader.root)
     there = min(kept.stat().st_size, cut.file_bytes) if kept.is_file() else 0
     fetched = (

@@ -26,6 +26,8 @@ OPTIONS = {
     "sequence_length": "Use --sequence-length for another length.",
     "tokenizer": "Use --no-tokenizer to leave it out.",
     "engine": "Use --engine transformers.",
+    "device": "Use --device cpu, or leave it out.",
+    "mb": "Use --mb for another size.",
     "exact": "Leave --exact out.",
     "kind": "Use --type bf16 or f32.",
     "api_key": "Use --api-key, or the variable BSTACK_API_KEY.",

@@ -46,6 +46,14 @@ budget_option = click.option(
     help="Megabytes of memory for weights; auto follows what the machine has free. Default: what is free at the start.",
 )
 
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda|cuda:N",
+    help="Where the model runs; cuda is a GPU, whose memory --mb then bounds.",
+)
+
 engine_option = click.option(
     "--engine",
     type=click.Choice(["auto", "native", "transformers"]),
@@ -171,9 +179,18 @@ def load_model(
     engine: str,
     strict: bool,
     allowed: dict[str, Any],
+    device: str = "cpu",
 ) -> Loaded:
     """Load a model that writes text, within the budget, or without one within what is free, for one of the engines."""
     from bstack.packed.autosize import free_budget
+
+    read, where = None, ""
+    if device != "cpu":
+        require("Running on a GPU", "cuda", ("torch",))
+        from bstack.packed.backends import device_memory, device_of
+
+        found = device_of(device, packed=True)  # before anything is read or fetched
+        read, where = lambda: device_memory(found), f" on {found}"
 
     needs_transformers = engine == "transformers" or (engine == "auto" and any(allowed.values()))
     if needs_transformers:
@@ -181,11 +198,12 @@ def load_model(
     with _common.open_file(file, strict, quiet) as reader:  # warns of or refuses a partial file before anything heavy
         base = reader.base.budget
         if bstk.is_url(file) and not quiet:
-            first = budget if isinstance(budget, int) else free_budget()[0]
+            first = budget if isinstance(budget, int) else free_budget(read)[0]
             if first is None or first > 0:
-                log(forecast(reader, first))
+                log(forecast(reader, first, speed=device == "cpu"))
     settings: dict[str, Any] = {
         "strict": strict,
+        "device": device,
         "warn": False,
         "notify": _common.retries(file, quiet),
         "progress": lambda what, total: _progress.copied(total, what, quiet),
@@ -202,7 +220,7 @@ def load_model(
         return load(file, budget=budget, mode="packed", **allowed, **settings)
 
     def run(load: Callable[[int | None], tuple[Any, Any]], native: bool) -> Loaded:
-        model, tokenizer = _load_within(load, file, budget, base, log)
+        model, tokenizer = _load_within(load, file, budget, base, log, read)
         if tokenizer is None:
             raise bstk.UsageError(
                 f"{file} has no tokenizer, so it cannot read text. bstack.load in Python loads the model alone."
@@ -219,9 +237,9 @@ def load_model(
         if engine == "native":
             raise
         require(f"{file}: the native engine does not run it ({error.reason}), and the transformers engine")
-        log(click.style(f"The transformers engine runs it: {error.reason}.", dim=True))
+        log(click.style(f"The transformers engine runs it{where}: {error.reason}.", dim=True))
         return run(load_transformers, native=False)
-    log(click.style("The native engine runs it.", dim=True))
+    log(click.style(f"The native engine runs it{where}.", dim=True))
     if coming := loaded.coming:
         log(
             f"It begins with {megabytes(loaded.store.state.weight_bytes)} of weights, while {megabytes(coming)} more arrive."
@@ -235,14 +253,15 @@ def _load_within(
     budget: int | str | None,
     base: int,
     log: Callable[[str], None],
+    read: Callable[[], Any] | None,
 ) -> tuple[Any, Any]:
-    """Load a model with `load`, which takes bytes, within the budget; without one, within what is free."""
+    """Load a model with `load`, which takes bytes, within the budget; without one, within what is free, which `read` tells."""
     from bstack.packed.autosize import free_budget
     from bstack.packed.store import store_of
 
     if isinstance(budget, int):
         return load(budget)
-    free, words = free_budget()
+    free, words = free_budget(read)
     if free is None:
         if budget == AUTO:
             raise bstk.UsageError(f"--mb auto does not work here: {words}.", hint="Give a budget, such as --mb 500.")
@@ -257,7 +276,7 @@ def _load_within(
     else:
         # The base model first, so that what is free no longer counts libraries, tokenizer and modules.
         model, tokenizer = load(base)
-        free, words = free_budget()
+        free, words = free_budget(read)
         store_of(model).resize(max(free or 0, 0) + base)
     log(f"Using {megabytes(store_of(model).state.target_bytes)} for weights: {words}.")
     return model, tokenizer

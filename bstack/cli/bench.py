@@ -11,6 +11,7 @@ import click
 import bstk
 from bstack.bench.options import CALIBRATED, Choice, Options, parse_against, parse_budgets
 from bstack.cli import _common
+from bstack.cli._model import device_option
 from bstack.cli._progress import stage
 from bstack.errors import printable, require
 from bstk.atomic import replacing
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     metavar="FILE|-",
     help="Write the figures as CSV; - is standard output, in place of the tables.",
 )
+@device_option
 @_common.trust_option
 @_common.code_option
 @_common.json_option
@@ -89,6 +91,7 @@ def command(
     no_quality: bool,
     plot: str | None,
     csv_path: str | None,
+    device: str,
     trust_remote_code: bool,
     code: str | None,
     as_json: bool,
@@ -135,11 +138,16 @@ def command(
         tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
         trust_remote_code=trust_remote_code,
         code=code or original,
+        device=device,
     )
     require("Measuring")
     _check_outputs(file, plot, csv_path)
     with _common.open_file(file, quiet=quiet):  # its warning or error comes before the heavy imports
         pass
+    if device != "cpu":
+        from bstack.packed.backends import device_of
+
+        device_of(device, packed=True)
     from bstack.bench.tasks import check_tasks
 
     if options.tasks:

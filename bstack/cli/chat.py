@@ -10,7 +10,7 @@ import click
 
 import bstk
 from bstack.cli import _common, _model
-from bstack.errors import printable
+from bstack.errors import DeviceError, printable
 
 # Tokens of an answer that nothing but the model's context bounds.
 MANY = 2**20
@@ -34,6 +34,7 @@ Ctrl-C stops an answer, Ctrl-D ends."""
 )
 @_model.sampling_options
 @_model.engine_option
+@_model.device_option
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -44,6 +45,7 @@ def command(
     system: str | None,
     max_new_tokens: int | None,
     engine: str,
+    device: str,
     trust_remote_code: bool,
     code: str | None,
     strict: bool,
@@ -63,7 +65,7 @@ def command(
     options = {**_model.sampling(sampling), "max_new_tokens": max_new_tokens}
     allowed = {"trust_remote_code": trust_remote_code, "code": code}
     with _common.model_warnings(quiet):
-        converse(_model.load_model(file, budget, quiet, log, engine, strict, allowed), budget, system, options)
+        converse(_model.load_model(file, budget, quiet, log, engine, strict, allowed, device), budget, system, options)
 
 
 def converse(loaded: _model.Loaded, budget: int | str | None, system: str | None, options: dict[str, Any]) -> None:
@@ -82,6 +84,8 @@ def converse(loaded: _model.Loaded, budget: int | str | None, system: str | None
         while (line := _read(asking)) is not None:
             try:
                 chat.take(line)
+            except DeviceError:
+                raise
             except bstk.BstkError as error:
                 click.echo(f"{printable(error)}", err=True)
             except KeyboardInterrupt:  # while the size changes
@@ -171,6 +175,8 @@ class _Chat:
             written = self._loaded.write(ids, _model.write, **options)
         except KeyboardInterrupt:  # before the model began
             pass
+        except DeviceError:
+            raise
         except bstk.BstkError as error:
             error.hint = "The message is left out; /reset begins anew."
             raise

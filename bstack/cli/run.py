@@ -31,6 +31,7 @@ _WRITTEN = ("text", "prompt_tokens", "new_tokens", "prompt_seconds", "tokens_per
 )
 @_model.sampling_options
 @_model.engine_option
+@_model.device_option
 @_common.trust_option
 @_common.code_option
 @_common.strict_option
@@ -43,6 +44,7 @@ def command(
     chat: bool,
     max_new_tokens: int | None,
     engine: str,
+    device: str,
     trust_remote_code: bool,
     code: str | None,
     strict: bool,
@@ -72,12 +74,14 @@ def command(
         from bstack.cli.chat import converse
 
         with _common.model_warnings(quiet):
-            converse(_model.load_model(file, budget, quiet, log, engine, strict, allowed), budget, None, options)
+            converse(
+                _model.load_model(file, budget, quiet, log, engine, strict, allowed, device), budget, None, options
+            )
         return
     if prompt == "-":
         prompt = sys.stdin.read()
     with _common.model_warnings(quiet):
-        loaded = _model.load_model(file, budget, quiet, log, engine, strict, allowed)
+        loaded = _model.load_model(file, budget, quiet, log, engine, strict, allowed, device)
     model, store = loaded.model, loaded.store
     ids = loaded.encode(prompt, chat)
     if not loaded.native and model.bstack_unfused is not None:

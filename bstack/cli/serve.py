@@ -13,6 +13,7 @@ from bstack.cli import _common, _model
 @click.command("serve")
 @_common.place_argument
 @_model.budget_option
+@_model.device_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 for a free one.")
 @click.option(
@@ -50,6 +51,7 @@ from bstack.cli import _common, _model
 def command(
     file: str,
     budget: int | str | None,
+    device: str,
     host: str,
     port: int,
     api_key: str | None,
@@ -82,7 +84,7 @@ def command(
         from bstack.engine.native.architecture import NotNativeError
 
         try:
-            loaded = _model.load_model(file, budget, quiet, log, "native", strict, {})
+            loaded = _model.load_model(file, budget, quiet, log, "native", strict, {}, device)
         except NotNativeError as error:
             error.option, error.hint = None, "bstack run and bstack chat take transformers for it."
             raise

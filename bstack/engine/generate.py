@@ -17,6 +17,7 @@ from bstack.models.generation import KEPT, SAMPLING, refusal
 from bstack.models.plain import plain_outputs
 from bstack.models.skeleton import longest_text
 from bstack.models.tokenizer import check_ids
+from bstack.packed.backends import on_device
 from bstk.errors import BstkError, UsageError
 
 __all__ = ["decoding", "encode_prompt", "write_text"]
@@ -138,7 +139,8 @@ def write_text(
         settings = _settings(model, options)
         # Stop strings, which a model's own settings may ask for, are compared with the tokenizer's words.
         words = {} if settings.stop_strings is None else {"tokenizer": tokenizer}
-        with torch.no_grad(), decoding(model, settings):
+        ids = ids.to(model.device)
+        with torch.no_grad(), decoding(model, settings), on_device(model.device):
             model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **words
             )

@@ -16,7 +16,7 @@ from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import Backend, backend_of, device_of
+from bstack.packed.backends import Backend, backend_of, check_room, device_of
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -162,7 +162,9 @@ def attach(
 ) -> None:
     """Give a packed model its store, and read the blocks within a budget; what is open in `stack` stays so, to grow from."""
     opened = ExitStack()
-    store = BlockStore(file, matrices, lock, backend.arena(), close=opened.close, fetched=fetched)
+    check_room(backend.device, min(file.fit(budget=budget), file.model))
+    free, arena = backend.free_memory, backend.arena()
+    store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
     store.resize(budget)
     model.bstack_unfused = install(model, lock) if fused else "fused=False"
     opened.push(stack.pop_all())

@@ -57,7 +57,10 @@ def pack(model: Any, file: bstk.Reader, dtype: torch.dtype, backend: Backend) ->
     matrices: dict[str, Any] = {}
     lock = PriorityLock()
     for parameter, parts in parameters.items():
-        made = [backend.matrix(*blocks[0].shape) for _, blocks in parts]
+        made = []
+        for _, blocks in parts:
+            rows, columns = blocks[0].shape
+            made.append(backend.matrix(rows, columns, [block.kind.code for block in blocks]))
         matrices.update({blocks[0].name: matrix for (_, blocks), matrix in zip(parts, made, strict=True)})
         whole = parts[0][0].index is None
         packed = backend.packed(made, lock) if whole else [backend.packed([matrix], lock) for matrix in made]

@@ -48,12 +48,12 @@ def warn_runtime(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def free_budget() -> tuple[int | None, str]:
+def free_budget(read: Callable[[], Memory | None] | None = None) -> tuple[int | None, str]:
     """Return the bytes that a model may take now, and the reason in words; None where the system does not tell.
 
-    The bytes may be fewer than the base model takes, or negative.
+    The bytes may be fewer than the base model takes, or negative. `read` tells what memory there is; by default it is the machine's.
     """
-    memory = free_memory()
+    memory = free_memory() if read is None else read()
     if memory is None:
         return None, "the system does not tell how much memory is free"
     margin = default_margin(memory)
@@ -105,6 +105,7 @@ def following(
         smallest=store.file.base.budget,
         largest=store.file.fit(None).budget,
         interval=INTERVAL,
+        read=store.free_memory,
         warn=warn,
     )
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
-from bstack.errors import one_line
+import bstk
+from bstack.errors import DeviceError, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
-from bstack.kernels.table import DeviceMatrix, MatrixTable
+from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
+from bstack.memory.free import Memory, free_memory
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
+from bstack.packed.autosize import default_margin
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "device_of"]
+__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
+__all__ += ["on_device"]
 
 
 class CpuBackend:
@@ -28,8 +33,8 @@ class CpuBackend:
 
     device = torch.device("cpu")
 
-    def matrix(self, rows: int, columns: int) -> Matrix:
-        """Make a matrix without blocks."""
+    def matrix(self, rows: int, columns: int, kinds: Iterable[int] = ()) -> Matrix:
+        """Make a matrix without blocks, given the kinds of all that its stack has in the file."""
         return Matrix(rows, columns)
 
     def packed(self, parts: Sequence[Matrix], lock: PriorityLock) -> Packed:
@@ -39,6 +44,10 @@ class CpuBackend:
     def arena(self) -> Arena:
         return Arena()
 
+    def free_memory(self) -> Memory | None:
+        """Return what memory there is for blocks."""
+        return free_memory()
+
 
 class CudaBackend:
     """Makes them on a GPU, or on any device of torch where its kernels run on the CPU.
@@ -47,20 +56,22 @@ class CudaBackend:
     """
 
     def __init__(self, device: torch.device, matrices: int, kernels: Any):
-        self.device = device
-        self._kernels = kernels
+        self.device, self.kernels = device, kernels
         self._table = MatrixTable(matrices, device)
         self._made = 0
 
-    def matrix(self, rows: int, columns: int) -> Any:
+    def matrix(self, rows: int, columns: int, kinds: Iterable[int] = ()) -> Any:
         self._made += 1
-        return DeviceMatrix(rows, columns, self._table, self._made - 1)
+        return DeviceMatrix(rows, columns, self._table, self._made - 1, kinds)
 
     def packed(self, parts: Sequence[Any], lock: PriorityLock) -> Packed:
-        return DeviceBlocks(parts, lock, self._kernels)
+        return DeviceBlocks(parts, lock, self.kernels)
 
     def arena(self) -> Arena:
         return Arena(memory=lambda size: DeviceMemory(size, self.device))
+
+    def free_memory(self) -> Memory | None:
+        return device_memory(self.device)
 
 
 Backend = CpuBackend | CudaBackend
@@ -71,22 +82,38 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UsageError(f"the device is {device!r}; allowed are cpu, cuda and cuda:N.") from None
+        raise UsageError(f"the device is {device!r}; allowed are cpu, cuda and cuda:N.", option="device") from None
     if packed and found.type not in ("cpu", "cuda"):
         raise UsageError(
             f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there."
         )
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"torch finds no {found} here; it finds {torch.cuda.device_count()} CUDA devices.")
+    if found.type == "cuda":
+        _check_cards(found)
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of many classes, for a device that this torch was not built for
-        raise UsageError(f"torch cannot use {found} here: {one_line(error)}") from None
+        raise UsageError(f"torch cannot use {found} here: {one_line(error)}", option="device") from None
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
         _device_kernels(found.index)
     return found
+
+
+def _check_cards(device: torch.device) -> None:
+    """Raise UsageError where there is no such GPU, with the reason that torch gives."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise UsageError(
+            f"torch finds no {device} here: torch {torch.__version__} is built for the CPU alone.",
+            hint="Install a build of torch for CUDA.",
+            option="device",
+        )
+    try:
+        torch.cuda.init()  # names an old driver, where counting finds none
+    except Exception as error:
+        raise UsageError(f"torch finds no {device} here: {one_line(error)}", option="device") from None
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"torch finds no {device} here; it finds {count} CUDA devices.", option="device")
 
 
 def backend_of(device: torch.device, matrices: int) -> Backend:
@@ -114,6 +141,48 @@ def _device_kernels(index: int) -> Any:
         ) from None
 
 
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{device} has no memory left for this text: {one_line(error)}",
+            hint="Give the weights less, or write a shorter text.",
+            option="mb",
+        ) from None
+    except Exception as error:  # of several classes, some of them private
+        if type(error).__module__.partition(".")[0] == "cuda" or "CUDA error" in str(error):
+            raise DeviceError(
+                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether the card is there."
+            ) from error
+        raise
+
+
+def device_memory(device: torch.device) -> Memory | None:
+    """Return what is free of a GPU's memory; None for another device."""
+    if device.type != "cuda":
+        return free_memory()
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(free, total, f"the memory of {device}")
+
+
+def check_room(device: torch.device, cut: bstk.Cut) -> None:
+    """Raise ResourceError, before weights are read, if those of a cut do not fit what is free of a GPU's memory."""
+    memory = device_memory(device)
+    if device.type == "cpu" or memory is None:
+        return
+    fits = memory.free - default_margin(memory)
+    if cut.memory_bytes > fits:
+        most = f"at most {max(fits, 0) * 100 // bstk.MB / 100:,.2f} MB of weights fit"
+        raise ResourceError(
+            f"{cut.memory_bytes / bstk.MB:,.2f} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
+            f"{memory.total / bstk.MB:,.0f} MB are free, and {most}.",
+            option="mb",
+        )
+
+
 class DeviceMemory:
     """A slab in a device's memory. Raise ResourceError if the device is full."""
 
@@ -122,11 +191,16 @@ class DeviceMemory:
         try:
             self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{device} has no memory for {size} bytes of blocks: {error}".splitlines()[0]) from None
+            raise ResourceError(
+                f"{device} has no memory for {size} bytes of blocks: {one_line(error)}",
+                hint="Give the weights less.",
+                option="mb",
+            ) from None
         self.address = self._bytes.data_ptr()
 
     def write(self, start: int, block: bytes) -> None:
-        self._bytes[start : start + len(block)].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
+        with on_device(self._bytes.device):
+            self._bytes[start : start + len(block)].copy_(torch.frombuffer(bytearray(block), dtype=torch.uint8))
 
     def give_back(self, start: int, stop: int) -> None:
         """Do nothing: part of a slab cannot be returned; the slab is, with its last block."""
@@ -142,7 +216,9 @@ class DeviceBlocks(Parts):
 
     def __init__(self, parts: Sequence[DeviceMatrix], lock: PriorityLock, kernels: Any):
         super().__init__(parts, lock)
+        self.device = parts[0].entry.device
         self._kernels = kernels
+        self.stacked = Stacked(parts) if hasattr(kernels, "launch") else None
         self._rotate = getattr(kernels, "rotate", None) or _rotate_by_products
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,9 +227,8 @@ class DeviceBlocks(Parts):
             y = torch.empty(flat.shape[0], self.rows, device=x.device)
             plain = flat.float().contiguous()
             rotated = self._rotate(plain, torch.float32)
-            for part, start in zip(self.parts, self.starts, strict=True):
-                with self.lock.acquire():
-                    self._kernels.multiply(part, plain, rotated, y[:, start : start + part.rows])
+            with self.lock.acquire():
+                self.multiply_into(plain, rotated, y)
         else:
             y = x.new_empty(flat.shape[0], self.rows)
             rotated = self._rotate(flat, x.dtype)
@@ -163,20 +238,51 @@ class DeviceBlocks(Parts):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.rows)
 
     def _decode_and_multiply(self, part: Any, x: torch.Tensor, rotated: torch.Tensor, y: torch.Tensor) -> None:
-        y.zero_()
         step = max(1, 16 * DECODED // self.columns)
         for start in range(0, part.rows, step):
             index = torch.arange(start, min(start + step, part.rows), device=x.device)
+            out, written = y[:, start : start + step], 0
             for kinds, inputs in ((ROTATED, rotated), (PLAIN, x)):
-                if set(kinds) & set(part.kind[: part.count]):
-                    y[:, start : start + step] += inputs @ self._kernels.decode(part, kinds, index, x.dtype).t()
+                if not part.kinds.isdisjoint(kinds):
+                    out.addmm_(inputs, self._kernels.decode(part, kinds, index, x.dtype).t(), beta=written)
+                    written = 1
+            if not written:
+                out.zero_()
+
+    def multiply_into(self, plain: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
+        """Write x W^T for a few tokens, float32, given x and rotate(x); the caller holds the lock."""
+        if self.stacked is not None:
+            self._kernels.multiply(self.stacked, plain, rotated, out)
+            return
+        for part, start in zip(self.parts, self.starts, strict=True):
+            self._kernels.multiply(part, plain, rotated, out[:, start : start + part.rows])
+
+    def rows_at(self, index: torch.Tensor) -> torch.Tensor:
+        """Return rows of W, int64 (k,) of the device -> float32 (k, n), without a wait; the caller holds the lock."""
+        assert self.stacked is not None
+        found = torch.zeros(len(index), self.columns, device=index.device)
+        if not self.stacked.kinds.isdisjoint(ROTATED):
+            found = self._rotate(
+                self._kernels.decode(self.stacked, ROTATED, index, torch.float32), torch.float32, undo=True
+            )
+        for part, start in zip(self.parts, self.starts, strict=True):
+            if not part.kinds.isdisjoint(PLAIN):
+                own = index - start
+                inside = (own >= 0) & (own < part.rows)
+                plain = self._kernels.decode(part, PLAIN, own.clamp(0, part.rows - 1), torch.float32)
+                found += torch.where(inside[:, None], plain, 0)
+        return found
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
-        index = index.to(part.entry.device)
-        rotated, plain = (self._kernels.decode(part, kinds, index, torch.float32) for kinds in (ROTATED, PLAIN))
-        return unrotate(rotated) + plain
+        index, found = index.to(part.entry.device), None
+        if not part.kinds.isdisjoint(ROTATED):
+            found = self._rotate(self._kernels.decode(part, ROTATED, index, torch.float32), torch.float32, undo=True)
+        if found is None or not part.kinds.isdisjoint(PLAIN):
+            plain = self._kernels.decode(part, PLAIN, index, torch.float32)
+            found = plain if found is None else found + plain
+        return found
 
 
-def _rotate_by_products(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rotate rows with torch: the kernels in Triton cannot."""
-    return rotate(x.float()).to(dtype).contiguous()
+def _rotate_by_products(x: torch.Tensor, dtype: torch.dtype, *, undo: bool = False) -> torch.Tensor:
+    """Rotate rows with torch, or undo it: the kernels in Triton cannot."""
+    return (unrotate if undo else rotate)(x.float()).to(dtype).contiguous()

@@ -49,6 +49,8 @@ class Parts(ABC):
         self.columns = parts[0].columns
         self.lock = lock
 
+    device = torch.device("cpu")
+
     @abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T, as `Packed.multiply`."""
@@ -60,12 +62,12 @@ class Parts(ABC):
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         flat = index.reshape(-1)
         check_index(flat, self.rows)
-        found = torch.empty(flat.numel(), self.columns, device=index.device)
+        found = torch.empty(flat.numel(), self.columns, device=self.device)
         which = torch.bucketize(flat, self._bounds.to(flat.device), right=True)
         for number in set(which.tolist()):
             inside = (which == number).nonzero().squeeze(1)
             with self.lock.acquire():
-                found[inside] = self.rows_of(self.parts[number], flat[inside] - self.starts[number])
+                found[inside.to(self.device)] = self.rows_of(self.parts[number], flat[inside] - self.starts[number])
         return found.to(dtype).reshape(*index.shape, self.columns)
 
     def dense(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import bstk
 from bstack.errors import one_line
 from bstack.kernels.matrix import Matrix
+from bstack.memory.free import Memory, free_memory
 from bstack.packed.arena import Allocation, Arena
 from bstack.packed.lock import PriorityLock
 from bstk.errors import ResourceError, UsageError
@@ -84,8 +85,11 @@ class BlockStore:
         *,
         close: Callable[[], None],
         fetched: int | None = None,
+        free_memory: Callable[[], Memory | None] = free_memory,
     ):
         self.file = file
+        #: Tells what memory there is where the blocks lie.
+        self.free_memory = free_memory
         # Of a file that is still being fetched, whether its first bytes are there.
         self._arrived: Callable[[int], bool] = getattr(file.source, "arrived", lambda end: True)
         self._close, self._fetched = close, fetched

@@ -17,16 +17,13 @@ import numpy as np
 from bstack.engine.native.generate import Pieces, TextTokenizer
 from bstack.engine.native.model import PAGE, NativeModel
 from bstack.engine.native.sampling import Sampler, Sampling
-from bstack.errors import one_line
+from bstack.errors import DeviceError, one_line
 from bstack.packed.store import store_of
 from bstack.serve.answers import overlap
 from bstack.serve.grammar import Grammar, Grammars
 from bstack.serve.prefixes import Prefixes
 
 __all__ = ["Ask", "Busy", "Chosen", "Job", "Piece", "Scheduler"]
-
-# Tokens of a prompt that are read between two steps. Longer pieces are hardly faster, and other texts wait for them.
-READ = 128
 
 
 class Busy(Exception):
@@ -141,10 +138,19 @@ class Scheduler:
         Texts that wait; more are refused.
     cache_bytes : int
         Of keys and values: those of running texts, for which room is kept up to their longest, and of kept prompts.
+    log : callable
+        Receives a line where no more texts can be written.
     """
 
     def __init__(
-        self, model: NativeModel, tokenizer: TextTokenizer, *, parallel: int = 8, queue: int = 64, cache_bytes: int
+        self,
+        model: NativeModel,
+        tokenizer: TextTokenizer,
+        *,
+        parallel: int = 8,
+        queue: int = 64,
+        cache_bytes: int,
+        log: Callable[[str], None] = lambda line: None,
     ):
         of = model.architecture
         self.page_bytes = 4 * of.layers * of.key_heads * PAGE * of.head_width
@@ -152,7 +158,7 @@ class Scheduler:
         #: Most tokens of a text, with its prompt.
         self.longest = min(of.context, self.page_count * PAGE)
         self.model, self.tokenizer = model, tokenizer
-        self.parallel, self.queue = parallel, queue
+        self.parallel, self.queue, self._log = parallel, queue, log
         self.prefixes = Prefixes()
         self.grammars = Grammars(tokenizer, of.vocabulary, model.generation.ends)
         self.waiting: deque[Job] = deque()
@@ -162,7 +168,7 @@ class Scheduler:
         self.ended: dict[str, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         #: When a text last ran, in seconds of a monotonic clock.
         self.active = time.monotonic()
-        self._piece = min(READ, model.piece // PAGE * PAGE)
+        self._piece = min(model.turn, model.piece // PAGE * PAGE)
         self._store = store_of(model)
         self._turn = 0
         self._stopping = self._ending = False
@@ -227,6 +233,8 @@ class Scheduler:
         try:
             while self._next():
                 pass
+        except DeviceError as error:
+            self._log(f"No more texts are written: {one_line(error)}")
         finally:  # also when it fails: clients do not wait for nothing
             with self._changed:
                 self._stopping = True
@@ -296,6 +304,8 @@ class Scheduler:
             for job in jobs:
                 if job in self.running:
                     self._end(job, Piece(one_line(error), end="error"))
+            if isinstance(error, DeviceError):
+                raise
 
     def _read(self, jobs: list[Job]) -> None:
         (job,) = jobs

@@ -105,7 +105,7 @@ def serve(
     from bstack.serve.size import Size
 
     size = Size(model, wanted, idle_bytes, log)
-    scheduler = Scheduler(model, tokenizer, parallel=parallel, queue=queue, cache_bytes=cache_bytes)
+    scheduler = Scheduler(model, tokenizer, parallel=parallel, queue=queue, cache_bytes=cache_bytes, log=log)
     log(
         f"Keys and values of {scheduler.page_count * PAGE:,} tokens fit into memory (cache_mb); a text takes its prompt and its "
         f"most new tokens of that, {scheduler.longest:,} at most."

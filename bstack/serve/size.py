@@ -69,7 +69,7 @@ class Size:
             if isinstance(wanted, str):
                 self._poller.close()
                 # To what is free at once: the poller grows the model after a quiet time only.
-                free = max(free_budget()[0] or 0, 0) + self._store.state.weight_bytes
+                free = max(free_budget(self._store.free_memory)[0] or 0, 0) + self._store.state.weight_bytes
                 self._store.resize(min(max(free, self._base), file.model.budget), wait=False)
                 self._poller.enter_context(following(self._model, warn=self._warn))
             else:

@@ -1,5 +1,6 @@
 import pytest
 import tiny_models
+from native_models import MODELS
 
 import bstack
 
@@ -38,3 +39,21 @@ def path(file_of):
 def model(path):
     """It, loaded with packed weights."""
     return bstack.load(path, mode="packed")[0]
+
+
+@pytest.fixture(scope="session")
+def native_file(tmp_path_factory):
+    """A compressed tiny model by its name in native_models.MODELS, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("native")
+            kind, changes = MODELS[name]
+            settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16)
+            source = tiny_models.add_tokenizer(tiny_models.save(kind, folder / "model", **changes))
+            bstack.compress(source, folder / "model.bstk", settings=settings)
+            made[name] = folder / "model.bstk"
+        return made[name]
+
+    return get

@@ -129,3 +129,25 @@ def test_cuda_is_taken_before_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "bstack.kernels.cuda.driver", fake)
     assert backends._device_kernels.__wrapped__(1) == "kernels"
     assert loaded == [(1, "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "init", "count", "words"),
+    [
+        (None, None, 0, "no cuda:1 here: torch .* is built for the CPU alone. Install a build"),
+        ("13.0", RuntimeError("Found no NVIDIA driver on your system."), 0, "no cuda:1 here: Found no NVIDIA driver"),
+        ("13.0", RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), 0, "too old"),
+        ("13.0", None, 1, "no cuda:1 here; it finds 1 CUDA"),
+    ],
+)
+def test_why_there_is_no_card(cuda, init, count, words, monkeypatch):
+    def begin():
+        if init:
+            raise init
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", begin)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(bstk.UsageError, match=words) as found:
+        device_of("cuda:1", packed=True)
+    assert found.value.option == "device"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from native_models import IDS, MODELS, close, expected
 
 import bstack
 import bstk
@@ -11,87 +12,14 @@ from bstack.engine.native import architecture, families, generate, load, weights
 from bstack.engine.native import model as native_model
 from bstack.kernels.native import library
 
-# Changes to the models of tiny_models: windows that texts leave, scalings of rotary positions, a partial rotation.
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_theta": 500000.0,
-}
-MODELS = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama-tied", {"rope_parameters": _LLAMA3}),
-    "mistral": ("mistral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
-    "qwen2": (
-        "qwen2",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 9,
-            "max_window_layers": 1,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-        },
-    ),
-    "qwen3": ("qwen3", {"attention_bias": True, "rope_parameters": _YARN}),
-    "mixtral": ("mixtral", {"sliding_window": 9}),
-    # Routers of 20 rows are packed; those of 4 and 6 rows stay plain.
-    "qwen3-moe": ("qwen3-moe", {"num_experts": 20}),
-    "qwen3-moe-2": ("qwen3-moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
-    "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
-    "olmo2": ("olmo2", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3", {"num_hidden_layers": 3, "sliding_window_pattern": 2, "final_logit_softcapping": 20.0}),
-    "phi3": (
-        "phi3",
-        {
-            "sliding_window": 20,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        },
-    ),
-}
-IDS = [(7919 * number) % 205 + 3 for number in range(90)]
-
-
-@pytest.fixture(scope="module")
-def file_of(tmp_path_factory):
-    """A compressed tiny model by its name in MODELS, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("native")
-            kind, changes = MODELS[name]
-            settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16)
-            source = tiny_models.add_tokenizer(tiny_models.save(kind, folder / "model", **changes))
-            bstack.compress(source, folder / "model.bstk", settings=settings)
-            made[name] = folder / "model.bstk"
-        return made[name]
-
-    return get
-
-
-def expected(path, ids, **options):
-    """Logits of transformers' own code, float32."""
-    dense, _ = bstack.load(path, **options)
-    dense.set_attn_implementation("eager")  # the default of some versions leaves out Gemma 2's cap of attention
-    with torch.no_grad():
-        return dense(torch.tensor([ids])).logits[0].numpy()
-
-
-def close(found, wanted, tolerance):
-    return bool(np.abs(found - wanted).max() <= tolerance * wanted.std())
-
-
 # The fast tests have one of each kind: plain, a scaled rope with biases, windows, norms after the layers, fused projections.
 FAST = {"llama", "qwen3", "mixtral", "qwen3-moe", "smollm3", "olmo2", "gemma3", "phi3"}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
-def test_logits_are_those_of_transformers(name, file_of, monkeypatch):
+def test_logits_are_those_of_transformers(name, native_file, monkeypatch):
     """A prompt in pieces and token by token; caches of half precision cost some thousandths of the logits' deviation."""
-    path = file_of(name)
+    path = native_file(name)
     wanted = expected(path, IDS)
     model, *_ = load.load(path)
     assert (model._decoder is None) == (library() is None)
@@ -111,9 +39,9 @@ BATCHED = {"llama", "gemma2", "phi3", "qwen3-moe"}
 
 
 @pytest.mark.parametrize("name", [n if n in BATCHED else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
-def test_a_text_is_the_same_whatever_else_runs(name, file_of):
+def test_a_text_is_the_same_whatever_else_runs(name, native_file):
     """Bit for bit: alone, in steps with others, while prompts are read in between, and beside texts that begin and end."""
-    model, *_ = load.load(file_of(name))
+    model, *_ = load.load(native_file(name))
     prompts = [IDS[:length] for length in (3, 1, 40, 17, 64)]
 
     def alone(prompt):
@@ -137,8 +65,8 @@ def test_a_text_is_the_same_whatever_else_runs(name, file_of):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
-def test_a_model_changes_its_size_while_it_runs(name, file_of):
-    path = file_of(name)
+def test_a_model_changes_its_size_while_it_runs(name, native_file):
+    path = native_file(name)
     with bstk.open(path) as file:
         small = (file.base.budget + 1) / bstk.MB
     model, *_ = load.load(path)
@@ -181,16 +109,16 @@ def test_matrices_that_stay_plain(changes, tmp_path):
 
 
 @pytest.mark.parametrize("ids", [[], [211], [-1], [[1, 2]], IDS[:5] * 40])
-def test_tokens_that_the_model_does_not_read(ids, file_of):
-    model, *_ = load.load(file_of("llama"))
+def test_tokens_that_the_model_does_not_read(ids, native_file):
+    model, *_ = load.load(native_file("llama"))
     text = model.sequence()
     with pytest.raises(ValueError, match="tokens"):
         model.read(text, ids)
     assert text.length == 0
 
 
-def test_a_step_takes_each_text_once(file_of):
-    model, *_ = load.load(file_of("llama"))
+def test_a_step_takes_each_text_once(native_file):
+    model, *_ = load.load(native_file("llama"))
     text = model.sequence()
     for texts, ids in (([text, text], [3, 4]), ([text], [3, 4])):
         with pytest.raises(ValueError, match="different texts"):
@@ -250,8 +178,8 @@ def test_what_the_engine_does_not_know_is_named(changes, reason):
         families.describe({**CONFIG, **changes})
 
 
-def test_parameters_must_be_those_of_the_description(file_of):
-    with bstk.open(file_of("llama")) as file:
+def test_parameters_must_be_those_of_the_description(native_file):
+    with bstk.open(native_file("llama")) as file:
         shapes = families.describe(generate.read_json(file, "config.json")).shapes()
         for changed, reason in (
             (
@@ -264,7 +192,7 @@ def test_parameters_must_be_those_of_the_description(file_of):
             ),
         ):
             with pytest.raises(architecture.NotNativeError, match=reason):
-                weights.read_weights(file, changed)
+                weights.read_weights(file, changed, weights.Host())
         for name in ("model.norm.weight", "lm_head.weight"):
             with pytest.raises(bstk.DamagedError, match=name):
-                weights.read_weights(file, {**shapes, name: (50, 48)})
+                weights.read_weights(file, {**shapes, name: (50, 48)}, weights.Host())

@@ -4,6 +4,7 @@
  * as far as it can before another does, so that a missing barrier has its worst effect. Shared memory is filled with NaN before each block. Reads through __ldg and __ldcs
  * must be aligned and must not touch a fence, which tests put around arrays.
  */
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -166,6 +167,8 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 template <typename T> T __ldg(const T *at) { return cpu::read(at); }
 template <typename T> T __ldcs(const T *at) { return cpu::read(at); }
 static inline int min(int a, int b) { return b < a ? b : a; }
+static inline int max(int a, int b) { return a < b ? b : a; }
+static inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 static inline float half_to_float(unsigned short bits) {
     _Float16 half;
     memcpy(&half, &bits, 2);

@@ -22,7 +22,7 @@ from cuda.core._kernel_arg_handler import ParamHolder
 import bstk
 from bstack.folders import cache_folder
 from bstack.kernels import cuda
-from bstack.kernels.cuda import driver, selftest
+from bstack.kernels.cuda import driver, selftest, step
 from bstack.kernels.matrix import Matrix
 from bstack.kernels.selftest import BLOCKS, random_payload
 
@@ -103,6 +103,13 @@ def test_what_is_called_is_there(monkeypatch):
     kernels = cuda.Kernels(pack, 1)
     kernels.rotate(torch.zeros(1, 2**14))
     assert packed == ["rotate", "butterfly"]
+    between = step.Step(kernels, step.Heads(2, 1, 8, 8, 1, 1e-6, 1.0))
+    rows = torch.zeros(1, 1, 8)
+    texts = step.Texts(torch.zeros(1, 2, dtype=torch.int64), rows, rows)
+    between.prepare(torch.zeros(1, 8))
+    between.attend(torch.zeros(1, 32), texts, 0)
+    between.activated(torch.zeros(1, 16), "silu")
+    assert packed[2:] == ["prepare", "heads", "attend_4", "attended", "activated"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")

@@ -7,9 +7,10 @@ import torch
 
 from bstack.kernels import cuda, reference
 from bstack.kernels.cuda import selftest
-from bstack.kernels.matrix import OUTLIERS, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
+from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, TRELLIS5, Matrix
 from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
+from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 
@@ -21,8 +22,8 @@ def launcher():
     launcher.remove_fences()
 
 
-def difference(launcher, rows, columns, kinds, tokens, seed):
-    """Return `selftest.difference` of a matrix of random blocks, all arrays between fences."""
+def difference(launcher, rows, columns, kinds, tokens, seed, absent=()):
+    """Return `selftest.difference` of a matrix of random blocks, all arrays between fences; `absent` are kinds of blocks to come."""
     rng = np.random.default_rng(seed)
     launcher.backwards = bool(seed % 2)
     blocks = []
@@ -33,7 +34,7 @@ def difference(launcher, rows, columns, kinds, tokens, seed):
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
     offset = 4 * (seed % 3)  # inputs are then not aligned for loads of four
     matrix = Matrix.of(rows, columns, blocks)
-    return selftest.difference(launcher.kernels, matrix, x, lambda array: launcher.fenced(array, offset))
+    return selftest.difference(launcher.kernels, matrix, x, lambda array: launcher.fenced(array, offset), absent)
 
 
 FORMS = [(SPQR, rank_of(bits, group)) for bits in (3, 4) for group in (16, 32, 64, 128)]
@@ -58,6 +59,49 @@ def test_stacks_of_several_kinds(launcher, seed):
     rows, columns, tokens = (int(n) for n in rng.integers(1, (40, 150, 12)))
     columns = columns if seed % 3 else -(-columns // 16) * 16
     assert not difference(launcher, rows, columns, kinds, tokens, seed), (rows, columns, kinds, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("columns", [48, 37])
+def test_matrices_one_under_the_other(launcher, columns, tokens):
+    """One launch for all of them; each has blocks of its own kinds, or none, and others write nothing of it."""
+    rng = np.random.default_rng(columns + tokens)
+    table, together, expected, size = MatrixTable(9, torch.device("cpu")), [], [], []
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    rotated = reference.rotate(x)
+    cases = [
+        (7, [KINDS[1]]),
+        (1, []),
+        (90, [KINDS[0], KINDS[1]]),
+        (20, [FORMS[2], KINDS[4]]),
+        (8, [KINDS[2], KINDS[1]]),
+    ]
+    for place, (rows, kinds) in enumerate(cases):
+        blocks = [(kind, rank, random_payload(rng, rows, columns, kind, rank, 9)) for kind, rank in kinds]
+        matrix = Matrix.of(rows, columns, blocks)
+        together.append(DeviceMatrix(rows, columns, table, place))
+        for level, (kind, rank) in enumerate(kinds):
+            address = launcher.fenced(matrix.payload(level)).data_ptr()
+            together[-1].put(level, kind, rank, address, checked=True)
+        together[-1].count = len(kinds)
+        weights = [reference.decode_rows(matrix, own, 0, rows) for own in (ROTATED, PLAIN)]
+        expected.append(sum(given.astype(np.float64) @ w.T for given, w in zip((rotated, x), weights, strict=True)))
+        size.append(sum(np.abs(given) @ np.abs(w.T) for given, w in zip((rotated, x), weights, strict=True)))
+    stacked = Stacked(together)
+    out = torch.full((tokens, stacked.rows + 2), torch.nan)
+    launcher.launched.clear()
+    launcher.kernels.multiply(stacked, torch.from_numpy(x), torch.from_numpy(rotated), out[:, 1:-1])
+    assert sum(name.startswith("multiply_rotated") for name in launcher.launched) == 1
+    assert (np.abs(out[:, 1:-1].numpy() - np.concatenate(expected, 1)) <= 1e-5 * np.concatenate(size, 1)).all()
+    assert out[:, [0, -1]].isnan().all()
+
+
+@pytest.mark.parametrize("kinds", [[], [KINDS[1]], [KINDS[2]], [FORMS[2], KINDS[4]], [FORMS[5], KINDS[0]]], ids=str)
+@pytest.mark.parametrize("absent", [[TRELLIS5], [OUTLIERS], [SIGN, TRELLIS, SPQR]], ids=str)
+def test_kinds_that_are_not_in_memory(launcher, kinds, absent):
+    """What is launched follows from the whole stack; kernels whose kinds have no block add nothing, and the first one writes."""
+    for columns, tokens in ((48, 1), (37, 3)):
+        assert not difference(launcher, 21, columns, kinds, tokens, 0, absent), (columns, tokens)
 
 
 def test_more_than_a_thread_block_takes_at_once(launcher):
@@ -111,9 +155,9 @@ MUTANTS = {
         (9, 48, 1, 1, 0),
     ),
     "no barrier after the sums": (
-        "shared->sums, row, token);\n        __syncthreads();\n    }\n}\n\n/* RESIDENT",
-        "shared->sums, row, token);\n    }\n}\n\n/* RESIDENT",
-        (70, 2048, 1, 1, 1),
+        "lane * all / 32] = sum;\n        __syncthreads();\n",
+        "lane * all / 32] = sum;\n",
+        (70, 2048, 1, 1, 0),
     ),
     "a code row too low": ("codes[4] ^ codes[2] ^ codes[0]", "codes[4] ^ codes[2] ^ codes[1]", (9, 48, 1, 1, 0)),
     "a word behind the last row": ("codes[r] = r < below ?", "codes[r] = r <= below ?", (5, 160, 1, 1, 0)),

@@ -264,3 +264,48 @@ def test_prefixes_that_were_used_last_stay():
     assert find(ids, known=2) == list(range(20, 90, 10))
     kept.shrink(4)
     assert find(ids) == list(range(0, 40, 10)) and kept.pages == 4
+
+
+@pytest.fixture
+def on_device(served_model, monkeypatch):
+    """The model as for a GPU, with products of the CPU."""
+    torch = pytest.importorskip("torch")
+    from bstack.engine.native import device
+    from bstack.packed.backends import CpuBackend
+
+    monkeypatch.setattr(device, "device_of", lambda *_, **__: torch.device("cpu"))
+    monkeypatch.setattr(device, "backend_of", lambda *_: CpuBackend())
+    return load(served_model, device="cuda")
+
+
+def test_texts_on_a_device(native, on_device):
+    """Several at a time, with prompts that are found again: the texts of the CPU."""
+    told = []
+    for model in (native, on_device):
+        scheduler = Scheduler(*model, cache_bytes=2**24)
+        scheduler._piece = 128  # the same of both
+        try:
+            greedy = [Ask(ask.ids, min(ask.max_new_tokens, 12), Sampling(), 0) for ask in asks(9, seed=3)]
+            told.append([text(one) for _, one in submit(scheduler, *greedy)])
+            assert scheduler.found_tokens > 0
+        finally:
+            scheduler.stop()
+    assert told[0] == told[1]
+
+
+def test_a_device_that_is_lost_ends_the_thread(on_device, monkeypatch):
+    """Each text says why, later ones are refused, and one line is for who runs the server."""
+    lines = []
+    scheduler = Scheduler(*on_device, cache_bytes=2**24, log=lines.append)
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(on_device[0]), "_attend", fail)
+    (_, first), (_, second) = submit(scheduler, *(Ask([5, 6], 4, Sampling(), 0) for _ in range(2)))
+    ends = {text(one) for one in (first, second)}
+    assert any(end == "error" and "cpu failed: CUDA error: an illegal" in said for said, end in ends)
+    scheduler._thread.join(60)
+    assert scheduler.failed and len(lines) == 1 and "No more texts are written: cpu failed" in lines[0]
+    with pytest.raises(Busy):
+        submit(scheduler, Ask([5], 1, Sampling(), 0))

@@ -71,9 +71,9 @@ def test_following_asks_for_no_more_than_there_is(made, monkeypatch):
     size, store, _ = made()
     size.set(store.file.base.budget)
     asked = []
-    monkeypatch.setattr(module, "free_budget", lambda: (10**12, "much is free"))
+    monkeypatch.setattr(module, "free_budget", lambda *_: (10**12, "much is free"))
     monkeypatch.setattr(store, "resize", lambda budget, **_options: asked.append(budget))
     size.set(AUTO)
-    monkeypatch.setattr(module, "free_budget", lambda: (-5, "nothing is free"))
+    monkeypatch.setattr(module, "free_budget", lambda *_: (-5, "nothing is free"))
     size.set(AUTO)
     assert asked[0] == store.file.model.budget and asked[1] == store.file.base.budget

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from decimal import Decimal
+from typing import Any
 
 import bstk
 from bstack.engine.native.architecture import NotNativeError, read_json
@@ -13,8 +14,10 @@ from bstack.engine.native.families import describe
 from bstack.engine.native.generate import TextTokenizer
 from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Generation
-from bstack.engine.native.weights import read_weights
+from bstack.engine.native.weights import Host, read_weights
 from bstack.engine.url_cache import KeptCopyError, cached
+from bstack.errors import require
+from bstack.memory.free import free_memory
 from bstack.memory.process import no_large_blocks_in_heaps
 from bstack.packed.arena import Arena
 from bstack.packed.store import BlockStore
@@ -34,10 +37,11 @@ def load(
     progress: ByteProgress = no_progress,
     budget: int | None = None,
     wait: bool = True,
+    device: Any = "cpu",
 ) -> tuple[NativeModel, TextTokenizer | None]:
-    """Load a .bstk file without torch and transformers; its weights stay packed.
+    """Load a .bstk file without transformers, and for the CPU without torch; its weights stay packed.
 
-    Parameters are those of `bstack.load`; `bstack.resize` and `bstack.following` take the model. Without `wait`, a model behind
+    It runs on `device`: ``cpu``, ``cuda`` or ``cuda:N``. The other parameters are those of `bstack.load`; `bstack.resize` and `bstack.following` take the model. Without `wait`, a model behind
     a URL is returned with what is there when its base model has arrived, and grows while the rest does; `notify` then receives a
     line if the rest cannot be fetched. Returns the model with its tokenizer, None if the file has none.
 
@@ -50,6 +54,8 @@ def load(
     """
     if mb is not None or budget is not None:
         budget = budget_of(mb, budget)
+
+    place = _cpu if str(device) == "cpu" else _gpu(device)
 
     def load_once() -> tuple[NativeModel, TextTokenizer | None]:
         with ExitStack() as stack:
@@ -66,13 +72,14 @@ def load(
             if architecture.layers > len(file.chunks):
                 raise NotNativeError("config.json asks for more layers than the file has chunks")
             generation, tokenizer = Generation.read(file), TextTokenizer.read(file)
-            weights, matrices, lock = read_weights(file, architecture.shapes())
+            make, arena, free, model_of = place(file, budget)
+            weights, matrices, lock = read_weights(file, architecture.shapes(), make)
             opened = ExitStack()
-            store = BlockStore(file, matrices, lock, Arena(), close=opened.close, fetched=fetched)
+            store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
             if here is not None:
                 store.resize(here)  # a damaged kept block is found here
             store.resize(budget, wait=wait or here is None)
-            model = NativeModel(architecture, weights, lock, store, generation)
+            model = model_of(architecture, weights, lock, store, generation)
             opened.push(stack.pop_all())  # the file stays open, to grow from
             return model, tokenizer
 
@@ -81,3 +88,16 @@ def load(
             return load_once()
         except KeptCopyError:  # dropped from the cache, so it is fetched again
             return load_once()
+
+
+def _cpu(_file: bstk.Reader, _budget: int | None) -> tuple[Any, ...]:
+    """Return what makes weights, memory for blocks, what tells how much there is, and what makes the model."""
+    return Host(), Arena(), free_memory, NativeModel
+
+
+def _gpu(device: Any) -> Callable[[bstk.Reader, int | None], tuple[Any, ...]]:
+    """Return a function as `_cpu` for a device, which has to be there."""
+    require("Running on a GPU", "cuda", ("torch",))
+    from bstack.engine.native.device import place
+
+    return place(device)

@@ -23,6 +23,8 @@ __all__ = ["PAGE", "NativeModel", "Sequence"]
 PAGE = 64
 # Tokens of a prompt that are read at a time, and the values that they may have between the layers.
 PIECE, VALUES = 512, 2**22
+# Tokens of a prompt that a server reads between two steps. Longer pieces are hardly faster, and other texts wait for them.
+TURN = 128
 # Tokens of a piece whose attention is computed together, over the keys up to the last of them, and scores that are held.
 TOGETHER, SCORES = 64, 2**22
 # Type of cached keys and values, and its largest number.
@@ -41,7 +43,7 @@ class Sequence:
     def __init__(self, architecture: Architecture):
         self.tokens: list[int] = []
         self._of = architecture
-        self._pages: list[np.ndarray] = []
+        self._pages: list[Any] = []
         # Addresses of the pages as the kernels take them: keys and values, layers, pages.
         self._table = np.zeros((2, architecture.layers, 0), np.uint64)
 
@@ -66,11 +68,13 @@ class Sequence:
         if needed > self._of.context:
             raise ValueError(f"a text of {needed} tokens; the model reads at most {self._of.context}.")
         while len(self._pages) * PAGE < needed:
-            # Of keys and of values; a head's keys lie as (width, tokens) there, as the kernels read them.
-            page = np.empty((2, self._of.layers, self._of.key_heads, PAGE * self._of.head_width), CACHED)
-            self._add(page)
+            self._add(self._make_page())
 
-    def _add(self, page: np.ndarray) -> None:
+    def _make_page(self) -> Any:
+        """Make a page of keys and of values; a head's keys lie as (width, tokens) there, as the kernels read them."""
+        return np.empty((2, self._of.layers, self._of.key_heads, PAGE * self._of.head_width), CACHED)
+
+    def _add(self, page: Any) -> None:
         at, width = len(self._pages), self._table.shape[2]
         if at == width:
             self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
@@ -78,20 +82,20 @@ class Sequence:
         self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
         self._pages.append(page)
 
-    def share(self, start: int, stop: int) -> list[np.ndarray]:
+    def share(self, start: int, stop: int) -> list[Any]:
         """Return the pages of some tokens that were read, for another text; both are multiples of `PAGE`."""
         return self._pages[start // PAGE : stop // PAGE]
 
-    def adopt(self, tokens: Many[int], pages: Many[np.ndarray]) -> None:
+    def adopt(self, tokens: Many[int], pages: Many[Any]) -> None:
         """Go on with whole pages of tokens that another text has read, after what this one has read itself."""
         self.tokens += tokens
         for page in pages:
             self._add(page)
 
-    def put(self, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
+    def put(self, layer: int, keys: Any, values: Any) -> None:
         """Write keys and values of the next tokens, (tokens, heads, width); `length` stays as it is."""
         for kind, given in enumerate((keys, values)):
-            stored = given.clip(-LARGEST, LARGEST).astype(CACHED).swapaxes(0, 1)
+            stored = self._cached(given.clip(-LARGEST, LARGEST)).swapaxes(0, 1)
             done = 0
             while done < len(given):
                 at = self.length + done
@@ -99,7 +103,10 @@ class Sequence:
                 self._rows(at // PAGE, kind, layer)[:, start : start + count] = stored[:, done : done + count]
                 done += count
 
-    def get(self, layer: int, first: int, stop: int) -> np.ndarray:
+    def _cached(self, given: Any) -> Any:
+        return given.astype(CACHED)
+
+    def get(self, layer: int, first: int, stop: int) -> Any:
         """Return keys and values of some tokens, float32, (2, heads, tokens, width)."""
         found = np.empty((2, self._of.key_heads, stop - first, self._of.head_width), np.float32)
         for number in range(first // PAGE, -(-stop // PAGE)):
@@ -109,7 +116,7 @@ class Sequence:
                 found[kind, :, low - first : high - first] = rows
         return found
 
-    def _rows(self, page: int, kind: int, layer: int) -> np.ndarray:
+    def _rows(self, page: int, kind: int, layer: int) -> Any:
         """Return a page's keys (0) or values (1), (heads, tokens, width)."""
         stored, width = self._pages[page][kind, layer], self._of.head_width
         return stored.reshape(-1, PAGE, width) if kind else stored.reshape(-1, width, PAGE).swapaxes(1, 2)
@@ -147,6 +154,9 @@ class NativeModel:
     generation : Generation
         The model's own settings for writing text.
     """
+
+    #: Tokens of a prompt that are worth reading while other texts wait.
+    turn = TURN
 
     def __init__(
         self,
@@ -198,7 +208,7 @@ class NativeModel:
         for start in range(0, len(tokens), self.piece):
             hidden = self._run_piece(sequence, tokens[start : start + self.piece])
             found.append(hidden if every else hidden[-1:])
-        logits = self._logits(np.concatenate(found) if every else found[-1])
+        logits = self._logits(self._joined(found) if every else found[-1])
         return logits if every else logits[0]
 
     def step(self, sequences: Many[Sequence], ids: Many[int]) -> np.ndarray:
@@ -219,6 +229,9 @@ class NativeModel:
             raise ValueError(f"{len(tokens)} tokens for {len(sequences)} different texts.")
         for sequence in sequences:
             sequence.reserve(1)
+        return self._step(sequences, tokens)
+
+    def _step(self, sequences: Many[Sequence], tokens: np.ndarray) -> np.ndarray:
         if self._decoder is None:
             return np.stack(
                 [self._logits(self._run_piece(*pair))[0] for pair in zip(sequences, tokens[:, None], strict=True)]
@@ -240,22 +253,25 @@ class NativeModel:
             raise ValueError(f"tokens are from 0 to {self._embedding.rows - 1}, at least one.")
         return tokens
 
+    def _joined(self, found: list[Any]) -> Any:
+        return np.concatenate(found)
+
     def _rotary_rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return cosine and sine, (positions, kinds of rotary positions, values), each position's side by side."""
         pairs = [rope.rows(positions) for rope in self.architecture.rotary]
         return np.stack([cosine for cosine, _ in pairs], 1), np.stack([sine for _, sine in pairs], 1)
 
-    def _embed(self, tokens: np.ndarray) -> np.ndarray:
+    def _embed(self, tokens: np.ndarray) -> Any:
         return self._embedding.lookup(tokens) * np.float32(self.architecture.embedding_scale)
 
-    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+    def _logits(self, hidden: Any) -> np.ndarray:
         return self._cap_logits(self._head.multiply(hidden))
 
     def _cap_logits(self, logits: np.ndarray) -> np.ndarray:
         cap = np.float32(self.architecture.final_cap)
         return cap * np.tanh(logits / cap) if cap else logits
 
-    def _norm_weight(self, stored: np.ndarray) -> np.ndarray:
+    def _norm_weight(self, stored: Any) -> Any:
         return stored + np.float32(self.architecture.norm_offset)
 
     def _layer(self, weights: dict[str, Any], number: int) -> dict[str, Any]:
@@ -301,7 +317,7 @@ class NativeModel:
         head = self._head.parts if isinstance(self._head, Packed) and len(self._head.parts) <= MAX_PARTS else []
         return Decoder(kernels, sizes, layers, self._final_norm, head, PAGE)
 
-    def _run_piece(self, sequence: Sequence, tokens: np.ndarray) -> np.ndarray:
+    def _run_piece(self, sequence: Any, tokens: np.ndarray) -> Any:
         """Read some tokens of a text; return their normalised hidden states."""
         sequence.reserve(len(tokens))
         x = self._embed(tokens)
@@ -345,7 +361,7 @@ class NativeModel:
             x = x + self._norm(added, layer.get("feed_norm"))
         return x
 
-    def _run_experts(self, layer: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    def _run_experts(self, layer: dict[str, Any], x: Any) -> Any:
         """Return what the experts that each token chose give, added up by how much each counts."""
         of = self.architecture.experts
         assert of is not None
@@ -364,7 +380,7 @@ class NativeModel:
             added[rows] += share[rows, which][:, None] * y
         return added
 
-    def _project(self, layer: dict[str, Any], x: np.ndarray, names: Many[str], shares: Many[int]) -> list[np.ndarray]:
+    def _project(self, layer: dict[str, Any], x: Any, names: Many[str], shares: Many[int]) -> list[Any]:
         """Return the products of several matrices with x, or the pieces of one that holds them all."""
         if names[-1] not in layer:
             whole = self._multiply(layer, names[0], x)
@@ -373,15 +389,15 @@ class NativeModel:
         found = products([layer[name] for name in names], x)
         return [_biased(y, layer.get(f"{name}_bias")) for name, y in zip(names, found, strict=True)]
 
-    def _multiply(self, layer: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
+    def _multiply(self, layer: dict[str, Any], name: str, x: Any) -> Any:
         return _biased(layer[name].multiply(x), layer.get(f"{name}_bias"))
 
-    def _norm(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    def _norm(self, x: Any, weight: Any) -> Any:
         if weight is None:
             return x
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self.architecture.epsilon)) * weight
 
-    def _norm_heads(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    def _norm_heads(self, x: Any, weight: Any) -> Any:
         """Return queries or keys as (tokens, heads, width), normalised as the model does."""
         of = self.architecture
         if of.whole_norms:
@@ -389,7 +405,7 @@ class NativeModel:
         x = x.reshape(len(x), -1, of.head_width)
         return x if of.whole_norms else self._norm(x, weight)
 
-    def _attend(self, sequence: Sequence, number: int, query: np.ndarray) -> np.ndarray:
+    def _attend(self, sequence: Sequence, number: int, query: Any) -> Any:
         """Return what the heads read of the text so far and of the tokens themselves, (tokens, heads x width)."""
         of = self.architecture
         tokens, start = len(query), sequence.length

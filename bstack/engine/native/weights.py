@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bstack.kernels.multiply import lookup, multiply_decoded, multiply_dense, mu
 from bstack.packed.lock import PriorityLock
 from bstk.errors import DamagedError, error_prefix
 
-__all__ = ["Packed", "Plain", "Weight", "products", "read_weights"]
+__all__ = ["Host", "Packed", "Plain", "Weight", "products", "read_weights"]
 
 # Up to this many tokens the packed kernels multiply; above, rows are decoded and multiplied as floats.
 FEW = 8
@@ -96,8 +96,20 @@ def floats(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32)
 
 
-def _slices(stored: np.ndarray) -> list[Weight]:
-    return [Plain(matrix) for matrix in stored]
+class Host:
+    """Makes weights in the memory of the CPU."""
+
+    def matrix(self, rows: int, columns: int, kinds: Iterable[int]) -> Matrix:
+        """Make a matrix without blocks, given the kinds of all that its stack has in the file."""
+        return Matrix(rows, columns)
+
+    def packed(self, parts: Sequence[Matrix], lock: PriorityLock) -> Weight:
+        """Make a weight of some matrices, one under the other."""
+        return Packed(parts, lock)
+
+    def plain(self, stored: np.ndarray) -> Weight | np.ndarray:
+        """Make a weight, or a vector of float32, of an array as it is stored; uint16 holds bfloat16."""
+        return Plain(stored) if stored.ndim > 1 else floats(stored)
 
 
 def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
@@ -118,12 +130,12 @@ def products(weights: Sequence[Weight], x: np.ndarray) -> list[np.ndarray]:
 
 
 def read_weights(
-    file: bstk.Reader, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Weight | list[Weight] | np.ndarray], dict[str, Matrix], PriorityLock]:
+    file: bstk.Reader, shapes: Mapping[str, tuple[int, ...]], make: Any
+) -> tuple[dict[str, Any], dict[str, Matrix], PriorityLock]:
     """Read a model without its blocks: parameters by name, the empty matrices of its stacks by name, and their lock.
 
-    `shapes` are those of all parameters; a file with others raises NotNativeError or bstk.DamagedError. Vectors are float32,
-    and a parameter of three dimensions is a list of matrices.
+    `shapes` are those of all parameters; a file with others raises NotNativeError or bstk.DamagedError. `make` makes the weights,
+    as `Host` does. A parameter of three dimensions is a list of weights.
     """
     shown = file.source.name
     plain = {chunk.name: chunk for chunk in file.chunks if chunk.is_weight and not chunk.is_block}
@@ -133,21 +145,22 @@ def read_weights(
         raise NotNativeError("it has transposed matrices")
     with error_prefix(shown):
         parameters = parts_of(blocks, shapes)
-    found: dict[str, Weight | list[Weight] | np.ndarray] = {}
+    found: dict[str, Any] = {}
     for name, chunk in plain.items():
         if tuple(chunk.shape) != shapes[name]:
             raise DamagedError(f"{shown}: {name} has the shape {chunk.shape}, but its model needs {shapes[name]}.")
         if chunk.dtype not in _TYPES:
             raise NotNativeError(f"{name} is of type {chunk.dtype}")
         stored = np.frombuffer(file.read(chunk), _TYPES[chunk.dtype]).reshape(chunk.shape)
-        found[name] = (floats, Plain, _slices)[len(chunk.shape) - 1](stored)
+        found[name] = [make.plain(matrix) for matrix in stored] if stored.ndim == 3 else make.plain(stored)
     matrices: dict[str, Matrix] = {}
     lock = PriorityLock()
     for name, parts in parameters.items():
         check_depth(parts, shown)
-        made = [Matrix(*stack[0].shape) for _, stack in parts]
+        made = [make.matrix(*stack[0].shape, [block.kind.code for block in stack]) for _, stack in parts]
         matrices.update({stack[0].name: matrix for (_, stack), matrix in zip(parts, made, strict=True)})
-        found[name] = [Packed([matrix], lock) for matrix in made] if len(shapes[name]) == 3 else Packed(made, lock)
+        whole = len(shapes[name]) < 3
+        found[name] = make.packed(made, lock) if whole else [make.packed([matrix], lock) for matrix in made]
     return found, matrices, lock
 
 

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 from bstack.kernels.matrix import PLAIN, ROTATED
-from bstack.kernels.table import DeviceMatrix
+from bstack.kernels.table import DeviceMatrix, Stacked
 
 __all__ = ["KERNELS", "THREADS", "Kernels", "source"]
 
-SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu")
+SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "step.cu")
 KERNELS = (
     *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
     *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
+    *("prepare", "heads", "attend_1", "attend_4", "attended", "activated"),
 )
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
@@ -53,10 +54,12 @@ class Kernels:
     """
 
     def __init__(self, launch: Callable[..., None], multiprocessors: int):
-        self._launch = launch
+        self.launch = launch
         self._blocks = multiprocessors * RESIDENT
 
-    def multiply(self, matrix: DeviceMatrix, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor) -> None:
+    def multiply(
+        self, matrix: DeviceMatrix | Stacked, x: torch.Tensor, rotated: torch.Tensor, out: torch.Tensor
+    ) -> None:
         """Compute y = x W^T for few tokens, without building W.
 
         y differs from the product in real numbers by at most ``1e-5 * sum_j |x_j| |W_ij|``, for up to some thousand
@@ -64,39 +67,46 @@ class Kernels:
 
         Parameters
         ----------
-        matrix : DeviceMatrix
+        matrix : DeviceMatrix or Stacked
         x, rotated : torch.Tensor
             Inputs and rotated inputs, float32, contiguous, shape (t, n); fast for t of 1 to 8.
         out : torch.Tensor
             Where y goes, float32, shape (t, m), the last axis contiguous.
         """
-        tokens, used, add = x.shape[0], {*matrix.kind[: matrix.count]}, 0
-        if not used or not tokens:
-            out.zero_()
+        stacked = matrix if isinstance(matrix, Stacked) else matrix.alone
+        tokens, add = x.shape[0], 0
+        if not tokens:
             return
-        for kinds, inputs, name, rows in ((ROTATED, rotated, "rotated", 8), (PLAIN, x, "plain", 16)):
-            if used.isdisjoint(kinds):
-                continue
-            together = next((size for size in (1, 2, 4) if tokens <= size), 8)
-            suffix = str(together)
-            if kinds is ROTATED:
-                if matrix.columns % 16 or inputs.data_ptr() % 16:
-                    together, suffix = 1, "any"
-                rows = 4 if together == 8 else 8
-            grid = min(-(-matrix.rows // rows), self._blocks), -(-tokens // together)
-            addresses = matrix.entry.data_ptr(), matrix.table.values.data_ptr(), inputs.data_ptr(), out.data_ptr()
-            sizes = c_int(matrix.rows), c_int(matrix.columns), c_int(tokens)
-            self._launch(f"multiply_{name}_{suffix}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+        together = next((size for size in (1, 2, 4) if tokens <= size), 8)
+
+        def run(name: str, first: torch.Tensor, x: torch.Tensor, y: torch.Tensor, strips: int, rows: int) -> None:
+            grid = min(strips, self._blocks), -(-tokens // (1 if name.endswith("any") else together))
+            addresses = first.data_ptr(), stacked.table.values.data_ptr(), x.data_ptr(), y.data_ptr()
+            sizes = c_int(rows), c_int(stacked.columns), c_int(tokens)
+            self.launch(f"multiply_{name}", grid, *addresses, out.stride(0), *sizes, c_int(add))
+
+        if not stacked.kinds.isdisjoint(ROTATED):
+            whole = stacked.columns % 16 == 0 and rotated.data_ptr() % 16 == 0
+            rows = 4 if whole and together == 8 else 8
+            strips = sum(-(-part.rows // rows) for part in stacked.matrices)
+            run(f"rotated_{together if whole else 'any'}", stacked.parts, rotated, out, strips, strips)
             add = 1
+        for part, start in zip(stacked.matrices, stacked.starts, strict=True):
+            own = out[:, start : start + part.rows]
+            if not part.kinds.isdisjoint(PLAIN):
+                run(f"plain_{together}", part.entry, x, own, -(-part.rows // 16), part.rows)
+            elif not add:
+                own.zero_()
 
     def decode(
-        self, matrix: DeviceMatrix, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype
+        self, matrix: DeviceMatrix | Stacked, kinds: Collection[int], index: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Add up rows of a matrix's blocks of some kinds; see `bstack.kernels.multiply.decode_rows`.
 
         Parameters
         ----------
-        matrix : DeviceMatrix
+        matrix : DeviceMatrix or Stacked
+            One matrix for kinds PLAIN.
         kinds : collection of int
             ROTATED (of the matrix that multiplies rotated inputs), or PLAIN.
         index : torch.Tensor
@@ -111,7 +121,7 @@ class Kernels:
         rotated, wanted = not {*ROTATED}.isdisjoint(kinds), index.numel()
         direct = dtype if rotated and dtype in TYPES else torch.float32
         out = torch.empty(wanted, matrix.columns, dtype=direct, device=index.device)
-        sizes = c_int(wanted), c_int(matrix.rows), c_int(matrix.columns)
+        stacked = matrix if isinstance(matrix, Stacked) else matrix.alone
         if not wanted:
             return out.to(dtype)
         if rotated:
@@ -119,19 +129,20 @@ class Kernels:
             words = wanted * -(-matrix.columns // 16)
             grid = min(-(-words // THREADS), self._blocks), 1
             values = matrix.table.values.data_ptr()
-            self._launch(
+            self.launch(
                 name,
                 grid,
-                matrix.entry.data_ptr(),
+                stacked.parts.data_ptr(),
                 values,
                 index.data_ptr(),
                 out.data_ptr(),
-                *sizes,
-                c_int(TYPES[direct]),
+                *map(c_int, (wanted, matrix.columns, TYPES[direct])),
             )
         else:
             grid = min(wanted, self._blocks), 1
-            self._launch("decode_plain", grid, matrix.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
+            (one,) = stacked.matrices
+            sizes = map(c_int, (wanted, matrix.rows, matrix.columns))
+            self.launch("decode_plain", grid, one.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
         return out.to(dtype)
 
     def rotate(self, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, undo: bool = False) -> torch.Tensor:
@@ -152,9 +163,9 @@ class Kernels:
         scale, after = last(inside)
         arguments = given.data_ptr(), c_int(TYPES[given.dtype]), out.data_ptr(), c_int(TYPES[direct])
         grid = tokens, -(-columns // CHUNK)
-        self._launch("rotate", grid, *arguments, c_int(columns), c_int(inside), scale, c_int(not undo), after)
+        self.launch("rotate", grid, *arguments, c_int(columns), c_int(inside), scale, c_int(not undo), after)
         for step in range(inside, bits):
             scale, after = last(step + 1)
             grid = tokens, -(-columns // (2 * THREADS))
-            self._launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
+            self.launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
         return out.to(dtype)

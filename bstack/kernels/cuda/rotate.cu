@@ -35,6 +35,13 @@ template <int BITS> __device__ __forceinline__ void butterflies(float *values, i
     __syncthreads();
 }
 
+/* Do the steps of Hadamard blocks of 1 << bits values, without their scale. */
+__device__ __forceinline__ void transform(float *values, int length, int bits) {
+    int done = 0;
+    for (; done + 4 <= bits; done += 4) butterflies<4>(values, length, 1 << done);
+    for (; done < bits; done++) butterflies<1>(values, length, 1 << done);
+}
+
 /* Transform each row of x, (gridDim.x, columns), by Hadamard blocks of 1 << bits columns, at most CHUNK. A thread block takes
  * CHUNK columns. Signs come first with `before`, last with `after`. */
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -47,9 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         values[spread(i)] = before ? with_sign(value, start + i) : value;
     }
     __syncthreads();
-    int done = 0;
-    for (; done + 4 <= bits; done += 4) butterflies<4>(values, length, 1 << done);
-    for (; done < bits; done++) butterflies<1>(values, length, 1 << done);
+    transform(values, length, bits);
     for (int i = threadIdx.x; i < length; i += THREADS) {
         const float value = values[spread(i)] * scale;
         write_number(out, out_type, row + start + i, after ? with_sign(value, start + i) : value);

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from bstack.kernels import reference
 from bstack.kernels.cuda import CHUNK, Kernels
+from bstack.kernels.cuda.step import PAGE, Heads, Step, Texts
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.selftest import BLOCKS, ROWS, random_payload
 from bstack.kernels.table import DeviceMatrix, MatrixTable
 
-__all__ = ["difference", "failure", "rotations_agree"]
+__all__ = ["difference", "failure", "rotations_agree", "step_agrees"]
 
 Place = Callable[[np.ndarray], torch.Tensor]
 # Relative to the sum of absolute products, or to the largest weight.
@@ -37,7 +39,53 @@ def failure(kernels: Kernels, device: torch.device) -> str:
     for columns in (640, 3 * 2 * CHUNK):
         if not rotations_agree(kernels, rng.standard_normal((2, columns)).astype(np.float32), place):
             return "a rotation"
+    for queries, keys in ((4, 4), (6, 2)):
+        if not step_agrees(kernels, queries, keys, rng, place):
+            return "a step between products"
     return ""
+
+
+def step_agrees(kernels: Kernels, queries: int, keys: int, rng: np.random.Generator, place: Place) -> bool:
+    """Return whether a norm, an activation and attention to a text of some pages are those of torch on the CPU."""
+    width, length, seen = 32, 200, 150
+    heads = Heads(queries, keys, width, rotary=width, layers=1, epsilon=1e-6, scale=0.2)
+    step, columns = Step(kernels, heads), queries * width
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    def agrees(found: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor) -> bool:
+        turned = reference.rotate(expected.numpy())
+        most = 1e-3 * float(expected.abs().max())
+        return _near(found[0], expected.numpy(), most) and _near(found[1], turned, 4 * most)
+
+    x, added, weight, both = random(2, columns), random(2, columns), random(columns), random(2, 2 * columns)
+    on_device = [place(tensor.numpy()) for tensor in (x, added, weight, weight, both)]
+    total = x + functional.rms_norm(added, (columns,), weight, 1e-6)
+    if not agrees(step.prepare(*on_device[:4])[1:], functional.rms_norm(total, (columns,), weight, 1e-6)):
+        return False
+    gate, up = both.chunk(2, 1)
+    if not agrees(step.activated(on_device[4], "silu"), functional.silu(gate) * up):
+        return False
+    past, given = random(2, keys, length, width).half(), random(1, (queries + 2 * keys) * width)
+    pages = []
+    for start in range(0, length, PAGE):
+        own = functional.pad(past[:, :, start : start + PAGE], (0, 0, 0, max(0, start + PAGE - length)))
+        pages.append(place(torch.stack([own[0].mT, own[1].reshape(own[0].mT.shape)]).numpy()))
+    addresses = place(np.array([page.data_ptr() for page in pages]))
+    table = place(np.array([[length - 1, addresses.data_ptr()]]))
+    angles = random(1, 1, width // 2).repeat(1, 1, 2)
+    rows = (place(part.numpy()) for part in (angles.cos(), angles.sin()))
+    found = step.attend(place(given.numpy()), Texts(table, *rows), 0, window=seen)
+    query, key, value = given.view(-1, width).split([queries, keys, keys])
+    query, key = (
+        head * angles.cos()[0] + torch.cat([-head[:, width // 2 :], head[:, : width // 2]], 1) * angles.sin()[0]
+        for head in (query, key)
+    )
+    past[:, :, -1] = torch.stack([key, value])
+    text = past[:, :, -seen:].float()
+    scores = heads.scale * query.view(keys, -1, width) @ text[0].mT
+    return agrees(found, (scores.softmax(-1) @ text[1]).reshape(1, -1))
 
 
 def rotations_agree(kernels: Kernels, x: np.ndarray, place: Place) -> bool:
@@ -47,7 +95,7 @@ def rotations_agree(kernels: Kernels, x: np.ndarray, place: Place) -> bool:
     return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 
-def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place) -> str:
+def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place, kinds: Iterable[int] = ()) -> str:
     """Return which result for a matrix differs from the reference's, decoded rows or a product; an empty string if none does.
 
     Parameters
@@ -59,12 +107,14 @@ def difference(kernels: Kernels, expected: Matrix, x: np.ndarray, place: Place) 
         Inputs, float32, shape (t, n).
     place : callable
         Puts an array on the device.
+    kinds : iterable of int
+        Of blocks that the stack has beside those in memory.
     """
     levels, rotated = range(expected.count), reference.rotate(x)
     payloads: Sequence[torch.Tensor] = [place(expected.payload(level)) for level in levels]
     device = place(x[:0]).device
     table = MatrixTable(2, device)
-    matrix = DeviceMatrix(expected.rows, expected.columns, table, 1)
+    matrix = DeviceMatrix(expected.rows, expected.columns, table, 1, kinds)
     for level, payload in zip(levels, payloads, strict=True):
         matrix.put(level, expected.kind[level], expected.rank[level], payload.data_ptr(), checked=True)
     matrix.count = expected.count

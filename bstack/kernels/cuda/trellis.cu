@@ -90,12 +90,25 @@ template <bool WHOLE> struct Place {
     }
 };
 
+struct TrellisShared {
+    TrellisTable table;
+    float sums[WARPS * 32];
+    const long long *part; /* the matrix at hand */
+    int after;             /* strips of the matrices up to it */
+};
+
+/* Return the matrix at hand; read again at each use, because registers are scarce in the loops between. */
+__device__ __forceinline__ const long long *part_of(const TrellisShared *shared) {
+    return *(const long long *const volatile *)&shared->part;
+}
+
 /* Multiply ROWS rows of one block with TOKENS tokens, over the columns of this warp. Of the products, ROWS of each token in turn,
  * lane l returns number l * ROWS * TOKENS / 32. */
 template <bool FIVE, bool WHOLE, int ROWS, int TOKENS>
-__device__ __forceinline__ float products(const Product &product, const TrellisTable *table, const byte *block, int row,
+__device__ __forceinline__ float products(const Product &product, const TrellisShared *shared, const byte *block, int row,
                                           int token) {
-    const int earlier = FIVE ? 4 : 3, below = product.rows + earlier - row;
+    const int earlier = FIVE ? 4 : 3, below = (int)__ldg(part_of(shared) + 1) + earlier - row;
+    const TrellisTable *table = &shared->table;
     const Place<WHOLE> place(product.columns);
     const word offset = threadIdx.x % 32 * 4;
     float sum[TOKENS * ROWS];
@@ -126,35 +139,42 @@ __device__ __forceinline__ float products(const Product &product, const TrellisT
             }
         }
     }
-    const int lane = threadIdx.x % 32, own = row + lane * ROWS * TOKENS / 32 % ROWS;
-    const byte *scales = block + (size_t)(product.rows + earlier) * place.quarter_bytes;
-    const float scale = own < product.rows ? load_half(scales + 2 * (size_t)own) : 0.0f;
+    const int lane = threadIdx.x % 32, own = row + lane * ROWS * TOKENS / 32 % ROWS, rows = (int)__ldg(part_of(shared) + 1);
+    const byte *scales = block + (size_t)(rows + earlier) * place.quarter_bytes;
+    const float scale = own < rows ? load_half(scales + 2 * (size_t)own) : 0.0f;
     return scale * fold<ROWS * TOKENS>(sum, lane);
 }
 
-struct TrellisShared {
-    TrellisTable table;
-    float sums[WARPS * 32];
-};
-
+/* Multiply matrices that lie one under the other. `parts` holds, of each, the address of its row of the table, its rows, and those
+ * of the matrices above it. A thread block takes strip after strip of ROWS rows, each of one matrix. */
 template <bool WHOLE, int ROWS, int TOKENS>
-__device__ __forceinline__ void multiply_rotated(const Product &product, const float *values, TrellisShared *shared) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = (int)__ldg(product.entry);
-    const int token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
+__device__ __forceinline__ void multiply_rotated(const long long *parts, int strips, const Product &product,
+                                                 const float *values, TrellisShared *shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.y * TOKENS, all = ROWS * TOKENS;
+    if (threadIdx.x == 0) shared->part = parts - 3, shared->after = 0;
     fill(&shared->table, values);
-    for (int row = blockIdx.x * ROWS; row < product.rows; row += gridDim.x * ROWS) {
+    for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+        if (threadIdx.x == 0)
+            while (strip >= shared->after) shared->part += 3, shared->after += ((int)__ldg(shared->part + 1) + ROWS - 1) / ROWS;
+        __syncthreads();
+        const int last = ((int)__ldg(part_of(shared) + 1) + ROWS - 1) / ROWS;
+        const int row = (strip - shared->after + last) * ROWS;
         float sum = 0.0f;
-        for (int level = 0; level < count; level++) {
-            const int kind = (int)__ldg(product.entry + 2 + 2 * level) / 256;
-            const byte *block = block_of(product.entry, level);
+        for (int level = 0;; level++) {
+            const long long *entry = (const long long *)(size_t)__ldg(part_of(shared));
+            if (level >= (int)__ldg(entry)) break;
+            const int kind = (int)__ldg(entry + 2 + 2 * level) / 256;
+            const byte *block = block_of(entry, level);
             if (kind == TRELLIS5)
-                sum += products<true, WHOLE, ROWS, TOKENS>(product, &shared->table, block, row, token);
+                sum += products<true, WHOLE, ROWS, TOKENS>(product, shared, block, row, token);
             else if (kind == TRELLIS)
-                sum += products<false, WHOLE, ROWS, TOKENS>(product, &shared->table, block, row, token);
+                sum += products<false, WHOLE, ROWS, TOKENS>(product, shared, block, row, token);
         }
         if (lane * all % 32 == 0) shared->sums[warp * all + lane * all / 32] = sum;
         __syncthreads();
-        write_sums<ROWS, TOKENS>(product, shared->sums, row, token);
+        Product own = product;
+        own.rows = (int)__ldg(part_of(shared) + 1), own.y += __ldg(part_of(shared) + 2);
+        write_sums<ROWS, TOKENS>(own, shared->sums, row, token);
         __syncthreads();
     }
 }
@@ -162,13 +182,17 @@ __device__ __forceinline__ void multiply_rotated(const Product &product, const f
 /* RESIDENT: thread blocks of a multiprocessor, which bound the registers of a thread. */
 #define MULTIPLY_ROTATED(NAME, WHOLE, ROWS, TOKENS, RESIDENT)                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)                                                        \
-        NAME(const long long *entry, const float *values, const float *x, float *y, long long stride, int rows,            \
+        NAME(const long long *parts, const float *values, const float *x, float *y, long long stride, int strips,          \
              int columns, int tokens, int add) {                                                                           \
         __shared__ TrellisShared shared;                                                                                   \
-        const Product product = {entry, x, y, (size_t)stride, rows, columns, tokens, add};                                 \
-        multiply_rotated<WHOLE, ROWS, TOKENS>(product, values, &shared);                                                   \
+        const Product product = {0, x, y, (size_t)stride, 0, columns, tokens, add};                                        \
+        multiply_rotated<WHOLE, ROWS, TOKENS>(parts, strips, product, values, &shared);                                    \
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+MULTIPLY_ROTATED(multiply_rotated_1, true, 8, 1, 4) /* for 5 it keeps registers in memory */
+#else
 MULTIPLY_ROTATED(multiply_rotated_1, true, 8, 1, 5)
+#endif
 MULTIPLY_ROTATED(multiply_rotated_2, true, 8, 2, 4)
 MULTIPLY_ROTATED(multiply_rotated_4, true, 8, 4, 3)
 MULTIPLY_ROTATED(multiply_rotated_8, true, 4, 8, 3)
@@ -193,14 +217,17 @@ __device__ __forceinline__ void add_weights(const TrellisTable *table, const byt
 }
 
 template <bool WHOLE>
-__device__ __forceinline__ void decode_rotated(const long long *entry, const long long *index, void *out, int wanted, int rows,
+__device__ __forceinline__ void decode_rotated(const long long *parts, const long long *index, void *out, int wanted,
                                                int columns, int type, const TrellisTable *table) {
     const Place<WHOLE> place(columns);
-    const int count = (int)__ldg(entry);
     const long long all = (long long)wanted * place.words, step = (long long)gridDim.x * THREADS;
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < all; i += step) {
         const long long which = i / place.words;
-        const int w = (int)(i % place.words), row = (int)__ldg(index + which);
+        const int w = (int)(i % place.words);
+        const long long *part = parts, wanted_row = __ldg(index + which);
+        while (wanted_row >= __ldg(part + 1) + __ldg(part + 2)) part += 3;
+        const long long *entry = (const long long *)(size_t)__ldg(part);
+        const int rows = (int)__ldg(part + 1), row = (int)(wanted_row - __ldg(part + 2)), count = (int)__ldg(entry);
         float weight[4][4] = {};
         for (int level = 0; level < count; level++) {
             const int kind = (int)__ldg(entry + 2 + 2 * level) / 256;
@@ -222,14 +249,15 @@ __device__ __forceinline__ void decode_rotated(const long long *entry, const lon
     }
 }
 
-/* Decode rows index[0] to index[wanted - 1] to numbers of some type, (wanted, columns). */
+/* Decode rows index[0] to index[wanted - 1] of matrices that lie one under the other (`multiply_rotated`) to numbers of some
+ * type, (wanted, columns). */
 #define DECODE_ROTATED(NAME, WHOLE)                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
-        NAME(const long long *entry, const float *values, const long long *index, void *out, int wanted, int rows,         \
-             int columns, int type) {                                                                                      \
+        NAME(const long long *parts, const float *values, const long long *index, void *out, int wanted, int columns,      \
+             int type) {                                                                                                   \
         __shared__ TrellisTable table;                                                                                     \
         fill(&table, values);                                                                                              \
-        decode_rotated<WHOLE>(entry, index, out, wanted, rows, columns, type, &table);                                     \
+        decode_rotated<WHOLE>(parts, index, out, wanted, columns, type, &table);                                           \
     }
 DECODE_ROTATED(decode_rotated_words, true)
 DECODE_ROTATED(decode_rotated_any, false)

@@ -1,11 +1,11 @@
-"""Products with packed matrices on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
+"""Products with packed matrices, and the encoder's search, on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
 
 The sources are package data, because NVRTC compiles them at first use, for the card at hand (`bstack.kernels.cuda.driver`).
 They use few words of CUDA, which tests/helpers/cuda_on_cpu.h gives a meaning in C++: the same sources and the code here are
 tested on a CPU.
 
 Sums are made in single precision where the CPU's kernels use integers: results agree to rounding, not to the bit. Rotations to
-float32 have the CPU's bits.
+float32 have the CPU's bits, and so has the search of up to SEGMENT rows.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from typing import Any
 import torch
 
 from bstack.kernels.matrix import PLAIN, ROTATED
+from bstack.kernels.reference import EARLIER5
 from bstack.kernels.table import DeviceMatrix
 
 __all__ = ["KERNELS", "THREADS", "Kernels", "source"]
 
-SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu")
+SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "encode.cu")
 KERNELS = (
     *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
-    *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
+    *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly", "search"),
 )
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
+# Rows that a warp searches, and rows before and behind them that it searches too and drops.
+SEGMENT, MARGIN = 128, 32
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Thread blocks of a launch, for each multiprocessor: each fills its table once and then takes strip after strip of rows.
 RESIDENT = 8
@@ -158,3 +161,15 @@ class Kernels:
             grid = tokens, -(-columns // (2 * THREADS))
             self._launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
         return out.to(dtype)
+
+    def encode_columns(self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`. `target` stays as it is."""
+        columns, rows = target.shape
+        arrays = [array.float().contiguous() for array in (target, original, *given)]
+        codes = torch.empty(columns, EARLIER5 + rows, dtype=torch.uint8, device=target.device)
+        errors = torch.empty(columns, rows, device=target.device)
+        addresses = [array.data_ptr() for array in (*arrays, codes, errors)]
+        grid = -(-rows // (SEGMENT * THREADS // 32)), 1
+        for column in range(columns + 1):
+            self._launch("search", grid, *addresses, c_int(columns), c_int(rows), c_int(column))
+        return codes, errors

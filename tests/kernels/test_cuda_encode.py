@@ -1,0 +1,108 @@
+"""The encoder's search in CUDA, compiled for the CPU by tests/helpers/cuda_on_cpu.h, against the CPU's encoder."""
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+import torch
+
+from bstack.kernels import cuda
+from bstack.kernels.encode import encode_columns, encode_segments
+from bstack.kernels.reference import TABLE5
+
+pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
+
+
+@pytest.fixture
+def launcher():
+    launcher = cuda_on_cpu.launcher()
+    yield launcher
+    launcher.remove_fences()
+
+
+def columns_of(rows, columns, seed, spread=1.0):
+    """Return random arguments of `encode_columns`."""
+    rng = np.random.default_rng(seed)
+    original = rng.standard_normal((columns, rows)) * spread
+    scale, weight = rng.uniform(0.01, 0.1, rows) * spread, rng.uniform(0.01, 10, rows)
+    feedback = rng.standard_normal((columns, columns)) * 0.3
+    arrays = original * 0.9, original, feedback, np.array(TABLE5), scale, weight
+    return [torch.from_numpy(array.astype(np.float32)) for array in arrays]
+
+
+def found(launcher, given):
+    """Encode with the CUDA kernels, all arrays between fences."""
+    return launcher.kernels.encode_columns(*(launcher.fenced(array.numpy()) for array in given))
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 15, 16, 17, 31, 33, 97, 128])
+def test_one_segment_has_the_bits_of_the_cpu(launcher, rows):
+    for columns in (1, 3):
+        launcher.backwards = columns == 3
+        given = columns_of(rows, columns, rows, spread=(1e-6, 1.0, 1e6)[rows % 3])
+        assert same(found(launcher, given), encode_columns(given[0].clone(), *given[1:])), columns
+
+
+@pytest.mark.parametrize("rows", [129, 160, 257, 300, 512 + 40])
+def test_segments_have_the_bits_of_their_reference(launcher, rows):
+    launcher.backwards = bool(rows % 2)
+    given = columns_of(rows, 3, rows)
+    assert same(found(launcher, given), encode_segments(given[0].clone(), *given[1:]))
+
+
+def test_equal_costs_are_decided_as_on_the_cpu(launcher):
+    """Columns of zeros, and of table values met exactly, where many paths cost the same."""
+    rows = 90
+    given = columns_of(rows, 2, 0)
+    given[0][0] = 0
+    given[0][1] = torch.tensor(TABLE5, dtype=torch.float32).repeat(2)[:rows]
+    given[4][:] = 1
+    given[5][:] = 0
+    given[5][::7] = 1
+    assert same(found(launcher, given), encode_columns(given[0].clone(), *given[1:]))
+
+
+def test_segments_cost_little():
+    """Against a search of whole columns: Gaussian samples, the weights and the scale that the codec uses."""
+    rng = np.random.default_rng(0)
+    rows, columns = 1024, 12
+    x = torch.from_numpy(rng.standard_normal((columns, rows)).astype(np.float32))
+    rest = x, torch.zeros(columns, columns), torch.tensor(TABLE5, dtype=torch.float32), torch.full((rows,), 0.0229)
+    whole, cut = (encode(x.clone(), *rest, torch.ones(rows))[1] for encode in (encode_columns, encode_segments))
+    ratio = float(cut.square().mean() / whole.square().mean())
+    assert 1 <= ratio < 1.01
+    ends = slice(cuda.SEGMENT, None, cuda.SEGMENT)
+    assert float(cut[:, ends].square().mean()) < 1.5 * float(whole.square().mean())
+
+
+# What the search may get wrong.
+MUTANTS = {
+    "no exchange barrier": ("            __syncwarp();\n", ""),
+    "one buffer of costs": ("costs[warp][row & 1]", "costs[warp][0]"),
+    "no early rows": ("start ? start - MARGIN : 0", "start"),
+    "the last of equal costs": ("other == least && its < state", "other == least && its > state"),
+    "sums never made small": ("& 15) == 15", "& 15) == 16"),
+    "an error of the column before": ("const bool last = k == column - 1;", "const bool last = false;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found(name):
+    right, wrong = MUTANTS[name]
+    assert cuda.source().count(right) == 1
+    mutant = cuda_on_cpu.Launcher(cuda_on_cpu.build(cuda.source().replace(right, wrong)))
+    for backwards in (False, True):
+        mutant.backwards = backwards
+        given = columns_of(300, 3, 1)
+        given[5][::5] = 0
+        given[5][-40:] = 0
+        try:
+            if not same(found(mutant, given), encode_segments(given[0].clone(), *given[1:])):
+                return
+        except AssertionError:
+            return
+    pytest.fail("nothing shows it")

@@ -26,12 +26,21 @@ __all__ = ["KERNELS", "THREADS", "Kernels", "source"]
 SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "encode.cu")
 KERNELS = (
     *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
-    *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly", "search"),
+    *(
+        "multiply_rotated_any",
+        "decode_rotated_words",
+        "decode_rotated_any",
+        "decode_plain",
+        "rotate",
+        "butterfly",
+        "meet",
+        "search",
+    ),
 )
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
-# Rows that a warp searches, and rows before and behind them that it searches too and drops.
-SEGMENT, MARGIN = 128, 32
+# Of the search: rows of a segment, rows to each side of where two meet, and segments of a thread block.
+SEGMENT, MARGIN, SEARCHED = 256, 64, 2
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Thread blocks of a launch, for each multiprocessor: each fills its table once and then takes strip after strip of rows.
 RESIDENT = 8
@@ -162,14 +171,20 @@ class Kernels:
             self._launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
         return out.to(dtype)
 
-    def encode_columns(self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_columns(
+        self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`. `target` stays as it is."""
         columns, rows = target.shape
+        segments = -(-rows // SEGMENT)
         arrays = [array.float().contiguous() for array in (target, original, *given)]
         codes = torch.empty(columns, EARLIER5 + rows, dtype=torch.uint8, device=target.device)
         errors = torch.empty(columns, rows, device=target.device)
-        addresses = [array.data_ptr() for array in (*arrays, codes, errors)]
-        grid = -(-rows // (SEGMENT * THREADS // 32)), 1
+        states = torch.empty(segments, dtype=torch.int32, device=target.device)
+        addresses = [array.data_ptr() for array in (*arrays, codes, errors, states)]
         for column in range(columns + 1):
-            self._launch("search", grid, *addresses, c_int(columns), c_int(rows), c_int(column))
+            sizes = c_int(columns), c_int(rows), c_int(column)
+            if segments > 1 and column < columns:
+                self._launch("meet", (-(-(segments - 1) // (THREADS // 32)), 1), *addresses, *sizes)
+            self._launch("search", (-(-segments // SEARCHED), 1), *addresses, *sizes)
         return codes, errors

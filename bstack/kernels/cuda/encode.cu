@@ -1,78 +1,75 @@
 /* The search of the encoder for trellis5 blocks: csrc/encode.c on a GPU, with its operations in its order and never contracted.
  *
- * A column's rows are cut into segments, and a warp searches each, so codes of two paths meet where segments do. Therefore a search
- * starts MARGIN rows early and looks MARGIN rows ahead; what it finds there is dropped. With one segment the codes are those of the
- * CPU, bit for bit. Columns follow one another, a launch for each, because a search reads errors of its neighbours' rows.
+ * A column's rows are cut into segments, and a warp searches each. Where two meet, their paths must be in one state: the values
+ * of the first rows of a segment depend on the last codes of the one above, and codes of two paths make values that have
+ * nothing to do with the targets. So `meet` searches MARGIN rows to each side of such a place and keeps the state there; `search`
+ * takes each segment from state to state. With one segment the codes are those of the CPU, bit for bit.
+ *
+ * Columns follow one another, launch after launch, because both kernels read errors that other warps made.
  *
  * Of the 256 states a lane has those whose low five bits are its number. They lead to the eight states 4 q + c, q = lane and
  * lane + 32, whose costs go to their lanes through shared memory.
  */
-constexpr int STATES = 256, EARLIER5 = 4, SEGMENT = 128, MARGIN = 32;
+constexpr int STATES = 256, EARLIER5 = 4, SEGMENT = 256, MARGIN = 64, SEARCHED = 2;
 
-/* What is given for a group of columns, as bstack_trellis_encode takes it: contiguous columns, all of `rows` rows. */
+/* What is given for a group of columns, as bstack_trellis_encode takes it: contiguous columns, all of `rows` rows. `state` is that
+ * before the first row of each segment. */
 struct Group {
     const float *target, *original, *feedback, *table, *scale, *weight;
     byte *codes;
     float *errors;
-    int columns, rows;
+    int *state;
+    int columns, rows, column;
 
-    /* Compute the error of a row in a column whose codes are chosen. */
-    __device__ __forceinline__ float error(int column, int row) const {
-        const byte *code = codes + (size_t)column * (EARLIER5 + rows) + row;
-        const int own = __ldg(code + 4) ^ __ldg(code + 2) ^ __ldg(code);
-        const float value = __ldg(table + (__ldg(code + 3) + 4 * own + 16 * __ldg(code + 1)));
-        return __fsub_rn(__ldg(original + (size_t)column * rows + row), __fmul_rn(__ldg(scale + row), value));
+    __device__ __forceinline__ byte *code(int of) const { return codes + (size_t)of * (EARLIER5 + rows); }
+
+    /* Compute the error of a row in the column before, whose codes are chosen. */
+    __device__ __forceinline__ float last_error(int row) const {
+        const byte *from = code(column - 1) + row;
+        const int mixed = __ldg(from + 4) ^ __ldg(from + 2) ^ __ldg(from);
+        const float value = __ldg(table + (__ldg(from + 3) + 4 * mixed + 16 * __ldg(from + 1)));
+        return __fsub_rn(__ldg(original + (size_t)(column - 1) * rows + row), __fmul_rn(__ldg(scale + row), value));
     }
 
-    /* Compute what a row of a column should become, in units of the scale; keep the error before it if it is this warp's to keep. */
-    __device__ __forceinline__ float wanted(int column, int row, bool keeps) const {
-        float x = column < columns ? __ldg(target + (size_t)column * rows + row) : 0.0f;
+    /* Compute what a row should become, in units of its scale; `keeps` the error of the column before it. */
+    __device__ __forceinline__ float wanted(int row, bool keeps) const {
+        float x = __ldg(target + (size_t)column * rows + row);
         for (int k = 0; k < column; k++) {
             float *kept = errors + (size_t)k * rows + row;
-            const bool last = k == column - 1;
-            if (column == columns && !last) continue;
-            const float e = last ? error(k, row) : __ldg(kept);
-            if (last && keeps) *kept = e;
-            if (column < columns) x = __fadd_rn(x, __fmul_rn(__ldg(feedback + (size_t)k * columns + column), e));
+            const float error = k == column - 1 ? last_error(row) : __ldg(kept);
+            if (keeps && k == column - 1) *kept = error;
+            x = __fadd_rn(x, __fmul_rn(__ldg(feedback + (size_t)k * columns + column), error));
         }
         return __fmul_rn(x, __frcp_rn(__ldg(scale + row)));
     }
 };
 
-/* Choose the codes of a column of a group. The errors of the column before it are written, so column number `columns` ends a group. */
-extern "C" __global__ void __launch_bounds__(THREADS)
-    search(const float *target, const float *original, const float *feedback, const float *table, const float *scale,
-           const float *weight, byte *codes, float *errors, int columns, int rows, int column) {
-    __shared__ word16 back[WARPS][SEGMENT + MARGIN][32]; /* the oldest code on the way to each of a lane's states, by row */
-    __shared__ float4 costs[WARPS][2][STATES / 4];
-    const Group group = {target, original, feedback, table, scale, weight, codes, errors, columns, rows};
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int start = (blockIdx.x * WARPS + warp) * SEGMENT, stop = min(start + SEGMENT, rows);
-    if (start >= rows) return;
-    if (column == columns) {
-        for (int row = start + lane; row < stop; row += 32) group.wanted(column, row, true);
-        return;
-    }
-    const int first = start ? start - MARGIN : 0, last = min(stop + MARGIN, rows);
+typedef word16 Back[32];       /* the oldest code on the way to each of a lane's states */
+typedef float4 Costs[STATES / 4]; /* by state */
 
+/* Search rows first to last - 1, from a state or, with -1, from any, to a state or the cheapest. Return the state before row `end`;
+ * `back` holds last - end rows. With `writes` the codes of rows from `end` on are kept, and above the first row those before it. */
+__device__ __forceinline__ int run(const Group &group, int first, int end, int last, int from, int to, bool writes, Back *back,
+                                   Costs *costs) {
+    const int lane = threadIdx.x % 32;
     float value[2][4], before[8]; /* by half of the states and newest code ^ oldest code; by state / 32 */
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int q = lane + 32 * h;
-            value[h][k] = __ldg(table + ((q & 3) + 4 * (k ^ (q >> 2 & 3)) + 16 * (q >> 4)));
+            value[h][k] = __ldg(group.table + ((q & 3) + 4 * (k ^ (q >> 2 & 3)) + 16 * (q >> 4)));
         }
 #pragma unroll
-    for (int k = 0; k < 8; k++) before[k] = 0.0f;
+    for (int k = 0; k < 8; k++) before[k] = from < 0 || from == 32 * k + lane ? 0.0f : __uint_as_float(0x7f800000u);
 
     for (int chunk = first; chunk < last; chunk += 32) {
         const int mine = chunk + lane;
-        const float own_x = mine < last ? group.wanted(column, mine, start <= mine && mine < stop) : 0.0f;
-        const float own_weight = mine < last ? __ldg(weight + mine) : 0.0f;
+        const float own_x = mine < last ? group.wanted(mine, writes) : 0.0f;
+        const float own_weight = mine < last ? __ldg(group.weight + mine) : 0.0f;
         for (int row = chunk; row < min(chunk + 32, last); row++) {
-            const float x = __shfl_sync(~0u, own_x, row - chunk), w = __shfl_sync(~0u, own_weight, row - chunk);
-            float4 *to = costs[warp][row & 1];
+            const float x = __shfl_sync(~0u, own_x, row - chunk), weight = __shfl_sync(~0u, own_weight, row - chunk);
+            float4 *by_four = costs[row & 1];
             word oldest = 0;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -80,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     const float d = __fsub_rn(x, value[h][k]);
-                    cost[k] = __fmul_rn(w, __fmul_rn(d, d));
+                    cost[k] = __fmul_rn(weight, __fmul_rn(d, d));
                 }
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
@@ -95,36 +92,73 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     oldest |= (word)(upper ? 2 + high : low) << 2 * (4 * h + c);
                 }
                 const float4 four = {after[0], after[1], after[2], after[3]};
-                to[lane + 32 * h] = four;
+                by_four[lane + 32 * h] = four;
             }
-            if (row >= start) back[warp][row - start][lane] = (word16)oldest;
+            if (row >= end) back[row - end][lane] = (word16)oldest;
             __syncwarp();
+            const float *by_state = (const float *)by_four;
 #pragma unroll
-            for (int k = 0; k < 8; k++) before[k] = ((const float *)to)[32 * k + lane];
+            for (int k = 0; k < 8; k++) before[k] = by_state[32 * k + lane];
             if (((row - first) & 15) == 15) { /* keep the sums small, so that single precision is fine enough */
-                const float zero = ((const float *)to)[0];
+                const float zero = by_state[0];
 #pragma unroll
                 for (int k = 0; k < 8; k++) before[k] = __fsub_rn(before[k], zero);
             }
         }
     }
 
-    float least = before[0];
-    int state = lane;
+    int state = to;
+    if (to < 0) {
+        float least = before[0];
+        state = lane;
 #pragma unroll
-    for (int k = 1; k < 8; k++)
-        if (before[k] < least) least = before[k], state = 32 * k + lane;
-    for (int step = 16; step; step /= 2) {
-        const float other = __shfl_xor_sync(~0u, least, step);
-        const int its = (int)__shfl_xor_sync(~0u, (float)state, step);
-        if (other < least || (other == least && its < state)) least = other, state = its;
+        for (int k = 1; k < 8; k++)
+            if (before[k] < least) least = before[k], state = 32 * k + lane;
+        for (int step = 16; step; step /= 2) {
+            const float other = __shfl_xor_sync(~0u, least, step);
+            const int its = (int)__shfl_xor_sync(~0u, (float)state, step);
+            if (other < least || (other == least && its < state)) least = other, state = its;
+        }
     }
-    byte *code = codes + (size_t)column * (EARLIER5 + rows) + EARLIER5;
-    for (int row = last - 1; row >= start; row--) {
-        const word oldest = back[warp][row - start][state >> 2 & 31];
-        if (row < stop && lane == 0) code[row] = (byte)(state & 3);
+    byte *code = group.code(group.column) + EARLIER5;
+    for (int row = last - 1; row >= end; row--) {
+        const word oldest = back[row - end][state >> 2 & 31];
+        if (writes && lane == 0) code[row] = (byte)(state & 3);
         state = (state >> 2) + 64 * (int)(oldest >> 2 * (4 * (state >> 7) + (state & 3)) & 3);
     }
-    if (start == 0 && lane == 0)
-        for (int row = -1; row >= -EARLIER5; row--, state >>= 2) code[row] = (byte)(state & 3);
+    if (writes && lane == 0 && end == 0)
+        for (int k = 0; k < EARLIER5; k++) code[-1 - k] = (byte)(state >> 2 * k & 3);
+    return state;
+}
+
+#define GIVEN \
+    const float *target, const float *original, const float *feedback, const float *table, const float *scale, \
+        const float *weight, byte *codes, float *errors, int *state, int columns, int rows, int column
+#define GROUP {target, original, feedback, table, scale, weight, codes, errors, state, columns, rows, column}
+
+/* Choose the state of a column wherever two segments meet. */
+extern "C" __global__ void __launch_bounds__(THREADS) meet(GIVEN) {
+    __shared__ Back back[WARPS][MARGIN];
+    __shared__ Costs costs[WARPS][2];
+    const Group group = GROUP;
+    const int warp = threadIdx.x / 32, segment = blockIdx.x * WARPS + warp + 1, end = segment * SEGMENT;
+    if (end >= rows) return;
+    const int found = run(group, end - MARGIN, end, min(end + MARGIN, rows), -1, -1, false, back[warp], costs[warp]);
+    if (threadIdx.x % 32 == 0) state[segment] = found;
+}
+
+/* Choose the codes of a column. The errors of the column before it are written, so column number `columns` ends a group. */
+extern "C" __global__ void __launch_bounds__(THREADS) search(GIVEN) {
+    __shared__ Back back[SEARCHED][SEGMENT];
+    __shared__ Costs costs[SEARCHED][2];
+    const Group group = GROUP;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.x * SEARCHED + warp;
+    const int start = segment * SEGMENT, stop = min(start + SEGMENT, rows);
+    if (warp >= SEARCHED || start >= rows) return;
+    if (column == columns) {
+        for (int row = start + lane; row < stop; row += 32) errors[(size_t)(column - 1) * rows + row] = group.last_error(row);
+        return;
+    }
+    const int from = start ? __ldg(state + segment) : -1, to = stop < rows ? __ldg(state + segment + 1) : -1;
+    run(group, start, start, stop, from, to, true, back[warp], costs[warp]);
 }

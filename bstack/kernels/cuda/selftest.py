@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bstack.kernels import reference
-from bstack.kernels.cuda import CHUNK, Kernels
+from bstack.kernels.cuda import CHUNK, MARGIN, SEGMENT, Kernels
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.selftest import BLOCKS, ROWS, random_payload
 from bstack.kernels.table import DeviceMatrix, MatrixTable
@@ -37,7 +37,18 @@ def failure(kernels: Kernels, device: torch.device) -> str:
     for columns in (640, 3 * 2 * CHUNK):
         if not rotations_agree(kernels, rng.standard_normal((2, columns)).astype(np.float32), place):
             return "a rotation"
-    return ""
+    return "" if _searches_agree(kernels, rng, place) else "a search"
+
+
+def _searches_agree(kernels: Kernels, rng: np.random.Generator, place: Place) -> bool:
+    """Return whether two columns of two segments get the reference's codes and errors, bit for bit."""
+    rows, columns = SEGMENT + 40, 2
+    target, original, feedback = (rng.standard_normal((columns, length)) for length in (rows, rows, columns))
+    given = [target, original, feedback, np.array(reference.TABLE5), *rng.uniform(0.01, 0.1, (2, rows))]
+    arrays = [array.astype(np.float32) for array in given]
+    found = kernels.encode_columns(*map(place, arrays))
+    expected = reference.encode_columns(*arrays, segment=SEGMENT, margin=MARGIN)
+    return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 
 def rotations_agree(kernels: Kernels, x: np.ndarray, place: Place) -> bool:

@@ -27,6 +27,7 @@ OPTIONS = {
     "tokenizer": "Use --no-tokenizer to leave it out.",
     "engine": "Use --engine transformers.",
     "exact": "Leave --exact out.",
+    "device": "Use --device cpu to compress on the CPU.",
     "kind": "Use --type bf16 or f32.",
     "api_key": "Use --api-key, or the variable BSTACK_API_KEY.",
     "port": "Use --port for another one.",

@@ -42,7 +42,18 @@ def test_every_field_is_tested():
 
 
 OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
-OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed", "tokenizer", "exact", "device"}
+OWN = {
+    "codec",
+    "order",
+    "embeddings",
+    "calibration",
+    "samples",
+    "sequence_length",
+    "seed",
+    "tokenizer",
+    "exact",
+    "device",
+}
 
 
 def made(name, value):

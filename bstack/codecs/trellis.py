@@ -105,7 +105,7 @@ class TrellisCodec(Codec):
             before = sample_errors(form, product) if errors is None else errors
             headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
-            codes, values_product = _encode(product, form.factor, scale, importance)
+            codes, values_product = _encode(product, form.factor, scale, importance, plane)
             values = _values(codes)
             scale = form.refit(values_product, product, values, residual)
             residual -= values.mul_(scale.float()[:, None])
@@ -188,7 +188,7 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
+    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, plane: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose all codes of a block, uint8, shape (4 + m, n); return them with the product of their values with M, shape (n, m).
 
@@ -208,7 +208,8 @@ def _encode(
         stop = min(start + COLUMNS_TOGETHER, n)
         target = torch.addmm(product[start:stop], factor[:start, start:stop].t(), chosen[:start])
         feedback = factor[start:stop, start:stop].contiguous()
-        codes[start:stop], negative = encode_columns(target, nothing[: stop - start], feedback, table, scale, weight)
+        given = target, nothing[: stop - start], feedback, table, scale, weight
+        codes[start:stop], negative = encode_columns(*given, turn=plane)
         chosen[start:stop] = negative
         # What the quantiser left of its target is what the block leaves of P.
         left = target.add_(negative)

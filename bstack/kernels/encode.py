@@ -30,6 +30,7 @@ def encode_columns(
     table: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
+    turn: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the codes of some columns, each of which makes up for part of the errors of those before it.
 
@@ -47,6 +48,8 @@ def encode_columns(
         TABLE5, float32.
     scale, weight : torch.Tensor
         Of each row: its scale, positive, and the weight of the squared error in units of the scale; float32, shape (rows,).
+    turn : int
+        The number of the block: on a GPU segments meet elsewhere in each, since what a meeting costs would add up in its rows.
 
     Returns
     -------
@@ -56,7 +59,7 @@ def encode_columns(
         Float32, shape (columns, rows).
     """
     if target.device.type != "cpu":
-        return _cards[target.device].encode_columns(target, original, feedback, table, scale, weight)
+        return _cards[target.device].encode_columns(target, original, feedback, table, scale, weight, turn=turn)
     arrays = [array.contiguous().numpy() for array in (target, original, feedback, table, scale, weight)]
     native = library()
     if native is None:

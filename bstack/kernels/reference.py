@@ -245,13 +245,14 @@ def encode_columns(
     scale: np.ndarray,
     weight: np.ndarray,
     *,
-    segment: int | None = None,
+    first: int | None = None,
+    segment: int = 0,
     margin: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode some columns of a trellis5 block: a Viterbi search (G. D. Forney, Proc. IEEE 61, 1973) down each column.
 
-    With `segment`, as on a GPU: where so many rows end and the next begin, a search of `margin` rows before and behind chooses
-    the state; then each segment is searched from state to state.
+    With `first`, as on a GPU: rows are cut into segments, the first of so many rows, others of `segment`. Where two meet, a search of
+    `margin` rows to each side chooses the state; then each segment is searched from state to state.
     """
     columns, rows = target.shape
     codes = np.empty((columns, EARLIER5 + rows), np.uint8)
@@ -259,7 +260,7 @@ def encode_columns(
     inverse = np.float32(1) / scale
     for j in range(columns):
         x = target[j] * inverse
-        ends = list(range(segment or rows, rows, segment or rows))
+        ends = [] if first is None else list(range(first, rows, segment))
         states = [_state(x, weight, table, slice(max(end - margin, 0), end + margin), end) for end in ends]
         for start, stop, before, after in zip([0, *ends], [*ends, rows], [None, *states], [*states, None], strict=True):
             found = _search_column(x[start:stop], weight[start:stop], table, before, after)

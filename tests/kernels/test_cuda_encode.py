@@ -29,14 +29,17 @@ def columns_of(rows, columns, seed, spread=1.0):
     return [torch.from_numpy(array.astype(np.float32)) for array in arrays]
 
 
-def encode_segments(given):
+def encode_segments(given, turn=0):
     arrays = [array.numpy().copy() for array in given]
-    return map(torch.from_numpy, reference.encode_columns(*arrays, segment=cuda.SEGMENT, margin=cuda.MARGIN))
+    first = cuda.first_segment(given[0].shape[1], turn)
+    return map(
+        torch.from_numpy, reference.encode_columns(*arrays, first=first, segment=cuda.SEGMENT, margin=cuda.MARGIN)
+    )
 
 
-def found(launcher, given):
+def found(launcher, given, turn=0):
     """Encode with the CUDA kernels, all arrays between fences."""
-    return launcher.kernels.encode_columns(*(launcher.fenced(array.numpy()) for array in given))
+    return launcher.kernels.encode_columns(*(launcher.fenced(array.numpy()) for array in given), turn=turn)
 
 
 def same(one, two):
@@ -48,14 +51,20 @@ def test_one_segment_has_the_bits_of_the_cpu(launcher, rows):
     for columns in (1, 3):
         launcher.backwards = columns == 3
         given = columns_of(rows, columns, rows, spread=(1e-6, 1.0, 1e6)[rows % 3])
-        assert same(found(launcher, given), encode_columns(given[0].clone(), *given[1:])), columns
+        assert same(found(launcher, given, turn=rows % 4), encode_columns(given[0].clone(), *given[1:])), columns
 
 
 @pytest.mark.parametrize("rows", [257, 259, 300, 320, 321, 768, 2 * 256 + 40])
 def test_segments_have_the_bits_of_their_reference(launcher, rows):
     launcher.backwards = bool(rows % 2)
     given = columns_of(rows, 3, rows)
-    assert same(found(launcher, given), encode_segments(given))
+    for turn in (0, rows % 3 + 1):
+        assert same(found(launcher, given, turn), encode_segments(given, turn)), turn
+
+
+def test_segments_meet_elsewhere_in_each_of_four_blocks():
+    assert [cuda.first_segment(1000, turn) for turn in range(5)] == [256, 192, 128, 64, 256]
+    assert [cuda.first_segment(256, turn) for turn in range(5)] == [256] * 5
 
 
 def test_equal_costs_are_decided_as_on_the_cpu(launcher):

@@ -21,7 +21,7 @@ from bstack.kernels.matrix import PLAIN, ROTATED
 from bstack.kernels.reference import EARLIER5
 from bstack.kernels.table import DeviceMatrix
 
-__all__ = ["KERNELS", "THREADS", "Kernels", "source"]
+__all__ = ["KERNELS", "MARGIN", "SEGMENT", "THREADS", "Kernels", "first_segment", "source"]
 
 SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "encode.cu")
 KERNELS = (
@@ -50,6 +50,11 @@ def source() -> str:
     """Return the kernels as one program."""
     folder = Path(__file__).parent
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+
+
+def first_segment(rows: int, turn: int) -> int:
+    """Return the rows of the first segment of a search: all, or as many as move the places where segments meet at each turn."""
+    return rows if rows <= SEGMENT else SEGMENT - turn * MARGIN % SEGMENT
 
 
 class Kernels:
@@ -172,18 +177,19 @@ class Kernels:
         return out.to(dtype)
 
     def encode_columns(
-        self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor
+        self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor, turn: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`. `target` stays as it is."""
         columns, rows = target.shape
-        segments = -(-rows // SEGMENT)
+        first = first_segment(rows, turn)
+        segments = 1 + -(-(rows - first) // SEGMENT)
         arrays = [array.float().contiguous() for array in (target, original, *given)]
         codes = torch.empty(columns, EARLIER5 + rows, dtype=torch.uint8, device=target.device)
         errors = torch.empty(columns, rows, device=target.device)
         states = torch.empty(segments, dtype=torch.int32, device=target.device)
         addresses = [array.data_ptr() for array in (*arrays, codes, errors, states)]
         for column in range(columns + 1):
-            sizes = c_int(columns), c_int(rows), c_int(column)
+            sizes = c_int(columns), c_int(rows), c_int(column), c_int(first)
             if segments > 1 and column < columns:
                 self._launch("meet", (-(-(segments - 1) // (THREADS // 32)), 1), *addresses, *sizes)
             self._launch("search", (-(-segments // SEARCHED), 1), *addresses, *sizes)

@@ -19,7 +19,9 @@ struct Group {
     byte *codes;
     float *errors;
     int *state;
-    int columns, rows, column;
+    int columns, rows, column, first; /* first: rows of the first segment, where there are several */
+
+    __device__ __forceinline__ int start(int segment) const { return segment ? first + (segment - 1) * SEGMENT : 0; }
 
     __device__ __forceinline__ byte *code(int of) const { return codes + (size_t)of * (EARLIER5 + rows); }
 
@@ -133,17 +135,18 @@ __device__ __forceinline__ int run(const Group &group, int first, int end, int l
 
 #define GIVEN \
     const float *target, const float *original, const float *feedback, const float *table, const float *scale, \
-        const float *weight, byte *codes, float *errors, int *state, int columns, int rows, int column
-#define GROUP {target, original, feedback, table, scale, weight, codes, errors, state, columns, rows, column}
+        const float *weight, byte *codes, float *errors, int *state, int columns, int rows, int column, int first
+#define GROUP {target, original, feedback, table, scale, weight, codes, errors, state, columns, rows, column, first}
 
 /* Choose the state of a column wherever two segments meet. */
 extern "C" __global__ void __launch_bounds__(THREADS) meet(GIVEN) {
     __shared__ Back back[WARPS][MARGIN];
     __shared__ Costs costs[WARPS][2];
     const Group group = GROUP;
-    const int warp = threadIdx.x / 32, segment = blockIdx.x * WARPS + warp + 1, end = segment * SEGMENT;
+    const int warp = threadIdx.x / 32, segment = blockIdx.x * WARPS + warp + 1, end = group.start(segment);
     if (end >= rows) return;
-    const int found = run(group, end - MARGIN, end, min(end + MARGIN, rows), -1, -1, false, back[warp], costs[warp]);
+    const int from = end < MARGIN ? 0 : end - MARGIN, to = min(end + MARGIN, rows);
+    const int found = run(group, from, end, to, -1, -1, false, back[warp], costs[warp]);
     if (threadIdx.x % 32 == 0) state[segment] = found;
 }
 
@@ -153,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) search(GIVEN) {
     __shared__ Costs costs[SEARCHED][2];
     const Group group = GROUP;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.x * SEARCHED + warp;
-    const int start = segment * SEGMENT, stop = min(start + SEGMENT, rows);
+    const int start = group.start(segment), stop = min(group.start(segment + 1), rows);
     if (warp >= SEARCHED || start >= rows) return;
     if (column == columns) {
         for (int row = start + lane; row < stop; row += 32) errors[(size_t)(column - 1) * rows + row] = group.last_error(row);

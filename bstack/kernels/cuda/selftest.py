@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bstack.kernels import reference
-from bstack.kernels.cuda import CHUNK, MARGIN, SEGMENT, Kernels
+from bstack.kernels.cuda import CHUNK, MARGIN, SEGMENT, Kernels, first_segment
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.selftest import BLOCKS, ROWS, random_payload
 from bstack.kernels.table import DeviceMatrix, MatrixTable
@@ -46,8 +46,8 @@ def _searches_agree(kernels: Kernels, rng: np.random.Generator, place: Place) ->
     target, original, feedback = (rng.standard_normal((columns, length)) for length in (rows, rows, columns))
     given = [target, original, feedback, np.array(reference.TABLE5), *rng.uniform(0.01, 0.1, (2, rows))]
     arrays = [array.astype(np.float32) for array in given]
-    found = kernels.encode_columns(*map(place, arrays))
-    expected = reference.encode_columns(*arrays, segment=SEGMENT, margin=MARGIN)
+    found = kernels.encode_columns(*map(place, arrays), turn=1)
+    expected = reference.encode_columns(*arrays, first=first_segment(rows, 1), segment=SEGMENT, margin=MARGIN)
     return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 

@@ -125,7 +125,8 @@ def compress(
     from bstack.compression.stages import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
-    with Cluster(dask) if dask else Card(settings.device) if settings.device != "cpu" else Threads() as workers:
+    on_card = settings.device != "cpu"
+    with Card(settings.device) if on_card else Threads() if dask is None else Cluster(dask) as workers:
         result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code, on_plan)
     try:
         _check_output(output, overwrite)  # another run may have written it in the meantime

@@ -40,7 +40,7 @@ KERNELS = (
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
 # Of the search: rows of a segment, rows to each side of where two meet, and segments of a thread block.
-SEGMENT, MARGIN, SEARCHED = 256, 64, 2
+SEGMENT, MARGIN, SEARCHED = 256, 96, 2
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Thread blocks of a launch, for each multiprocessor: each fills its table once and then takes strip after strip of rows.
 RESIDENT = 8
@@ -54,7 +54,7 @@ def source() -> str:
 
 def first_segment(rows: int, turn: int) -> int:
     """Return the rows of the first segment of a search: all, or as many as move the places where segments meet at each turn."""
-    return rows if rows <= SEGMENT else SEGMENT - turn * MARGIN % SEGMENT
+    return rows if rows <= SEGMENT else SEGMENT - turn * SEGMENT // 4 % SEGMENT
 
 
 class Kernels:

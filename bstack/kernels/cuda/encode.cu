@@ -10,7 +10,7 @@
  * Of the 256 states a lane has those whose low five bits are its number. They lead to the eight states 4 q + c, q = lane and
  * lane + 32, whose costs go to their lanes through shared memory.
  */
-constexpr int STATES = 256, EARLIER5 = 4, SEGMENT = 256, MARGIN = 64, SEARCHED = 2;
+constexpr int STATES = 256, EARLIER5 = 4, SEGMENT = 256, MARGIN = 96, SEARCHED = 2;
 
 /* What is given for a group of columns, as bstack_trellis_encode takes it: contiguous columns, all of `rows` rows. `state` is that
  * before the first row of each segment. */

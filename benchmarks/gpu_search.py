@@ -46,7 +46,14 @@ def main() -> None:
     for rows in (arguments.rows, 64 * arguments.rows):
         target = torch.randn(COLUMNS_TOGETHER, rows).to(device)
         feedback = (0.1 * torch.randn(COLUMNS_TOGETHER, COLUMNS_TOGETHER)).to(device)
-        given = target, target, feedback, target.new_tensor(TABLE5), target.new_full((rows,), 0.023), target.new_ones(rows)
+        given = (
+            target,
+            target,
+            feedback,
+            target.new_tensor(TABLE5),
+            target.new_full((rows,), 0.023),
+            target.new_ones(rows),
+        )
         taken = fastest(lambda given=given: encode_columns(given[0].clone(), *given[1:]), device, arguments.seconds)
         print(f"{name}: search, {rows} rows: {target.numel() / taken / 1e9:.3f} G weights/s")
     inputs = torch.randn(4 * arguments.columns, arguments.columns).to(device)

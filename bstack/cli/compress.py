@@ -212,14 +212,16 @@ def _check_preset(preset: str, codec: object) -> None:
 
 
 def _plan_text(plan: Plan) -> str:
-    card = ""
-    if plan.card_bytes is not None and plan.card_free_bytes is not None:
-        card = f" On the GPU: about {megabytes(plan.card_bytes)}; {megabytes(plan.card_free_bytes)} are free."
     text = f"Needs about {megabytes(plan.memory_bytes)} of memory at its peak"
     if plan.free_bytes is None:
-        return f"{text}.{card}"
-    text = f"{text}; {megabytes(plan.free_bytes)} are free.{card}"
-    return text if plan.memory_bytes <= plan.free_bytes else f"Warning: {text} The system may end the command."
+        text = f"{text}."
+    else:
+        text = f"{text}; {megabytes(plan.free_bytes)} are free."
+        if plan.memory_bytes > plan.free_bytes:
+            text = f"Warning: {text} The system may end the command."
+    if plan.card_bytes is not None and plan.card_free_bytes is not None:
+        text += f" Of the GPU's memory: about {megabytes(plan.card_bytes)}; {megabytes(plan.card_free_bytes)} are free."
+    return text
 
 
 def _progress(quiet: bool) -> Callable[[str, int], Any]:

@@ -9,6 +9,7 @@ from pretend_card import card_there
 
 import bstack
 import bstk
+from bstack.cli import main
 from bstack.compression import card, stages
 from bstack.compression.plan import plan
 from bstack.models.open import open_checkpoint
@@ -154,6 +155,23 @@ def test_no_card(model, tmp_path, monkeypatch, changes, words):
     with pytest.raises(bstk.BstkError, match=words):
         bstack.compress(model, tmp_path / "out.bstk", settings=ON_CARD.with_changes(device="cuda:3"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(model, tmp_path, monkeypatch, capsys):
+    def run(*options):
+        with pytest.raises(SystemExit) as caught:
+            main.main(["compress", str(model), "-o", str(tmp_path / "out.bstk"), *options])
+        return caught.value.code, capsys.readouterr().err
+
+    code, said = run("--device", "gpu")
+    assert code == 2 and "device is 'gpu'; allowed are cpu, cuda and cuda:N" in said
+    monkeypatch.setattr(torch.version, "cuda", None)
+    code, said = run("--device", "cuda")
+    assert code == 1 and said.rstrip().endswith("Use --device cpu to compress on the CPU.")
+    with card_there(monkeypatch):
+        options = ("--planes", "1", "--samples", "2", "--sequence-length", "16", "--device", "cuda")
+        code, said = run(*options)
+    assert code == 0 and "Of the GPU's memory: about" in said
 
 
 def test_no_compiler(model, tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ def quality(path):
         return [point["kld"] for point in file.metadata["quality"]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path, monkeypatch):
     bstack.compress(model, tmp_path / "cpu.bstk", settings=bstack.Settings(**QUICK))

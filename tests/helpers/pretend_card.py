@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from bstack.calibration import stream
 from bstack.compression import card
 from bstack.kernels import encode
+from bstack.models import skeleton
 
 CARD = torch.device("cuda", 0)
 # Operations that take tensors of both places.
@@ -150,6 +151,7 @@ def card_there(monkeypatch, kernels=None, free=24 * 2**30):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(card, "_kernels", lambda index: kernels)
+    monkeypatch.setattr(skeleton, "PIECE_BYTES", 2**14)  # so that weights come in several
     monkeypatch.setattr(encode, "_cards", {})
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())

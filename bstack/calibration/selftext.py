@@ -17,7 +17,7 @@ from bstack.models.plain import endless
 from bstack.models.skeleton import Skeleton, zeros_for_weights
 from bstk.errors import ResourceError
 
-__all__ = ["draw", "rehearse_writing", "token_steps", "write_windows", "writing_bytes"]
+__all__ = ["draw", "number_of", "rehearse_writing", "token_steps", "write_windows", "writing_bytes"]
 
 # A window is made of texts of at most so many tokens: short ones side by side are written faster than long ones.
 TEXT_LENGTH = 128
@@ -92,15 +92,18 @@ def writing_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     texts = min(texts, TOGETHER)
     config = skeleton.model.config.get_text_config()
     width = skeleton.parameter(skeleton.input_name).shape[1]
-
-    def setting(name: str) -> Any:  # getattr raises for what the layers may have of their own
-        return vars(config)[name] if name in vars(config) else getattr(config, name, None)
-
-    heads = setting("num_attention_heads") or 1
-    keys = (setting("num_key_value_heads") or heads) * (setting("head_dim") or width // heads)
+    heads = number_of(config, "num_attention_heads") or 1
+    keys = (number_of(config, "num_key_value_heads") or heads) * (number_of(config, "head_dim") or width // heads)
     kept = sum(p.numel() for p in skeleton.model.parameters()) + 2 * texts * text_length * keys * len(skeleton.layers)
     itemsize = 2 if _multiplies_bfloat16(skeleton.device) else 4
     return itemsize * kept + 4 * _PROBABILITIES * texts * config.vocab_size
+
+
+def number_of(config: Any, name: str) -> int | None:
+    """Return a number of a configuration, if it has one."""
+    # getattr raises for what the layers may have of their own
+    found = vars(config)[name] if name in vars(config) else getattr(config, name, None)
+    return found if isinstance(found, int) else None
 
 
 def token_steps(samples: int, length: int) -> int:

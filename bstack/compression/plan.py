@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from bstack.calibration.head import LOGITS_TOGETHER
-from bstack.calibration.selftext import writing_bytes
+from bstack.calibration.selftext import number_of, writing_bytes
 from bstack.calibration.stream import TOKENS_TOGETHER
 from bstack.calibration.texts import SELF
 from bstack.compression.encode import WIDE, Workers
@@ -105,7 +105,7 @@ def _on_card(skeleton: Skeleton, sizes: _Sizes, settings: Settings) -> int:
     )
     copies = HESSIANS if sizes.inputs > WIDE else CARD_HESSIANS
     matrix = FLOAT * (copies * sizes.inputs**2 + CARD_MATRICES * sizes.matrix)
-    heads = getattr(skeleton.model.config.get_text_config(), "num_attention_heads", None) or 1
+    heads = number_of(skeleton.model.config.get_text_config(), "num_attention_heads") or 1
     together = max(SENSITIVITY_TOKENS, length)
     backward = FLOAT * together * (GRADIENTS * sizes.widest + ACTIVATIONS * heads * length)
     stages = [

@@ -1,5 +1,6 @@
 """Compressing on a GPU, on a pretended card: nothing crosses to the CPU unasked, and what is missing is said in words."""
 
+import architectures
 import cuda_on_cpu
 import pretend_card
 import pytest
@@ -210,6 +211,13 @@ def large(tmp_path_factory):
     checkpoint.config.head_dim = 128
     checkpoint.bind = lambda model: None
     return Skeleton(checkpoint)
+
+
+def test_a_model_whose_layers_have_settings_of_their_own(tmp_path, monkeypatch):
+    architectures.make(architectures.tiny_config("gemma4_text")).save_pretrained(tmp_path)
+    with card_there(monkeypatch):
+        found = plan(Skeleton(open_checkpoint(tmp_path)), ON_CARD, card.Card("cuda"))
+    assert 0 < found.card_bytes <= found.card_free_bytes
 
 
 @pytest.mark.parametrize(

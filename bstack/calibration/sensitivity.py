@@ -31,7 +31,10 @@ from bstack.models.names import MatrixName
 from bstack.models.skeleton import Skeleton, layer_parameters
 from bstk.errors import os_errors
 
-__all__ = ["Sensitivity", "output_sensitivity"]
+__all__ = ["BACKWARD_TOKENS", "Sensitivity", "output_sensitivity"]
+
+# Tokens that go backwards together.
+BACKWARD_TOKENS = 1024
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,14 @@ def _device(name: str) -> torch.device:
         )
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
+        reason = ""
+        if not count:
+            try:
+                torch.cuda.init()
+            except Exception as error:  # says whether there is no driver, or an old one
+                reason = f" ({one_line(error)})"
         raise BstkError(
-            f"device is {name}, but torch finds {count or 'no'} NVIDIA GPU{'s' * (count != 1)} here.",
+            f"device is {name}, but torch finds {count or 'no'} NVIDIA GPU{'s' * (count != 1)} here{reason}.",
             hint="nvidia-smi shows what the driver finds.",
             option="device",
         )

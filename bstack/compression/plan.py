@@ -8,6 +8,7 @@ import torch
 
 from bstack.calibration.head import LOGITS_TOGETHER
 from bstack.calibration.selftext import number_of, writing_bytes
+from bstack.calibration.sensitivity import BACKWARD_TOKENS
 from bstack.calibration.stream import TOKENS_TOGETHER
 from bstack.calibration.texts import SELF
 from bstack.compression.encode import WIDE, Workers
@@ -30,7 +31,6 @@ CARD_HESSIANS, CARD_MATRICES, GRADIENTS = 5, 8, 16
 HEAPS = 700 * 2**20
 # Of a GPU's memory: the rest is lost between blocks of different sizes.
 USABLE = 0.95
-SENSITIVITY_TOKENS = 1024  # that go backwards together
 
 
 def plan(skeleton: Skeleton, settings: Settings, workers: Workers) -> Plan:
@@ -106,7 +106,7 @@ def _on_card(skeleton: Skeleton, sizes: _Sizes, settings: Settings) -> int:
     copies = HESSIANS if sizes.inputs > WIDE else CARD_HESSIANS
     matrix = FLOAT * (copies * sizes.inputs**2 + CARD_MATRICES * sizes.matrix)
     heads = number_of(skeleton.model.config.get_text_config(), "num_attention_heads") or 1
-    together = max(SENSITIVITY_TOKENS, length)
+    together = max(BACKWARD_TOKENS, length)
     backward = FLOAT * together * (GRADIENTS * sizes.widest + ACTIVATIONS * heads * length)
     stages = [
         sizes.rest + states + sizes.layer + hessians + max(sizes.running(tokens), matrix),

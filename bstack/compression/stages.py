@@ -15,7 +15,7 @@ import torch
 import bstk
 from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
-from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.sensitivity import BACKWARD_TOKENS, Sensitivity, output_sensitivity
 from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
@@ -244,7 +244,7 @@ def _sensitivity(
 ) -> Sensitivity:
     # Half of the windows: weights gather on few tokens, and a hessian of weighted tokens alone says too little.
     count = max(1, min(windows.shape[0] // 2, SENSITIVITY_TOKENS // windows.shape[1]))
-    together = max(1, 1024 // windows.shape[1])
+    together = max(1, BACKWARD_TOKENS // windows.shape[1])
 
     def compute() -> dict[str, torch.Tensor]:
         with progress("sensitivity", 2 * len(skeleton.layers)) as step:

@@ -146,7 +146,10 @@ def test_errors_of_other_kinds_stay_as_they_are(monkeypatch):
     ("changes", "words"),
     [
         ({"cuda": None}, "is built without CUDA"),
-        ({"device_count": 0}, "torch finds no NVIDIA GPUs here"),
+        (
+            {"device_count": 0, "init": "The NVIDIA driver is too old"},
+            r"no NVIDIA GPUs here \(The NVIDIA driver is too old\)",
+        ),
         ({"device_count": 1}, "torch finds 1 NVIDIA GPU here"),
         ({"device_count": 4}, "torch cannot use cuda:3 here: .*CUDA"),
     ],
@@ -154,6 +157,11 @@ def test_errors_of_other_kinds_stay_as_they_are(monkeypatch):
 def test_no_card(model, tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr(torch.version, "cuda", changes.get("cuda", "13.0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: changes.get("device_count"))
+
+    def init():
+        raise RuntimeError(changes["init"])
+
+    monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(bstk.BstkError, match=words):
         bstack.compress(model, tmp_path / "out.bstk", settings=ON_CARD.with_changes(device="cuda:3"))
     assert not list(tmp_path.iterdir())

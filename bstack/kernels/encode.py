@@ -40,8 +40,8 @@ def encode_columns(
     Parameters
     ----------
     target, original : torch.Tensor
-        What the columns should become, and what errors are measured against; float32, shape (columns, rows), contiguous. On the
-        CPU `target` is overwritten.
+        What the columns should become, and what errors are measured against; float32, shape (columns, rows), contiguous.
+        `target` gets the feedback of the columns before each.
     feedback : torch.Tensor
         Entry [j, t] is the part of column j's error that is added to the target of column t > j; float32, (columns, columns).
     table : torch.Tensor

@@ -11,6 +11,7 @@ from pretend_card import card_there
 import bstack
 import bstk
 from bstack.cli import main
+from bstack.codecs.trellis import TrellisCodec
 from bstack.compression import card, stages
 from bstack.compression.plan import plan
 from bstack.models.open import open_checkpoint
@@ -50,6 +51,23 @@ def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path,
     assert 0 < plans[0].card_bytes <= plans[0].card_free_bytes == 24 * 2**30
     with bstk.open(tmp_path / "one.bstk") as file:
         assert file.metadata["settings"]["device"] == "cuda (Pretended)"
+
+
+@pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
+def test_matrices_of_one_segment_have_the_blocks_of_the_cpu(monkeypatch):
+    """Byte for byte, since the pretended card adds as the CPU: groups of columns, feedback, refits, errors."""
+    generator = torch.Generator().manual_seed(0)
+    for m, n in ((33, 70), (7, 5)):
+        x = torch.randn(300, n, generator=generator) * torch.rand(n, generator=generator)
+        task = torch.randn(m, n, generator=generator), x.t() @ x, 300, torch.rand(m, generator=generator)
+        expected = list(TrellisCodec(3).encode(*task))
+        with card_there(monkeypatch, cuda_on_cpu.launcher().kernels):
+            workers = card.Card("cuda")
+            on_card = [one.to(workers.device) if isinstance(one, torch.Tensor) else one for one in task]
+            found = list(TrellisCodec(3).encode(*on_card))
+        assert [block.payload for block in found] == [block.payload for block in expected]
+        for one, two in zip(found, expected, strict=True):
+            assert torch.equal(one.row_errors.cpu(), two.row_errors)
 
 
 @pytest.mark.parametrize("changes", [{"order": "paper"}, {"exact": True}, {"embeddings": "dense"}], ids=str)

@@ -29,17 +29,24 @@ def columns_of(rows, columns, seed, spread=1.0):
     return [torch.from_numpy(array.astype(np.float32)) for array in arrays]
 
 
+def encode_whole(given):
+    """Return codes, errors and targets of the CPU's encoder."""
+    target = given[0].clone()
+    return *encode_columns(target, *given[1:]), target
+
+
 def encode_segments(given, turn=0):
+    """Return those of the reference of a search in segments."""
     arrays = [array.numpy().copy() for array in given]
     first = cuda.first_segment(given[0].shape[1], turn)
-    return map(
-        torch.from_numpy, reference.encode_columns(*arrays, first=first, segment=cuda.SEGMENT, margin=cuda.MARGIN)
-    )
+    found = reference.encode_columns(*arrays, first=first, segment=cuda.SEGMENT, margin=cuda.MARGIN)
+    return tuple(map(torch.from_numpy, (*found, arrays[0])))
 
 
 def found(launcher, given, turn=0):
-    """Encode with the CUDA kernels, all arrays between fences."""
-    return launcher.kernels.encode_columns(*(launcher.fenced(array.numpy()) for array in given), turn=turn)
+    """Return those of the CUDA kernels, all arrays between fences."""
+    arrays = [launcher.fenced(array.numpy()) for array in given]
+    return *launcher.kernels.encode_columns(*arrays, turn=turn), arrays[0]
 
 
 def same(one, two):
@@ -51,7 +58,7 @@ def test_one_segment_has_the_bits_of_the_cpu(launcher, rows):
     for columns in (1, 3):
         launcher.backwards = columns == 3
         given = columns_of(rows, columns, rows, spread=(1e-6, 1.0, 1e6)[rows % 3])
-        assert same(found(launcher, given, turn=rows % 4), encode_columns(given[0].clone(), *given[1:])), columns
+        assert same(found(launcher, given, turn=rows % 4), encode_whole(given)), columns
 
 
 @pytest.mark.parametrize("rows", [257, 259, 300, 320, 321, 768, 2 * 256 + 40])
@@ -76,7 +83,7 @@ def test_equal_costs_are_decided_as_on_the_cpu(launcher):
     given[4][:] = 1
     given[5][:] = 0
     given[5][::7] = 1
-    assert same(found(launcher, given), encode_columns(given[0].clone(), *given[1:]))
+    assert same(found(launcher, given), encode_whole(given))
 
 
 def test_segments_cost_little():
@@ -86,8 +93,7 @@ def test_segments_cost_little():
     x = torch.from_numpy(rng.standard_normal((columns, rows)).astype(np.float32))
     table, scale = torch.tensor(TABLE5, dtype=torch.float32), torch.full((rows,), 0.0229)
     given = [x, x, torch.zeros(columns, columns), table, scale, torch.ones(rows)]
-    _, cut = encode_segments(given)
-    _, whole = encode_columns(x.clone(), *given[1:])
+    cut, whole = encode_segments(given)[1], encode_whole(given)[1]
     assert 1 <= float(cut.square().mean() / whole.square().mean()) < 1.01
 
 
@@ -96,6 +102,7 @@ MUTANTS = {
     "no barrier": ("            __syncwarp();\n", ""),
     "segments from any state": ("const int from = start ? __ldg(state + segment) : -1", "const int from = -1"),
     "segments to any state": ("to = stop < rows ? __ldg(state + segment + 1) : -1", "to = -1"),
+    "targets without feedback": ("        if (keeps) *own = x;\n", ""),
     "the last of equal costs": ("other == least && its < state", "other == least && its > state"),
     "errors of the column before are not there yet": ("k == column - 1 ? last_error(row) : __ldg(kept)", "__ldg(kept)"),
 }

@@ -179,11 +179,11 @@ class Kernels:
     def encode_columns(
         self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor, turn: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`. `target` stays as it is."""
+        """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`."""
         columns, rows = target.shape
         first = first_segment(rows, turn)
         segments = 1 + -(-(rows - first) // SEGMENT)
-        arrays = [array.float().contiguous() for array in (target, original, *given)]
+        arrays = [target, *(array.contiguous() for array in (original, *given))]
         codes = torch.empty(columns, EARLIER5 + rows, dtype=torch.uint8, device=target.device)
         errors = torch.empty(columns, rows, device=target.device)
         states = torch.empty(segments, dtype=torch.int32, device=target.device)

@@ -12,10 +12,11 @@
  */
 constexpr int STATES = 256, EARLIER5 = 4, SEGMENT = 256, MARGIN = 96, SEARCHED = 2;
 
-/* What is given for a group of columns, as bstack_trellis_encode takes it: contiguous columns, all of `rows` rows. `state` is that
- * before the first row of each segment. */
+/* What is given for a group of columns, as bstack_trellis_encode takes it: contiguous columns, all of `rows` rows. Targets get the
+ * feedback of the columns before them. `state` is that before the first row of each segment. */
 struct Group {
-    const float *target, *original, *feedback, *table, *scale, *weight;
+    float *target;
+    const float *original, *feedback, *table, *scale, *weight;
     byte *codes;
     float *errors;
     int *state;
@@ -33,15 +34,16 @@ struct Group {
         return __fsub_rn(__ldg(original + (size_t)(column - 1) * rows + row), __fmul_rn(__ldg(scale + row), value));
     }
 
-    /* Compute what a row should become, in units of its scale; `keeps` the error of the column before it. */
+    /* Compute what a row should become, in units of its scale; `keeps` that in its own, and the error of the column before it. */
     __device__ __forceinline__ float wanted(int row, bool keeps) const {
-        float x = __ldg(target + (size_t)column * rows + row);
+        float *own = target + (size_t)column * rows + row, x = *own;
         for (int k = 0; k < column; k++) {
             float *kept = errors + (size_t)k * rows + row;
             const float error = k == column - 1 ? last_error(row) : __ldg(kept);
             if (keeps && k == column - 1) *kept = error;
             x = __fadd_rn(x, __fmul_rn(__ldg(feedback + (size_t)k * columns + column), error));
         }
+        if (keeps) *own = x;
         return __fmul_rn(x, __frcp_rn(__ldg(scale + row)));
     }
 };
@@ -134,7 +136,7 @@ __device__ __forceinline__ int run(const Group &group, int first, int end, int l
 }
 
 #define GIVEN \
-    const float *target, const float *original, const float *feedback, const float *table, const float *scale, \
+    float *target, const float *original, const float *feedback, const float *table, const float *scale, \
         const float *weight, byte *codes, float *errors, int *state, int columns, int rows, int column, int first
 #define GROUP {target, original, feedback, table, scale, weight, codes, errors, state, columns, rows, column, first}
 

@@ -41,13 +41,15 @@ def failure(kernels: Kernels, device: torch.device) -> str:
 
 
 def _searches_agree(kernels: Kernels, rng: np.random.Generator, place: Place) -> bool:
-    """Return whether two columns of two segments get the reference's codes and errors, bit for bit."""
+    """Return whether two columns of two segments get the reference's codes, errors and feedback, bit for bit."""
     rows, columns = SEGMENT + 40, 2
     target, original, feedback = (rng.standard_normal((columns, length)) for length in (rows, rows, columns))
     given = [target, original, feedback, np.array(reference.TABLE5), *rng.uniform(0.01, 0.1, (2, rows))]
     arrays = [array.astype(np.float32) for array in given]
-    found = kernels.encode_columns(*map(place, arrays), turn=1)
-    expected = reference.encode_columns(*arrays, first=first_segment(rows, 1), segment=SEGMENT, margin=MARGIN)
+    placed = [place(array) for array in arrays]
+    found = *kernels.encode_columns(*placed, turn=1), placed[0]
+    codes, errors = reference.encode_columns(*arrays, first=first_segment(rows, 1), segment=SEGMENT, margin=MARGIN)
+    expected = codes, errors, arrays[0]
     return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 

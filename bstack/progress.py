@@ -15,10 +15,12 @@ ByteProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]
 
 
 class Plan(NamedTuple):
-    """What a compression will take: about so many bytes of memory at its peak, of those that the system has free."""
+    """What a compression will take: about so many bytes of memory at its peak, of those that the system has free; of a GPU's, too."""
 
     memory_bytes: int
     free_bytes: int | None  # with what this process holds already; None where the system does not say
+    card_bytes: int | None = None  # None without a GPU
+    card_free_bytes: int | None = None
 
 
 @contextmanager

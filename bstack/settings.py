@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -12,6 +13,7 @@ from bstk.errors import UsageError
 __all__ = ["PRESETS", "Settings"]
 
 ORDERS = ("gain", "paper")
+DEVICES = "cpu, cuda and cuda:N"
 EMBEDDINGS = ("stack", "dense")
 
 
@@ -47,6 +49,9 @@ class Settings:
         Whether the file carries the tokenizer. Without one it takes token ids alone.
     exact : bool
         Whether the complete file restores the original's weight files bit for bit.
+    device : str
+        Where the work is done: ``cpu``, or an NVIDIA GPU, ``cuda`` or ``cuda:N``. A file made on a GPU is as good as the CPU's, but
+        another one; the same GPU makes the same file again.
 
     Raises
     ------
@@ -69,16 +74,19 @@ class Settings:
     seed: int = 0
     tokenizer: bool = True
     exact: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, os.PathLike):
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
-        for name in ("codec", "calibration"):
+        for name in ("codec", "calibration", "device"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed is a text.")
         for name, allowed in (("order", ORDERS), ("embeddings", EMBEDDINGS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", self.device):
+            raise UsageError(f"device is {self.device!r}; allowed are {DEVICES}.")
         for name in ("tokenizer", "exact"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are True and False.")

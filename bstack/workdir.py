@@ -187,7 +187,7 @@ class WorkDirectory:
 
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
-            _write_whole(file, safetensors.torch.save({k: t.contiguous() for k, t in compute().items()}))
+            _write_whole(file, safetensors.torch.save({k: t.cpu().contiguous() for k, t in compute().items()}))
         with _kept(file, file):
             return safetensors.torch.load(file.read_bytes())
 

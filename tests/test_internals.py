@@ -71,6 +71,7 @@ PUBLIC = {
     "huggingface_hub.utils",
     "safetensors.torch",
     "torch.nn",
+    "torch.nn.attention",
     "torch.overrides",
     "transformers.utils.logging",
 }

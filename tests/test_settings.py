@@ -33,6 +33,7 @@ VALUES = {
     "seed": ([0, 2**63 - 1], [*WHOLE, None]),
     "tokenizer": ([True, False], [None, 0, "no"]),
     "exact": ([True, False], [None, 1, "yes"]),
+    "device": (["cpu", "cuda", "cuda:1"], [*TEXT, "gpu", "CUDA", "cuda:", "cuda:-1", "mps"]),
 }
 
 
@@ -41,7 +42,18 @@ def test_every_field_is_tested():
 
 
 OWNERS = {"rank": "sign", "bits": "spqr", "group": "spqr", "outliers": "spqr", "bpw": "spqr"}
-OWN = {"codec", "order", "embeddings", "calibration", "samples", "sequence_length", "seed", "tokenizer", "exact"}
+OWN = {
+    "codec",
+    "order",
+    "embeddings",
+    "calibration",
+    "samples",
+    "sequence_length",
+    "seed",
+    "tokenizer",
+    "exact",
+    "device",
+}
 
 
 def made(name, value):

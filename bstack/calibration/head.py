@@ -68,7 +68,7 @@ class Head:
             output["last_hidden_state"] = hidden[None]
         self._body.forward = lambda *_, **__: output
         try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64)
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
             return self._model(input_ids=ids, use_cache=False).logits[0].float()
         finally:
             self._body.__dict__.pop("forward", None)

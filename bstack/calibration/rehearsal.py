@@ -41,7 +41,7 @@ def rehearse(skeleton: Skeleton, *, writes_text: bool) -> None:
         The model cannot be run layer by layer.
     """
     vocabulary = skeleton.model.config.get_text_config().vocab_size
-    batches = [(torch.arange(SEQUENCES * LENGTH) % vocabulary).view(SEQUENCES, LENGTH)]
+    batches = [(torch.arange(SEQUENCES * LENGTH, device=skeleton.device) % vocabulary).view(SEQUENCES, LENGTH)]
     what = f"{skeleton.checkpoint.name} ({type(skeleton.model).__name__})"
     with zeros_for_weights(skeleton), tempfile.TemporaryDirectory(prefix="bstack-") as scratch:
         if writes_text:

@@ -17,13 +17,15 @@ from bstack.models.plain import endless
 from bstack.models.skeleton import Skeleton, zeros_for_weights
 from bstk.errors import ResourceError
 
-__all__ = ["draw", "rehearse_writing", "token_steps", "write_windows", "writing_bytes"]
+__all__ = ["draw", "number_of", "rehearse_writing", "token_steps", "write_windows", "writing_bytes"]
 
 # A window is made of texts of at most so many tokens: short ones side by side are written faster than long ones.
 TEXT_LENGTH = 128
 # Texts that are written side by side: enough to use the matrix units, few enough for the cache of keys; and the
 # texts of the default number of windows fit in one group.
 TOGETHER = 136
+# Of a probability of 1, where sums are made in whole numbers.
+UNITS = 2.0**40
 # Windows and tokens of a trial: several texts, and a token from a cache that holds some.
 _TRIAL = (2, 4)
 # Arrays of one value for each text and word that exist at the same time.
@@ -81,7 +83,7 @@ def _write(
             _write_group(skeleton, min(TOGETHER, texts - start), text_length, generator, progress)
             for start in range(0, texts, TOGETHER)
         ]
-    return torch.cat(groups).reshape(samples, -1)[:, :length].contiguous()
+    return torch.cat(groups).reshape(samples, -1)[:, :length].cpu().contiguous()
 
 
 def writing_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
@@ -90,15 +92,18 @@ def writing_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     texts = min(texts, TOGETHER)
     config = skeleton.model.config.get_text_config()
     width = skeleton.parameter(skeleton.input_name).shape[1]
-
-    def setting(name: str) -> Any:  # getattr raises for what the layers may have of their own
-        return vars(config)[name] if name in vars(config) else getattr(config, name, None)
-
-    heads = setting("num_attention_heads") or 1
-    keys = (setting("num_key_value_heads") or heads) * (setting("head_dim") or width // heads)
+    heads = number_of(config, "num_attention_heads") or 1
+    keys = (number_of(config, "num_key_value_heads") or heads) * (number_of(config, "head_dim") or width // heads)
     kept = sum(p.numel() for p in skeleton.model.parameters()) + 2 * texts * text_length * keys * len(skeleton.layers)
-    itemsize = 2 if _multiplies_bfloat16() else 4
+    itemsize = 2 if _multiplies_bfloat16(skeleton.device) else 4
     return itemsize * kept + 4 * _PROBABILITIES * texts * config.vocab_size
+
+
+def number_of(config: Any, name: str) -> int | None:
+    """Return a number of a configuration, if it has one."""
+    # getattr raises for what the layers may have of their own
+    found = vars(config)[name] if name in vars(config) else getattr(config, name, None)
+    return found if isinstance(found, int) else None
 
 
 def token_steps(samples: int, length: int) -> int:
@@ -124,7 +129,7 @@ def _write_group(
     vocabulary = skeleton.model.config.get_text_config().vocab_size
 
     def random_words() -> torch.Tensor:
-        return torch.randint(0, vocabulary, (count, 1), generator=generator)
+        return torch.randint(0, vocabulary, (count, 1), generator=generator).to(skeleton.device)
 
     class Draw(LogitsProcessor):
         """Leave one token possible, drawn with one random number per sequence.
@@ -136,13 +141,13 @@ def _write_group(
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             progress()
             last = input_ids[:, -1:]
-            ended = torch.isin(last, torch.tensor(ends, dtype=last.dtype))
+            ended = torch.isin(last, last.new_tensor(ends))
             token = torch.where(ended, random_words() if start is None else start, draw(scores, generator))
             if start is not None:
                 token = torch.where(last == start, random_words(), token)
             return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
-    first = random_words() if start is None else torch.full((count, 1), start)
+    first = random_words() if start is None else torch.full((count, 1), start, device=skeleton.device)
     cache = growing_cache(skeleton.model)
     return skeleton.model.generate(
         first,
@@ -177,7 +182,7 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
 
     Some models mix tables or decays in float32 with their weights, and stop at that: they write in float32.
     """
-    if not _multiplies_bfloat16():
+    if not _multiplies_bfloat16(skeleton.device):
         return torch.float32
     try:
         with zeros_for_weights(skeleton):
@@ -189,7 +194,9 @@ def _dtype(skeleton: Skeleton) -> torch.dtype:
     return torch.bfloat16
 
 
-def _multiplies_bfloat16() -> bool:
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -208,13 +215,21 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     torch.Tensor
         int64, shape (sequences, 1).
     """
-    heights = logits.float().softmax(-1).cumsum(-1)
-    # Up to the last height rather than 1, from which rounding makes it differ.
-    level = torch.rand(logits.shape[0], 1, generator=generator) * heights[:, -1:]
+    probabilities = logits.float().softmax(-1)
+    drawn = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+    if logits.device.type == "cpu":
+        heights = probabilities.cumsum(-1)
+        # Up to the last height rather than 1, from which rounding makes it differ.
+        level = drawn * heights[:, -1:]
+    else:  # sums of floats differ from run to run on a GPU
+        heights = (probabilities * UNITS).long().cumsum(-1)
+        level = (drawn.double() * heights[:, -1:]).long()
     return torch.searchsorted(heights, level, right=True).clamp_max(logits.shape[-1] - 1)
 
 
 def _check_memory(skeleton: Skeleton, dtype: torch.dtype) -> None:
+    if skeleton.device.type != "cpu":
+        return  # the plan has looked at the GPU's memory
     needed = dtype.itemsize * sum(p.numel() for p in skeleton.model.parameters())
     if memory := too_little(needed):
         name = str(dtype).removeprefix("torch.")

@@ -105,11 +105,11 @@ class ProductWatch(TorchFunctionMode):
 
 
 class InputStatistics:
-    """The hessian of `width` inputs; `total` and `squares` are the sums of the tokens' weights and of their squares so far."""
+    """The hessian of `width` inputs, on a device; `total` and `squares` are the sums of the tokens' weights and of their squares so far."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, device: torch.device | None = None):
         self.total = self.squares = 0.0
-        self._hessian = torch.zeros(width, width)
+        self._hessian = torch.zeros(width, width, device=device)
         self._mirrored = True
 
     @property
@@ -125,7 +125,7 @@ class InputStatistics:
         else:
             self.total += float(weights.sum(dtype=torch.float64))
             self.squares += float(weights.double().square().sum())
-            rows = rows * weights.sqrt()[:, None]
+            rows = rows * weights.to(rows.device).sqrt()[:, None]
         # X^T X is symmetric, so strips from the diagonal downwards save almost half the work.
         for start in range(0, rows.shape[1], STRIP):
             strip = slice(start, start + STRIP)
@@ -164,7 +164,7 @@ class HessianTable:
         Linears that read the same input share the mean of their weights.
         """
         for inputs, names in self._seen.values():
-            statistics = self._statistics.setdefault(names[0], InputStatistics(inputs.shape[-1]))
+            statistics = self._statistics.setdefault(names[0], InputStatistics(inputs.shape[-1], inputs.device))
             known = [weights[name] for name in names if name in weights] if weights else []
             fit = [one for one in known if len(one) == inputs.numel() // inputs.shape[-1]]
             statistics.add(inputs, functools.reduce(torch.add, fit) / len(fit) if fit else None)

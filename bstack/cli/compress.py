@@ -113,6 +113,11 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
     is_flag=True,
     help="Add what the complete file needs to give back the original's weights bit for bit (bstack export); cuts drop it first.",
 )
+@click.option(
+    "--device",
+    metavar="cpu|cuda|cuda:N",
+    help="Where to do the work: cpu (the default), or an NVIDIA GPU (pip install 'bstack[cuda]'), with the trellis codec.",
+)
 @click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @trust_option
@@ -148,6 +153,7 @@ def command(
       bstack compress smollm2 -o near-lossless.bstk --codec spqr --bpw 4.75
       bstack compress ./Llama-3.1-8B -o llama.bstk --calibration corpus.txt --samples 128 --sequence-length 512
       bstack compress ./Llama-3.1-8B -o llama.bstk --exact
+      bstack compress ./Llama-3.1-8B -o llama.bstk --device cuda
     """
     from bstack.compression.api import compress
 
@@ -208,9 +214,14 @@ def _check_preset(preset: str, codec: object) -> None:
 def _plan_text(plan: Plan) -> str:
     text = f"Needs about {megabytes(plan.memory_bytes)} of memory at its peak"
     if plan.free_bytes is None:
-        return f"{text}."
-    text = f"{text}; {megabytes(plan.free_bytes)} are free."
-    return text if plan.memory_bytes <= plan.free_bytes else f"Warning: {text} The system may end the command."
+        text = f"{text}."
+    else:
+        text = f"{text}; {megabytes(plan.free_bytes)} are free."
+        if plan.memory_bytes > plan.free_bytes:
+            text = f"Warning: {text} The system may end the command."
+    if plan.card_bytes is not None and plan.card_free_bytes is not None:
+        text += f" Of the GPU's memory: about {megabytes(plan.card_bytes)}; {megabytes(plan.card_free_bytes)} are free."
+    return text
 
 
 def _progress(quiet: bool) -> Callable[[str, int], Any]:

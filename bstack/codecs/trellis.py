@@ -18,28 +18,24 @@ every choice here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
-import numpy as np
 import torch
 
 import bstk
 from bstack.codecs.contract import Block, Codec
-from bstack.kernels import reference
-from bstack.kernels.matrix import BLOCKS, ROTATED, Matrix, pointer
+from bstack.kernels.encode import encode_columns
+from bstack.kernels.matrix import BLOCKS, ROTATED, Matrix
 from bstack.kernels.multiply import decode_rows
-from bstack.kernels.native import library
 from bstack.kernels.reference import EARLIER5, TABLE5, places
 from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
 from bstack.numerics.groups import to_half
 from bstack.numerics.hessian import output_errors, shrinkage
 from bstack.numerics.rotation import rotate, rotate_hessian, unrotate
 
-__all__ = ["TrellisCodec", "encode_columns"]
+__all__ = ["TrellisCodec"]
 
 BITS = 2
 # How many later blocks the feedback's damping considers; measured best for the first blocks and for the last two.
@@ -110,7 +106,7 @@ class TrellisCodec(Codec):
             before = sample_errors(form, product) if errors is None else errors
             headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
-            codes, values_product = _encode(product, form.factor, scale, importance)
+            codes, values_product = _encode(product, form.factor, scale, importance, plane)
             values = _values(codes)
             scale = form.refit(values_product, product, values, residual)
             residual -= values.mul_(scale.float()[:, None])
@@ -151,7 +147,7 @@ class _Form:
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows, shape (outputs, inputs), by M."""
-        found = torch.empty(rows.shape[1], rows.shape[0])
+        found = rows.new_empty(rows.shape[1], rows.shape[0])
         for start in range(0, len(found), COLUMNS_MULTIPLIED):
             stop = min(start + COLUMNS_MULTIPLIED, len(found))
             torch.mm(self.factor[:stop, start:stop].t(), rows[:, :stop].t(), out=found[start:stop])
@@ -172,7 +168,7 @@ class _Form:
     def _of_each(
         self, a_product: torch.Tensor, b_product: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
-        total = torch.zeros(len(a), dtype=torch.float64)
+        total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
         for some in _parts(a_product):
             weighted = a_product[some] * b_product[some] * self.cost[some, None]
             total += weighted.sum(0, dtype=torch.float64)
@@ -193,8 +189,8 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
-) -> tuple[np.ndarray, torch.Tensor]:
+    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, plane: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose all codes of a block, uint8, shape (4 + m, n); return them with the product of their values with M, shape (n, m).
 
     Of the residual R its product P = R M is needed alone, shape (n, m): the feedback makes P_j - sum_{k<j} q_k M_kj of column j,
@@ -202,73 +198,35 @@ def _encode(
     matrix product between groups.
     """
     n, m = product.shape
-    table = np.array(TABLE5, np.float32)
+    table = product.new_tensor(TABLE5)
     # Errors count in units of the output, hence the squared scale.
     squared = importance * scale.square()
-    weight = (squared / squared.mean().clamp_min(1e-38)).numpy()
-    codes = np.empty((n, EARLIER5 + m), np.uint8)
-    chosen, values_product = torch.empty(n, m), torch.empty(n, m)  # the first is -q
-    nothing = np.zeros((COLUMNS_TOGETHER, m), np.float32)
+    weight = squared / squared.mean().clamp_min(1e-38)
+    codes = torch.empty(n, EARLIER5 + m, dtype=torch.uint8, device=product.device)
+    chosen, values_product = torch.empty_like(product), torch.empty_like(product)  # the first is -q
+    nothing = product.new_zeros(COLUMNS_TOGETHER, m)
     for start in range(0, n, COLUMNS_TOGETHER):
         stop = min(start + COLUMNS_TOGETHER, n)
         target = torch.addmm(product[start:stop], factor[:start, start:stop].t(), chosen[:start])
-        codes[start:stop], negative = encode_columns(
-            target.numpy(),
-            nothing[: stop - start],
-            factor[start:stop, start:stop].contiguous().numpy(),
-            table,
-            scale.numpy(),
-            weight,
-        )
-        chosen[start:stop] = torch.from_numpy(negative)
+        feedback = factor[start:stop, start:stop].contiguous()
+        given = target, nothing[: stop - start], feedback, table, scale, weight
+        codes[start:stop], negative = encode_columns(*given, turn=plane)
+        chosen[start:stop] = negative
         # What the quantiser left of its target is what the block leaves of P.
-        left = target.add_(chosen[start:stop])
+        left = target.add_(negative)
         torch.sub(product[start:stop], left, out=values_product[start:stop])
-    return np.ascontiguousarray(codes.T), values_product.div_(scale)
+    return codes.t().contiguous(), values_product.div_(scale)
 
 
-def encode_columns(
-    target: np.ndarray,
-    original: np.ndarray,
-    feedback: np.ndarray,
-    table: np.ndarray,
-    scale: np.ndarray,
-    weight: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the codes of some columns, each of which makes up for part of the errors of those before it.
-
-    Arrays are float32. Columns are contiguous: `target` (overwritten) and `original`, against which errors are measured,
-    have shape (columns, rows). Entry [j, t] of `feedback` is the part of column j's error that is added to the target of
-    column t > j. `scale`, positive, and `weight`, of the squared error in units of the scale, have shape (rows,).
-    Returns the codes, uint8, shape (columns, 4 + rows), and the errors, shape (columns, rows).
-    """
-    native = library()
-    if native is None:
-        _warn_once()
-        return reference.encode_columns(target, original, feedback, table, scale, weight)
-    columns, rows = target.shape
-    codes, errors = np.empty((columns, EARLIER5 + rows), np.uint8), np.empty((columns, rows), np.float32)
-    given = [np.ascontiguousarray(array, np.float32) for array in (original, feedback, table, scale, weight)]
-    original_, *rest = map(pointer, [*given, codes, errors])
-    if native.bstack_trellis_encode(pointer(target), original_, columns, rows, *rest):
-        raise MemoryError
-    return codes, errors
-
-
-@cache
-def _warn_once() -> None:
-    what = "The C kernels are not in use, so the trellis codec encodes some hundred times slower."
-    warnings.warn(what, RuntimeWarning, stacklevel=3)
-
-
-def _values(codes: np.ndarray) -> torch.Tensor:
+def _values(codes: torch.Tensor) -> torch.Tensor:
     """Return the table values of codes (4 + m, n), float32, shape (m, n)."""
-    found = places(codes)
-    values = np.empty(found.shape, np.float32)
-    table = np.array(TABLE5, np.float32)
-    for rows in _parts(found):  # numpy makes indices of 8 bytes
-        values[rows] = table[found[rows]]
-    return torch.from_numpy(values)
+    rows = len(codes) - EARLIER5
+    values = torch.empty(rows, codes.shape[1], device=codes.device)
+    table = values.new_tensor(TABLE5)
+    for start in range(0, rows, ROWS_TOGETHER):  # indices take 4 bytes
+        stop = min(start + ROWS_TOGETHER, rows)
+        values[start:stop] = table[places(codes[start : stop + EARLIER5]).int()]
+    return values
 
 
 def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -276,13 +234,13 @@ def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([(a[rows] * b[rows]).sum(1, dtype=torch.float64) for rows in _parts(a)])
 
 
-def _parts(matrix: torch.Tensor | np.ndarray) -> Iterator[slice]:
+def _parts(matrix: torch.Tensor) -> Iterator[slice]:
     """Yield rows a few at a time, so that no product of a large matrix is held whole."""
     for start in range(0, len(matrix), ROWS_TOGETHER):
         yield slice(start, start + ROWS_TOGETHER)
 
 
-def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:
+def _pack(codes: torch.Tensor, scale: torch.Tensor) -> bytes:
     """Lay a block out: four codes to a byte, then the scales.
 
     A row of n codes takes q = ceil(n / 4) bytes; byte b holds columns b, b + q, b + 2 q and b + 3 q, low bits first.
@@ -290,7 +248,6 @@ def _pack(codes: np.ndarray, scale: torch.Tensor) -> bytes:
     """
     rows, n = codes.shape
     quarter = -(-n // 4)
-    padded = np.zeros((rows, 4, quarter), np.uint8)
-    padded.reshape(rows, -1)[:, :n] = codes
-    packed = padded[:, 0] | padded[:, 1] << 2 | padded[:, 2] << 4 | padded[:, 3] << 6
-    return packed.tobytes() + scale.numpy().astype("<f2").tobytes()
+    four = torch.nn.functional.pad(codes, (0, 4 * quarter - n)).view(rows, 4, quarter)
+    packed = four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6
+    return packed.cpu().numpy().tobytes() + scale.cpu().numpy().astype("<f2").tobytes()

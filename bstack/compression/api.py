@@ -113,13 +113,20 @@ def compress(
     _check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself.", hint="Name another file to write.")
+    if settings.device != "cpu" and dask is not None:
+        raise UsageError(
+            f"device is {settings.device} and dask is {dask}; a cluster's workers encode on their CPUs.",
+            hint="Leave one of them out.",
+        )
     # Heavy imports, after the arguments were checked.
+    from bstack.compression.card import Card
     from bstack.compression.cluster import Cluster
     from bstack.compression.encode import Threads
     from bstack.compression.stages import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
-    with Threads() if dask is None else Cluster(dask) as workers:
+    on_card = settings.device != "cpu"
+    with Card(settings.device) if on_card else Threads() if dask is None else Cluster(dask) as workers:
         result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code, on_plan)
     try:
         _check_output(output, overwrite)  # another run may have written it in the meantime

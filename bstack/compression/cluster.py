@@ -35,6 +35,8 @@ PACKAGES = ("bstack", "torch", "numpy")
 class Cluster:
     """The workers of the Dask scheduler at an address such as ``tcp://10.0.0.5:8786``; a context manager."""
 
+    device = torch.device("cpu")
+
     def __init__(self, address: str):
         try:
             import distributed

@@ -67,7 +67,7 @@ def measure_curve(
                 logits = head.logits(hidden[part])
                 compared = divergence(original, logits)
                 nll = torch.nn.functional.cross_entropy(logits, windows[number, 1:][part], reduction="sum")
-                sums += torch.stack([compared.kl.sum(), compared.same_top.sum(), nll])
+                sums += torch.stack([compared.kl.sum(), compared.same_top.sum(), nll]).cpu()
             found.append(tuple((sums / (len(hidden) - 1)).tolist()))  # noqa: B023
 
         @contextmanager

@@ -1,12 +1,12 @@
 """Encode matrices as packed blocks of a part, with the gain and the remaining error of each; in threads of this process.
 
-`bstack.compression.cluster` does it on other machines.
+`bstack.compression.cluster` does it on other machines, `bstack.compression.card` on a GPU.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class Matrix:
     @property
     def task(self) -> Task:
         """Return the arguments of a codec."""
-        importance = torch.ones(self.weight.shape[0]) if self.even else self.sensitivity
+        importance = self.sensitivity.new_ones(self.weight.shape[0]) if self.even else self.sensitivity
         return self.weight.contiguous(), self.hessian, self.tokens, importance
 
 
@@ -62,7 +62,9 @@ class Pending(Protocol):
 
 
 class Workers(Protocol):
-    """Encode several matrices at a time, with the same result everywhere."""
+    """Encode several matrices at a time, with the same result everywhere but on a GPU."""
+
+    device: torch.device  # where they are when they are submitted; on the CPU as arrays of numpy, for any process
 
     def max_pending(self, inputs: int, /) -> int:
         """Return how many matrices may be pending at a time, one with so many inputs among them."""
@@ -73,6 +75,8 @@ class Workers(Protocol):
 
 class Threads(ThreadPoolExecutor):
     """Threads of this process, one a processor and at most four: the search kernel releases Python's lock."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self._count = min(processors(), MAX_THREADS)
@@ -105,7 +109,9 @@ def encode(
                 finish_one()
             tensors = {name: value for name, value in vars(matrix).items() if isinstance(value, torch.Tensor)}
             values = {name: value for name, value in vars(matrix).items() if name not in tensors}
-            arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}  # for any process
+            placed = {name: tensor.detach().to(workers.device).contiguous() for name, tensor in tensors.items()}
+            on_cpu = workers.device.type == "cpu"
+            arrays = {name: tensor.numpy() for name, tensor in placed.items()} if on_cpu else placed
             pending.append(workers.submit(encode_arrays, arrays, values, codec))
             if max_pending == 1:
                 finish_one()
@@ -117,7 +123,7 @@ def encode(
 
 
 def encode_arrays(
-    arrays: dict[str, np.ndarray], values: dict[str, Any], codec: Codec
+    arrays: Mapping[str, np.ndarray | torch.Tensor], values: dict[str, Any], codec: Codec
 ) -> list[tuple[bytes, dict[str, Any]]]:
     """Encode a matrix, given as the attributes of a `Matrix`: all its blocks, each with the fields of its record.
 
@@ -158,11 +164,13 @@ def encode_arrays(
     return chunks
 
 
-def _aligned(array: np.ndarray) -> torch.Tensor:
+def _aligned(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Return the array as a tensor that is aligned as torch's own, because BLAS may add in another order otherwise.
 
     An array from another process has any alignment, and may be read-only.
     """
+    if isinstance(array, torch.Tensor):
+        return array
     if array.flags.writeable and array.ctypes.data % 64 == 0:
         return torch.from_numpy(array)
     tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
@@ -172,7 +180,7 @@ def _aligned(array: np.ndarray) -> torch.Tensor:
 
 def add_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, part: Part) -> None:
     """Add a parameter or buffer unchanged, in the checkpoint's dtype."""
-    kept = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    kept = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     # Through bytes: numpy has no bfloat16. A scalar has no last axis to reinterpret, so it becomes a row of one.
     raw = kept.reshape(-1).view(torch.uint8).numpy().tobytes()
     part.add(raw, name=name, kind=bstk.TENSOR, shape=tuple(kept.shape), dtype=_DTYPES[kept.dtype])

@@ -130,7 +130,7 @@ def layer_matrices(skeleton: Skeleton, index: int, table: HessianTable, sensitiv
                 weight,
                 functools.reduce(torch.add, (s.hessian for s in statistics)),
                 sum(s.tokens for s in statistics),
-                functools.reduce(torch.add, known) / len(known),
+                (functools.reduce(torch.add, known) / len(known)).to(weight.device),
                 operand.transposed,
             )
 

@@ -15,11 +15,12 @@ import torch
 import bstk
 from bstack.calibration.rehearsal import rehearse
 from bstack.calibration.selftext import token_steps, write_windows
-from bstack.calibration.sensitivity import Sensitivity, output_sensitivity
+from bstack.calibration.sensitivity import BACKWARD_TOKENS, Sensitivity, output_sensitivity
 from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
+from bstack.compression.card import check_encoder, device_name
 from bstack.compression.curve import SIZES, measure_curve, with_sizes
 from bstack.compression.encode import Workers
 from bstack.compression.exact import check_exact, make_exact
@@ -90,17 +91,20 @@ def run_stages(
         checkpoint = open_checkpoint(model, trust_remote_code)
         text = None if settings.calibration == SELF else open_text(settings.calibration)
         skeleton = Skeleton(checkpoint)
+        check_encoder(codec, workers.device)
         check_dense(skeleton, settings.embeddings == "stack")
         codec.check_shapes(layer_shapes(skeleton))
         originals = checkpoint.originals(skeleton.model) if settings.exact else []
         if settings.exact:
             check_exact(codec, originals)
         files = model_files(checkpoint, settings.tokenizer)
+        skeleton.move(workers.device)
+        needs = plan(skeleton, settings, workers)
         rehearse(skeleton, writes_text=text is None)
         provenance = checkpoint.provenance()
         step()
-    on_plan(plan(skeleton, settings, workers))
-    settings_record = {**settings.to_json(), **codec.settings()}
+    on_plan(needs)
+    settings_record = {**settings.to_json(), **codec.settings(), "device": device_name(workers.device)}
     if text is not None:  # without its folder on the user's machine
         settings_record["calibration"] = text.name
         settings_record["calibration_sha256"] = hashlib.sha256(text.text.encode()).hexdigest()
@@ -115,6 +119,7 @@ def run_stages(
     work = WorkDirectory(work_path, {**settings_record, "model": {**source, **code}, "versions": _versions()})
     try:
         all_windows = _calibrate(skeleton, settings, text, files, work, progress)
+        all_windows = all_windows.to(skeleton.device)
         windows, held_out = all_windows[: settings.samples], all_windows[settings.samples :, :HELD_OUT_LENGTH]
         batches = batches_of(windows)
         sensitivity = _sensitivity(skeleton, windows, settings.seed, work, progress)
@@ -126,7 +131,7 @@ def run_stages(
                 "head", lambda: compress_layers(skeleton, batches, sensitivity, codec, work, workers, step)
             )
         embedding_codec = codec.for_embeddings() if settings.embeddings == "stack" else None
-        statistics = partial(embedding_statistics, skeleton, head, sensitivity, windows)
+        statistics = partial(embedding_statistics, skeleton, head, sensitivity, windows.cpu())
         stacked = embeddings(skeleton) if embedding_codec else {}
         with progress("embeddings", sum(map(len, stacked.values()))) as step:
             compress_outside(skeleton, statistics, embedding_codec, work, workers, step)
@@ -140,6 +145,7 @@ def run_stages(
         with progress("curve", SIZES + 1) as step:
             curve = work.value("curve", lambda: measure_curve(skeleton, held_out, collected, entries, base_count, step))
         if settings.exact:
+            skeleton.move(torch.device("cpu"))  # whose bits they are
             with progress("exact", len(skeleton.layers) + 2) as step:
                 parts = make_exact(skeleton, originals, collected, work, step)
             entries += [record.entry for part in parts for record in work.records(part)]
@@ -238,7 +244,7 @@ def _sensitivity(
 ) -> Sensitivity:
     # Half of the windows: weights gather on few tokens, and a hessian of weighted tokens alone says too little.
     count = max(1, min(windows.shape[0] // 2, SENSITIVITY_TOKENS // windows.shape[1]))
-    together = max(1, 1024 // windows.shape[1])
+    together = max(1, BACKWARD_TOKENS // windows.shape[1])
 
     def compute() -> dict[str, torch.Tensor]:
         with progress("sensitivity", 2 * len(skeleton.layers)) as step:

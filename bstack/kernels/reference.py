@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
 from bstack.kernels.matrix import OUTLIERS, PLAIN, ROTATED, SIGN, SPQR, TRELLIS, Matrix
 from bstack.kernels.spqr import ROWS, Dense, Outliers
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "EARLIER5",
@@ -61,6 +64,7 @@ TABLE5 = tuple(
     8 -10 1 57 -64 -36 40 -53 -21 31 -21 -21 45 77 -80 19
     """.split()
 )
+Codes = TypeVar("Codes", np.ndarray, "torch.Tensor")
 BITS = 2
 CODES = 1 << BITS
 # Rows of codes stored above the first row of a trellis block, and of a trellis5 block.
@@ -218,7 +222,7 @@ def _trellis(matrix: Matrix, level: int, rows: slice) -> tuple[np.ndarray, np.nd
     return np.array(TABLE, np.int8)[windows], scale
 
 
-def places(codes: np.ndarray) -> np.ndarray:
+def places(codes: Codes) -> Codes:
     """Return the place in TABLE5 of each code, uint8, shape (m, n), for codes of shape (4 + m, n), four rows above first."""
     own, first, second, third, fourth = (codes[EARLIER5 - k : len(codes) - k] for k in range(EARLIER5 + 1))
     return first | (own ^ second ^ fourth) << 2 | third << 4
@@ -240,26 +244,50 @@ def encode_columns(
     table: np.ndarray,
     scale: np.ndarray,
     weight: np.ndarray,
+    *,
+    first: int | None = None,
+    segment: int = 0,
+    margin: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode some columns of a trellis5 block: a Viterbi search (G. D. Forney, Proc. IEEE 61, 1973) down each column."""
+    """Encode some columns of a trellis5 block: a Viterbi search (G. D. Forney, Proc. IEEE 61, 1973) down each column.
+
+    With `first`, as on a GPU: rows are cut into segments, the first of so many rows, others of `segment`. Where two meet, a search of
+    `margin` rows to each side chooses the state; then each segment is searched from state to state.
+    """
     columns, rows = target.shape
     codes = np.empty((columns, EARLIER5 + rows), np.uint8)
     errors = np.empty((columns, rows), np.float32)
     inverse = np.float32(1) / scale
     for j in range(columns):
-        codes[j], values = _search_column(target[j] * inverse, weight, table)
-        errors[j] = original[j] - scale * values
+        x = target[j] * inverse
+        ends = [] if first is None else list(range(first, rows, segment))
+        states = [_state(x, weight, table, slice(max(end - margin, 0), end + margin), end) for end in ends]
+        for start, stop, before, after in zip([0, *ends], [*ends, rows], [None, *states], [*states, None], strict=True):
+            found = _search_column(x[start:stop], weight[start:stop], table, before, after)
+            codes[j, start : EARLIER5 + stop] = found
+        errors[j] = original[j] - scale * table[places(codes[j])]
         for t in range(j + 1, columns):
             target[t] += feedback[j, t] * errors[j]
     return codes, errors
 
 
-def _search_column(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the codes of the cheapest path through a column, uint8, and the table values along it."""
+def _state(x: np.ndarray, weight: np.ndarray, table: np.ndarray, rows: slice, end: int) -> int:
+    """Return the state between rows `end` - 1 and `end` on the cheapest path through some rows around them."""
+    codes = _search_column(x[rows], weight[rows], table)[end - rows.start :]
+    return sum(int(codes[EARLIER5 - 1 - k]) << BITS * k for k in range(EARLIER5))
+
+
+def _search_column(
+    x: np.ndarray, weight: np.ndarray, table: np.ndarray, before: int | None = None, after: int | None = None
+) -> np.ndarray:
+    """Find the codes of the cheapest path through a column, uint8, four above the first row; from and to a state if given."""
     rows = x.shape[0]
     window = np.arange(CODES * STATES)
     table = table[places(np.stack([window >> BITS * k & CODES - 1 for k in range(EARLIER5, -1, -1)]))[0]]
     cost = np.zeros(STATES, np.float32)
+    if before is not None:
+        cost[:] = np.inf
+        cost[before] = 0
     oldest = np.empty((rows, STATES), np.uint8)
     for i in range(rows):
         difference = x[i] - table
@@ -270,14 +298,11 @@ def _search_column(x: np.ndarray, weight: np.ndarray, table: np.ndarray) -> tupl
         if i & 15 == 15:
             cost = cost - cost[0]
     codes = np.empty(EARLIER5 + rows, np.uint8)
-    values = np.empty(rows, np.float32)
-    state = int(cost.argmin())
+    state = int(cost.argmin()) if after is None else after
     for i in range(rows - 1, -1, -1):
-        window = state + int(oldest[i, state]) * STATES
-        codes[EARLIER5 + i] = window & (CODES - 1)
-        values[i] = table[window]
-        state = window >> BITS
+        codes[EARLIER5 + i] = state & (CODES - 1)
+        state = (state + int(oldest[i, state]) * STATES) >> BITS
     for i in range(EARLIER5 - 1, -1, -1):
         codes[i] = state & (CODES - 1)
         state >>= BITS
-    return codes, values
+    return codes

@@ -31,6 +31,8 @@ __all__ = ["Checkpoint", "Skeleton", "check_complete", "check_finite", "find_lay
 __all__ += ["longest_text", "owner_of", "parameters_on_meta", "quiet_transformers", "untie", "zeros_for_weights"]
 
 LARGEST = torch.finfo(torch.float16).max
+# Of parameters on their way to a device.
+PIECE_BYTES = 2**30
 
 
 class Checkpoint(ABC):
@@ -83,6 +85,8 @@ class Skeleton:
         The repeated layers with their full names, in the order of the module list.
     input_name, output_name : str
         Full parameter names of the token embedding and of the head; equal when they are tied.
+    device : torch.device
+        Where parameters are loaded to; the CPU until `move`.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
+        self.device = torch.device("cpu")
         self.model: Any = _build(checkpoint)
         give_back_freed_memory()
         self.model.eval().requires_grad_(False)
@@ -108,6 +113,14 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         own = self.input_name if head is None else names[id(head.weight)]
         self.output_name = self._tied.get(own, own)
+
+    def move(self, device: torch.device) -> None:
+        """Load parameters to another device from now on, and move the buffers there."""
+        self.device = device
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     @property
     def outside_names(self) -> list[str]:
@@ -147,10 +160,13 @@ class Skeleton:
             if dtype != torch.float32:
                 self._empty(names, dtype)  # a weight that is read takes the type of the one it replaces
             with quiet_transformers():
-                self.checkpoint.load(self.model, [name for name in names if name not in unread])
+                for some in self._pieces([name for name in names if name not in unread]):
+                    self.checkpoint.load(self.model, some)
+                    self._place(some)
             for name in (name for name in names if name in unread):
                 owner, leaf = owner_of(self.model, name)
-                owner._parameters[leaf] = nn.Parameter(torch.empty(self.parameter(name).shape), requires_grad=False)
+                empty = torch.empty(self.parameter(name).shape, device=self.device)
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
             self.model.requires_grad_(False)
             self._tie()
             yield
@@ -158,6 +174,26 @@ class Skeleton:
             self._empty(names, torch.float32)
             self._tie()
             give_back_freed_memory()
+
+    def _pieces(self, names: list[str]) -> Iterator[list[str]]:
+        """Yield names to load at a time: all, or for a device a few, so that memory does not hold the whole model on its way there."""
+        size, first = 0, 0
+        for number, name in enumerate(names):
+            size += self.parameter(name).nbytes
+            if self.device.type != "cpu" and size > PIECE_BYTES:
+                yield names[first : number + 1]
+                size, first = 0, number + 1
+        yield names[first:]
+
+    def _place(self, names: Iterable[str]) -> None:
+        """Move what was just loaded to the device."""
+        if self.device.type == "cpu":
+            return
+        for owner, leaf in (owner_of(self.model, name) for name in names):
+            if (parameter := owner._parameters.get(leaf)) is not None:
+                owner._parameters[leaf] = nn.Parameter(parameter.data.to(self.device), requires_grad=False)
+            elif (buffer := owner._buffers.get(leaf)) is not None:
+                owner._buffers[leaf] = buffer.to(self.device)
 
     def _tie(self) -> None:
         # What was just loaded takes the place of one of the names of a tied parameter.
@@ -178,7 +214,7 @@ class Skeleton:
 def zeros_for_weights(skeleton: Skeleton) -> Iterator[None]:
     """Let a skeleton load zeros in place of its weights, for the length of a `with` block; buffers stay as they are."""
     checkpoint = skeleton.checkpoint
-    skeleton.checkpoint = _Zeros(skeleton.model)  # type: ignore[assignment]
+    skeleton.checkpoint = _Zeros(skeleton.model, skeleton.device)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -188,11 +224,17 @@ def zeros_for_weights(skeleton: Skeleton) -> Iterator[None]:
 class _Zeros:
     """Stands in for a checkpoint. All weights are views of one array of zeros, which takes no memory until it is written to."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, device: torch.device):
         # At places of their own, since product watching tells weights apart by their address.
         self._places = {name: 64 * number for number, name in enumerate(model.state_dict())}
         largest = max(parameter.numel() * 4 for parameter in model.parameters())
-        self._bytes = torch.from_numpy(np.zeros(largest + 64 * len(self._places), np.uint8))
+        size = largest + 64 * len(self._places)
+        on_cpu = device.type == "cpu"  # where numpy asks for pages that the system fills at their first use
+        self._bytes = (
+            torch.from_numpy(np.zeros(size, np.uint8))
+            if on_cpu
+            else torch.zeros(size, dtype=torch.uint8, device=device)
+        )
 
     def load(self, model: nn.Module, names: Iterable[str]) -> None:
         for name in names:

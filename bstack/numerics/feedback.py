@@ -66,7 +66,7 @@ def _cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
     flipped = _flip(hessian.double() if len(hessian) <= DOUBLE_WIDTH else hessian)
     flipped.diagonal().add_(damping)
     columns = flipped.t()  # as LAPACK wants it; it is symmetric
-    failed = torch.empty((), dtype=torch.int32)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(columns, out=(columns, failed))
     return None if int(failed) else columns
 
@@ -135,17 +135,17 @@ def spectrum_sample(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     eigenvalues, weights : torch.Tensor
-        Float64, shape (values,); the weights sum to 1.
+        Float64, shape (values,), in the CPU's memory; the weights sum to 1.
     """
     n = hessian.shape[0]
     steps = min(LANCZOS_STEPS, n)
     # Each vector averages over the whole width.
     probes = 8 if n <= 4096 else 2
     generator = torch.Generator().manual_seed(0)
-    v = (torch.randint(0, 2, (probes, n), generator=generator) * 2.0 - 1.0) / math.sqrt(n)
-    basis = torch.zeros(probes, steps, n)
-    alpha, beta = torch.zeros(probes, steps, dtype=torch.float64), torch.zeros(probes, steps, dtype=torch.float64)
-    counts = torch.full((probes,), steps)
+    v = ((torch.randint(0, 2, (probes, n), generator=generator) * 2.0 - 1.0) / math.sqrt(n)).to(hessian)
+    basis = hessian.new_zeros(probes, steps, n)
+    alpha, beta = hessian.new_zeros(2, probes, steps, dtype=torch.float64)
+    counts = torch.full((probes,), steps, device=hessian.device)
     for k in range(steps):
         basis[:, k] = v
         w = v @ hessian  # all vectors at once, since each product reads the whole hessian
@@ -160,6 +160,7 @@ def spectrum_sample(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         beta[:, k] = norm
         v = w / norm.clamp_min(1e-30)[:, None]
     values, weights = [], []
+    alpha, beta = alpha.cpu(), beta.cpu()  # small from here on
     for probe, count in enumerate(counts.tolist()):
         off = beta[probe, : count - 1]
         inner = torch.diag(alpha[probe, :count]) + torch.diag(off, 1) + torch.diag(off, -1)

@@ -114,7 +114,7 @@ class ResourceError(BstkError):
 
 
 class Interrupted(BstkError):
-    """The user stopped the work, or a Dask cluster went away; the same command resumes."""
+    """The user stopped the work, or a Dask cluster or a GPU went away; the same command resumes."""
 
     exit_code = 75
 

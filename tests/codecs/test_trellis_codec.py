@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import bstk
 from bstack.codecs import make_codec
-from bstack.codecs.trellis import UNIT, TrellisCodec, encode_columns
+from bstack.codecs.trellis import UNIT, TrellisCodec
 from bstack.kernels import reference
+from bstack.kernels.encode import encode_columns
 from bstack.kernels.native import library
 from bstack.kernels.reference import TABLE5
 from bstack.numerics.hessian import output_errors, shrinkage
@@ -80,7 +81,8 @@ def test_kernel_gives_the_codes_of_the_reference(m, n, seed, spread):
     scale = (rng.uniform(0.01, 0.1, m) * spread).astype(np.float32)
     weight = rng.uniform(0.01, 10, m).astype(np.float32)
     table = np.array(TABLE5, np.float32)
-    one = encode_columns(original.copy(), original, feedback, table, scale, weight)
+    arrays = original.copy(), original, feedback, table, scale, weight
+    one = [found.numpy() for found in encode_columns(*map(torch.from_numpy, arrays))]
     two = reference.encode_columns(original.copy(), original, feedback, table, scale, weight)
     assert (one[0] == two[0]).all()
     assert (one[1] == two[1]).all()
@@ -95,8 +97,9 @@ def test_search_finds_the_best_path(rows):
         x = (rng.standard_normal((1, rows)) / UNIT).astype(np.float32)
         weight = rng.uniform(0.1, 3, rows).astype(np.float32)
         ones = np.ones(rows, np.float32)
-        _, errors = encode_columns(x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight)
-        found = (weight * errors[0].astype(float) ** 2).sum()
+        arrays = x.copy(), x, np.zeros((1, 1), np.float32), table, ones, weight
+        _, errors = encode_columns(*map(torch.from_numpy, arrays))
+        found = (weight * errors[0].numpy().astype(float) ** 2).sum()
         best = np.inf
         for path in itertools.product(range(4), repeat=rows + 4):
             cost = 0.0

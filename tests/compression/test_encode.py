@@ -63,6 +63,8 @@ class Part:
 class Later:
     """Workers that do nothing until they are asked; notes how many matrices are in work."""
 
+    device = torch.device("cpu")
+
     def __init__(self, max_pending):
         self._max_pending, self.waiting, self.most = max_pending, 0, 0
 

@@ -52,6 +52,13 @@ def test_layers_with_settings_of_their_own(tmp_path):
     assert found.memory_bytes > 0
 
 
+def test_the_memory_of_a_gpu():
+    expected = (
+        "1.000 MB are free. The system may end the command. Of the GPU's memory: about 5.000 MB; 8.000 MB are free."
+    )
+    assert _plan_text(Plan(2 * MB, 1 * MB, 5 * MB, 8 * MB)).endswith(expected)
+
+
 @pytest.mark.parametrize(
     ("free", "expected"),
     [

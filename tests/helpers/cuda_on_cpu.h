@@ -156,6 +156,15 @@ static inline float __shfl_xor_sync(unsigned mask, float value, int step) {
     if (mask != ~0u) cpu::fault = "an exchange of a part of a warp";
     return __uint_as_float(cpu::exchange(__float_as_uint(value), (int)(threadIdx.x % 32) ^ step));
 }
+static inline float __shfl_sync(unsigned mask, float value, int lane) {
+    if (mask != ~0u) cpu::fault = "an exchange of a part of a warp";
+    return __uint_as_float(cpu::exchange(__float_as_uint(value), lane));
+}
+static inline void __syncwarp() { cpu::wait(cpu::AT_WARP); }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __frcp_rn(float a) { return 1.0f / a; }
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint32_t result = 0;
     for (int k = 0; k < 4; k++) {

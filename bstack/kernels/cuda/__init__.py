@@ -1,11 +1,11 @@
-"""Products with packed matrices on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
+"""Products with packed matrices, and the encoder's search, on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
 
 The sources are package data, because NVRTC compiles them at first use, for the card at hand (`bstack.kernels.cuda.driver`).
 They use few words of CUDA, which tests/helpers/cuda_on_cpu.h gives a meaning in C++: the same sources and the code here are
 tested on a CPU.
 
 Sums are made in single precision where the CPU's kernels use integers: results agree to rounding, not to the bit. Rotations to
-float32 have the CPU's bits.
+float32 have the CPU's bits, and so has the search of up to SEGMENT rows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from typing import Any
 import torch
 
 from bstack.kernels.matrix import PLAIN, ROTATED
+from bstack.kernels.reference import EARLIER5
 from bstack.kernels.table import DeviceMatrix, Stacked
 
-__all__ = ["KERNELS", "THREADS", "Kernels", "source"]
+__all__ = ["KERNELS", "MARGIN", "SEGMENT", "THREADS", "Kernels", "first_segment", "source"]
 
-SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "step.cu")
+SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "step.cu", "encode.cu")
 KERNELS = (
     *(f"multiply_{inputs}_{tokens}" for inputs in ("rotated", "plain") for tokens in (1, 2, 4, 8)),
     *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
-    *("prepare", "heads", "attend_1", "attend_4", "attended", "activated"),
+    *("prepare", "heads", "attend_1", "attend_4", "attended", "activated", "meet", "search"),
 )
 # Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
 THREADS, CHUNK = 128, 8192
+# Of the search: rows of a segment, rows to each side of where two meet, and segments of a thread block.
+SEGMENT, MARGIN, SEARCHED = 256, 96, 2
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Thread blocks of a launch, for each multiprocessor: each fills its table once and then takes strip after strip of rows.
 RESIDENT = 8
@@ -39,6 +42,11 @@ def source() -> str:
     """Return the kernels as one program."""
     folder = Path(__file__).parent
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+
+
+def first_segment(rows: int, turn: int) -> int:
+    """Return the rows of the first segment of a search: all, or as many as move the places where segments meet at each turn."""
+    return rows if rows <= SEGMENT else SEGMENT - turn * SEGMENT // 4 % SEGMENT
 
 
 class Kernels:
@@ -169,3 +177,22 @@ class Kernels:
             grid = tokens, -(-columns // (2 * THREADS))
             self.launch("butterfly", grid, out.data_ptr(), c_int(columns), c_int(1 << step), scale, after)
         return out.to(dtype)
+
+    def encode_columns(
+        self, target: torch.Tensor, original: torch.Tensor, *given: torch.Tensor, turn: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the codes of some columns; see `bstack.kernels.encode.encode_columns`."""
+        columns, rows = target.shape
+        first = first_segment(rows, turn)
+        segments = 1 + -(-(rows - first) // SEGMENT)
+        arrays = [target, *(array.contiguous() for array in (original, *given))]
+        codes = torch.empty(columns, EARLIER5 + rows, dtype=torch.uint8, device=target.device)
+        errors = torch.empty(columns, rows, device=target.device)
+        states = torch.empty(segments, dtype=torch.int32, device=target.device)
+        addresses = [array.data_ptr() for array in (*arrays, codes, errors, states)]
+        for column in range(columns + 1):
+            sizes = c_int(columns), c_int(rows), c_int(column), c_int(first)
+            if segments > 1 and column < columns:
+                self.launch("meet", (-(-(segments - 1) // (THREADS // 32)), 1), *addresses, *sizes)
+            self.launch("search", (-(-segments // SEARCHED), 1), *addresses, *sizes)
+        return codes, errors

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from bstack.kernels import reference
-from bstack.kernels.cuda import CHUNK, Kernels
+from bstack.kernels.cuda import CHUNK, MARGIN, SEGMENT, Kernels, first_segment
 from bstack.kernels.cuda.step import PAGE, Heads, Step, Texts
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.selftest import BLOCKS, ROWS, random_payload
@@ -42,7 +42,20 @@ def failure(kernels: Kernels, device: torch.device) -> str:
     for queries, keys in ((4, 4), (6, 2)):
         if not step_agrees(kernels, queries, keys, rng, place):
             return "a step between products"
-    return ""
+    return "" if _searches_agree(kernels, rng, place) else "a search"
+
+
+def _searches_agree(kernels: Kernels, rng: np.random.Generator, place: Place) -> bool:
+    """Return whether two columns of two segments get the reference's codes, errors and feedback, bit for bit."""
+    rows, columns = SEGMENT + 40, 2
+    target, original, feedback = (rng.standard_normal((columns, length)) for length in (rows, rows, columns))
+    given = [target, original, feedback, np.array(reference.TABLE5), *rng.uniform(0.01, 0.1, (2, rows))]
+    arrays = [array.astype(np.float32) for array in given]
+    placed = [place(array) for array in arrays]
+    found = *kernels.encode_columns(*placed, turn=1), placed[0]
+    codes, errors = reference.encode_columns(*arrays, first=first_segment(rows, 1), segment=SEGMENT, margin=MARGIN)
+    expected = codes, errors, arrays[0]
+    return all(np.array_equal(f.cpu().numpy(), e) for f, e in zip(found, expected, strict=True))
 
 
 def step_agrees(kernels: Kernels, queries: int, keys: int, rng: np.random.Generator, place: Place) -> bool:

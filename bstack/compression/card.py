@@ -1,0 +1,102 @@
+"""Compress on an NVIDIA GPU: find the card and its kernels, encode on it, and say in words what it lacks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from bstack.codecs import Codec
+from bstack.errors import card_failed, one_line, out_of_memory
+from bstack.folders import cache_folder
+from bstack.kernels.cuda import Kernels
+from bstack.kernels.encode import use_card
+from bstack.packed.backends import device_of
+from bstk.errors import BstkError, Interrupted, ResourceError, UsageError
+
+__all__ = ["Card", "check_encoder", "device_name"]
+
+
+class Card:
+    """A GPU, ``cuda`` or ``cuda:N``, that encodes one matrix after the other; a context manager.
+
+    Its errors in a ``with`` block become a ResourceError if its memory is full, Interrupted if it failed or was lost.
+
+    Raises
+    ------
+    bstk.BstkError
+        torch finds no such card or cannot use it, or the packages that compile its kernels are missing.
+    """
+
+    def __init__(self, name: str):
+        self.device = device_of(name, packed=False)
+        use_card(self.device, _kernels(self.device.index))
+
+    def __enter__(self) -> Card:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, BstkError):
+            return
+        if card_failed(error):
+            raise Interrupted(
+                f"{self.device} failed or was lost: {one_line(error)}.",
+                hint="Finished layers are kept: when nvidia-smi shows the card again, give the same command to continue.",
+            ) from error
+        if isinstance(error, RuntimeError) and out_of_memory(error) and self.device.type in str(error).lower():
+            raise ResourceError(
+                f"The memory of {self.device} is full: {one_line(error)}",
+                hint="Finished layers are kept: end what else uses the card (nvidia-smi shows it), and give the same command to "
+                "continue.",
+            ) from error
+
+    def max_pending(self, _inputs: int, /) -> int:
+        """Return 1: a matrix at a time."""
+        return 1
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> _Done:
+        """Call a function now."""
+        return _Done(function(*arguments))
+
+
+class _Done:
+    """A matrix that is encoded."""
+
+    def __init__(self, found: Any):
+        self._found = found
+
+    def result(self) -> Any:
+        """Return what the function did."""
+        return self._found
+
+    def cancel(self) -> None:
+        """Do nothing."""
+
+
+def check_encoder(codec: Codec, device: torch.device) -> None:
+    """Refuse a codec that does not encode on a device."""
+    if device.type != "cpu" and codec.name != "trellis":
+        raise UsageError(
+            f"device is {device} and the codec {codec.name}; the trellis codec alone encodes on a GPU.", option="device"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a file records of a device: other cards make other files."""
+    return device.type if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})"
+
+
+def _kernels(index: int) -> Kernels:
+    if not (importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core")):
+        raise BstkError(
+            "Compressing on a GPU needs the package cuda-core, which compiles its kernels.",
+            hint="Run pip install 'bstack[cuda]'.",
+            option="device",
+        )
+    return importlib.import_module("bstack.kernels.cuda.driver").load(index, cache_folder("cuda"))

@@ -17,8 +17,9 @@ MANY = 2**20
 _HELP = """\
   /mb N        change the size of the model to N megabytes; auto follows what the machine has free
   /mb          show its size
-  /system TEXT give the model instructions, and begin anew
+  /system TEXT give the model instructions, and begin anew; /system alone shows them
   /reset       forget the conversation
+  /exit        end, as Ctrl-D
   /help        show this
 Ctrl-C stops an answer, Ctrl-D ends."""
 
@@ -82,6 +83,8 @@ def converse(loaded: _model.Loaded, budget: int | str | None, system: str | None
         if budget == _model.AUTO:
             chat.follow()
         while (line := _read(asking)) is not None:
+            if line.strip() in ("/exit", "/quit"):
+                break
             try:
                 chat.take(line)
             except DeviceError:
@@ -125,7 +128,7 @@ class _Chat:
     def take(self, line: str) -> None:
         """Answer a message, or carry out a command."""
         name, _, rest = line.strip().partition(" ")
-        known = {"/mb": self._resize, "/reset": self._reset, "/system": self._begin, "/help": self._help}
+        known = {"/mb": self._resize, "/reset": self._reset, "/system": self._instruct, "/help": self._help}
         if name in known:
             known[name](rest.strip())
         elif name.startswith("/") and name[1:].isalpha():
@@ -150,8 +153,16 @@ class _Chat:
         self._system = system
         self._messages = [{"role": "system", "content": system}] if system else []
 
+    def _instruct(self, system: str) -> None:
+        if system:
+            self._begin(system)
+            self._loaded.log("The conversation begins anew.")
+        else:
+            click.echo(printable(self._system or "There are no instructions."), err=True)
+
     def _reset(self, _rest: str) -> None:
         self._begin(self._system)
+        self._loaded.log("The conversation is forgotten.")
 
     def _help(self, _rest: str) -> None:
         click.echo(_HELP, err=True)

@@ -61,13 +61,15 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._knows(hosts[0]):
             raise ApiError(
-                403, "This Host is not known here. Whoever runs the server can allow it (allow_host).", code="host"
+                403,
+                "This Host is not known here. Whoever runs the server can allow it (option allow-host).",
+                code="host",
             )
         origin = headers.get("origin")
         if origin is not None and not self._same(origin.lower(), hosts[0].lower()):
             raise ApiError(
                 403,
-                "Pages of other origins may not ask. Whoever runs the server can allow one (allow_origin).",
+                "Pages of other origins may not ask. Whoever runs the server can allow one (option allow-origin).",
                 code="origin",
             )
         if self._key is None or path in _OPEN or method == "OPTIONS":

@@ -107,8 +107,8 @@ def serve(
     size = Size(model, wanted, idle_bytes, log)
     scheduler = Scheduler(model, tokenizer, parallel=parallel, queue=queue, cache_bytes=cache_bytes, log=log)
     log(
-        f"Keys and values of {scheduler.page_count * PAGE:,} tokens fit into memory (cache_mb); a text takes its prompt and its "
-        f"most new tokens of that, {scheduler.longest:,} at most."
+        f"There is room for {scheduler.page_count * PAGE:,} tokens of all texts together (option cache-mb), and {scheduler.longest:,} of "
+        "one: its prompt and the most that it may write."
     )
     app = build(scheduler, size, name, Guard(key, hosts, origins), idle_after=idle_after)
     config = uvicorn.Config(

@@ -31,13 +31,20 @@ class Size:
         Budget in bytes while nobody asks; None for the smallest.
     warn : callable
         Receives warnings, one line each.
+
+    Raises
+    ------
+    bstk.BudgetError
+        `idle` is below the smallest size.
     """
 
     def __init__(self, model: Any, wanted: int | str | None, idle: int | None, warn: Callable[[str], None]):
         self._model, self._store, self._warn = model, store_of(model), warn
         file = self._store.file
         self._base = file.base.budget
-        self._idle = self._base if idle is None else max(idle, self._base)
+        if idle is not None:
+            file.fit(budget=idle)  # refused if there is no such size
+        self._idle = self._base if idle is None else idle
         self._wanted: int | str | None = self._store.budget if wanted is None else wanted
         self._lock = threading.RLock()
         self._poller = ExitStack()

@@ -56,6 +56,14 @@ def test_a_conversation(model):
     assert first < with_system[0] < with_system[1]
 
 
+def test_instructions_are_shown_and_stay(model):
+    done = talk(model, "/system\nthe river\n/system\nthe house\n/exit\nnever read\n", "--system", "the town")
+    assert done.stderr.splitlines().count("the town") == 2
+    first, second = tokens(done)
+    assert first < second
+    assert "There are no instructions." in talk(model, "/system\n").stderr
+
+
 def test_commands_and_mistakes(model):
     with bstk.open(model) as file:
         small, full = (file.base.budget + 1) / bstk.MB, file.length / bstk.MB

@@ -19,8 +19,8 @@ from bstack.models.skeleton import Skeleton
 from bstk.errors import Interrupted, ResourceError, UsageError
 
 
-def slow(name):
-    return pytest.param(name, marks=pytest.mark.slow)
+def further(name):
+    return pytest.param(name, marks=pytest.mark.gpu)
 
 
 QUICK = {"planes": 1, "samples": 2, "sequence_length": 16}
@@ -38,7 +38,7 @@ def quality(path):
         return [point["kld"] for point in file.metadata["quality"]]
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path, monkeypatch):
     bstack.compress(model, tmp_path / "cpu.bstk", settings=bstack.Settings(**QUICK))
@@ -78,9 +78,7 @@ def test_every_way_to_the_end(model, tmp_path, monkeypatch, changes):
         assert file.metadata["quality"]
 
 
-@pytest.mark.parametrize(
-    "name", [*map(slow, ["llama-tied", "opt-projected", "gemma3", "mixtral"]), "gpt2"]
-)
+@pytest.mark.parametrize("name", [*map(further, ["llama-tied", "opt-projected", "gemma3", "mixtral"]), "gpt2"])
 def test_architectures(name, tmp_path, monkeypatch):
     model = tiny_models.save(name, tmp_path / "model")
     with card_there(monkeypatch):

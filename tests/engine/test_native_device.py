@@ -39,7 +39,7 @@ def on(monkeypatch):
 FAST = {"llama", "qwen3", "mixtral", "qwen3-moe", "smollm3", "olmo2", "gemma2", "gemma3", "phi3"}
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.gpu) for n in MODELS])
 def test_logits_are_those_of_transformers(name, on, native_file):
     """Prompts in pieces, and token by token."""
     path = native_file(name)

@@ -108,7 +108,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_found(name):
     right, wrong = MUTANTS[name]

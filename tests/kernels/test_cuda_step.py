@@ -160,7 +160,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_found(name):
     right, wrong, case = MUTANTS[name]
@@ -171,7 +171,7 @@ def test_mutants_are_found(name):
             test_attention(mutant, *CASES[case], backwards)
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 def test_the_benchmark_of_a_card():
     """Its figures need a card; that it runs does not."""
     script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"

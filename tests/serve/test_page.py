@@ -119,6 +119,18 @@ def test_stopping_and_the_slider_while_a_text_runs(open_page):
     answered(page)
 
 
+def test_the_answer_is_followed_in_a_window_that_becomes_lower(open_page):
+    page = ready(open_page(viewport=NARROW), "900")
+    page.fill("#prompt", "the river")
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('main').scrollHeight > 1200")
+    page.set_viewport_size({"width": 390, "height": 500})
+    until(page, "document.getElementById('main').scrollHeight > 1600")
+    until(page, "(m => m.scrollHeight - m.scrollTop - m.clientHeight < 80)(document.getElementById('main'))")
+    page.locator("#send").click()
+    answered(page)
+
+
 def test_steps_of_the_slider(open_page):
     """Each key goes on to another size, and following no more keeps the size."""
     page = ready(open_page())
@@ -184,6 +196,9 @@ def test_what_a_model_writes_is_text(open_page):
 def test_a_page_that_asks_for_a_key(open_page, start):
     server = start("--api-key", "secret")
     page = open_page(server.url)
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    page.locator("#why-key", has_text="does not take that key").wait_for()
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     assert ready(page).inner_text("#name") == "tiny"

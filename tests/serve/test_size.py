@@ -14,8 +14,8 @@ def made(served_model):
     model, _ = load(served_model)
     warned = []
 
-    def make(wanted=None):
-        made.append(Size(model, wanted, None, warned.append))
+    def make(wanted=None, idle=None):
+        made.append(Size(model, wanted, idle, warned.append))
         return made[-1], model.bstack_store, warned
 
     made = []
@@ -45,6 +45,11 @@ def test_what_clients_are_told_can_be_asked_for(made):
         size.set(bstk.budget_bytes(told["next_mb"]))
         grown(store)
     assert told["blocks"] == told["all_blocks"] and len(seen) > 1 and seen == sorted(set(seen))
+
+
+def test_a_size_for_nobody_that_is_too_small(made):
+    with pytest.raises(bstk.BudgetError, match="smallest"):
+        made(idle=100)
 
 
 def test_a_model_that_cannot_wake_stays_as_it_is(made, monkeypatch):

@@ -12,12 +12,12 @@
 enum { TALL = 16, AT_ONCE = 2 }; /* rows of a tile; tiles of rows that are multiplied by the same operands */
 
 void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, uint8_t *tiles) {
-    for (size_t g = 0; g < groups; g++, codes += OPERAND, tiles += TILE_BYTES)
-        for (int k = 0; k < TALL; k++) {
-            uint8_t *to = tiles + k * WIDE + 8 * operand;
-            memcpy(to, codes + 4 * k, 4);
-            memcpy(to + 4, codes + WIDE + 4 * k, 4);
-        }
+    const __m512i lines = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i at = _mm512_slli_epi32(lines, 6); /* WIDE bytes apart */
+    for (size_t g = 0; g < groups; g++, codes += OPERAND, tiles += TILE_BYTES) {
+        _mm512_i32scatter_epi32(tiles + 8 * operand, at, _mm512_loadu_si512(codes), 1);
+        _mm512_i32scatter_epi32(tiles + 8 * operand + 4, at, _mm512_loadu_si512(codes + WIDE), 1);
+    }
 }
 
 /* Compilers do not know that tiles are read from memory and written to it. */
@@ -87,7 +87,6 @@ void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int row
     for (int k = 0; k < shorts; k++)
         for (int quarter = 0; quarter < QUARTERS; quarter++)
             memcpy(rest[k] + quarter * PART, last + quarter * TILE_BYTES + k * PART, PART);
-    _tile_loadconfig(config);
     for (int start = 0; start < rows; start += AT_ONCE * TALL) {
         const int count = rows - start < AT_ONCE * TALL ? rows - start : AT_ONCE * TALL;
         const uint8_t *at = codes + (size_t)start * stride, *in = tiles;
@@ -112,8 +111,10 @@ void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int row
         for (int o = 0; o < operands; o++)
             for (int i = 0; i < count; i++) sums[o * rows + start + i] += sum[i][o];
     }
-    _tile_release();
 }
+
+void bstack_amx_begin(void) { _tile_loadconfig(config); }
+void bstack_amx_end(void) { _tile_release(); }
 
 END_OF_TARGET
 #endif

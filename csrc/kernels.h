@@ -49,6 +49,7 @@ struct kernels {
     void (*trellis5_tiles)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands,
                            int64_t *sums);
     void (*place)(const uint8_t *codes, size_t groups, int k, uint8_t *tiles);
+    void (*begin)(void), (*end)(void); /* before and after some of these sums, in their thread */
     /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands follow the
      * order of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
@@ -76,6 +77,7 @@ extern const struct kernels bstack_avxvnni;
 #ifdef __linux__ /* which must be asked before tiles are used */
 #define BSTACK_AMX 1
 extern const struct kernels bstack_amx;
+void bstack_amx_begin(void), bstack_amx_end(void);
 void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, uint8_t *tiles);
 void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands, int64_t *sums);
 #endif

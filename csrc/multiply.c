@@ -180,6 +180,7 @@ static void multiply_rows(void *argument, int part) {
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
     bstack_spqr_multiply(&job->spqr, which, start, stop - start, y);
+    if (job->trellis.tiles) job->kernels->begin();
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
         for (int level = 0; level < matrix->count; level++)
@@ -188,6 +189,7 @@ static void multiply_rows(void *argument, int part) {
             else if (matrix->kind[level] == BSTACK_SIGN)
                 add_sign(job, matrix, level, &job->sign[which][level], i, rows, y, sums);
     }
+    if (job->trellis.tiles) job->kernels->end();
 }
 
 /* Lay out the arrays of the job in one piece of memory; with a null `memory`, only find its size. */

@@ -23,7 +23,6 @@ enum {
     NARROW = 512,      /* code bytes for five operands and more, whose inputs then fit the nearest cache */
     X_LIMIT = 32639,   /* largest code of a trellis block's input: as 256 high + low, both are signed bytes */
     SIGN_LIMIT = 8159, /* of a sign block's input: a sum of four is below X_LIMIT */
-    TILE_BYTES = 1024, /* of the operands of a group, in tiles */
     STACKED = 4,      /* blocks of a row that are decoded together, at most */
     OFFSET = 128,      /* table values are stored with this added, as unsigned bytes */
 };
@@ -45,11 +44,12 @@ struct kernels {
     /* The same for trellis5 blocks: code row i - 4 + e starts at codes + (i + e) * stride. */
     void (*trellis5)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
                      int64_t *sums);
-    /* Null, or the same for operands that stand in tiles, for rows of any number; `place` puts operand number k, arranged, there. */
+    /* Null, or the same for operands that stand in tiles, for rows of any number; `place` puts operand number k,
+     * arranged, there. */
     void (*trellis5_tiles)(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands,
                            int64_t *sums);
-    void (*place)(const uint8_t *codes, size_t groups, int k, uint8_t *tiles);
-    void (*begin)(void), (*end)(void); /* before and after some of these sums, in their thread */
+    void (*place)(const uint8_t *codes, size_t groups, int k, int operands, uint8_t *tiles);
+    void (*begin)(int operands), (*end)(void); /* before and after some of these sums, in their thread */
     /* Sum over columns j with sign bit 1 of x_kj. Row i starts at bits + i * stride. Groups of operands follow the
      * order of the columns. */
     void (*sign)(const uint8_t *bits, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands,
@@ -77,8 +77,8 @@ extern const struct kernels bstack_avxvnni;
 #ifdef __linux__ /* which must be asked before tiles are used */
 #define BSTACK_AMX 1
 extern const struct kernels bstack_amx;
-void bstack_amx_begin(void), bstack_amx_end(void);
-void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, uint8_t *tiles);
+void bstack_amx_begin(int operands), bstack_amx_end(void);
+void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, int operands, uint8_t *tiles);
 void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands, int64_t *sums);
 #endif
 #endif
@@ -94,6 +94,9 @@ const struct kernels *bstack_kernels(void);
 #define ALIGNED __attribute__((aligned(64)))
 /* Compile a function as part of its caller, for the caller's instruction set. */
 #define INLINE static inline __attribute__((always_inline))
+
+/* Bytes of a tile: a group of four operands, or of eight where there are more. */
+INLINE size_t tile_bytes(int operands) { return OPERAND * (operands > 4 ? 8u : 4u); }
 
 /* Compile a function of plain loops for wider registers too; the loader takes the version for the CPU. This needs the ifunc
  * mechanism, which glibc has and musl lacks. Results do not depend on it: sums of floats keep their order, and nothing is

@@ -73,7 +73,7 @@ static void store_operand(const struct job *job, struct operands *operands, int 
         memset(plain + n, 0, 2 * (groups * GROUP - (size_t)n));
     }
     job->kernels->arrange(codes, groups);
-    if (operands->tiles) job->kernels->place((const uint8_t *)codes, groups, k, operands->tiles);
+    if (operands->tiles) job->kernels->place((const uint8_t *)codes, groups, k, operands->count, operands->tiles);
 }
 
 /* Prepare a token: part 0 for all SpQR blocks and all trellis blocks, part 1 + i for the sign blocks of matrix i, if any. */
@@ -130,7 +130,7 @@ EACH_CPU static void add_trellis(const struct job *job, const struct bstack_matr
         const uint8_t *codes = matrix->block[level] + (size_t)start * q + b;
         const int length = (int)(width - b < segment ? width - b : segment);
         if (tiled)
-            kernels->trellis5_tiles(codes, q, length, rows, in->tiles + b / GROUP * QUARTERS * TILE_BYTES, in->count, sums);
+            kernels->trellis5_tiles(codes, q, length, rows, in->tiles + b / GROUP * QUARTERS * tile_bytes(in->count), in->count, sums);
         else
             (kind == BSTACK_TRELLIS ? kernels->trellis : kernels->trellis5)(codes, q, length, rows, in->codes + b * QUARTERS * 2,
                                                                            in->step, in->count, sums);
@@ -180,7 +180,7 @@ static void multiply_rows(void *argument, int part) {
     float *y = job->y[which];
     int64_t sums[ROWS * TOKENS * BSTACK_RANK];
     bstack_spqr_multiply(&job->spqr, which, start, stop - start, y);
-    if (job->trellis.tiles) job->kernels->begin();
+    if (job->trellis.tiles) job->kernels->begin(job->trellis.count);
     for (int i = start; i < stop; i += ROWS) {
         const int rows = stop - i < ROWS ? stop - i : ROWS;
         for (int level = 0; level < matrix->count; level++)
@@ -222,7 +222,7 @@ static size_t lay_out(struct job *job, uint8_t *memory) {
             TAKE(found.scale, sizeof(float) * (size_t)found.count);
             TAKE(found.total, sizeof(int64_t) * (size_t)found.count);
             if (earlier_rows(kind) && job->kernels->place && job->tokens >= TILED)
-                TAKE(found.tiles, found.step / OPERAND * TILE_BYTES);
+                TAKE(found.tiles, found.step / OPERAND * tile_bytes(found.count));
             if (earlier_rows(kind))
                 job->trellis = found;
             else if (memory)

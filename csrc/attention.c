@@ -129,6 +129,60 @@ static void multiply_row(const float *w, size_t step, int columns, const float *
     }
 }
 
+#ifdef BSTACK_X86
+#define AVX512 __attribute__((target("avx512f")))
+
+/* multiply_row for WIDE x LANES columns of half precision and ROWS rows at once, both constants. */
+AVX512 INLINE void multiply_halves(const uint16_t *w, size_t step, const float *x, size_t x_step, int n, float *y, size_t y_step,
+                                   int add, int rows, int wide) {
+    __m512 sum[4][4];
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int c = 0; c < wide; c++)
+            sum[r][c] = add ? _mm512_loadu_ps(y + (size_t)r * y_step + c * LANES) : _mm512_setzero_ps();
+    for (int j = 0; j < n; j++, w += step)
+        UNROLL
+        for (int c = 0; c < wide; c++) {
+            const __m512 part = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + c * LANES)));
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                sum[r][c] = _mm512_add_ps(sum[r][c], _mm512_mul_ps(_mm512_set1_ps(x[(size_t)r * x_step + (size_t)j]), part));
+        }
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int c = 0; c < wide; c++) _mm512_storeu_ps(y + (size_t)r * y_step + c * LANES, sum[r][c]);
+}
+
+AVX512 INLINE void multiply_half_rows(const uint16_t *w, size_t step, int columns, const float *x, size_t x_step, int n, float *y,
+                                      size_t y_step, int add, int rows) {
+    int c = 0;
+    for (; c + 4 * LANES <= columns; c += 4 * LANES) multiply_halves(w + c, step, x, x_step, n, y + c, y_step, add, rows, 4);
+    for (; c < columns; c += LANES) multiply_halves(w + c, step, x, x_step, n, y + c, y_step, add, rows, 1);
+}
+
+AVX512 static void multiply_half_avx512(const uint16_t *w, size_t step, int columns, const float *x, size_t x_step, int rows, int n,
+                                        float *y, size_t y_step, int add) {
+    for (; rows >= 3; rows -= 3, x += 3 * x_step, y += 3 * y_step) multiply_half_rows(w, step, columns, x, x_step, n, y, y_step, add, 3);
+    for (; rows; rows--, x += x_step, y += y_step) multiply_half_rows(w, step, columns, x, x_step, n, y, y_step, add, 1);
+}
+#endif
+
+/* multiply_row for some rows and w of half precision; `room` takes n x columns floats. */
+static void multiply_half(const uint16_t *w, size_t step, int columns, const float *x, size_t x_step, int rows, int n, float *y,
+                          size_t y_step, int add, float *room) {
+#ifdef BSTACK_X86
+    if (bstack_kernels()->floats == 16 && columns % LANES == 0) {
+        multiply_half_avx512(w, step, columns, x, x_step, rows, n, y, y_step, add);
+        return;
+    }
+#endif
+    for (int j = 0; j < n; j++) widen(room + (size_t)j * (size_t)columns, w + (size_t)j * step, columns);
+    for (int r = 0; r < rows; r++)
+        multiply_row(room, (size_t)columns, columns, x + (size_t)r * x_step, n, y + (size_t)r * y_step, add);
+}
+
 struct attention {
     const struct pass *pass;
     int tokens, heads;                 /* of a piece of work; the heads share their keys */
@@ -167,32 +221,32 @@ static void attend(const struct attention *a, int piece, float *query) {
     for (int start = seen / block * block; start < stop; start += block) {
         const int there = stop - start < block ? stop - start : block;
         const size_t page = pages + (size_t)(start / d->page), at = (shared * (size_t)d->page + (size_t)(start % d->page)) * (size_t)n;
-        const float *value = values;
-        size_t value_step = a->padded;
-        if (d->half) {
-            widen_rows(keys, a->block, (const uint16_t *)text->keys[page] + at, n, block);
-            widen_rows(values, a->padded, (const uint16_t *)text->values[page] + at, there, n);
-        } else {
-            value = (const float *)text->values[page] + at;
-            value_step = (size_t)n;
-        }
-        if (pass->in_a_row)
+        const void *const key = d->half ? (const void *)((const uint16_t *)text->keys[page] + at) : (const float *)text->keys[page] + at;
+        const void *const value = d->half ? (const void *)((const uint16_t *)text->values[page] + at) : (const float *)text->values[page] + at;
+        if (pass->in_a_row) {
+            widen_rows(keys, a->block, key, n, block);
+            widen_rows(values, a->padded, value, there, n);
             bstack_multiply_panels(keys, a->block, there, query, (size_t)n, rows, n, score, a->block, 0);
+        } else if (d->half) {
+            const int columns = (int)round_up((size_t)there, LANES) < block ? (int)round_up((size_t)there, LANES) : block;
+            multiply_half(key, (size_t)block, columns, query, (size_t)n, rows, n, score, a->block, 0, keys);
+        }
         for (int r = 0; r < rows; r++) {
             float *own = score + (size_t)r * a->block;
             const int position = text[r / a->heads].position, low = window && position + 1 - window > start ? position + 1 - window - start : 0;
             const int high = position + 1 - start < there ? position + 1 - start : there;
             if (!d->half)
-                for (int t = low; t < high; t++) own[t] = bstack_dot(query + r * n, (const float *)text->keys[page] + at + t * n, n);
-            else if (!pass->in_a_row)
-                multiply_row(keys, a->block, block, query + r * n, n, own, 0);
+                for (int t = low; t < high; t++) own[t] = bstack_dot(query + r * n, (const float *)key + t * n, n);
             const float factor = low < high ? bstack_soften(own + low, high - low, d->cap, most + r, total + r) : 1.0f;
             for (int t = 0; t < there; t++)
                 if (t < low || t >= high) own[t] = 0.0f;
             if (factor != 1.0f) bstack_scale(sum + r * n, factor, n);
-            if (!pass->in_a_row) multiply_row(value, value_step, n, own, there, sum + r * n, 1);
+            if (!d->half) multiply_row(value, (size_t)n, n, own, there, sum + r * n, 1);
         }
-        if (pass->in_a_row) bstack_multiply_panels(value, value_step, n, score, a->block, rows, there, sum, (size_t)n, 1);
+        if (pass->in_a_row)
+            bstack_multiply_panels(values, a->padded, n, score, a->block, rows, there, sum, (size_t)n, 1);
+        else if (d->half)
+            multiply_half(value, (size_t)n, n, score, a->block, rows, there, sum, (size_t)n, 1, values);
     }
     for (int r = 0; r < rows; r++) {
         bstack_scale(sum + r * n, 1.0f / total[r], n);

@@ -34,7 +34,6 @@ EACH_CPU static void tile_portable(const float *w, size_t w_step, const float *x
 }
 
 #ifdef BSTACK_X86
-#define UNROLLED _Pragma("GCC unroll 16")
 
 /* Three rows from each pointer, so that all addresses fit the registers. */
 __attribute__((target("avx2,fma"))) static void tile_avx2(const float *w, size_t w_step, const float *x, size_t x_step, int n,
@@ -44,17 +43,17 @@ __attribute__((target("avx2,fma"))) static void tile_avx2(const float *w, size_t
         for (int lane = 0; lane < PANEL; lane += 2 * LANES) {
             const float *row[2] = {x + (size_t)first * x_step, x + ((size_t)first + 3) * x_step}, *at = w + lane;
             __m256 sum[SOME][2];
-            UNROLLED for (int t = 0; t < SOME; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+            UNROLL for (int t = 0; t < SOME; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
             for (int j = 0; j < n; j++, at += w_step, row[0]++, row[1]++) {
                 const __m256 low = _mm256_loadu_ps(at), high = _mm256_loadu_ps(at + LANES);
-                UNROLLED for (int t = 0; t < SOME; t++) {
+                UNROLL for (int t = 0; t < SOME; t++) {
                     const __m256 token = _mm256_broadcast_ss(row[t / 3] + (size_t)(t % 3) * x_step);
                     sum[t][0] = _mm256_fmadd_ps(token, low, sum[t][0]);
                     sum[t][1] = _mm256_fmadd_ps(token, high, sum[t][1]);
                 }
             }
-            UNROLLED for (int t = 0; t < SOME; t++)
-                UNROLLED for (int half = 0; half < 2; half++) {
+            UNROLL for (int t = 0; t < SOME; t++)
+                UNROLL for (int half = 0; half < 2; half++) {
                     float *to = y + (size_t)(first + t) * y_step + lane + half * LANES;
                     _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), sum[t][half]) : sum[t][half]);
                 }
@@ -66,18 +65,18 @@ __attribute__((target("avx512f"))) static void tile_avx512(const float *w, size_
     enum { LANES = 16 };
     const float *row[4] = {x, x + 3 * x_step, x + 6 * x_step, x + 9 * x_step};
     __m512 sum[TOKENS][2];
-    UNROLLED for (int t = 0; t < TOKENS; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    UNROLL for (int t = 0; t < TOKENS; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (int j = 0; j < n; j++, w += w_step) {
         const __m512 low = _mm512_loadu_ps(w), high = _mm512_loadu_ps(w + LANES);
-        UNROLLED for (int t = 0; t < TOKENS; t++) {
+        UNROLL for (int t = 0; t < TOKENS; t++) {
             const __m512 token = _mm512_set1_ps(row[t / 3][(size_t)(t % 3) * x_step]);
             sum[t][0] = _mm512_fmadd_ps(token, low, sum[t][0]);
             sum[t][1] = _mm512_fmadd_ps(token, high, sum[t][1]);
         }
-        UNROLLED for (int k = 0; k < 4; k++) row[k]++;
+        UNROLL for (int k = 0; k < 4; k++) row[k]++;
     }
-    UNROLLED for (int t = 0; t < TOKENS; t++)
-        UNROLLED for (int half = 0; half < 2; half++) {
+    UNROLL for (int t = 0; t < TOKENS; t++)
+        UNROLL for (int half = 0; half < 2; half++) {
             float *to = y + (size_t)t * y_step + half * LANES;
             _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[t][half]) : sum[t][half]);
         }

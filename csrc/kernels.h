@@ -94,6 +94,8 @@ const struct kernels *bstack_kernels(void);
 #define ALIGNED __attribute__((aligned(64)))
 /* Compile a function as part of its caller, for the caller's instruction set. */
 #define INLINE static inline __attribute__((always_inline))
+/* Unroll the loop that follows. */
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* Bytes of a tile: a group of four operands, or of eight where there are more. */
 INLINE size_t tile_bytes(int operands) { return OPERAND * (operands > 4 ? 8u : 4u); }

@@ -4,8 +4,6 @@
 
 #include "kernels.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* As in struct kernels. */
 #define SUM_ARGUMENTS                                                                                                 \
     const uint8_t *packed, size_t stride, int width, int rows, const uint8_t *x, size_t step, int operands, int64_t *sums

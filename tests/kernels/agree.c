@@ -173,11 +173,10 @@ static const struct bstack_matrix *trellis_matrix(int m, int n) {
 }
 
 /* A decoder of three layers, the second with all that is optional, the third of experts, in half precision: each instruction set, and
- * two texts at once, must give the same logits. Pages hold two tokens. */
-static void compare_decoders(const char *const *names, int count) {
-    enum { WIDTH = 20, INNER = 28, HEADS = 4, KEY_HEADS = 2, HEAD_WIDTH = 6, WORDS = 33, TOKENS = 3, PAGES = 2, TEXTS = 2, LAYERS = 3,
-           EXPERTS = 3, EXPERT_INNER = 10 };
-    const int queries = HEADS * HEAD_WIDTH, keys = KEY_HEADS * HEAD_WIDTH;
+ * two texts at once, must give the same logits. */
+static void compare_decoders(const char *const *names, int count, int heads, int head_width, int page, int tokens) {
+    enum { WIDTH = 20, INNER = 28, KEY_HEADS = 2, WORDS = 33, PAGES = 2, TEXTS = 2, LAYERS = 3, EXPERTS = 3, EXPERT_INNER = 10 };
+    const int queries = heads * head_width, keys = KEY_HEADS * head_width;
     const struct bstack_matrix *expert_gate[EXPERTS], *expert_down[EXPERTS];
     for (int e = 0; e < EXPERTS; e++) {
         expert_gate[e] = trellis_matrix(2 * EXPERT_INNER, WIDTH);
@@ -188,7 +187,7 @@ static void compare_decoders(const char *const *names, int count) {
             .query = trellis_matrix(queries, WIDTH), .key = trellis_matrix(keys, WIDTH), .value = trellis_matrix(keys, WIDTH),
             .out = trellis_matrix(WIDTH, queries), .gate = trellis_matrix(INNER, WIDTH), .up = trellis_matrix(INNER, WIDTH),
             .down = trellis_matrix(WIDTH, INNER), .input_norm = random_floats(WIDTH, 1.0f), .post_norm = random_floats(WIDTH, 1.0f),
-            .query_norm = random_floats(HEAD_WIDTH, 1.0f), .key_norm = random_floats(HEAD_WIDTH, 1.0f),
+            .query_norm = random_floats((size_t)head_width, 1.0f), .key_norm = random_floats((size_t)head_width, 1.0f),
             .query_bias = random_floats((size_t)queries, 1.0f), .down_bias = random_floats(WIDTH, 1.0f), .rope = 1,
         },
         {
@@ -203,8 +202,8 @@ static void compare_decoders(const char *const *names, int count) {
     };
     const struct bstack_matrix *head[] = {trellis_matrix(WORDS - 8, WIDTH), trellis_matrix(8, WIDTH)};
     struct bstack_decoder decoder = {
-        .width = WIDTH, .inner = INNER, .heads = HEADS, .key_heads = KEY_HEADS, .head_width = HEAD_WIDTH, .layers = LAYERS,
-        .head_parts = 2, .rotary = 4, .activation = BSTACK_GELU, .half = 1, .page = 2, .epsilon = 1e-5f, .scale = 0.4f, .cap = 5.0f,
+        .width = WIDTH, .inner = INNER, .heads = heads, .key_heads = KEY_HEADS, .head_width = head_width, .layers = LAYERS,
+        .head_parts = 2, .rotary = 4, .activation = BSTACK_GELU, .half = 1, .page = page, .epsilon = 1e-5f, .scale = 0.4f, .cap = 5.0f,
         .experts = EXPERTS, .chosen = 2, .expert_inner = EXPERT_INNER, .normalised = 1,
         .layer = layers, .final_norm = random_floats(WIDTH, 1.0f), .head = head,
     };
@@ -219,7 +218,7 @@ static void compare_decoders(const char *const *names, int count) {
             texts[i] = (struct bstack_text){.pages = PAGES, .cosine = cosine, .sine = sine, .keys = place[i], .values = place[i] + LAYERS * PAGES};
         }
         bstack_use(names[k]);
-        for (int t = 0; t < TOKENS; t++) {
+        for (int t = 0; t < tokens; t++) {
             for (int i = 0; i < TEXTS; i++) texts[i].position = t;
             memcpy(x, embedding, sizeof x);
             if (!k) /* one after the other; the parts of the head are apart where there are two */
@@ -330,7 +329,8 @@ int main(int argc, char **argv) {
     bstack_set_threads(2);
     compare_matrices(names, count);
     compare_encoders(names, count);
-    compare_decoders(names, count);
+    compare_decoders(names, count, 4, 6, 2, 3);
+    compare_decoders(names, count, 8, 80, 32, 37); /* whole registers, four heads with the same keys */
     compare_reading(names, count);
     compare_many_tokens(names, count);
     bstack_set_threads(1);

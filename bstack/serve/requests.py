@@ -79,7 +79,11 @@ def read_chat(body: Mapping[str, Any], name: str, scheduler: Scheduler) -> Reque
         if body.get(field):
             raise ApiError(400, f"This server has no {what}.", param=field, code="unsupported_parameter")
     messages = _messages(body)
-    top = _integer(body, "top_logprobs", 0, 20, 0) if _flag(body, "logprobs") else None
+    top: int | None = _integer(body, "top_logprobs", 0, 20, 0)
+    if not _flag(body, "logprobs"):
+        if top:
+            raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        top = None
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     tokenizer = scheduler.tokenizer
     tools = _tools(body)

@@ -228,6 +228,7 @@ def test_log_probabilities(client):
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"7": 1000}}, 400, "logit_bias"),
         ({"top_logprobs": 50, "logprobs": True}, 400, "top_logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
         (

@@ -129,6 +129,8 @@ def test_the_answer_is_followed_in_a_window_that_becomes_lower(open_page):
     until(page, "(m => m.scrollHeight - m.scrollTop - m.clientHeight < 80)(document.getElementById('main'))")
     page.locator("#send").click()
     answered(page)
+    page.set_viewport_size({"width": 390, "height": 300})  # and after it
+    until(page, "(m => m.scrollHeight - m.scrollTop - m.clientHeight < 80)(document.getElementById('main'))")
 
 
 def test_steps_of_the_slider(open_page):
@@ -166,7 +168,8 @@ def test_what_a_model_writes_is_text(open_page):
     page = ready(open_page())
     raw = (
         "# Head\n\nSome **bold** and `code` <img src=x onerror=alert(1)>\n\n- one\n- two\n\n```py\nprint('<b>')\n```\n"
-        "[good](https://example.org) [bad](javascript:alert(1))\n\n  # a comment\n > quoted\n- a\n  > b\n#no head\n>"
+        "[good](https://example.org) [bad](javascript:alert(1))\n\n  # a comment\n > quoted\n- a\n  > b\n#no head\n>\n"
+        "\n| a | b |\n|---|:-:|\n| 1 | `2` |\n\n1. x\n   - y\n     more\n\n2. z\n- no number"
     )
     choice = {"index": 0, "delta": {"content": raw, "reasoning_content": "I <i>think</i>"}, "finish_reason": "stop"}
     event = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
@@ -181,7 +184,12 @@ def test_what_a_model_writes_is_text(open_page):
         ("h3", 2),
         ("blockquote", 3),
         ("strong", 1),
-        ("li", 3),
+        ("li", 7),
+        ("ol", 1),
+        ("ol > li", 2),
+        ("li li", 1),
+        ("th", 2),
+        ("td code", 1),
         ("pre", 1),
         ("a", 1),
         ("img", 0),

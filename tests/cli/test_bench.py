@@ -361,12 +361,12 @@ def test_interrupted(home, sizes):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75 and out == ""
     assert (
         err.strip().splitlines()[-1] == "Interrupted. Give the same command again to continue."

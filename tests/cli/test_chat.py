@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 def talk(path, text, *options):
     command = [sys.executable, "-m", "bstack", "chat", path, "--max-new-tokens", "8", *options]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=300)
 
 
 def tokens(done):
@@ -109,7 +109,7 @@ def test_a_terminal(model):
     def until(words, start=0, again=b""):
         """Read until the words; what is typed again reaches a line that was not waiting for it yet."""
         nonlocal seen
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not (found := re.compile(words).search(seen, start)):
             assert time.monotonic() < end, seen
             if select.select([main], [], [], 1)[0]:
@@ -133,7 +133,7 @@ def test_a_terminal(model):
         at = until("of weights", at)
         until("> ", at)
         os.write(main, b"\x04")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         os.close(main)
@@ -149,6 +149,6 @@ def own():
 
 def test_run_without_a_prompt_and_without_a_terminal(model):
     done = subprocess.run(
-        [sys.executable, "-m", "bstack", "run", model], input="", capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "bstack", "run", model], input="", capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and "there is no prompt" in done.stderr

@@ -272,7 +272,7 @@ def test_the_installed_command_struck_from_outside(tmp_path):
         process = subprocess.Popen(
             [*command, "compress", model, "-o", output, *arguments], stderr=subprocess.PIPE, text=True
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while process.poll() is None and not (work / part).exists():
             assert time.monotonic() < deadline
             time.sleep(0.002)

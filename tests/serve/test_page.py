@@ -10,6 +10,7 @@ import pytest
 from playwright import sync_api
 
 pytestmark = pytest.mark.slow
+sync_api.expect.set_options(timeout=300_000)
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -30,6 +31,7 @@ def open_page(browser, server):
 
     def begin(url=server.url, viewport=WIDE, scheme="light"):
         page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        page.set_default_timeout(300_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
         page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else faults.append(asked.url))
@@ -51,7 +53,7 @@ def ready(page, tokens="20"):
 
 def until(page, condition):
     """Wait; the page's policy forbids Playwright's own way."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition
         page.wait_for_timeout(50)

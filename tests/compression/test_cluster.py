@@ -28,51 +28,103 @@ dask = pytest.importorskip("dask")
 
 SETTINGS = bstack.Settings(planes=2, samples=2, sequence_length=16)
 QUICK = ["--planes", "2", "--samples", "2", "--sequence-length", "16"]
-# A worker as somebody would start it, after some Python of the test's own.
-WORKER = "{}; import sys; sys.argv[0] = 'dask'; from dask.__main__ import main; main()"
+# A process that has imported what takes seconds. Each that is started is a child of it, which does some Python of the test's own
+# and then what the command `dask` does.
+MOTHER = """
+import contextlib, json, os, signal, sys
+import dask.__main__, distributed.cli.dask_scheduler, distributed.cli.dask_worker, torch
+
+def reap(*_):
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+signal.signal(signal.SIGCHLD, reap)
+while line := sys.stdin.readline():
+    before, arguments, environment = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nothing, number)
+        os.environ.update(environment)
+        dask.config.refresh()
+        sys.argv[:] = ["dask", *arguments]
+        exec(before)
+        dask.__main__.main()
+        os._exit(0)
+    print(pid, flush=True)
+"""
 
 
-def start(processes, *arguments, before="pass", **environment):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(before), *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    processes.append(process)
-    return process
+class Process:
+    def __init__(self, pid):
+        self.pid = pid
+
+    def kill(self):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def has_ended(self):
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def mother():
+    with subprocess.Popen(
+        [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+class Processes(list):
+    """Those that were started, which end with the test or the module."""
+
+    def __init__(self, mother):
+        self._mother = mother
+
+    def start(self, *arguments, before="pass", **environment):
+        print(json.dumps([before, arguments, environment]), file=self._mother.stdin, flush=True)
+        self.append(Process(int(self._mother.stdout.readline())))
+        return self[-1]
+
+    def end(self):
+        for process in self:
+            process.kill()
+        wait_for(lambda: all(process.has_ended() for process in self))
 
 
 @pytest.fixture
-def processes():
-    started = []
+def processes(mother):
+    started = Processes(mother)
     yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    started.end()
 
 
 def start_scheduler(processes, folder, **environment):
     file = folder / "scheduler.json"
     arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    start(processes, "scheduler", *arguments, **environment)
+    processes.start("scheduler", *arguments, **environment)
     wait_for(lambda: file.exists() and file.read_text().endswith("}"))
     return json.loads(file.read_text())["address"]
 
 
 def start_worker(processes, scheduler, folder, **options):
     arguments = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(folder / "dask")]
-    return start(processes, "worker", scheduler, *arguments, **options)
+    return processes.start("worker", scheduler, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
-def lasting():
+def lasting(mother):
     """Processes that all tests share."""
-    started = []
+    started = Processes(mother)
     yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    started.end()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +138,7 @@ def two_workers(lasting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     address = start_scheduler(lasting, folder)
     for _ in range(2):
-        start_worker(lasting, address, folder, OMP_NUM_THREADS="2")
+        start_worker(lasting, address, folder, before="torch.set_num_threads(2)", OMP_NUM_THREADS="2")
     with distributed.Client(address, timeout=300, set_as_default=False) as client:
         client.wait_for_workers(2, timeout=300)
     return address
@@ -183,7 +235,7 @@ def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers
     with pytest.warns(RuntimeWarning, match="kernels reference"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     killer.join()
-    assert [worker.pid for worker in workers if worker.poll() == -signal.SIGKILL] == killed
+    assert [worker.pid for worker in workers if worker.has_ended()] == killed
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 

@@ -1,5 +1,6 @@
 """bstack chat: a conversation in the terminal."""
 
+import io
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import in_process
 import pytest
 import tiny_models
 
@@ -92,8 +94,9 @@ def test_a_model_without_a_template(tmp_path):
     assert done.returncode == 2 and "has no chat template. bstack run -p" in done.stderr
 
 
-def test_a_model_of_the_other_engine(tmp_path):
-    done = talk(made(tmp_path, "gpt2"), "the river\nthe house\n")
+def test_a_model_of_the_other_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the river\nthe house\n"))
+    done = in_process.bstack("chat", made(tmp_path, "gpt2"), "--max-new-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "transformers engine" in done.stderr and len(tokens(done)) == 2
 

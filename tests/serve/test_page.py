@@ -45,10 +45,17 @@ def open_page(browser, server):
     assert not [fault for fault in faults if "401" not in fault], faults
 
 
-def ready(page, tokens="20"):
+def ready(page, tokens="20", endless=False):
+    """Wait for the page; an answer without end writes all tokens that it may."""
+    if endless:
+        page.route("**/v1/chat/completions", without_end)
     page.locator("#mb", has_text="MB").wait_for()
     page.locator("#limit").evaluate(f"field => field.value = {tokens}")
     return page
+
+
+def without_end(route):
+    route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "logit_bias": {"2": -100}}))
 
 
 def until(page, condition):
@@ -96,7 +103,7 @@ def test_a_conversation(open_page):
     page.keyboard.press("Enter")
     answered(page, 2)
     assert page.locator("[data-kept]").count() == 1 == page.locator("text=Again").count()
-    page.locator("#limit").evaluate("field => field.value = 900")
+    ready(page, "900", endless=True)
     page.fill("#prompt", "the house")
     page.keyboard.press("Enter")
     page.locator("#send", has_text="Stop").wait_for()
@@ -106,7 +113,7 @@ def test_a_conversation(open_page):
 
 
 def test_stopping_and_the_slider_while_a_text_runs(open_page):
-    page = ready(open_page(), "900")
+    page = ready(open_page(), "900", endless=True)
     full, cells = page.inner_text("#mb"), page.locator("#stack i.in").count()
     page.fill("#prompt", "the river")
     page.keyboard.press("Enter")
@@ -122,7 +129,7 @@ def test_stopping_and_the_slider_while_a_text_runs(open_page):
 
 
 def test_the_answer_is_followed_in_a_window_that_becomes_lower(open_page):
-    page = ready(open_page(viewport=NARROW), "900")
+    page = ready(open_page(viewport=NARROW), "900", endless=True)
     page.fill("#prompt", "the river")
     page.keyboard.press("Enter")
     until(page, "document.getElementById('main').scrollHeight > 1200")

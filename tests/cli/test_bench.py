@@ -432,9 +432,13 @@ def test_results_survive_a_report_that_cannot_be_written(home, sizes, tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     reading, writing = os.pipe()
     os.close(reading)
-    with contextlib.suppress(BrokenPipeError), open(writing, "w") as closed:  # closing writes what is left
-        with contextlib.redirect_stdout(closed), pytest.raises(SystemExit) as caught:
-            main.main(command)
+    with (
+        contextlib.suppress(BrokenPipeError),  # of the closing, which writes what is left
+        open(writing, "w") as closed,
+        contextlib.redirect_stdout(closed),
+        pytest.raises(SystemExit) as caught,
+    ):
+        main.main(command)
     assert caught.value.code == 1 and kept.exists()
     done = in_process.bstack(*command, cwd=home)
     assert done.returncode == 0 and not kept.exists()

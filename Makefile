@@ -18,7 +18,7 @@ $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc
 demo: $(VENV)/.done
 	$(BIN)/python benchmarks/demo.py
 
-# Check style and types, then run all tests, two files at a time: most of them wait for commands that they start.
+# Check style and types, then run all tests, two files at a time, in the order of tests/conftest.py: slow ones first.
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 

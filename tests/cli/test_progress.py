@@ -62,7 +62,7 @@ def test_the_command_in_a_log(vector, tmp_path):
     for quiet in (False, True):
         arguments = ["verify", path, *(["-q"] if quiet else [])]
         done = subprocess.run(
-            [sys.executable, "-c", _TALKATIVE, *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", _TALKATIVE, *arguments], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0
         assert bool(re.search(r"^verify: [\d,.]+ bytes of [\d,.]+ bytes(, about \d+ s left)?$", done.stderr, re.M)) == (
@@ -81,7 +81,7 @@ def test_the_command_on_a_terminal(vector):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # without a width nothing is drawn
     command = [sys.executable, "-c", _TALKATIVE, "verify", vector("whole.bstk")]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, timeout=300)
     os.write(theirs, b".")  # so that there is something to read
     shown = os.read(ours, 2**16).decode()
     os.close(theirs)

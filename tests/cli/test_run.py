@@ -121,7 +121,7 @@ def test_the_native_engine_loads_neither_torch_nor_transformers(model):
         "finally: print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers'}))"
     )
     run = [sys.executable, "-c", code, "run", model, "-p", "x", "--max-new-tokens", "2", "--mb", "auto"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -150,7 +150,7 @@ def test_a_prompt_from_standard_input_as_installed(bstack, model):
         input="the river",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     same = bstack("run", model, "-p", "the river", "--max-new-tokens", 5, "-q")
     assert done.returncode == 0 and done.stdout == same.stdout and done.stdout.strip()
@@ -246,7 +246,7 @@ def test_interrupted(model):
     )
     first = process.stdout.read(1)  # the native engine writes the whole text in a tenth of a second
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert first and process.returncode in (0, 75), errors.decode()
     assert b"Traceback" not in errors
     if process.returncode == 75:

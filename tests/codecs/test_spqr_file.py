@@ -1,12 +1,9 @@
-"""Whole SpQR files of a tiny model, made by the installed command, shown, cut, interrupted, read back."""
+"""Whole SpQR files of a tiny model, made by the command, shown, cut, interrupted, read back."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
-import sysconfig
 from contextlib import contextmanager
 
 import in_process
@@ -32,12 +29,6 @@ def command(*arguments):
     return in_process.bstack(*arguments, cwd=".")
 
 
-def installed(*arguments):
-    path = shutil.which("bstack", path=sysconfig.get_path("scripts"))
-    start = [path] if path else [sys.executable, "-m", "bstack"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=300)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_models.save("llama-tied", tmp_path_factory.mktemp("spqr") / "model")
@@ -46,7 +37,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(model):
     path = model.parent / "out.bstk"
-    done = installed(
+    done = command(
         "compress",
         model,
         "-o",

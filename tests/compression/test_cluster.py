@@ -28,51 +28,103 @@ dask = pytest.importorskip("dask")
 
 SETTINGS = bstack.Settings(planes=2, samples=2, sequence_length=16)
 QUICK = ["--planes", "2", "--samples", "2", "--sequence-length", "16"]
-# A worker as somebody would start it, after some Python of the test's own.
-WORKER = "{}; import sys; sys.argv[0] = 'dask'; from dask.__main__ import main; main()"
+# A process that has imported what takes seconds. Each that is started is a child of it, which does some Python of the test's own
+# and then what the command `dask` does.
+MOTHER = """
+import contextlib, json, os, signal, sys
+import dask.__main__, distributed.cli.dask_scheduler, distributed.cli.dask_worker, torch
+
+def reap(*_):
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+signal.signal(signal.SIGCHLD, reap)
+while line := sys.stdin.readline():
+    before, arguments, environment = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nothing, number)
+        os.environ.update(environment)
+        dask.config.refresh()
+        sys.argv[:] = ["dask", *arguments]
+        exec(before)
+        dask.__main__.main()
+        os._exit(0)
+    print(pid, flush=True)
+"""
 
 
-def start(processes, *arguments, before="pass", **environment):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(before), *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    processes.append(process)
-    return process
+class Process:
+    def __init__(self, pid):
+        self.pid = pid
+
+    def kill(self):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def has_ended(self):
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def mother():
+    with subprocess.Popen(
+        [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+class Processes(list):
+    """Those that were started, which end with the test or the module."""
+
+    def __init__(self, mother):
+        self._mother = mother
+
+    def start(self, *arguments, before="pass", **environment):
+        print(json.dumps([before, arguments, environment]), file=self._mother.stdin, flush=True)
+        self.append(Process(int(self._mother.stdout.readline())))
+        return self[-1]
+
+    def end(self):
+        for process in self:
+            process.kill()
+        wait_for(lambda: all(process.has_ended() for process in self))
 
 
 @pytest.fixture
-def processes():
-    started = []
+def processes(mother):
+    started = Processes(mother)
     yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    started.end()
 
 
 def start_scheduler(processes, folder, **environment):
     file = folder / "scheduler.json"
     arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    start(processes, "scheduler", *arguments, **environment)
+    processes.start("scheduler", *arguments, **environment)
     wait_for(lambda: file.exists() and file.read_text().endswith("}"))
     return json.loads(file.read_text())["address"]
 
 
 def start_worker(processes, scheduler, folder, **options):
     arguments = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(folder / "dask")]
-    return start(processes, "worker", scheduler, *arguments, **options)
+    return processes.start("worker", scheduler, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
-def lasting():
+def lasting(mother):
     """Processes that all tests share."""
-    started = []
+    started = Processes(mother)
     yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    started.end()
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +138,9 @@ def two_workers(lasting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     address = start_scheduler(lasting, folder)
     for _ in range(2):
-        start_worker(lasting, address, folder, OMP_NUM_THREADS="2")
-    with distributed.Client(address, timeout=30, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+        start_worker(lasting, address, folder, before="torch.set_num_threads(2)", OMP_NUM_THREADS="2")
+    with distributed.Client(address, timeout=300, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=300)
     return address
 
 
@@ -102,7 +154,7 @@ def scheduler(processes, tmp_path, request):
 
 @pytest.fixture
 def client(scheduler):
-    with distributed.Client(scheduler, timeout=30, set_as_default=False) as client:
+    with distributed.Client(scheduler, timeout=300, set_as_default=False) as client:
         yield client
 
 
@@ -114,7 +166,7 @@ def add_workers(processes, scheduler, client, tmp_path):
         before = len(client.nthreads())
         made = [start_worker(processes, scheduler, tmp_path, **options) for _ in range(count)]
         workers.extend(made)
-        client.wait_for_workers(before + count, timeout=60)
+        client.wait_for_workers(before + count, timeout=300)
         return made
 
     yield add
@@ -134,7 +186,7 @@ def compressed(model, folder, settings, **options):
     return (folder / "out.bstk").read_bytes()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -183,7 +235,7 @@ def test_a_worker_is_killed(tiny_llama, tmp_path, scheduler, client, add_workers
     with pytest.warns(RuntimeWarning, match="kernels reference"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     killer.join()
-    assert [worker.pid for worker in workers if worker.poll() == -signal.SIGKILL] == killed
+    assert [worker.pid for worker in workers if worker.has_ended()] == killed
     assert (tmp_path / "out.bstk").read_bytes() == expected
 
 
@@ -206,7 +258,7 @@ def test_interrupted(tiny_llama, tmp_path, scheduler, client, add_workers, expec
     process = subprocess.Popen([*command, "--dask", scheduler], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: busy(client))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75 and "Give the same command again" in err and "Traceback" not in err
     wait_for(lambda: not busy(client))
     assert run(capsys, tiny_llama, "-o", tmp_path / "out.bstk", *QUICK)[0] == 0
@@ -219,7 +271,7 @@ def test_an_error_in_the_event_loop_of_dask_prints_no_traceback(two_workers, cap
         # Dask's own cancel() raises NameError there where Ctrl-C comes before its future.
         workers.client.loop.add_callback(lambda: 1 / 0)
         workers.client.loop.add_callback(done.set)
-        assert done.wait(10)
+        assert done.wait(300)
     assert "ZeroDivisionError" not in caplog.text
 
 
@@ -230,7 +282,7 @@ def test_workers_come_late_or_not_at_all(tiny_llama, tmp_path, scheduler, client
     threading.Thread(target=lambda: (wait_for(lambda: busy(client)), worker.kill())).start()
     with pytest.raises(Interrupted, match="no workers for 1 s"), pytest.warns(RuntimeWarning):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
-    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 30.0)
+    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 300.0)
     threading.Timer(1, lambda: add_workers(1)).start()
     bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
     assert (tmp_path / "out.bstk").read_bytes() == expected
@@ -349,8 +401,15 @@ def test_a_wrong_host_is_one_line_and_nothing_of_dask_behind_it():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_workers(tiny_llama, tmp_path, scheduler, monkeypatch):
-    monkeypatch.setattr("bstack.compression.cluster.CONNECT_SECONDS", 0.5)
+@pytest.fixture
+def impatient(monkeypatch):
+    """Wait long for a scheduler, and hardly for workers."""
+    wait = distributed.Client.wait_for_workers
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", lambda self, count, timeout: wait(self, count, 0.2))
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 300.0)
+
+
+def test_no_workers(tiny_llama, tmp_path, scheduler, impatient):
     with pytest.raises(BstkError, match="no workers"):
         bstack.compress(tiny_llama, tmp_path / "out.bstk", settings=SETTINGS, dask=scheduler)
 
@@ -363,8 +422,7 @@ _ENCRYPTED = {"DASK_" + name.upper().replace(".", "__").replace("-", "_"): value
 
 
 @pytest.mark.parametrize("scheduler", [{"DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls", **_ENCRYPTED}], indirect=True)
-def test_an_encrypted_scheduler_that_dask_settings_tell_how_to_reach(scheduler, monkeypatch):
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 2.0)
+def test_an_encrypted_scheduler_that_dask_settings_tell_how_to_reach(scheduler, impatient):
     assert scheduler.startswith("tls://")
     with dask.config.set(TLS), pytest.raises(BstkError, match="has no workers"):
         cluster.Cluster(scheduler)

@@ -14,7 +14,7 @@ from bstack.packed.store import BlockStore
 
 
 def until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()
@@ -59,7 +59,7 @@ class Machine:
             self.poller.poll(self.now)
             growth = self.model.bstack_store._growth
             if growth is not None:
-                growth.thread.join(20)
+                growth.thread.join(300)
 
 
 def test_following_asks_a_whole_model_for_nothing(path, model):
@@ -106,7 +106,7 @@ def test_a_growth_that_fails_while_following_a_function(path, tmp_path):
         follower.poll(now)
         growth = model.bstack_store._growth
         if growth is not None:
-            growth.thread.join(20)
+            growth.thread.join(300)
         return growth
 
     failed = look(0)

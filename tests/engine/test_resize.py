@@ -11,7 +11,7 @@ from packed_models import IDS, budgets, damaged, flip_a_late_byte, logits
 
 import bstack
 import bstk
-from bstack.packed.store import BlockStore
+from bstack.packed.store import READERS, BlockStore
 
 SETTINGS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 210}
 
@@ -142,7 +142,7 @@ def test_from_many_threads(path, model):
     time.sleep(1.0)
     stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()
     assert not errors
     bstack.resize(model, sizes[1])
@@ -212,7 +212,7 @@ def test_putting_a_block_that_fails_midway(path, model, monkeypatch):
 def test_a_failure_nobody_waits_for_is_kept(path, tmp_path):
     model = damaged(path, tmp_path, shorten)
     bstack.resize(model, wait=False)
-    model.bstack_store._growth.thread.join(20)
+    model.bstack_store._growth.thread.join(300)
     assert "shorter" in bstack.resident(model).error
 
 
@@ -234,17 +234,26 @@ def test_without_a_thread_to_grow_in(path, model, monkeypatch):
 
 
 def test_a_shrink_stops_a_growth(path, model, monkeypatch):
+    """It waits for the blocks that are being read, and for none of those behind them."""
     small, _, full = budgets(path)
     bstack.resize(model, small)
-    file = model.bstack_store.file
-    monkeypatch.setattr(file, "read", lambda chunk, original=file.read: (time.sleep(0.05), original(chunk))[1])
+    store, reading, stopped, read = model.bstack_store, threading.Event(), threading.Event(), []
+    missing = bstack.resident(model).all_blocks - bstack.resident(model).blocks
+
+    def slow(chunk, original=store.file.read):
+        read.append(chunk)
+        reading.set()
+        assert stopped.wait(300)
+        return original(chunk)
+
+    monkeypatch.setattr(store.file, "read", slow)
     bstack.resize(model, full, wait=False)
-    time.sleep(0.12)
+    assert reading.wait(300)
     assert bstack.resident(model).target_bytes > bstack.resident(model).weight_bytes
-    started = time.monotonic()
+    thread = store._growth.thread
+    monkeypatch.setattr(thread, "join", lambda join=thread.join: (stopped.set(), join()))
     state = bstack.resize(model, small)
-    assert time.monotonic() - started < 1.0, "it does not wait for the whole growth"
-    assert state.target_bytes == state.weight_bytes
+    assert len(read) <= READERS < missing and state.target_bytes == state.weight_bytes
     monkeypatch.undo()
     assert torch.equal(logits(model), logits(bstack.load(path, mode="packed", mb=small)[0]))
 
@@ -297,7 +306,7 @@ def test_signs_grow_while_they_are_used(tmp_path_factory):
         bstack.resize(model, small)
         bstack.resize(model, full)
     stop.set()
-    thread.join(20)
+    thread.join(300)
     assert not errors
     fresh, _ = bstack.load(folder / "model.bstk", mode="packed")
     assert torch.equal(logits(model), logits(fresh))

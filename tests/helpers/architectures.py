@@ -38,7 +38,7 @@ _SIZES = {
     "num_nextn_predict_layers first_k_dense_replace",
     16: "head_dim kv_channels dim_head d_head v_head_dim qk_rope_head_dim qk_nope_head_dim index_head_dim swa_head_dim "
     "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim attention_head_size "
-    "q_lora_rank kv_lora_rank mamba_chunk_size chunk_size sliding_window attention_chunk_size",
+    "q_lora_rank kv_lora_rank o_lora_rank mamba_chunk_size chunk_size sliding_window attention_chunk_size",
     8: "state_size mamba_d_state ssm_state_size time_step_rank mamba_dt_rank rotary_dim index_topk",
     32: "qk_head_dim",
 }

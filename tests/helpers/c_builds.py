@@ -16,6 +16,6 @@ def build(program, compiler, *flags, main="agree.c"):
 
 def run(program, *arguments, **options):
     """Run the program; it must find that all instruction sets agree."""
-    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=1200, **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "400 matrices agree\n"

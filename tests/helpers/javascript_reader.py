@@ -31,7 +31,7 @@ MARKS = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.filterwa
 def node(jobs):
     """Return the result of each job of `javascript_jobs.mjs`; all run in one process."""
     command = ["node", "--no-warnings", str(JOBS)]
-    run = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

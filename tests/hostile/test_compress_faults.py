@@ -10,7 +10,7 @@ import bstk
 
 pytestmark = pytest.mark.slow
 
-EVERY = 17  # of the steps; all of them take minutes
+EVERY = 23  # of the steps; all of them take minutes
 
 
 @pytest.fixture(scope="module")

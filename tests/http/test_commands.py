@@ -50,7 +50,7 @@ def bstack(command):
 
     def run(*args):
         process = command(*args)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     return run

@@ -101,11 +101,11 @@ def test_no_url(url):
 
 
 def test_silence(model, serve, monkeypatch, tmp_path):
-    monkeypatch.setattr("bstk.http.READ_TIMEOUT", 0.1)
+    monkeypatch.setattr("bstk.http.READ_TIMEOUT", 0.5)
     monkeypatch.setattr("bstk.http.RETRIES", 1)
     server = serve(model, pause=5)
     started = time.monotonic()
-    with pytest.raises(bstk.RemoteError, check=lambda error: error.resumable, match=r"no data for 0.1 s"):
+    with pytest.raises(bstk.RemoteError, check=lambda error: error.resumable, match=r"no data for 0.5 s"):
         opened(server.url)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -47,7 +47,7 @@ class Server:
         """End it as a user does; return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=300)
         self.log += out + err
         return self.process.returncode
 

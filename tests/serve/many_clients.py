@@ -38,7 +38,7 @@ class Load:
         self.full = self.size()["max_mb"]
         self.wanted = [self.answer(prompt) for prompt in self.prompts]
 
-    def request(self, method, path, body=None, timeout=120):
+    def request(self, method, path, body=None, timeout=300):
         connection = http.client.HTTPConnection(self.address.netloc, timeout=timeout)
         try:
             connection.request(method, path, body)
@@ -82,7 +82,7 @@ class Load:
             self.done["while the size changed"] += 1
 
     def open(self, **options):
-        connection = socket.create_connection((self.address.hostname, self.address.port), timeout=120)
+        connection = socket.create_connection((self.address.hostname, self.address.port), timeout=300)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         body = self.body(self.prompts[0], **options)
         connection.sendall(
@@ -108,7 +108,7 @@ class Load:
         raw = rng.choice(
             [rng.randbytes(300), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\n"]
         )
-        with socket.create_connection((self.address.hostname, self.address.port), timeout=30) as connection:
+        with socket.create_connection((self.address.hostname, self.address.port), timeout=300) as connection:
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(4096):

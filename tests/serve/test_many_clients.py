@@ -16,10 +16,11 @@ pytestmark = pytest.mark.slow
 def test_many_clients(start):
     server = start("--queue", "40", "--cache-mb", "16")
     load = Load(server.url)
-    load.run(8, every=1.5)
-    assert not load.faults, load.faults[:3]
-    assert load.done["compared"] > 5 and load.done["left"] and load.done["garbage"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
+    while load.done["compared"] <= 5 or not load.done["left"] or not load.done["garbage"]:
+        load.run(5, every=1.5)
+        assert not load.faults, load.faults[:3]
+        assert time.monotonic() < deadline
     while b"bstack_texts_running 0.0" not in load.request("GET", "/metrics")[1]:
         assert time.monotonic() < deadline
     assert [load.answer(prompt) for prompt in load.prompts] == load.wanted

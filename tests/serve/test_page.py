@@ -10,6 +10,7 @@ import pytest
 from playwright import sync_api
 
 pytestmark = pytest.mark.slow
+sync_api.expect.set_options(timeout=300_000)
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -30,6 +31,7 @@ def open_page(browser, server):
 
     def begin(url=server.url, viewport=WIDE, scheme="light"):
         page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        page.set_default_timeout(300_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
         page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else faults.append(asked.url))
@@ -43,15 +45,22 @@ def open_page(browser, server):
     assert not [fault for fault in faults if "401" not in fault], faults
 
 
-def ready(page, tokens="20"):
+def ready(page, tokens="20", endless=False):
+    """Wait for the page; an answer without end writes all tokens that it may."""
+    if endless:
+        page.route("**/v1/chat/completions", without_end)
     page.locator("#mb", has_text="MB").wait_for()
     page.locator("#limit").evaluate(f"field => field.value = {tokens}")
     return page
 
 
+def without_end(route):
+    route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "logit_bias": {"2": -100}}))
+
+
 def until(page, condition):
     """Wait; the page's policy forbids Playwright's own way."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition
         page.wait_for_timeout(50)
@@ -94,7 +103,7 @@ def test_a_conversation(open_page):
     page.keyboard.press("Enter")
     answered(page, 2)
     assert page.locator("[data-kept]").count() == 1 == page.locator("text=Again").count()
-    page.locator("#limit").evaluate("field => field.value = 900")
+    ready(page, "900", endless=True)
     page.fill("#prompt", "the house")
     page.keyboard.press("Enter")
     page.locator("#send", has_text="Stop").wait_for()
@@ -104,7 +113,7 @@ def test_a_conversation(open_page):
 
 
 def test_stopping_and_the_slider_while_a_text_runs(open_page):
-    page = ready(open_page(), "900")
+    page = ready(open_page(), "900", endless=True)
     full, cells = page.inner_text("#mb"), page.locator("#stack i.in").count()
     page.fill("#prompt", "the river")
     page.keyboard.press("Enter")
@@ -120,7 +129,7 @@ def test_stopping_and_the_slider_while_a_text_runs(open_page):
 
 
 def test_the_answer_is_followed_in_a_window_that_becomes_lower(open_page):
-    page = ready(open_page(viewport=NARROW), "900")
+    page = ready(open_page(viewport=NARROW), "900", endless=True)
     page.fill("#prompt", "the river")
     page.keyboard.press("Enter")
     until(page, "document.getElementById('main').scrollHeight > 1200")

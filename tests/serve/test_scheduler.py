@@ -42,7 +42,7 @@ def submit(scheduler, *asks):
 def text(told):
     pieces = []
     while not pieces or pieces[-1].end is None:
-        pieces.append(told.get(timeout=60))
+        pieces.append(told.get(timeout=300))
     return "".join(piece.text for piece in pieces), pieces[-1].end
 
 
@@ -95,7 +95,7 @@ def test_the_queue(scheduler):
         submit(one, long)
     assert busy.value.seconds >= 1 and not busy.value.stopping
     one.cancel([job for job, _ in jobs])
-    submit(one, Ask([5], 1, Sampling(), 0))[0][1].get(timeout=60)
+    submit(one, Ask([5], 1, Sampling(), 0))[0][1].get(timeout=300)
     assert one.ended["cancelled"] == 3
     one.refuse()
     with pytest.raises(Busy) as busy:
@@ -179,9 +179,9 @@ def test_texts_that_have_ended_hold_nothing(scheduler):
     long = Ask([5] * 10, 900, Sampling(bias={2: -100.0}), 0)
     jobs = submit(one, Ask([5], 3, Sampling(), 0), long, long)
     text(jobs[0][1])
-    jobs[1][1].get(timeout=60)
+    jobs[1][1].get(timeout=300)
     one.cancel([jobs[1][0]])
-    jobs[2][1].get(timeout=60)
+    jobs[2][1].get(timeout=300)
     one.stop()
     assert not [name for job, _ in jobs for name in ("text", "sampler", "out") if hasattr(job, name)]
 
@@ -199,13 +199,13 @@ def test_a_prompt_that_is_read_while_blocks_are_dropped_is_not_kept(scheduler, n
     """Not even where the memory of what was dropped goes back late."""
     store, ask = native[0].bstack_store, Ask([(31 * number) % 190 + 5 for number in range(300)], 3, Sampling(), 0)
     dropping, done, pop = threading.Event(), threading.Event(), store._arena.pop
-    monkeypatch.setattr(store._arena, "pop", lambda count: (dropping.set(), done.wait(60), pop(count)))
+    monkeypatch.setattr(store._arena, "pop", lambda count: (dropping.set(), done.wait(300), pop(count)))
     with bstk.open(served_model) as file:
         resize = threading.Thread(target=store.resize, args=(file.base.budget,))
     one = scheduler()
     resize.start()
     try:
-        dropping.wait(60)
+        dropping.wait(300)
         text(submit(one, ask)[0][1])
     finally:
         done.set()
@@ -305,7 +305,7 @@ def test_a_device_that_is_lost_ends_the_thread(on_device, monkeypatch):
     (_, first), (_, second) = submit(scheduler, *(Ask([5, 6], 4, Sampling(), 0) for _ in range(2)))
     ends = {text(one) for one in (first, second)}
     assert any(end == "error" and "cpu failed: CUDA error: an illegal" in said for said, end in ends)
-    scheduler._thread.join(60)
+    scheduler._thread.join(300)
     assert scheduler.failed and len(lines) == 1 and "No more texts are written: cpu failed" in lines[0]
     with pytest.raises(Busy):
         submit(scheduler, Ask([5], 1, Sampling(), 0))

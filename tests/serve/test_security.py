@@ -25,7 +25,7 @@ SAID = {"messages": [{"role": "user", "content": "the river"}], "max_tokens": 3}
 
 
 def ask(server, method="GET", path="/v1/models", body=None, **headers):
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=300)
     given = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), given)
     answer = connection.getresponse()
@@ -117,7 +117,7 @@ def test_without_a_key_the_network_is_refused(served_model):
 
     def run(*options):
         command = [sys.executable, "-m", "bstack", "serve", served_model, *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     done = run("--host", "0.0.0.0")
     assert done.returncode == 2 and "could use the model. Use --api-key" in done.stderr
@@ -189,7 +189,7 @@ def test_prompts_that_are_none(server, prompt):
 
 def test_limits(server):
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
         connection.sendall(head + b" " * (4 * 2**20 + 1))
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -202,12 +202,12 @@ def test_limits(server):
         b"\r\n" * 50,
         b"POST / HTTP/1.1\r\nHost: x\r\n",
     ):
-        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
             connection.sendall(garbage)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(4096):
                 pass
-    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
         assert b" 200 " not in connection.recv(4096)
     assert ask(server).status == 200
@@ -267,17 +267,21 @@ def test_connections_on_which_nothing_moves(monkeypatch):
             opened[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             opened[-1].connect(sock.getsockname())
             opened[-1].sendall(sent)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while len(ended) < 1 or server.server_state.connections or server.server_state.total_requests < 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         for one in opened:
             one.close()
-        with socket.create_connection(sock.getsockname(), timeout=30) as one:  # who reads slowly, but reads, gets all
+        monkeypatch.setattr(connection, "SEND_SECONDS", 5.0)
+        monkeypatch.setattr(connection, "LAST_SECONDS", 5.0)
+        with socket.create_connection(sock.getsockname(), timeout=300) as one:  # who reads slowly, but reads, gets all
             one.sendall(get % b"/large")
             found = 0
             while found < 2**20:
-                found += len(one.recv(2**17))
+                part = one.recv(2**17)
+                assert part, "it was cut off"
+                found += len(part)
                 time.sleep(0.05)
     finally:
         server.should_exit = True
@@ -317,20 +321,22 @@ def test_a_full_queue(start):
     address = urlsplit(server.url)
     body = json.dumps({**SAID, "max_tokens": 900, "stream": True, "logit_bias": {"2": -100}}).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    held = [socket.create_connection((address.hostname, address.port), timeout=60) for _ in range(2)]
-    for connection in held:
-        connection.sendall(request)
-        assert b"200 OK" in connection.recv(100)
-    answer = ask(server, "POST", "/v1/chat/completions", SAID)
-    for connection in held:
-        connection.close()
+
+    def ask_behind_two():
+        held = [socket.create_connection((address.hostname, address.port), timeout=300) for _ in range(2)]
+        for connection in held:
+            connection.sendall(request)
+            connection.recv(100)
+        answer = ask(server, "POST", "/v1/chat/completions", SAID)
+        for connection in held:
+            connection.close()
+        return answer
+
+    deadline = time.monotonic() + 300
+    while (answer := ask_behind_two()).status != 429:  # where this process waits, a text may have ended by then
+        assert answer.status == 200 and time.monotonic() < deadline
+    assert int(answer.headers["retry-after"]) >= 1 and answer.body["error"]["code"] == "queue_full"
     assert ask(server, "POST", "/v1/chat/completions", {**SAID, "n": 3}).status == 400, "that many never fit"
-    assert (
-        answer.status == 429
-        and int(answer.headers["retry-after"]) >= 1
-        and answer.body["error"]["code"] == "queue_full"
-    )
-    deadline = time.monotonic() + 30
     while ask(server, "POST", "/v1/chat/completions", SAID).status != 200:
         assert time.monotonic() < deadline
     assert server.stop() == 0
@@ -340,7 +346,7 @@ def test_a_full_queue(start):
 def test_a_signal_lets_texts_end(start, number):
     server = start()
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
         body = json.dumps({**SAID, "max_tokens": 400, "stream": True, "logit_bias": {"2": -100}}).encode()
         connection.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
@@ -350,7 +356,7 @@ def test_a_signal_lets_texts_end(start, number):
         while part := connection.recv(65536):
             text += part
     assert b"[DONE]" in text and text.count(b"data: ") > 300
-    assert server.process.wait(60) == 0
+    assert server.process.wait(300) == 0
     assert server.stop() == 0 and "Stopped." in server.log and "Traceback" not in server.log
 
 
@@ -359,11 +365,13 @@ def test_a_second_signal_does_not_wait(start):
     address = urlsplit(server.url)
     body = json.dumps({**SAID, "max_tokens": 900, "n": 8, "stream": True, "logit_bias": {"2": -100}}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
         connection.sendall(head + body)
         connection.recv(100)
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        with contextlib.suppress(OSError):  # it takes no more connections
+            while ask(server, "POST", "/v1/chat/completions", SAID).status == 200:
+                pass
         assert server.process.poll() is None
         assert server.stop(signal.SIGINT) == 0 and "Traceback" not in server.log, server.log
 
@@ -377,16 +385,16 @@ def test_nobody_asks(start, size):
         return ask(server, path="/v1/budget").body
 
     full = now()["all_blocks"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not now()["idle"] or now()["blocks"] == full:
         assert time.monotonic() < deadline
-    assert ask(server, "POST", "/v1/chat/completions", SAID).status == 200
     while now()["blocks"] < full:
+        assert ask(server, "POST", "/v1/chat/completions", SAID).status == 200
         assert time.monotonic() < deadline
     while not now()["idle"]:
         assert time.monotonic() < deadline
-    assert ask(server, "POST", "/v1/budget", {"mb": now()["max_mb"]}).status == 200
     asked = time.monotonic()
+    assert ask(server, "POST", "/v1/budget", {"mb": now()["max_mb"]}).status == 200
     while now()["blocks"] < full or time.monotonic() < asked + 1.2:  # longer than between two looks
         assert not now()["idle"] or time.monotonic() > asked + 2
     assert server.stop() == 0

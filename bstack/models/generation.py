@@ -120,6 +120,8 @@ def refusal(settings: dict[str, Any], vocabulary: int) -> str | None:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 plain = {"do_sample": True, "max_new_tokens": 2, "pad_token_id": 0}
+                if "min_length" not in tried:  # which would not be looked at then
+                    plain["min_new_tokens"] = 2  # some settings count at the last token alone
                 ids = torch.zeros(1, 1, dtype=torch.long)
                 config = GenerationConfig(**{**plain, **tried})
                 _tiny(min(vocabulary, _ENOUGH)).generate(

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 import bstk
 from bstack.engine.native.architecture import Architecture
-from bstack.engine.native.model import LARGEST, PAGE, SCORES, NativeModel, Sequence
+from bstack.engine.native.model import SCORES, NativeModel
+from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
 from bstack.errors import SlowerWarning, one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
@@ -98,6 +99,7 @@ class DeviceModel(NativeModel):
     """
 
     turn = TURN
+    _lib = torch
     _embedding: Any
     _head: Any
 
@@ -143,9 +145,6 @@ class DeviceModel(NativeModel):
 
     # Prompts.
 
-    def _joined(self, found: list[Any]) -> Any:
-        return torch.cat(found)
-
     def _embed(self, tokens: np.ndarray) -> Any:
         index = torch.from_numpy(tokens)
         found = self._embedding.lookup(
@@ -160,46 +159,26 @@ class DeviceModel(NativeModel):
         """Return inputs of products in the type for prompts; those of few tokens stay as they are."""
         return x if len(x) <= FEW else x.to(self.dtype)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = self.architecture.final_cap
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def _multiply_all(self, weights: list[Any], x: Any) -> list[Any]:
+        return [weight.multiply(self._typed(x)).float() for weight in weights]
 
-    def _run_piece(self, sequence: Any, tokens: np.ndarray) -> Any:
-        of, start = self.architecture, sequence.length
-        sequence.reserve(len(tokens))
-        x = self._embed(tokens)
-        rows = self._rotary_rows(np.arange(start, start + len(tokens)))
-        cosine, sine = (torch.from_numpy(part).to(self.device)[:, :, None] for part in rows)
-        shares = (of.heads, of.key_heads, of.key_heads)
-        for number, layer in enumerate(self._layers):
-            normal = self._norm(x, layer.get("input_norm"))
-            query, key, value = self._project(layer, normal, ("query", "key", "value"), shares)
-            query, key = self._norm_heads(query, layer.get("query_norm")), self._norm_heads(key, layer.get("key_norm"))
-            if (rope := of.ropes[number]) >= 0:
-                query, key = (_turned(part, cosine[:, rope], sine[:, rope]) for part in (query, key))
-            sequence.put(number, key, value.reshape(key.shape))
-            added = self._multiply(layer, "out", self._attend(sequence, number, query))
-            x = x + self._norm(added, layer.get("attention_norm"))
-            normal = self._norm(x, layer.get("post_norm"))
-            if "router" in layer:
-                added = self._run_experts(layer, normal)
-            else:
-                gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
-                added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
-            x = x + self._norm(added, layer.get("feed_norm"))
-        sequence.tokens += tokens.tolist()
-        return self._norm(x, self._final_norm)
+    def _angles(self, positions: np.ndarray) -> tuple[Any, Any]:
+        cosine, sine = (torch.from_numpy(rows).to(self.device) for rows in self._rotary_rows(positions))
+        return cosine, sine
 
-    def _project(self, layer: dict[str, Any], x: Any, names: Many[str], shares: Many[int]) -> list[Any]:
-        if names[-1] in layer:
-            return [self._multiply(layer, name, x) for name in names]
-        whole = self._multiply(layer, names[0], x)
-        return list(whole.split([whole.shape[1] * share // sum(shares) for share in shares], 1))
+    def _activated(self, gate: Any, up: Any) -> Any:
+        return _ACTIVATIONS[self.architecture.activation](gate) * up
 
-    def _multiply(self, layer: dict[str, Any], name: str, x: Any) -> Any:
-        y = layer[name].multiply(self._typed(x)).float()
-        bias = layer.get(f"{name}_bias")
-        return y if bias is None else y + bias
+    def _choose(self, logits: Any) -> tuple[np.ndarray, Any]:
+        chosen, share = self._chosen(logits)
+        return chosen.cpu().numpy(), share
+
+    def _chosen(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which experts each token takes, and how much each of them counts, without a wait for the device."""
+        of = self.architecture.experts
+        assert of is not None
+        share, chosen = logits.softmax(-1).topk(of.chosen)
+        return chosen, share / share.sum(-1, keepdim=True) if of.normalised else share
 
     def _norm(self, x: Any, weight: Any) -> Any:
         return x if weight is None else functional.rms_norm(x, x.shape[-1:], weight, self.architecture.epsilon)
@@ -231,20 +210,6 @@ class DeviceModel(NativeModel):
                 )
             out[:, :, begin : begin + step] = read
         return out[0].transpose(0, 1).reshape(tokens, -1)
-
-    def _run_experts(self, layer: dict[str, Any], x: Any) -> Any:
-        of = self.architecture.experts
-        assert of is not None
-        share, chosen = self._multiply(layer, "router", x).softmax(-1).topk(of.chosen)
-        if of.normalised:
-            share = share / share.sum(-1, keepdim=True)
-        added = torch.zeros_like(x)
-        for number in sorted(set(chosen.ravel().tolist())):
-            rows, which = (chosen == number).nonzero(as_tuple=True)
-            gate, up = layer["expert_gate"][number].multiply(self._typed(x[rows])).float().chunk(2, 1)
-            inner = self._typed(_ACTIVATIONS[self.architecture.activation](gate) * up)
-            added[rows] += share[rows, which][:, None] * layer["expert_down"][number].multiply(inner).float()
-        return added
 
     # Steps.
 
@@ -398,13 +363,6 @@ def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[A
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = forward()
     return graph, result
-
-
-def _turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate the first values of each head by its token's position, halves paired."""
-    part, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
-    low, high = part.chunk(2, -1)
-    return torch.cat([part * cosine + torch.cat([-high, low], -1) * sine, rest], -1)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

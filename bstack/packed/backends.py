@@ -88,7 +88,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
             f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there."
         )
     if found.type == "cuda":
-        _check_cards(found)
+        _check_gpus(found)
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of many classes, for a device that this torch was not built for
@@ -100,7 +100,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     return found
 
 
-def _check_cards(device: torch.device) -> None:
+def _check_gpus(device: torch.device) -> None:
     """Raise UsageError where there is no such GPU, with the reason that torch gives."""
     if torch.version.cuda is None and torch.version.hip is None:
         raise UsageError(
@@ -155,7 +155,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     except Exception as error:  # of several classes, some of them private
         if type(error).__module__.partition(".")[0] == "cuda" or "CUDA error" in str(error):
             raise DeviceError(
-                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether the card is there."
+                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether it is there."
             ) from error
         raise
 

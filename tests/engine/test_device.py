@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(params=["cuda", "triton"])
 def kernels(request):
-    """Those in CUDA on a card, or compiled for the CPU; those in Triton on a card, or interpreted."""
+    """Those in CUDA on a GPU, or compiled for the CPU; those in Triton on a GPU, or interpreted."""
     if request.param == "triton":
         pytest.importorskip("triton", "3.6")
         return importlib.import_module("bstack.kernels.device")
@@ -140,7 +140,7 @@ def test_cuda_is_taken_before_triton(monkeypatch):
         ("13.0", None, 1, "no cuda:1 here; it finds 1 CUDA"),
     ],
 )
-def test_why_there_is_no_card(cuda, init, count, words, monkeypatch):
+def test_why_there_is_no_gpu(cuda, init, count, words, monkeypatch):
     def begin():
         if init:
             raise init

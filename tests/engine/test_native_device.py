@@ -180,11 +180,11 @@ def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_fil
     monkeypatch.setattr(native_device, "record", record)
     first = native_device._Inputs.__init__
 
-    def as_on_a_card(self, *arguments):
+    def as_on_a_gpu(self, *arguments):
         first(self, *arguments)
         self._recorded = False
 
-    monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_card)
+    monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_gpu)
     with bstk.open(path) as file:
         small = (file.base.budget + 1) / bstk.MB
     texts = [model.sequence() for _ in range(2)]
@@ -259,9 +259,9 @@ def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
         backends.DeviceMemory(100, torch.device("cuda", 0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral"])
-def test_on_a_card(name, native_file):
+def test_on_a_gpu(name, native_file):
     """Prompts in bfloat16 move logits by some hundredths; steps are recorded, and right after a change of the size."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     path = native_file(name)

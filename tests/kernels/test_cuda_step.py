@@ -172,8 +172,8 @@ def test_mutants_are_found(name):
 
 
 @pytest.mark.gpu
-def test_the_benchmark_of_a_card():
-    """Its figures need a card; that it runs does not."""
+def test_the_benchmark_of_a_gpu():
+    """Its figures need a GPU; that it runs does not."""
     script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     run = [sys.executable, script, "--rehearse", "--only", "step", "models"]
     done = subprocess.run(run, capture_output=True, text=True)

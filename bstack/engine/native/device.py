@@ -105,10 +105,10 @@ class DeviceModel(NativeModel):
 
     def __init__(self, backend: Backend, architecture: Architecture, *rest: Any):
         self.device = backend.device
-        self._on_card = self.device.type == "cuda"
-        half = torch.bfloat16 if self._on_card and torch.cuda.is_bf16_supported(False) else torch.float16
+        self._on_gpu = self.device.type == "cuda"
+        half = torch.bfloat16 if self._on_gpu and torch.cuda.is_bf16_supported(False) else torch.float16
         #: Type of the activations of prompts.
-        self.dtype = half if self._on_card else torch.float32
+        self.dtype = half if self._on_gpu else torch.float32
         self._kernels: Any = getattr(backend, "kernels", None)
         super().__init__(architecture, *rest)
         self.piece = PIECE
@@ -187,7 +187,7 @@ class DeviceModel(NativeModel):
         of, tokens, start = self.architecture, len(query), sequence.length
         stop, window = start + tokens, of.windows[number]
         first = max(0, start - window + 1) if window else 0
-        kind = torch.float16 if self._on_card and not of.cap else torch.float32
+        kind = torch.float16 if self._on_gpu and not of.cap else torch.float32
         keys, values = (
             part.to(kind).repeat_interleave(of.heads // of.key_heads, 0)[None]
             for part in sequence.get(number, first, stop)

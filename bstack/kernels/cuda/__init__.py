@@ -1,6 +1,6 @@
 """Products with packed matrices, and the encoder's search, on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
 
-The sources are package data, because NVRTC compiles them at first use, for the card at hand (`bstack.kernels.cuda.driver`).
+The sources are package data, because NVRTC compiles them at first use, for the GPU at hand (`bstack.kernels.cuda.driver`).
 They use few words of CUDA, which tests/helpers/cuda_on_cpu.h gives a meaning in C++: the same sources and the code here are
 tested on a CPU.
 

@@ -30,10 +30,12 @@ from bstack.kernels.selftest import BLOCKS, random_payload
 MOST = 65536 // cuda.THREADS
 
 
+FULL = "sm_80"
+OTHERS = ("sm_86", "sm_89", "sm_90", "sm_100")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch", ["sm_80", "sm_100", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("arch", [FULL, *(pytest.param(name, marks=pytest.mark.gpu) for name in OTHERS)])
 def test_every_kernel_compiles(arch):
     log = io.StringIO()
     cubin = driver.compile_kernels(arch, log)
@@ -46,6 +48,15 @@ def test_every_kernel_compiles(arch):
         shared = re.search(r"(\d+) bytes smem", rest)
         # More than 48 KB must be asked for at the launch. A few bytes of a loop's bounds may be spilled.
         assert int(spilled) <= 64 and int(registers) <= 168 and (not shared or int(shared[1]) <= 48 * 1024), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", OTHERS)
+def test_every_kernel_compiles_to_machine_code(arch, monkeypatch):
+    """With little optimisation, which takes a seventh of the time."""
+    monkeypatch.setattr(driver, "OPTIONS", {**driver.OPTIONS, "ofast_compile": "max"})
+    cubin = driver.compile_kernels(arch)
+    assert cubin[:4] == b"\x7fELF" and all(f".text.{name}\0".encode() in cubin for name in cuda.KERNELS)
 
 
 def test_an_architecture_that_is_not():

@@ -39,7 +39,6 @@ def quality(path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path, monkeypatch):
     bstack.compress(model, tmp_path / "cpu.bstk", settings=bstack.Settings(**QUICK))
     plans = []
@@ -53,7 +52,6 @@ def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path,
         assert file.metadata["settings"]["device"] == "cuda (Pretended)"
 
 
-@pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 def test_matrices_of_one_segment_have_the_blocks_of_the_cpu(monkeypatch):
     """Byte for byte, since the pretended GPU adds as the CPU: groups of columns, feedback, refits, errors."""
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,6 @@ from bstack.packed import backends
 from bstack.packed.backends import CpuBackend, CudaBackend
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 
 
 @pytest.fixture
@@ -56,7 +55,6 @@ def test_logits_are_those_of_transformers(name, on, native_file):
 STEPS = ["qwen2", "olmo2", "gemma2", "phi3", "llama-tied"]
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.gpu) for n in STEPS])
 def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     """Three texts in a step of four, of several pages, beside one that is read meanwhile."""
@@ -80,7 +78,6 @@ def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     assert model.step(texts[:1], [5]).shape == (1, 211) and [text.length for text in texts] == [4, 66, 22]
 
 
-@needs_compiler
 @pytest.mark.parametrize("codec", ["trellis", "spqr"])
 def test_a_step_launches_the_same_whatever_the_size_of_the_model(codec, on, tmp_path, native_file):
     """So a recorded one stays right."""
@@ -160,7 +157,6 @@ class Graph:
             self.kernels.launch(*arguments)
 
 
-@needs_compiler
 def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_file, monkeypatch):
     """Recorded once for each number of texts; only launches count then, so what else a step did would be missing."""
     path = native_file("phi3")

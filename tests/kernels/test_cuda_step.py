@@ -13,15 +13,6 @@ from bstack.kernels import cuda
 from bstack.kernels.cuda.step import PAGE, Heads, Step, Texts
 from bstack.numerics.rotation import rotate
 
-pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
-
-
-@pytest.fixture
-def launcher():
-    launcher = cuda_on_cpu.launcher()
-    yield launcher
-    launcher.remove_fences()
-
 
 def random(rng, *shape):
     return torch.randn(*shape, generator=rng)

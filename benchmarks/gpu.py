@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import bstk
+from bstack.engine.graphs import record
 from bstack.engine.native import device as native_device
 from bstack.engine.native.families import describe
 from bstack.engine.native.load import load
@@ -75,7 +76,7 @@ class Gpu:
                 call()
                 best = min(best, time.perf_counter() - started)
             return best
-        graph, _ = native_device.record(call, self.device)
+        graph, _ = record(call, self.device)
         times = []
         for _ in range(self.repeats + 1):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -224,7 +225,7 @@ def rates_in_half(gpu: Gpu, model, prompt: int, tokens: int) -> tuple[float, flo
         int(model(ids, position_ids=ids, **more).logits.argmax())
         first = time.perf_counter()
         if turn == 0 and gpu.device.type == "cuda":
-            next_token = native_device.record(write, gpu.device)[0].replay
+            next_token = record(write, gpu.device)[0].replay
         for _ in range(tokens if turn else 1):
             next_token()
         int(token)  # waits for the device

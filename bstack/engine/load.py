@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 import bstk
+from bstack.engine import graph_step, llama_step
 from bstack.engine.container import dense_model, embedded_files, load_tokenizer
-from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import Backend, backend_of, check_room, device_of
+from bstack.packed.backends import Backend, CpuBackend, backend_of, check_room, device_of
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -63,8 +63,8 @@ def load(
     device : str or torch.device
         ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with the extra ``cuda`` or ``gpu``.
     fused : bool
-        Let packed models of the Llama family decode a token in one call of the C kernels. Modules that are changed or
-        hooked after loading do not count then; give False to change them.
+        Let packed models of the Llama family decode a token in one call of the C kernels, and those on a GPU by CUDA graphs.
+        Modules that are changed or hooked after loading do not count then; give False to change them.
     strict : bool
         Refuse a partial file.
     trust_remote_code : bool
@@ -166,6 +166,7 @@ def attach(
     free, arena = backend.free_memory, backend.arena()
     store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
     store.resize(budget)
+    install = llama_step.install if isinstance(backend, CpuBackend) else graph_step.install
     model.bstack_unfused = install(model, lock) if fused else "fused=False"
     opened.push(stack.pop_all())
     model.bstack_store = store

@@ -21,7 +21,7 @@ from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.autosize import default_margin
 from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
+from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, check_index
 from bstk.errors import BstkError, ResourceError, UsageError
 
 __all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
@@ -160,6 +160,11 @@ def on_device(device: torch.device) -> Iterator[None]:
         raise
 
 
+def is_recording(device: torch.device) -> bool:
+    """Return whether launches go into a CUDA graph, so that nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def device_memory(device: torch.device) -> Memory | None:
     """Return what is free of a GPU's memory; None for another device."""
     if device.type != "cuda":
@@ -272,6 +277,18 @@ class DeviceBlocks(Parts):
                 plain = self._kernels.decode(part, PLAIN, own.clamp(0, part.rows - 1), torch.float32)
                 found += torch.where(inside[:, None], plain, 0)
         return found
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.stacked is None:
+            return super().lookup(index, dtype)
+        flat = index.reshape(-1).to(self.device)
+        if is_recording(self.device):
+            flat = flat.clamp(0, self.rows - 1)  # who replays the graph checks them
+        else:
+            check_index(flat, self.rows)
+        with self.lock.acquire():
+            found = self.rows_at(flat)
+        return found.to(dtype).reshape(*index.shape, self.columns)
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
         index, found = index.to(part.entry.device), None

@@ -7,7 +7,6 @@ next matrices the device decides, a step reads one token of each text as if it w
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import partial
@@ -18,10 +17,10 @@ import torch
 from torch.nn import functional
 
 import bstk
+from bstack.engine.graphs import record, warn_not_recorded
 from bstack.engine.native.architecture import Architecture
 from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
-from bstack.errors import SlowerWarning, one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
 from bstack.packed.backends import Backend, backend_of, check_room, device_of, on_device
@@ -338,31 +337,11 @@ class _Inputs:
             try:
                 self._graph, self._logits = record(forward, self._device)
             except RuntimeError as error:
-                torch.cuda.synchronize(self._device)  # raises if the device is lost
-                warnings.warn(
-                    f"Steps are launched kernel by kernel, slowly: they cannot be recorded ({one_line(error)}).",
-                    SlowerWarning,
-                    stacklevel=2,
-                )
+                warn_not_recorded(error, self._device)
         if self._graph is None:
             return forward()
         self._graph.replay()
         return self._logits
-
-
-def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[Any, torch.Tensor]:
-    """Record what `forward` launches as a CUDA graph; return it and its result, which each replay overwrites."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without, so that libraries have what they need
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may load blocks meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = forward()
-    return graph, result
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

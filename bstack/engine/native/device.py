@@ -1,8 +1,8 @@
 """The native engine on a GPU: prompts in torch, one token of each text in a step that a CUDA graph records.
 
-A step launches the same kernels whatever the texts, their lengths and the size of the model: what they depend on lies in device
-memory. So it is recorded once for each number of texts. Where the kernels in CUDA are missing, and for mixtures of experts, whose
-next matrices the device decides, a step reads one token of each text as if it were a prompt.
+A step launches the same kernels whatever the texts, their lengths, the experts that they choose and the size of the model: what
+they depend on lies in device memory. So it is recorded once for each number of texts. Where the kernels in CUDA are missing, a step
+reads one token of each text as if it were a prompt.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional
 import bstk
 from bstack.engine.graphs import record, warn_not_recorded
 from bstack.engine.native.architecture import Architecture
+from bstack.engine.native.device_experts import DeviceExperts, is_packed
 from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
@@ -115,7 +116,8 @@ class DeviceModel(NativeModel):
         if self._step_kernels is not None:
             for layer in self._layers:
                 for names in (_ATTENTION, _FEED):
-                    layer[_stack_name(names)] = _stacked([layer[name] for name in names if name in layer])
+                    if own := [layer[name] for name in names if name in layer]:
+                        layer[_stack_name(names)] = _stacked(own)
         self._inputs: dict[int, _Inputs] = {}
         self._spare = self.sequence()
 
@@ -136,8 +138,10 @@ class DeviceModel(NativeModel):
     def _make_step(self) -> Step | None:
         """Return what launches the kernels of a step; None where there are none, or the model is not for them."""
         of = self.architecture
-        if not hasattr(self._kernels, "launch") or of.experts is not None or of.head_width > WIDEST:
+        if not hasattr(self._kernels, "launch") or of.head_width > WIDEST or not all(map(is_packed, self._layers)):
             return None
+        if of.experts is not None:
+            self._experts = DeviceExperts(self._layers, self._kernels, SIZES[-1], of.experts.chosen)
         rotary = 2 * len(of.rotary[0].frequencies)
         sizes = of.heads, of.key_heads, of.head_width, rotary, of.layers
         return Step(self._kernels, Heads(*sizes, of.epsilon, of.scale, of.cap))
@@ -252,8 +256,14 @@ class DeviceModel(NativeModel):
             read = kernels.attend(given, inputs.texts, number, window=window, rope=rope, **norms)
             added = self._products(layer, ("out",), *read)
             x, plain, rotated = kernels.prepare(x, added, layer.get("attention_norm"), layer.get("post_norm"))
-            inner = kernels.activated(self._products(layer, _FEED, plain, rotated), of.activation)
-            added, added_norm = self._products(layer, ("down",), *inner), layer.get("feed_norm")
+            activated = partial(kernels.activated, activation=of.activation)
+            if "router" in layer:
+                choice = self._chosen(self._products(layer, ("router",), plain, rotated))
+                added = self._experts.run(layer, choice, plain, rotated, activated)
+            else:
+                inner = activated(self._products(layer, _FEED, plain, rotated))
+                added = self._products(layer, ("down",), *inner)
+            added_norm = layer.get("feed_norm")
         _, plain, rotated = kernels.prepare(x, added, added_norm, self._final_norm)
         return self._capped(self._products({"head": self._head}, ("head",), plain, rotated))
 

@@ -16,7 +16,7 @@ from bstack.engine.container import dense_model, embedded_files, load_tokenizer
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import Backend, CpuBackend, backend_of, check_room, device_of
+from bstack.packed.backends import LESS, Backend, CpuBackend, backend_of, check_room, device_of, on_device
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -142,10 +142,11 @@ def load(
             attach(model, file, matrices, lock, backend, stack, budget=budget, fetched=fetched, fused=fused)
             return model, tokenizer
 
-    try:
-        return load_once()
-    except KeptCopyError:  # dropped from the cache, so it is fetched again
-        return load_once()
+    with on_device(device, "model", LESS if packed else "mode='packed' takes less, or a smaller dtype."):
+        try:
+            return load_once()
+        except KeptCopyError:  # dropped from the cache, so it is fetched again
+            return load_once()
 
 
 def attach(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.errors import DeviceError, one_line
+from bstack.errors import DeviceError, device_failed, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
@@ -24,7 +24,7 @@ from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, check_index
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
+__all__ = ["LESS", "Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
 __all__ += ["on_device"]
 
 
@@ -75,6 +75,8 @@ class CudaBackend:
 
 
 Backend = CpuBackend | CudaBackend
+# What to do where a packed model does not fit a device.
+LESS = "Give the weights less."
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:
@@ -96,7 +98,8 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
-        _device_kernels(found.index)
+        with on_device(found, "model", LESS):
+            _device_kernels(found.index)
     return found
 
 
@@ -142,18 +145,21 @@ def _device_kernels(index: int) -> Any:
 
 
 @contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise."""
+def on_device(
+    device: torch.device, what: str = "text", advice: str = "Give the weights less, or write a shorter text."
+) -> Iterator[None]:
+    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise.
+
+    `what` has no memory left then, and `advice` says what to do.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"{device} has no memory left for this text: {one_line(error)}",
-            hint="Give the weights less, or write a shorter text.",
-            option="mb",
+            f"{device} has no memory left for this {what}: {one_line(error)}", hint=advice, option="mb"
         ) from None
     except Exception as error:  # of several classes, some of them private
-        if type(error).__module__.partition(".")[0] == "cuda" or "CUDA error" in str(error):
+        if device_failed(error):
             raise DeviceError(
                 f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether it is there."
             ) from error

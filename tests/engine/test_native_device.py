@@ -12,6 +12,7 @@ from native_models import IDS, MODELS, close, expected
 
 import bstack
 import bstk
+from bstack.engine import load as engine_load
 from bstack.engine.native import device as native_device
 from bstack.engine.native import load
 from bstack.packed import backends
@@ -210,6 +211,31 @@ def test_a_device_that_fails_midway(error, kind, words, on, native_file, monkeyp
         with pytest.raises(kind, match=words) as found:
             call()
         assert getattr(found.value, "exit_code", 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            bstk.ResourceError,
+            "no memory left for this model: .*weights less.$",
+        ),
+        (
+            RuntimeError("CUDA error: device lost"),
+            bstack.errors.DeviceError,
+            "failed: CUDA error: device lost.*nvidia-smi",
+        ),
+    ],
+)
+def test_a_device_that_fails_while_a_model_is_loaded(error, kind, words, on, native_file, monkeypatch):
+    path = native_file("llama")
+    monkeypatch.setattr(native_device.DeviceModel, "sequence", lambda self: raise_(error))
+    with pytest.raises(kind, match=words):
+        on(path, "cpu")
+    monkeypatch.setattr(engine_load, "attach", lambda *_, **__: raise_(error))
+    with pytest.raises(kind, match=words):
+        bstack.load(path, mode="packed")
 
 
 def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):

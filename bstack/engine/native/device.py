@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,10 @@ from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
-from bstack.packed.backends import Backend, backend_of, check_room, device_of, on_device
+from bstack.packed.backends import LESS, Backend, backend_of, check_room, device_of, on_device
 from bstack.packed.matrix import FEW, Table
 
-__all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "place"]
+__all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "loading", "place"]
 
 # Texts of a step: a call with another number fills up with a text of no meaning, one with more takes several steps.
 SIZES = (1, 2, 4, 8)
@@ -45,6 +46,11 @@ def place(device: str | torch.device) -> Callable[[bstk.Reader, int | None], tup
         return DeviceWeights(backend), backend.arena(), backend.free_memory, partial(DeviceModel, backend)
 
     return make
+
+
+def loading(device: str | torch.device) -> AbstractContextManager[None]:
+    """Return what raises errors that name the device where it fails while a model is loaded."""
+    return on_device(torch.device(device), "model", LESS)
 
 
 class DeviceWeights:

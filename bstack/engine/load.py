@@ -16,7 +16,16 @@ from bstack.engine.container import dense_model, embedded_files, load_tokenizer
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import LESS, Backend, CpuBackend, backend_of, check_room, device_of, on_device
+from bstack.packed.backends import (
+    LESS,
+    Backend,
+    CpuBackend,
+    activation_type,
+    backend_of,
+    check_room,
+    device_of,
+    on_device,
+)
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -34,7 +43,7 @@ def load(
     *,
     mb: int | float | str | Decimal | None = None,
     mode: str = "dense",
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     fused: bool = True,
     strict: bool = False,
@@ -58,8 +67,9 @@ def load(
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
-    dtype : torch.dtype or str
-        Of activations, and of dense weights.
+    dtype : torch.dtype or str, optional
+        Of activations, and of dense weights. By default float32; for packed weights on a GPU bfloat16, or half precision on
+        one without it.
     device : str or torch.device
         ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with the extra ``cuda`` or ``gpu``.
     fused : bool
@@ -108,7 +118,7 @@ def load(
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise UsageError(
             f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'."
         )
@@ -120,6 +130,7 @@ def load(
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed)
+    dtype = dtype or (activation_type(device) if packed else torch.float32)
 
     def load_once() -> tuple[Any, Any]:
         with ExitStack() as stack:

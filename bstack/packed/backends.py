@@ -24,7 +24,17 @@ from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, check_index
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["LESS", "Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
+__all__ = [
+    "LESS",
+    "Backend",
+    "CpuBackend",
+    "CudaBackend",
+    "activation_type",
+    "backend_of",
+    "check_room",
+    "device_memory",
+    "device_of",
+]
 __all__ += ["on_device"]
 
 
@@ -164,6 +174,13 @@ def on_device(
                 f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether it is there."
             ) from error
         raise
+
+
+def activation_type(device: torch.device) -> torch.dtype:
+    """Return the type of the activations of prompts: bfloat16, half precision on a GPU without it, float32 on the CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
 
 
 def is_recording(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
-from bstack.packed.backends import LESS, Backend, backend_of, check_room, device_of, on_device
+from bstack.packed.backends import LESS, Backend, activation_type, backend_of, check_room, device_of, on_device
 from bstack.packed.matrix import FEW, Table
 
 __all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "loading", "place"]
@@ -112,9 +112,8 @@ class DeviceModel(NativeModel):
     def __init__(self, backend: Backend, architecture: Architecture, *rest: Any):
         self.device = backend.device
         self._on_gpu = self.device.type == "cuda"
-        half = torch.bfloat16 if self._on_gpu and torch.cuda.is_bf16_supported(False) else torch.float16
         #: Type of the activations of prompts.
-        self.dtype = half if self._on_gpu else torch.float32
+        self.dtype = activation_type(self.device)
         self._kernels: Any = getattr(backend, "kernels", None)
         super().__init__(architecture, *rest)
         self.piece = PIECE

@@ -80,39 +80,6 @@ def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     assert model.step(texts[:1], [5]).shape == (1, 211) and [text.length for text in texts] == [4, 66, 22]
 
 
-@pytest.mark.parametrize("codec", ["trellis", "spqr"])
-def test_a_step_launches_the_same_whatever_the_size_of_the_model(codec, on, tmp_path, native_file):
-    """So a recorded one stays right."""
-    path = native_file("llama")
-    if codec == "spqr":
-        settings = bstack.Settings(codec="spqr", outliers=0.05, planes=1, samples=2, sequence_length=16)
-        bstack.compress(tiny_models.save("qwen3", tmp_path / "model"), tmp_path / "m.bstk", settings=settings)
-        path = tmp_path / "m.bstk"
-    with bstk.open(path) as file:
-        small = (file.base.budget + 1) / bstk.MB
-    model, launches = on(path, "cuda", mb=small), []
-    kernels = model._kernels
-    launch = kernels.launch
-    model.piece = 16
-
-    def noted(name, grid, *arguments):
-        launches.append((name, grid, [getattr(a, "value", None) for a in arguments]))  # numbers, not addresses
-        launch(name, grid, *arguments)
-
-    for mb in (small, None, small):
-        bstack.resize(model, mb)
-        matrices = model.bstack_store._matrices.values()
-        lacking = any(matrix.kinds.difference(matrix.kind[: matrix.count]) for matrix in matrices)
-        assert lacking == (codec == "spqr" and mb is not None)
-        text = model.sequence()
-        model.read(text, IDS[:20])
-        kernels.launch, before = noted, len(launches)
-        found = model.step([text], IDS[20:21])
-        kernels.launch = launch
-        assert launches[before:] == launches[: len(launches) - before]
-        assert close(found, expected(path, IDS[:21], **({"mb": mb} if mb else {}))[20:], 2e-2)
-
-
 def test_texts_share_pages_and_go_back(on, native_file):
     path = native_file("gemma3")
     model = on(path, "cpu")
@@ -140,19 +107,25 @@ def test_matrices_that_stay_plain(changes, on, tmp_path):
         assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("phi3", marks=pytest.mark.gpu)])
-def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(name, on, native_file, monkeypatch):
-    """Recorded once for each number of texts; whatever else a step did would be missing."""
-    path = native_file(name)
-    model, graphs = on(path, "cuda"), []
-    monkeypatch.setattr(native_device, "record", pretend_graph.recorder(graphs, cuda_on_cpu.launcher()))
-    first = native_device._Inputs.__init__
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let steps be recorded on the CPU, and note the recordings."""
+    made, first = [], native_device._Inputs.__init__
 
     def as_on_a_gpu(self, *arguments):
         first(self, *arguments)
         self._recorded = False
 
     monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(native_device, "record", pretend_graph.recorder(made, cuda_on_cpu.launcher()))
+    return made
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("phi3", marks=pytest.mark.gpu)])
+def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(name, on, native_file, graphs):
+    """Recorded once for each number of texts; whatever else a step did would be missing."""
+    path = native_file(name)
+    model = on(path, "cuda")
     with bstk.open(path) as file:
         small = (file.base.budget + 1) / bstk.MB
     texts = [model.sequence() for _ in range(2)]
@@ -168,6 +141,24 @@ def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(name, on, nati
     found = model.step(fresh, [IDS[30], IDS[3]])
     assert close(found, expected(path, IDS[:31], mb=small)[[30, 3]], 2e-2)
     assert len(graphs) == 1 and graphs[0].replays == 3
+
+
+def test_a_step_is_recorded_for_kinds_of_blocks_that_come_later(on, tmp_path, graphs):
+    path = tmp_path / "m.bstk"
+    settings = bstack.Settings(codec="spqr", outliers=0.05, planes=1, samples=2, sequence_length=16)
+    bstack.compress(tiny_models.save("qwen3", tmp_path / "model"), path, settings=settings)
+    with bstk.open(path) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    model = on(path, "cuda", mb=small)
+    for mb in (small, None):
+        bstack.resize(model, mb)
+        matrices = model.bstack_store._matrices.values()
+        lacking = any(matrix.kinds.difference(matrix.kind[: matrix.count]) for matrix in matrices)
+        assert lacking == (mb is not None)
+        text = model.sequence()
+        model.read(text, IDS[:12])
+        assert close(model.step([text], IDS[12:13]), expected(path, IDS[:13], **({"mb": mb} if mb else {}))[12:], 2e-2)
+    assert [graph.replays for graph in graphs] == [2]
 
 
 def test_a_step_that_cannot_be_recorded_runs_launch_by_launch(monkeypatch):

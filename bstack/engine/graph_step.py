@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class _RecordedStep:
         self._own = model.forward
         self._signature, self._argument = inspect.signature(self._own), cache_argument(model)
         self._words = model.get_input_embeddings().weight.shape[0]
+        self._stepping = threading.Lock()
         #: Why steps cannot be recorded.
         self.failure: str | None = None
         self._graph: Any = None
@@ -89,9 +91,15 @@ class _RecordedStep:
         cache = given.get(self._argument)
         if self.failure is None:
             fix(cache)
+        if not self._is_step(cache, given) or not self._stepping.acquire(blocking=False):
+            return self._own(**given)  # while another thread steps, too
+        try:
+            return self._step(cache, given)
+        finally:
+            self._stepping.release()
+
+    def _step(self, cache: Any, given: dict[str, Any]) -> Any:
         tensors, rest = _apart({name: value for name, value in given.items() if name != self._argument})
-        if not self._is_step(cache, given):
-            return self._own(**given)
         key = self._key_of(cache, tensors, rest)
         if key != self._key or self._cache() is not cache:
             self._graph = self._key = None
@@ -138,7 +146,7 @@ class _RecordedStep:
     def _key_of(self, cache: Any, tensors: dict[Any, torch.Tensor], rest: dict[Any, Any]) -> Any:
         """Return what two calls have to share for the second to be a replay of the first."""
         shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-        places = [(layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape) for layer in cache.layers]
+        places = [layer.addresses for layer in cache.layers]
         return shapes, rest, places, torch.is_inference_mode_enabled()
 
     def _record(self, cache: Any, tensors: dict[Any, torch.Tensor], rest: dict[Any, Any]) -> None:

@@ -84,7 +84,12 @@ class FixedLayer(DynamicLayer):
         self.is_sliding = is_sliding
         self.used = 0
         self._capacity = 0
-        self._place: torch.Tensor | None = None
+        self._place: Any = None
+
+    @property
+    def addresses(self) -> tuple[Any, ...]:
+        """What a recorded step knows of the buffers: where they are, and their size."""
+        return *(tensor.data_ptr() for tensor in (self.keys, self.values, self._place)), self.keys.shape
 
     def get_seq_length(self) -> int:
         """Return the number of tokens that were written."""
@@ -115,7 +120,6 @@ class FixedLayer(DynamicLayer):
         if self.keys.shape[-2:-1] != (capacity,):  # empty at first, of one axis
             self.keys = _fixed_buffer(key_states, self.keys, self.used, capacity)
             self.values = _fixed_buffer(value_states, self.values, self.used, capacity)
-        assert self._place is not None
         places = self._place + torch.arange(tokens, device=self._place.device)
         self.keys.index_copy_(2, places, key_states)
         self.values.index_copy_(2, places, value_states)
@@ -134,6 +138,8 @@ class FixedLayer(DynamicLayer):
         """Forget all tokens."""
         super().reset()
         self.used = self._capacity = 0
+        if self._place is not None:
+            self._place.zero_()
 
 
 def _fixed_buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Recorded steps of transformers models, played on the CPU: the text of the model's own code, whatever it is recorded for."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cuda_on_cpu
 import pretend_graph
 import pytest
 import tiny_models
 import torch
-from transformers import StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 
 import bstack
 import bstk
@@ -91,6 +93,37 @@ def test_a_conversation_goes_on_with_its_cache(models, graphs):
     found = turns()
     del model.forward
     assert torch.equal(found, wanted) and [graph.replays for graph in graphs] == [4, 4]
+
+
+def test_texts_of_several_threads(models, graphs):
+    """A thread that finds another in a step runs launch by launch."""
+    model = models("gpt2")
+    wanted = [text(model, IDS[row : row + 1], 12) for row in range(3)]
+    assert install(model, graphs) is None
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda row: text(model, IDS[row : row + 1], 12), range(3)))
+    del model.forward
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_a_cache_that_is_emptied_or_cut(models, graphs):
+    model = models("gpt2")
+
+    def logits():
+        cache, found = DynamicCache(config=model.config), []
+        for gone in (3, None, 0):
+            mask = torch.ones(1, 9 + cache.get_seq_length(), dtype=torch.int64)
+            options = {"return_dict_in_generate": True, "output_logits": True, "past_key_values": cache}
+            seen = torch.cat([torch.zeros(1, cache.get_seq_length(), dtype=torch.int64), IDS[:1]], 1)
+            found += text(model, seen, 6, attention_mask=mask, **options).logits
+            cache.reset() if gone is None else cache.crop(-gone)
+        return torch.stack(found)
+
+    wanted = logits()
+    assert install(model, graphs) is None
+    found = logits()
+    del model.forward
+    assert torch.allclose(found, wanted, atol=1e-4) and graphs
 
 
 def test_a_step_that_waits_for_the_device_runs_launch_by_launch(graphs, monkeypatch):

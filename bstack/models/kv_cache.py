@@ -116,7 +116,7 @@ class FixedLayer(DynamicLayer):
         capacity = self._room_for(tokens)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._place = torch.zeros(1, dtype=torch.int64, device=key_states.device)
+            self._place = _writable_zeros(key_states, 1, dtype=torch.int64)
         if self.keys.shape[-2:-1] != (capacity,):  # empty at first, of one axis
             self.keys = _fixed_buffer(key_states, self.keys, self.used, capacity)
             self.values = _fixed_buffer(value_states, self.values, self.used, capacity)
@@ -142,9 +142,13 @@ class FixedLayer(DynamicLayer):
             self._place.zero_()
 
 
+def _writable_zeros(like: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+        return like.new_zeros(shape, **options)
+
+
 def _fixed_buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
-    with torch.inference_mode(False):  # or it could not be written to outside of that
-        buffer = new.new_zeros(*new.shape[:-2], capacity, new.shape[-1])
+    buffer = _writable_zeros(new, *new.shape[:-2], capacity, new.shape[-1])
     if used:
         buffer[..., :used, :] = old[..., :used, :]
     return buffer

@@ -84,8 +84,9 @@ def test_a_conversation_goes_on_with_its_cache(models, graphs):
     model = models("gpt2")
 
     def turns():
-        first = text(model, IDS[:1], 6, return_dict_in_generate=True)
-        longer = torch.cat([first.sequences, IDS[1:2]], 1)
+        with torch.inference_mode():
+            first = text(model, IDS[:1], 6, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences.clone(), IDS[1:2]], 1)
         return text(model, longer, 6, past_key_values=first.past_key_values)
 
     wanted = turns()

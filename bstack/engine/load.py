@@ -148,6 +148,7 @@ def load(
                 tokenizer = load_tokenizer(folder, file.source.name, trusted)
                 if not packed:
                     return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
+                check_room(device, file, budget)
                 backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
                 model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
             attach(model, file, matrices, lock, backend, stack, budget=budget, fetched=fetched, fused=fused)
@@ -174,7 +175,6 @@ def attach(
 ) -> None:
     """Give a packed model its store, and read the blocks within a budget; what is open in `stack` stays so, to grow from."""
     opened = ExitStack()
-    check_room(backend.device, min(file.fit(budget=budget), file.model))
     free, arena = backend.free_memory, backend.arena()
     store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
     store.resize(budget)

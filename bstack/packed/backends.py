@@ -196,11 +196,12 @@ def device_memory(device: torch.device) -> Memory | None:
     return Memory(free, total, f"the memory of {device}")
 
 
-def check_room(device: torch.device, cut: bstk.Cut) -> None:
-    """Raise ResourceError, before weights are read, if those of a cut do not fit what is free of a GPU's memory."""
+def check_room(device: torch.device, file: bstk.Reader, budget: int | None) -> None:
+    """Raise ResourceError, before weights are read, if those of a budget do not fit what is free of a GPU's memory."""
     memory = device_memory(device)
     if device.type == "cpu" or memory is None:
         return
+    cut = min(file.fit(budget=budget), file.model)
     fits = memory.free - default_margin(memory)
     if cut.memory_bytes > fits:
         most = f"at most {max(fits, 0) * 100 // bstk.MB / 100:,.2f} MB of weights fit"

@@ -41,7 +41,7 @@ def place(device: str | torch.device) -> Callable[[bstk.Reader, int | None], tup
     found = device_of(device, packed=True)
 
     def make(file: bstk.Reader, budget: int | None) -> tuple[Any, ...]:
-        check_room(found, min(file.fit(budget=budget), file.model))
+        check_room(found, file, budget)
         backend = backend_of(found, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
         return DeviceWeights(backend), backend.arena(), backend.free_memory, partial(DeviceModel, backend)
 

@@ -4,12 +4,12 @@
 
 1. Products of 1, 2 and 4 blocks (2, 4 and 8 bits per weight) and a product in half precision, each inside a CUDA graph that goes
    through matrices larger than the second-level cache. Beside the time stand the bytes, look-ups and operations a second, as a
-   fraction of what a copy in the card's memory moves and of what a product of large matrices in half precision computes.
+   fraction of what a copy in the GPU's memory moves and of what a product of large matrices in half precision computes.
 2. The other kernels of a step, and decoded rows, with the same two bounds.
 3. Tokens a second, greedy and one text, and a prompt of 512: of the shape of Llama 3.1 8B with random blocks at 4 bits, and of
    `--file`. Beside them stands transformers in half precision, with its static cache, writing from a CUDA graph.
 
-Without a card, `--rehearse` runs all of it with small shapes on the CPU: its times mean nothing.
+Without a GPU, `--rehearse` runs all of it with small shapes on the CPU: its times mean nothing.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import bstk
+from bstack.engine.graphs import record
 from bstack.engine.native import device as native_device
 from bstack.engine.native.families import describe
 from bstack.engine.native.load import load
@@ -51,7 +52,7 @@ TINY = {**LLAMA, "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 
 
-class Card:
+class Gpu:
     """What is measured on: a device, its kernels, and what it gives at best."""
 
     def __init__(self, device: torch.device, backend, repeats: int):
@@ -75,7 +76,7 @@ class Card:
                 call()
                 best = min(best, time.perf_counter() - started)
             return best
-        graph, _ = native_device.record(call, self.device)
+        graph, _ = record(call, self.device)
         times = []
         for _ in range(self.repeats + 1):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -106,76 +107,76 @@ def put(backend: CudaBackend, rows: int, columns: int, levels: int, payloads: di
     return matrix, blocks
 
 
-def products(card: Card, shapes: list[tuple[int, int]]) -> None:
+def products(gpu: Gpu, shapes: list[tuple[int, int]]) -> None:
     print("\n## Products of one token (the fraction is of the nearer bound)\n")
     print("| matrix | us | GB/s | T operations/s | of the bound | G look-ups/s | half precision / it |")
     print("|---|---|---|---|---|---|---|")
-    kernels = card.backend.kernels
+    kernels = gpu.backend.kernels
     for rows, columns in shapes:
-        x = torch.randn(1, columns, device=card.device)
-        count = 2 + 2 * card.cache // (2 * rows * columns)
-        dense = [torch.randn(rows, columns, device=card.device).half() for _ in range(count)]
+        x = torch.randn(1, columns, device=gpu.device)
+        count = 2 + 2 * gpu.cache // (2 * rows * columns)
+        dense = [torch.randn(rows, columns, device=gpu.device).half() for _ in range(count)]
         half = x.half()
-        base = card.seconds(lambda half=half, dense=dense: [half @ weight.t() for weight in dense]) / count
+        base = gpu.seconds(lambda half=half, dense=dense: [half @ weight.t() for weight in dense]) / count
         name, work = f"{rows} x {columns}", 2 * rows * columns
-        card.line(f"{name}, half precision", base, work, work, "", "1.00")
+        gpu.line(f"{name}, half precision", base, work, work, "", "1.00")
         del dense
         for levels in (1, 2, 4):
             size = levels * block_bytes(rows, columns, TRELLIS5, 2)
-            count = 2 + 2 * card.cache // size
+            count = 2 + 2 * gpu.cache // size
             payloads: dict = {}
-            made = [put(card.backend, rows, columns, levels, payloads) for _ in range(count)]
-            out, rotated = torch.empty(1, rows, device=card.device), kernels.rotate(x)
+            made = [put(gpu.backend, rows, columns, levels, payloads) for _ in range(count)]
+            out, rotated = torch.empty(1, rows, device=gpu.device), kernels.rotate(x)
 
             def run(made=made, out=out, rotated=rotated, x=x) -> None:
                 for matrix, _ in made:
                     kernels.multiply(matrix, x, rotated, out)
 
-            seconds = card.seconds(run) / count
+            seconds = gpu.seconds(run) / count
             looked = f"{levels * rows * columns / seconds / 1e9:,.0f}"
-            card.line(f"{name}, {levels} block(s)", seconds, size, levels * work, looked, f"{base / seconds:.2f}")
+            gpu.line(f"{name}, {levels} block(s)", seconds, size, levels * work, looked, f"{base / seconds:.2f}")
 
 
-def step(card: Card, width: int, inner: int, length: int) -> None:
+def step(gpu: Gpu, width: int, inner: int, length: int) -> None:
     """The kernels of a step beside the products, and rows that are decoded."""
     print(f"\n## The other kernels: width {width}, a text of {length} tokens\n")
     print("| kernel | us | GB/s | T operations/s | of the bound |\n|---|---|---|---|---|")
     side = 128 if width % 512 == 0 else 16
     heads = Heads(width // side, max(1, width // side // 4), side, side, 1, 1e-6, 1.0)
-    kernels = Step(card.backend.kernels, heads)
-    x, weight, both = (torch.randn(*shape, device=card.device) for shape in ((1, width), (width,), (1, 2 * inner)))
-    card.line("norm and rotation", card.seconds(lambda: kernels.prepare(x, x, None, weight)), 4 * 6 * width, 20 * width)
-    card.line("activation and rotation", card.seconds(lambda: kernels.activated(both, "silu")), 16 * inner, 20 * inner)
+    kernels = Step(gpu.backend.kernels, heads)
+    x, weight, both = (torch.randn(*shape, device=gpu.device) for shape in ((1, width), (width,), (1, 2 * inner)))
+    gpu.line("norm and rotation", gpu.seconds(lambda: kernels.prepare(x, x, None, weight)), 4 * 6 * width, 20 * width)
+    gpu.line("activation and rotation", gpu.seconds(lambda: kernels.activated(both, "silu")), 16 * inner, 20 * inner)
     shape = (2, 1, heads.keys, PAGE * heads.width)
-    pages = [torch.zeros(shape, dtype=torch.float16, device=card.device) for _ in range(-(-length // PAGE))]
-    listed = torch.tensor([page.data_ptr() for page in pages], device=card.device)
-    table = torch.tensor([[length - 1, listed.data_ptr()]], device=card.device)
-    angles = torch.zeros(1, 1, heads.width, device=card.device)
-    given = torch.randn(1, (heads.queries + 2 * heads.keys) * heads.width, device=card.device)
-    seconds = card.seconds(lambda: kernels.attend(given, Texts(table, angles, angles), 0))
-    card.line("attention", seconds, 4 * length * heads.keys * heads.width, 4 * length * heads.queries * heads.width)
-    matrix, _blocks = put(card.backend, inner, width, 2, {})
-    index = torch.arange(inner, device=card.device)
+    pages = [torch.zeros(shape, dtype=torch.float16, device=gpu.device) for _ in range(-(-length // PAGE))]
+    listed = torch.tensor([page.data_ptr() for page in pages], device=gpu.device)
+    table = torch.tensor([[length - 1, listed.data_ptr()]], device=gpu.device)
+    angles = torch.zeros(1, 1, heads.width, device=gpu.device)
+    given = torch.randn(1, (heads.queries + 2 * heads.keys) * heads.width, device=gpu.device)
+    seconds = gpu.seconds(lambda: kernels.attend(given, Texts(table, angles, angles), 0))
+    gpu.line("attention", seconds, 4 * length * heads.keys * heads.width, 4 * length * heads.queries * heads.width)
+    matrix, _blocks = put(gpu.backend, inner, width, 2, {})
+    index = torch.arange(inner, device=gpu.device)
     for dtype in (torch.bfloat16, torch.float32):
-        run = partial(card.backend.kernels.decode, matrix, ROTATED, index, dtype)
+        run = partial(gpu.backend.kernels.decode, matrix, ROTATED, index, dtype)
         size = inner * width * dtype.itemsize + 2 * block_bytes(inner, width, TRELLIS5, 2)
-        card.line(f"rows to {dtype}, 2 blocks", card.seconds(run), size, 4 * inner * width)
-    many = 512 if card.device.type == "cuda" else 4
-    rows = torch.randn(many, width, device=card.device).bfloat16()
-    run = partial(card.backend.kernels.rotate, rows, torch.bfloat16)
-    card.line(f"rotation of {many} rows", card.seconds(run), 4 * rows.numel(), rows.numel() * np.log2(width))
+        gpu.line(f"rows to {dtype}, 2 blocks", gpu.seconds(run), size, 4 * inner * width)
+    many = 512 if gpu.device.type == "cuda" else 4
+    rows = torch.randn(many, width, device=gpu.device).bfloat16()
+    run = partial(gpu.backend.kernels.rotate, rows, torch.bfloat16)
+    gpu.line(f"rotation of {many} rows", gpu.seconds(run), 4 * rows.numel(), rows.numel() * np.log2(width))
 
 
-def random_model(card: Card, config: dict, levels: int):
+def random_model(gpu: Gpu, config: dict, levels: int):
     """A model of random blocks, `levels` of each matrix."""
     architecture = describe(config)
     shapes = architecture.shapes()
     matrices = sum(len(shape) == 2 for shape in shapes.values())
-    backend = CudaBackend(card.device, matrices, card.backend.kernels)
+    backend = CudaBackend(gpu.device, matrices, gpu.backend.kernels)
     lock, kept, payloads, weights = PriorityLock(), [], {}, {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            weights[name] = torch.ones(shape, device=card.device)
+            weights[name] = torch.ones(shape, device=gpu.device)
             continue
         matrix, blocks = put(backend, *shape, levels, payloads)
         kept.append(blocks)
@@ -202,12 +203,12 @@ def rates(model, prompt: int, tokens: int) -> tuple[float, float]:
     return prompt / reading, tokens / writing
 
 
-def rates_in_half(card: Card, model, prompt: int, tokens: int) -> tuple[float, float]:
+def rates_in_half(gpu: Gpu, model, prompt: int, tokens: int) -> tuple[float, float]:
     """Return the same of transformers' own model, with its static cache and a graph that writes one token."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=prompt + tokens + 2)
-    ids = torch.arange(prompt, device=card.device)[None]
+    ids = torch.arange(prompt, device=gpu.device)[None]
     token, position = torch.zeros_like(ids[:, :1]), torch.full_like(ids[:, :1], prompt)
     more = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
 
@@ -223,8 +224,8 @@ def rates_in_half(card: Card, model, prompt: int, tokens: int) -> tuple[float, f
         started = time.perf_counter()
         int(model(ids, position_ids=ids, **more).logits.argmax())
         first = time.perf_counter()
-        if turn == 0 and card.device.type == "cuda":
-            next_token = native_device.record(write, card.device)[0].replay
+        if turn == 0 and gpu.device.type == "cuda":
+            next_token = record(write, gpu.device)[0].replay
         for _ in range(tokens if turn else 1):
             next_token()
         int(token)  # waits for the device
@@ -233,7 +234,7 @@ def rates_in_half(card: Card, model, prompt: int, tokens: int) -> tuple[float, f
     return prompt / reading, tokens / writing
 
 
-def models(card: Card, arguments: argparse.Namespace) -> None:
+def models(gpu: Gpu, arguments: argparse.Namespace) -> None:
     import bstack
 
     print(
@@ -246,14 +247,14 @@ def models(card: Card, arguments: argparse.Namespace) -> None:
     def random_in_half():
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        with torch.device(card.device):
+        with torch.device(gpu.device):
             return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.float16).eval()
 
-    cases = [("random blocks, 4 bits", lambda: random_model(card, config, 2), random_in_half)]
+    cases = [("random blocks, 4 bits", lambda: random_model(gpu, config, 2), random_in_half)]
     if file := arguments.file:
-        dense = {"device": card.device, "dtype": torch.float16}
+        dense = {"device": gpu.device, "dtype": torch.float16}
         cases.append(
-            (Path(file).name, lambda: load(file, device=str(card.device))[0], lambda: bstack.load(file, **dense)[0])
+            (Path(file).name, lambda: load(file, device=str(gpu.device))[0], lambda: bstack.load(file, **dense)[0])
         )
     for name, make, make_in_half in cases:
         model = make()
@@ -261,7 +262,7 @@ def models(card: Card, arguments: argparse.Namespace) -> None:
         del model
         dense_model = make_in_half()
         with torch.no_grad():
-            half = rates_in_half(card, dense_model, prompt, tokens)
+            half = rates_in_half(gpu, dense_model, prompt, tokens)
         del dense_model
         cells = (f"{a:,.0f} | {b:,.0f} | {a / b:.2f}" for a, b in zip(packed, half, strict=True))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -279,7 +280,7 @@ def main() -> int:
         sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
         import cuda_on_cpu
 
-        card = Card(torch.device("cpu"), CudaBackend(torch.device("cpu"), count, cuda_on_cpu.launcher().kernels), 1)
+        gpu = Gpu(torch.device("cpu"), CudaBackend(torch.device("cpu"), count, cuda_on_cpu.launcher().kernels), 1)
     else:
         try:
             device = device_of(arguments.device, packed=True)
@@ -290,16 +291,16 @@ def main() -> int:
         if not hasattr(backend.kernels, "launch"):
             print("Nothing is measured: the kernels in CUDA are missing (pip install 'bstack[cuda]').", file=sys.stderr)
             return 1
-        card = Card(device, backend, 20)
+        gpu = Gpu(device, backend, 20)
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     print(
-        f"A copy moves {card.bytes / 1e9:,.0f} GB/s; products in half precision do {card.operations / 1e12:,.1f} T operations/s."
+        f"A copy moves {gpu.bytes / 1e9:,.0f} GB/s; products in half precision do {gpu.operations / 1e12:,.1f} T operations/s."
     )
     tiny = arguments.rehearse
     for name, run in (
-        ("products", lambda: products(card, [(32, 48)] if tiny else SHAPES)),
-        ("step", lambda: step(card, *(32, 48, 70) if tiny else (4096, 14336, 1024))),
-        ("models", lambda: models(card, arguments)),
+        ("products", lambda: products(gpu, [(32, 48)] if tiny else SHAPES)),
+        ("step", lambda: step(gpu, *(32, 48, 70) if tiny else (4096, 14336, 1024))),
+        ("models", lambda: models(gpu, arguments)),
     ):
         if not arguments.only or name in arguments.only:
             run()

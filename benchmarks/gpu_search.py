@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_search.py [--device cuda] [--rows 4096] [--columns 1024] [--planes 4] [--seconds 5]
 
-The search alone takes groups of 64 columns of random targets: with the rows of one matrix, and with 64 times as many, which fill a card.
+The search alone takes groups of 64 columns of random targets: with the rows of one matrix, and with 64 times as many, which fill a GPU.
 Then the trellis codec encodes a matrix of that shape; factors, products and refits are in its time. Figures are of the fastest of
 some runs. `--device cpu` times the C kernels for comparison.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from bstack.codecs.trellis import COLUMNS_TOGETHER, TrellisCodec
-from bstack.compression.card import Card
+from bstack.compression.device import Device
 from bstack.kernels.encode import encode_columns
 from bstack.kernels.reference import TABLE5
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--planes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
     arguments = parser.parse_args()
-    device = torch.device("cpu") if arguments.device == "cpu" else Card(arguments.device).device
+    device = torch.device("cpu") if arguments.device == "cpu" else Device(arguments.device).device
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     for rows in (arguments.rows, 64 * arguments.rows):
         target = torch.randn(COLUMNS_TOGETHER, rows).to(device)

@@ -16,7 +16,7 @@ __all__ = [
     "SlowerWarning",
     "UnsupportedModelError",
 ]
-__all__ += ["COMPRESS", "card_failed", "holds_unknown", "lacks", "of_the_machine", "one_line", "out_of_memory"]
+__all__ += ["COMPRESS", "device_failed", "holds_unknown", "lacks", "of_the_machine", "one_line", "out_of_memory"]
 __all__ += ["printable", "require", "user_message"]
 
 # What the extra `compress` brings: everything but reading, cutting and running files needs all of it.
@@ -57,7 +57,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def card_failed(error: BaseException) -> bool:
+def device_failed(error: BaseException) -> bool:
     """Return whether an error says that a GPU failed or was lost; torch and cuda-core have private classes for it."""
     return type(error).__name__ in ("AcceleratorError", "CUDAError") or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
@@ -66,7 +66,7 @@ def card_failed(error: BaseException) -> bool:
 
 def of_the_machine(error: BaseException) -> bool:
     """Return whether an error says nothing of a model: memory is full, or a disk or a GPU does not do its work."""
-    return isinstance(error, OSError) or out_of_memory(error) or card_failed(error)
+    return isinstance(error, OSError) or out_of_memory(error) or device_failed(error)
 
 
 def _on_one_line(message: str) -> str:

@@ -19,8 +19,8 @@ class Plan(NamedTuple):
 
     memory_bytes: int
     free_bytes: int | None  # with what this process holds already; None where the system does not say
-    card_bytes: int | None = None  # None without a GPU
-    card_free_bytes: int | None = None
+    device_bytes: int | None = None  # None without a GPU
+    device_free_bytes: int | None = None
 
 
 @contextmanager

@@ -22,6 +22,7 @@ INTERNALS = {
         "DynamicLayer": (),
         "DynamicLayer.lazy_initialization": ("key_states", "value_states"),
         "DynamicLayer.update": ("key_states", "value_states"),
+        "DynamicSlidingWindowLayer": ("sliding_window",),
     },
     "transformers.conversion_mapping": {"get_model_conversion_mapping": ("model",)},
     "transformers.core_model_loading": {

@@ -219,8 +219,10 @@ def _plan_text(plan: Plan) -> str:
         text = f"{text}; {megabytes(plan.free_bytes)} are free."
         if plan.memory_bytes > plan.free_bytes:
             text = f"Warning: {text} The system may end the command."
-    if plan.card_bytes is not None and plan.card_free_bytes is not None:
-        text += f" Of the GPU's memory: about {megabytes(plan.card_bytes)}; {megabytes(plan.card_free_bytes)} are free."
+    if plan.device_bytes is not None and plan.device_free_bytes is not None:
+        text += (
+            f" Of the GPU's memory: about {megabytes(plan.device_bytes)}; {megabytes(plan.device_free_bytes)} are free."
+        )
     return text
 
 

@@ -119,14 +119,14 @@ def compress(
             hint="Leave one of them out.",
         )
     # Heavy imports, after the arguments were checked.
-    from bstack.compression.card import Card
     from bstack.compression.cluster import Cluster
+    from bstack.compression.device import Device
     from bstack.compression.encode import Threads
     from bstack.compression.stages import run_stages
 
     work_path = Path(work_dir) if work_dir is not None else output.with_name(output.name + ".work")
-    on_card = settings.device != "cpu"
-    with Card(settings.device) if on_card else Threads() if dask is None else Cluster(dask) as workers:
+    on_device = settings.device != "cpu"
+    with Device(settings.device) if on_device else Threads() if dask is None else Cluster(dask) as workers:
         result = run_stages(str(model), settings, work_path, workers, progress, trust_remote_code, on_plan)
     try:
         _check_output(output, overwrite)  # another run may have written it in the meantime

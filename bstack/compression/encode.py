@@ -1,6 +1,6 @@
 """Encode matrices as packed blocks of a part, with the gain and the remaining error of each; in threads of this process.
 
-`bstack.compression.cluster` does it on other machines, `bstack.compression.card` on a GPU.
+`bstack.compression.cluster` does it on other machines, `bstack.compression.device` on a GPU.
 """
 
 from __future__ import annotations

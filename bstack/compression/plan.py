@@ -26,7 +26,7 @@ FLOAT = 4
 # Copies of an array that exist at the same time.
 LOGITS, ACTIVATIONS, HESSIANS, MATRICES = 5, 4, 3, 4
 # The same on a GPU, where a factor in double precision lies beside its hessian up to a width; and of a layer's gradients.
-CARD_HESSIANS, CARD_MATRICES, GRADIENTS = 5, 8, 16
+DEVICE_HESSIANS, DEVICE_MATRICES, GRADIENTS = 5, 8, 16
 # What the heaps of threads hold beside these arrays: SmolLM2 takes 2.0 GB where they make 1.3. On a GPU what its libraries hold.
 HEAPS = 700 * 2**20
 # Of a GPU's memory: the rest is lost between blocks of different sizes.
@@ -54,10 +54,10 @@ def plan(skeleton: Skeleton, settings: Settings, workers: Workers) -> Plan:
     free = None if memory is None else held + memory.free
     if workers.device.type != "cpu":
         loading = 2 * max(sizes.layer, sizes.head)
-        card, card_free = _on_card(skeleton, sizes, settings), _free(workers.device)
-        if card > card_free:
-            raise _too_small(skeleton, sizes, settings, workers.device, card, card_free)
-        return Plan(held + loading + HEAPS, free, card, card_free)
+        needed, device_free = _on_device(skeleton, sizes, settings), _free(workers.device)
+        if needed > device_free:
+            raise _too_small(skeleton, sizes, settings, workers.device, needed, device_free)
+        return Plan(held + loading + HEAPS, free, needed, device_free)
     tokens = settings.samples * settings.sequence_length
     matrix = FLOAT * (HESSIANS * sizes.inputs**2 + MATRICES * sizes.matrix)
     states = sizes.states(tokens)
@@ -96,15 +96,15 @@ class _Sizes:
         return ACTIVATIONS * FLOAT * min(TOKENS_TOGETHER, tokens) * self.widest
 
 
-def _on_card(skeleton: Skeleton, sizes: _Sizes, settings: Settings) -> int:
+def _on_device(skeleton: Skeleton, sizes: _Sizes, settings: Settings) -> int:
     """Return the most bytes of a GPU that a stage takes."""
     tokens, length = settings.samples * settings.sequence_length, settings.sequence_length
     logits, states = LOGITS * FLOAT * LOGITS_TOGETHER, sizes.states(tokens)
     hessians = FLOAT * max(
         (sum(max(n for _, n in either) ** 2 for either in layer) for layer in sizes.layers), default=0
     )
-    copies = HESSIANS if sizes.inputs > WIDE else CARD_HESSIANS
-    matrix = FLOAT * (copies * sizes.inputs**2 + CARD_MATRICES * sizes.matrix)
+    copies = HESSIANS if sizes.inputs > WIDE else DEVICE_HESSIANS
+    matrix = FLOAT * (copies * sizes.inputs**2 + DEVICE_MATRICES * sizes.matrix)
     heads = number_of(skeleton.model.config.get_text_config(), "num_attention_heads") or 1
     together = max(BACKWARD_TOKENS, length)
     backward = FLOAT * together * (GRADIENTS * sizes.widest + ACTIVATIONS * heads * length)
@@ -128,7 +128,7 @@ def _too_small(
     """Return the error of a GPU with too little memory, with what fits."""
 
     def fits(changed: Settings) -> bool:
-        return _on_card(skeleton, sizes, changed) <= free
+        return _on_device(skeleton, sizes, changed) <= free
 
     with_text = settings.with_changes(calibration="text" if settings.calibration == SELF else None)
     samples = settings.samples
@@ -137,7 +137,7 @@ def _too_small(
     few = with_text.with_changes(samples=samples)
     hint = "Compress on the CPU."
     if fits(few):
-        least = _on_card(skeleton, sizes, few)
+        least = _on_device(skeleton, sizes, few)
         words = ["a calibration text" if settings.calibration == SELF else ""]
         words.append(f"samples of {samples}" if samples < settings.samples else "")
         hint = f"With {' and '.join(filter(None, words))} it takes about {least / 2**30:.1f} GiB."

@@ -20,8 +20,8 @@ from bstack.calibration.stream import batches_of
 from bstack.calibration.texts import HELD_OUT, SELF, TextSource, open_text, token_windows
 from bstack.codecs import make_codec
 from bstack.compression.assemble import collect, gain_order, paper_order, to_entries
-from bstack.compression.card import check_encoder, device_name
 from bstack.compression.curve import SIZES, measure_curve, with_sizes
+from bstack.compression.device import check_encoder, device_name
 from bstack.compression.encode import Workers
 from bstack.compression.exact import check_exact, make_exact
 from bstack.compression.layers import (

@@ -22,7 +22,7 @@ from torch import nn
 from bstack.errors import SlowerWarning
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
-from bstack.models.kv_cache import GrowingLayer, cache_argument, growing_cache, let_grow
+from bstack.models.kv_cache import GrowingLayer, bound_arguments, cache_argument, growing_cache, let_grow
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import Blocks
 from bstack.packed.weight import PackedWeight
@@ -114,10 +114,7 @@ class _FusedStep:
         self.forward = forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._signature.bind(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        if self._argument not in given and "past_key_values" in given:  # the name before transformers 5.24
-            given[self._argument] = given.pop("past_key_values")
+        given = bound_arguments(self._signature, self._argument, args, kwargs)
         cache = given.get(self._argument)
         if cache is None and given.get("use_cache", self._model.config.use_cache) and given.get("labels") is None:
             cache = given[self._argument] = growing_cache(self._model)

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 
 import bstk
+from bstack.engine import graph_step, llama_step
 from bstack.engine.container import dense_model, embedded_files, load_tokenizer
-from bstack.engine.llama_step import install
 from bstack.engine.packed_model import packed_model
 from bstack.engine.url_cache import KeptCopyError, cached
 from bstack.models.code import check_trust, stage_code
-from bstack.packed.backends import Backend, backend_of, check_room, device_of
+from bstack.packed.backends import (
+    LESS,
+    Backend,
+    CpuBackend,
+    activation_type,
+    backend_of,
+    check_room,
+    device_of,
+    on_device,
+)
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 from bstack.progress import ByteProgress, no_progress
@@ -34,7 +43,7 @@ def load(
     *,
     mb: int | float | str | Decimal | None = None,
     mode: str = "dense",
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     fused: bool = True,
     strict: bool = False,
@@ -58,13 +67,14 @@ def load(
     mode : str
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
-    dtype : torch.dtype or str
-        Of activations, and of dense weights.
+    dtype : torch.dtype or str, optional
+        Of activations, and of dense weights. By default float32; for packed weights on a GPU bfloat16, or half precision on
+        one without it.
     device : str or torch.device
         ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with the extra ``cuda`` or ``gpu``.
     fused : bool
-        Let packed models of the Llama family decode a token in one call of the C kernels. Modules that are changed or
-        hooked after loading do not count then; give False to change them.
+        Let packed models of the Llama family decode a token in one call of the C kernels, and those on a GPU by CUDA graphs.
+        Modules that are changed or hooked after loading do not count then; give False to change them.
     strict : bool
         Refuse a partial file.
     trust_remote_code : bool
@@ -108,7 +118,7 @@ def load(
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise UsageError(
             f"dtype is {dtype!r}; allowed are torch's floating types, such as torch.bfloat16 or 'bfloat16'."
         )
@@ -120,6 +130,7 @@ def load(
     code = None if code is None else os.fspath(code)
     check_trust(trust_remote_code, code)
     device = device_of(device, packed)
+    dtype = dtype or (activation_type(device) if packed else torch.float32)
 
     def load_once() -> tuple[Any, Any]:
         with ExitStack() as stack:
@@ -137,15 +148,17 @@ def load(
                 tokenizer = load_tokenizer(folder, file.source.name, trusted)
                 if not packed:
                     return dense_model(file, chunks, folder, dtype, trusted).to(device), tokenizer
+                check_room(device, file, budget)
                 backend = backend_of(device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
                 model, matrices, lock = packed_model(file, folder, dtype, backend, trusted)
             attach(model, file, matrices, lock, backend, stack, budget=budget, fetched=fetched, fused=fused)
             return model, tokenizer
 
-    try:
-        return load_once()
-    except KeptCopyError:  # dropped from the cache, so it is fetched again
-        return load_once()
+    with on_device(device, "model", LESS if packed else "mode='packed' takes less, or a smaller dtype."):
+        try:
+            return load_once()
+        except KeptCopyError:  # dropped from the cache, so it is fetched again
+            return load_once()
 
 
 def attach(
@@ -162,10 +175,10 @@ def attach(
 ) -> None:
     """Give a packed model its store, and read the blocks within a budget; what is open in `stack` stays so, to grow from."""
     opened = ExitStack()
-    check_room(backend.device, min(file.fit(budget=budget), file.model))
     free, arena = backend.free_memory, backend.arena()
     store = BlockStore(file, matrices, lock, arena, close=opened.close, fetched=fetched, free_memory=free)
     store.resize(budget)
+    install = llama_step.install if isinstance(backend, CpuBackend) else graph_step.install
     model.bstack_unfused = install(model, lock) if fused else "fused=False"
     opened.push(stack.pop_all())
     model.bstack_store = store

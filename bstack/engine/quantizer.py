@@ -77,7 +77,7 @@ class BstackQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from bstack.engine.packed_model import pack
         from bstack.engine.url_cache import cached
-        from bstack.packed.backends import backend_of
+        from bstack.packed.backends import backend_of, check_room
         from bstk.budget import budget_of
 
         mb = self.quantization_config.mb
@@ -92,6 +92,7 @@ class BstackQuantizer(HfQuantizer):
                 file = stack.enter_context(bstk.open(place))
                 file.fit(budget=self._budget)
             self._file = file
+            check_room(self._device, file, self._budget)
             self._backend = backend_of(self._device, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
             with torch.device("cpu"):  # transformers builds models with the meta device as the default
                 self._matrices, self._lock = pack(model, file, model.dtype, self._backend)

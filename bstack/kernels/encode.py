@@ -13,14 +13,14 @@ from bstack.kernels.cuda import Kernels
 from bstack.kernels.matrix import pointer
 from bstack.kernels.native import library
 
-__all__ = ["encode_columns", "use_card"]
+__all__ = ["encode_columns", "use_device"]
 
-_cards: dict[torch.device, Kernels] = {}
+_devices: dict[torch.device, Kernels] = {}
 
 
-def use_card(device: torch.device, kernels: Kernels) -> None:
+def use_device(device: torch.device, kernels: Kernels) -> None:
     """Encode what lies on a device with its kernels from now on."""
-    _cards[device] = kernels
+    _devices[device] = kernels
 
 
 def encode_columns(
@@ -59,7 +59,7 @@ def encode_columns(
         Float32, shape (columns, rows).
     """
     if target.device.type != "cpu":
-        return _cards[target.device].encode_columns(target, original, feedback, table, scale, weight, turn=turn)
+        return _devices[target.device].encode_columns(target, original, feedback, table, scale, weight, turn=turn)
     arrays = [array.contiguous().numpy() for array in (target, original, feedback, table, scale, weight)]
     native = library()
     if native is None:

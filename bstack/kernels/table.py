@@ -54,7 +54,7 @@ class DeviceMatrix:
     """
 
     def __init__(self, rows: int, columns: int, table: MatrixTable, place: int, kinds: Iterable[int] = ()):
-        self.rows, self.columns, self.table = rows, columns, table
+        self.rows, self.columns, self.table, self.place = rows, columns, table, place
         self.kinds = {*kinds}
         self.entry = table.rows[place]
         self.kind, self.rank = [0] * BLOCKS, [0] * BLOCKS

@@ -1,16 +1,19 @@
-"""A cache of keys and values that grows in place; transformers' own is copied whole at every token."""
+"""Caches of keys and values that grow in place; transformers' own is copied whole at every token."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["GrowingLayer", "cache_argument", "growing_cache", "let_grow"]
+__all__ = ["FixedLayer", "GrowingLayer", "bound_arguments", "cache_argument", "fix", "growing_cache", "let_grow"]
 
-MIN_CAPACITY = 64
+# Tokens that a new buffer holds at least: of a cache that grows, and of one whose buffers stay in place.
+MIN_CAPACITY, MIN_FIXED = 64, 256
 
 
 class GrowingLayer(DynamicLayer):
@@ -65,6 +68,92 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers that stay where they are until they are full; then they double.
+
+    `keys` and `values` are the whole buffers, and masks, which have their size, hide what is not written yet. The place of the
+    next token is a tensor, so that a recorded step finds it. Layers with a sliding window are kept whole, too.
+    """
+
+    is_compileable = True  # generate() then makes masks before it calls the model
+    keys: Any
+    values: Any
+
+    def __init__(self, is_sliding: bool = False):
+        super().__init__()
+        self.is_sliding = is_sliding
+        self.used = 0
+        self._capacity = 0
+        self._place: Any = None
+
+    @property
+    def addresses(self) -> tuple[Any, ...]:
+        """What a recorded step knows of the buffers: where they are, and their size."""
+        return *(tensor.data_ptr() for tensor in (self.keys, self.values, self._place)), self.keys.shape
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens that were written."""
+        return self.used
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next tokens meet, and the place of the first: a prompt meets itself alone."""
+        return query_length if self._is_prompt(query_length) else self._room_for(query_length), 0
+
+    def _is_prompt(self, tokens: int) -> bool:
+        return not self.used and tokens > 1
+
+    def _room_for(self, tokens: int) -> int:
+        if self.used + tokens > self._capacity:
+            self._capacity = max(MIN_FIXED, 2 * (self.used + tokens))
+        return self._capacity
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write tokens, (batch, heads, new tokens, width); return the keys and values that `get_mask_sizes` counts."""
+        tokens = key_states.shape[-2]
+        prompt = self._is_prompt(tokens)
+        capacity = self._room_for(tokens)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._place = _writable_zeros(key_states, 1, dtype=torch.int64)
+        if self.keys.shape[-2:-1] != (capacity,):  # empty at first, of one axis
+            self.keys = _fixed_buffer(key_states, self.keys, self.used, capacity)
+            self.values = _fixed_buffer(value_states, self.values, self.used, capacity)
+        places = self._place + torch.arange(tokens, device=self._place.device)
+        self.keys.index_copy_(2, places, key_states)
+        self.values.index_copy_(2, places, value_states)
+        self._place.add_(tokens)
+        self.used += tokens
+        return (key_states, value_states) if prompt else (self.keys, self.values)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative."""
+        gone = min(abs(tokens_to_remove), self.used)
+        self.used -= gone
+        if self._place is not None:
+            self._place.sub_(gone)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.used = self._capacity = 0
+        if self._place is not None:
+            self._place.zero_()
+
+
+def _writable_zeros(like: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+        return like.new_zeros(shape, **options)
+
+
+def _fixed_buffer(new: torch.Tensor, old: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    buffer = _writable_zeros(new, *new.shape[:-2], capacity, new.shape[-1])
+    if used:
+        buffer[..., :used, :] = old[..., :used, :]
+    return buffer
+
+
 def _is_start(tensor: torch.Tensor, buffer: torch.Tensor) -> bool:
     """Return whether a tensor is the start of a buffer that may be written to."""
     # By address: under torch.inference_mode a view has no base. Tensors made under it cannot be written outside of it.
@@ -103,10 +192,28 @@ def growing_cache(model: Any) -> DynamicCache | None:
 
 def let_grow(cache: Any) -> None:
     """Replace the empty plain layers of a transformers cache by layers that grow in place."""
-    if type(cache) is not DynamicCache:
+    _replace_layers(cache, {DynamicLayer: GrowingLayer})
+
+
+def fix(cache: Any) -> None:
+    """Replace the empty layers of a transformers cache by layers whose buffers stay in place."""
+    _replace_layers(cache, {DynamicLayer: FixedLayer, DynamicSlidingWindowLayer: partial(FixedLayer, True)})
+
+
+def _replace_layers(cache: Any, by: dict[type, Callable[[], DynamicLayer]]) -> None:
+    if type(cache) is not DynamicCache or cache.offloading:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
+        cache.layer_class_to_replicate = by[DynamicLayer]
     cache.layers = [
-        GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer for layer in cache.layers
+        by[type(layer)]() if type(layer) in by and not layer.is_initialized else layer for layer in cache.layers
     ]
+
+
+def bound_arguments(signature: inspect.Signature, argument: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of a model by their names; `argument` is that of its cache."""
+    given = signature.bind(*args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    if argument not in given and "past_key_values" in given:  # the name before transformers 5.24
+        given[argument] = given.pop("past_key_values")
+    return given

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.errors import DeviceError, one_line
+from bstack.errors import DeviceError, device_failed, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
@@ -21,10 +21,20 @@ from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.autosize import default_margin
 from bstack.packed.lock import PriorityLock
-from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts
+from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, check_index
 from bstk.errors import BstkError, ResourceError, UsageError
 
-__all__ = ["Backend", "CpuBackend", "CudaBackend", "backend_of", "check_room", "device_memory", "device_of"]
+__all__ = [
+    "LESS",
+    "Backend",
+    "CpuBackend",
+    "CudaBackend",
+    "activation_type",
+    "backend_of",
+    "check_room",
+    "device_memory",
+    "device_of",
+]
 __all__ += ["on_device"]
 
 
@@ -75,6 +85,8 @@ class CudaBackend:
 
 
 Backend = CpuBackend | CudaBackend
+# What to do where a packed model does not fit a device.
+LESS = "Give the weights less."
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:
@@ -88,7 +100,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
             f"packed weights run on cpu and cuda, not on {found.type}. bstack.load(..., mode='dense') runs there."
         )
     if found.type == "cuda":
-        _check_cards(found)
+        _check_gpus(found)
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of many classes, for a device that this torch was not built for
@@ -96,11 +108,12 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
-        _device_kernels(found.index)
+        with on_device(found, "model", LESS):
+            _device_kernels(found.index)
     return found
 
 
-def _check_cards(device: torch.device) -> None:
+def _check_gpus(device: torch.device) -> None:
     """Raise UsageError where there is no such GPU, with the reason that torch gives."""
     if torch.version.cuda is None and torch.version.hip is None:
         raise UsageError(
@@ -142,22 +155,37 @@ def _device_kernels(index: int) -> Any:
 
 
 @contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise."""
+def on_device(
+    device: torch.device, what: str = "text", advice: str = "Give the weights less, or write a shorter text."
+) -> Iterator[None]:
+    """Raise ResourceError where a device is full, and DeviceError where it fails, for what torch and the launcher raise.
+
+    `what` has no memory left then, and `advice` says what to do.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"{device} has no memory left for this text: {one_line(error)}",
-            hint="Give the weights less, or write a shorter text.",
-            option="mb",
+            f"{device} has no memory left for this {what}: {one_line(error)}", hint=advice, option="mb"
         ) from None
     except Exception as error:  # of several classes, some of them private
-        if type(error).__module__.partition(".")[0] == "cuda" or "CUDA error" in str(error):
+        if device_failed(error):
             raise DeviceError(
-                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether the card is there."
+                f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether it is there."
             ) from error
         raise
+
+
+def activation_type(device: torch.device) -> torch.dtype:
+    """Return the type of the activations of prompts: bfloat16, half precision on a GPU without it, float32 on the CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def is_recording(device: torch.device) -> bool:
+    """Return whether launches go into a CUDA graph, so that nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def device_memory(device: torch.device) -> Memory | None:
@@ -168,11 +196,12 @@ def device_memory(device: torch.device) -> Memory | None:
     return Memory(free, total, f"the memory of {device}")
 
 
-def check_room(device: torch.device, cut: bstk.Cut) -> None:
-    """Raise ResourceError, before weights are read, if those of a cut do not fit what is free of a GPU's memory."""
+def check_room(device: torch.device, file: bstk.Reader, budget: int | None) -> None:
+    """Raise ResourceError, before weights are read, if those of a budget do not fit what is free of a GPU's memory."""
     memory = device_memory(device)
     if device.type == "cpu" or memory is None:
         return
+    cut = min(file.fit(budget=budget), file.model)
     fits = memory.free - default_margin(memory)
     if cut.memory_bytes > fits:
         most = f"at most {max(fits, 0) * 100 // bstk.MB / 100:,.2f} MB of weights fit"
@@ -272,6 +301,18 @@ class DeviceBlocks(Parts):
                 plain = self._kernels.decode(part, PLAIN, own.clamp(0, part.rows - 1), torch.float32)
                 found += torch.where(inside[:, None], plain, 0)
         return found
+
+    def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.stacked is None:
+            return super().lookup(index, dtype)
+        flat = index.reshape(-1).to(self.device)
+        if is_recording(self.device):
+            flat = flat.clamp(0, self.rows - 1)  # who replays the graph checks them
+        else:
+            check_index(flat, self.rows)
+        with self.lock.acquire():
+            found = self.rows_at(flat)
+        return found.to(dtype).reshape(*index.shape, self.columns)
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:
         index, found = index.to(part.entry.device), None

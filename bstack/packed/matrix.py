@@ -14,7 +14,7 @@ from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.multiply import decode_rows, lookup, multiply_many, rotate
 from bstack.packed.lock import PriorityLock
 
-__all__ = ["Blocks", "Packed", "Parts", "Table"]
+__all__ = ["Blocks", "Packed", "Parts", "Table", "check_index"]
 
 # Up to this many tokens the packed kernels multiply; above, rows are decoded and the BLAS multiplies.
 FEW = 8
@@ -115,8 +115,11 @@ class Blocks(Parts):
 
 def check_index(index: torch.Tensor, rows: int) -> None:
     """Raise IndexError for a missing row, as torch does."""
-    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < rows):
-        raise IndexError(f"index out of range: {int(index.min())} to {int(index.max())}, in a table of {rows} rows")
+    if not index.numel():
+        return
+    first, last = torch.stack(torch.aminmax(index)).tolist()  # one wait for a device
+    if first < 0 or last >= rows:
+        raise IndexError(f"index out of range: {first} to {last}, in a table of {rows} rows")
 
 
 class Table:

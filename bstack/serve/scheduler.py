@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bstack.engine.native.generate import Pieces, TextTokenizer
-from bstack.engine.native.model import PAGE, NativeModel
+from bstack.engine.native.model import NativeModel
 from bstack.engine.native.sampling import Sampler, Sampling
+from bstack.engine.native.sequence import PAGE
 from bstack.errors import DeviceError, one_line
 from bstack.packed.store import store_of
 from bstack.serve.answers import overlap

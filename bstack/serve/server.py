@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bstack.engine.native.generate import TextTokenizer
-from bstack.engine.native.model import PAGE, NativeModel
+from bstack.engine.native.model import NativeModel
+from bstack.engine.native.sequence import PAGE
 from bstack.errors import require
 from bstk.errors import UsageError
 

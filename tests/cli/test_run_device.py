@@ -1,4 +1,4 @@
-"""bstack run, chat and serve with --device: on the CPU with what a GPU would run, and where there is no card."""
+"""bstack run, chat and serve with --device: on the CPU with what a GPU would run, and where there is no GPU."""
 
 import functools
 import io
@@ -44,7 +44,7 @@ def bstack(models):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def gpu(monkeypatch):
     """A device that computes on the CPU and has 65 MB free."""
     monkeypatch.setattr(backends, "device_of", lambda *_, **__: CPU)
     monkeypatch.setattr(device, "device_of", lambda *_, **__: CPU)
@@ -56,13 +56,13 @@ def card(monkeypatch):
 RUN = ("run", "llama.bstk", "-p", "the river", "--max-new-tokens", 3)
 
 
-def test_it_writes_the_text_of_the_cpu(bstack, card):
-    on_card, on_cpu = bstack(*RUN, "--device", "cuda", "--mb", 100), bstack(*RUN, "--mb", 100)
-    assert on_card.returncode == 0, on_card.stderr
-    assert on_card.stdout == on_cpu.stdout and "The native engine runs it on cpu." in on_card.stderr
+def test_it_writes_the_text_of_the_cpu(bstack, gpu):
+    on_gpu, on_cpu = bstack(*RUN, "--device", "cuda", "--mb", 100), bstack(*RUN, "--mb", 100)
+    assert on_gpu.returncode == 0, on_gpu.stderr
+    assert on_gpu.stdout == on_cpu.stdout and "The native engine runs it on cpu." in on_gpu.stderr
 
 
-def test_the_default_is_what_the_card_has_free(bstack, card, models, monkeypatch):
+def test_the_default_is_what_the_gpu_has_free(bstack, gpu, models, monkeypatch):
     with bstk.open(models / "llama.bstk") as file:
         free = file.base.budget + 1000
     memory = backends.Memory(80 * bstk.MB + free, 2**30, "the memory of cuda:0")
@@ -88,11 +88,11 @@ def test_a_family_that_the_native_engine_does_not_know(bstack, monkeypatch):
     assert done.returncode == 1 and asked == [("cuda", "packed")]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "command", [RUN, ("chat", "llama.bstk"), ("serve", "llama.bstk", "--port", 0), ("bench", "llama.bstk")]
 )
-def test_where_there_is_no_card(bstack, command):
+def test_where_there_is_no_gpu(bstack, command):
     if command[0] == "serve":
         pytest.importorskip("uvicorn")
     done = bstack(*command, "--device", "cuda")
@@ -100,7 +100,7 @@ def test_where_there_is_no_card(bstack, command):
     assert done.stderr.endswith("Use --device cpu, or leave it out.\n") and not done.stdout
 
 
-def test_a_card_that_is_lost_ends_a_conversation(bstack, card, monkeypatch):
+def test_a_gpu_that_is_lost_ends_a_conversation(bstack, gpu, monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
@@ -110,7 +110,7 @@ def test_a_card_that_is_lost_ends_a_conversation(bstack, card, monkeypatch):
     assert done.returncode == 7 and done.stderr.count("cpu failed: CUDA error: unspecified launch failure.") == 1
 
 
-def test_speed_is_measured_on_the_device(models, card, monkeypatch):
+def test_speed_is_measured_on_the_device(models, gpu, monkeypatch):
     """By the process of bench that measures a size."""
     monkeypatch.setattr(speed, "REPETITIONS", 2)
     monkeypatch.setattr(speed, "_lengths", lambda context: (20, 3))

@@ -24,15 +24,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(params=["cuda", "triton"])
 def kernels(request):
-    """Those in CUDA on a card, or compiled for the CPU; those in Triton on a card, or interpreted."""
+    """Those in CUDA on a GPU, or compiled for the CPU; those in Triton on a GPU, or interpreted."""
     if request.param == "triton":
         pytest.importorskip("triton", "3.6")
         return importlib.import_module("bstack.kernels.device")
     if DEVICE.type == "cuda":
         pytest.importorskip("cuda.core", reason="cuda-core is not installed")
         return importlib.import_module("bstack.kernels.cuda.driver").load(0, cache_folder("cuda"))
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("there is no g++")
     return cuda_on_cpu.launcher().kernels
 
 
@@ -122,6 +120,13 @@ def test_packages_that_are_not(packages, words, monkeypatch):
         backends._device_kernels.__wrapped__(0)
 
 
+def test_prompts_are_computed_in_the_type_that_a_device_is_fast_in(monkeypatch):
+    assert backends.activation_type(torch.device("cpu")) == torch.float32
+    for there, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, there=there: there)
+        assert backends.activation_type(torch.device("cuda", 0)) == dtype
+
+
 def test_cuda_is_taken_before_triton(monkeypatch):
     loaded = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
@@ -140,7 +145,7 @@ def test_cuda_is_taken_before_triton(monkeypatch):
         ("13.0", None, 1, "no cuda:1 here; it finds 1 CUDA"),
     ],
 )
-def test_why_there_is_no_card(cuda, init, count, words, monkeypatch):
+def test_why_there_is_no_gpu(cuda, init, count, words, monkeypatch):
     def begin():
         if init:
             raise init

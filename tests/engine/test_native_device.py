@@ -4,6 +4,7 @@ import warnings
 
 import cuda_on_cpu
 import numpy as np
+import pretend_graph
 import pytest
 import tiny_models
 import torch
@@ -11,13 +12,13 @@ from native_models import IDS, MODELS, close, expected
 
 import bstack
 import bstk
+from bstack.engine import load as engine_load
 from bstack.engine.native import device as native_device
 from bstack.engine.native import load
 from bstack.packed import backends
 from bstack.packed.backends import CpuBackend, CudaBackend
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
 
 
 @pytest.fixture
@@ -52,11 +53,10 @@ def test_logits_are_those_of_transformers(name, on, native_file):
 
 
 # One with windows, one of norms over all heads and after the layers, one that caps and has other activations, one of fused
-# projections and a partial rotation, one with biases everywhere.
-STEPS = ["qwen2", "olmo2", "gemma2", "phi3", "llama-tied"]
+# projections and a partial rotation, one with biases everywhere, one with experts and a packed router.
+STEPS = ["qwen2", "olmo2", "gemma2", "phi3", "llama-tied", "qwen3-moe"]
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.gpu) for n in STEPS])
 def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     """Three texts in a step of four, of several pages, beside one that is read meanwhile."""
@@ -78,40 +78,6 @@ def test_steps_with_the_kernels_of_a_gpu(name, on, native_file):
     places = [[1, 63, 20], [2, 64, 21], [65]]
     assert all(close(ours, wanted[place], 2e-2) for ours, place in zip(found, places, strict=True))
     assert model.step(texts[:1], [5]).shape == (1, 211) and [text.length for text in texts] == [4, 66, 22]
-
-
-@needs_compiler
-@pytest.mark.parametrize("codec", ["trellis", "spqr"])
-def test_a_step_launches_the_same_whatever_the_size_of_the_model(codec, on, tmp_path, native_file):
-    """So a recorded one stays right."""
-    path = native_file("llama")
-    if codec == "spqr":
-        settings = bstack.Settings(codec="spqr", outliers=0.05, planes=1, samples=2, sequence_length=16)
-        bstack.compress(tiny_models.save("qwen3", tmp_path / "model"), tmp_path / "m.bstk", settings=settings)
-        path = tmp_path / "m.bstk"
-    with bstk.open(path) as file:
-        small = (file.base.budget + 1) / bstk.MB
-    model, launches = on(path, "cuda", mb=small), []
-    kernels = model._kernels
-    launch = kernels.launch
-    model.piece = 16
-
-    def noted(name, grid, *arguments):
-        launches.append((name, grid, [getattr(a, "value", None) for a in arguments]))  # numbers, not addresses
-        launch(name, grid, *arguments)
-
-    for mb in (small, None, small):
-        bstack.resize(model, mb)
-        matrices = model.bstack_store._matrices.values()
-        lacking = any(matrix.kinds.difference(matrix.kind[: matrix.count]) for matrix in matrices)
-        assert lacking == (codec == "spqr" and mb is not None)
-        text = model.sequence()
-        model.read(text, IDS[:20])
-        kernels.launch, before = noted, len(launches)
-        found = model.step([text], IDS[20:21])
-        kernels.launch = launch
-        assert launches[before:] == launches[: len(launches) - before]
-        assert close(found, expected(path, IDS[:21], **({"mb": mb} if mb else {}))[20:], 2e-2)
 
 
 def test_texts_share_pages_and_go_back(on, native_file):
@@ -141,50 +107,25 @@ def test_matrices_that_stay_plain(changes, on, tmp_path):
         assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)
 
 
-class Graph:
-    """Stands for torch.cuda.CUDAGraph: keeps what was launched between its begin and end, and launches it again."""
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let steps be recorded on the CPU, and note the recordings."""
+    made, first = [], native_device._Inputs.__init__
 
-    def __init__(self, kernels):
-        self.kernels, self.launches, self.replays = kernels, [], 0
-
-    def __enter__(self):
-        self.launch = self.kernels.launch
-        self.kernels.launch = lambda *arguments: self.launches.append(arguments)
-
-    def __exit__(self, *_):
-        self.kernels.launch = self.launch
-
-    def replay(self):
-        self.replays += 1
-        for arguments in self.launches:
-            self.kernels.launch(*arguments)
-
-
-@needs_compiler
-def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_file, monkeypatch):
-    """Recorded once for each number of texts; only launches count then, so what else a step did would be missing."""
-    path = native_file("phi3")
-    model, graphs, kept = on(path, "cuda"), [], []
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def record(forward, device):
-        graphs.append(Graph(model._kernels))
-        # The memory of a graph is its own.
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(empty(*a, **k)) or kept[-1])
-        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: kept.append(empty_like(*a, **k)) or kept[-1])
-        with graphs[-1]:
-            result = forward()
-        monkeypatch.undo()
-        return graphs[-1], result
-
-    monkeypatch.setattr(native_device, "record", record)
-    first = native_device._Inputs.__init__
-
-    def as_on_a_card(self, *arguments):
+    def as_on_a_gpu(self, *arguments):
         first(self, *arguments)
         self._recorded = False
 
-    monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_card)
+    monkeypatch.setattr(native_device._Inputs, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(native_device, "record", pretend_graph.recorder(made, cuda_on_cpu.launcher()))
+    return made
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("phi3", marks=pytest.mark.gpu)])
+def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(name, on, native_file, graphs):
+    """Recorded once for each number of texts; whatever else a step did would be missing."""
+    path = native_file(name)
+    model = on(path, "cuda")
     with bstk.open(path) as file:
         small = (file.base.budget + 1) / bstk.MB
     texts = [model.sequence() for _ in range(2)]
@@ -200,6 +141,24 @@ def test_a_recorded_step_is_right_for_other_texts_and_other_sizes(on, native_fil
     found = model.step(fresh, [IDS[30], IDS[3]])
     assert close(found, expected(path, IDS[:31], mb=small)[[30, 3]], 2e-2)
     assert len(graphs) == 1 and graphs[0].replays == 3
+
+
+def test_a_step_is_recorded_for_kinds_of_blocks_that_come_later(on, tmp_path, graphs):
+    path = tmp_path / "m.bstk"
+    settings = bstack.Settings(codec="spqr", outliers=0.05, planes=1, samples=2, sequence_length=16)
+    bstack.compress(tiny_models.save("qwen3", tmp_path / "model"), path, settings=settings)
+    with bstk.open(path) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    model = on(path, "cuda", mb=small)
+    for mb in (small, None):
+        bstack.resize(model, mb)
+        matrices = model.bstack_store._matrices.values()
+        lacking = any(matrix.kinds.difference(matrix.kind[: matrix.count]) for matrix in matrices)
+        assert lacking == (mb is not None)
+        text = model.sequence()
+        model.read(text, IDS[:12])
+        assert close(model.step([text], IDS[12:13]), expected(path, IDS[:13], **({"mb": mb} if mb else {}))[12:], 2e-2)
+    assert [graph.replays for graph in graphs] == [2]
 
 
 def test_a_step_that_cannot_be_recorded_runs_launch_by_launch(monkeypatch):
@@ -245,23 +204,52 @@ def test_a_device_that_fails_midway(error, kind, words, on, native_file, monkeyp
         assert getattr(found.value, "exit_code", 7) == 7
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            bstk.ResourceError,
+            "no memory left for this model: .*weights less.$",
+        ),
+        (
+            RuntimeError("CUDA error: device lost"),
+            bstack.errors.DeviceError,
+            "failed: CUDA error: device lost.*nvidia-smi",
+        ),
+    ],
+)
+def test_a_device_that_fails_while_a_model_is_loaded(error, kind, words, on, native_file, monkeypatch):
+    path = native_file("llama")
+    monkeypatch.setattr(native_device.DeviceModel, "sequence", lambda self: raise_(error))
+    with pytest.raises(kind, match=words):
+        on(path, "cpu")
+    monkeypatch.setattr(engine_load, "attach", lambda *_, **__: raise_(error))
+    with pytest.raises(kind, match=words):
+        bstack.load(path, mode="packed")
+
+
 def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
     """Before anything is read; the margin stays free."""
     path, free = native_file("llama"), 64 * bstk.MB + 20_000
-    monkeypatch.setattr(native_device, "device_of", lambda *_, **__: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**30))
-    monkeypatch.setattr(native_device, "backend_of", lambda *_: raise_(AssertionError))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    for module in (native_device, engine_load):
+        monkeypatch.setattr(module, "device_of", lambda *_, **__: torch.device("cuda", 0))
+        monkeypatch.setattr(module, "backend_of", lambda *_: raise_(AssertionError))
     assert backends.device_memory(torch.device("cuda", 0)).free == free
     with pytest.raises(bstk.ResourceError, match=r"too much for cuda:0: 64 MB of 1,024 MB are free.*at most 0.01 MB"):
         load.load(path, device="cuda")
+    with pytest.raises(bstk.ResourceError, match=r"at most 0.01 MB of weights fit"):
+        bstack.load(path, mode="packed", device="cuda")
     monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory for 100 bytes of blocks: CUDA out of memory"):
         backends.DeviceMemory(100, torch.device("cuda", 0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral"])
-def test_on_a_card(name, native_file):
+def test_on_a_gpu(name, native_file):
     """Prompts in bfloat16 move logits by some hundredths; steps are recorded, and right after a change of the size."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     path = native_file(name)
@@ -279,4 +267,4 @@ def test_on_a_card(name, native_file):
             for turn, logits in enumerate(found):
                 assert close(logits, wanted[[1 + turn, 63 + turn, 20 + turn]], 0.2)
     graphs = [inputs._graph for inputs in model._inputs.values()]
-    assert (model._step_kernels is None) == (name == "mixtral") == (not graphs) and None not in graphs
+    assert graphs and None not in graphs

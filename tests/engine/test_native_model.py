@@ -8,8 +8,7 @@ from native_models import IDS, MODELS, close, expected
 
 import bstack
 import bstk
-from bstack.engine.native import architecture, families, generate, load, weights
-from bstack.engine.native import model as native_model
+from bstack.engine.native import architecture, families, generate, load, sequence, weights
 from bstack.kernels.native import library
 
 # The fast tests have one of each kind: plain, a scaled rope with biases, windows, norms after the layers, fused projections.
@@ -28,7 +27,7 @@ def test_logits_are_those_of_transformers(name, native_file, monkeypatch):
     found = [model.read(text, IDS[:70], every=True), *(model.step([text], [token]) for token in IDS[70:])]
     assert text.length == 90 and close(np.concatenate(found), wanted, 2e-2)
     # The same arithmetic in numpy, and in single precision: no more than the rounding of inputs is left.
-    monkeypatch.setattr(native_model, "CACHED", np.float32)
+    monkeypatch.setattr(sequence, "CACHED", np.float32)
     model._decoder = None
     text = model.sequence()
     found = [model.read(text, IDS[:70])[None], *(model.step([text], [token]) for token in IDS[70:])]

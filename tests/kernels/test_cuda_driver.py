@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled by NVRTC, which needs no card, and what calls NVIDIA's packages."""
+"""The CUDA kernels compiled by NVRTC, which needs no GPU, and what calls NVIDIA's packages."""
 # ruff: noqa: E402 - the packages may be missing
 
 import inspect
@@ -30,10 +30,12 @@ from bstack.kernels.selftest import BLOCKS, random_payload
 MOST = 65536 // cuda.THREADS
 
 
+FULL = "sm_80"
+OTHERS = ("sm_86", "sm_89", "sm_90", "sm_100")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch", ["sm_80", "sm_100", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("arch", [FULL, *(pytest.param(name, marks=pytest.mark.gpu) for name in OTHERS)])
 def test_every_kernel_compiles(arch):
     log = io.StringIO()
     cubin = driver.compile_kernels(arch, log)
@@ -46,6 +48,15 @@ def test_every_kernel_compiles(arch):
         shared = re.search(r"(\d+) bytes smem", rest)
         # More than 48 KB must be asked for at the launch. A few bytes of a loop's bounds may be spilled.
         assert int(spilled) <= 64 and int(registers) <= 168 and (not shared or int(shared[1]) <= 48 * 1024), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", OTHERS)
+def test_every_kernel_compiles_to_machine_code(arch, monkeypatch):
+    """With little optimisation, which takes a seventh of the time."""
+    monkeypatch.setattr(driver, "OPTIONS", {**driver.OPTIONS, "ofast_compile": "max"})
+    cubin = driver.compile_kernels(arch)
+    assert cubin[:4] == b"\x7fELF" and all(f".text.{name}\0".encode() in cubin for name in cuda.KERNELS)
 
 
 def test_an_architecture_that_is_not():
@@ -65,28 +76,28 @@ def test_compiled_kernels_are_kept(tmp_path, monkeypatch):
     assert driver._compiled("sm_80", (13, 0), tmp_path / "file" / "cache") == b"cubin of sm_80"  # cannot be kept
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_no_card(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path):
     with pytest.raises(bstk.BstkError, match="the driver of NVIDIA's GPUs finds no device 0"):
         driver.load(0, tmp_path)
 
 
 def test_an_old_driver(tmp_path, monkeypatch):
-    class Card:
+    class Gpu:
         def __init__(self, index):
             pass
 
         def set_current(self):
             pass
 
-    monkeypatch.setattr(driver, "Device", Card)
+    monkeypatch.setattr(driver, "Device", Gpu)
     monkeypatch.setattr(driver.system, "get_user_mode_driver_version", lambda: (12, 4))
     with pytest.raises(bstk.BstkError, match=r"runs CUDA 12, .* for CUDA 1\d.*cuda-core\[cu12\]"):
         driver.load(0, tmp_path)
 
 
 def test_what_is_called_is_there(monkeypatch):
-    """What a machine without a card can tell about the calls that need one."""
+    """What a machine without a GPU can tell about the calls that need one."""
     assert [*inspect.signature(launch).parameters][:3] == ["stream", "config", "kernel"]
     assert callable(system.get_user_mode_driver_version)
     for of, names in (
@@ -114,8 +125,8 @@ def test_what_is_called_is_there(monkeypatch):
     assert packed[2:] == ["prepare", "heads", "attend_4", "attended", "activated"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
-def test_on_a_card():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu():
     kernels = driver.load(0, cache_folder("cuda"))
     for seed in range(40):
         rng = np.random.default_rng(seed)

@@ -9,15 +9,6 @@ from bstack.kernels import cuda, reference
 from bstack.kernels.encode import encode_columns
 from bstack.kernels.reference import TABLE5
 
-pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
-
-
-@pytest.fixture
-def launcher():
-    launcher = cuda_on_cpu.launcher()
-    yield launcher
-    launcher.remove_fences()
-
 
 def columns_of(rows, columns, seed, spread=1.0):
     """Return random arguments of `encode_columns`."""

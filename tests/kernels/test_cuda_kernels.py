@@ -12,15 +12,6 @@ from bstack.kernels.selftest import random_payload
 from bstack.kernels.spqr import rank_of
 from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
 
-pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
-
-
-@pytest.fixture
-def launcher():
-    launcher = cuda_on_cpu.launcher()
-    yield launcher
-    launcher.remove_fences()
-
 
 def difference(launcher, rows, columns, kinds, tokens, seed, absent=()):
     """Return `selftest.difference` of a matrix of random blocks, all arrays between fences; `absent` are kinds of blocks to come."""
@@ -116,6 +107,27 @@ def test_more_than_a_thread_block_takes_at_once(launcher):
     ):
         kind = (SIGN, 3) if kind == SIGN else kind
         assert not difference(launcher, rows, columns, [kind], tokens, 0), (kind, rows, columns)
+
+
+@pytest.mark.parametrize("columns", [40, 37, cuda.CHUNK + 19])
+@pytest.mark.parametrize("kinds", [KINDS[:2], FORMS[2:3] + KINDS[4:5], [FORMS[1], (SIGN, 3)]], ids=str)
+def test_rows_are_decoded_straight_to_their_type(launcher, kinds, columns, monkeypatch):
+    """Each number is rounded once, and none is converted afterwards; rows may come twice."""
+    rng = np.random.default_rng(columns)
+    blocks = [(kind, rank, random_payload(rng, 21, columns, kind, rank, 99)) for kind, rank in kinds]
+    expected = Matrix.of(21, columns, blocks)
+    matrix = DeviceMatrix(21, columns, MatrixTable(1, torch.device("cpu")), 0)
+    for level, (kind, rank) in enumerate(kinds):
+        matrix.put(level, kind, rank, launcher.fenced(expected.payload(level)).data_ptr(), checked=True)
+    matrix.count, own, index = len(kinds), ROTATED if kinds == KINDS[:2] else PLAIN, torch.tensor([20, 0, 7, 20])
+    single = launcher.kernels.decode(matrix, own, index, torch.float32)
+    wanted = torch.from_numpy(reference.decode_rows(expected, own, 0, 21))[index]
+    assert torch.allclose(single, wanted, rtol=1e-5, atol=1e-5)
+    rounded = {dtype: single.to(dtype) for dtype in (torch.float16, torch.bfloat16)}
+    unchanged = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, dtype: unchanged(x, dtype) if x.dtype == dtype else None)
+    assert all(torch.equal(launcher.kernels.decode(matrix, own, index, dtype), rounded[dtype]) for dtype in rounded)
+    assert launcher.kernels.decode(matrix, own, index[:0], torch.float16).shape == (0, columns)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 6, 48, 80, 96, 1024, 3 * 4096, 2 * 8192, 4 * 8192])

@@ -13,15 +13,6 @@ from bstack.kernels import cuda
 from bstack.kernels.cuda.step import PAGE, Heads, Step, Texts
 from bstack.numerics.rotation import rotate
 
-pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no g++")
-
-
-@pytest.fixture
-def launcher():
-    launcher = cuda_on_cpu.launcher()
-    yield launcher
-    launcher.remove_fences()
-
 
 def random(rng, *shape):
     return torch.randn(*shape, generator=rng)
@@ -172,8 +163,8 @@ def test_mutants_are_found(name):
 
 
 @pytest.mark.gpu
-def test_the_benchmark_of_a_card():
-    """Its figures need a card; that it runs does not."""
+def test_the_benchmark_of_a_gpu():
+    """Its figures need a GPU; that it runs does not."""
     script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     run = [sys.executable, script, "--rehearse", "--only", "step", "models"]
     done = subprocess.run(run, capture_output=True, text=True)

@@ -1,15 +1,15 @@
 """The native engine on a GPU: prompts in torch, one token of each text in a step that a CUDA graph records.
 
-A step launches the same kernels whatever the texts, their lengths and the size of the model: what they depend on lies in device
-memory. So it is recorded once for each number of texts. Where the kernels in CUDA are missing, and for mixtures of experts, whose
-next matrices the device decides, a step reads one token of each text as if it were a prompt.
+A step launches the same kernels whatever the texts, their lengths, the experts that they choose and the size of the model: what
+they depend on lies in device memory. So it is recorded once for each number of texts. Where the kernels in CUDA are missing, a step
+reads one token of each text as if it were a prompt.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 from torch.nn import functional
 
 import bstk
+from bstack.engine.graphs import record, warn_not_recorded
 from bstack.engine.native.architecture import Architecture
-from bstack.engine.native.model import LARGEST, PAGE, SCORES, NativeModel, Sequence
-from bstack.errors import SlowerWarning, one_line
+from bstack.engine.native.device_experts import DeviceExperts, is_packed
+from bstack.engine.native.model import SCORES, NativeModel
+from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
-from bstack.packed.backends import Backend, backend_of, check_room, device_of, on_device
+from bstack.packed.backends import LESS, Backend, activation_type, backend_of, check_room, device_of, on_device
 from bstack.packed.matrix import FEW, Table
 
-__all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "place"]
+__all__ = ["DeviceModel", "DeviceSequence", "DeviceWeights", "loading", "place"]
 
 # Texts of a step: a call with another number fills up with a text of no meaning, one with more takes several steps.
 SIZES = (1, 2, 4, 8)
@@ -39,11 +41,16 @@ def place(device: str | torch.device) -> Callable[[bstk.Reader, int | None], tup
     found = device_of(device, packed=True)
 
     def make(file: bstk.Reader, budget: int | None) -> tuple[Any, ...]:
-        check_room(found, min(file.fit(budget=budget), file.model))
+        check_room(found, file, budget)
         backend = backend_of(found, sum(chunk.is_block and chunk.level == 0 for chunk in file.chunks))
         return DeviceWeights(backend), backend.arena(), backend.free_memory, partial(DeviceModel, backend)
 
     return make
+
+
+def loading(device: str | torch.device) -> AbstractContextManager[None]:
+    """Return what raises errors that name the device where it fails while a model is loaded."""
+    return on_device(torch.device(device), "model", LESS)
 
 
 class DeviceWeights:
@@ -98,15 +105,15 @@ class DeviceModel(NativeModel):
     """
 
     turn = TURN
+    _lib = torch
     _embedding: Any
     _head: Any
 
     def __init__(self, backend: Backend, architecture: Architecture, *rest: Any):
         self.device = backend.device
-        self._on_card = self.device.type == "cuda"
-        half = torch.bfloat16 if self._on_card and torch.cuda.is_bf16_supported(False) else torch.float16
+        self._on_gpu = self.device.type == "cuda"
         #: Type of the activations of prompts.
-        self.dtype = half if self._on_card else torch.float32
+        self.dtype = activation_type(self.device)
         self._kernels: Any = getattr(backend, "kernels", None)
         super().__init__(architecture, *rest)
         self.piece = PIECE
@@ -114,7 +121,8 @@ class DeviceModel(NativeModel):
         if self._step_kernels is not None:
             for layer in self._layers:
                 for names in (_ATTENTION, _FEED):
-                    layer[_stack_name(names)] = _stacked([layer[name] for name in names if name in layer])
+                    if own := [layer[name] for name in names if name in layer]:
+                        layer[_stack_name(names)] = _stacked(own)
         self._inputs: dict[int, _Inputs] = {}
         self._spare = self.sequence()
 
@@ -135,16 +143,15 @@ class DeviceModel(NativeModel):
     def _make_step(self) -> Step | None:
         """Return what launches the kernels of a step; None where there are none, or the model is not for them."""
         of = self.architecture
-        if not hasattr(self._kernels, "launch") or of.experts is not None or of.head_width > WIDEST:
+        if not hasattr(self._kernels, "launch") or of.head_width > WIDEST or not all(map(is_packed, self._layers)):
             return None
+        if of.experts is not None:
+            self._experts = DeviceExperts(self._layers, self._kernels, SIZES[-1], of.experts.chosen)
         rotary = 2 * len(of.rotary[0].frequencies)
         sizes = of.heads, of.key_heads, of.head_width, rotary, of.layers
         return Step(self._kernels, Heads(*sizes, of.epsilon, of.scale, of.cap))
 
     # Prompts.
-
-    def _joined(self, found: list[Any]) -> Any:
-        return torch.cat(found)
 
     def _embed(self, tokens: np.ndarray) -> Any:
         index = torch.from_numpy(tokens)
@@ -160,46 +167,26 @@ class DeviceModel(NativeModel):
         """Return inputs of products in the type for prompts; those of few tokens stay as they are."""
         return x if len(x) <= FEW else x.to(self.dtype)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = self.architecture.final_cap
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def _multiply_all(self, weights: list[Any], x: Any) -> list[Any]:
+        return [weight.multiply(self._typed(x)).float() for weight in weights]
 
-    def _run_piece(self, sequence: Any, tokens: np.ndarray) -> Any:
-        of, start = self.architecture, sequence.length
-        sequence.reserve(len(tokens))
-        x = self._embed(tokens)
-        rows = self._rotary_rows(np.arange(start, start + len(tokens)))
-        cosine, sine = (torch.from_numpy(part).to(self.device)[:, :, None] for part in rows)
-        shares = (of.heads, of.key_heads, of.key_heads)
-        for number, layer in enumerate(self._layers):
-            normal = self._norm(x, layer.get("input_norm"))
-            query, key, value = self._project(layer, normal, ("query", "key", "value"), shares)
-            query, key = self._norm_heads(query, layer.get("query_norm")), self._norm_heads(key, layer.get("key_norm"))
-            if (rope := of.ropes[number]) >= 0:
-                query, key = (_turned(part, cosine[:, rope], sine[:, rope]) for part in (query, key))
-            sequence.put(number, key, value.reshape(key.shape))
-            added = self._multiply(layer, "out", self._attend(sequence, number, query))
-            x = x + self._norm(added, layer.get("attention_norm"))
-            normal = self._norm(x, layer.get("post_norm"))
-            if "router" in layer:
-                added = self._run_experts(layer, normal)
-            else:
-                gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
-                added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
-            x = x + self._norm(added, layer.get("feed_norm"))
-        sequence.tokens += tokens.tolist()
-        return self._norm(x, self._final_norm)
+    def _angles(self, positions: np.ndarray) -> tuple[Any, Any]:
+        cosine, sine = (torch.from_numpy(rows).to(self.device) for rows in self._rotary_rows(positions))
+        return cosine, sine
 
-    def _project(self, layer: dict[str, Any], x: Any, names: Many[str], shares: Many[int]) -> list[Any]:
-        if names[-1] in layer:
-            return [self._multiply(layer, name, x) for name in names]
-        whole = self._multiply(layer, names[0], x)
-        return list(whole.split([whole.shape[1] * share // sum(shares) for share in shares], 1))
+    def _activated(self, gate: Any, up: Any) -> Any:
+        return _ACTIVATIONS[self.architecture.activation](gate) * up
 
-    def _multiply(self, layer: dict[str, Any], name: str, x: Any) -> Any:
-        y = layer[name].multiply(self._typed(x)).float()
-        bias = layer.get(f"{name}_bias")
-        return y if bias is None else y + bias
+    def _choose(self, logits: Any) -> tuple[np.ndarray, Any]:
+        chosen, share = self._chosen(logits)
+        return chosen.cpu().numpy(), share
+
+    def _chosen(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which experts each token takes, and how much each of them counts, without a wait for the device."""
+        of = self.architecture.experts
+        assert of is not None
+        share, chosen = logits.softmax(-1).topk(of.chosen)
+        return chosen, share / share.sum(-1, keepdim=True) if of.normalised else share
 
     def _norm(self, x: Any, weight: Any) -> Any:
         return x if weight is None else functional.rms_norm(x, x.shape[-1:], weight, self.architecture.epsilon)
@@ -208,7 +195,7 @@ class DeviceModel(NativeModel):
         of, tokens, start = self.architecture, len(query), sequence.length
         stop, window = start + tokens, of.windows[number]
         first = max(0, start - window + 1) if window else 0
-        kind = torch.float16 if self._on_card and not of.cap else torch.float32
+        kind = torch.float16 if self._on_gpu and not of.cap else torch.float32
         keys, values = (
             part.to(kind).repeat_interleave(of.heads // of.key_heads, 0)[None]
             for part in sequence.get(number, first, stop)
@@ -231,20 +218,6 @@ class DeviceModel(NativeModel):
                 )
             out[:, :, begin : begin + step] = read
         return out[0].transpose(0, 1).reshape(tokens, -1)
-
-    def _run_experts(self, layer: dict[str, Any], x: Any) -> Any:
-        of = self.architecture.experts
-        assert of is not None
-        share, chosen = self._multiply(layer, "router", x).softmax(-1).topk(of.chosen)
-        if of.normalised:
-            share = share / share.sum(-1, keepdim=True)
-        added = torch.zeros_like(x)
-        for number in sorted(set(chosen.ravel().tolist())):
-            rows, which = (chosen == number).nonzero(as_tuple=True)
-            gate, up = layer["expert_gate"][number].multiply(self._typed(x[rows])).float().chunk(2, 1)
-            inner = self._typed(_ACTIVATIONS[self.architecture.activation](gate) * up)
-            added[rows] += share[rows, which][:, None] * layer["expert_down"][number].multiply(inner).float()
-        return added
 
     # Steps.
 
@@ -288,8 +261,14 @@ class DeviceModel(NativeModel):
             read = kernels.attend(given, inputs.texts, number, window=window, rope=rope, **norms)
             added = self._products(layer, ("out",), *read)
             x, plain, rotated = kernels.prepare(x, added, layer.get("attention_norm"), layer.get("post_norm"))
-            inner = kernels.activated(self._products(layer, _FEED, plain, rotated), of.activation)
-            added, added_norm = self._products(layer, ("down",), *inner), layer.get("feed_norm")
+            activated = partial(kernels.activated, activation=of.activation)
+            if "router" in layer:
+                choice = self._chosen(self._products(layer, ("router",), plain, rotated))
+                added = self._experts.run(layer, choice, plain, rotated, activated)
+            else:
+                inner = activated(self._products(layer, _FEED, plain, rotated))
+                added = self._products(layer, ("down",), *inner)
+            added_norm = layer.get("feed_norm")
         _, plain, rotated = kernels.prepare(x, added, added_norm, self._final_norm)
         return self._capped(self._products({"head": self._head}, ("head",), plain, rotated))
 
@@ -373,38 +352,11 @@ class _Inputs:
             try:
                 self._graph, self._logits = record(forward, self._device)
             except RuntimeError as error:
-                torch.cuda.synchronize(self._device)  # raises if the device is lost
-                warnings.warn(
-                    f"Steps are launched kernel by kernel, slowly: they cannot be recorded ({one_line(error)}).",
-                    SlowerWarning,
-                    stacklevel=2,
-                )
+                warn_not_recorded(error, self._device)
         if self._graph is None:
             return forward()
         self._graph.replay()
         return self._logits
-
-
-def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[Any, torch.Tensor]:
-    """Record what `forward` launches as a CUDA graph; return it and its result, which each replay overwrites."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without, so that libraries have what they need
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may load blocks meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = forward()
-    return graph, result
-
-
-def _turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate the first values of each head by its token's position, halves paired."""
-    part, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
-    low, high = part.chunk(2, -1)
-    return torch.cat([part * cosine + torch.cat([-high, low], -1) * sine, rest], -1)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import bstk
 from bstack.engine.native.architecture import NotNativeError, read_json
 from bstack.engine.native.model import NativeModel
-from bstack.engine.native.model import Sequence as Text
 from bstack.engine.native.sampling import Sampler
+from bstack.engine.native.sequence import Sequence as Text
 from bstack.engine.text import (
     EMPTY_PROMPT,
     NO_TEMPLATE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from decimal import Decimal
 from typing import Any
 
@@ -55,7 +55,7 @@ def load(
     if mb is not None or budget is not None:
         budget = budget_of(mb, budget)
 
-    place = _cpu if str(device) == "cpu" else _gpu(device)
+    place, guard = (_cpu, nullcontext()) if str(device) == "cpu" else _gpu(device)
 
     def load_once() -> tuple[NativeModel, TextTokenizer | None]:
         with ExitStack() as stack:
@@ -83,7 +83,7 @@ def load(
             opened.push(stack.pop_all())  # the file stays open, to grow from
             return model, tokenizer
 
-    with no_large_blocks_in_heaps():  # the reading threads' heaps would keep megabytes
+    with guard, no_large_blocks_in_heaps():  # the reading threads' heaps would keep megabytes
         try:
             return load_once()
         except KeptCopyError:  # dropped from the cache, so it is fetched again
@@ -95,9 +95,9 @@ def _cpu(_file: bstk.Reader, _budget: int | None) -> tuple[Any, ...]:
     return Host(), Arena(), free_memory, NativeModel
 
 
-def _gpu(device: Any) -> Callable[[bstk.Reader, int | None], tuple[Any, ...]]:
-    """Return a function as `_cpu` for a device, which has to be there."""
+def _gpu(device: Any) -> tuple[Callable[[bstk.Reader, int | None], tuple[Any, ...]], AbstractContextManager[None]]:
+    """Return a function as `_cpu` for a device, which has to be there, and what names its failures."""
     require("Running on a GPU", "cuda", ("torch",))
-    from bstack.engine.native.device import place
+    from bstack.engine.native.device import loading, place
 
-    return place(device)
+    return place(device), loading(device)

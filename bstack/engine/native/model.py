@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from bstack.engine.native.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
 from bstack.engine.native.sampling import Generation
+from bstack.engine.native.sequence import PAGE, Sequence
 from bstack.engine.native.weights import Packed, Plain, Weight, products
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes, Text
 from bstack.kernels.matrix import Matrix
@@ -17,122 +19,14 @@ from bstack.kernels.native import library
 from bstack.packed.lock import PriorityLock
 from bstack.packed.store import BlockStore
 
-__all__ = ["PAGE", "NativeModel", "Sequence"]
+__all__ = ["NativeModel"]
 
-# Tokens of a page of the caches.
-PAGE = 64
 # Tokens of a prompt that are read at a time, and the values that they may have between the layers.
 PIECE, VALUES = 512, 2**22
 # Tokens of a prompt that a server reads between two steps. Longer pieces are hardly faster, and other texts wait for them.
 TURN = 128
 # Tokens of a piece whose attention is computed together, over the keys up to the last of them, and scores that are held.
 TOGETHER, SCORES = 64, 2**22
-# Type of cached keys and values, and its largest number.
-CACHED, LARGEST = np.float16, 65504.0
-
-
-class Sequence:
-    """A text that a model reads and writes: the keys and values of its tokens, in pages of half precision.
-
-    Attributes
-    ----------
-    tokens : list of int
-        What was read so far.
-    """
-
-    def __init__(self, architecture: Architecture):
-        self.tokens: list[int] = []
-        self._of = architecture
-        self._pages: list[Any] = []
-        # Addresses of the pages as the kernels take them: keys and values, layers, pages.
-        self._table = np.zeros((2, architecture.layers, 0), np.uint64)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens read so far."""
-        return len(self.tokens)
-
-    def keep(self, ids: Many[int]) -> int:
-        """Go back to the tokens that begin `ids` too, but not to all of them; return how many these are."""
-        count = 0
-        for mine, other in zip(self.tokens, ids[:-1], strict=False):
-            if mine != other:
-                break
-            count += 1
-        del self.tokens[count:]
-        return count
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens; ValueError beyond the model's context."""
-        needed = self.length + tokens
-        if needed > self._of.context:
-            raise ValueError(f"a text of {needed} tokens; the model reads at most {self._of.context}.")
-        while len(self._pages) * PAGE < needed:
-            self._add(self._make_page())
-
-    def _make_page(self) -> Any:
-        """Make a page of keys and of values; a head's keys lie as (width, tokens) there, as the kernels read them."""
-        return np.empty((2, self._of.layers, self._of.key_heads, PAGE * self._of.head_width), CACHED)
-
-    def _add(self, page: Any) -> None:
-        at, width = len(self._pages), self._table.shape[2]
-        if at == width:
-            self._table = np.concatenate([self._table, np.zeros((2, self._of.layers, at + 4), np.uint64)], 2)
-        offsets = np.arange(2 * self._of.layers, dtype=np.uint64).reshape(2, -1) * np.uint64(page[0, 0].nbytes)
-        self._table[:, :, at] = np.uint64(page.ctypes.data) + offsets
-        self._pages.append(page)
-
-    def share(self, start: int, stop: int) -> list[Any]:
-        """Return the pages of some tokens that were read, for another text; both are multiples of `PAGE`."""
-        return self._pages[start // PAGE : stop // PAGE]
-
-    def adopt(self, tokens: Many[int], pages: Many[Any]) -> None:
-        """Go on with whole pages of tokens that another text has read, after what this one has read itself."""
-        self.tokens += tokens
-        for page in pages:
-            self._add(page)
-
-    def put(self, layer: int, keys: Any, values: Any) -> None:
-        """Write keys and values of the next tokens, (tokens, heads, width); `length` stays as it is."""
-        for kind, given in enumerate((keys, values)):
-            stored = self._cached(given.clip(-LARGEST, LARGEST)).swapaxes(0, 1)
-            done = 0
-            while done < len(given):
-                at = self.length + done
-                start, count = at % PAGE, min(PAGE - at % PAGE, len(given) - done)
-                self._rows(at // PAGE, kind, layer)[:, start : start + count] = stored[:, done : done + count]
-                done += count
-
-    def _cached(self, given: Any) -> Any:
-        return given.astype(CACHED)
-
-    def get(self, layer: int, first: int, stop: int) -> Any:
-        """Return keys and values of some tokens, float32, (2, heads, tokens, width)."""
-        found = np.empty((2, self._of.key_heads, stop - first, self._of.head_width), np.float32)
-        for number in range(first // PAGE, -(-stop // PAGE)):
-            low, high = max(first, number * PAGE), min(stop, (number + 1) * PAGE)
-            for kind in (0, 1):
-                rows = self._rows(number, kind, layer)[:, low - number * PAGE : high - number * PAGE]
-                found[kind, :, low - first : high - first] = rows
-        return found
-
-    def _rows(self, page: int, kind: int, layer: int) -> Any:
-        """Return a page's keys (0) or values (1), (heads, tokens, width)."""
-        stored, width = self._pages[page][kind, layer], self._of.head_width
-        return stored.reshape(-1, PAGE, width) if kind else stored.reshape(-1, width, PAGE).swapaxes(1, 2)
-
-    def texts(self, cosine: np.ndarray, sine: np.ndarray) -> list[Text]:
-        """Return the text as the kernels take it, at its next tokens, with their rotary rows (tokens, kinds, values).
-
-        Valid until the text grows, and as long as the caller keeps the rows.
-        """
-        keys, values = (self._table[kind].ctypes.data for kind in (0, 1))
-        step, pages = cosine.strides[0], self._table.shape[2]
-        rows = cosine.ctypes.data, sine.ctypes.data
-        return [
-            Text(self.length + number, pages, *(row + number * step for row in rows), keys, values)
-            for number in range(len(cosine))
-        ]
 
 
 class NativeModel:
@@ -157,6 +51,8 @@ class NativeModel:
 
     #: Tokens of a prompt that are worth reading while other texts wait.
     turn = TURN
+    #: What makes and joins the arrays of prompts.
+    _lib: Any = np
 
     def __init__(
         self,
@@ -208,7 +104,7 @@ class NativeModel:
         for start in range(0, len(tokens), self.piece):
             hidden = self._run_piece(sequence, tokens[start : start + self.piece])
             found.append(hidden if every else hidden[-1:])
-        logits = self._logits(self._joined(found) if every else found[-1])
+        logits = self._logits(self._lib.concatenate(found) if every else found[-1])
         return logits if every else logits[0]
 
     def step(self, sequences: Many[Sequence], ids: Many[int]) -> np.ndarray:
@@ -245,16 +141,13 @@ class NativeModel:
             out = self._decoder.run(x, texts)
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.tokens.append(token)
-        return self._cap_logits(out) if self._decoder.has_head else self._logits(out)
+        return self._capped(out) if self._decoder.has_head else self._logits(out)
 
     def _tokens(self, ids: Many[int]) -> np.ndarray:
         tokens = np.asarray(ids, np.int64)
         if tokens.ndim != 1 or not len(tokens) or tokens.min() < 0 or tokens.max() >= self._embedding.rows:
             raise ValueError(f"tokens are from 0 to {self._embedding.rows - 1}, at least one.")
         return tokens
-
-    def _joined(self, found: list[Any]) -> Any:
-        return np.concatenate(found)
 
     def _rotary_rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return cosine and sine, (positions, kinds of rotary positions, values), each position's side by side."""
@@ -265,11 +158,11 @@ class NativeModel:
         return self._embedding.lookup(tokens) * np.float32(self.architecture.embedding_scale)
 
     def _logits(self, hidden: Any) -> np.ndarray:
-        return self._cap_logits(self._head.multiply(hidden))
+        return self._capped(self._head.multiply(hidden))
 
-    def _cap_logits(self, logits: np.ndarray) -> np.ndarray:
-        cap = np.float32(self.architecture.final_cap)
-        return cap * np.tanh(logits / cap) if cap else logits
+    def _capped(self, logits: Any) -> Any:
+        cap = self.architecture.final_cap
+        return cap * self._lib.tanh(logits / cap) if cap else logits
 
     def _norm_weight(self, stored: Any) -> Any:
         return stored + np.float32(self.architecture.norm_offset)
@@ -322,7 +215,7 @@ class NativeModel:
         sequence.reserve(len(tokens))
         x = self._embed(tokens)
         if self._decoder is None:
-            x = self._run_in_numpy(sequence, x)
+            x = self._run_layers(sequence, x)
         else:
             cosine, sine = self._rotary_rows(np.arange(sequence.length, sequence.length + len(tokens)))
             texts = (Text * len(tokens))(*sequence.texts(cosine, sine))
@@ -333,64 +226,77 @@ class NativeModel:
         sequence.tokens += tokens.tolist()
         return self._norm(x, self._final_norm)
 
-    # What follows computes what csrc/decoder.c does, for the tokens of one text.
+    # What follows computes what csrc/decoder.c does, for the tokens of one text. A subclass has other arrays than numpy's.
 
-    def _run_in_numpy(self, sequence: Sequence, x: np.ndarray) -> np.ndarray:
+    def _run_layers(self, sequence: Sequence, x: Any) -> Any:
+        """Return the hidden states behind the last layer."""
         of = self.architecture
-        positions = np.arange(sequence.length, sequence.length + len(x))
-        rows = [rope.rows(positions) for rope in of.rotary]
+        rows = self._angles(np.arange(sequence.length, sequence.length + len(x)))
+        cosine, sine = (part[:, :, None] for part in rows)  # the same for all heads
+        shares = (of.heads, of.key_heads, of.key_heads)
         for number, layer in enumerate(self._layers):
             normal = self._norm(x, layer.get("input_norm"))
-            query, key, value = self._project(
-                layer, normal, ("query", "key", "value"), (of.heads, of.key_heads, of.key_heads)
-            )
+            query, key, value = self._project(layer, normal, ("query", "key", "value"), shares)
             query, key = self._norm_heads(query, layer.get("query_norm")), self._norm_heads(key, layer.get("key_norm"))
-            value = value.reshape(key.shape)
-            if of.ropes[number] >= 0:
-                cosine, sine = rows[of.ropes[number]]
-                query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-            sequence.put(number, key, value)
-            added = self._multiply(layer, "out", self._attend(sequence, number, query))
+            if (rope := of.ropes[number]) >= 0:
+                query, key = (self._turned(part, cosine[:, rope], sine[:, rope]) for part in (query, key))
+            sequence.put(number, key, value.reshape(key.shape))
+            (added,) = self._project(layer, self._attend(sequence, number, query), ("out",))
             x = x + self._norm(added, layer.get("attention_norm"))
             normal = self._norm(x, layer.get("post_norm"))
             if "router" in layer:
                 added = self._run_experts(layer, normal)
             else:
                 gate, up = self._project(layer, normal, ("gate", "up"), (1, 1))
-                added = self._multiply(layer, "down", _ACTIVATIONS[of.activation](gate) * up)
+                (added,) = self._project(layer, self._activated(gate, up), ("down",))
             x = x + self._norm(added, layer.get("feed_norm"))
         return x
 
     def _run_experts(self, layer: dict[str, Any], x: Any) -> Any:
         """Return what the experts that each token chose give, added up by how much each counts."""
+        chosen, share = self._choose(*self._project(layer, x, ("router",)))
+        added = self._lib.zeros_like(x)
+        for number in np.unique(chosen).tolist():
+            rows, which = np.nonzero(chosen == number)
+            (both,) = self._multiply_all([layer["expert_gate"][number]], x[rows])
+            inner = self._activated(*_split(both, (1, 1)))
+            added[rows] += share[rows, which][:, None] * self._multiply_all([layer["expert_down"][number]], inner)[0]
+        return added
+
+    def _choose(self, logits: Any) -> tuple[np.ndarray, Any]:
+        """Return which experts each token takes, and how much each of them counts, both (tokens, chosen)."""
         of = self.architecture.experts
         assert of is not None
-        chances = layer["router"].multiply(x)
-        chances = np.exp(chances - chances.max(1, keepdims=True))
+        chances = np.exp(logits - logits.max(1, keepdims=True))
         chances /= chances.sum(1, keepdims=True)
         chosen = np.argsort(-chances, 1, kind="stable")[:, : of.chosen]
         share = np.take_along_axis(chances, chosen, 1)
-        if of.normalised:
-            share /= share.sum(1, keepdims=True)
-        added = np.zeros_like(x)
-        for number in sorted(set(chosen.ravel().tolist())):
-            rows, which = np.nonzero(chosen == number)
-            gate, up = np.split(layer["expert_gate"][number].multiply(x[rows]), 2, 1)
-            y = layer["expert_down"][number].multiply(_ACTIVATIONS[self.architecture.activation](gate) * up)
-            added[rows] += share[rows, which][:, None] * y
-        return added
+        return chosen, share / share.sum(1, keepdims=True) if of.normalised else share
 
-    def _project(self, layer: dict[str, Any], x: Any, names: Many[str], shares: Many[int]) -> list[Any]:
+    def _project(self, layer: dict[str, Any], x: Any, names: Many[str], shares: Many[int] = ()) -> list[Any]:
         """Return the products of several matrices with x, or the pieces of one that holds them all."""
-        if names[-1] not in layer:
-            whole = self._multiply(layer, names[0], x)
-            ends = np.cumsum(shares) * whole.shape[1] // sum(shares)
-            return np.split(whole, ends[:-1], 1)
-        found = products([layer[name] for name in names], x)
-        return [_biased(y, layer.get(f"{name}_bias")) for name, y in zip(names, found, strict=True)]
+        own = [name for name in names if name in layer]
+        found = self._multiply_all([layer[name] for name in own], x)
+        for k, name in enumerate(own):
+            if (bias := layer.get(f"{name}_bias")) is not None:
+                found[k] = found[k] + bias
+        return found if len(own) == len(names) else _split(found[0], shares)
 
-    def _multiply(self, layer: dict[str, Any], name: str, x: Any) -> Any:
-        return _biased(layer[name].multiply(x), layer.get(f"{name}_bias"))
+    def _multiply_all(self, weights: list[Any], x: Any) -> list[Any]:
+        return products(weights, x)
+
+    def _angles(self, positions: np.ndarray) -> tuple[Any, Any]:
+        return self._rotary_rows(positions)
+
+    def _turned(self, x: Any, cosine: Any, sine: Any) -> Any:
+        """Rotate the first values of each head by its token's position, halves paired."""
+        width = cosine.shape[-1]
+        low, high, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+        turned = self._lib.concatenate([-high, low], -1) * sine
+        return self._lib.concatenate([x[..., :width] * cosine + turned, rest], -1)
+
+    def _activated(self, gate: Any, up: Any) -> Any:
+        return _ACTIVATIONS[self.architecture.activation](gate) * up
 
     def _norm(self, x: Any, weight: Any) -> Any:
         if weight is None:
@@ -442,16 +348,10 @@ def _only_part(weight: Weight) -> Matrix | None:
     return weight.parts[0] if isinstance(weight, Packed) and len(weight.parts) == 1 else None
 
 
-def _biased(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    return y if bias is None else y + bias
-
-
-def _rotate(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
-    """Rotate the first values of each head by its token's position, halves paired."""
-    rotated, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
-    low, high = np.split(rotated, 2, -1)
-    turned = rotated * cosine[:, None] + np.concatenate([-high, low], -1) * sine[:, None]
-    return np.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+def _split(x: Any, shares: Many[int]) -> list[Any]:
+    """Return pieces of the columns of x, as large as the shares say."""
+    ends = [x.shape[1] * end // sum(shares) for end in accumulate(shares)]
+    return [x[:, start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

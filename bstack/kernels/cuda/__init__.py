@@ -1,6 +1,6 @@
 """Products with packed matrices, and the encoder's search, on an NVIDIA GPU: the CUDA kernels of this folder, and what calls them.
 
-The sources are package data, because NVRTC compiles them at first use, for the card at hand (`bstack.kernels.cuda.driver`).
+The sources are package data, because NVRTC compiles them at first use, for the GPU at hand (`bstack.kernels.cuda.driver`).
 They use few words of CUDA, which tests/helpers/cuda_on_cpu.h gives a meaning in C++: the same sources and the code here are
 tested on a CPU.
 
@@ -29,7 +29,7 @@ KERNELS = (
     *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
     *("prepare", "heads", "attend_1", "attend_4", "attended", "activated", "meet", "search"),
 )
-# Of the sources: threads of a block, the largest Hadamard block that one transforms, and the types of numbers.
+# Of the sources: threads of a block, columns that one holds in shared memory, and the types of numbers.
 THREADS, CHUNK = 128, 8192
 # Of the search: rows of a segment, rows to each side of where two meet, and segments of a thread block.
 SEGMENT, MARGIN, SEARCHED = 256, 96, 2
@@ -127,30 +127,20 @@ class Kernels:
             Shape (k, n).
         """
         rotated, wanted = not {*ROTATED}.isdisjoint(kinds), index.numel()
-        direct = dtype if rotated and dtype in TYPES else torch.float32
+        direct = dtype if dtype in TYPES else torch.float32
         out = torch.empty(wanted, matrix.columns, dtype=direct, device=index.device)
         stacked = matrix if isinstance(matrix, Stacked) else matrix.alone
-        if not wanted:
-            return out.to(dtype)
-        if rotated:
+        places = index.data_ptr(), out.data_ptr()
+        if wanted and rotated:
             name = "decode_rotated_any" if matrix.columns % 16 else "decode_rotated_words"
-            words = wanted * -(-matrix.columns // 16)
-            grid = min(-(-words // THREADS), self._blocks), 1
-            values = matrix.table.values.data_ptr()
-            self.launch(
-                name,
-                grid,
-                stacked.parts.data_ptr(),
-                values,
-                index.data_ptr(),
-                out.data_ptr(),
-                *map(c_int, (wanted, matrix.columns, TYPES[direct])),
-            )
-        else:
-            grid = min(wanted, self._blocks), 1
+            grid = min(-(-wanted * -(-matrix.columns // 16) // THREADS), self._blocks), 1
+            sizes = map(c_int, (wanted, matrix.columns, TYPES[direct]))
+            self.launch(name, grid, stacked.parts.data_ptr(), matrix.table.values.data_ptr(), *places, *sizes)
+        elif wanted:
             (one,) = stacked.matrices
-            sizes = map(c_int, (wanted, matrix.rows, matrix.columns))
-            self.launch("decode_plain", grid, one.entry.data_ptr(), index.data_ptr(), out.data_ptr(), *sizes)
+            grid = min(wanted, self._blocks), -(-matrix.columns // CHUNK)
+            sizes = map(c_int, (wanted, matrix.rows, matrix.columns, TYPES[direct]))
+            self.launch("decode_plain", grid, one.entry.data_ptr(), *places, *sizes)
         return out.to(dtype)
 
     def rotate(self, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, undo: bool = False) -> torch.Tensor:

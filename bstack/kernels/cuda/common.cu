@@ -9,6 +9,7 @@ typedef unsigned short word16;
 typedef unsigned int word;
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int CHUNK = 8192; /* columns that a thread block holds in shared memory: the largest Hadamard block that it transforms */
 constexpr int SIGN = 3, TRELLIS = 4, SPQR = 5, OUTLIERS = 6, TRELLIS5 = 7;
 constexpr int FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2;
 

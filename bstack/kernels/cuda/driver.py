@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for a card, keeps them, and launches them. Import it only where cuda-core is installed.
+"""Compiles the CUDA kernels for a GPU, keeps them, and launches them. Import it only where cuda-core is installed.
 
 NVIDIA's cuda-core finds the driver and NVRTC, checks every call and packs arguments. With cuda-bindings alone, which it stands
 on, all of that would be written here.
@@ -25,7 +25,7 @@ OPTIONS = {"std": "c++17"}
 
 
 def compile_kernels(arch: str, log: TextIO | None = None) -> bytes:
-    """Compile all kernels for an architecture, such as ``sm_90``; neither a card nor a driver is needed.
+    """Compile all kernels for an architecture, such as ``sm_90``; neither a GPU nor a driver is needed.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ def compile_kernels(arch: str, log: TextIO | None = None) -> bytes:
     except Exception as error:  # of several classes, some of them private
         raise BstkError(
             f"the GPU kernels cannot be compiled for {arch}: {one_line(error)}",
-            hint="The package nvidia-cuda-nvrtc must be as new as the card: pip install --upgrade 'bstack[cuda]'",
+            hint="The package nvidia-cuda-nvrtc must be as new as the GPU: pip install --upgrade 'bstack[cuda]'",
         ) from None
 
 
 def load(index: int, cache: Path) -> Kernels:
-    """Return the kernels of a card, compiled now or found in a folder, after a test of each kind of block.
+    """Return the kernels of a GPU, compiled now or found in a folder, after a test of each kind of block.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def load(index: int, cache: Path) -> Kernels:
     Raises
     ------
     BstkError
-        There is no such card, its driver is too old for NVRTC, or the kernels cannot be compiled or are wrong on it.
+        There is no such GPU, its driver is too old for NVRTC, or the kernels cannot be compiled or are wrong on it.
     """
     try:
         runs = system.get_user_mode_driver_version()

@@ -235,17 +235,20 @@ MULTIPLY_PLAIN(2)
 MULTIPLY_PLAIN(4)
 MULTIPLY_PLAIN(8)
 
-/* Decode rows index[0] to index[wanted - 1] to float32, (wanted, columns). One thread block adds up a row, block after block,
- * because each SpQR block has its own order of columns; within a block no column comes twice. */
+/* Decode rows index[0] to index[wanted - 1] to numbers of some type, (wanted, columns). A thread block adds up CHUNK columns of a
+ * row in shared memory, block after block, because each SpQR block has its own order of columns; within a block no column comes
+ * twice. */
 extern "C" __global__ void __launch_bounds__(THREADS)
-    decode_plain(const long long *entry, const long long *index, float *out, int wanted, int rows, int columns) {
-    __shared__ float factors[TILE * RANK];
-    const int count = (int)__ldg(entry);
+    decode_plain(const long long *entry, const long long *index, void *out, int wanted, int rows, int columns, int type) {
+    __shared__ float factors[TILE * RANK], weights[CHUNK];
+    const int start = blockIdx.y * CHUNK, length = min(CHUNK, columns - start), count = (int)__ldg(entry);
     for (int one = blockIdx.x; one < wanted; one += gridDim.x) {
         const int row = (int)__ldg(index + one);
-        float *to = out + (size_t)one * columns;
-        for (int column = threadIdx.x; column < columns; column += THREADS) to[column] = 0.0f;
+        for (int i = threadIdx.x; i < length; i += THREADS) weights[i] = 0.0f;
         __syncthreads();
+        const auto add = [&](int column, float weight) {
+            if (column >= start && column < start + length) weights[column - start] += weight;
+        };
         for (int level = 0; level < count; level++) {
             const int form = (int)__ldg(entry + 2 + 2 * level), kind = form / 256, rank = form % 256;
             const byte *block = block_of(entry, level);
@@ -260,23 +263,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     load_statistics(tile, dense, row % TILE, &scale, &zero);
                     load_eight(tile + subtile % dense.subtiles * dense.bits * 32, dense.bits, row % TILE, p / 8 % 2, four);
                     for (int k = 0; k < 8 && p + k < columns; k++)
-                        to[__ldg(dense.order + p + k)] += scale * ((float)(four[k / 4] >> 8 * (k % 4) & 255u) - zero);
+                        add(__ldg(dense.order + p + k), scale * ((float)(four[k / 4] >> 8 * (k % 4) & 255u) - zero));
                 }
             } else if (kind == OUTLIERS) {
                 const Row outliers = outliers_of(block, rows, row);
                 for (word k = threadIdx.x; k < outliers.count; k += THREADS)
-                    to[__ldg(outliers.column + k)] += half_to_float(__ldg(outliers.value + k));
+                    add(__ldg(outliers.column + k), half_to_float(__ldg(outliers.value + k)));
             } else if (kind == SIGN) {
                 const Sign sign = sign_of(block, rank, rows, columns);
                 load_factors(sign, row, row + 1, factors);
-                for (int column = threadIdx.x; column < columns; column += THREADS) {
+                for (int column = start + threadIdx.x; column < start + length; column += THREADS) {
                     float size = 0.0f;
                     for (int k = 0; k < rank; k++)
                         size += factors[k] * load_half(sign.right + 2 * ((size_t)column * rank + k));
-                    to[column] += negative(sign, row, column) ? -size : size;
+                    add(column, negative(sign, row, column) ? -size : size);
                 }
             }
             __syncthreads();
         }
+        for (int i = threadIdx.x; i < length; i += THREADS)
+            write_number(out, type, (size_t)one * columns + start + i, weights[i]);
+        __syncthreads();
     }
 }

@@ -1,7 +1,5 @@
 /* The rotation of inputs, format/SPEC.md, section 6: random signs, then Hadamard blocks. The operations come in the order of the
  * CPU's kernels and are never contracted, so float32 results have their bits. */
-constexpr int CHUNK = 8192; /* columns of a thread block: the largest Hadamard block that it transforms */
-
 __device__ __forceinline__ float with_sign(float value, int column) {
     unsigned long long z = (unsigned long long)column + 0x9E3779B97F4A7C15ull;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;

@@ -1,7 +1,7 @@
 """Lets tensors pretend to lie on a GPU: values are the CPU's, but an operation on tensors of both places is refused, as CUDA does.
 
 Torch itself takes the tensors for meta ones, which its autograd treats as the CPU's. With the kernels of cuda_on_cpu a whole
-compression runs as on a card.
+compression runs as on a GPU.
 """
 
 import contextlib
@@ -11,21 +11,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from bstack.calibration import stream
-from bstack.compression import card
+from bstack.compression import device
 from bstack.kernels import encode
 from bstack.models import skeleton
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 # Operations that take tensors of both places.
 BOTH = ("copy_", "_to_copy", "index")
 
 
-def is_card(device):
+def is_gpu(device):
     return device is not None and not isinstance(device, torch.Tensor) and torch.device(device).type == "cuda"
 
 
-class OnCard(torch.Tensor):
-    """A tensor on the pretended card, whose values are in `inner`."""
+class OnGpu(torch.Tensor):
+    """A tensor on the pretended GPU, whose values are in `inner`."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -36,7 +36,7 @@ class OnCard(torch.Tensor):
     def __init__(self, inner):
         self.inner = inner
 
-    device = property(lambda self: CARD)
+    device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
     data = property(lambda self: self.detach(), lambda self, new: setattr(self, "inner", new.inner))
 
@@ -50,10 +50,10 @@ class OnCard(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     def __reduce_ex__(self, _protocol):
-        return OnCard, (self.inner,)
+        return OnGpu, (self.inner,)
 
     def __repr__(self):
-        return f"OnCard({self.inner})"
+        return f"OnGpu({self.inner})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -65,9 +65,9 @@ class OnCard(torch.Tensor):
         known, places = {}, set()
 
         def unwrap(value):
-            if isinstance(value, OnCard):
+            if isinstance(value, OnGpu):
                 known[id(value.inner)] = value
-                places.add("card")
+                places.add("gpu")
                 return value.inner
             if isinstance(value, torch.Tensor) and value.dim():
                 places.add(value.device.type)
@@ -81,13 +81,13 @@ class OnCard(torch.Tensor):
         if "device" in named:
             named["device"] = "cpu"
         found = func(*given, **named)
-        if to_cpu or (name == "copy_" and not isinstance(args[0], OnCard)):
+        if to_cpu or (name == "copy_" and not isinstance(args[0], OnGpu)):
             return found
         return tree_map(lambda one: known.get(id(one)) if id(one) in known else place(one), found)
 
 
 def place(value):
-    return OnCard(value) if isinstance(value, torch.Tensor) and not isinstance(value, OnCard) else value
+    return OnGpu(value) if isinstance(value, torch.Tensor) and not isinstance(value, OnGpu) else value
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -103,33 +103,33 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 
 def route(func, args, kwargs):
-    """Call a function of torch; what it makes for the card is a tensor that pretends."""
+    """Call a function of torch; what it makes for the GPU is a tensor that pretends."""
     name = getattr(func, "__name__", "")
     with torch._C.DisableTorchFunctionSubclass():
-        if name == "scaled_dot_product_attention" and isinstance(args[0], OnCard):
+        if name == "scaled_dot_product_attention" and isinstance(args[0], OnGpu):
             return attention(*args, **kwargs)
-        if name == "new_tensor" and isinstance(args[0], OnCard):
+        if name == "new_tensor" and isinstance(args[0], OnGpu):
             return place(torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)))
-        if name == "one_hot" and isinstance(args[0], OnCard):
+        if name == "one_hot" and isinstance(args[0], OnGpu):
             return place(func(args[0].inner, *args[1:], **kwargs))
-        if name == "where" and len(args) == 3 and isinstance(args[0], OnCard):  # torch makes meta tensors of numbers
+        if name == "where" and len(args) == 3 and isinstance(args[0], OnGpu):  # torch makes meta tensors of numbers
             dtype = next(one.dtype for one in args[1:] if isinstance(one, torch.Tensor))
             args = [one if isinstance(one, torch.Tensor) else place(torch.tensor(one, dtype=dtype)) for one in args]
         if name in ("to", "cuda") and isinstance(args[0], torch.Tensor):
             targets = [*args[1:], *kwargs.values()] if name == "to" else ["cuda"]
-            devices = [t for t in targets if isinstance(t, str | torch.device | OnCard)]
-            dtypes = [t.dtype if isinstance(t, OnCard) else t for t in targets if isinstance(t, torch.dtype | OnCard)]
-            if any(isinstance(d, OnCard) or is_card(d) for d in devices):
+            devices = [t for t in targets if isinstance(t, str | torch.device | OnGpu)]
+            dtypes = [t.dtype if isinstance(t, OnGpu) else t for t in targets if isinstance(t, torch.dtype | OnGpu)]
+            if any(isinstance(d, OnGpu) or is_gpu(d) for d in devices):
                 moved = args[0].to(dtypes[0]) if dtypes else args[0]
-                return moved if isinstance(moved, OnCard) else place(moved.detach().clone())
-        if is_card(kwargs.get("device")):
-            own = isinstance(args[0], OnCard) if args else False
+                return moved if isinstance(moved, OnGpu) else place(moved.detach().clone())
+        if is_gpu(kwargs.get("device")):
+            own = isinstance(args[0], OnGpu) if args else False
             return place(func(*args, **{**kwargs, "device": None if own else "cpu"}))
         return func(*args, **kwargs)
 
 
 class Factories(TorchFunctionMode):
-    """Makes tensors for the card where no other tensor is an argument."""
+    """Makes tensors for the GPU where no other tensor is an argument."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return route(func, args, kwargs or {})
@@ -143,8 +143,8 @@ class CpuSearch:
 
 
 @contextlib.contextmanager
-def card_there(monkeypatch, kernels=None, free=24 * 2**30):
-    """Let torch and bstack find one card with so much free memory."""
+def device_there(monkeypatch, kernels=None, free=24 * 2**30):
+    """Let torch and bstack find one GPU with so much free memory."""
     kernels = kernels or CpuSearch()
     found = {
         "init": None,
@@ -156,17 +156,17 @@ def card_there(monkeypatch, kernels=None, free=24 * 2**30):
     for name, value in {**found, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(card, "_kernels", lambda index: kernels)
+    monkeypatch.setattr(device, "_kernels", lambda index: kernels)
     monkeypatch.setattr(skeleton, "PIECE_BYTES", 2**14)  # so that weights come in several
-    monkeypatch.setattr(encode, "_cards", {})
+    monkeypatch.setattr(encode, "_devices", {})
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", type("Generator", (), {"__new__": lambda cls, device=None: generator()}))
     main = stream._Batch._main
 
-    def main_with_card(batch):
+    def main_on_device(batch):
         with Factories():
             main(batch)
 
-    monkeypatch.setattr(stream._Batch, "_main", main_with_card)
+    monkeypatch.setattr(stream._Batch, "_main", main_on_device)
     with Factories():
         yield

@@ -1,4 +1,4 @@
-"""Compress on an NVIDIA GPU: find the card and its kernels, encode on it, and say in words what it lacks."""
+"""Compress on an NVIDIA GPU: find it and its kernels, encode on it, and say in words what it lacks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from bstack.codecs import Codec
-from bstack.errors import card_failed, one_line, out_of_memory
+from bstack.errors import device_failed, one_line, out_of_memory
 from bstack.folders import cache_folder
 from bstack.kernels.cuda import Kernels
-from bstack.kernels.encode import use_card
+from bstack.kernels.encode import use_device
 from bstack.packed.backends import device_of
 from bstk.errors import BstkError, Interrupted, ResourceError, UsageError
 
-__all__ = ["Card", "check_encoder", "device_name"]
+__all__ = ["Device", "check_encoder", "device_name"]
 
 
-class Card:
+class Device:
     """A GPU, ``cuda`` or ``cuda:N``, that encodes one matrix after the other; a context manager.
 
     Its errors in a ``with`` block become a ResourceError if its memory is full, Interrupted if it failed or was lost.
@@ -29,14 +29,14 @@ class Card:
     Raises
     ------
     bstk.BstkError
-        torch finds no such card or cannot use it, or the packages that compile its kernels are missing.
+        torch finds no such GPU or cannot use it, or the packages that compile its kernels are missing.
     """
 
     def __init__(self, name: str):
         self.device = device_of(name, packed=False)
-        use_card(self.device, _kernels(self.device.index))
+        use_device(self.device, _kernels(self.device.index))
 
-    def __enter__(self) -> Card:
+    def __enter__(self) -> Device:
         return self
 
     def __exit__(
@@ -44,15 +44,15 @@ class Card:
     ) -> None:
         if error is None or isinstance(error, BstkError):
             return
-        if card_failed(error):
+        if device_failed(error):
             raise Interrupted(
                 f"{self.device} failed or was lost: {one_line(error)}.",
-                hint="Finished layers are kept: when nvidia-smi shows the card again, give the same command to continue.",
+                hint="Finished layers are kept: when nvidia-smi shows the GPU again, give the same command to continue.",
             ) from error
         if isinstance(error, RuntimeError) and out_of_memory(error) and self.device.type in str(error).lower():
             raise ResourceError(
                 f"The memory of {self.device} is full: {one_line(error)}",
-                hint="Finished layers are kept: end what else uses the card (nvidia-smi shows it), and give the same command to "
+                hint="Finished layers are kept: end what else uses the GPU (nvidia-smi shows it), and give the same command to "
                 "continue.",
             ) from error
 
@@ -88,7 +88,7 @@ def check_encoder(codec: Codec, device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a file records of a device: other cards make other files."""
+    """Return what a file records of a device: other GPUs make other files."""
     return device.type if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})"
 
 

@@ -33,7 +33,7 @@ THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
 CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512bw", "avxvnni", "avx512", "amx")
 MAX_THREADS = 256
-INTERFACE = 6
+INTERFACE = 7
 
 
 @cache
@@ -133,6 +133,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     loaded.bstack_instructions.restype = ctypes.c_char_p
     loaded.bstack_quantise.restype = ctypes.c_float
+    loaded.bstack_feedback_bytes.restype = ctypes.c_size_t
     return loaded
 
 

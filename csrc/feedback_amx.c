@@ -1,0 +1,51 @@
+/* Products of digits with AMX: 16 columns by 16 rows by 64 columns before them in one instruction. */
+#define TARGET "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,amx-tile,amx-int8"
+#include "kernels.h"
+
+#ifdef BSTACK_AMX
+#include "avx512.h"
+
+#include "feedback.h"
+
+/* Compilers do not know that tiles are read from memory and written to it. */
+#define MEMORY __asm__ volatile("" ::: "memory")
+
+/* All tiles have 16 rows of 64 bytes: 0 to 3 are sums, 4 and 5 digits, 6 and 7 values. */
+ALIGNED static const uint8_t config[64] = {
+    [0] = 1, [16] = WIDE, [18] = WIDE, [20] = WIDE, [22] = WIDE, [24] = WIDE, [26] = WIDE, [28] = WIDE, [30] = WIDE,
+    [48] = TALL, [49] = TALL, [50] = TALL, [51] = TALL, [52] = TALL, [53] = TALL, [54] = TALL, [55] = TALL,
+};
+
+static void products(const int8_t *left, size_t step, int tiles, const uint8_t *right, int pieces, int32_t *sums) {
+    _tile_loadconfig(config);
+    for (int t = 0; t < tiles; t += 2, sums += 2 * RIGHT * SUM) {
+        const int8_t *one = left + (size_t)t * step * TILE, *two = one + step * TILE;
+        const uint8_t *at = right;
+        MEMORY;
+        _tile_loadd(0, sums, WIDE);
+        _tile_loadd(1, sums + SUM, WIDE);
+        _tile_loadd(2, sums + 2 * SUM, WIDE);
+        _tile_loadd(3, sums + 3 * SUM, WIDE);
+        for (int p = 0; p < pieces; p++, one += TILE, two += TILE, at += RIGHT * TILE) {
+            _tile_loadd(6, at, WIDE);
+            _tile_loadd(4, one, WIDE);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, at + TILE, WIDE);
+            _tile_dpbsud(1, 4, 7);
+            _tile_loadd(5, two, WIDE);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+        _tile_stored(0, sums, WIDE);
+        _tile_stored(1, sums + SUM, WIDE);
+        _tile_stored(2, sums + 2 * SUM, WIDE);
+        _tile_stored(3, sums + 3 * SUM, WIDE);
+        MEMORY;
+    }
+    _tile_release();
+}
+
+const struct feedback bstack_feedback_amx = {.products = products, .look_up = bstack_look_up_avx512};
+
+END_OF_TARGET
+#endif

@@ -197,13 +197,16 @@ static void pass_rows(void *argument, int part) {
     for (int start = 0; start < pass->pieces; start += SUMMED) {
         const int stop = pass->pieces - start < SUMMED ? pass->pieces : start + SUMMED;
         memset(all, 0, bytes);
+        const size_t row = (size_t)pass->all * RIGHT * TILE;
         for (int p = start; p < stop; p += NEAR)
-            for (int b = 0; b < blocks; b++)
-                for (int d = 0; d < pass->depth; d++)
-                    bstack_kernels()->feedback->products(
-                        pass->digits + (size_t)p * TILE, (size_t)pass->pieces, (DIGITS - d) * LEFT,
-                        pass->placed + (size_t)d * pass->next + ((size_t)(first + b) * (size_t)pass->all + (size_t)p) * RIGHT * TILE,
-                        stop - p < NEAR ? stop - p : NEAR, all + (size_t)(b * DIGITS + d) * LEVEL);
+            for (int d = 0; d < pass->depth; d++) {
+                const int8_t *left = pass->digits + (size_t)p * TILE;
+                const uint8_t *at = pass->placed + (size_t)d * pass->next + (size_t)first * row + (size_t)p * RIGHT * TILE;
+                for (int b = 0; b < blocks; b++, at += row)
+                    bstack_kernels()->feedback->products(left, (size_t)pass->pieces, (DIGITS - d) * LEFT, left + NEAR * TILE + b * TILE / BLOCKS, at,
+                                                         b + 1 < blocks ? at + row : at - (size_t)b * row + NEAR * RIGHT * TILE,
+                                                         stop - p < NEAR ? stop - p : NEAR, all + (size_t)(b * DIGITS + d) * LEVEL);
+            }
         for (int j = 0; j < pass->columns; j++) {
             const int64_t *sum = pass->sums + start / SUMMED * DIGITS * TOGETHER + j;
             int64_t offset = 0, digits = 0;

@@ -19,8 +19,10 @@ enum {
 struct feedback {
     /* Add the products of `pieces` pieces. Tile t, of `tiles`, of piece p of the factor is at left + (t * step + p) * TILE: 64 signed bytes of
      * 16 columns; tile r of the other side at right + (p * RIGHT + r) * TILE: four neighbouring unsigned bytes of 16 rows, 16 times. Their
-     * 16 x 16 sums are at sums + (t * RIGHT + r) * SUM. */
-    void (*products)(const int8_t *left, size_t step, int tiles, const uint8_t *right, int pieces, int32_t *sums);
+     * 16 x 16 sums are at sums + (t * RIGHT + r) * SUM. The next pieces of the right stand at
+     * right_next; of the next ones of the left, at left_next, two lines of each row of 16 are to be fetched. */
+    void (*products)(const int8_t *left, size_t step, int tiles, const int8_t *left_next, const uint8_t *right, const uint8_t *right_next,
+                     int pieces, int32_t *sums);
     /* Look up OFFSET + the table value of rows, of any number up to the next multiple of 64. */
     void (*look_up)(const uint8_t *codes, int rows, uint8_t *values);
 };

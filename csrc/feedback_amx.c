@@ -16,17 +16,23 @@ ALIGNED static const uint8_t config[64] = {
     [48] = TALL, [49] = TALL, [50] = TALL, [51] = TALL, [52] = TALL, [53] = TALL, [54] = TALL, [55] = TALL,
 };
 
-static void products(const int8_t *left, size_t step, int tiles, const uint8_t *right, int pieces, int32_t *sums) {
+static void products(const int8_t *left, size_t step, int tiles, const int8_t *left_next, const uint8_t *right, const uint8_t *right_next,
+                     int pieces, int32_t *sums) {
+    enum { LINES = 6 }; /* of 32 of a piece, while two of twelve tiles are multiplied */
     _tile_loadconfig(config);
     for (int t = 0; t < tiles; t += 2, sums += 2 * RIGHT * SUM) {
         const int8_t *one = left + (size_t)t * step * TILE, *two = one + step * TILE;
-        const uint8_t *at = right;
+        const uint8_t *at = right, *ahead = right_next + t / 2 * LINES * WIDE;
+        const uint8_t *one_ahead = (const uint8_t *)left_next + (size_t)t * step * TILE, *two_ahead = one_ahead + step * TILE;
         MEMORY;
         _tile_loadd(0, sums, WIDE);
         _tile_loadd(1, sums + SUM, WIDE);
         _tile_loadd(2, sums + 2 * SUM, WIDE);
         _tile_loadd(3, sums + 3 * SUM, WIDE);
-        for (int p = 0; p < pieces; p++, one += TILE, two += TILE, at += RIGHT * TILE) {
+        for (int p = 0; p < pieces; p++, one += TILE, two += TILE, at += RIGHT * TILE, ahead += RIGHT * TILE) {
+            prefetch(ahead, LINES * WIDE);
+            prefetch(one_ahead + p * TILE, 2 * WIDE);
+            prefetch(two_ahead + p * TILE, 2 * WIDE);
             _tile_loadd(6, at, WIDE);
             _tile_loadd(4, one, WIDE);
             _tile_dpbsud(0, 4, 6);

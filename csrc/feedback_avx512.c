@@ -4,7 +4,9 @@
 #include "feedback.h"
 
 #ifdef BSTACK_X86
-static void products(const int8_t *left, size_t step, int tiles, const uint8_t *right, int pieces, int32_t *sums) {
+static void products(const int8_t *left, size_t step, int tiles, const int8_t *left_next, const uint8_t *right,
+                     const uint8_t *right_next, int pieces, int32_t *sums) {
+    (void)left_next, (void)right_next; /* it is in time for these sums */
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < RIGHT; r++) {
             __m512i sum[TALL], *at = (__m512i *)(sums + (t * RIGHT + r) * SUM);

@@ -333,7 +333,7 @@ static void trellis5(SUM_ARGUMENTS) {
     .whole = 1, .floats = 16, .arrange = arrange, .trellis = trellis, .trellis5 = trellis5, .sign = sign, .spqr = &bstack_spqr_avx512, \
     .encoder = &bstack_encoder_avx512, .decode = decode, .decode5 = decode5
 
-const struct kernels bstack_avx512 = {.name = "avx512", ALL, .feedback = &bstack_feedback_avx512};
+const struct kernels bstack_avx512 = {.name = "avx512", ALL};
 #ifdef BSTACK_AMX
 const struct kernels bstack_amx = {.name = "amx", ALL, .trellis5_tiles = bstack_amx_trellis5, .place = bstack_amx_place, .begin = bstack_amx_begin,
                                    .end = bstack_amx_end, .feedback = &bstack_feedback_amx};

@@ -27,6 +27,4 @@ struct feedback {
     void (*look_up)(const uint8_t *codes, int rows, uint8_t *values);
 };
 
-void bstack_look_up_avx512(const uint8_t *codes, int rows, uint8_t *values);
-
 #endif

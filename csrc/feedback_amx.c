@@ -51,7 +51,19 @@ static void products(const int8_t *left, size_t step, int tiles, const int8_t *l
     _tile_release();
 }
 
-const struct feedback bstack_feedback_amx = {.products = products, .look_up = bstack_look_up_avx512};
+static void look_up(const uint8_t *codes, int rows, uint8_t *values) {
+    const __m512i table = _mm512_load_si512(bstack_table5);
+    for (int i = 0; i < rows; i += WIDE) {
+        __m512i code[EARLIER5 + 1];
+        UNROLL
+        for (int k = 0; k <= EARLIER5; k++) code[k] = load(codes + i + k, rows - i);
+        const __m512i own = _mm512_xor_si512(_mm512_xor_si512(code[4], code[2]), code[0]);
+        const __m512i place = _mm512_or_si512(code[3], _mm512_or_si512(_mm512_slli_epi16(own, 2), _mm512_slli_epi16(code[1], 4)));
+        _mm512_storeu_si512(values + i, _mm512_permutexvar_epi8(place, table));
+    }
+}
+
+const struct feedback bstack_feedback_amx = {.products = products, .look_up = look_up};
 
 END_OF_TARGET
 #endif

@@ -61,7 +61,7 @@ struct kernels {
     void (*decode5)(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
     const struct encoder *encoder;   /* encode.h */
-    const struct feedback *feedback; /* feedback.h; null: double precision is as fast */
+    const struct feedback *feedback; /* feedback.h; null: floats are as fast */
 };
 
 struct spqr_kernels;
@@ -85,7 +85,6 @@ void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int row
 extern const struct feedback bstack_feedback_amx;
 #endif
 #endif
-extern const struct feedback bstack_feedback_avx512;
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;
 extern const struct encoder bstack_encoder_avx512;
 #elif defined(__aarch64__)

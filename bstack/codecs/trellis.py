@@ -211,7 +211,7 @@ def _encode(
     feedback.begin(scale)
     for start in range(0, n, GROUP):
         stop = min(start + GROUP, n)
-        target = feedback.targets(product[start:stop], start)
+        target = feedback.targets(product, start)
         given = target, nothing[: stop - start], feedback.inside(start), table, scale, weight
         codes[start:stop], negative = encode_columns(*given, turn=plane)
         feedback.add(start, codes[start:stop], negative)

@@ -15,7 +15,7 @@ __all__ = ["GROUP", "NARROW", "Feedback", "feedback_of"]
 
 # Columns that are encoded together.
 GROUP = 64
-# Up to so many columns the C kernels gain little over products of floats.
+# Up to so many columns larger products, or such of bytes, gain little.
 NARROW = 2048
 DIGITS = 3
 COLUMNS_MULTIPLIED = 1024
@@ -41,9 +41,9 @@ class Feedback(ABC):
 
     @abstractmethod
     def targets(self, product: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the targets of a group: its product P less what the columns before it pass on, P_j - sum_k q_k M_kj.
+        """Return the targets of a group, the first that is not encoded: P_j - sum_k q_k M_kj, of the columns k before it.
 
-        `product` is float32, shape (columns, rows), and stays as it is.
+        `product` is P, of all columns, float32, shape (columns, rows), and stays as it is.
         """
 
     @abstractmethod
@@ -80,15 +80,23 @@ class _Floats(Feedback):
         self._negative = self._factor.new_empty(len(self._factor), len(scale))
 
     def targets(self, product: torch.Tensor, start: int) -> torch.Tensor:
-        part = self._factor[:start, start : start + len(product)]
-        return torch.addmm(product, part.t(), self._negative[:start])
+        n = len(product)
+        first, group = 0, slice(start, min(start + GROUP, n))
+        part = product[group]
+        if n > NARROW:  # what many columns pass on to many is one product, which is faster than one for each group
+            first = start - start % COLUMNS_MULTIPLIED
+            if start == first:
+                some = slice(first, min(first + COLUMNS_MULTIPLIED, n))
+                self._passed = torch.addmm(product[some], self._factor[:first, some].t(), self._negative[:first])
+            part = self._passed[start - first : group.stop - first]
+        return torch.addmm(part, self._factor[first:start, group].t(), self._negative[first:start])
 
     def add(self, start: int, codes: torch.Tensor, negative: torch.Tensor) -> None:
         self._negative[start : start + len(negative)] = negative
 
 
 class _Bytes(Feedback):
-    """Multiplies bytes, exactly (csrc/feedback.c): several times as fast as floats.
+    """Multiplies bytes, exactly (csrc/feedback.c): with AMX several times as fast as floats.
 
     Table values are bytes, and a number of M is rounded to three of them, to steps of 2^-23 of the largest in its column: as fine as
     single precision. M itself is not kept.
@@ -128,7 +136,7 @@ class _Bytes(Feedback):
         self._placed = _memory(self._native.bstack_feedback_bytes(self._columns, len(scale)))
 
     def targets(self, product: torch.Tensor, start: int) -> torch.Tensor:
-        found = product.clone(memory_format=torch.contiguous_format)
+        found = product[start : start + GROUP].clone()
         self._pass_on(self._placed, 1, start, self._negative_scale, found)
         return found
 

@@ -3,7 +3,7 @@
 ``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
 ``avx512bw``, ``avxvnni``, ``avx512``, ``amx``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of
 threads; by default one for each CPU that the process may use. Results do not depend on either, but for the rounding of what
-``bstack.kernels.feedback`` multiplies, which depends on whether the instruction set has fast products of bytes.
+``bstack.kernels.feedback`` multiplies: bytes with AMX, else floats.
 """
 
 from __future__ import annotations

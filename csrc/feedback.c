@@ -1,4 +1,4 @@
-/* The feedback of the encoder between groups of columns, in integers: exact, so that neither instruction set nor threads matter.
+/* The feedback of the encoder between groups of columns, in integers: exact, so that threads do not matter.
  *
  * What columns k before column j pass on to it is s_i sum_k v_ki M_kj in row i: v are table values, whole numbers of 8 bits, and M_kj
  * is rounded to a whole number of steps, 2^-23 of the largest in its column: three digits of 8 bits. The product of the factor with
@@ -11,7 +11,7 @@
 enum {
     MOST = 0x7F7F7F, /* the largest number of three digits */
     BLOCKS = 8,      /* AT_ONCE rows, in a part */
-    NEAR = 8,       /* pieces that the near cache holds */
+    NEAR = 8,        /* pieces that the near cache holds */
     SUMMED = 256,    /* pieces after which sums could leave 32 bits */
 };
 

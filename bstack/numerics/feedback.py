@@ -158,7 +158,7 @@ def spectrum_sample(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Float64, shape (values,), in the CPU's memory; the weights sum to 1.
     """
     n = hessian.shape[0]
-    steps = min(LANCZOS_STEPS if n <= 4096 else LANCZOS_STEPS_WIDE, n)
+    steps = min(LANCZOS_STEPS if n <= 2048 else LANCZOS_STEPS_WIDE, n)
     # Each vector averages over the whole width.
     probes = 8 if n <= 4096 else 2
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,7 @@
     python benchmarks/scale.py --layers 2 --limit-gb 6
 
 Writes a folder of random bfloat16 weights with the true widths (4096 and 14336, 128256 words, head and embedding untied)
-and as many layers as are asked for, and compresses it in a child process with `--planes 2 --samples 4 --sequence-length 128`
+and as many layers as are asked for, and compresses it in a child process with `--planes 4 --samples 4 --sequence-length 128`
 and a text. The child may have no more private writable memory than the limit (RLIMIT_DATA: heap and anonymous mappings, used or
 not; maps of the weight files, which the system can drop at any time, do not count). Printed are the seconds on the clock and of
 processors, and the peak memory of each stage. With --ranges N the embedding and the head are given up after N of their 126 ranges
@@ -31,7 +31,7 @@ VOCABULARY = 128256
 WIDTHS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
-def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
+def compress(folder: Path, limit_gb: float, ranges: int | None, planes: int) -> None:
     """Compress in this process under the limit; print a line for each step."""
     from bstack.compression.api import compress as run
     from bstack.memory.process import peak_bytes
@@ -58,7 +58,7 @@ def compress(folder: Path, limit_gb: float, ranges: int | None) -> None:
 
         yield step
 
-    settings = Settings(calibration=str(folder / "text.txt"), planes=2, samples=4, sequence_length=128)
+    settings = Settings(calibration=str(folder / "text.txt"), planes=planes, samples=4, sequence_length=128)
     try:
         report = run(folder / "model", folder / "out.bstk", settings=settings, progress=progress)
     except EnoughError:
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--limit-gb", type=float, default=6.0, help="of private writable memory, GiB")
+    parser.add_argument("--planes", type=int, default=4)
     parser.add_argument("--ranges", type=int, help="stop after this many ranges of rows of the embedding")
     parser.add_argument(
         "--folder", type=Path, help="where to write model and file, and keep them; a temporary folder by default"
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        compress(arguments.folder, arguments.limit_gb, arguments.ranges)
+        compress(arguments.folder, arguments.limit_gb, arguments.ranges, arguments.planes)
         return
     with (
         nullcontext(arguments.folder)
@@ -110,7 +111,7 @@ def main() -> None:
         )
         if (Path(name) / "out.bstk.work").exists():
             print("goes on where it was stopped: times and peaks are of what is left", flush=True)
-        options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(name)]
+        options = ["--limit-gb", str(arguments.limit_gb), "--folder", str(name), "--planes", str(arguments.planes)]
         options += ["--ranges", str(arguments.ranges)] if arguments.ranges else []
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [sys.executable, __file__, "--child", *options]

@@ -336,7 +336,7 @@ static void trellis5(SUM_ARGUMENTS) {
 const struct kernels bstack_avx512 = {.name = "avx512", ALL};
 #ifdef BSTACK_AMX
 const struct kernels bstack_amx = {.name = "amx", ALL, .trellis5_tiles = bstack_amx_trellis5, .place = bstack_amx_place, .begin = bstack_amx_begin,
-                                   .end = bstack_amx_end};
+                                   .end = bstack_amx_end, .feedback = &bstack_feedback_amx};
 #endif
 
 END_OF_TARGET

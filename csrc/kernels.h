@@ -61,10 +61,12 @@ struct kernels {
     void (*decode5)(const uint8_t *const *codes, const float *scale, int blocks, int columns, int zeros, float *out);
     const struct spqr_kernels *spqr; /* spqr.h */
     const struct encoder *encoder;   /* encode.h */
+    const struct feedback *feedback; /* feedback.h; null: floats are as fast */
 };
 
 struct spqr_kernels;
 struct encoder;
+struct feedback;
 extern const struct kernels bstack_portable;
 extern const struct spqr_kernels bstack_spqr_portable;
 extern const struct encoder bstack_encoder;
@@ -80,6 +82,7 @@ extern const struct kernels bstack_amx;
 void bstack_amx_begin(int operands), bstack_amx_end(void);
 void bstack_amx_place(const uint8_t *codes, size_t groups, int operand, int operands, uint8_t *tiles);
 void bstack_amx_trellis5(const uint8_t *codes, size_t stride, int width, int rows, const uint8_t *tiles, int operands, int64_t *sums);
+extern const struct feedback bstack_feedback_amx;
 #endif
 #endif
 extern const struct spqr_kernels bstack_spqr_avx2, bstack_spqr_avx512;

@@ -95,4 +95,4 @@ int bstack_use(const char *name) {
 }
 
 /* Grows with every change of a signature that Python calls, so that a library left from an earlier build is not used. */
-int bstack_kernels_version(void) { return 6; }
+int bstack_kernels_version(void) { return 7; }

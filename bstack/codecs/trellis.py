@@ -27,8 +27,11 @@ import torch
 import bstk
 from bstack.codecs.contract import Block, Codec
 from bstack.kernels.encode import encode_columns
+from bstack.kernels.feedback import GROUP, NARROW, Feedback, feedback_of
 from bstack.kernels.matrix import BLOCKS, ROTATED, Matrix
 from bstack.kernels.multiply import decode_rows
+from bstack.kernels.multiply import rotate as kernel_rotate
+from bstack.kernels.native import library
 from bstack.kernels.reference import EARLIER5, TABLE5, places
 from bstack.numerics.feedback import choose_damping, factorise, spectrum_sample
 from bstack.numerics.groups import to_half
@@ -45,13 +48,12 @@ LATER, LATER_AT_THE_END = 1.0, 0.5
 HEADROOM = (1.03, 1.03, 1.06, 1.12)
 # The table's unit, in standard deviations of the source it was trained on.
 UNIT = 0.02228
-COLUMNS_TOGETHER = 64
-COLUMNS_MULTIPLIED = 1024
 # Of the damping: a square of the form below it is rounding.
 MIN_FORM = 1e-6
 # Fraction of the sample in the better hessian, below which the sample's errors are multiplied out.
 LEAST_KEPT = 0.02
-ROWS_TOGETHER = 256
+# Numbers of which a step makes temporary ones, which the near cache then holds.
+NUMBERS_TOGETHER = 2**18
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ class TrellisCodec(Codec):
     def encode(
         self, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, importance: torch.Tensor
     ) -> Iterator[Block]:
-        rotated = rotate_hessian(hessian)
+        rotate_rows = _rotation(weight)
+        rotated = rotate_hessian(hessian, rotate_rows)
         keep, ridge = shrinkage(rotated, tokens)
         spectrum = spectrum_sample(_damped(rotated, keep, ridge))
         importance = _bounded(importance)
-        residual = rotate(weight)
+        residual = rotate_rows(weight)
 
         def sample_errors(form: _Form, product: torch.Tensor) -> torch.Tensor:
             """Return r H r for each row of the residual, H the sample's hessian: the order of blocks is better with it."""
@@ -101,12 +104,12 @@ class TrellisCodec(Codec):
             if later != form_later:
                 form, form_later = None, later  # free the old factor before the new one is made
                 form = _Form.of(lambda: _damped(rotated, keep, ridge), choose_damping(*spectrum, later))
-                product = form.product(residual)
+                product = form.feedback.product(residual)
             form = cast(_Form, form)
             before = sample_errors(form, product) if errors is None else errors
             headroom = HEADROOM[min(plane, len(HEADROOM) - 1)]
             scale = residual.square().mean(1).sqrt().clamp_min(1e-30) * (headroom * UNIT)
-            codes, values_product = _encode(product, form.factor, scale, importance, plane)
+            codes, values_product = _encode(product, form.feedback, scale, importance, plane)
             values = _values(codes)
             scale = form.refit(values_product, product, values, residual)
             residual -= values.mul_(scale.float()[:, None])
@@ -137,21 +140,14 @@ class _Form:
     that are encoded, float32, shape (inputs, outputs). Sums are in float64, since d a.b may be most of the first.
     """
 
-    factor: torch.Tensor
+    feedback: Feedback
     cost: torch.Tensor
     damping: float
 
     @classmethod
     def of(cls, hessian: Callable[[], torch.Tensor], damping: float) -> _Form:
-        return cls(*factorise(hessian, damping))
-
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """Multiply rows, shape (outputs, inputs), by M."""
-        found = rows.new_empty(rows.shape[1], rows.shape[0])
-        for start in range(0, len(found), COLUMNS_MULTIPLIED):
-            stop = min(start + COLUMNS_MULTIPLIED, len(found))
-            torch.mm(self.factor[:stop, start:stop].t(), rows[:, :stop].t(), out=found[start:stop])
-        return found
+        factor, cost, damping = factorise(hessian, damping)
+        return cls(feedback_of(factor), cost, damping)
 
     def square(self, product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return the form of each row with itself, float64, shape (outputs,)."""
@@ -182,6 +178,13 @@ def _damped(hessian: torch.Tensor, keep: float, ridge: float) -> torch.Tensor:
     return damped
 
 
+def _rotation(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what rotates rows: of many inputs the C kernel, in a third of the time that products take."""
+    if weight.device.type != "cpu" or weight.shape[1] <= NARROW or library() is None:
+        return rotate
+    return lambda rows: torch.from_numpy(kernel_rotate(rows.numpy()))
+
+
 def _bounded(importance: torch.Tensor) -> torch.Tensor:
     """Divide the importances by their mean and raise small ones to 1e-3, so that no row's codes are arbitrary."""
     mean = importance.mean()
@@ -189,7 +192,7 @@ def _bounded(importance: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    product: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, plane: int
+    product: torch.Tensor, feedback: Feedback, scale: torch.Tensor, importance: torch.Tensor, plane: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose all codes of a block, uint8, shape (4 + m, n); return them with the product of their values with M, shape (n, m).
 
@@ -203,15 +206,15 @@ def _encode(
     squared = importance * scale.square()
     weight = squared / squared.mean().clamp_min(1e-38)
     codes = torch.empty(n, EARLIER5 + m, dtype=torch.uint8, device=product.device)
-    chosen, values_product = torch.empty_like(product), torch.empty_like(product)  # the first is -q
-    nothing = product.new_zeros(COLUMNS_TOGETHER, m)
-    for start in range(0, n, COLUMNS_TOGETHER):
-        stop = min(start + COLUMNS_TOGETHER, n)
-        target = torch.addmm(product[start:stop], factor[:start, start:stop].t(), chosen[:start])
-        feedback = factor[start:stop, start:stop].contiguous()
-        given = target, nothing[: stop - start], feedback, table, scale, weight
+    values_product = torch.empty_like(product)
+    nothing = product.new_zeros(GROUP, m)
+    feedback.begin(scale)
+    for start in range(0, n, GROUP):
+        stop = min(start + GROUP, n)
+        target = feedback.targets(product, start)
+        given = target, nothing[: stop - start], feedback.inside(start), table, scale, weight
         codes[start:stop], negative = encode_columns(*given, turn=plane)
-        chosen[start:stop] = negative
+        feedback.add(start, codes[start:stop], negative)
         # What the quantiser left of its target is what the block leaves of P.
         left = target.add_(negative)
         torch.sub(product[start:stop], left, out=values_product[start:stop])
@@ -223,9 +226,10 @@ def _values(codes: torch.Tensor) -> torch.Tensor:
     rows = len(codes) - EARLIER5
     values = torch.empty(rows, codes.shape[1], device=codes.device)
     table = values.new_tensor(TABLE5)
-    for start in range(0, rows, ROWS_TOGETHER):  # indices take 4 bytes
-        stop = min(start + ROWS_TOGETHER, rows)
-        values[start:stop] = table[places(codes[start : stop + EARLIER5]).int()]
+    for some in _parts(values):
+        stop = min(some.stop, rows)
+        at = places(codes[some.start : stop + EARLIER5]).int()  # indices take 4 bytes
+        values[some] = table.index_select(0, at.view(-1)).view(at.shape)
     return values
 
 
@@ -235,9 +239,10 @@ def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(matrix: torch.Tensor) -> Iterator[slice]:
-    """Yield rows a few at a time, so that no product of a large matrix is held whole."""
-    for start in range(0, len(matrix), ROWS_TOGETHER):
-        yield slice(start, start + ROWS_TOGETHER)
+    """Yield rows a few at a time."""
+    rows = max(1, NUMBERS_TOGETHER // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        yield slice(start, start + rows)
 
 
 def _pack(codes: torch.Tensor, scale: torch.Tensor) -> bytes:

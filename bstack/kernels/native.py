@@ -2,7 +2,8 @@
 
 ``BSTACK_KERNELS`` chooses the instruction set: ``reference`` (no C at all), ``portable``, ``neon``, ``avx2``,
 ``avx512bw``, ``avxvnni``, ``avx512``, ``amx``; by default the best that the CPU has. ``BSTACK_THREADS`` sets the number of
-threads; by default one for each CPU that the process may use. Results do not depend on either.
+threads; by default one for each CPU that the process may use. Results do not depend on either, but for the rounding of what
+``bstack.kernels.feedback`` multiplies: bytes with AMX, else floats.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ THREADS = "BSTACK_THREADS"
 REFERENCE = "reference"
 CHOICES = (REFERENCE, "portable", "neon", "avx2", "avx512bw", "avxvnni", "avx512", "amx")
 MAX_THREADS = 256
-INTERFACE = 6
+INTERFACE = 7
 
 
 @cache
@@ -133,6 +134,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     loaded.bstack_instructions.restype = ctypes.c_char_p
     loaded.bstack_quantise.restype = ctypes.c_float
+    loaded.bstack_feedback_bytes.restype = ctypes.c_size_t
     return loaded
 
 

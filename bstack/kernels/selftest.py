@@ -65,6 +65,8 @@ def failure(native: ctypes.CDLL) -> str:
         return "a product for many tokens"
     if not _encoder_agrees(native, rng):
         return "an encoded trellis5 block"
+    if native.bstack_feedback_offers() and not _feedback_agrees(native, rng):
+        return "the feedback of the encoder"
     if not _remainder_agrees(native, rng):
         return "an exact chunk"
     return "" if _decoder_agrees(native, rng) else "a step of the decoder"
@@ -112,6 +114,42 @@ def _encoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
     native.bstack_trellis_encode(target_, original_, columns, rows, *rest)
     expected = reference.encode_columns(target, original, feedback, table, scale, weight)
     return (codes.tobytes(), errors.tobytes()) == tuple(array.tobytes() for array in expected)
+
+
+def _feedback_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:
+    """Pass on values and a matrix to a third group, and compare with double precision."""
+    rows, before, columns = 37, 128, 130
+    lines = rng.standard_normal((columns, columns)).astype(np.float32)  # of the factor, its columns
+    codes = rng.integers(0, 4, (before, reference.EARLIER5 + rows), np.uint8)
+    size = native.bstack_feedback_bytes(columns, rows)
+    digits, values, matrix = map(_aligned, (native.bstack_feedback_factor_bytes(columns), size, 3 * size))
+    unit, sums = np.zeros(columns), np.zeros(native.bstack_feedback_sums(columns), np.int64)
+    cut = [pointer(array) for array in (digits, unit, sums)]
+    native.bstack_feedback_cut(pointer(lines), columns, *cut)
+    for start in range(0, before, 64):
+        native.bstack_feedback_place(pointer(codes[start : start + 64]), 64, rows, start, columns, pointer(values))
+    dense, scale = rng.standard_normal((rows, columns)).astype(np.float32), rng.random(rows).astype(np.float32)
+    step = np.zeros(rows, np.float32)
+    native.bstack_feedback_place_rows(pointer(dense), columns, rows, pointer(matrix), pointer(step))
+    step *= 2**16
+    table = np.array(reference.TABLE5, np.float64)[reference.places(codes.T)]
+    for placed, depth, factor, expected in (
+        (values, 1, scale, table * scale[:, None]),
+        (matrix, 3, step, dense[:, :before]),
+    ):
+        found = np.zeros((columns - before, rows), np.float32)
+        last = pointer(factor), pointer(found)
+        native.bstack_feedback_pass(*cut, pointer(placed), depth, before, columns - before, columns, rows, *last)
+        exact = lines[before:, :before].astype(np.float64) @ expected.T
+        if not np.allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max()):
+            return False
+    return True
+
+
+def _aligned(size: int) -> np.ndarray:
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
 
 
 def _decoder_agrees(native: ctypes.CDLL, rng: np.random.Generator) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 __all__ = ["output_errors", "shrinkage"]
 
-ROWS_TOGETHER = 512
+NUMBERS_TOGETHER = 2**18
 
 
 def output_errors(residual: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def shrinkage(hessian: torch.Tensor, tokens: int) -> tuple[float, float]:
     n = hessian.shape[0]
     trace = float(hessian.diagonal().sum(dtype=torch.float64))
     # A few rows at a time, since the squares and their float64 copy would be three times the hessian.
-    square = sum(float(rows.square().sum(dtype=torch.float64)) for rows in hessian.split(ROWS_TOGETHER))
+    square = sum(float(rows.square().sum(dtype=torch.float64)) for rows in hessian.split(max(1, NUMBERS_TOGETHER // n)))
     spread = square - trace**2 / n
     if trace <= 0 or spread <= 0:
         pull = 1.0

@@ -7,6 +7,7 @@ stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,7 +15,9 @@ import torch
 __all__ = ["block_size", "rotate", "rotate_hessian", "signs", "unrotate"]
 
 MASK = (1 << 64) - 1
-ROWS_TOGETHER = 512
+TILE = 512
+# Numbers that are rotated together, which the near cache then holds.
+NUMBERS_TOGETHER = 2**18
 
 
 def block_size(width: int) -> int:
@@ -48,27 +51,28 @@ def unrotate(matrix: torch.Tensor) -> torch.Tensor:
     return _hadamard(matrix) * signs(matrix.shape[-1]).to(matrix)
 
 
-def rotate_hessian(hessian: torch.Tensor) -> torch.Tensor:
+def rotate_hessian(hessian: torch.Tensor, rotate_rows: Callable[[torch.Tensor], torch.Tensor] = rotate) -> torch.Tensor:
     """Compute the hessian of rotated inputs from that of the inputs; shape (width, width), contiguous.
 
     It equals ``rotate(rotate(hessian).t())``, but needs the memory of one matrix beside the hessian, not of four.
     """
     rotated = hessian.clone(memory_format=torch.contiguous_format)
-    for rows in rotated.split(ROWS_TOGETHER):
-        rows.copy_(rotate(rows))
+    together = max(1, NUMBERS_TOGETHER // len(rotated))
+    for rows in rotated.split(together):
+        rows.copy_(rotate_rows(rows))
     _transpose(rotated)
-    for rows in rotated.split(ROWS_TOGETHER):
-        rows.copy_(rotate(rows))
+    for rows in rotated.split(together):
+        rows.copy_(rotate_rows(rows))
     return rotated
 
 
 def _transpose(square: torch.Tensor) -> None:
     """Transpose a square matrix in place, tile by tile."""
-    for top in range(0, square.shape[0], ROWS_TOGETHER):
-        rows = slice(top, top + ROWS_TOGETHER)
+    for top in range(0, square.shape[0], TILE):
+        rows = slice(top, top + TILE)
         square[rows, rows] = square[rows, rows].t().clone()
-        for left in range(top + ROWS_TOGETHER, square.shape[0], ROWS_TOGETHER):
-            columns = slice(left, left + ROWS_TOGETHER)
+        for left in range(top + TILE, square.shape[0], TILE):
+            columns = slice(left, left + TILE)
             tile = square[rows, columns].t().clone()
             square[rows, columns] = square[columns, rows].t()
             square[columns, rows] = tile

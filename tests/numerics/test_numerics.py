@@ -46,7 +46,8 @@ def test_rotated_hessian_a_few_rows_at_a_time(n, together, seed):
     )  # not symmetric, so that a lost transpose shows
     before = hessian.clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bstack.numerics.rotation.ROWS_TOGETHER", together)
+        patch.setattr("bstack.numerics.rotation.TILE", together)
+        patch.setattr("bstack.numerics.rotation.NUMBERS_TOGETHER", together * n)
         rotated = rotate_hessian(hessian)
     assert torch.equal(hessian, before) and rotated.is_contiguous()
     assert torch.allclose(rotated, rotate(rotate(hessian).t()), atol=1e-5)
@@ -62,9 +63,9 @@ def test_signs_are_balanced_and_do_not_depend_on_the_width():
     assert torch.equal(signs(100), signs(4096)[:100])
 
 
-@given(n=st.integers(1, 40), piece=st.integers(1, 900), seed=st.integers(0, 2**32 - 1))
+@given(n=st.integers(1, 40), piece=st.integers(1, 900), block=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
+def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, block, seed):
     x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed))
     h = x.t() @ x
     expected = factor_of(h.clone, 1.0)
@@ -72,13 +73,17 @@ def test_feedback_factor_in_pieces_and_in_single_precision(n, piece, seed):
         patch.setattr("bstack.numerics.feedback.PIECE", piece)
         assert torch.equal(factor_of(h.clone, 1.0), expected)
         patch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", 0)  # where the hessian's own memory is used
-        assert torch.allclose(factor_of(h.clone, 1.0), expected, atol=1e-3)
+        patch.setattr("bstack.numerics.feedback.BLOCK", block)
+        factor = factor_of(h.clone, 1.0)
+    assert torch.allclose(factor, expected, atol=1e-3)
+    assert torch.equal(factor, factor.triu())
 
 
 @pytest.mark.parametrize("double_width", [0, 100])
 def test_feedback_factor_holds_back_where_there_is_none(double_width, monkeypatch):
     """No Cholesky factor of H + d I exists for d of 1 or 10, as the smallest eigenvalue of H is -50; one does for 100."""
     monkeypatch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", double_width)
+    monkeypatch.setattr("bstack.numerics.feedback.BLOCK", 3)
     x = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
     h = x.t() @ x
     h -= (torch.linalg.eigvalsh(h)[0] + 50) * torch.eye(7)
@@ -90,6 +95,7 @@ def test_feedback_factor_holds_back_where_there_is_none(double_width, monkeypatc
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_hessian_without_any_feedback_factor_is_refused(double_width, place, value, monkeypatch):
     monkeypatch.setattr("bstack.numerics.feedback.DOUBLE_WIDTH", double_width)
+    monkeypatch.setattr("bstack.numerics.feedback.BLOCK", 2)
     h = torch.eye(3)
     h[place] = h[place[::-1]] = value
     with pytest.raises(ValueError, match="NaN or infinite"):

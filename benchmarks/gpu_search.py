@@ -10,14 +10,17 @@ some runs. `--device cpu` times the C kernels for comparison.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 
-from bstack.codecs.trellis import COLUMNS_TOGETHER, TrellisCodec
+from bstack.codecs.trellis import TrellisCodec
 from bstack.compression.device import Device
+from bstack.errors import BstkError
 from bstack.kernels.encode import encode_columns
+from bstack.kernels.feedback import GROUP
 from bstack.kernels.reference import TABLE5
 
 
@@ -33,7 +36,7 @@ def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> 
     return min(times)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", type=int, default=4096)
@@ -41,11 +44,15 @@ def main() -> None:
     parser.add_argument("--planes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
     arguments = parser.parse_args()
-    device = torch.device("cpu") if arguments.device == "cpu" else Device(arguments.device).device
+    try:
+        device = torch.device("cpu") if arguments.device == "cpu" else Device(arguments.device).device
+    except BstkError as error:
+        print(f"Nothing is measured: {error}", file=sys.stderr)
+        return error.exit_code
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     for rows in (arguments.rows, 64 * arguments.rows):
-        target = torch.randn(COLUMNS_TOGETHER, rows).to(device)
-        feedback = (0.1 * torch.randn(COLUMNS_TOGETHER, COLUMNS_TOGETHER)).to(device)
+        target = torch.randn(GROUP, rows).to(device)
+        feedback = (0.1 * torch.randn(GROUP, GROUP)).to(device)
         given = (
             target,
             target,
@@ -69,7 +76,8 @@ def main() -> None:
     )
     if device.type == "cuda":
         print(f"{name}: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of its memory at the peak")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

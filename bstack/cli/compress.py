@@ -116,7 +116,7 @@ def _number_or_auto(name: str, number: type[int] | type[float], words: str) -> P
 @click.option(
     "--device",
     metavar="cpu|cuda|cuda:N",
-    help="Where to do the work: cpu (the default), or an NVIDIA GPU (pip install 'bstack[cuda]'), with the trellis codec.",
+    help="Where to do the work: cpu (the default), or an NVIDIA GPU (pip install 'bstack[compress,cuda]'), with the trellis codec.",
 )
 @click.option("--work-dir", type=click.Path(), help="Folder for finished layers; OUTPUT.work by default.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")

@@ -96,7 +96,7 @@ def _kernels(index: int) -> Kernels:
     if not (importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core")):
         raise BstkError(
             "Compressing on a GPU needs the package cuda-core, which compiles its kernels.",
-            hint="Run pip install 'bstack[cuda]'.",
+            hint="Run pip install 'bstack[compress,cuda]'.",
             option="device",
         )
     return importlib.import_module("bstack.kernels.cuda.driver").load(index, cache_folder("cuda"))

@@ -131,7 +131,7 @@ def test_another_engine_and_a_lost_fused_step_are_named(bench, sizes, monkeypatc
         raise NotNativeError("it is not known")
 
     monkeypatch.setattr("bstack.engine.native.load.describe", refuse)
-    monkeypatch.setattr("bstack.engine.load.install", lambda model, lock: "its modules have hooks")
+    monkeypatch.setattr("bstack.engine.llama_step.install", lambda model, lock: "its modules have hooks")
     done = bench("--budgets", sizes[0], "--no-quality")
     assert done.returncode == 0 and "transformers engine" in done.stdout, done.stderr
     assert "without the fused step: its modules have hooks." in done.stdout

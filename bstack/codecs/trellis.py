@@ -54,6 +54,8 @@ MIN_FORM = 1e-6
 LEAST_KEPT = 0.02
 # Numbers of which a step makes temporary ones, which the near cache then holds.
 NUMBERS_TOGETHER = 2**18
+# Of a matrix that is rebuilt, numbers that are decoded together: enough for all threads.
+REBUILT_TOGETHER = 2**22
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,15 @@ class TrellisCodec(Codec):
     def rebuild(
         payloads: Sequence[bytes], kinds: Sequence[bstk.Kind], ranks: Sequence[int], shape: tuple[int, int]
     ) -> torch.Tensor:
-        total = torch.zeros(shape)
-        for start in range(0, len(payloads), BLOCKS):
-            some = slice(start, start + BLOCKS)
-            blocks = zip((kind.code for kind in kinds[some]), ranks[some], payloads[some], strict=True)
-            matrix = Matrix.of(*shape, list(blocks))
-            total += torch.from_numpy(decode_rows(matrix, ROTATED, 0, matrix.rows))
-        return unrotate(total)
+        blocks = list(zip((kind.code for kind in kinds), ranks, payloads, strict=True))
+        matrices = [Matrix.of(*shape, blocks[start : start + BLOCKS]) for start in range(0, len(blocks), BLOCKS)]
+        rebuilt = torch.empty(shape)
+        for some in _parts(rebuilt, REBUILT_TOGETHER):
+            rows = rebuilt[some].zero_()
+            for matrix in matrices:
+                rows += torch.from_numpy(decode_rows(matrix, ROTATED, some.start, some.start + len(rows)))
+            rows.copy_(unrotate(rows))
+        return rebuilt
 
 
 @dataclass(frozen=True)
@@ -238,9 +242,9 @@ def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([(a[rows] * b[rows]).sum(1, dtype=torch.float64) for rows in _parts(a)])
 
 
-def _parts(matrix: torch.Tensor) -> Iterator[slice]:
+def _parts(matrix: torch.Tensor, numbers: int = NUMBERS_TOGETHER) -> Iterator[slice]:
     """Yield rows a few at a time."""
-    rows = max(1, NUMBERS_TOGETHER // matrix.shape[1])
+    rows = max(1, numbers // matrix.shape[1])
     for start in range(0, len(matrix), rows):
         yield slice(start, start + rows)
 

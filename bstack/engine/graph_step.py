@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from bstack.engine.generate import decoding
-from bstack.engine.graphs import record, warn_not_recorded
-from bstack.errors import SlowerWarning, of_the_machine
+from bstack.engine.graphs import record, run_and_look_for_waits, warn_not_recorded
+from bstack.errors import SlowerWarning, of_the_machine, one_line
 from bstack.models.kv_cache import FixedLayer, bound_arguments, cache_argument, fix
 from bstack.models.plain import plain_outputs
 from bstack.packed.lock import PriorityLock
@@ -104,7 +104,14 @@ class _RecordedStep:
         key = self._key_of(cache, tensors, rest)
         if key != self._key or self._cache() is not cache:
             self._graph = self._key = None
-            output = self._own(**given)  # once without a recording, so that libraries have what they need
+            # Once without a recording, so that libraries have what they need.
+            if self._output is None:
+                output, waits = run_and_look_for_waits(lambda: self._own(**given), self._model.device)
+                if waits:  # a recording would fail, after which not all versions of torch are as before
+                    self.failure = warn_not_recorded("their code waits for the GPU", self._model.device)
+                    return output
+            else:
+                output = self._own(**given)
             if isinstance(output, dict) and all(
                 value is cache or isinstance(value, torch.Tensor) for value in output.values()
             ):
@@ -160,7 +167,7 @@ class _RecordedStep:
         except RuntimeError as error:
             for layer, count in zip(cache.layers, used, strict=True):
                 layer.used = count
-            self.failure = warn_not_recorded(error, self._model.device)
+            self.failure = warn_not_recorded(one_line(error), self._model.device)
         # The cache may go before the recording does.
         if self._output is not None:
             self._output = type(self._output)(**{n: v for n, v in self._output.items() if v is not cache})

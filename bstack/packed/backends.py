@@ -20,7 +20,7 @@ from bstack.memory.free import Memory, free_memory
 from bstack.numerics.rotation import rotate, unrotate
 from bstack.packed.arena import Arena
 from bstack.packed.autosize import default_margin
-from bstack.packed.lock import PriorityLock
+from bstack.packed.lock import RECORDING, PriorityLock
 from bstack.packed.matrix import DECODED, FEW, Blocks, Packed, Parts, check_index
 from bstk.errors import BstkError, ResourceError, UsageError
 
@@ -237,7 +237,8 @@ class DeviceMemory:
     def close(self) -> None:
         del self._bytes
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # waits for kernels that read it, then returns it to the driver
+            with RECORDING:
+                torch.cuda.empty_cache()  # waits for kernels that read it, then returns it to the driver
 
 
 class DeviceBlocks(Parts):

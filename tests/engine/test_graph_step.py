@@ -1,5 +1,6 @@
 """Recorded steps of transformers models, played on the CPU: the text of the model's own code, whatever it is recorded for."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda_on_cpu
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria
 import bstack
 import bstk
 from bstack.engine import graph_step
+from bstack.engine import graphs as graphs_of_torch
 from bstack.engine import load as loading
 from bstack.errors import SlowerWarning
 from bstack.models import kv_cache
@@ -36,6 +38,7 @@ def graphs(monkeypatch):
     """Let steps be recorded on the CPU, and note the recordings."""
     made = []
     monkeypatch.setattr(graph_step, "record", pretend_graph.recorder(made))
+    monkeypatch.setattr(graph_step, "run_and_look_for_waits", pretend_graph.run_and_look_for_waits)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(kv_cache, "MIN_FIXED", 16)
     return made
@@ -133,18 +136,54 @@ def test_a_cache_that_is_emptied_or_cut(models, graphs):
     assert torch.allclose(found, wanted, atol=1e-4) and graphs
 
 
-def test_a_step_that_waits_for_the_device_runs_launch_by_launch(graphs, monkeypatch):
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_step_that_waits_for_the_device_runs_launch_by_launch(seen, graphs, monkeypatch):
+    """It is not recorded at all where the wait is seen before."""
     model = tiny_models.make("gpt2").eval()
     wanted = text(model, IDS[:1], 6)
     block = model.transformer.h[0].mlp
     own = block.forward
     monkeypatch.setattr(block, "forward", lambda x: own(x) if x.sum().item() < 1e9 else None)
-    with pytest.warns(
-        SlowerWarning, match="launched kernel by kernel, slowly: they cannot be recorded .*not permitted"
-    ):
-        why = install(model, graphs)
-    assert why == "its steps cannot be recorded (CUDA error: operation not permitted when stream is capturing)"
+    reason = "their code waits for the GPU"
+    if not seen:
+        monkeypatch.setattr(graph_step, "run_and_look_for_waits", graphs_of_torch.run_and_look_for_waits)
+        reason = "CUDA error: operation not permitted when stream is capturing"
+    with pytest.warns(SlowerWarning, match=f"launched kernel by kernel, slowly: they cannot be recorded .{reason}"):
+        why = graph_step.install(model, PriorityLock())
+    assert why == f"its steps cannot be recorded ({reason})" and bool(graphs) != seen
+    del graphs[:]
     assert torch.equal(text(model, IDS[:1], 6), wanted) and not graphs
+
+
+def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch):
+    cuda = pretend_graph.Torch(monkeypatch)
+    cpu = torch.device("cpu")
+    for error in (RuntimeError("operation not permitted"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            graphs_of_torch.record(lambda error=error: raise_(error), cpu, warm=False)
+        assert (cuda.stream, cuda.random, cuda.pools) == ("own", "plain", set())
+    assert graphs_of_torch.record(lambda: 5, cpu)[1] == 5
+
+
+def test_waits_of_the_own_thread_are_seen(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return 7
+
+    def elsewhere():
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(wait).result()
+
+    found = [graphs_of_torch.run_and_look_for_waits(one, torch.device("cuda")) for one in (wait, elsewhere)]
+    assert found == [(7, True), (7, False)] and modes == ["warn", 0] * 2
+
+
+def raise_(error):
+    raise error
 
 
 def test_a_step_that_depends_on_numbers_of_python_is_found_out(graphs, monkeypatch):

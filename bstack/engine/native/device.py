@@ -23,6 +23,7 @@ from bstack.engine.native.architecture import Architecture
 from bstack.engine.native.device_experts import DeviceExperts, is_packed
 from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
+from bstack.errors import one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
 from bstack.packed.backends import LESS, Backend, activation_type, backend_of, check_room, device_of, on_device
@@ -352,7 +353,7 @@ class _Inputs:
             try:
                 self._graph, self._logits = record(forward, self._device)
             except RuntimeError as error:
-                warn_not_recorded(error, self._device)
+                warn_not_recorded(one_line(error), self._device)
         if self._graph is None:
             return forward()
         self._graph.replay()

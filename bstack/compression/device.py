@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bstack.codecs import Codec
-from bstack.errors import device_failed, one_line, out_of_memory
+from bstack.errors import device_failed, device_full, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.cuda import Kernels
 from bstack.kernels.encode import use_device
@@ -49,7 +49,7 @@ class Device:
                 f"{self.device} failed or was lost: {one_line(error)}.",
                 hint="Finished layers are kept: when nvidia-smi shows the GPU again, give the same command to continue.",
             ) from error
-        if isinstance(error, RuntimeError) and out_of_memory(error) and self.device.type in str(error).lower():
+        if device_full(error):
             raise ResourceError(
                 f"The memory of {self.device} is full: {one_line(error)}",
                 hint="Finished layers are kept: end what else uses the GPU (nvidia-smi shows it), and give the same command to "

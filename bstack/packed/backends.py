@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import bstk
-from bstack.errors import DeviceError, device_failed, one_line
+from bstack.errors import DeviceError, device_failed, device_full, one_line
 from bstack.folders import cache_folder
 from bstack.kernels.matrix import PLAIN, ROTATED, Matrix
 from bstack.kernels.table import DeviceMatrix, MatrixTable, Stacked
@@ -164,11 +164,11 @@ def on_device(
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{device} has no memory left for this {what}: {one_line(error)}", hint=advice, option="mb"
-        ) from None
     except Exception as error:  # of several classes, some of them private
+        if device_full(error):
+            raise ResourceError(
+                f"{device} has no memory left for this {what}: {one_line(error)}", hint=advice, option="mb"
+            ) from None
         if device_failed(error):
             raise DeviceError(
                 f"{device} failed: {one_line(error)}.", hint="Start again; nvidia-smi shows whether it is there."
@@ -217,14 +217,8 @@ class DeviceMemory:
 
     def __init__(self, size: int, device: torch.device):
         self.size = size
-        try:
+        with on_device(device, f"slab of {size} bytes of blocks", LESS):
             self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{device} has no memory for {size} bytes of blocks: {one_line(error)}",
-                hint="Give the weights less.",
-                option="mb",
-            ) from None
         self.address = self._bytes.data_ptr()
 
     def write(self, start: int, block: bytes) -> None:

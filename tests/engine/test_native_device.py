@@ -184,6 +184,8 @@ def raise_(error):
             bstk.ResourceError,
             "no memory left",
         ),
+        (RuntimeError("CUDA error: out of memory\nmore"), bstk.ResourceError, "no memory left"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), bstk.ResourceError, "no memory left"),
         (
             RuntimeError("CUDA error: unspecified launch failure\nmore"),
             bstack.errors.DeviceError,
@@ -201,7 +203,7 @@ def test_a_device_that_fails_midway(error, kind, words, on, native_file, monkeyp
     for call in (lambda: model.step([text], [5]), lambda: model.read(text, [5, 6])):
         with pytest.raises(kind, match=words) as found:
             call()
-        assert getattr(found.value, "exit_code", 7) == 7
+        assert type(found.value) is kind and getattr(found.value, "exit_code", 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
     with pytest.raises(bstk.ResourceError, match=r"at most 0.01 MB of weights fit"):
         bstack.load(path, mode="packed", device="cuda")
     monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory for 100 bytes of blocks: CUDA out of memory"):
+    with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory left for this slab of 100 bytes of blocks: CUDA"):
         backends.DeviceMemory(100, torch.device("cuda", 0))
 
 

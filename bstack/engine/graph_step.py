@@ -102,7 +102,8 @@ class _RecordedStep:
     def _step(self, cache: Any, given: dict[str, Any]) -> Any:
         tensors, rest = _apart({name: value for name, value in given.items() if name != self._argument})
         key = self._key_of(cache, tensors, rest)
-        if key != self._key or self._cache() is not cache:
+        full = any(layer.used == layer.keys.shape[-2] for layer in cache.layers)
+        if key != self._key or self._cache() is not cache or full:
             self._graph = self._key = None
             # Once without a recording, so that libraries have what they need.
             if self._output is None:
@@ -147,6 +148,8 @@ class _RecordedStep:
             and given.get("return_dict") is not False
             and not torch.is_grad_enabled()
             and all(isinstance(mask, torch.Tensor) and mask.dim() == 4 for mask in masks)
+            # Without them the model counts the positions in Python.
+            and ("position_ids" not in self._signature.parameters or isinstance(given.get("position_ids"), torch.Tensor))
             and bool(layers)
             and all(type(layer) is FixedLayer and layer.used for layer in layers)
         )

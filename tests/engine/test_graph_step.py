@@ -136,6 +136,31 @@ def test_a_cache_that_is_emptied_or_cut(models, graphs):
     assert torch.allclose(found, wanted, atol=1e-4) and graphs
 
 
+def test_calls_of_forward_with_a_mask(models, graphs):
+    """Without positions, which the model would count in Python, none is recorded; a full buffer is no step, either."""
+    model, mask = models("gpt2"), torch.zeros(1, 1, 1, 16)
+    assert install(model, graphs) is None
+
+    @torch.no_grad()
+    def step(place, **more):
+        return model(IDS[:1, :1], attention_mask=mask, **{kv_cache.cache_argument(model): cache}, **more).logits
+
+    cache = DynamicCache(config=model.config)
+    model(IDS[:1, :4], **{kv_cache.cache_argument(model): cache})
+    for place in range(4, 8):
+        mask[..., place + 1 :] = -torch.inf
+        step(place)
+    assert not graphs
+    mask[:] = 0
+    for place in range(8, 16):
+        step(place, position_ids=torch.tensor([[place]]))
+    assert [graph.replays for graph in graphs] == [7]
+    with pytest.raises((RuntimeError, IndexError)):
+        step(16, position_ids=torch.tensor([[16]]))
+    assert [graph.replays for graph in graphs] == [7]
+    del model.forward
+
+
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_step_that_waits_for_the_device_runs_launch_by_launch(seen, graphs, monkeypatch):
     """It is not recorded at all where the wait is seen before."""

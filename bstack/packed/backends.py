@@ -32,6 +32,7 @@ __all__ = [
     "activation_type",
     "backend_of",
     "check_room",
+    "device_kernels",
     "device_memory",
     "device_of",
 ]
@@ -109,7 +110,7 @@ def device_of(device: str | torch.device, packed: bool) -> torch.device:
         found = torch.device("cuda", torch.cuda.current_device())
     if packed and found.type == "cuda":
         with on_device(found, "model", LESS):
-            _device_kernels(found.index)
+            device_kernels(found.index)
     return found
 
 
@@ -131,11 +132,11 @@ def _check_gpus(device: torch.device) -> None:
 
 def backend_of(device: torch.device, matrices: int) -> Backend:
     """Return the backend for that many packed matrices on a device from `device_of`."""
-    return CpuBackend() if device.type == "cpu" else CudaBackend(device, matrices, _device_kernels(device.index))
+    return CpuBackend() if device.type == "cpu" else CudaBackend(device, matrices, device_kernels(device.index))
 
 
 @cache
-def _device_kernels(index: int) -> Any:
+def device_kernels(index: int) -> Any:
     """Return the kernels of a GPU: in CUDA where NVIDIA's packages are installed, otherwise in Triton."""
     if torch.version.hip is None and importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core"):
         try:

@@ -196,6 +196,16 @@ def test_the_command(model, tmp_path, monkeypatch, capsys):
     assert code == 0 and "Of the GPU's memory: about" in said
 
 
+def test_a_device_that_fails_at_the_start(monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: out of memory")
+
+    with device_there(monkeypatch):
+        monkeypatch.setattr(device, "_kernels", fail)
+        with pytest.raises(ResourceError, match="cuda:0 is full"):
+            device.Device("cuda")
+
+
 def test_no_compiler(model, tmp_path, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[cuda\]'"):

@@ -79,7 +79,7 @@ class CudaBackend:
         return DeviceBlocks(parts, lock, self.kernels)
 
     def arena(self) -> Arena:
-        return Arena(memory=lambda size: DeviceMemory(size, self.device))
+        return Arena(DEVICE_SLAB, lambda size: DeviceMemory(size, self.device))
 
     def free_memory(self) -> Memory | None:
         return device_memory(self.device)
@@ -88,6 +88,8 @@ class CudaBackend:
 Backend = CpuBackend | CudaBackend
 # What to do where a packed model does not fit a device.
 LESS = "Give the weights less."
+# The end of a slab that the next block does not fit is taken all the same, unlike on the CPU: of blocks of 4 to 15 MB some 2 %.
+DEVICE_SLAB = 256 * 2**20
 
 
 def device_of(device: str | torch.device, packed: bool) -> torch.device:

@@ -149,7 +149,9 @@ class _RecordedStep:
             and not torch.is_grad_enabled()
             and all(isinstance(mask, torch.Tensor) and mask.dim() == 4 for mask in masks)
             # Without them the model counts the positions in Python.
-            and ("position_ids" not in self._signature.parameters or isinstance(given.get("position_ids"), torch.Tensor))
+            and (
+                "position_ids" not in self._signature.parameters or isinstance(given.get("position_ids"), torch.Tensor)
+            )
             and bool(layers)
             and all(type(layer) is FixedLayer and layer.used for layer in layers)
         )

@@ -238,20 +238,46 @@ class Resize(StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-def test_a_resize_needs_no_new_recording(graphs, tmp_path, monkeypatch):
-    """Packed weights with the kernels of a GPU: smaller and larger again while the text is written."""
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory):
+    """A file of a model of one layer with 67 words."""
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 67}
     settings = bstack.Settings(codec="trellis", planes=2, samples=2, sequence_length=16)
-    path = tmp_path / "m.bstk"
-    bstack.compress(tiny_models.save("llama", tmp_path / "model", **small), path, settings=settings)
+    folder = tmp_path_factory.mktemp("packed")
+    bstack.compress(tiny_models.save("llama", folder / "model", **small), folder / "m.bstk", settings=settings)
+    return folder / "m.bstk"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(packed_file):
+    """The text is that of steps launch by launch, before and after a change of the size; a failed recording harms nothing."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    device, ids = torch.device("cuda", 0), IDS[:1, :6].cuda() % 67
+    with pytest.raises(RuntimeError):
+        graphs_of_torch.record(lambda: torch.ones(1, device=device).item(), device, warm=False)
+    assert graphs_of_torch.run_and_look_for_waits(lambda: torch.ones(1, device=device).item(), device) == (1, True)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and len(torch.randn(3, device=device)) == 3
+    options = {"mode": "packed", "device": "cuda", "dtype": torch.float32}
+    model, plain = (bstack.load(packed_file, fused=fused, **options)[0] for fused in (True, False))
+    assert model.bstack_unfused is None
+    with bstk.open(packed_file) as file:
+        small = (file.base.budget + 1) / bstk.MB
+    for mb in (None, small, None):
+        for one in (model, plain):
+            bstack.resize(one, mb)
+        assert torch.equal(text(model, ids, 40), text(plain, ids, 40))
+
+
+def test_a_resize_needs_no_new_recording(graphs, packed_file, monkeypatch):
+    """Packed weights with the kernels of a GPU: smaller and larger again while the text is written."""
     launcher, cpu, ids = cuda_on_cpu.launcher(), torch.device("cpu"), IDS[:1, :6] % 67
     monkeypatch.setattr(graph_step, "record", pretend_graph.recorder(graphs, launcher))
     monkeypatch.setattr(backends, "is_recording", lambda device: pretend_graph.Graph.active is not None)
     monkeypatch.setattr(loading, "device_of", lambda *_: cpu)
     monkeypatch.setattr(loading, "backend_of", lambda _, count: CudaBackend(cpu, count, launcher.kernels))
-    model, _ = bstack.load(path, mode="packed", device="cuda")
+    model, _ = bstack.load(packed_file, mode="packed", device="cuda")
     assert model.bstack_unfused is None
-    with bstk.open(path) as file:
+    with bstk.open(packed_file) as file:
         sizes = {3: (file.base.budget + 1) / bstk.MB, 5: None}
     del graphs[:]
     found = [text(model, ids, 7, stopping_criteria=[Resize(model, own)]) for own in (sizes, {})]

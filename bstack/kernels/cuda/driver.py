@@ -50,7 +50,8 @@ def compile_kernels(arch: str, log: TextIO | None = None) -> bytes:
     except Exception as error:  # of several classes, some of them private
         raise BstkError(
             f"the GPU kernels cannot be compiled for {arch}: {one_line(error)}",
-            hint="The package nvidia-cuda-nvrtc must be as new as the GPU: pip install --upgrade 'bstack[cuda]'",
+            hint="The package nvidia-cuda-nvrtc must be as new as the GPU: pip install --upgrade 'bstack[cuda]'. That of CUDA 13 "
+            "knows no GPU before compute capability 7.5; for these there is pip install 'cuda-core[cu12]'.",
         ) from None
 
 

@@ -180,10 +180,10 @@ def on_device(
 
 
 def activation_type(device: torch.device) -> torch.dtype:
-    """Return the type of the activations of prompts: bfloat16, half precision on a GPU without it, float32 on the CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    """Return the type of the activations of prompts: bfloat16, or float32 on a GPU without it and on the CPU."""
+    # Activations of many models pass 65504, the most that half precision holds.
+    there = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.bfloat16 if there else torch.float32
 
 
 def is_recording(device: torch.device) -> bool:

@@ -120,9 +120,9 @@ def test_packages_that_are_not(packages, words, monkeypatch):
         backends.device_kernels.__wrapped__(0)
 
 
-def test_prompts_are_computed_in_the_type_that_a_device_is_fast_in(monkeypatch):
+def test_prompts_are_computed_in_bfloat16_where_a_device_has_it(monkeypatch):
     assert backends.activation_type(torch.device("cpu")) == torch.float32
-    for there, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+    for there, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, there=there: there)
         assert backends.activation_type(torch.device("cuda", 0)) == dtype
 

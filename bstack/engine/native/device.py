@@ -101,8 +101,8 @@ class DeviceSequence(Sequence):
 class DeviceModel(NativeModel):
     """A decoder with packed weights in a device's memory; parameters and methods are those of `NativeModel`.
 
-    Prompts are computed in bfloat16 where the GPU has it, otherwise in half precision, and in float32 on the CPU; the hidden state
-    between the layers, and steps, in float32. A text's results agree to rounding whatever else runs.
+    Prompts are computed in bfloat16 where the GPU has it, otherwise in float32; the hidden state between the layers, and steps, in
+    float32. A text's results agree to rounding whatever else runs.
     """
 
     turn = TURN

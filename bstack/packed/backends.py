@@ -303,13 +303,13 @@ class DeviceBlocks(Parts):
     def lookup(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.stacked is None:
             return super().lookup(index, dtype)
-        flat = index.reshape(-1).to(self.device)
+        flat = index.reshape(-1)
         if is_recording(self.device):
             flat = flat.clamp(0, self.rows - 1)  # who replays the graph checks them
         else:
-            check_index(flat, self.rows)
+            check_index(flat, self.rows)  # where they lie, which may be the CPU
         with self.lock.acquire():
-            found = self.rows_at(flat)
+            found = self.rows_at(flat.to(self.device))
         return found.to(dtype).reshape(*index.shape, self.columns)
 
     def rows_of(self, part: Any, index: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,18 @@ def test_matrices_that_stay_plain(changes, on, tmp_path):
         assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)
 
 
+@pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="there is no compiler")
+def test_a_mixture_of_experts_without_any(on, tmp_path):
+    source = tiny_models.save("qwen3-moe", tmp_path / "model", mlp_only_layers=[0], num_hidden_layers=1)
+    settings = bstack.Settings(codec="trellis", planes=1, samples=2, sequence_length=16)
+    bstack.compress(source, tmp_path / "m.bstk", settings=settings)
+    model = on(tmp_path / "m.bstk", "cuda")
+    assert model.architecture.experts is not None
+    text = model.sequence()
+    model.read(text, IDS[:9])
+    assert close(model.step([text], IDS[9:10]), expected(tmp_path / "m.bstk", IDS[:10])[9:], 2e-2)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Let steps be recorded on the CPU, and note the recordings."""

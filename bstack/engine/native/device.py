@@ -146,7 +146,7 @@ class DeviceModel(NativeModel):
         of = self.architecture
         if not hasattr(self._kernels, "launch") or of.head_width > WIDEST or not all(map(is_packed, self._layers)):
             return None
-        if of.experts is not None:
+        if of.experts is not None and any("router" in layer for layer in self._layers):
             self._experts = DeviceExperts(self._layers, self._kernels, SIZES[-1], of.experts.chosen)
         rotary = 2 * len(of.rotary[0].frequencies)
         sizes = of.heads, of.key_heads, of.head_width, rotary, of.layers

@@ -260,11 +260,16 @@ def models(gpu: Gpu, arguments: argparse.Namespace) -> None:
         model = make()
         packed = rates(model, prompt, tokens)
         del model
-        dense_model = make_in_half()
-        with torch.no_grad():
-            half = rates_in_half(gpu, dense_model, prompt, tokens)
-        del dense_model
-        cells = (f"{a:,.0f} | {b:,.0f} | {a / b:.2f}" for a, b in zip(packed, half, strict=True))
+        print(f"{name}: prompt {packed[0]:,.0f}, writing {packed[1]:,.0f}", file=sys.stderr)  # whatever comes
+        try:
+            dense_model = make_in_half()
+            with torch.no_grad():
+                half = rates_in_half(gpu, dense_model, prompt, tokens)
+            cells = [f"{a:,.0f} | {b:,.0f} | {a / b:.2f}" for a, b in zip(packed, half, strict=True)]
+        except RuntimeError as error:  # too large, or not recorded
+            print(f"transformers in half precision: {error}", file=sys.stderr)
+            cells = [f"{a:,.0f} | - | -" for a in packed]
+        dense_model = None
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -291,6 +296,7 @@ def main() -> int:
         if not hasattr(backend.kernels, "launch"):
             print("Nothing is measured: the kernels in CUDA are missing (pip install 'bstack[cuda]').", file=sys.stderr)
             return 1
+        torch.cuda.set_device(device)  # events are those of the current one
         gpu = Gpu(device, backend, 20)
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     print(

@@ -16,8 +16,8 @@ __all__ = [
     "SlowerWarning",
     "UnsupportedModelError",
 ]
-__all__ += ["COMPRESS", "device_failed", "holds_unknown", "lacks", "of_the_machine", "one_line", "out_of_memory"]
-__all__ += ["printable", "require", "user_message"]
+__all__ += ["COMPRESS", "device_failed", "device_full", "holds_unknown", "lacks", "of_the_machine", "one_line"]
+__all__ += ["out_of_memory", "printable", "require", "user_message"]
 
 # What the extra `compress` brings: everything but reading, cutting and running files needs all of it.
 COMPRESS = ("torch", "transformers", "safetensors")
@@ -52,13 +52,25 @@ def user_message(error: BaseException) -> tuple[str, int] | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is full; torch says it with a RuntimeError."""
-    if isinstance(error, RuntimeError):
-        return "Cannot allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError) and "Cannot allocate memory" in str(error):
+        return True
+    return isinstance(error, MemoryError) or device_full(error)
+
+
+def device_full(error: BaseException) -> bool:
+    """Return whether an error says that a GPU's memory is full; torch, cuBLAS and the driver say it in words of their own."""
+    words = str(error).lower()
+    full = "out of memory" in words or "out_of_memory" in words or "alloc_failed" in words
+    return type(error).__name__ == "OutOfMemoryError" or (full and _of_a_device(error))
 
 
 def device_failed(error: BaseException) -> bool:
-    """Return whether an error says that a GPU failed or was lost; torch and cuda-core have private classes for it."""
+    """Return whether an error says that a GPU failed or was lost."""
+    return _of_a_device(error) and not device_full(error)
+
+
+def _of_a_device(error: BaseException) -> bool:
+    """Return whether an error is a GPU's; torch and cuda-core have private classes for it."""
     return type(error).__name__ in ("AcceleratorError", "CUDAError") or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,11 @@ def measure_running(
 ) -> Running:
     """Load a model and run it, in a process that has imported everything and held no model before.
 
-    Memory is that of the process, or what torch holds of a GPU's.
+    Memory is that of the process, or what torch holds of the GPU's.
     """
     held, peak = resident_bytes, peak_bytes
     if device != "cpu":
-        held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+        held, peak = (partial(read, device) for read in (torch.cuda.memory_reserved, torch.cuda.max_memory_reserved))
     before = held()
     started = time.perf_counter()
     model = load()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from types import TracebackType
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 
 from bstack.codecs import Codec
-from bstack.errors import device_failed, one_line, out_of_memory
-from bstack.folders import cache_folder
-from bstack.kernels.cuda import Kernels
+from bstack.errors import device_failed, device_full, one_line
 from bstack.kernels.encode import use_device
-from bstack.packed.backends import device_of
+from bstack.packed.backends import device_kernels, device_of
 from bstk.errors import BstkError, Interrupted, ResourceError, UsageError
 
 __all__ = ["Device", "check_encoder", "device_name"]
@@ -34,7 +31,8 @@ class Device:
 
     def __init__(self, name: str):
         self.device = device_of(name, packed=False)
-        use_device(self.device, _kernels(self.device.index))
+        with self:
+            use_device(self.device, _kernels(self.device.index))
 
     def __enter__(self) -> Device:
         return self
@@ -49,7 +47,7 @@ class Device:
                 f"{self.device} failed or was lost: {one_line(error)}.",
                 hint="Finished layers are kept: when nvidia-smi shows the GPU again, give the same command to continue.",
             ) from error
-        if isinstance(error, RuntimeError) and out_of_memory(error) and self.device.type in str(error).lower():
+        if device_full(error):
             raise ResourceError(
                 f"The memory of {self.device} is full: {one_line(error)}",
                 hint="Finished layers are kept: end what else uses the GPU (nvidia-smi shows it), and give the same command to "
@@ -92,11 +90,11 @@ def device_name(device: torch.device) -> str:
     return device.type if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})"
 
 
-def _kernels(index: int) -> Kernels:
+def _kernels(index: int) -> Any:
     if not (importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core")):
         raise BstkError(
             "Compressing on a GPU needs the package cuda-core, which compiles its kernels.",
             hint="Run pip install 'bstack[compress,cuda]'.",
             option="device",
         )
-    return importlib.import_module("bstack.kernels.cuda.driver").load(index, cache_folder("cuda"))
+    return device_kernels(index)

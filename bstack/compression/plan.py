@@ -29,6 +29,8 @@ LOGITS, ACTIVATIONS, HESSIANS, MATRICES = 5, 4, 3, 4
 DEVICE_HESSIANS, DEVICE_MATRICES, GRADIENTS = 5, 8, 16
 # What the heaps of threads hold beside these arrays: SmolLM2 takes 2.0 GB where they make 1.3. On a GPU what its libraries hold.
 HEAPS = 700 * 2**20
+# What cuBLAS takes at most for each thread; each batch that passes through the layers has one.
+WORKSPACE = 32 * 2**20
 # Of a GPU's memory: the rest is lost between blocks of different sizes.
 USABLE = 0.95
 
@@ -115,7 +117,8 @@ def _on_device(skeleton: Skeleton, sizes: _Sizes, settings: Settings) -> int:
     ]
     if settings.calibration == SELF:
         stages.append(writing_bytes(skeleton, settings.samples, length))
-    return int(max(stages) / USABLE) + HEAPS
+    threads = 1 + -(-settings.samples // max(1, TOKENS_TOGETHER // length))
+    return int(max(stages) / USABLE) + HEAPS + WORKSPACE * threads
 
 
 def _free(device: torch.device) -> int:

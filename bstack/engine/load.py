@@ -68,8 +68,7 @@ def load(
         ``dense``: weights are rebuilt, so the model takes the memory of the original; `mb` decides the quality.
         ``packed``: weights stay packed, so it takes `mb` and a little, and `resize` changes its size while it runs.
     dtype : torch.dtype or str, optional
-        Of activations, and of dense weights. By default float32; for packed weights on a GPU bfloat16, or half precision on
-        one without it.
+        Of activations, and of dense weights. By default float32; for packed weights on a GPU that has it bfloat16.
     device : str or torch.device
         ``cpu``, or a GPU; ``mode="packed"`` runs on ``cuda`` with the extra ``cuda`` or ``gpu``.
     fused : bool

@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["PriorityLock"]
+__all__ = ["RECORDING", "PriorityLock"]
+
+#: Held while a CUDA graph is recorded or torch's memory goes back to the driver; torch does one of it at a time.
+RECORDING = threading.Lock()
 
 # Seconds that others wait between two looks at whether an urgent caller is waiting; waking a thread takes some 50 us.
 PAUSE = 0.0002

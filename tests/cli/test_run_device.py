@@ -118,8 +118,8 @@ def test_speed_is_measured_on_the_device(models, gpu, monkeypatch):
     monkeypatch.setattr(
         device.DeviceModel, "sequence", lambda self, own=device.DeviceModel.sequence: loaded.append(1) or own(self)
     )
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 if loaded else 300)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1500)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 if loaded else 300)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1500)
     request = Measure(Cut(str(models / "llama.bstk"), 2**20, None, False), run="packed", speed=True, device="cuda")
     on_cpu = in_process.measure(replace(request, device="cpu")).running
     assert on_cpu.speed.kernels == instructions() and not loaded

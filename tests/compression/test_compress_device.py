@@ -52,6 +52,16 @@ def test_the_file_is_the_same_each_time_and_as_good_as_the_cpus(model, tmp_path,
         assert file.metadata["settings"]["device"] == "cuda (Pretended)"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(model, tmp_path):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    bstack.compress(model, tmp_path / "cpu.bstk", settings=bstack.Settings(**QUICK))
+    for name in ("one.bstk", "two.bstk"):
+        bstack.compress(model, tmp_path / name, settings=ON_DEVICE)
+    assert (tmp_path / "one.bstk").read_bytes() == (tmp_path / "two.bstk").read_bytes()
+    assert quality(tmp_path / "one.bstk") == pytest.approx(quality(tmp_path / "cpu.bstk"), rel=0.2)
+
+
 def test_matrices_of_one_segment_have_the_blocks_of_the_cpu(monkeypatch):
     """Byte for byte, since the pretended GPU adds as the CPU: groups of columns, feedback, refits, errors."""
     generator = torch.Generator().manual_seed(0)
@@ -194,6 +204,16 @@ def test_the_command(model, tmp_path, monkeypatch, capsys):
         options = ("--planes", "1", "--samples", "2", "--sequence-length", "16", "--device", "cuda")
         code, said = run(*options)
     assert code == 0 and "Of the GPU's memory: about" in said
+
+
+def test_a_device_that_fails_at_the_start(monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: out of memory")
+
+    with device_there(monkeypatch):
+        monkeypatch.setattr(device, "_kernels", fail)
+        with pytest.raises(ResourceError, match="cuda:0 is full"):
+            device.Device("cuda")
 
 
 def test_no_compiler(model, tmp_path, monkeypatch):

@@ -117,12 +117,12 @@ def test_packages_that_are_not(packages, words, monkeypatch):
     for module in ("bstack.kernels.device", "bstack.kernels.cuda.driver"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(bstk.BstkError, match=rf"{words}.* 'bstack\[cuda\]'"):
-        backends._device_kernels.__wrapped__(0)
+        backends.device_kernels.__wrapped__(0)
 
 
-def test_prompts_are_computed_in_the_type_that_a_device_is_fast_in(monkeypatch):
+def test_prompts_are_computed_in_bfloat16_where_a_device_has_it(monkeypatch):
     assert backends.activation_type(torch.device("cpu")) == torch.float32
-    for there, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+    for there, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, there=there: there)
         assert backends.activation_type(torch.device("cuda", 0)) == dtype
 
@@ -132,7 +132,7 @@ def test_cuda_is_taken_before_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     fake = SimpleNamespace(load=lambda index, cache: loaded.append((index, cache.name)) or "kernels")
     monkeypatch.setitem(sys.modules, "bstack.kernels.cuda.driver", fake)
-    assert backends._device_kernels.__wrapped__(1) == "kernels"
+    assert backends.device_kernels.__wrapped__(1) == "kernels"
     assert loaded == [(1, "cuda")]
 
 

@@ -107,6 +107,18 @@ def test_matrices_that_stay_plain(changes, on, tmp_path):
         assert close(model.step([text], IDS[20:21]), wanted[20:], 2e-2)
 
 
+@pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="there is no compiler")
+def test_a_mixture_of_experts_without_any(on, tmp_path):
+    source = tiny_models.save("qwen3-moe", tmp_path / "model", mlp_only_layers=[0], num_hidden_layers=1)
+    settings = bstack.Settings(codec="trellis", planes=1, samples=2, sequence_length=16)
+    bstack.compress(source, tmp_path / "m.bstk", settings=settings)
+    model = on(tmp_path / "m.bstk", "cuda")
+    assert model.architecture.experts is not None
+    text = model.sequence()
+    model.read(text, IDS[:9])
+    assert close(model.step([text], IDS[9:10]), expected(tmp_path / "m.bstk", IDS[:10])[9:], 2e-2)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Let steps be recorded on the CPU, and note the recordings."""
@@ -184,6 +196,8 @@ def raise_(error):
             bstk.ResourceError,
             "no memory left",
         ),
+        (RuntimeError("CUDA error: out of memory\nmore"), bstk.ResourceError, "no memory left"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), bstk.ResourceError, "no memory left"),
         (
             RuntimeError("CUDA error: unspecified launch failure\nmore"),
             bstack.errors.DeviceError,
@@ -201,7 +215,7 @@ def test_a_device_that_fails_midway(error, kind, words, on, native_file, monkeyp
     for call in (lambda: model.step([text], [5]), lambda: model.read(text, [5, 6])):
         with pytest.raises(kind, match=words) as found:
             call()
-        assert getattr(found.value, "exit_code", 7) == 7
+        assert type(found.value) is kind and getattr(found.value, "exit_code", 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -243,7 +257,7 @@ def test_too_little_memory_says_what_fits(on, native_file, monkeypatch):
     with pytest.raises(bstk.ResourceError, match=r"at most 0.01 MB of weights fit"):
         bstack.load(path, mode="packed", device="cuda")
     monkeypatch.setattr(backends.torch, "empty", lambda *_, **__: raise_(torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory for 100 bytes of blocks: CUDA out of memory"):
+    with pytest.raises(bstk.ResourceError, match="cuda:0 has no memory left for this slab of 100 bytes of blocks"):
         backends.DeviceMemory(100, torch.device("cuda", 0))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bstack.kernels.cuda import KERNELS, THREADS, Kernels, source
+from bstack.kernels.cuda import KERNELS, Kernels, block_threads, source
 
 FOLDER = Path(__file__).parent
 # Elsewhere linkers do not name the ends of a section, which holds shared memory.
@@ -56,7 +56,7 @@ class Launcher:
         sizes = (ctypes.c_size_t * len(values))(*map(ctypes.sizeof, values))
         self.launched.add(name)
         given = addresses, sizes, ctypes.c_size_t(len(values))
-        assert self.library.launch(name.encode(), *grid, THREADS, *given, int(self.backwards)) == 0, name
+        assert self.library.launch(name.encode(), *grid, block_threads(name), *given, int(self.backwards)) == 0, name
         if fault := self.library.last_fault().decode():
             raise AssertionError(f"{name}: {fault}")
 

@@ -125,6 +125,19 @@ def test_attention(launcher, shape, options, backwards):
     assert near(rotated, rotate(plain.double()), 1e-5)
 
 
+def test_what_half_precision_does_not_hold(launcher):
+    """Keys and values become the largest number; one that is none stays none."""
+    step = step_of(launcher, queries=1, keys=1, width=8, rotary=0)
+    page = torch.zeros(2, step._heads.layers, 1, PAGE * 8).half()
+    addresses = torch.tensor([page.data_ptr()])
+    given = torch.tensor([[1e6, -1e6, torch.inf, -torch.inf, torch.nan, 65504.0, -3.0, 0.0]]).repeat(1, 3)
+    none = torch.zeros(1, 2, 0)
+    step.attend(given, Texts(torch.tensor([[0, addresses.data_ptr()]]), none, none), 1, rope=-1)
+    wanted = torch.tensor([65504, -65504, 65504, -65504, torch.nan, 65504, -3, 0]).half()
+    found = page[0, 1].view(8, PAGE)[:, 0], page[1, 1].view(PAGE, 8)[0]
+    assert all(torch.equal(one.nan_to_num(7), wanted.nan_to_num(7)) for one in found)
+
+
 def turned(x, angles):
     part, rest = x[:, : len(angles)], x[:, len(angles) :]
     low, high = part.chunk(2, -1)

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from bstack.memory.process import resident_bytes
 from bstack.packed.arena import ALIGNMENT, Arena
+from bstack.packed.backends import DEVICE_SLAB
 
 STATUS = Path("/proc/self/status")
 
@@ -66,3 +68,13 @@ def test_dropped_blocks_leave_the_process():
     arena.pop(27)
     assert 0.95 * 40 * len(block) <= full - resident_bytes()
     assert not arena._slabs
+
+
+@pytest.mark.parametrize("length", [4_206_592, 14_698_000])
+def test_a_devices_slabs_are_full(length):
+    """Blocks of matrices of 4096 x 4096 and 14336 x 4096."""
+    sizes = []
+    arena = Arena(DEVICE_SLAB, lambda size: sizes.append(size) or SimpleNamespace(size=size, address=0))
+    while len(sizes) < 9:
+        arena.reserve(length)
+    assert sum(sizes[:-1]) < 1.03 * (len(arena) - 1) * length

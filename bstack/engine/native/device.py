@@ -23,6 +23,7 @@ from bstack.engine.native.architecture import Architecture
 from bstack.engine.native.device_experts import DeviceExperts, is_packed
 from bstack.engine.native.model import SCORES, NativeModel
 from bstack.engine.native.sequence import LARGEST, PAGE, Sequence
+from bstack.errors import one_line
 from bstack.kernels.cuda.step import WIDEST, Heads, Step, Texts
 from bstack.kernels.table import Stacked
 from bstack.packed.backends import LESS, Backend, activation_type, backend_of, check_room, device_of, on_device
@@ -100,8 +101,8 @@ class DeviceSequence(Sequence):
 class DeviceModel(NativeModel):
     """A decoder with packed weights in a device's memory; parameters and methods are those of `NativeModel`.
 
-    Prompts are computed in bfloat16 where the GPU has it, otherwise in half precision, and in float32 on the CPU; the hidden state
-    between the layers, and steps, in float32. A text's results agree to rounding whatever else runs.
+    Prompts are computed in bfloat16 where the GPU has it, otherwise in float32; the hidden state between the layers, and steps, in
+    float32. A text's results agree to rounding whatever else runs.
     """
 
     turn = TURN
@@ -145,7 +146,7 @@ class DeviceModel(NativeModel):
         of = self.architecture
         if not hasattr(self._kernels, "launch") or of.head_width > WIDEST or not all(map(is_packed, self._layers)):
             return None
-        if of.experts is not None:
+        if of.experts is not None and any("router" in layer for layer in self._layers):
             self._experts = DeviceExperts(self._layers, self._kernels, SIZES[-1], of.experts.chosen)
         rotary = 2 * len(of.rotary[0].frequencies)
         sizes = of.heads, of.key_heads, of.head_width, rotary, of.layers
@@ -352,7 +353,7 @@ class _Inputs:
             try:
                 self._graph, self._logits = record(forward, self._device)
             except RuntimeError as error:
-                warn_not_recorded(error, self._device)
+                warn_not_recorded(one_line(error), self._device)
         if self._graph is None:
             return forward()
         self._graph.replay()

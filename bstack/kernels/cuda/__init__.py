@@ -21,7 +21,7 @@ from bstack.kernels.matrix import PLAIN, ROTATED
 from bstack.kernels.reference import EARLIER5
 from bstack.kernels.table import DeviceMatrix, Stacked
 
-__all__ = ["KERNELS", "MARGIN", "SEGMENT", "THREADS", "Kernels", "first_segment", "source"]
+__all__ = ["KERNELS", "MARGIN", "SEGMENT", "THREADS", "Kernels", "block_threads", "first_segment", "source"]
 
 SOURCES = ("common.cu", "trellis.cu", "plain.cu", "rotate.cu", "step.cu", "encode.cu")
 KERNELS = (
@@ -29,7 +29,7 @@ KERNELS = (
     *("multiply_rotated_any", "decode_rotated_words", "decode_rotated_any", "decode_plain", "rotate", "butterfly"),
     *("prepare", "heads", "attend_1", "attend_4", "attended", "activated", "meet", "search"),
 )
-# Of the sources: threads of a block, columns that one holds in shared memory, and the types of numbers.
+# Of the sources: threads of a block of most kernels, columns that one holds in shared memory, and the types of numbers.
 THREADS, CHUNK = 128, 8192
 # Of the search: rows of a segment, rows to each side of where two meet, and segments of a thread block.
 SEGMENT, MARGIN, SEARCHED = 256, 96, 2
@@ -42,6 +42,11 @@ def source() -> str:
     """Return the kernels as one program."""
     folder = Path(__file__).parent
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+
+
+def block_threads(kernel: str) -> int:
+    """Return the threads of a block of a kernel: a search needs a warp for each segment."""
+    return 32 * SEARCHED if kernel == "search" else THREADS
 
 
 def first_segment(rows: int, turn: int) -> int:

@@ -15,7 +15,7 @@ from cuda.bindings import nvrtc
 from cuda.core import Device, LaunchConfig, ObjectCode, Program, ProgramOptions, launch, system
 
 from bstack.errors import one_line
-from bstack.kernels.cuda import KERNELS, THREADS, Kernels, selftest, source
+from bstack.kernels.cuda import KERNELS, Kernels, block_threads, selftest, source
 from bstk.atomic import replacing
 from bstk.errors import BstkError, OutputError, ResourceError
 
@@ -50,7 +50,8 @@ def compile_kernels(arch: str, log: TextIO | None = None) -> bytes:
     except Exception as error:  # of several classes, some of them private
         raise BstkError(
             f"the GPU kernels cannot be compiled for {arch}: {one_line(error)}",
-            hint="The package nvidia-cuda-nvrtc must be as new as the GPU: pip install --upgrade 'bstack[cuda]'",
+            hint="The package nvidia-cuda-nvrtc must be as new as the GPU: pip install --upgrade 'bstack[cuda]'. That of CUDA 13 "
+            "knows no GPU before compute capability 7.5; for these there is pip install 'cuda-core[cu12]'.",
         ) from None
 
 
@@ -98,7 +99,7 @@ def load(index: int, cache: Path) -> Kernels:
     def run(name: str, grid: tuple[int, int], *arguments: Any) -> None:
         with torch.cuda.device(index):
             Device(index).set_current()  # a thread that torch has not used yet has no context
-            launch(_Stream(index), LaunchConfig(grid=grid, block=THREADS), functions[name], *arguments)
+            launch(_Stream(index), LaunchConfig(grid=grid, block=block_threads(name)), functions[name], *arguments)
 
     kernels = Kernels(run, device.properties.multiprocessor_count)
     if failed := selftest.failure(kernels, torch.device("cuda", index)):

@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) search(GIVEN) {
     const Group group = GROUP;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.x * SEARCHED + warp;
     const int start = group.start(segment), stop = min(group.start(segment + 1), rows);
-    if (warp >= SEARCHED || start >= rows) return;
+    if (start >= rows) return;
     if (column == columns) {
         for (int row = start + lane; row < stop; row += 32) errors[(size_t)(column - 1) * rows + row] = group.last_error(row);
         return;

@@ -124,8 +124,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         if (kind == 0)
             query[((size_t)text * queries + head) * width + i] = value;
-        else
-            page[kind == 1 ? i * PAGE + at : at * width + i] = float_to_half(fminf(fmaxf(value, -LARGEST), LARGEST));
+        else /* NaN stays what it is. */
+            page[kind == 1 ? i * PAGE + at : at * width + i] =
+                float_to_half(fabsf(value) > LARGEST ? copysignf(LARGEST, value) : value);
     }
 }
 

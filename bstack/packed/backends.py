@@ -205,14 +205,19 @@ def check_room(device: torch.device, file: bstk.Reader, budget: int | None) -> N
     if device.type == "cpu" or memory is None:
         return
     cut = min(file.fit(budget=budget), file.model)
-    fits = memory.free - default_margin(memory)
-    if cut.memory_bytes > fits:
-        most = f"at most {max(fits, 0) * 100 // bstk.MB / 100:,.2f} MB of weights fit"
+    fits = memory.free - (margin := default_margin(memory))
+    if cut.memory_bytes <= fits:
+        return
+    said = (
+        f"{cut.memory_bytes / bstk.MB:,.2f} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
+        f"{memory.total / bstk.MB:,.0f} MB are free, of which {margin / bstk.MB:,.0f} MB are for what runs"
+    )
+    if fits < file.base.memory_bytes:
         raise ResourceError(
-            f"{cut.memory_bytes / bstk.MB:,.2f} MB of weights are too much for {device}: {memory.free / bstk.MB:,.0f} MB of "
-            f"{memory.total / bstk.MB:,.0f} MB are free, and {most}.",
-            option="mb",
+            f"{said}, and not even the smallest size fits.",
+            hint="End what else uses the GPU (nvidia-smi shows it), or run on the CPU.",
         )
+    raise ResourceError(f"{said}: at most {fits * 100 // bstk.MB / 100:,.2f} MB of weights fit.", option="mb")
 
 
 class DeviceMemory:

@@ -218,7 +218,7 @@ def test_a_device_that_fails_at_the_start(monkeypatch):
 
 def test_no_compiler(model, tmp_path, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[cuda\]'"):
+    with pytest.raises(bstk.BstkError, match=r"pip install 'bstack\[compress,cuda\]'"):
         device._kernels(0)
 
 

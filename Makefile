@@ -26,11 +26,13 @@ test: check
 test-fast: $(VENV)/.done
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-# Test all of the GPU's parts: on a GPU, or compiled for the CPU (CUDA) and interpreted (Triton). Other targets leave out those marked gpu and Triton.
+# Test all of the GPU's parts: on a GPU, where long trials on the CPU are left out; or compiled for the CPU (CUDA) and interpreted
+# (Triton). Other targets leave out Triton's and those marked gpu.
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,gpu]'
-	$(BIN)/python -m pytest tests/compression/test_compress_device.py tests/engine/test_device.py tests/engine/test_graph_step.py \
-		tests/engine/test_native_device.py tests/kernels/test_cuda_*.py tests/kernels/test_device_kernels.py
+	$(BIN)/python -m pytest $(if $(wildcard /dev/nvidia0),-m "not gpu") tests/compression/test_compress_device.py \
+		tests/engine/test_device.py tests/engine/test_graph_step.py tests/engine/test_native_device.py \
+		tests/kernels/test_cuda_*.py tests/kernels/test_device_kernels.py
 
 # Run all tests with the lowest and then with the newest versions that setup.cfg admits: gigabytes, half an hour.
 test-versions: test-lowest-direct test-highest

@@ -45,6 +45,8 @@ def launcher():
 class Launcher:
     """Launches kernels of a library on the CPU."""
 
+    device = torch.device("cpu")
+
     def __init__(self, library):
         self.library, self.backwards, self.launched = library, False, set()
         self.kernels = Kernels(self, multiprocessors=1)

@@ -1,4 +1,4 @@
-"""The encoder's search in CUDA, compiled for the CPU by tests/helpers/cuda_on_cpu.h, against the CPU's encoder."""
+"""The encoder's search in CUDA against the CPU's: on a GPU, or compiled for the CPU by tests/helpers/cuda_on_cpu.h."""
 
 import cuda_on_cpu
 import numpy as np
@@ -37,7 +37,7 @@ def encode_segments(given, turn=0):
 def found(launcher, given, turn=0):
     """Return those of the CUDA kernels, all arrays between fences."""
     arrays = [launcher.fenced(array.numpy()) for array in given]
-    return *launcher.kernels.encode_columns(*arrays, turn=turn), arrays[0]
+    return tuple(array.cpu() for array in (*launcher.kernels.encode_columns(*arrays, turn=turn), arrays[0]))
 
 
 def same(one, two):

@@ -1,6 +1,7 @@
-"""The CUDA kernels, compiled for the CPU by tests/helpers/cuda_on_cpu.h, against the reference."""
+"""The CUDA kernels against the reference: on a GPU, or compiled for the CPU by tests/helpers/cuda_on_cpu.h."""
 
 import cuda_on_cpu
+import cuda_on_gpu
 import numpy as np
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_stacks_of_several_kinds(launcher, seed):
 def test_matrices_one_under_the_other(launcher, columns, tokens):
     """One launch for all of them; each has blocks of its own kinds, or none, and others write nothing of it."""
     rng = np.random.default_rng(columns + tokens)
-    table, together, expected, size = MatrixTable(9, torch.device("cpu")), [], [], []
+    table, together, expected, size = MatrixTable(9, launcher.device), [], [], []
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
     rotated = reference.rotate(x)
     cases = [
@@ -79,11 +80,11 @@ def test_matrices_one_under_the_other(launcher, columns, tokens):
         expected.append(sum(given.astype(np.float64) @ w.T for given, w in zip((rotated, x), weights, strict=True)))
         size.append(sum(np.abs(given) @ np.abs(w.T) for given, w in zip((rotated, x), weights, strict=True)))
     stacked = Stacked(together)
-    out = torch.full((tokens, stacked.rows + 2), torch.nan)
+    out = torch.full((tokens, stacked.rows + 2), torch.nan, device=launcher.device)
     launcher.launched.clear()
-    launcher.kernels.multiply(stacked, torch.from_numpy(x), torch.from_numpy(rotated), out[:, 1:-1])
+    launcher.kernels.multiply(stacked, launcher.fenced(x), launcher.fenced(rotated), out[:, 1:-1])
     assert sum(name.startswith("multiply_rotated") for name in launcher.launched) == 1
-    assert (np.abs(out[:, 1:-1].numpy() - np.concatenate(expected, 1)) <= 1e-5 * np.concatenate(size, 1)).all()
+    assert (np.abs(out[:, 1:-1].cpu().numpy() - np.concatenate(expected, 1)) <= 1e-5 * np.concatenate(size, 1)).all()
     assert out[:, [0, -1]].isnan().all()
 
 
@@ -116,13 +117,14 @@ def test_rows_are_decoded_straight_to_their_type(launcher, kinds, columns, monke
     rng = np.random.default_rng(columns)
     blocks = [(kind, rank, random_payload(rng, 21, columns, kind, rank, 99)) for kind, rank in kinds]
     expected = Matrix.of(21, columns, blocks)
-    matrix = DeviceMatrix(21, columns, MatrixTable(1, torch.device("cpu")), 0)
+    matrix = DeviceMatrix(21, columns, MatrixTable(1, launcher.device), 0)
     for level, (kind, rank) in enumerate(kinds):
         matrix.put(level, kind, rank, launcher.fenced(expected.payload(level)).data_ptr(), checked=True)
-    matrix.count, own, index = len(kinds), ROTATED if kinds == KINDS[:2] else PLAIN, torch.tensor([20, 0, 7, 20])
+    matrix.count, own = len(kinds), ROTATED if kinds == KINDS[:2] else PLAIN
+    index = torch.tensor([20, 0, 7, 20], device=launcher.device)
     single = launcher.kernels.decode(matrix, own, index, torch.float32)
-    wanted = torch.from_numpy(reference.decode_rows(expected, own, 0, 21))[index]
-    assert torch.allclose(single, wanted, rtol=1e-5, atol=1e-5)
+    wanted = torch.from_numpy(reference.decode_rows(expected, own, 0, 21))[index.cpu()]
+    assert torch.allclose(single.cpu(), wanted, rtol=1e-5, atol=1e-5)
     rounded = {dtype: single.to(dtype) for dtype in (torch.float16, torch.bfloat16)}
     unchanged = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda x, dtype: unchanged(x, dtype) if x.dtype == dtype else None)
@@ -136,8 +138,8 @@ def test_rotations(launcher, columns):
     x = np.random.default_rng(columns).standard_normal((3, columns)).astype(np.float32)
     assert selftest.rotations_agree(kernels, x, lambda array: launcher.fenced(array, 4))
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        given = torch.from_numpy(x).to(dtype)
-        expected = torch.from_numpy(reference.rotate(given.float().numpy()))
+        given = launcher.fenced(x).to(dtype)
+        expected = launcher.fenced(reference.rotate(given.float().cpu().numpy()))
         assert torch.equal(kernels.rotate(given), expected)
         assert torch.equal(kernels.rotate(given, dtype), expected.to(dtype))
 
@@ -149,13 +151,26 @@ def test_numbers_are_rounded_as_torch_does(launcher):
     kernels = launcher.kernels
     for dtype in (torch.float16, torch.bfloat16):
         signed = torch.from_numpy(reference.rotate(values[:, None].numpy()))  # one column has a sign alone
-        assert torch.equal(kernels.rotate(values[:, None], dtype), signed.to(dtype))
-    assert kernels.rotate(torch.full((1, 1), torch.nan), torch.bfloat16).isnan().all()
+        assert torch.equal(kernels.rotate(launcher.fenced(values[:, None].numpy()), dtype).cpu(), signed.to(dtype))
+    assert kernels.rotate(torch.full((1, 1), torch.nan, device=launcher.device), torch.bfloat16).isnan().all()
+
+
+def test_what_launches_on_a_gpu_finds_writes_outside_of_arrays():
+    """Tried with the CPU's kernels."""
+    launcher = cuda_on_gpu.Launcher(torch.device("cpu"), cuda_on_cpu.launcher().kernels.launch)
+    assert not difference(launcher, 21, 48, [KINDS[1], KINDS[4]], 3, 1) and launcher.launched
+    launcher.remove_fences()
+    for place in (-1, 8):
+        launcher.fenced(np.zeros(2, np.float32), 4)
+        memory, start, _ = launcher._memory[-1]
+        memory[start + place] = 0
+        with pytest.raises(AssertionError, match="outside"):
+            launcher.remove_fences()
 
 
 def test_the_self_test_passes_and_runs_every_kernel(launcher):
     launcher.launched.clear()
-    assert selftest.failure(launcher.kernels, torch.device("cpu")) == ""
+    assert selftest.failure(launcher.kernels, launcher.device) == ""
     assert launcher.launched == set(cuda.KERNELS)
 
 

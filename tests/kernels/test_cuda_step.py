@@ -1,4 +1,4 @@
-"""What a step computes between its products, compiled for the CPU, against torch in double precision."""
+"""What a step computes between its products, on a GPU or compiled for the CPU, against torch in double precision."""
 
 import subprocess
 import sys
@@ -19,7 +19,12 @@ def random(rng, *shape):
 
 
 def near(found, expected, tolerance=2e-5):
-    return bool(((found.double() - expected).abs() <= tolerance * expected.abs().max()).all())
+    return bool(((found.cpu().double() - expected).abs() <= tolerance * expected.abs().max()).all())
+
+
+def placed(launcher, tensors):
+    """Return tensors on the launcher's device, None as it is."""
+    return [None if tensor is None else tensor.to(launcher.device) for tensor in tensors]
 
 
 def normed(x, weight, epsilon=1e-6):
@@ -38,7 +43,7 @@ def test_norms_and_what_is_added(launcher, columns):
     step, x, added = step_of(launcher), random(rng, 2, columns), random(rng, 2, columns)
     weights = [random(rng, columns) for _ in range(2)]
     for given in ((None, None, None), (None, None, weights[1]), (added, None, weights[1]), (added, *weights)):
-        total, plain, rotated = step.prepare(x, *given)
+        total, plain, rotated = step.prepare(*placed(launcher, (x, *given)))
         expected = x.double() + (0 if given[0] is None else normed(added, given[1]))
         assert near(total, expected) and near(plain, normed(expected, given[2]))
         assert near(rotated, rotate(normed(expected, given[2])))
@@ -50,7 +55,7 @@ def test_activations(launcher, activation):
     given[0, :4] = torch.tensor([200.0, -200.0, 0.0, -90.0])
     gate, up = given.double().chunk(2, 1)
     wanted = (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
-    plain, rotated = step_of(launcher).activated(given, activation)
+    plain, rotated = step_of(launcher).activated(given.to(launcher.device), activation)
     assert near(plain, wanted) and near(rotated, rotate(wanted))
 
 
@@ -91,19 +96,15 @@ def test_attention(launcher, shape, options, backwards):
             page[1, layer].view(of.keys, PAGE, of.width)[:, t % PAGE] = past[1, :, t]
         pages.append(own)
         history.append(past)
-        lists.append(torch.tensor([page.data_ptr() for page in own]))
+        pages[-1] = placed(launcher, own)
+        lists.append(torch.tensor([page.data_ptr() for page in pages[-1]], device=launcher.device))
     table = torch.tensor([[length - 1, addresses.data_ptr()] for length, addresses in zip(lengths, lists, strict=True)])
     angles = random(rng, len(lengths), 2, of.rotary // 2).repeat(1, 1, 2)
     given = random(rng, len(lengths), (of.queries + 2 * of.keys) * of.width)
-    plain, rotated = step.attend(
-        given,
-        Texts(table, angles.cos().contiguous(), angles.sin().contiguous()),
-        layer,
-        query_norm=norms[0],
-        key_norm=norms[1],
-        window=window,
-        rope=rope,
-    )
+    texts = Texts(*placed(launcher, (table, angles.cos().contiguous(), angles.sin().contiguous())))
+    query_norm, key_norm, placed_given = placed(launcher, (*norms, given))
+    more = {"query_norm": query_norm, "key_norm": key_norm, "window": window, "rope": rope}
+    plain, rotated = (found.cpu() for found in step.attend(placed_given, texts, layer, **more))
     for k, length in enumerate(lengths):
         query, key, value = given[k].view(-1, of.width).split([of.queries, of.keys, of.keys])
         query, key = normed(query, norms[0]), normed(key, norms[1])
@@ -128,13 +129,14 @@ def test_attention(launcher, shape, options, backwards):
 def test_what_half_precision_does_not_hold(launcher):
     """Keys and values become the largest number; one that is none stays none."""
     step = step_of(launcher, queries=1, keys=1, width=8, rotary=0)
-    page = torch.zeros(2, step._heads.layers, 1, PAGE * 8).half()
-    addresses = torch.tensor([page.data_ptr()])
+    page = torch.zeros(2, step._heads.layers, 1, PAGE * 8, device=launcher.device).half()
+    addresses = torch.tensor([page.data_ptr()], device=launcher.device)
     given = torch.tensor([[1e6, -1e6, torch.inf, -torch.inf, torch.nan, 65504.0, -3.0, 0.0]]).repeat(1, 3)
-    none = torch.zeros(1, 2, 0)
-    step.attend(given, Texts(torch.tensor([[0, addresses.data_ptr()]]), none, none), 1, rope=-1)
+    none, table = torch.zeros(1, 2, 0), torch.tensor([[0, addresses.data_ptr()]])
+    given, table, none = placed(launcher, (given, table, none))
+    step.attend(given, Texts(table, none, none), 1, rope=-1)
     wanted = torch.tensor([65504, -65504, 65504, -65504, torch.nan, 65504, -3, 0]).half()
-    found = page[0, 1].view(8, PAGE)[:, 0], page[1, 1].view(PAGE, 8)[0]
+    found = page[0, 1].cpu().view(8, PAGE)[:, 0], page[1, 1].cpu().view(PAGE, 8)[0]
     assert all(torch.equal(one.nan_to_num(7), wanted.nan_to_num(7)) for one in found)
 
 

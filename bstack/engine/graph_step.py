@@ -7,7 +7,6 @@ device memory, so a resize asks for no new recording. Whether all that is right 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import warnings
@@ -20,7 +19,7 @@ import torch
 from bstack.engine.generate import decoding
 from bstack.engine.graphs import record, run_and_look_for_waits, warn_not_recorded
 from bstack.errors import SlowerWarning, of_the_machine, one_line
-from bstack.models.kv_cache import FixedLayer, bound_arguments, cache_argument, fix
+from bstack.models.kv_cache import FixedLayer, cache_argument, fix, forward_by_names
 from bstack.models.plain import plain_outputs
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import check_index
@@ -80,15 +79,9 @@ class _RecordedStep:
         self._cache: Callable[[], Any] = lambda: None
         self._inputs: dict[Any, torch.Tensor] = {}
         self._output: Any = None
+        self.forward = forward_by_names(model, self._forward)
 
-        @functools.wraps(self._own)  # `generate` reads the signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        self.forward = forward
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = bound_arguments(self._signature, self._argument, args, kwargs)
+    def _forward(self, given: dict[str, Any]) -> Any:
         cache = given.get(self._argument)
         if self.failure is None:
             fix(cache)

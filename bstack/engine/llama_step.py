@@ -8,8 +8,6 @@ the model's own code.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import warnings
 import weakref
@@ -22,7 +20,7 @@ from torch import nn
 from bstack.errors import SlowerWarning
 from bstack.kernels.decoder import MAX_PARTS, Decoder, Layer, Sizes
 from bstack.kernels.native import library
-from bstack.models.kv_cache import GrowingLayer, bound_arguments, cache_argument, growing_cache, let_grow
+from bstack.models.kv_cache import GrowingLayer, cache_argument, forward_by_names, growing_cache, let_grow
 from bstack.packed.lock import PriorityLock
 from bstack.packed.matrix import Blocks
 from bstack.packed.weight import PackedWeight
@@ -103,18 +101,11 @@ class _FusedStep:
         self._cache: weakref.ref[Any] | None = None
         self._addresses: list[int] = []
         self._capacity = 0
-        self._signature = inspect.signature(self._own)
         self._argument = cache_argument(model)
         self._warned: set[str] = set()
+        self.forward = forward_by_names(model, self._forward)
 
-        @functools.wraps(self._own)  # `generate` reads the signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        self.forward = forward
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = bound_arguments(self._signature, self._argument, args, kwargs)
+    def _forward(self, given: dict[str, Any]) -> Any:
         cache = given.get(self._argument)
         if cache is None and given.get("use_cache", self._model.config.use_cache) and given.get("labels") is None:
             cache = given[self._argument] = growing_cache(self._model)

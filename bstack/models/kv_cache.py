@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["FixedLayer", "GrowingLayer", "bound_arguments", "cache_argument", "fix", "growing_cache", "let_grow"]
+__all__ = ["FixedLayer", "GrowingLayer", "cache_argument", "fix", "forward_by_names", "growing_cache", "let_grow"]
 
 # Tokens that a new buffer holds at least: of a cache that grows, and of one whose buffers stay in place.
 MIN_CAPACITY, MIN_FIXED = 64, 256
@@ -197,7 +197,7 @@ def let_grow(cache: Any) -> None:
 
 def fix(cache: Any) -> None:
     """Replace the empty layers of a transformers cache by layers whose buffers stay in place."""
-    _replace_layers(cache, {DynamicLayer: FixedLayer, DynamicSlidingWindowLayer: partial(FixedLayer, True)})
+    _replace_layers(cache, {DynamicLayer: FixedLayer, DynamicSlidingWindowLayer: functools.partial(FixedLayer, True)})
 
 
 def _replace_layers(cache: Any, by: dict[type, Callable[[], DynamicLayer]]) -> None:
@@ -210,10 +210,17 @@ def _replace_layers(cache: Any, by: dict[type, Callable[[], DynamicLayer]]) -> N
     ]
 
 
-def bound_arguments(signature: inspect.Signature, argument: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return the arguments of a call of a model by their names; `argument` is that of its cache."""
-    given = signature.bind(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
-    if argument not in given and "past_key_values" in given:  # the name before transformers 5.24
-        given[argument] = given.pop("past_key_values")
-    return given
+def forward_by_names(model: Any, run: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Return a `forward` in place of the model's own, which gives `run` the arguments of a call by their names."""
+    own, argument = model.forward, cache_argument(model)
+    signature = inspect.signature(own)
+
+    @functools.wraps(own)  # `generate` reads the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        given = {**given.pop("kwargs", {}), **given}
+        if argument not in given and "past_key_values" in given:  # the name before transformers 5.24
+            given[argument] = given.pop("past_key_values")
+        return run(given)
+
+    return forward
